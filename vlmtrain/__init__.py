@@ -1,0 +1,3 @@
+"""vlmtrain: train vision-language models stage by stage, and ablate the connector with one word."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,39 @@
+"""The one form that every data format is read into: a conversation with pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+IMAGE_MARK = "<image>"
+
+
+class ImageSource(Protocol):
+    """Something that yields one picture; opening is left to the loader's worker."""
+
+    def load(self) -> Image.Image:
+        """Decode the picture as RGB. Raises `BadSample` if it is missing or broken."""
+        ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance. `role` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample: turns in order, and the pictures that their ``<image>`` marks stand for."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[ImageSource, ...] = ()
+
+
+class BadSample(ValueError):
+    """A record that cannot be trained on; the message names the record and the reason."""
