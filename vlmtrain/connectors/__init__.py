@@ -1,16 +1,69 @@
-"""Connectors: what lies between a vision encoder and a language model."""
+"""Connectors: what lies between a vision encoder and a language model.
+
+A connector turns the features of an ``H x W`` grid of patches into visual tokens of the language model's width.
+Each family has a file of its own; `CONNECTORS` holds all of them under their exact names.
+"""
 
 from __future__ import annotations
 
 import difflib
+import inspect
+from typing import Any
 
 from .base import Connector, VisionFeatures
-from .mlp import MLP, linear
+from .c_abstractor import CAbstractor
+from .d_abstractor import DAbstractor
+from .hunyuan import HunyuanMerger
+from .ldp import LDP, LDPv2
+from .meq_former import MEQFormer
+from .mergers import PixelShuffle, Qwen2VLMerger, Qwen3VLMerger, Qwen25VLMerger
+from .mlp import MLP, Linear
+from .perceiver import PerceiverResampler
+from .pooling import AttentionalPool, AvgPool
+from .qformer import QFormer
+from .qwen_vl import QwenVLResampler
+from .token_packer import TokenPacker
+from .vss import VSS
 
-CONNECTORS = {
-    "linear": linear,
+CONNECTORS: dict[str, type[Connector]] = {
+    "linear": Linear,
     "mlp": MLP,
+    "avgpool": AvgPool,
+    "attentional_pool": AttentionalPool,
+    "qwen_vl_resampler": QwenVLResampler,
+    "qwen2_vl_merger": Qwen2VLMerger,
+    "qwen2_5_vl_merger": Qwen25VLMerger,
+    "qwen3_vl_merger": Qwen3VLMerger,
+    "hunyuan_merger": HunyuanMerger,
+    "qformer": QFormer,
+    "perceiver_resampler": PerceiverResampler,
+    "c_abstractor": CAbstractor,
+    "d_abstractor": DAbstractor,
+    "ldp": LDP,
+    "ldpv2": LDPv2,
+    "meq_former": MEQFormer,
+    "vss": VSS,
+    "pixel_shuffle": PixelShuffle,
+    "token_packer": TokenPacker,
 }
+
+
+def _class(name: str) -> type[Connector]:
+    if name not in CONNECTORS:
+        raise ValueError(f"Unknown connector '{name}'.{_hint(name, CONNECTORS)} Available: {', '.join(CONNECTORS)}")
+    return CONNECTORS[name]
+
+
+def _hint(name: str, known) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def connector_options(name: str) -> dict[str, Any]:
+    """Options of the connector called `name` and their defaults."""
+    parameters = inspect.signature(_class(name)).parameters
+    fixed = ("in_dim", "out_dim", "input_grid")
+    return {key: parameter.default for key, parameter in parameters.items() if key not in fixed}
 
 
 def build_connector(
@@ -20,12 +73,27 @@ def build_connector(
     input_grid: tuple[int, int] | None = None,
     **options,
 ) -> Connector:
-    """Build the connector called `name`, from features `in_dim` wide to tokens `out_dim` wide."""
-    if name not in CONNECTORS:
-        near = difflib.get_close_matches(name, CONNECTORS, 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"Unknown connector '{name}'.{hint} Available: {', '.join(CONNECTORS)}")
-    return CONNECTORS[name](in_dim, out_dim, **options)
+    """Build the connector called `name`, from features `in_dim` wide to tokens `out_dim` wide.
+
+    in_dim is a tuple for a connector of several encoders. input_grid, the encoder's grid of patches, is needed by
+    connectors with position tables of a fixed size; where it is given, any connector that cannot take it says so
+    at once. Raises ValueError for unknown names, options and sizes that do not fit.
+    """
+    connector_class, known = _class(name), connector_options(name)
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"Unknown option connector.{option} of '{name}'.{_hint(option, known)} "
+                f"Its options: {', '.join(known) or 'none'}"
+            )
+    if input_grid is not None:
+        input_grid = (int(input_grid[0]), int(input_grid[1]))
+    if "input_grid" in inspect.signature(connector_class).parameters:
+        options["input_grid"] = input_grid
+    connector = connector_class(in_dim, out_dim, **options)
+    if input_grid is not None:
+        connector.num_tokens(*input_grid)
+    return connector
 
 
-__all__ = ["CONNECTORS", "Connector", "VisionFeatures", "build_connector"]
+__all__ = ["CONNECTORS", "Connector", "VisionFeatures", "build_connector", "connector_options"]

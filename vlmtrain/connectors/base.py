@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .checks import check_features, require_positive
+from .published import Names, load
+
 
 class VisionFeatures(NamedTuple):
     """What a vision encoder hands to a connector.
@@ -25,22 +28,62 @@ class VisionFeatures(NamedTuple):
 class Connector(nn.Module):
     """Base of all connectors.
 
-    A subclass sets `in_dim` and `out_dim` and says how many tokens it makes from a grid; its
-    `forward` must agree, because sequence lengths are planned before any model runs.
+    A subclass says how many tokens it makes from a grid; its `forward` must agree, because sequence
+    lengths are planned before any model runs.
+
+    in_dim:     width of the encoder's features; a tuple, one an encoder, where `several_encoders`.
+    out_dim:    width of the language model.
+    num_levels: how many hidden layers it reads from ``features.levels``, beside ``features.patches``.
+                A connector with 0 ignores whatever levels there are.
+    reads_text: whether `forward` also needs ``text_ids`` (an instruction in the connector's own
+                vocabulary), with ``text_mask``.
+    PUBLISHED:  the published names of its tensors, one entry a convention.
     """
+
+    several_encoders = False
+    num_levels = 0
+    reads_text = False
+    PUBLISHED: tuple[Names, ...] = (Names(),)
 
     in_dim: int | tuple[int, ...]
     out_dim: int
 
+    def __init__(self, in_dim: int | tuple[int, ...], out_dim: int):
+        super().__init__()
+        if not self.several_encoders and isinstance(in_dim, tuple | list):
+            raise ValueError(
+                f"connector {type(self).__name__} takes one encoder, got in_dim={in_dim!r}: pass one width, "
+                "or choose a connector for several encoders (meq_former)"
+            )
+        require_positive(out_dim=out_dim)
+        for width in in_dim if isinstance(in_dim, tuple) else (in_dim,):
+            require_positive(in_dim=width)
+        self.in_dim, self.out_dim = in_dim, out_dim
+
     def output_grid(self, height: int, width: int) -> tuple[int, int] | None:
-        """Grid of the output tokens in raster order, or None where they form none."""
+        """Grid of the output tokens in raster order, or None where they form none.
+
+        Raises ValueError for a grid the connector cannot take.
+        """
         raise NotImplementedError
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Number of visual tokens made from a ``height x width`` grid. Raises ValueError for a grid it cannot take."""
+        """Visual tokens made from a ``height x width`` grid. Raises ValueError for a grid it cannot take."""
         grid = self.output_grid(height, width)
         assert grid is not None, f"{type(self).__name__} has no output grid: override num_tokens"
         return grid[0] * grid[1]
+
+    def check(self, features: VisionFeatures) -> Tensor:
+        """The patches, once rank, width, levels and grid are what this connector takes."""
+        if not isinstance(features, VisionFeatures):
+            got = f"{len(features)} encoders" if isinstance(features, tuple | list) else type(features).__name__
+            raise ValueError(
+                f"connector {type(self).__name__} takes the VisionFeatures of one encoder, got {got}: "
+                "choose one encoder, or a connector for several (meq_former)"
+            )
+        check_features(features, self.in_dim, self.num_levels)
+        self.num_tokens(*features.patches.shape[1:3])
+        return features.patches
 
     def forward(self, features: VisionFeatures) -> Tensor:
         """Features to ``(B, num_tokens, out_dim)``."""
@@ -49,6 +92,7 @@ class Connector(nn.Module):
     def load_published(self, state_dict: dict[str, Tensor]) -> None:
         """Load weights under their published names, with or without the published prefix.
 
-        Strict: missing, unexpected or wrongly shaped tensors raise a ValueError that names them.
+        Strict: missing, unexpected or wrongly shaped tensors raise a ValueError that names them. Tensors
+        that the publication has no counterpart of (see each class) keep their values, with a warning.
         """
-        raise NotImplementedError
+        load(self, state_dict, self.PUBLISHED)

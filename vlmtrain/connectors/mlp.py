@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Connector, VisionFeatures
+from .checks import require_choice, require_grid, require_positive
+from .layers import ACTIVATIONS, mlp
+from .published import Names
 
 
 class MLP(Connector):
-    """`depth` linear layers with exact GELU between; one token a patch (LLaVA-1.5, section 3.2: depth 2)."""
+    """`depth` linear layers, activation between; one token a patch (LLaVA-1.5, section 3.2: depth 2, GELU).
 
-    def __init__(self, in_dim: int, out_dim: int, depth: int = 2):
-        super().__init__()
-        if depth < 1:
-            raise ValueError(f"connector.depth={depth}: an mlp needs at least one layer")
-        self.in_dim, self.out_dim = in_dim, out_dim
-        layers: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
-        for _ in range(depth - 1):
-            layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
-        self.layers = nn.Sequential(*layers)
+    ``(B, H, W, in_dim)`` -> ``(B, H*W, out_dim)``. Hidden layers are `hidden_dim` wide (None: out_dim).
+    """
+
+    PUBLISHED = (
+        Names("model.mm_projector.", ((r"^layers\.", ""),)),
+        Names(
+            "model.multi_modal_projector.",
+            ((r"^layers\.(\d+)", lambda match: f"linear_{int(match[1]) // 2 + 1}"),),
+        ),
+        Names("", ((r"^layers\.(\d+)", lambda match: f"proj{int(match[1]) // 2 + 1}"),)),  # KempnerForge
+    )
+
+    def __init__(
+        self, in_dim: int, out_dim: int, depth: int = 2, hidden_dim: int | None = None, activation: str = "gelu"
+    ):
+        super().__init__(in_dim, out_dim)
+        hidden_dim = out_dim if hidden_dim is None else hidden_dim
+        require_positive(depth=depth, hidden_dim=hidden_dim)
+        require_choice(activation, ACTIVATIONS, "activation")
+        self.layers = mlp([in_dim, *[hidden_dim] * (depth - 1), out_dim], ACTIVATIONS[activation])
 
     def output_grid(self, height: int, width: int) -> tuple[int, int]:
+        require_grid(height, width)
         return height, width
 
     def forward(self, features: VisionFeatures) -> Tensor:
-        return self.layers(features.patches.flatten(1, 2))
+        return self.layers(self.check(features).flatten(1, 2))
 
 
-def linear(in_dim: int, out_dim: int) -> MLP:
-    """A single linear layer a patch (LLaVA, section 4.1)."""
-    return MLP(in_dim, out_dim, depth=1)
+class Linear(MLP):
+    """One linear layer a patch (LLaVA, section 4.1)."""
+
+    PUBLISHED = (Names("model.mm_projector.", ((r"^layers\.0\.", ""),)), *MLP.PUBLISHED)
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, depth=1)

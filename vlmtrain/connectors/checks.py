@@ -1,0 +1,122 @@
+"""Users' mistakes, named before anything runs: what was got, what was expected, which option to change."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def require_positive(**options: int) -> None:
+    """Each option is a whole number above zero."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"connector.{name}={value!r}: expected a whole number above zero")
+
+
+def require_not_negative(**options: int) -> None:
+    """Each option is a whole number, zero allowed."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"connector.{name}={value!r}: expected a whole number, zero or more")
+
+
+def require_fraction(**options: float) -> None:
+    """Each option is a probability below one."""
+    for name, value in options.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"connector.{name}={value!r}: expected a number from 0 up to, not including, 1")
+
+
+def require_choice(value: str, choices: Iterable[str], name: str) -> None:
+    """An option is one of a few names."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"connector.{name}={value!r}.{hint} Available: {', '.join(choices)}")
+
+
+def require_divisible(width: int, width_name: str, divisor: int, option: str) -> None:
+    """A width splits evenly over heads (or the like)."""
+    if width % divisor:
+        raise ValueError(
+            f"connector.{option}={divisor} does not divide {width_name}={width}: "
+            f"set connector.{option} to a divisor of {width}"
+        )
+
+
+def require_grid(height: int, width: int) -> None:
+    """A grid of patches has at least one row and one column."""
+    for side in (height, width):
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            raise ValueError(f"grid {height}x{width}: expected at least one row and one column of patches")
+
+
+def require_window(height: int, width: int, window: int, option: str) -> None:
+    """A window fits into the grid at least once."""
+    require_grid(height, width)
+    if window > min(height, width):
+        raise ValueError(
+            f"grid {height}x{width} is smaller than connector.{option}={window}: "
+            f"expected at least {window}x{window}; lower connector.{option} or raise the image size"
+        )
+
+
+def require_multiple(height: int, width: int, factor: int, option: str) -> None:
+    """Both sides of the grid are multiples of a factor."""
+    require_grid(height, width)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"grid {height}x{width}: expected both sides to be multiples of connector.{option}={factor}; "
+            f"change connector.{option} or the image size (vision.image_size)"
+        )
+
+
+def check_features(features, in_dim: int, num_levels: int) -> None:
+    """Rank and width of an encoder's features, and that the levels asked for are there."""
+    patches, prefix, levels = features
+    _check_tensor(patches, "patches", 4, "(B, H, W, C)", in_dim)
+    if prefix is not None:
+        _check_tensor(prefix, "prefix", 3, "(B, P, C)", in_dim)
+    if num_levels and len(levels) != num_levels:
+        raise ValueError(
+            f"features.levels: expected {num_levels} hidden layers (the connector's num_levels), got "
+            f"{len(levels)}; set connector.levels or the layers that the encoder returns"
+        )
+    for index, level in enumerate(levels[:num_levels]):
+        _check_tensor(level, f"levels[{index}]", 4, "(B, H, W, C)", in_dim)
+        if level.shape != patches.shape:
+            raise ValueError(
+                f"features.levels[{index}]: expected the shape of patches {tuple(patches.shape)}, "
+                f"got {tuple(level.shape)}"
+            )
+
+
+def _check_tensor(tensor: Tensor, name: str, rank: int, shape: str, width: int) -> None:
+    if tensor.ndim != rank:
+        raise ValueError(f"features.{name}: expected {shape}, got {tensor.ndim} dimensions {tuple(tensor.shape)}")
+    if tensor.shape[-1] != width:
+        raise ValueError(
+            f"features.{name}: expected width {width} (the connector's in_dim), got {tensor.shape[-1]}; "
+            "build the connector with the encoder's width"
+        )
+
+
+def require_fixed_grid(
+    grid: tuple[int, int] | None, input_grid: tuple[int, int] | None, connector: str
+) -> tuple[int, int]:
+    """A grid of a connector whose tables are built for exactly one. Returns it."""
+    if input_grid is None:
+        raise ValueError(
+            f"{connector} has position tables of a fixed size: expected input_grid=(height, width), the patch grid "
+            "of its encoder, got none"
+        )
+    require_grid(*grid)
+    if tuple(grid) != tuple(input_grid):
+        raise ValueError(
+            f"grid {grid[0]}x{grid[1]}: {connector} was built for input_grid {input_grid[0]}x{input_grid[1]} and its "
+            "position tables are not resized; build it with another input_grid or change the image size"
+        )
+    return tuple(grid)

@@ -1,0 +1,154 @@
+"""`d_abstractor`: deformable attention from queries on a grid (Honeybee, CVPR 2024; Deformable DETR, 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Connector, VisionFeatures
+from .checks import require_divisible, require_fixed_grid, require_fraction, require_positive
+from .layers import Attention
+from .published import Names, drop_cls_position
+
+
+class DeformableAttention(nn.Module):
+    """Each query samples `num_points` places a head, near its reference point, and mixes them.
+
+    query ``(B, Q, C)``, reference ``(1, Q, 2)`` as (x, y) in 0..1, features ``(B, H, W, C)`` -> ``(B, Q, C)``.
+    Places outside the grid count as zero. Sampling is done in float32 (Deformable DETR, section 4.1).
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_points: int):
+        super().__init__()
+        self.num_heads, self.num_points = num_heads, num_points
+        self.sampling_offsets = nn.Linear(dim, num_heads * num_points * 2)
+        self.attention_weights = nn.Linear(dim, num_heads * num_points)
+        self.value_proj, self.output_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self._init()
+
+    @torch.no_grad()
+    def _init(self) -> None:
+        """Point i of a head starts i steps away from the reference, heads looking in evenly spread directions."""
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1)
+        self.sampling_offsets.bias.copy_((directions[:, None] * steps[:, None]).flatten())
+        for weight in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
+            nn.init.zeros_(weight)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, reference: Tensor, features: Tensor) -> Tensor:
+        batch, height, width, channels = features.shape
+        heads, points = self.num_heads, self.num_points
+        values = self.value_proj(features).permute(0, 3, 1, 2).reshape(batch * heads, -1, height, width)
+        offsets = self.sampling_offsets(query).float().unflatten(-1, (heads, points, 2))
+        weights = self.attention_weights(query).float().unflatten(-1, (heads, points)).softmax(-1)
+        places = reference.float()[:, :, None, None] + offsets / offsets.new_tensor([width, height])
+        places = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # (B * heads, Q, points, 2) in -1..1
+        sampled = F.grid_sample(values.float(), places, align_corners=False)  # (B * heads, C / heads, Q, points)
+        mixed = (sampled * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+        return self.output_proj(mixed.reshape(batch, channels, -1).transpose(1, 2).to(query.dtype))
+
+
+class DeformableLayer(nn.Module):
+    """Self-attention among queries, deformable attention to the picture, feed-forward; post-norm."""
+
+    def __init__(self, dim: int, num_heads: int, num_points: int, intermediate_size: int, dropout: float):
+        super().__init__()
+        self.self_attn = Attention(dim, dim, num_heads, dim // num_heads, dim)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.encoder_attn = DeformableAttention(dim, num_heads, num_points)
+        self.encoder_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1, self.fc2 = nn.Linear(dim, intermediate_size), nn.Linear(intermediate_size, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, features: Tensor) -> Tensor:
+        placed = x + position
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(placed, placed, x)))
+        x = self.encoder_attn_layer_norm(x + self.dropout(self.encoder_attn(x + position, reference, features)))
+        return self.final_layer_norm(x + self.dropout(self.fc2(F.relu(self.fc1(x)))))
+
+
+class DAbstractor(Connector):
+    """`depth` deformable decoder layers from `grid` x `grid` queries (Honeybee, section 4.2 and published code).
+
+    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. Positions are learned and fixed to `input_grid`; reference
+    points are learned and start on a regular grid; queries start from a learned table and are placed, in every
+    layer, by the picture pooled to their grid. Linear layers from in_dim and to out_dim exist only where the width
+    `hidden_size` differs.
+    """
+
+    PUBLISHED = (
+        Names(
+            "abstractor.",
+            (
+                (r"self_attn\.([qkv]|out)\.", r"self_attn.\1_proj."),
+                (r"^input_proj\.", "input_proj.0."),
+                (r"^target$", "query_position_embeddings.weight"),
+            ),
+        ),
+    )
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        input_grid: tuple[int, int] | None = None,
+        grid: int = 12,
+        hidden_size: int = 1024,
+        depth: int = 6,
+        num_heads: int = 8,
+        num_points: int = 4,
+        intermediate_size: int = 1024,
+        dropout: float = 0.1,
+    ):
+        super().__init__(in_dim, out_dim)
+        require_positive(
+            grid=grid,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            num_points=num_points,
+            intermediate_size=intermediate_size,
+        )
+        require_divisible(hidden_size, "connector.hidden_size", num_heads, "num_heads")
+        require_fraction(dropout=dropout)
+        self.grid, self.input_grid = grid, require_fixed_grid(input_grid, input_grid, "d_abstractor")
+        self.input_proj = nn.Identity() if in_dim == hidden_size else nn.Linear(in_dim, hidden_size)
+        self.v_pos_emb = nn.Parameter(torch.empty(1, self.input_grid[0] * self.input_grid[1], hidden_size))
+        self.target = nn.Parameter(torch.randn(grid * grid, hidden_size))
+        self.reference_points = nn.Parameter(self._reference_grid())
+        self.layers = nn.ModuleList(
+            DeformableLayer(hidden_size, num_heads, num_points, intermediate_size, dropout) for _ in range(depth)
+        )
+        self.output_proj = nn.Identity() if out_dim == hidden_size else nn.Linear(hidden_size, out_dim)
+        nn.init.trunc_normal_(self.v_pos_emb, std=0.02)
+
+    def _reference_grid(self) -> Tensor:
+        """``(1, grid**2, 2)``, (x, y) from the centre of the first patch to that of the last."""
+        height, width = self.input_grid
+        y = torch.linspace(0.5, height - 0.5, self.grid) / height
+        x = torch.linspace(0.5, width - 0.5, self.grid) / width
+        return torch.stack([x.repeat(self.grid), y.repeat_interleave(self.grid)], dim=-1)[None]
+
+    def output_grid(self, height: int, width: int) -> tuple[int, int]:
+        require_fixed_grid((height, width), self.input_grid, "d_abstractor")
+        return self.grid, self.grid
+
+    def forward(self, features: VisionFeatures) -> Tensor:
+        x = self.input_proj(self.check(features)) + self.v_pos_emb.unflatten(1, self.input_grid)
+        position = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), self.grid).flatten(2).transpose(1, 2)
+        tokens = self.target.expand(len(x), -1, -1)
+        for layer in self.layers:
+            tokens = layer(tokens, position, self.reference_points, x)
+        return self.output_proj(tokens)
+
+    def load_published(self, state_dict: dict[str, Tensor]) -> None:
+        super().load_published(drop_cls_position(state_dict, self.v_pos_emb.shape[1]))

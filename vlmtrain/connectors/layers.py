@@ -1,0 +1,130 @@
+"""Building blocks that several connectors share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+def mlp(widths: list[int], activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    """Linear layers through `widths`, an activation between each two."""
+    layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+    for before, after in zip(widths[1:], widths[2:], strict=False):
+        layers += [activation(), nn.Linear(before, after)]
+    return nn.Sequential(*layers)
+
+
+def blocks(x: Tensor, side: int) -> Tensor:
+    """Cut a raster grid into squares: (B, H, W, C) -> (B, H/side, W/side, side*side, C), raster within each."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, channels)
+    return x.transpose(2, 3).flatten(3, 4)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate projections, ``num_heads`` heads of ``head_dim``.
+
+    q ``(B, T, q_dim)``, k and v ``(B, S, kv_dim)`` -> ``(B, T, out_dim)``. `mask` is boolean, True where
+    attention is allowed, broadcastable to ``(B, num_heads, T, S)``.
+    """
+
+    def __init__(
+        self,
+        q_dim: int,
+        kv_dim: int,
+        num_heads: int,
+        head_dim: int,
+        out_dim: int,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        inner = num_heads * head_dim
+        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
+        self.q = nn.Linear(q_dim, inner, bias=bias)
+        self.k = nn.Linear(kv_dim, inner, bias=bias)
+        self.v = nn.Linear(kv_dim, inner, bias=bias)
+        self.out = nn.Linear(inner, out_dim, bias=bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (self.q(q), self.k(k), self.v(v))
+        )
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+# How the parts of `Attention` are called in torch's nn.MultiheadAttention, which packs q, k and v into one.
+MULTIHEAD_ATTENTION = ((r"attn\.[qkv]\.(weight|bias)", r"attn.in_proj_\1"), (r"attn\.out\.", "attn.out_proj."))
+
+
+def init_multihead_attention(attention: Attention) -> None:
+    """The initialisation of nn.MultiheadAttention: Xavier over q, k and v as one matrix; biases zero."""
+    width, fan_in = attention.q.weight.shape
+    bound = (6 / (3 * width + fan_in)) ** 0.5
+    for projection in (attention.q, attention.k, attention.v):
+        nn.init.uniform_(projection.weight, -bound, bound)
+        nn.init.zeros_(projection.bias)
+
+
+def init_linears(module: nn.Module, std: float = 0.02, truncated: bool = False) -> None:
+    """All linear layers normal with `std`, cut off at two units where `truncated` (as timm's); biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            (nn.init.trunc_normal_ if truncated else nn.init.normal_)(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of ``(B, C, H, W)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias that keeps the size at stride 1, LayerNorm2d, and an activation if any."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        activation: type[nn.Module] | None = None,
+    ):
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False),
+            LayerNorm2d(out_dim),
+        ]
+        super().__init__(*layers, *([activation()] if activation else []))
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel of ``(B, C, H, W)`` by a gate computed from the means of all channels."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: type[nn.Module], gate: type[nn.Module]):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.activation, self.gate = activation(), gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.fc1(x.mean((2, 3), keepdim=True))
+        return x * self.gate(self.fc2(self.activation(scale)))
+
+
+def sincos_positions(dim: int, height: int, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine table ``(height*width, dim)``; the first half encodes the column (MAE's code)."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    angles = [(axis.reshape(-1, 1) * frequencies) for axis in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()

@@ -1,0 +1,102 @@
+"""`meq_former`: one Q-Former over the features of several encoders (BRAVE, 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Connector, VisionFeatures
+from .checks import check_features, require_fraction, require_grid, require_positive
+from .qformer import QFormerCore, instruction_mask, sequence
+
+
+class MEQFormer(Connector):
+    """Multi-encoder querying transformer (BRAVE, Kar et al., ECCV 2024, section 3).
+
+    `in_dim` is a tuple, one width an encoder, and `forward` takes a tuple of features in that order; a plain
+    width and plain features stand for one encoder. Each encoder's features, prefix included, are projected to
+    `hidden_dim`, all are concatenated along the sequence (grids may differ), and a Q-Former reads them with
+    `num_queries` queries (None: 32 an encoder): ``(B, num_queries, out_dim)``.
+
+    No code is published. Choices where the paper is silent: no encoder embedding; cross-attention in every second
+    layer, as in BLIP-2; a prompt (`text_vocab`) has word and position embeddings but shares the queries'
+    feed-forward layers, since only without separate ones does the size match the paper's 116M (at five encoders,
+    without a prompt's embeddings, which the paper does not count); `encoder_dropout`, the paper's 20% masking of
+    encoders in training, hides an encoder from attention independently for each sample and is undone for a sample
+    that would lose all encoders. `text_vocab` None reads no prompt.
+    """
+
+    several_encoders = True
+    in_dim: tuple[int, ...]
+
+    def __init__(
+        self,
+        in_dim: int | tuple[int, ...],
+        out_dim: int,
+        num_queries: int | None = None,
+        hidden_dim: int = 1408,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        intermediate_size: int = 3072,
+        cross_every: int = 2,
+        dropout: float = 0.1,
+        encoder_dropout: float = 0.2,
+        text_vocab: int | None = None,
+        text_positions: int = 512,
+    ):
+        super().__init__((in_dim,) if isinstance(in_dim, int) else tuple(in_dim), out_dim)
+        require_positive(hidden_dim=hidden_dim)
+        require_fraction(encoder_dropout=encoder_dropout)
+        self.reads_text = text_vocab is not None
+        self.encoder_dropout = encoder_dropout
+        self.projections = nn.ModuleList(nn.Linear(width, hidden_dim) for width in self.in_dim)
+        self.core = QFormerCore(
+            hidden_dim,
+            32 * len(self.in_dim) if num_queries is None else num_queries,
+            hidden_size,
+            depth,
+            num_heads,
+            intermediate_size,
+            cross_every,
+            dropout,
+            text_vocab,
+            text_positions,
+            text_ffn=False,
+        )
+        self.proj = nn.Linear(hidden_size, out_dim)
+
+    def output_grid(self, height: int, width: int) -> None:
+        require_grid(height, width)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        self.output_grid(height, width)
+        return self.core.num_queries
+
+    def forward(
+        self,
+        features: VisionFeatures | tuple[VisionFeatures, ...],
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        encoders = (features,) if isinstance(features, VisionFeatures) else tuple(features)
+        if len(encoders) != len(self.in_dim):
+            raise ValueError(
+                f"meq_former was built for {len(self.in_dim)} encoders (in_dim={self.in_dim}), "
+                f"got features of {len(encoders)}"
+            )
+        for encoder, width in zip(encoders, self.in_dim, strict=True):
+            check_features(encoder, width, 0)
+        parts = [project(sequence(encoder)) for project, encoder in zip(self.projections, encoders, strict=True)]
+        mask = instruction_mask(self, text_ids, text_mask)
+        tokens = self.core(torch.cat(parts, dim=1), text_ids, mask, self.encoder_mask(parts))
+        return self.proj(tokens[:, : self.core.num_queries])
+
+    def encoder_mask(self, parts: list[Tensor]) -> Tensor | None:
+        """Which of the concatenated features may be seen ``(B, N)``: in training some encoders are hidden."""
+        if not self.training or not self.encoder_dropout:
+            return None
+        first = parts[0]
+        shown = torch.rand(len(first), len(parts), device=first.device) >= self.encoder_dropout
+        shown = shown | ~shown.any(1, keepdim=True)
+        return torch.cat([shown[:, i, None].expand(-1, part.shape[1]) for i, part in enumerate(parts)], dim=1)

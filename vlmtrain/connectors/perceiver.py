@@ -1,0 +1,97 @@
+"""`perceiver_resampler`: latents that repeatedly attend to patches and to themselves (Flamingo, 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Connector, VisionFeatures
+from .checks import require_grid, require_positive
+from .layers import Attention
+from .published import Names
+
+
+class PerceiverLayer(nn.Module):
+    """Latents attend to [patches; latents], then a feed-forward layer; pre-norm, residual, no biases."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, intermediate_size: int):
+        super().__init__()
+        self.norm_media, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, dim, num_heads, head_dim, dim, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, intermediate_size, bias=False),
+            nn.GELU(),
+            nn.Linear(intermediate_size, dim, bias=False),
+        )
+
+    def forward(self, latents: Tensor, x: Tensor) -> Tensor:
+        normed = self.norm_latents(latents)
+        keys = torch.cat([self.norm_media(x), normed], dim=1)
+        latents = latents + self.attention(normed, keys, keys)
+        return latents + self.feed_forward(latents)
+
+
+class PerceiverResampler(Connector):
+    """`num_queries` latents through `depth` layers (Flamingo, section 3.1.1 and appendix A.1.1).
+
+    ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, any grid. The layers are in_dim wide, their feed-forward
+    parts `intermediate_size` (None: 4 * in_dim). Flamingo's cross-attention reads in_dim-wide latents, so there a
+    linear layer to out_dim does not exist: here one follows unless in_dim equals out_dim, and `load_published`
+    leaves it as it is.
+    """
+
+    PUBLISHED = (
+        Names(
+            "perceiver.",
+            (
+                (r"^layers\.(\d+)\.feed_forward\.", r"layers.\1.1."),
+                (r"^layers\.(\d+)\.norm_", r"layers.\1.0.norm_"),
+                (r"^layers\.(\d+)\.attention\.q\.", r"layers.\1.0.to_q."),
+                (r"^layers\.(\d+)\.attention\.[kv]\.", r"layers.\1.0.to_kv."),
+                (r"^layers\.(\d+)\.attention\.out\.", r"layers.\1.0.to_out."),
+            ),
+            unpublished=r"^proj\.",
+        ),
+    )
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        num_queries: int = 64,
+        depth: int = 6,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        intermediate_size: int | None = None,
+    ):
+        super().__init__(in_dim, out_dim)
+        intermediate_size = 4 * in_dim if intermediate_size is None else intermediate_size
+        require_positive(
+            num_queries=num_queries,
+            depth=depth,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            intermediate_size=intermediate_size,
+        )
+        self.num_queries = num_queries
+        self.latents = nn.Parameter(torch.randn(num_queries, in_dim))
+        self.layers = nn.ModuleList(
+            PerceiverLayer(in_dim, num_heads, head_dim, intermediate_size) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(in_dim)
+        self.proj = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim)
+
+    def output_grid(self, height: int, width: int) -> None:
+        require_grid(height, width)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        self.output_grid(height, width)
+        return self.num_queries
+
+    def forward(self, features: VisionFeatures) -> Tensor:
+        x = self.check(features).flatten(1, 2)
+        latents = self.latents.expand(len(x), -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, x)
+        return self.proj(self.norm(latents))

@@ -1,0 +1,125 @@
+"""Window pooling: `avgpool` and `attentional_pool` (Molmo2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Connector, VisionFeatures
+from .checks import require_choice, require_divisible, require_not_negative, require_positive, require_window
+from .layers import Attention, blocks, init_linears
+from .published import Names
+
+
+class WindowPool(Connector):
+    """One token a window of `window` x `window` patches; windows at the lower and right edge may be partial."""
+
+    def __init__(self, in_dim: int, out_dim: int, window: int):
+        super().__init__(in_dim, out_dim)
+        require_positive(window=window)
+        self.window = window
+
+    def output_grid(self, height: int, width: int) -> tuple[int, int]:
+        require_window(height, width, self.window, "window")
+        return -(-height // self.window), -(-width // self.window)
+
+
+class AvgPool(WindowPool):
+    """Mean over the real patches of each window, then one linear layer (KempnerForge's adapter).
+
+    ``(B, H, W, in_dim)`` -> ``(B, ceil(H/window) * ceil(W/window), out_dim)``.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, window: int = 2):
+        super().__init__(in_dim, out_dim, window)
+        self.proj = nn.Linear(in_dim, out_dim)
+
+    def forward(self, features: VisionFeatures) -> Tensor:
+        x = self.check(features).permute(0, 3, 1, 2)
+        x = F.avg_pool2d(x, self.window, ceil_mode=True)  # the divisor counts real cells only
+        return self.proj(x.flatten(2).transpose(1, 2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int):
+        super().__init__()
+        self.gate = nn.Linear(in_dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, out_dim, bias=False)
+        self.up = nn.Linear(in_dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class AttentionalPool(WindowPool):
+    """Attention inside each window, queried by the window's mean (Molmo2, 2025, and its published code).
+
+    Reads `levels` hidden layers from ``features.levels``, concatenated deepest first (Molmo2: the ninth- and
+    the third-from-last, so levels=2; ``features.patches`` then only gives the grid). levels=0 reads
+    ``features.patches`` alone. The head is a SwiGLU projector `intermediate_size` wide (None: 3 * out_dim, as in
+    Molmo2-8B), or one linear layer with head=linear (KempnerForge's adapter, with levels=0).
+    ``(B, H, W, in_dim)`` -> ``(B, ceil(H/window) * ceil(W/window), out_dim)``; Molmo2 uses window 2 for images
+    and 3 for video with the same weights. All linear layers start normal with std 0.02.
+    """
+
+    PUBLISHED = tuple(
+        Names(prefix, ((r"pool\.([qkv])\.", pool), (r"pool\.out\.", out), *head))
+        for prefix, pool, out, head in (
+            (
+                "model.vision_backbone.",
+                r"image_pooling_2d.w\1.",
+                "image_pooling_2d.wo.",
+                ((r"head\.gate", "image_projector.w1"), (r"head\.down", "image_projector.w2"))
+                + ((r"head\.up", "image_projector.w3"), (r"^head\.", "image_projector.")),
+            ),
+            (
+                "model.multi_modal_projector.",
+                r"image_pooling_2d.\1_proj.",
+                "image_pooling_2d.o_proj.",
+                ((r"head\.(gate|down|up)", r"image_projector.\1_proj"), (r"^head\.", "image_projector.")),
+            ),
+        )
+    )
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        window: int = 2,
+        num_heads: int = 16,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        levels: int = 2,
+        head: str = "swiglu",
+    ):
+        super().__init__(in_dim, out_dim, window)
+        require_positive(num_heads=num_heads)
+        require_not_negative(levels=levels)
+        require_choice(head, ("swiglu", "linear"), "head")
+        if head_dim is None:
+            require_divisible(in_dim, "in_dim", num_heads, "num_heads")
+            head_dim = in_dim // num_heads
+        intermediate_size = 3 * out_dim if intermediate_size is None else intermediate_size
+        require_positive(head_dim=head_dim, intermediate_size=intermediate_size)
+        self.num_levels = levels
+        width = in_dim * max(levels, 1)
+        self.pool = Attention(width, width, num_heads, head_dim, in_dim)
+        self.head = SwiGLU(in_dim, intermediate_size, out_dim) if head == "swiglu" else nn.Linear(in_dim, out_dim)
+        init_linears(self)
+
+    def forward(self, features: VisionFeatures) -> Tensor:
+        x = self.check(features)
+        if self.num_levels:
+            x = torch.cat(features.levels[::-1], dim=-1)
+        batch, height, width, _ = x.shape
+        rows, columns = self.output_grid(height, width)
+        padding = (0, columns * self.window - width, 0, rows * self.window - height)
+        x = blocks(F.pad(x, (0, 0, *padding)), self.window).flatten(0, 2)  # (B * windows, window**2, C)
+        real = F.pad(x.new_ones(1, height, width), padding).unsqueeze(-1)
+        real = blocks(real, self.window).expand(batch, -1, -1, -1, -1).flatten(0, 2)  # (B * windows, window**2, 1)
+        query = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        x = self.pool(query, x, x, mask=real.bool()[:, None].transpose(2, 3) if any(padding) else None)
+        return self.head(x).reshape(batch, rows * columns, self.out_dim)

@@ -1,0 +1,87 @@
+"""Loading published weights: a connector's own tensor names <-> the names of a publication."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class Names(NamedTuple):
+    """One naming convention.
+
+    prefix:      what stands before every name in the full model. Any number of its leading parts may be
+                 absent: ``"model.visual."`` also accepts ``"visual."`` and nothing.
+    renames:     substitutions ``(pattern, replacement)`` applied one after the other to our name. Several of
+                 our names that end in one published name are its equal-order parts along dimension 0.
+    unpublished: pattern of our names that have no published counterpart; these keep their values.
+    ignored:     pattern of published names that hold no weights.
+    """
+
+    prefix: str = ""
+    renames: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = ()
+    unpublished: str | None = None
+    ignored: str | None = None
+
+
+def load(module: nn.Module, state_dict: dict[str, Tensor], conventions: tuple[Names, ...]) -> None:
+    """Copy `state_dict` into `module` under the convention that fits best, or say what does not fit."""
+    fits = [_fit(module, state_dict, names, prefix) for names in conventions for prefix in _prefixes(names.prefix)]
+    expected, missing, unexpected, kept = min(fits, key=lambda fit: len(fit[1]) + len(fit[2]))
+    own = module.state_dict()
+    problems = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]
+    for name, parts in expected.items():
+        if name in state_dict:
+            shape = (sum(own[part].shape[0] for part in parts), *own[parts[0]].shape[1:]) if own[parts[0]].ndim else ()
+            if tuple(state_dict[name].shape) != shape:
+                problems.append(f"shape of {name}: expected {shape}, got {tuple(state_dict[name].shape)}")
+    if problems:
+        raise ValueError(
+            f"These weights do not fit {type(module).__name__}; nothing was loaded. Check the connector's options "
+            "against the published model.\n  " + "\n  ".join(problems)
+        )
+    with torch.no_grad():
+        for name, parts in expected.items():
+            rows = [own[part].shape[0] for part in parts] if len(parts) > 1 else [len(state_dict[name])]
+            for part, tensor in zip(parts, state_dict[name].split(rows), strict=True):
+                own[part].copy_(tensor)
+    if kept:
+        logger.warning("Not part of the published weights, left as they were: %s", ", ".join(kept))
+
+
+def drop_cls_position(state_dict: dict[str, Tensor], num_positions: int) -> dict[str, Tensor]:
+    """Older Honeybee checkpoints hold one more position, the CLS token's, first: leave it out."""
+    return {
+        name: tensor[:, 1:] if name.endswith("pos_emb") and tensor.shape[1] == num_positions + 1 else tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def _prefixes(prefix: str) -> list[str]:
+    parts = prefix.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _fit(module: nn.Module, state_dict: dict[str, Tensor], names: Names, prefix: str):
+    """Published name -> our names, and what is missing, unexpected and kept under this convention."""
+    expected: dict[str, list[str]] = {}
+    kept = []
+    for own in module.state_dict():
+        if names.unpublished and re.match(names.unpublished, own):
+            kept.append(own)
+            continue
+        name = own
+        for pattern, replacement in names.renames:
+            name = re.sub(pattern, replacement, name)
+        expected.setdefault(prefix + name, []).append(own)
+    missing = [name for name in expected if name not in state_dict]
+    unexpected = [
+        name for name in state_dict if name not in expected and not (names.ignored and re.search(names.ignored, name))
+    ]
+    return expected, missing, unexpected, kept

@@ -1,0 +1,291 @@
+"""`qformer`: a BERT whose queries read the picture (BLIP-2, 2023), and an instruction (InstructBLIP, 2023)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Connector, VisionFeatures
+from .checks import require_divisible, require_fraction, require_grid, require_positive
+from .layers import Attention, init_linears
+from .published import Names
+
+EPS = 1e-12  # BERT's
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, linear; residual, then LayerNorm."""
+
+    def __init__(self, dim: int, intermediate_size: int, dropout: float):
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, intermediate_size), nn.Linear(intermediate_size, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim, eps=EPS), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class AttentionNorm(nn.Module):
+    """Attention; residual, then LayerNorm."""
+
+    def __init__(self, dim: int, kv_dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(dim, kv_dim, num_heads, dim // num_heads, dim, dropout=dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim, eps=EPS), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        return self.norm(x + self.dropout(self.attention(x, keys, keys, mask)))
+
+
+class QFormerLayer(nn.Module):
+    """Shared self-attention; queries then read the picture (if `cross`); own feed-forward for text (if any)."""
+
+    def __init__(
+        self,
+        dim: int,
+        vision_dim: int,
+        num_heads: int,
+        intermediate_size: int,
+        dropout: float,
+        cross: bool,
+        text: bool,
+    ):
+        super().__init__()
+        self.self_attention = AttentionNorm(dim, dim, num_heads, dropout)
+        self.cross_attention = AttentionNorm(dim, vision_dim, num_heads, dropout) if cross else None
+        self.query_ffn = FeedForward(dim, intermediate_size, dropout)
+        self.text_ffn = FeedForward(dim, intermediate_size, dropout) if text else None
+
+    def forward(
+        self, x: Tensor, num_queries: int, vision: Tensor | None, mask: Tensor | None, vision_mask: Tensor | None
+    ) -> Tensor:
+        x = self.self_attention(x, x, mask)
+        queries, text = x[:, :num_queries], x[:, num_queries:]
+        if num_queries:
+            if self.cross_attention is not None:
+                queries = self.cross_attention(queries, vision, vision_mask)
+            queries = self.query_ffn(queries)
+        if text.shape[1]:
+            text = (self.text_ffn or self.query_ffn)(text)
+        return torch.cat([queries, text], dim=1)
+
+
+class TextEmbedding(nn.Module):
+    """Word plus position embeddings: ids ``(B, T)`` -> ``(B, T, dim)``."""
+
+    def __init__(self, vocabulary: int, positions: int, dim: int):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(positions, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length, limit = ids.shape[1], self.positions.num_embeddings
+        if length > limit:
+            raise ValueError(
+                f"an instruction of {length} tokens, but connector.text_positions={limit}: "
+                "shorten it or raise the option"
+            )
+        return self.words(ids) + self.positions(torch.arange(length, device=ids.device))
+
+
+class QFormerCore(nn.Module):
+    """The Q-Former itself, which can run on queries, on text, or on both at once.
+
+    With `vision` ``(B, N, vision_dim)`` the sequence is [queries; text], without it text alone. `mask` is boolean
+    ``(B, T, T)`` over that sequence (or broadcastable to it), True where a row may attend to a column; None allows
+    everything. `vision_mask` ``(B, N)`` is True where queries may look. Every row of a mask must allow something.
+    Returns the hidden states ``(B, T, hidden_size)``, queries first.
+
+    BLIP-2's first stage is three calls with its three masks; heads belong to the objective. Cross-attention sits
+    in layers 0, `cross_every`, ... Text has feed-forward layers of its own only where `text_ffn`.
+    """
+
+    def __init__(
+        self,
+        vision_dim: int,
+        num_queries: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        intermediate_size: int,
+        cross_every: int,
+        dropout: float,
+        text_vocab: int | None,
+        text_positions: int,
+        text_ffn: bool,
+    ):
+        super().__init__()
+        require_positive(
+            num_queries=num_queries,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            intermediate_size=intermediate_size,
+            cross_every=cross_every,
+            text_positions=text_positions,
+        )
+        require_divisible(hidden_size, "connector.hidden_size", num_heads, "num_heads")
+        require_fraction(dropout=dropout)
+        self.num_queries = num_queries
+        self.query_tokens = nn.Parameter(torch.empty(1, num_queries, hidden_size))
+        self.embedding = None
+        if text_vocab is not None:
+            require_positive(text_vocab=text_vocab)
+            self.embedding = TextEmbedding(text_vocab, text_positions, hidden_size)
+        self.norm, self.dropout = nn.LayerNorm(hidden_size, eps=EPS), nn.Dropout(dropout)
+        text_ffn = text_ffn and text_vocab is not None
+        self.layers = nn.ModuleList(
+            QFormerLayer(hidden_size, vision_dim, num_heads, intermediate_size, dropout, i % cross_every == 0, text_ffn)
+            for i in range(depth)
+        )
+        init_linears(self)
+        nn.init.normal_(self.query_tokens, std=0.02)
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.words.weight, std=0.02)
+            nn.init.normal_(self.embedding.positions.weight, std=0.02)
+
+    def forward(
+        self,
+        vision: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        vision_mask: Tensor | None = None,
+    ) -> Tensor:
+        parts = []
+        if vision is not None:
+            parts.append(self.query_tokens.expand(len(vision), -1, -1))
+        if text_ids is not None:
+            parts.append(self.embedding(text_ids))
+        x = self.dropout(self.norm(torch.cat(parts, dim=1)))
+        num_queries = 0 if vision is None else self.num_queries
+        mask = None if mask is None else mask.unsqueeze(-3)  # all heads alike
+        vision_mask = None if vision_mask is None else vision_mask[:, None, None]
+        for layer in self.layers:
+            x = layer(x, num_queries, vision, mask, vision_mask)
+        return x
+
+
+# Our names -> LAVIS's, but for the projection, which LAVIS names after the language model; -> Hugging Face's.
+_LAVIS = (
+    (r"^core\.embedding\.words", "Qformer.bert.embeddings.word_embeddings"),
+    (r"^core\.embedding\.positions", "Qformer.bert.embeddings.position_embeddings"),
+    (r"^core\.norm", "Qformer.bert.embeddings.LayerNorm"),
+    (r"^core\.layers", "Qformer.bert.encoder.layer"),
+    (r"self_attention\.attention\.out", "attention.output.dense"),
+    (r"cross_attention\.attention\.out", "crossattention.output.dense"),
+    (r"(self|cross)_attention\.norm", r"\1attention.output.LayerNorm"),
+    (r"(self|cross)_attention\.attention\.q\.", r"\1attention.self.query."),
+    (r"(self|cross)_attention\.attention\.k\.", r"\1attention.self.key."),
+    (r"(self|cross)_attention\.attention\.v\.", r"\1attention.self.value."),
+    (r"selfattention", "attention"),
+    (r"query_ffn\.up", "intermediate_query.dense"),
+    (r"query_ffn\.down", "output_query.dense"),
+    (r"query_ffn\.norm", "output_query.LayerNorm"),
+    (r"text_ffn\.up", "intermediate.dense"),
+    (r"text_ffn\.down", "output.dense"),
+    (r"text_ffn\.norm", "output.LayerNorm"),
+    (r"^core\.", ""),
+)
+_HF = (
+    *_LAVIS,
+    (r"attention\.self\.", "attention.attention."),
+    (r"^Qformer\.bert\.", "qformer."),
+    (r"^ln_vision", "vision_model.post_layernorm"),
+    (r"^proj\.", "language_projection."),
+)
+
+
+class QFormer(Connector):
+    """Learned queries in a BERT with cross-attention, then a linear layer (BLIP-2, section 3 and published code).
+
+    ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, any grid; ``features.prefix`` (CLS) is read too, before
+    the patches. `text_vocab` (BERT's: 30523 with BLIP-2's extra token) makes it read an instruction (InstructBLIP,
+    section 2.2): then ``forward(features, text_ids, text_mask)``, ids ``(B, T)`` and a mask True at real tokens.
+    `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps in the encoder.
+    `core` is the Q-Former alone, for training without a language model.
+
+    In the last layer the text's feed-forward part cannot influence the queries, in the published model as here:
+    it gets a gradient of zero.
+    """
+
+    PUBLISHED = (
+        # BLIP-2 keeps the text embeddings outside the Q-Former, InstructBLIP inside.
+        Names(
+            "model.",
+            (*_HF, (r"qformer\.embeddings\.LayerNorm", "qformer.layernorm"), (r"qformer\.embeddings", "embeddings")),
+            ignored="position_ids",
+        ),
+        Names("model.", (*_HF, (r"embeddings\.LayerNorm", "embeddings.layernorm")), ignored="position_ids"),
+        *(
+            Names("", (*_LAVIS, (r"^proj\.", projection)), ignored="position_ids")
+            for projection in ("opt_proj.", "t5_proj.", "llm_proj.")
+        ),
+    )
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        num_queries: int = 32,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        intermediate_size: int = 3072,
+        cross_every: int = 2,
+        dropout: float = 0.1,
+        text_vocab: int | None = None,
+        text_positions: int = 512,
+        vision_norm: bool = False,
+    ):
+        super().__init__(in_dim, out_dim)
+        self.reads_text = text_vocab is not None
+        self.ln_vision = nn.LayerNorm(in_dim) if vision_norm else nn.Identity()
+        self.core = QFormerCore(
+            in_dim,
+            num_queries,
+            hidden_size,
+            depth,
+            num_heads,
+            intermediate_size,
+            cross_every,
+            dropout,
+            text_vocab,
+            text_positions,
+            text_ffn=True,
+        )
+        self.proj = nn.Linear(hidden_size, out_dim)
+
+    def output_grid(self, height: int, width: int) -> None:
+        require_grid(height, width)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        self.output_grid(height, width)
+        return self.core.num_queries
+
+    def forward(
+        self, features: VisionFeatures, text_ids: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        self.check(features)
+        vision = self.ln_vision(sequence(features))
+        mask = instruction_mask(self, text_ids, text_mask)
+        return self.proj(self.core(vision, text_ids, mask)[:, : self.core.num_queries])
+
+
+def sequence(features: VisionFeatures) -> Tensor:
+    """Prefix and patches of one encoder as ``(B, P + H*W, C)``."""
+    patches = features.patches.flatten(1, 2)
+    return patches if features.prefix is None else torch.cat([features.prefix, patches], dim=1)
+
+
+def instruction_mask(connector: Connector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:
+    """Queries and real instruction tokens may be attended to, by all: ``(B, 1, queries + T)``."""
+    if connector.reads_text != (text_ids is not None):
+        raise ValueError(
+            "connector.text_vocab is set, so the connector needs text_ids: pass the instruction, or unset the option"
+            if connector.reads_text
+            else "got text_ids, but connector.text_vocab is not set: set it to the size of the text's vocabulary"
+        )
+    if text_mask is None:
+        return None
+    queries = text_mask.new_ones(len(text_mask), connector.core.num_queries, dtype=torch.bool)
+    return torch.cat([queries, text_mask.bool()], dim=1)[:, None]

@@ -1,0 +1,74 @@
+"""`token_packer`: coarse queries, each attending to its own region of several layers (TokenPacker, 2024)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import VisionFeatures
+from .checks import require_divisible, require_positive
+from .layers import MULTIHEAD_ATTENTION, Attention, blocks, init_linears, init_multihead_attention, mlp
+from .mergers import BlockMerge
+from .published import Names
+
+
+class TokenPacker(BlockMerge):
+    """Point-to-region attention (TokenPacker, section 3.2 and published code).
+
+    ``(B, H, W, in_dim)`` -> ``(B, H*W / factor**2, out_dim)``. The queries are ``features.patches``, resized
+    bilinearly to 1/factor; the keys and values of a query come from the `factor` x `factor` patches it stands for,
+    taken from the `levels` layers of ``features.levels``, concatenated shallow to deep (published: layers 12, 16,
+    22 and 23 of CLIP ViT-L). Attention is `hidden_size` wide; `num_heads` None: one for each 128, at least one.
+    """
+
+    PUBLISHED = (
+        Names(
+            "model.mm_projector.",
+            (
+                (r"^(q|k|v)_proj\.", r"\1_proj_1."),
+                (r"^ln_(q|k|v)\.", r"ln_\1_1."),
+                *MULTIHEAD_ATTENTION,
+                (r"^attn\.", "clip_attn."),
+            ),
+        ),
+    )
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        factor: int = 2,
+        hidden_size: int = 1024,
+        num_heads: int | None = None,
+        levels: int = 4,
+    ):
+        super().__init__(in_dim, out_dim, factor)
+        require_positive(hidden_size=hidden_size, levels=levels)
+        num_heads = max(1, hidden_size // 128) if num_heads is None else num_heads
+        require_positive(num_heads=num_heads)
+        require_divisible(hidden_size, "connector.hidden_size", num_heads, "num_heads")
+        self.num_levels = levels
+        norm = partial(nn.LayerNorm, hidden_size, eps=1e-6)
+        self.q_proj = nn.Linear(in_dim, hidden_size, bias=False)
+        self.k_proj = mlp([levels * in_dim, hidden_size, hidden_size])
+        self.v_proj = mlp([levels * in_dim, hidden_size, hidden_size])
+        self.ln_q, self.ln_k, self.ln_v = norm(), norm(), norm()
+        self.attn = Attention(hidden_size, hidden_size, num_heads, hidden_size // num_heads, hidden_size)
+        self.mlp = mlp([hidden_size, out_dim, out_dim])
+        init_linears(self, truncated=True)
+        init_multihead_attention(self.attn)
+
+    def forward(self, features: VisionFeatures) -> Tensor:
+        patches = self.check(features)
+        grid = self.output_grid(*patches.shape[1:3])
+        coarse = F.interpolate(patches.permute(0, 3, 1, 2).float(), size=grid, mode="bilinear").to(patches.dtype)
+        query = self.ln_q(self.q_proj(coarse.permute(0, 2, 3, 1))).flatten(0, 2).unsqueeze(1)  # (B * regions, 1, C)
+        levels = torch.cat(features.levels, dim=-1)
+        key, value = (
+            blocks(norm(proj(levels)), self.factor).flatten(0, 2)  # (B * regions, factor**2, C)
+            for norm, proj in ((self.ln_k, self.k_proj), (self.ln_v, self.v_proj))
+        )
+        return self.mlp(self.attn(query, key, value).reshape(len(patches), grid[0] * grid[1], -1))

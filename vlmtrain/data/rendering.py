@@ -1,0 +1,273 @@
+"""Rendering: one pass turns a conversation into tokens, and each token is born trainable or not.
+
+    conversation -> template -> spans of text (template, user, assistant, picture) -> tokens + targets
+
+Template text and the speakers' words are told apart before anything is tokenised, and tokens are
+assigned by their character offsets, so no string is ever searched for inside another. Special-token
+strings in somebody's words stay words: only the template's own become control tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .records import IMAGE_MARK, BadSample, Conversation, Turn
+from .templates import chat_template
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens, each tensor ``(T,)``.
+
+    input_ids:   token ids; a filler at image positions.
+    targets:     the id that position t must predict (the token at t + 1), or IGNORE.
+    weights:     loss weight of that target, float32; 0 where there is none.
+    image_index: which of the sample's pictures a position belongs to, -1 for text.
+    answers:     for each assistant turn, the range of its tokens, end-of-turn included:
+                 ``input_ids[:start]`` is its prompt.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    image_index: Tensor
+    answers: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A stretch of the rendered text. `answer` is the assistant turn it trains, if any."""
+
+    text: str
+    is_words: bool = False
+    answer: int | None = None
+    is_image: bool = False
+
+
+class Renderer:
+    """Renders conversations for one tokenizer and template.
+
+    template: ``plain`` (caption only, LLaVA's pretraining form: pictures, caption, newline), ``chat``
+    (the tokenizer's own chat template, or else `fallback`), or a name of `templates.TEMPLATES`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, fallback: str | None = None):
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self._chat = None if template == "plain" else chat_template(template, tokenizer, fallback)
+        specials = sorted({str(t) for t in tokenizer.all_special_tokens}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self.filler = tokenizer.pad_token_id or 0
+        if self._chat:
+            self._spans(Conversation("template", (Turn("user", "question"), Turn("assistant", "answer"))))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end an answer."""
+        if self.template == "plain":
+            stop = self.tokenizer("\n", add_special_tokens=False).input_ids[-1:]
+        else:
+            probe = self._render(Conversation("stop", (Turn("user", "question"), Turn("assistant", "answer"))), [])
+            stop = [int(probe.input_ids[probe.answers[-1][1] - 1])]
+        eos = self.tokenizer.eos_token_id
+        return stop if eos is None or eos in stop else [*stop, eos]
+
+    def render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
+        """Tokens and targets of a conversation whose pictures make `image_tokens` tokens each.
+
+        A conversation over `max_length` loses whole turns from its end; pictures are never cut.
+        Raises BadSample, naming the conversation, if nothing to learn is left or marks and pictures
+        do not agree.
+        """
+        check_conversation(conversation)
+        turns = conversation.turns
+        while True:
+            rendered = self._render(replace(conversation, turns=turns), image_tokens)
+            if len(rendered) <= self.max_length:
+                break
+            turns = turns[:-1]
+            while turns and turns[-1].role != "assistant":
+                turns = turns[:-1]
+            if not turns or IMAGE_MARK in "".join(t.text for t in conversation.turns[len(turns) :] if t.role == "user"):
+                raise BadSample(
+                    f"{conversation.id}: {len(rendered)} tokens ({sum(image_tokens)} of pictures) do not fit "
+                    f"max_length={self.max_length}"
+                )
+        if not (rendered.weights > 0).any():
+            raise BadSample(f"{conversation.id}: nothing to learn: no assistant words")
+        return rendered
+
+    def prompt(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
+        """Tokens up to the answer that is asked for; the conversation ends with a user turn."""
+        complete = (*conversation.turns, Turn("assistant", "answer"))
+        rendered = self._render(replace(conversation, turns=complete), image_tokens)
+        start = rendered.answers[-1][0]
+        return Rendered(
+            rendered.input_ids[:start],
+            torch.full((start,), IGNORE),
+            torch.zeros(start),
+            rendered.image_index[:start],
+            rendered.answers[:-1],
+        )
+
+    def decode(self, ids: Tensor) -> str:
+        """Words of a generated answer, without its end."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return (text.split("\n")[0] if self.template == "plain" else text).strip()
+
+    def _render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
+        ids: list[int] = []
+        answer_of: list[int] = []  # assistant turn that a token belongs to, or -1
+        image_of: list[int] = []
+        chunk: list[_Span] = []
+        images = iter(enumerate(image_tokens))
+
+        def flush() -> None:
+            for token, answer in self._tokenize(chunk):
+                ids.append(token)
+                answer_of.append(answer)
+                image_of.append(-1)
+            chunk.clear()
+
+        for span in self._spans(conversation):
+            if not span.is_image:
+                chunk.append(span)
+                continue
+            flush()
+            index, count = next(images)
+            ids += [self.filler] * count
+            answer_of += [-1] * count
+            image_of += [index] * count
+        flush()
+
+        input_ids, answer = torch.tensor(ids), torch.tensor(answer_of)
+        trains = torch.cat([answer[1:] >= 0, torch.tensor([False])])
+        targets = torch.where(trains, input_ids.roll(-1), IGNORE)
+        turns = range(int(answer.max()) + 1)
+        ranges = tuple((int((answer == turn).nonzero()[0]), int((answer == turn).nonzero()[-1]) + 1) for turn in turns)
+        return Rendered(input_ids, targets, trains.float(), torch.tensor(image_of), ranges)
+
+    def _spans(self, conversation: Conversation) -> list[_Span]:
+        if self._chat is None:
+            return self._plain_spans(conversation)
+        messages = [{"role": turn.role, "content": _placeholder(i)} for i, turn in enumerate(conversation.turns)]
+        text = self.tokenizer.apply_chat_template(messages, chat_template=self._chat, tokenize=False)
+        pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", text)
+        seen = [int(index) for index in pieces[1::2]]
+        if seen != list(range(len(messages))):
+            raise ValueError(
+                f"the chat template does not show every turn once and in order (turns shown: {seen}, "
+                f"of {len(messages)}); give another with the stage's template"
+            )
+        spans, rest = [], pieces[0]
+        for index, after in zip(seen, pieces[2::2]):
+            turn = conversation.turns[index]
+            words = turn.text.strip()
+            spans.append(_Span(rest))
+            if turn.role != "assistant":
+                spans += _with_images(words) if turn.role == "user" else [_Span(words, is_words=True)]
+                rest = after
+                continue
+            number = sum(t.role == "assistant" for t in conversation.turns[:index])
+            end = re.match(rf"\s*(?:{self._special.pattern})", after)
+            if end is None:
+                raise ValueError(
+                    f"the chat template puts no end-of-turn token behind the assistant's words but {after[:20]!r}"
+                )
+            spans += [_Span(words, is_words=True, answer=number), _Span(end.group(), answer=number)]
+            rest = after[end.end() :]
+        return [*spans, _Span(rest)]
+
+    def _plain_spans(self, conversation: Conversation) -> list[_Span]:
+        if [turn.role for turn in conversation.turns] != ["user", "assistant"]:
+            roles = ", ".join(turn.role for turn in conversation.turns)
+            raise BadSample(f"{conversation.id}: template=plain takes one user and one assistant turn, got {roles}")
+        user, assistant = conversation.turns
+        starts_with_bos = self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
+        spans = [_Span(self.tokenizer.bos_token)] if starts_with_bos else []
+        spans += [span for span in _with_images(user.text) if span.is_image]
+        return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0), _Span("\n", answer=0)]
+
+    def _tokenize(self, spans: list[_Span]) -> list[tuple[int, int]]:
+        """Token ids of a run of text, each with the assistant turn it belongs to (or -1).
+
+        The run is tokenised as one string, as the language model met it in its own training, except
+        that special-token strings among somebody's words are cut out and spelt as text.
+        """
+        out: list[tuple[int, int]] = []
+        run: list[tuple[str, int]] = []
+
+        def flush(literal: bool = False) -> None:
+            text = "".join(piece for piece, _ in run)
+            if text:
+                encoded = self.tokenizer(
+                    text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=literal
+                )
+                ends = list(accumulate(len(piece) for piece, _ in run))
+                # A token that straddles two spans (" answer" behind "ASSISTANT:") belongs to the one in
+                # which it ends: that is what it says.
+                out.extend(
+                    (token, run[bisect_left(ends, max(end, 1))][1])
+                    for token, (_, end) in zip(encoded.input_ids, encoded.offset_mapping)
+                )
+            run.clear()
+
+        for span in spans:
+            turn = -1 if span.answer is None else span.answer
+            position = 0
+            for match in self._special.finditer(span.text) if span.is_words else ():
+                run.append((span.text[position : match.start()], turn))
+                flush()
+                run.append((match.group(), turn))
+                flush(literal=True)
+                position = match.end()
+            run.append((span.text[position:], turn))
+        flush()
+        return out
+
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: no template looks for them
+
+
+def _placeholder(index: int) -> str:
+    return f"{_OPEN}{index}{_CLOSE}"
+
+
+def _with_images(words: str) -> list[_Span]:
+    spans = []
+    for i, piece in enumerate(words.split(IMAGE_MARK)):
+        if i:
+            spans.append(_Span("", is_image=True))
+        spans.append(_Span(piece, is_words=True))
+    return spans
+
+
+def check_conversation(conversation: Conversation) -> None:
+    """Raise BadSample, naming the conversation, unless its turns alternate and its marks match its pictures."""
+    roles = [turn.role for turn in conversation.turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if len(spoken) < 2 or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise BadSample(
+            f"{conversation.id}: turns must alternate user, assistant (a system turn may come first); got {roles}"
+        )
+    for turn in conversation.turns:
+        if turn.role == "assistant" and not turn.text.strip():
+            raise BadSample(f"{conversation.id}: an empty answer")
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in conversation.turns if turn.role == "user")
+    if marks != len(conversation.images):
+        raise BadSample(
+            f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, {len(conversation.images)} pictures"
+        )

@@ -1,0 +1,219 @@
+"""Procedural pictures of coloured shapes, with captions and questions: data that needs no download.
+
+    (seed, split, i) -> scene (shapes in the cells of a 3 x 3 grid) -> picture, caption, questions -> Conversation
+
+Sample ``i`` of a split depends on nothing else, so any subset can be drawn in any order on any machine.
+Colour-shape pairs in `HELD_OUT` occur in every validation scene and in no other: a model that answers
+about them has put colour and shape together itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from PIL import Image, ImageDraw
+
+from .records import IMAGE_MARK, Conversation, Turn
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (222, 49, 49),
+    "green": (40, 167, 69),
+    "blue": (43, 99, 228),
+    "yellow": (247, 194, 14),
+    "purple": (146, 62, 196),
+    "orange": (245, 124, 20),
+    "pink": (246, 135, 188),
+    "black": (45, 45, 50),
+}
+BACKGROUND = (246, 246, 242)
+
+# Outlines as polygons in a square of side 2 around the origin, y pointing down.
+OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
+    "circle": None,
+    "square": ((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)),
+    "triangle": ((0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)),
+    "cross": (
+        (-0.34, -1), (0.34, -1), (0.34, -0.34), (1, -0.34), (1, 0.34), (0.34, 0.34),
+        (0.34, 1), (-0.34, 1), (-0.34, 0.34), (-1, 0.34), (-1, -0.34), (-0.34, -0.34),
+    ),
+    "ring": None,
+}  # fmt: skip
+SHAPES = tuple(OUTLINES)
+HELD_OUT = frozenset(zip(COLORS, SHAPES, strict=False))
+"""The (color, shape) pairs kept for validation: each shape in one colour."""
+
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+SIDES = ("left", "right", "above", "below")
+COUNTS = ("one", "two", "three")
+OBJECTS = 4
+"""Shapes in a picture, except one that is only captioned."""
+CAPTION_OBJECTS = (1, 1, 2, 3, 4)
+"""Shapes in a captioned picture, drawn with equal chances. Pictures of one shape are what makes a contrastive
+model look at shapes at all: among fuller pictures, colours and places alone tell captions apart."""
+
+SPLITS = ("caption", "text", "instruct", "validation")
+DESCRIBE = "Describe the picture."
+
+VOCABULARY: tuple[str, ...] = (
+    *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *ROWS, *COLUMNS, *SIDES, *COUNTS,
+    *["A", "a", "at", "the", "What", "color", "shape", "shapes", "is", "Where", "relative", "to", "How", "many", "are", "there", "Describe", "picture"],
+    ".", ",", "?",
+)  # fmt: skip
+"""Every word and punctuation mark that the texts are made of."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: its place in the grid, and its centre and radius as fractions of the picture's side."""
+
+    color: str
+    shape: str
+    row: int
+    column: int
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def place(self) -> str:
+        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A scene that is drawn when it is loaded: ``size x size`` pixels, antialiased, RGB."""
+
+    items: tuple[Item, ...]
+    size: int
+
+    def load(self) -> Image.Image:
+        oversample = 4
+        canvas = Image.new("RGB", (self.size * oversample,) * 2, BACKGROUND)
+        draw = ImageDraw.Draw(canvas)
+        for item in self.items:
+            _draw(draw, item, canvas.width)
+        return canvas.reduce(oversample)
+
+
+def _draw(draw: ImageDraw.ImageDraw, item: Item, side: int) -> None:
+    x, y, radius = item.x * side, item.y * side, item.radius * side
+    color, outline = COLORS[item.color], OUTLINES[item.shape]
+    if outline is not None:
+        draw.polygon([(x + radius * dx, y + radius * dy) for dx, dy in outline], fill=color)
+        return
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    if item.shape == "ring":
+        hole = 0.55 * radius
+        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=BACKGROUND)
+
+
+class Shapes:
+    """One split as a sequence of conversations.
+
+    split: ``caption`` (picture and caption), ``text`` (a scene in words and questions about it, no
+    picture), ``instruct`` (picture and questions) or ``validation`` (the same, with `HELD_OUT` pairs).
+    size: number of conversations. image_size: side of the pictures in pixels.
+
+    Raises ValueError for an unknown split.
+    """
+
+    def __init__(self, split: str, size: int, image_size: int = 48, seed: int = 0):
+        if split not in SPLITS:
+            raise ValueError(f"Unknown split {split!r} of the shapes data. Available: {', '.join(SPLITS)}")
+        self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < self.size:
+            raise IndexError(f"sample {index} of {self.size}")
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        objects = rng.choice(CAPTION_OBJECTS) if self.split == "caption" else OBJECTS
+        items, counted = _scene(rng, objects, held_out=self.split == "validation")
+        if self.split == "caption":
+            exchanges, opening = [(DESCRIBE, describe(items))], IMAGE_MARK
+        elif self.split == "text":
+            exchanges = _questions(rng, items, counted)
+            opening = describe(rng.sample(items, len(items)))
+        else:
+            exchanges, opening = _questions(rng, items, counted), IMAGE_MARK
+        turns = []
+        for question, answer in exchanges:
+            turns += [Turn("user", question if turns else f"{opening}\n{question}"), Turn("assistant", answer)]
+        images = () if self.split == "text" else (Picture(items, self.image_size),)
+        return Conversation(f"{self.split}-{index}", tuple(turns), images)
+
+
+def describe(items: Sequence[Item]) -> str:
+    """The caption: every shape with its colour and place, in the order given."""
+    phrases = [f"a {item.color} {item.shape} at the {item.place}" for item in items]
+    return f"A{', '.join(phrases)[1:]}."
+
+
+def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
+    """Items in raster order, and the colour or shape whose occurrences may be counted.
+
+    One to three items share it, with equal chances, so that counts are balanced. All else differs, so
+    that every item can be named by its colour or by its shape.
+    """
+    times = min(rng.randint(1, len(COUNTS)), objects)
+    shares_color = rng.random() < 0.5
+    while True:
+        colors, shapes = rng.sample(list(COLORS), objects), rng.sample(SHAPES, objects)
+        shared = colors if shares_color else shapes
+        shared[:times] = shared[:1] * times
+        if held_out == any(pair in HELD_OUT for pair in zip(colors, shapes, strict=True)):
+            break
+    cells = rng.sample(range(len(ROWS) * len(COLUMNS)), objects)
+    items = [_place(rng, *item) for item in zip(colors, shapes, cells, strict=True)]
+    return tuple(sorted(items, key=lambda item: (item.row, item.column))), shared[0]
+
+
+def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
+    """An item of random size, anywhere in its cell where it does not touch the border."""
+    row, column = divmod(cell, len(COLUMNS))
+    radius = rng.uniform(0.13, 0.15)
+    slack = 0.012
+    x, y = ((at + 0.5) / 3 + rng.uniform(-slack, slack) for at in (column, row))
+    return Item(color, shape, row, column, x, y, radius)
+
+
+def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[tuple[str, str]]:
+    """Questions with their answers, in random order: each item's colour or shape, a count, places and sides.
+
+    An item is asked for its colour or its shape but never for both: answers in the history would give
+    away others.
+    """
+    colors, shapes = [item.color for item in items], [item.shape for item in items]
+
+    def name(item: Item) -> str:
+        return f"the {item.shape}" if shapes.count(item.shape) == 1 else f"the {item.color} shape"
+
+    questions = []
+    for position, item in enumerate(rng.sample(items, len(items))):
+        by_shape, by_color = shapes.count(item.shape) == 1, colors.count(item.color) == 1
+        if by_shape and (position % 2 == 0 or not by_color):
+            questions.append((f"What color is the {item.shape}?", item.color))
+        else:
+            questions.append((f"What shape is {item.color}?", item.shape))
+    things = f"{counted}s" if counted in SHAPES else f"{counted} shapes"
+    questions.append((f"How many {things} are there?", COUNTS[(colors + shapes).count(counted) - 1]))
+    questions += [(f"Where is {name(item)}?", item.place) for item in rng.sample(items, 2)]
+    first, second, side = rng.choice(list(_aligned(items)))
+    questions.append((f"Where is {name(first)} relative to {name(second)}?", side))
+    return rng.sample(questions, len(questions))
+
+
+def _aligned(items: Sequence[Item]) -> Iterator[tuple[Item, Item, str]]:
+    """Ordered pairs that share a row or a column (four items in three rows: there always is one), and
+    on which side of the second the first is."""
+    for first, second in permutations(items, 2):
+        if first.row == second.row:
+            yield first, second, "left" if first.column < second.column else "right"
+        elif first.column == second.column:
+            yield first, second, "above" if first.row < second.row else "below"

@@ -1,0 +1,44 @@
+"""Chat templates by name, for language models whose tokenizer brings none."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import nearest
+
+# Vicuna v1.1's conversation, as LLaVA-1.5 uses it (published code, `conv_vicuna_v1`).
+VICUNA_V1 = (
+    "{{ bos_token }}"
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = 'A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' %}"
+    "{% set turns = messages %}{% endif %}"
+    "{{ system }}"
+    "{% for turn in turns %}"
+    "{% if turn.role == 'user' %}{{ ' USER: ' + turn.content }}"
+    "{% else %}{{ ' ASSISTANT: ' + turn.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+TEMPLATES = {"vicuna_v1": VICUNA_V1}
+NAMES = ("plain", "chat", *TEMPLATES)
+
+
+def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str | None) -> str:
+    """The Jinja template that `name` means for a tokenizer.
+
+    ``chat`` is the tokenizer's own, or else the one called `fallback`; other names are forced.
+    """
+    if name == "chat":
+        if tokenizer.chat_template:
+            return tokenizer.chat_template
+        if fallback is None:
+            raise ValueError(
+                "template=chat, but the tokenizer has no chat template: set llm.chat_template to one of "
+                f"{', '.join(TEMPLATES)}, or the stage's template"
+            )
+        name = fallback
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown template '{name}'.{nearest(name, NAMES)} Available: {', '.join(NAMES)}")
+    return TEMPLATES[name]

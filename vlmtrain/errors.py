@@ -1,0 +1,23 @@
+"""Wording of errors: what was meant, and what was found."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for a misspelt word, or an empty string."""
+    match = difflib.get_close_matches(word, list(known), 1)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first few of many names, sorted, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,72 @@
+"""Language models: any Hugging Face causal LM, with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .loading import load_hf_config, load_hf_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_llm(path: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> nn.Module:
+    """Load a causal language model from a hub id or a folder."""
+    load_hf_config(path, "llm.path")
+    return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal language model with random weights; `config` is a Hugging Face configuration with its
+    ``model_type``, and the vocabulary and special ids come from the tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(config)
+    full = AutoConfig.for_model(
+        options.pop("model_type"),
+        **options,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(full).to(dtype)
+
+
+def load_tokenizer(path: str, key: str = "llm.path") -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model. Raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path} has no tokenizer: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{key}={path}: a fast tokenizer is needed (one with tokenizer.json), got {type(tokenizer).__name__}"
+        )
+    return tokenizer
+
+
+def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the model as an ordinary Hugging Face folder."""
+    llm.save_pretrained(folder, state_dict=state)
+
+
+def load_llm(folder: Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> nn.Module:
+    """Load a model that `save_llm` wrote."""
+    return build_llm(str(folder), dtype, attn_implementation)
+
+
+def hidden_width(llm: nn.Module) -> int:
+    """Width of the model's token embeddings."""
+    return llm.get_input_embeddings().embedding_dim
+
+
+def max_positions(llm: nn.Module) -> int | None:
+    """Longest sequence that the model's positions reach, in tokens, if it says so."""
+    return getattr(llm.config.get_text_config(), "max_position_embeddings", None)

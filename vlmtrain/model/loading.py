@@ -1,0 +1,82 @@
+"""Strict loading: a weight is where it belongs, or there is an error that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import first_line, some
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of ours; ValueError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the folder is not a complete vlmtrain model") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Memory-mapped tensors of a safetensors file; ValueError if it is missing or broken."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the folder is not a complete vlmtrain model") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+
+
+def load_strictly(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a module. Raises ValueError naming every tensor that does not fit."""
+    state, own = read_tensors(path), module.state_dict()
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [
+        f"{name} (file {tuple(state[name].shape)}, model {tuple(own[name].shape)})"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{what}: {some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(state, assign=True)
+
+
+def load_hf_config(path: str, key: str):
+    """The configuration of a Hugging Face model; `key` is the setting to name when there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path} is not a Hugging Face model folder or hub id: {first_line(error)}") from None
+
+
+def load_hf_model(auto_class: str, path: str, **options) -> nn.Module:
+    """`transformers.<auto_class>.from_pretrained`, which here fails on missing or misfitting weights."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the report below replaces its own
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = getattr(transformers, auto_class).from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot load weights from {path}: {first_line(error)}") from None
+    finally:
+        transformers.logging.set_verbosity(level)
+    problems = [f"{what.replace('_', ' ')}: {some(map(str, info[what]))}"
+                for what in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(what)]  # fmt: skip
+    if problems:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    return model

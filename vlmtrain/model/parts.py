@@ -1,0 +1,99 @@
+"""The parts of a model on disk: one folder each, safetensors only, and a manifest that says what each is.
+
+MODEL_DIR/vlmtrain.json     {"parts": {"connector": {"sha256": ..., "dtype": ..., "stage": ...}, ...}}
+MODEL_DIR/vision/           an encoder (open_clip) or a Hugging Face folder
+MODEL_DIR/connector/        config.json (name, widths, options), model.safetensors
+MODEL_DIR/llm/              a Hugging Face folder
+MODEL_DIR/processor/        tokenizer, template and picture geometry
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..connectors import build_connector
+from .llm import hidden_width, load_llm, save_llm
+from .loading import load_strictly, read_json
+from .vision import VisionEncoder, load_vision
+
+PARTS = ("vision", "connector", "llm")
+MANIFEST = "vlmtrain.json"
+
+
+def make_connector(
+    name: str, vision: VisionEncoder, llm: nn.Module, options: dict, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A new connector between an encoder and a language model, with what it was built from in `config`."""
+    arguments = {
+        "name": name,
+        "in_dim": vision.width,
+        "out_dim": hidden_width(llm),
+        "input_grid": list(vision.grid),
+        **options,
+    }
+    return _connector_from(arguments).to(dtype)
+
+
+def _connector_from(arguments: dict) -> nn.Module:
+    connector = build_connector(**{**arguments, "input_grid": tuple(arguments["input_grid"])})
+    connector.config = arguments
+    return connector
+
+
+def module_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; tied parameters once, under their first name."""
+    parameters = dict(module.named_parameters())
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
+    return {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items() if name not in tied
+    }
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_part(name: str, module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write one part: its architecture, and `state` as its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "vision":
+        module.save(folder, state)
+    elif name == "llm":
+        save_llm(module, folder, state)
+    else:
+        (folder / "config.json").write_text(json.dumps(module.config, indent=2) + "\n")
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_part(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read one part of `PARTS` that `save_part` wrote. Raises ValueError naming the file or tensor at fault."""
+    if name == "vision":
+        return load_vision(folder, dtype)
+    if name == "llm":
+        return load_llm(folder, dtype)
+    connector = _connector_from(read_json(folder / "config.json"))
+    load_strictly(connector, folder / "model.safetensors")
+    return connector.to(dtype)
+
+
+def write_manifest(folder: Path, parts: dict[str, dict]) -> None:
+    (folder / MANIFEST).write_text(json.dumps({"parts": parts}, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """What each part of a model folder is. Raises ValueError if `folder` is no model folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a model folder: no such directory")
+    return read_json(folder / MANIFEST)["parts"]

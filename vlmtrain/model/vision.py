@@ -1,0 +1,276 @@
+"""Vision encoders: pictures in, `VisionFeatures` on an explicit grid out.
+
+Two providers, one interface. An encoder knows its picture size, grid, width and normalisation, and
+which hidden layer it hands on; it keeps prefix tokens (CLS, registers) apart from the patches.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..connectors import VisionFeatures
+from ..errors import nearest
+from .loading import load_hf_config, load_hf_model, load_strictly
+
+
+class VisionEncoder(nn.Module):
+    """Base of both providers.
+
+    image_size: ``(H, W)`` in pixels; grid: ``(H, W)`` in patches; width: channels of a feature;
+    layer: which hidden state is handed on, as in Hugging Face's ``hidden_states[layer]``, where 0 is
+    the embedding and -1 the last block (before any final norm).
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    width: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    def _check_geometry(self) -> None:
+        for side, patch in zip(self.image_size, self.patch_size):
+            if side < patch or side % patch:
+                raise ValueError(
+                    f"vision.image_size={self.image_size[0]}x{self.image_size[1]} is not a multiple of the "
+                    f"encoder's patch size {patch}: use for example {max(1, round(side / patch)) * patch}"
+                )
+
+    def _as_features(self, tokens: Tensor) -> VisionFeatures:
+        """Split ``(B, P + H*W, C)`` into prefix and raster grid."""
+        height, width = self.grid
+        num_prefix = tokens.shape[1] - height * width
+        assert num_prefix >= 0, f"{tokens.shape[1]} tokens for a {height}x{width} grid"
+        patches = tokens[:, num_prefix:].unflatten(1, (height, width))
+        return VisionFeatures(patches, tokens[:, :num_prefix] if num_prefix else None)
+
+    def forward(self, images: Tensor) -> VisionFeatures:
+        """Normalised pictures ``(B, 3, H, W)`` to features."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write the architecture and the weights `state` (this module's full state dict) into `folder`."""
+        raise NotImplementedError
+
+
+def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)
+
+
+def _block_index(layer: int, num_blocks: int) -> int:
+    """Index of the block whose output is ``hidden_states[layer]`` of ``num_blocks + 1`` states."""
+    index = layer - 1 if layer > 0 else num_blocks + layer
+    if layer == 0 or not 0 <= index < num_blocks:
+        raise ValueError(
+            f"vision.layer={layer} is out of range for an encoder of {num_blocks} blocks: "
+            f"expected 1..{num_blocks} or -{num_blocks}..-1"
+        )
+    return index
+
+
+class OpenClipVision(VisionEncoder):
+    """The image tower of an open_clip model: its own ViT, or a timm one (SigLIP, EVA)."""
+
+    def __init__(self, visual: nn.Module, config: dict, layer: int):
+        super().__init__()
+        self.visual = visual
+        self.config = config
+        self.layer = layer
+        self.image_size = _pair(config["vision_cfg"]["image_size"])
+        self.image_mean = tuple(config["image_mean"])
+        self.image_std = tuple(config["image_std"])
+        trunk = getattr(visual, "trunk", visual)
+        if hasattr(visual, "trunk"):
+            blocks, self.width = trunk.blocks, trunk.embed_dim
+            self.patch_size = _pair(trunk.patch_embed.patch_size)
+        elif hasattr(visual, "transformer"):
+            blocks, self.width = visual.transformer.resblocks, visual.transformer.width
+            self.patch_size = _pair(visual.patch_size)
+        else:
+            raise ValueError(f"open_clip's {type(visual).__name__} makes no patch grid: use a ViT")
+        self._check_geometry()
+        index = _block_index(layer, len(blocks))
+        # A trunk's own tensors (class token, position table) may be touched only inside its own call:
+        # under ZeRO-3 they are gathered there and nowhere else. So the intermediate pass becomes its call.
+        self._is_timm = trunk is not visual
+        ask_prefix = "return_prefix_tokens" if self._is_timm else "output_extra_tokens"
+        trunk.forward = partial(trunk.forward_intermediates, indices=[index], output_fmt="NLC", **{ask_prefix: True})
+
+    @classmethod
+    def build(
+        cls,
+        name: str | None = None,
+        pretrained: str | None = None,
+        model_config: dict | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        layer: int = -2,
+    ) -> OpenClipVision:
+        """Build an open_clip image tower.
+
+        name: an open_clip model name, or give `model_config` (open_clip's own schema) instead.
+        pretrained: an open_clip weights tag or a file; None means random weights.
+        image_size: pixels; another size than the model's own interpolates its position table.
+        """
+        import open_clip
+        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+        if (name is None) == (model_config is None):
+            raise ValueError("vision=open_clip needs exactly one of vision.name and vision.model_config")
+        if model_config is not None:
+            config = copy.deepcopy(model_config)
+            config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
+            config |= {"image_mean": list(OPENAI_DATASET_MEAN), "image_std": list(OPENAI_DATASET_STD)}
+            return cls(cls._build_visual(config), config, layer)
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError(f"vision.name={name} is not an open_clip model.{nearest(name, open_clip.list_models())}")
+        size = image_size if image_size is None or isinstance(image_size, int) else tuple(image_size)
+        model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size)
+        config["vision_cfg"]["image_size"] = list(_pair(model.visual.image_size))
+        config["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in model.visual.modules())
+        preprocess = open_clip.get_model_preprocess_cfg(model)
+        config |= {"image_mean": list(preprocess["mean"]), "image_std": list(preprocess["std"])}
+        return cls(model.visual, config, layer)
+
+    @staticmethod
+    def _build_visual(config: dict) -> nn.Module:
+        from open_clip.model import _build_vision_tower
+
+        options = dict(config["vision_cfg"])
+        visual = _build_vision_tower(config["embed_dim"], options, config.get("quick_gelu", False))
+        if hasattr(visual, "trunk"):
+            visual.set_input_size(_pair(options["image_size"]))
+        return visual
+
+    def forward(self, images: Tensor) -> VisionFeatures:
+        if not self._is_timm:
+            out = self.visual(images, stop_early=True, intermediates_only=True)
+            prefix, patches = out["image_intermediates_prefix"][0], out["image_intermediates"][0]
+            return self._as_features(torch.cat([prefix, patches], 1))
+        out = self.visual.trunk(images, stop_early=True, intermediates_only=True)[0]
+        return self._as_features(torch.cat(out[::-1], 1) if isinstance(out, tuple) else out)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """The tower's image embedding ``(B, embed_dim)``, as contrastive training uses it (not normalised)."""
+        if not self._is_timm:
+            return self.visual(images)["image_features"]
+        final, _ = self.visual.trunk(images)
+        return self.visual.head(self.visual.trunk.forward_head(final))
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"provider": "open_clip", "layer": self.layer, "model_config": self.config}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype) -> OpenClipVision:
+        saved = json.loads((folder / "config.json").read_text())
+        encoder = cls(cls._build_visual(saved["model_config"]), saved["model_config"], saved["layer"])
+        load_strictly(encoder, folder / "model.safetensors")
+        return encoder.to(dtype)
+
+
+class HFVision(VisionEncoder):
+    """A Hugging Face vision model (CLIP, SigLIP, DINOv2, ViT, ...), or the vision tower of a CLIP-like one."""
+
+    def __init__(self, encoder: nn.Module, geometry: dict, layer: int):
+        super().__init__()
+        self.encoder = encoder
+        self.geometry = geometry
+        self.layer = layer
+        config = encoder.config
+        self.image_size = _pair(geometry["image_size"] or config.image_size)
+        self.patch_size = _pair(config.patch_size)
+        self.width = config.hidden_size
+        self.image_mean, self.image_std = tuple(geometry["image_mean"]), tuple(geometry["image_std"])
+        self._check_geometry()
+        _block_index(layer, config.num_hidden_layers)
+        # Only some classes ask to be told; DINOv2 interpolates by itself.
+        takes_flag = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
+        resized = self.image_size != _pair(config.image_size)
+        self._options = {"interpolate_pos_encoding": True} if takes_flag and resized else {}
+
+    @classmethod
+    def build(
+        cls,
+        path: str,
+        image_size: int | tuple[int, int] | None = None,
+        layer: int = -2,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> HFVision:
+        """Load from a hub id or a folder.
+
+        image_size: pixels; None means the preprocessor's crop, or else the model's own size.
+        image_mean, image_std: None means those of ``preprocessor_config.json``.
+        """
+        from transformers.utils import cached_file
+
+        config = load_hf_config(path, "vision.path")
+        config = getattr(config, "vision_config", config)
+        found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        preprocessor = json.loads(Path(found).read_text()) if found else {}
+        mean, std = image_mean or preprocessor.get("image_mean"), image_std or preprocessor.get("image_std")
+        if not mean or not std:
+            raise ValueError(
+                f"'{path}' has no preprocessor_config.json with image_mean and image_std: "
+                "set vision.image_mean and vision.image_std"
+            )
+        geometry = {"image_size": image_size or _preprocessor_size(preprocessor)}
+        geometry |= {"image_mean": list(mean), "image_std": list(std)}
+        return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype), geometry, layer)
+
+    def forward(self, images: Tensor) -> VisionFeatures:
+        out = self.encoder(images, output_hidden_states=True, **self._options)
+        return self._as_features(out.hidden_states[self.layer])
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
+        self.encoder.save_pretrained(folder, state_dict=state)
+        (folder / "vlmtrain.json").write_text(
+            json.dumps({"provider": "hf", "layer": self.layer, "geometry": self.geometry}, indent=2) + "\n"
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype) -> HFVision:
+        saved = json.loads((folder / "vlmtrain.json").read_text())
+        return cls(load_hf_model("AutoModel", str(folder), dtype=dtype), saved["geometry"], saved["layer"])
+
+
+def _preprocessor_size(preprocessor: dict) -> int | None:
+    for key in ("crop_size", "size"):
+        size = preprocessor.get(key)
+        if isinstance(size, dict) and "height" in size:
+            return [size["height"], size["width"]]
+        if isinstance(size, int) and preprocessor.get("do_center_crop", True):
+            return size
+    return None
+
+
+def build_vision(provider: str, dtype: torch.dtype = torch.float32, **options) -> VisionEncoder:
+    """Build the encoder of `provider` (``open_clip`` or ``hf``) from its published or random weights."""
+    if provider == "hf":
+        return HFVision.build(**options, dtype=dtype)
+    return OpenClipVision.build(**options).to(dtype)
+
+
+def load_vision(folder: Path, dtype: torch.dtype = torch.float32) -> VisionEncoder:
+    """Load an encoder that `VisionEncoder.save` wrote."""
+    provider = HFVision if (folder / "vlmtrain.json").exists() else OpenClipVision
+    return provider.from_folder(folder, dtype)

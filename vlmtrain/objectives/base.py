@@ -1,0 +1,38 @@
+"""What an objective is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..connectors import VisionFeatures
+from ..data.loader import StepData
+from ..data.processor import Batch
+from ..model import VLMWrapper
+
+
+class Objective(nn.Module):
+    """A training loss over a model. Its own parameters, if any, are the part called ``objective``.
+
+    compares_samples: whether the loss looks across samples, so that a step must be one micro-batch.
+    sees_pictures_as_tokens: whether pictures take places in the text.
+    """
+
+    compares_samples = False
+    sees_pictures_as_tokens = True
+
+    @classmethod
+    def build(cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase) -> Objective:
+        """The objective of a run with these settings; its texts come from `tokenizer`."""
+        return cls()
+
+    @staticmethod
+    def weight(data: StepData) -> float:
+        """A rank's share of what the summed loss is divided by."""
+        raise NotImplementedError
+
+    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+        """Loss summed over the batch, a scalar. `features` are given where the encoder is frozen."""
+        raise NotImplementedError

@@ -1,0 +1,103 @@
+"""Contrastive image-text training (CLIP, Radford et al., 2021, section 2.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from ..connectors import VisionFeatures
+from ..data.loader import StepData
+from ..data.processor import Batch
+from ..model import VLMWrapper
+from .base import Objective
+
+MAX_LOGIT_SCALE = math.log(100)  # section 2.5: the temperature is kept from growing without bound
+
+
+class Contrastive(Objective):
+    """Symmetric cross-entropy between each picture and all captions of the step, and the other way round.
+
+    Owns CLIP's text tower and temperature. Candidates are gathered over ranks with gradients, so any
+    number of ranks computes the same loss.
+    """
+
+    compares_samples = True
+    sees_pictures_as_tokens = False
+
+    def __init__(self, text_tower: nn.Module, end_token: int, context_length: int):
+        super().__init__()
+        self.text = text_tower
+        self.temperature = Temperature()
+        self.end_token = end_token
+        self.context_length = context_length
+
+    @classmethod
+    def build(cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase) -> Contrastive:
+        from open_clip.model import _build_text_tower
+
+        config = settings["vision"].get("model_config")
+        if config is None:
+            raise ValueError("objective=contrastive needs vision.model_config, with a text_cfg for the text tower")
+        end = tokenizer.eos_token_id
+        text = {**config["text_cfg"], "vocab_size": len(tokenizer), "pool_type": "eos", "eos_id": end}
+        return cls(_build_text_tower(config["embed_dim"], text), end, text["context_length"])
+
+    @staticmethod
+    def weight(data: StepData) -> float:
+        return data.samples
+
+    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+        rows = int((batch.weights.sum(1) > 0).sum())  # rows topped up without weight come last
+        images = F.normalize(model.vision.pooled(batch.images)[:rows], dim=-1)
+        texts = F.normalize(self.text(self._with_end(batch))[:rows], dim=-1)
+        all_images, all_texts, first = _gather(images), _gather(texts), _first_row(rows, images.device)
+        labels = torch.arange(first, first + rows, device=images.device)
+        scale = self.temperature()
+        to_text = F.cross_entropy(scale * images @ all_texts.T, labels, reduction="sum")
+        to_image = F.cross_entropy(scale * texts @ all_images.T, labels, reduction="sum")
+        return (to_text + to_image) / 2
+
+    def _with_end(self, batch: Batch) -> Tensor:
+        """Captions with the end token behind each, as long as the text tower's mask wants them."""
+        ids = F.pad(batch.input_ids, (0, self.context_length))[:, : self.context_length]
+        ends = batch.lengths.clamp(max=self.context_length - 1).unsqueeze(1)
+        return ids.scatter(1, ends, self.end_token)
+
+
+class Temperature(nn.Module):
+    """The learned factor on cosine similarities, ``1 / 0.07`` at first (section 2.5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+
+    def forward(self) -> Tensor:
+        return self.log_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """All ranks' rows in the order of ranks, with gradients to each; ranks may hold different numbers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    counts = _row_counts(len(rows), rows.device)
+    padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+    return torch.cat([part[:count] for part, count in zip(all_gather(padded), counts)])
+
+
+def _first_row(rows: int, device: torch.device) -> int:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0
+    return sum(_row_counts(rows, device)[: dist.get_rank()])
+
+
+def _row_counts(rows: int, device: torch.device) -> list[int]:
+    counts = torch.empty(dist.get_world_size(), dtype=torch.long, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device))
+    return counts.tolist()

@@ -1,0 +1,26 @@
+"""Next-token prediction of what the assistant says."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..connectors import VisionFeatures
+from ..data.loader import StepData
+from ..data.processor import Batch
+from ..model import VLMWrapper
+from .base import Objective
+
+
+class LanguageModelling(Objective):
+    """Weighted sum of token cross-entropies; only positions with a target pay for logits."""
+
+    @staticmethod
+    def weight(data: StepData) -> float:
+        return data.weight
+
+    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+        keep = batch.weights > 0
+        logits = model(batch.input_ids, batch.images, batch.is_image, features, keep=keep)
+        losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
+        return (losses * batch.weights[keep]).sum()

@@ -1,0 +1,145 @@
+"""From a command line to a run's settings: Hydra composes, and what the user named wins.
+
+line -> groups (vision=, connector=, ...) -> recipe -> options of the choices made -> line
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import first_line, nearest
+from .paths import CONFIGS, RECIPES
+
+OPTION_GROUPS = ("vision", "connector", "llm", "data")
+MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
+
+
+def register_recipes() -> None:
+    """Make the files of recipes/ the choices of the Hydra group `recipe`."""
+    store = ConfigStore.instance()
+    for file in sorted(RECIPES.glob("*.yaml")):
+        store.store(group="recipe", name=file.stem, package="_global_", node=OmegaConf.load(file))
+
+
+def with_mini(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a line, in which ``mini=true`` stands for the small parts that it does not name itself."""
+    if "mini=true" not in (override.lower() for override in overrides):
+        return list(overrides)
+    named = {override.split("=")[0] for override in overrides}
+    return [f"{group}={choice}" for group, choice in MINI_CHOICES.items() if group not in named] + list(overrides)
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    """The settings that a line of Hydra overrides means. Raises ValueError naming the key and the nearest one."""
+    overrides = with_mini(overrides)
+    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    register_recipes()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            config = hydra_compose("train", [*search, *overrides], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(_explain(error, [*search, *overrides])) from None
+    return finish(config, config.hydra)
+
+
+def check_line(line: Sequence[str]) -> None:
+    """Raise ValueError for a line that does not compose, in our words rather than Hydra's."""
+    arguments = get_args_parser().parse_args(list(line))
+    if not (arguments.multirun or arguments.help or arguments.hydra_help):
+        compose(arguments.overrides, arguments.config_dir)
+
+
+def finish(config: DictConfig, hydra: DictConfig | None = None) -> DictConfig:
+    """A composed configuration with the recipe's options for the choices made.
+
+    hydra: Hydra's own part of it; None asks the job that is running.
+    """
+    hydra = HydraConfig.get() if hydra is None else hydra
+    named = [override.split("=")[0].lstrip("+~") for override in hydra.overrides.task]
+    settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    with open_dict(settings):
+        settings.pop("hydra", None)
+        for group in OPTION_GROUPS:
+            options = settings.pop(f"{group}_options").get(hydra.runtime.choices[group])
+            if options:
+                _lay_over(settings, {group: options}, named)
+        mini = settings.pop("mini_options")
+        if settings.mini:
+            _lay_over(settings, mini, named)
+        if settings.run_dir is None:
+            suffix = "-mini" if settings.mini else ""
+            settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}"
+    try:
+        OmegaConf.resolve(settings)
+    except OmegaConfBaseException as error:
+        raise ValueError(first_line(error)) from None
+    missing = sorted(OmegaConf.missing_keys(settings))
+    if missing:
+        raise ValueError(f"set {', '.join(missing)}: the recipe leaves {'it' if len(missing) == 1 else 'them'} open")
+    return settings
+
+
+def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings as (dotted key, value)."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> None:
+    """Set the options whose keys exist and which the command line did not name."""
+    known = dict(flatten(settings))
+    for key, value in flatten(options):
+        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
+            continue
+        if key not in known and OmegaConf.select(settings, key, throw_on_missing=False) is None:
+            raise ValueError(f"the recipe sets {key}, which does not exist.{nearest(key, known)}")
+        OmegaConf.update(settings, key, value, merge=False)
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error)
+    group = re.search(r"Could not find '(\w+)/([\w./-]+)'", text) or re.search(
+        r"In '.*': Could not find '(\w+)/([\w./-]+)'", text
+    )
+    if group:
+        kind, choice = group.groups()
+        available = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        return f"unknown {kind} '{choice}'.{nearest(choice, available)} Available: {', '.join(available)}"
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key:
+        known = _known_keys([o for o in overrides if o.split("=")[0].lstrip("+~") != key.group(1)])
+        return f"unknown key '{key.group(1)}'.{_nearest_key(key.group(1), known)}"
+    return first_line(error)
+
+
+def _known_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys that the rest of a line could override; an empty list if that does not compose either."""
+    try:
+        with_hydra = hydra_compose("train", list(overrides))
+    except (ConfigCompositionException, HydraException, OmegaConfBaseException):
+        return []
+    return [key for key, _ in flatten(OmegaConf.to_container(with_hydra))]
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """The closest key; of equally long ones, the one that differs in the fewest places."""
+    prefixes = {".".join(k.split(".")[: key.count(".") + 1]) for k in known}
+    match = difflib.get_close_matches(key, sorted(prefixes | set(known)), 1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""

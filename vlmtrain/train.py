@@ -1,0 +1,60 @@
+"""Train a recipe:
+
+python -m vlmtrain.train recipe=quickstart
+torchrun --standalone --nproc_per_node 8 -m vlmtrain.train recipe=llava_1_5 data.images=... [key=value ...]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import hydra
+from omegaconf import DictConfig
+
+from .data.records import BadSample
+from .paths import CONFIGS
+from .settings import check_line, finish, register_recipes, with_mini
+from .training.world import launched_rank
+
+
+@contextlib.contextmanager
+def users_errors() -> Iterator[None]:
+    """A user's mistake ends the process with one line, not a trace; of many ranks, one says it."""
+    try:
+        yield
+    except ValueError as error:
+        if launched_rank() == 0 or isinstance(error, BadSample):
+            sys.stderr.write(f"vlmtrain: error: {error}\n")
+        raise SystemExit(2) from None
+
+
+@hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
+def _run(config: DictConfig) -> None:
+    from .training.run import train_run
+    from .training.world import Stopped, join_world, leave_world
+
+    with users_errors():
+        settings = finish(config)
+        world = join_world()
+        try:
+            train_run(settings, world)
+        except Stopped as stopped:
+            if world.is_main:
+                print(stopped)
+        finally:
+            leave_world()
+
+
+def main() -> None:
+    """Entry of ``python -m vlmtrain.train``."""
+    sys.argv[1:] = with_mini(sys.argv[1:])
+    register_recipes()
+    with users_errors():
+        check_line(sys.argv[1:])
+    _run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Which weights a stage starts from: each part from the stage before, its published source, or fresh."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..connectors import Connector
+from ..data.processor import Geometry, Processor
+from ..data.shapes import VOCABULARY
+from ..errors import some
+from ..model.llm import build_llm, build_random_llm, load_tokenizer, max_positions
+from ..model.parts import PARTS, load_part, make_connector, read_manifest
+from ..model.tiny_tokenizer import build_tiny_tokenizer
+from ..model.vision import VisionEncoder, build_vision
+from ..objectives import Objective, build_objective
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALL_PARTS = (*PARTS, "objective")
+BUILD_ORDER = ("vision", "llm", "connector", "objective")  # a connector's widths come from what it joins
+
+
+def build_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer; with `init_from`, that model's."""
+    if settings.init_from is not None:
+        return Processor.from_pretrained(settings.init_from).tokenizer
+    if settings.llm.provider == "tiny":
+        return build_tiny_tokenizer(VOCABULARY)
+    return load_tokenizer(settings.llm.path)
+
+
+def build_parts(
+    settings: DictConfig, name: str, previous: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, nn.Module]:
+    """The parts that stage `name` needs, with the weights that it starts from, in the compute dtype.
+
+    previous: the model folder of the stage before, or `init_from`; None for a run's first stage.
+    Raises ValueError for a part that would silently start from random weights.
+    """
+    stage = settings.stages[name]
+    dtype = DTYPES[settings.precision]
+    saved = read_manifest(previous) if previous is not None else {}
+    parts: dict[str, nn.Module] = {}
+    for part in (p for p in BUILD_ORDER if p in stage.parts):
+        seed_for(settings.seed, part)
+        if part in PARTS and part in saved and part not in stage.fresh:
+            parts[part] = load_part(part, previous / part, dtype)
+            continue
+        if part not in stage.fresh and not _has_source(settings, part):
+            origin = f"{previous} has none" if previous is not None else "there is no stage before it"
+            raise ValueError(
+                f"stage {name} needs weights for its {part}, but {origin}: run the stage that trains it, "
+                f"set init_from, or list {part} in stages.{name}.fresh to start it from random weights"
+            )
+        parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
+    return parts
+
+
+def _has_source(settings: DictConfig, part: str) -> bool:
+    """Whether a part's configuration says where its weights come from (or, for a mini run, that it needs none)."""
+    if settings.mini or part == "objective":
+        return part in ("vision", "llm")
+    if part == "vision":
+        return settings.vision.provider == "hf" or settings.vision.pretrained is not None
+    return part == "llm" and settings.llm.provider == "hf"
+
+
+def _build(
+    settings: DictConfig,
+    stage: str,
+    part: str,
+    parts: dict[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> nn.Module:
+    options = OmegaConf.to_container(settings[part]) if part in settings else {}
+    if part == "vision":
+        return build_vision(**options, dtype=dtype)
+    if part == "llm":
+        if settings.llm.provider == "tiny":
+            return build_random_llm(options["config"], tokenizer, dtype)
+        return build_llm(options["path"], dtype, options["attn_implementation"])
+    if part == "connector":
+        return make_connector(options.pop("name"), parts["vision"], parts["llm"], options, dtype)
+    return build_objective(settings.stages[stage].objective, settings, tokenizer).to(dtype)
+
+
+def build_processor(
+    settings: DictConfig,
+    name: str,
+    parts: dict[str, nn.Module],
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Processor:
+    """What turns conversations into this stage's batches. Raises ValueError if lengths cannot work."""
+    stage = settings.stages[name]
+    vision: VisionEncoder | None = parts.get("vision")
+    geometry = None
+    if vision is not None:
+        connector: Connector | None = parts.get("connector")
+        tokens = connector.num_tokens(*vision.grid) if connector and objective.sees_pictures_as_tokens else 0
+        geometry = Geometry(vision.image_size, stage.image_fit, vision.image_mean, vision.image_std, tokens)
+        if tokens >= stage.max_length:
+            raise ValueError(
+                f"stages.{name}.max_length={stage.max_length} leaves no room for text: a picture takes {tokens} tokens"
+            )
+    limit = max_positions(parts["llm"]) if "llm" in parts else None
+    if limit is not None and stage.max_length > limit:
+        raise ValueError(
+            f"stages.{name}.max_length={stage.max_length} is longer than the {limit} positions of the language model"
+        )
+    return Processor(tokenizer, geometry, stage.template, stage.max_length, settings.llm.chat_template)
+
+
+def freeze(parts: dict[str, nn.Module], rates: dict[str, float], checkpointing: bool) -> None:
+    """Let exactly the parts in `rates` train; frozen ones go to eval mode."""
+    for part, module in parts.items():
+        trains = part in rates
+        module.requires_grad_(trains)
+        module.train(trains)
+        if checkpointing and part == "llm":
+            # Activations are recomputed in training mode only; a frozen model without dropout loses nothing by it.
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+            if not trains and not _drops_out(module):
+                module.train()
+
+
+def _drops_out(llm: nn.Module) -> bool:
+    config = llm.config.get_text_config().to_dict()
+    return any(value for key, value in config.items() if "dropout" in key and isinstance(value, float))
+
+
+def training_rates(settings: DictConfig, name: str) -> dict[str, float]:
+    """Part to learning rate, of the parts that a stage trains. Raises ValueError for a stage that cannot be meant."""
+    stage = settings.stages[name]
+    unknown = set(stage.train) - set(ALL_PARTS)
+    if unknown:
+        raise ValueError(f"stages.{name}.train names {some(unknown)}; the parts are {', '.join(ALL_PARTS)}")
+    rates = {part: float(rate) for part, rate in stage.train.items() if rate is not None}
+    absent = set(rates) - set(stage.parts)
+    if absent:
+        raise ValueError(f"stages.{name}.train names {some(absent)}, but the stage has only {', '.join(stage.parts)}")
+    if not rates:
+        raise ValueError(f"stage {name} would train nothing: set stages.{name}.train.<part> to a learning rate")
+    wrong = [part for part, rate in rates.items() if not rate > 0]
+    if wrong:
+        raise ValueError(f"stages.{name}.train.{wrong[0]}={rates[wrong[0]]}: a learning rate is positive, null freezes")
+    return rates
+
+
+def seed_for(*key: object) -> None:
+    """Seed torch for one purpose, so that what comes before does not shift it."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

@@ -1,0 +1,185 @@
+"""The DeepSpeed engine of one stage: trained parts inside, a frozen encoder outside."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import deepspeed
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ..connectors import VisionFeatures
+from ..data.processor import Batch
+from ..model import VLMWrapper
+from ..objectives import Objective
+from .assembly import DTYPES
+from .optimizer import Schedule, build_optimizer, parameter_groups
+
+# Clipping at this norm never clips, but makes every engine report the norm.
+NO_CLIPPING = 1e9
+
+
+class StageModule(nn.Module):
+    """What the engine runs: a model and an objective, batch in, summed loss out."""
+
+    def __init__(self, model: VLMWrapper, objective: Objective):
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch, features: VisionFeatures | None) -> Tensor:
+        return self.objective(self.model, batch, features)
+
+
+class StageEngine:
+    """One stage's engine. Everything that knows DeepSpeed is here.
+
+    A frozen vision encoder stays outside, replicated, so that a rank may call it at any time.
+    """
+
+    def __init__(
+        self,
+        settings: DictConfig,
+        stage: DictConfig,
+        parts: dict[str, nn.Module],
+        objective: Objective,
+        rates: dict[str, float],
+        schedule: Schedule,
+        accumulation: int,
+        device: torch.device,
+    ):
+        self.dtype = DTYPES[settings.precision]
+        self.device = device
+        self.schedule = schedule
+        self.parts = parts
+        vision = parts.get("vision")
+        self._frozen_vision = vision.to(device) if vision is not None and "vision" not in rates else None
+        inside = None if self._frozen_vision is not None else vision
+        module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
+        zero = settings.engine
+        groups = parameter_groups(parts, rates, stage.optimizer.weight_decay)
+        optimizer = build_optimizer(groups, stage.optimizer, offload=zero.offload_optimizer != "none")
+        # plain fp32 data parallelism is the one engine that reports no gradient norm
+        self._clips_itself = zero.zero_stage == 0 and self.dtype is torch.float32
+        self._max_norm = stage.max_grad_norm or NO_CLIPPING
+        self._trained = [parameter for group in groups for parameter in group["params"]]
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(None):
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=self._config(zero, accumulation)
+            )
+        self.zero_stage = zero.zero_stage
+        self.world_size = self._engine.dp_world_size
+
+    @property
+    def model(self) -> VLMWrapper:
+        """The whole model as it is now, for validation."""
+        inner = self._engine.module.model
+        if self._frozen_vision is None:
+            return inner
+        return VLMWrapper(self._frozen_vision, inner.connector, inner.llm)
+
+    def set_rates(self, step: int) -> dict[str, float]:
+        """Set every group's learning rate for a step; returns them by part."""
+        rates = {}
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rates[group["part"]] = self.schedule.rate(step, group["peak_lr"])
+        return rates
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed loss of a micro-batch on this rank."""
+        features = None
+        if self._frozen_vision is not None:
+            with torch.no_grad():
+                features = self._frozen_vision(batch.images)
+        return self._engine(batch, features)
+
+    def backward(self, loss: Tensor, total_weight: float) -> None:
+        """Add a micro-batch's gradients of (global summed loss / total_weight); step at the last one."""
+        # the engine averages over ranks what should be summed
+        self._engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
+        if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
+            self._own_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the step just taken, before clipping."""
+        return float(self._own_norm if self._clips_itself else self._engine.get_global_grad_norm())
+
+    def state(self, part: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+        """Full weights of a part on the host, gathered over ranks; every rank must call.
+
+        keep: whether this rank wants them; others take part and get an empty dict.
+        """
+        state = {}
+        for name, tensor in _named_tensors(part):
+            with _gathered([tensor]):
+                if keep:
+                    state[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        return state
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode and no gradients, for validation."""
+        modes = {module: module.training for module in self._engine.module.modules()}
+        self._engine.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write the resumable state of all ranks into ``folder/tag``; frozen weights are left out."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Take up the state that `save` wrote. Raises ValueError if it cannot be read."""
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise ValueError(f"{folder / tag} is not a complete checkpoint: delete it to resume from an earlier one")
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _config(self, zero: DictConfig, accumulation: int) -> dict:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: rows vary, and the loss is weighted by hand
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.0 if self._clips_itself else self._max_norm,
+            "zero_optimization": {"stage": zero.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            "bf16": {"enabled": self.dtype is torch.bfloat16},
+        }
+        if self.dtype is torch.bfloat16:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        for ours, theirs in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
+            if zero[ours] != "none":
+                place = {"device": zero[ours], "pin_memory": torch.cuda.is_available()}
+                config["zero_optimization"][theirs] = place
+        return config
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, tied ones once."""
+    parameters = dict(module.named_parameters())
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
+    yield from parameters.items()
+    # the state dict knows which buffers are persistent; under ZeRO-3 its parameters are empty
+    for name, tensor in module.state_dict().items():
+        if name not in parameters and name not in tied:
+            yield name, tensor
+
+
+def _gathered(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager:
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext()

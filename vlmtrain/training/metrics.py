@@ -1,0 +1,120 @@
+"""What a run says of itself: a progress bar or sparse lines, metrics.jsonl, wandb."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger("vlmtrain")
+
+
+def set_up_logging(file: Path | None) -> None:
+    """Send log lines to the terminal, and to `file` if given; silence other libraries' chatter."""
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if file else logging.ERROR)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(terminal)
+    if file:
+        to_file = logging.FileHandler(file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(to_file)
+
+
+class Metrics:
+    """metrics.jsonl of one stage: one object an optimiser step, written by the main rank."""
+
+    def __init__(self, file: Path, first_step: int):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if file.exists():
+            # steps behind the checkpoint will be trained again
+            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= first_step]
+        file.write_text("".join(line + "\n" for line in kept))
+        self._file = open(file, "a", buffering=1)  # noqa: SIM115 - open as long as the stage
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a line cut short by a crash
+
+
+class Progress:
+    """One bar on a terminal; elsewhere a line every `seconds`."""
+
+    def __init__(self, stage: str, total: int, first: int, seconds: float = 15.0):
+        self.stage, self.total, self.seconds = stage, total, seconds
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=first, desc=stage, unit="step", disable=not self.is_terminal, leave=True)
+        self._next_line = time.monotonic()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, step_seconds: float) -> None:
+        text = f"loss {loss:.4f}  {_short(tokens_per_second)} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if not self.is_terminal and (time.monotonic() >= self._next_line or step == self.total):
+            left = _clock((self.total - step) * step_seconds)
+            logger.info(f"{self.stage}  step {step}/{self.total}  {text}  {left} left")
+            self._next_line = time.monotonic() + self.seconds
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class WandB:
+    """Metrics to Weights & Biases, if asked for; ``offline`` needs neither account nor network."""
+
+    def __init__(self, mode: str, project: str, folder: Path, config: dict):
+        self.run = None
+        if mode == "disabled":
+            return
+        if mode not in ("offline", "online"):
+            raise ValueError(f"wandb={mode}: expected disabled, offline or online")
+        import wandb
+
+        record = folder / "wandb_id.txt"
+        known = record.read_text() if record.exists() else None
+        self.run = wandb.init(
+            project=project, name=folder.name, dir=folder, mode=mode, config=config, id=known, resume="allow"
+        )
+        record.write_text(self.run.id)
+        # stages begin again at step 0, so each counts its own steps
+        self.run.define_metric("*", step_metric="total_step")
+        self._total = 0
+
+    def log(self, stage: str, record: dict[str, Any]) -> None:
+        if self.run is None:
+            return
+        self._total += "loss" in record
+        rates = {f"{stage}/learning_rate/{part}": lr for part, lr in record.get("learning_rate", {}).items()}
+        values = {f"{stage}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+        self.run.log({"total_step": self._total, **values, **rates})
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()

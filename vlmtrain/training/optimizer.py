@@ -1,0 +1,77 @@
+"""What trains, how fast: parameter groups by part, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over a stage: linear warm-up to the peak, then `name` down to `min_lr`.
+
+    Step `s` (from 0) trains at the rate of the end of that step, so the first step moves and the last
+    one reaches `min_lr`.
+    """
+
+    name: str
+    total_steps: int
+    warmup_steps: int
+    min_lr: float
+
+    @classmethod
+    def from_config(cls, config: Mapping, total_steps: int, peaks: Mapping[str, float]) -> Schedule:
+        """Read a stage's `schedule`; `peaks` are the parts' learning rates, for checking."""
+        if config["name"] not in SCHEDULES:
+            raise ValueError(f"schedule.name={config['name']}: expected one of {', '.join(SCHEDULES)}")
+        too_low = [part for part, lr in peaks.items() if lr < config["min_lr"]]
+        if too_low:
+            raise ValueError(f"schedule.min_lr={config['min_lr']} is above the learning rate of {', '.join(too_low)}")
+        warmup = config["warmup_steps"]
+        if warmup is None:
+            warmup = math.ceil(config["warmup_ratio"] * total_steps)
+        return cls(config["name"], total_steps, warmup, config["min_lr"])
+
+    def rate(self, step: int, peak: float) -> float:
+        """Learning rate of optimiser step `step` for a group whose peak is `peak`."""
+        done = step + 1
+        if done <= self.warmup_steps:
+            return peak * done / self.warmup_steps
+        if self.name == "constant":
+            return peak
+        progress = (done - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        left = 1 - progress if self.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_lr + (peak - self.min_lr) * left
+
+
+def parameter_groups(parts: Mapping[str, nn.Module], rates: Mapping[str, float], weight_decay: float) -> list[dict]:
+    """AdamW groups of the trained parts, two each: matrices decay; biases and 1-D tensors do not.
+
+    Each group carries its `part` and `peak_lr`: under ZeRO the parameters themselves are replaced.
+    """
+    groups = []
+    for part, peak in rates.items():
+        trained = [p for p in parts[part].parameters() if p.requires_grad]
+        for decay, members in (
+            (weight_decay, [p for p in trained if p.ndim >= 2]),
+            (0.0, [p for p in trained if p.ndim < 2]),
+        ):
+            if members:  # ZeRO-2 fails on an empty group
+                groups.append({"params": members, "weight_decay": decay, "part": part, "peak_lr": peak, "lr": peak})
+    return groups
+
+
+def build_optimizer(groups: list[dict], config: Mapping, offload: bool) -> torch.optim.Optimizer:
+    """AdamW over `groups`; DeepSpeed's CPU kernel where the states are offloaded from a GPU."""
+    options = {"betas": tuple(config["betas"]), "eps": config["eps"]}
+    if offload and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)

@@ -1,0 +1,102 @@
+"""The folder of a run: what is in it, what is finished, and whether a new line may continue it.
+
+run_dir/config.yaml
+run_dir/train.log
+run_dir/<stage>/metrics.jsonl, validation.jsonl, samples.json, summary.json
+run_dir/<stage>/checkpoints/step-000100/
+run_dir/<stage>/model/
+run_dir/report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..settings import flatten
+
+# Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
+FREE = ("run_dir", "stage", "workers", "wandb", "wandb_project", "validation")
+FREE_IN_STAGE = ("save_every", "keep_last", "micro_batch_size", "validate_every", "validation")
+
+
+class RunFolder:
+    """Paths of a run, and its record of settings."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def stage(self, name: str) -> Path:
+        return self.root / name
+
+    def model(self, name: str) -> Path:
+        return self.stage(name) / "model"
+
+    def is_finished(self, name: str) -> bool:
+        """A stage is finished when its summary is there: it is written last."""
+        return (self.stage(name) / "summary.json").exists()
+
+    def lock(self) -> None:
+        """Hold the folder for this process's life. Raises ValueError if another run holds it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.root / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"run_dir={self.root} is in use by another run; set another run_dir") from None
+
+    def check_same(self, settings: DictConfig) -> None:
+        """Raise ValueError, naming the key, if these settings would change what the folder already holds."""
+        file = self.root / "config.yaml"
+        if not file.exists():
+            return
+        old = OmegaConf.to_container(OmegaConf.load(file))
+        old.pop("versions", None)
+        began = [name for name in old.get("stages", {}) if (self.stage(name) / "metrics.jsonl").exists()]
+        before, now = (_binding(c, began) for c in (old, OmegaConf.to_container(settings)))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{key}={now.get(key)} would change the run in {self.root}, which began with "
+                    f"{key}={before.get(key)}; set it back, or set another run_dir"
+                )
+
+    def write_config(self, settings: DictConfig) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        record = {**OmegaConf.to_container(settings), "versions": versions()}
+        replace_text(self.root / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record)))
+
+
+def _binding(config: dict, began: list[str]) -> dict:
+    """The settings that must not change: all but the free ones and those of stages that have not begun."""
+    config = {key: value for key, value in config.items() if key not in FREE}
+    config["stages"] = {
+        name: {key: value for key, value in stage.items() if key not in FREE_IN_STAGE}
+        for name, stage in config.get("stages", {}).items()
+        if name in began
+    }
+    return dict(flatten(config)) if began else {}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: Python and the libraries."""
+    from importlib.metadata import version
+
+    libraries = ("vlmtrain", "torch", "transformers", "deepspeed", "open_clip_torch", "hydra-core", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a whole file or nothing of it."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def write_json(file: Path, value: Mapping | list) -> None:
+    replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

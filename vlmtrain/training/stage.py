@@ -1,0 +1,381 @@
+"""One stage of a recipe, from the weights it starts with to the model folder it leaves."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data.loader import StepData, StepDataset, StepOrder, step_loader
+from ..data.records import BadSample
+from ..data.sources import Source, build_source, first_problems
+from ..evaluation.validation import Validator, picture_uri
+from ..model.parts import PARTS, module_state, read_manifest, save_part, state_hash, write_manifest
+from ..objectives import Objective, build_objective
+from .assembly import build_parts, build_processor, build_tokenizer, freeze, seed_for, training_rates
+from .checkpoint import Checkpoints
+from .engine import StageEngine
+from .metrics import Metrics, Progress, WandB, logger
+from .optimizer import Schedule
+from .run_folder import RunFolder, write_json
+from .world import Stopped, StopSignal, World
+
+NO_PICTURE_SIZE = (224, 224)
+SHOWN_SAMPLES = 48
+
+
+def train_stage(
+    settings: DictConfig,
+    name: str,
+    previous: Path | None,
+    folder: RunFolder,
+    world: World,
+    stop: StopSignal,
+    wandb: WandB,
+) -> dict:
+    """Train stage `name` from the model folder `previous`, to its end. Returns its summary.
+
+    Goes on from the stage's newest checkpoint, if there is one. Raises Stopped when told to stop, with
+    the state saved; ValueError or BadSample for what the user must mend.
+    """
+    return _Stage(settings, name, previous, folder, world).run(stop, wandb)
+
+
+class _Stage:
+    def __init__(self, settings: DictConfig, name: str, previous: Path | None, folder: RunFolder, world: World):
+        self.settings, self.name, self.previous, self.folder, self.world = settings, name, previous, folder, world
+        self.config = settings.stages[name]
+        self.rates = training_rates(settings, name)
+        self.accumulation, self.micro_batch_size = split_batch(self.config, name, world.size)
+        tokenizer = build_tokenizer(settings)
+        self.parts = build_parts(settings, name, previous, tokenizer)
+        self.objective = self._objective(tokenizer)
+        self.processor = build_processor(settings, name, self.parts, self.objective, tokenizer)
+        self.source = self._source(self.config.data)
+        freeze(self.parts, self.rates, self.config.gradient_checkpointing)
+        self.order = StepOrder(len(self.source), self.config.batch_size, settings.seed)
+        self.total_steps = self.config.max_steps or self.order.steps_per_epoch * self.config.epochs
+        self.schedule = Schedule.from_config(self.config.schedule, self.total_steps, self.rates)
+
+    def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
+        if "objective" in self.parts:
+            objective = self.parts["objective"]
+        else:
+            objective = build_objective(self.config.objective, self.settings, tokenizer)
+        if objective.compares_samples and self.accumulation > 1:
+            raise ValueError(
+                f"objective={self.config.objective} compares the samples of a step with each other, so a step must be "
+                f"one micro-batch a rank: unset stages.{self.name}.micro_batch_size"
+            )
+        return objective
+
+    def _source(self, split: str) -> Source:
+        vision = self.parts.get("vision")
+        size = vision.image_size if vision is not None else NO_PICTURE_SIZE
+        source = build_source(self.settings.data, split, size, self.settings.seed)
+        if self.settings.on_bad_sample == "raise":
+            problems = self.world.from_main(first_problems(source) if self.world.is_main else None)
+            if problems:
+                raise BadSample(f"{problems[0]} (data.{split}; on_bad_sample=skip trains without it)")
+        return source
+
+    def run(self, stop: StopSignal, wandb: WandB) -> dict:
+        before = {part: state_hash(module_state(module)) for part, module in self.parts.items()}
+        self._check_hashes(before)
+        if self.world.is_main:
+            logger.info(self._table())
+        engine = StageEngine(
+            self.settings,
+            self.config,
+            self.parts,
+            self.objective,
+            self.rates,
+            self.schedule,
+            self.accumulation,
+            self.world.device,
+        )
+        checkpoints = Checkpoints(self.folder.stage(self.name) / "checkpoints", self.config.keep_last, self.world)
+        record = checkpoints.load_latest(engine)
+        if record["step"] and self.world.is_main:
+            logger.info(f"{self.name}: going on behind step {record['step']}")
+        validator = self._validator(engine)
+        record.setdefault("skipped", 0)
+        record.setdefault("seconds", 0.0)
+        if validator and "validation_at_start" not in record:
+            with engine.evaluating():
+                record["validation_at_start"] = validator.loss(engine.model, self.settings.validation.samples)
+        self._train(engine, checkpoints, record, validator, stop, wandb)
+        summary = self._finish(engine, validator, before, record)
+        checkpoints.clear()
+        engine.close()
+        return summary
+
+    def _train(
+        self,
+        engine: StageEngine,
+        checkpoints: Checkpoints,
+        record: dict,
+        validator: Validator | None,
+        stop: StopSignal,
+        wandb: WandB,
+    ) -> None:
+        first, total, config = record["step"], self.total_steps, self.config
+        metrics = Metrics(self.folder.stage(self.name) / "metrics.jsonl", first) if self.world.is_main else None
+        scores = Metrics(self.folder.stage(self.name) / "validation.jsonl", first) if self.world.is_main else None
+        progress = Progress(self.name, total, first) if self.world.is_main else None
+        steps = self._steps(first)
+        for step in range(first, total):
+            started = time.perf_counter()
+            data = next(steps)
+            waited = time.perf_counter() - started
+            values, stopping = self._step(engine, step, data, record, stop)
+            values = {"step": step + 1, **values, **self._speed(values, time.perf_counter() - started, waited)}
+            record["seconds"] += values["step_seconds"]
+            if metrics:
+                metrics.write(values)
+                wandb.log(self.name, values)
+                progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
+            record["step"] = step + 1
+            due = config.save_every and (step + 1) % config.save_every == 0 and step + 1 < total
+            if due or (stopping and step + 1 < total):
+                checkpoints.save(engine, step + 1, {key: value for key, value in record.items() if key != "step"})
+            if stopping and step + 1 < total:
+                raise Stopped(
+                    f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"
+                )
+            if validator and config.validate_every and (step + 1) % config.validate_every == 0 and step + 1 < total:
+                with engine.evaluating():
+                    found, _ = validator.scores(engine.model, self.settings.validation.samples)
+                if scores:
+                    scores.write({"step": step + 1, **found})
+                    wandb.log(self.name, {f"validation/{key}": value for key, value in found.items()})
+        for closing in filter(None, (metrics, scores, progress)):
+            closing.close()
+
+    def _steps(self, first: int) -> Iterator[StepData]:
+        dataset = StepDataset(
+            self.source, self.processor, self.order, self.micro_batch_size, self.world.rank, self.world.size
+        )
+        return step_loader(
+            dataset, first, self.total_steps, self.settings.workers, pin_memory=self.world.device.type == "cuda"
+        )
+
+    def _step(
+        self, engine: StageEngine, step: int, data: StepData, record: dict, stop: StopSignal
+    ) -> tuple[dict, bool]:
+        """One optimiser step on all ranks: its metrics, and whether some rank was told to stop."""
+        self._handle_bad(data, step)
+        *counts, bad, stopping = self.world.sum(
+            [
+                self.objective.weight(data),
+                data.samples,
+                data.tokens,
+                data.image_tokens,
+                data.target_tokens,
+                data.positions,
+                len(data.bad),
+                float(stop.received),
+            ]
+        )
+        weight, samples, tokens, image_tokens, target_tokens, positions = counts
+        record["skipped"] += int(bad)
+        rates = engine.set_rates(step)
+        summed = torch.zeros((), device=self.world.device)
+        for i, batch in enumerate(data.micro_batches):
+            # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
+            seed_for(self.settings.seed, self.name, step, i, self.world.rank)
+            loss = engine.loss(batch.to(self.world.device, engine.dtype))
+            engine.backward(loss, max(weight, 1e-9))
+            summed += loss.detach().float()
+        loss = self.world.sum([float(summed)])[0] / max(weight, 1e-9)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise ValueError(
+                f"{self.name}: the loss of step {step + 1} is {loss}: lower stages.{self.name}.train.<part>, or look at "
+                f"the data; checkpoints from before are in {self.folder.stage(self.name) / 'checkpoints'}"
+            )
+        values = {
+            "loss": loss,
+            "grad_norm": engine.grad_norm(),
+            "learning_rate": rates,
+            "samples": int(samples),
+            "tokens": int(tokens),
+            "image_tokens": int(image_tokens),
+            "target_tokens": int(target_tokens),
+            "padding_fraction": 1 - tokens / max(positions, 1),
+        }
+        return values, stopping > 0
+
+    def _handle_bad(self, data: StepData, step: int) -> None:
+        if data.bad and self.settings.on_bad_sample == "raise":
+            raise BadSample(f"{data.bad[0]} (step {step + 1}; on_bad_sample=skip trains without it)")
+        for problem in data.bad:
+            logger.warning(f"{self.name} step {step + 1}: skipped: {problem}")
+
+    def _speed(self, values: dict, seconds: float, waited: float) -> dict:
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if self.world.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        )
+        return {
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "samples_per_second": values["samples"] / seconds,
+            "tokens_per_second": values["tokens"] / seconds,
+            "peak_memory_bytes": int(memory),
+        }
+
+    def _validator(self, engine: StageEngine) -> Validator | None:
+        split = self.config.validation
+        if split is None or self.settings.data.get(split) is None:
+            return None
+        options = self.settings.validation
+        return Validator(
+            self._source(split),
+            self.processor,
+            self.world,
+            engine.dtype,
+            options.batch_size,
+            options.max_new_tokens,
+            sync_generation=engine.zero_stage == 3 and self.world.size > 1,
+        )
+
+    def _finish(self, engine: StageEngine, validator: Validator | None, before: dict[str, str], record: dict) -> dict:
+        scores, answers = None, []
+        if validator:
+            with engine.evaluating():
+                scores, answers = validator.scores(engine.model, self.settings.validation.final_samples)
+            scores["loss_at_start"] = record["validation_at_start"]
+        after = self._save_model(engine)
+        summary = {
+            "stage": self.name,
+            "steps": self.total_steps,
+            "seconds": record["seconds"],
+            "skipped_samples": record["skipped"],
+            "world_size": self.world.size,
+            "validation": scores,
+            "parts": {
+                part: {
+                    "parameters": sum(_full_size(p) for p in module.parameters()),
+                    "trained": part in self.rates,
+                    "learning_rate": self.rates.get(part),
+                    "sha256_before": before[part],
+                    "sha256_after": after[part],
+                }
+                for part, module in self.parts.items()
+            },
+        }
+        summary["trainable_parameters"], summary["frozen_parameters"] = (
+            sum(p["parameters"] for p in summary["parts"].values() if p["trained"] is trained)
+            for trained in (True, False)
+        )
+        for part, facts in summary["parts"].items():
+            changed = facts["sha256_before"] != facts["sha256_after"]
+            if changed != facts["trained"]:
+                raise RuntimeError(
+                    f"{self.name}: {part} is {'frozen but changed' if changed else 'trained but unchanged'}"
+                )
+        if self.world.is_main:
+            write_json(self.folder.stage(self.name) / "samples.json", self._shown(validator, answers))
+            write_json(self.folder.stage(self.name) / "summary.json", summary)
+        self.world.barrier()
+        return summary
+
+    def _save_model(self, engine: StageEngine) -> dict[str, str]:
+        """Write the model folder, whole or not at all; returns the parts' hashes."""
+        target = self.folder.model(self.name)
+        partial = target.with_name("model.partial")
+        manifest, hashes = {}, {}
+        if self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        for part, module in self.parts.items():
+            state = engine.state(module, keep=self.world.is_main)
+            if not self.world.is_main:
+                continue
+            hashes[part] = state_hash(state)
+            if part in PARTS:
+                save_part(part, module, partial / part, state)
+                manifest[part] = {"sha256": hashes[part], "stage": self.name if part in self.rates else None}
+        if self.world.is_main:
+            self._hand_on(partial, manifest)
+            self.processor.save_pretrained(partial)
+            write_manifest(partial, manifest)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        self.world.barrier()
+        return self.world.from_main(hashes)
+
+    def _hand_on(self, folder: Path, manifest: dict[str, dict]) -> None:
+        """Parts that this stage did without stay in the model, as links to the same files where possible."""
+        if self.previous is None:
+            return
+        for part, facts in read_manifest(self.previous).items():
+            if part in manifest:
+                manifest[part]["stage"] = manifest[part]["stage"] or facts.get("stage")
+            elif part not in self.config.drops:
+                shutil.copytree(self.previous / part, folder / part, copy_function=_link_or_copy)
+                manifest[part] = facts
+
+    def _check_hashes(self, hashes: dict[str, str]) -> None:
+        """What was loaded is what the stage before left. Raises ValueError."""
+        if self.previous is None or self.settings.precision != "fp32":
+            return
+        for part, facts in read_manifest(self.previous).items():
+            if part in hashes and part not in self.config.fresh and facts["sha256"] != hashes[part]:
+                raise ValueError(f"{self.previous / part} is not what its manifest says: the weights' hash differs")
+
+    def _shown(self, validator: Validator | None, answers: list[dict]) -> list[dict]:
+        """A few answers with their pictures, for the report."""
+        shown = []
+        for answer in answers[:SHOWN_SAMPLES]:
+            images = validator.source[answer["conversation"]].images
+            shown.append({**answer, "pictures": [picture_uri(image.load()) for image in images]})
+        return shown
+
+    def _table(self) -> str:
+        rows = [("part", "parameters", "learning rate")]
+        for part, module in self.parts.items():
+            rate = f"{self.rates[part]:g}" if part in self.rates else "frozen"
+            rows.append((part, f"{sum(p.numel() for p in module.parameters()):,}", rate))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+        head = (
+            f"stage {self.name}: {self.total_steps} steps of {self.config.batch_size} samples "
+            f"({self.world.size} x {self.micro_batch_size} x {self.accumulation}), {len(self.source):,} samples"
+        )
+        return "\n".join([head, *lines])
+
+
+def split_batch(config: DictConfig, name: str, world_size: int) -> tuple[int, int]:
+    """(accumulation, micro_batch_size) of a stage. Raises ValueError if the batch cannot be split so."""
+    batch, micro = config.batch_size, config.micro_batch_size
+    if batch < 1 or batch % world_size:
+        raise ValueError(f"stages.{name}.batch_size={batch} is not a multiple of the {world_size} processes")
+    micro = micro or batch // world_size
+    if micro < 1 or batch % (micro * world_size):
+        raise ValueError(
+            f"stages.{name}.micro_batch_size={micro} times {world_size} processes does not divide "
+            f"stages.{name}.batch_size={batch}"
+        )
+    return batch // (micro * world_size), micro
+
+
+def _full_size(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
