@@ -1,5 +1,169 @@
+"""``report.html``: one self-contained page about a run, made from the files of its folder."""
+
+from __future__ import annotations
+
+import json
+from html import escape
 from pathlib import Path
 
+from omegaconf import OmegaConf
 
-def write_report(run_dir: Path) -> Path:
-    return Path(run_dir) / "report.html"
+from .charts import Series, line_chart, smooth
+
+MAX_CARDS = 24
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fbfbf9; margin: 0 auto; max-width: 1080px;
+       padding: 24px 20px 60px; }
+h1 { font-size: 26px; margin: 0; } h2 { font-size: 20px; margin: 40px 0 8px; } p { margin: 6px 0; }
+.quiet { color: #5b636d; } code { font-size: 13px; }
+.big { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; }
+.big div { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; padding: 10px 16px; }
+.big b { display: block; font-size: 22px; }
+table { border-collapse: collapse; margin: 10px 0; } th, td { padding: 4px 14px 4px 0; text-align: left; }
+th { font-weight: 600; border-bottom: 1px solid #d6d6d0; } td.number, th.number { text-align: right; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 12px; }
+svg { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; width: 100%; }
+svg .title { font-size: 13px; font-weight: 600; fill: #1b1f24; } svg .tick { font-size: 11px; fill: #5b636d; }
+svg .grid { stroke: #ecece7; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 12px; }
+.card { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; padding: 10px 12px; }
+.card img { width: 144px; height: 144px; object-fit: contain; display: block; margin: 0 auto 8px; border-radius: 4px; }
+.card dl { margin: 0; font-size: 13px; } .card dt { font-weight: 600; margin-top: 6px; } .card dd { margin: 0; }
+.right { color: #00694b; } .right::before { content: "\\2713  "; }
+.wrong { color: #b04400; } .wrong::before { content: "\\2717  "; }
+"""
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` into a run folder and return its path. Raises ValueError if it is no run folder."""
+    run_dir = Path(run_dir)
+    config_file = run_dir / "config.yaml"
+    if not config_file.exists():
+        raise ValueError(f"{run_dir} is not a run folder: config.yaml is missing")
+    config = OmegaConf.to_container(OmegaConf.load(config_file))
+    stages = [name for name in config["stages"] if (run_dir / name / "metrics.jsonl").exists()]
+    body = [_head(config, run_dir), _figures(run_dir, stages)]
+    body += [_stage(run_dir / name, name) for name in stages]
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(run_dir.name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>{"".join(body)}</html>\n'
+    )
+    target = run_dir / "report.html"
+    partial = target.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def _head(config: dict, run_dir: Path) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+    return (
+        f"<h1>{escape(config['name'])} &middot; connector {escape(config['connector']['name'])}</h1>"
+        f'<p class="quiet">{escape(str(run_dir))} &middot; seed {config["seed"]} &middot; {escape(config["precision"])}'
+        f'</p><p class="quiet"><small>{escape(versions)}</small></p>'
+    )
+
+
+def _figures(run_dir: Path, stages: list[str]) -> str:
+    """The last stage's scores, large."""
+    scored = [name for name in stages if (_json(run_dir / name / "summary.json") or {}).get("validation")]
+    if not scored:
+        return ""
+    scores = _json(run_dir / scored[-1] / "summary.json")["validation"]
+    seconds = sum((_json(run_dir / name / "summary.json") or {}).get("seconds", 0) for name in stages)
+    boxes = (
+        (f"{scores['exact_match']:.1%}", f"exact match, {scores['questions']} held-out questions"),
+        (f"{scores['blind_exact_match']:.1%}", "the same with the picture blanked"),
+        (f"{scores['loss']:.3f}", f"validation loss after {escape(scored[-1])}"),
+        (f"{seconds / 60:.1f} min", "of training steps"),
+    )
+    return '<div class="big">' + "".join(f"<div><b>{big}</b>{small}</div>" for big, small in boxes) + "</div>"
+
+
+def _stage(folder: Path, name: str) -> str:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = _json(folder / "summary.json")
+    parts = [f"<h2>{escape(name)}</h2>"]
+    if summary is None:
+        parts.append(f'<p class="quiet">not finished: {len(records)} steps so far</p>')
+    else:
+        parts.append(_facts(summary))
+    parts.append(f'<div class="charts">{_charts(folder, records)}</div>')
+    if summary is not None:
+        parts.append(_parts_table(summary))
+        parts.append(_cards(_json(folder / "samples.json") or []))
+    return "".join(parts)
+
+
+def _facts(summary: dict) -> str:
+    text = f"{summary['steps']} steps in {summary['seconds']:.0f} s on {summary['world_size']} process(es)"
+    if summary["skipped_samples"]:
+        text += f"; {summary['skipped_samples']} bad samples skipped"
+    scores = summary["validation"]
+    if scores:
+        text += (
+            f"; validation loss {scores['loss_at_start']:.3f} &rarr; {scores['loss']:.3f}; exact match "
+            f"{scores['exact_match']:.1%} of {scores['questions']} answers, blind {scores['blind_exact_match']:.1%}"
+        )
+    return f"<p>{text}</p>"
+
+
+def _charts(folder: Path, records: list[dict]) -> str:
+    if not records:
+        return ""
+    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+    loss = [Series("", steps, losses, faint=True), Series("training", steps, smooth(losses))]
+    file = folder / "validation.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if found:
+        points = [r["step"] for r in found], [r["loss"] for r in found]
+        loss.append(Series("validation", *points, color=1, dots=True))
+    parts = list(records[0]["learning_rate"])
+    rates = [Series(part, steps, [r["learning_rate"][part] for r in records], color=i) for i, part in enumerate(parts)]
+    speed = [r["samples_per_second"] for r in records]
+    return (
+        line_chart("loss", loss)
+        + line_chart("learning rate", rates)
+        + line_chart("samples a second", [Series("", steps, smooth(speed), color=2)])
+    )
+
+
+def _parts_table(summary: dict) -> str:
+    rows = [
+        "<tr><th>part</th><th class=number>parameters</th><th>learning rate</th><th>weights before</th>"
+        "<th>weights after</th></tr>"
+    ]
+    for part, facts in summary["parts"].items():
+        rate = f"{facts['learning_rate']:g}" if facts["trained"] else "frozen"
+        before, after = (facts[key][:10] for key in ("sha256_before", "sha256_after"))
+        rows.append(
+            f"<tr><td>{part}</td><td class=number>{facts['parameters']:,}</td><td>{rate}</td>"
+            f"<td><code>{before}</code></td><td><code>{after}</code>{'' if before != after else ' unchanged'}</td></tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _cards(samples: list[dict]) -> str:
+    """One card a picture, with the questions about it."""
+    by_conversation: dict[int, list[dict]] = {}
+    for sample in samples:
+        by_conversation.setdefault(sample["conversation"], []).append(sample)
+    cards = []
+    for answers in list(by_conversation.values())[:MAX_CARDS]:
+        pictures = "".join(f'<img src="{uri}" alt="">' for uri in answers[0]["pictures"])
+        lines = []
+        for answer in answers:
+            verdict = "right" if answer["exact"] else "wrong"
+            reference = "" if answer["exact"] else f'<dd class="quiet">reference: {escape(answer["reference"])}</dd>'
+            lines.append(
+                f"<dt>{escape(answer['question'] or 'caption')}</dt>"
+                f'<dd class="{verdict}">{escape(answer["prediction"] or "(nothing)")}</dd>{reference}'
+                f'<dd class="quiet">blind: {escape(answer["blind_prediction"] or "(nothing)")}</dd>'
+            )
+        cards.append(f'<div class="card">{pictures}<dl>{"".join(lines)}</dl></div>')
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _json(file: Path) -> dict | list | None:
+    return json.loads(file.read_text()) if file.exists() else None

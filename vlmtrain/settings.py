@@ -44,16 +44,26 @@ def with_mini(overrides: Sequence[str]) -> list[str]:
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     """The settings that a line of Hydra overrides means. Raises ValueError naming the key and the nearest one."""
-    overrides = with_mini(overrides)
-    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    config = _compose("train", with_mini(overrides), config_dir)
+    return finish(config, config.hydra)
+
+
+def compose_evaluation(overrides: Sequence[str]) -> DictConfig:
+    """The settings of ``vlmtrain evaluate``. Raises ValueError naming the key and the nearest one."""
+    config = _compose("evaluate", overrides)
+    OmegaConf.resolve(config)
+    return config
+
+
+def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     register_recipes()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            config = hydra_compose("train", [*search, *overrides], return_hydra_config=True)
+            return hydra_compose(name, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(error, [*search, *overrides])) from None
-    return finish(config, config.hydra)
+            raise ValueError(_explain(name, error, overrides)) from None
 
 
 def check_line(line: Sequence[str]) -> None:
@@ -113,26 +123,24 @@ def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> N
         OmegaConf.update(settings, key, value, merge=False)
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
+def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
     text = str(error)
-    group = re.search(r"Could not find '(\w+)/([\w./-]+)'", text) or re.search(
-        r"In '.*': Could not find '(\w+)/([\w./-]+)'", text
-    )
+    group = re.search(r"Could not find '(\w+)/([\w./-]+)'", text)
     if group:
         kind, choice = group.groups()
         available = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return f"unknown {kind} '{choice}'.{nearest(choice, available)} Available: {', '.join(available)}"
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
-        known = _known_keys([o for o in overrides if o.split("=")[0].lstrip("+~") != key.group(1)])
+        known = _known_keys(name, [o for o in overrides if o.split("=")[0].lstrip("+~") != key.group(1)])
         return f"unknown key '{key.group(1)}'.{_nearest_key(key.group(1), known)}"
     return first_line(error)
 
 
-def _known_keys(overrides: Sequence[str]) -> list[str]:
+def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
     """Keys that the rest of a line could override; an empty list if that does not compose either."""
     try:
-        with_hydra = hydra_compose("train", list(overrides))
+        with_hydra = hydra_compose(name, list(overrides))
     except (ConfigCompositionException, HydraException, OmegaConfBaseException):
         return []
     return [key for key, _ in flatten(OmegaConf.to_container(with_hydra))]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from .data.records import BadSample
 from .paths import CONFIGS
 from .settings import check_line, finish, register_recipes, with_mini
-from .training.world import launched_rank
+from .world import launched_rank
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def users_errors() -> Iterator[None]:
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def _run(config: DictConfig) -> None:
     from .training.run import train_run
-    from .training.world import Stopped, join_world, leave_world
+    from .world import Stopped, join_world, leave_world
 
     with users_errors():
         settings = finish(config)

@@ -6,10 +6,10 @@ Each family has a file of its own; `CONNECTORS` holds all of them under their ex
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
+from ..errors import nearest
 from .base import Connector, VisionFeatures
 from .c_abstractor import CAbstractor
 from .d_abstractor import DAbstractor
@@ -50,13 +50,8 @@ CONNECTORS: dict[str, type[Connector]] = {
 
 def _class(name: str) -> type[Connector]:
     if name not in CONNECTORS:
-        raise ValueError(f"Unknown connector '{name}'.{_hint(name, CONNECTORS)} Available: {', '.join(CONNECTORS)}")
+        raise ValueError(f"Unknown connector '{name}'.{nearest(name, CONNECTORS)} Available: {', '.join(CONNECTORS)}")
     return CONNECTORS[name]
-
-
-def _hint(name: str, known) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def connector_options(name: str) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def build_connector(
     for option in options:
         if option not in known:
             raise ValueError(
-                f"Unknown option connector.{option} of '{name}'.{_hint(option, known)} "
+                f"Unknown option connector.{option} of '{name}'.{nearest(option, known)} "
                 f"Its options: {', '.join(known) or 'none'}"
             )
     if input_grid is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from torch import Tensor
+
+from ..errors import nearest
 
 
 def require_positive(**options: int) -> None:
@@ -33,9 +34,7 @@ def require_choice(value: str, choices: Iterable[str], name: str) -> None:
     """An option is one of a few names."""
     choices = list(choices)
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"connector.{name}={value!r}.{hint} Available: {', '.join(choices)}")
+        raise ValueError(f"connector.{name}={value!r}.{nearest(str(value), choices)} Available: {', '.join(choices)}")
 
 
 def require_divisible(width: int, width_name: str, divisor: int, option: str) -> None:

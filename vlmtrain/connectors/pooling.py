@@ -65,23 +65,25 @@ class AttentionalPool(WindowPool):
     and 3 for video with the same weights. All linear layers start normal with std 0.02.
     """
 
-    PUBLISHED = tuple(
-        Names(prefix, ((r"pool\.([qkv])\.", pool), (r"pool\.out\.", out), *head))
-        for prefix, pool, out, head in (
+    PUBLISHED = (
+        Names(
+            "model.vision_backbone.",
             (
-                "model.vision_backbone.",
-                r"image_pooling_2d.w\1.",
-                "image_pooling_2d.wo.",
-                ((r"head\.gate", "image_projector.w1"), (r"head\.down", "image_projector.w2"))
-                + ((r"head\.up", "image_projector.w3"), (r"^head\.", "image_projector.")),
+                (r"^pool\.([qkv])\.", r"image_pooling_2d.w\1."),
+                (r"^pool\.out\.", "image_pooling_2d.wo."),
+                (r"^head\.gate\.", "image_projector.w1."),
+                (r"^head\.down\.", "image_projector.w2."),
+                (r"^head\.up\.", "image_projector.w3."),
             ),
+        ),
+        Names(  # Hugging Face
+            "model.multi_modal_projector.",
             (
-                "model.multi_modal_projector.",
-                r"image_pooling_2d.\1_proj.",
-                "image_pooling_2d.o_proj.",
-                ((r"head\.(gate|down|up)", r"image_projector.\1_proj"), (r"^head\.", "image_projector.")),
+                (r"^pool\.([qkv])\.", r"image_pooling_2d.\1_proj."),
+                (r"^pool\.out\.", "image_pooling_2d.o_proj."),
+                (r"^head\.(gate|down|up)\.", r"image_projector.\1_proj."),
             ),
-        )
+        ),
     )
 
     def __init__(
@@ -117,9 +119,10 @@ class AttentionalPool(WindowPool):
         batch, height, width, _ = x.shape
         rows, columns = self.output_grid(height, width)
         padding = (0, columns * self.window - width, 0, rows * self.window - height)
-        x = blocks(F.pad(x, (0, 0, *padding)), self.window).flatten(0, 2)  # (B * windows, window**2, C)
-        real = F.pad(x.new_ones(1, height, width), padding).unsqueeze(-1)
-        real = blocks(real, self.window).expand(batch, -1, -1, -1, -1).flatten(0, 2)  # (B * windows, window**2, 1)
+        # Windows as a batch: x (B * windows, window**2, C), and 1 at real patches (B * windows, window**2, 1).
+        real = F.pad(x.new_ones(1, height, width, 1), (0, 0, *padding)).expand(batch, -1, -1, -1)
+        x, real = (blocks(y, self.window).flatten(0, 2) for y in (F.pad(x, (0, 0, *padding)), real))
         query = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        x = self.pool(query, x, x, mask=real.bool()[:, None].transpose(2, 3) if any(padding) else None)
+        mask = real.bool().transpose(1, 2)[:, None] if any(padding) else None
+        x = self.pool(query, x, x, mask)
         return self.head(x).reshape(batch, rows * columns, self.out_dim)

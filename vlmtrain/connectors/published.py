@@ -19,7 +19,7 @@ class Names(NamedTuple):
     prefix:      what stands before every name in the full model. Any number of its leading parts may be
                  absent: ``"model.visual."`` also accepts ``"visual."`` and nothing.
     renames:     substitutions ``(pattern, replacement)`` applied one after the other to our name. Several of
-                 our names that end in one published name are its equal-order parts along dimension 0.
+                 our names that become one published name are its parts along dimension 0, in our order.
     unpublished: pattern of our names that have no published counterpart; these keep their values.
     ignored:     pattern of published names that hold no weights.
     """
@@ -37,10 +37,9 @@ def load(module: nn.Module, state_dict: dict[str, Tensor], conventions: tuple[Na
     own = module.state_dict()
     problems = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]
     for name, parts in expected.items():
-        if name in state_dict:
-            shape = (sum(own[part].shape[0] for part in parts), *own[parts[0]].shape[1:]) if own[parts[0]].ndim else ()
-            if tuple(state_dict[name].shape) != shape:
-                problems.append(f"shape of {name}: expected {shape}, got {tuple(state_dict[name].shape)}")
+        shape = (sum(len(own[part]) for part in parts), *own[parts[0]].shape[1:])
+        if name in state_dict and tuple(state_dict[name].shape) != shape:
+            problems.append(f"shape of {name}: expected {shape}, got {tuple(state_dict[name].shape)}")
     if problems:
         raise ValueError(
             f"These weights do not fit {type(module).__name__}; nothing was loaded. Check the connector's options "
@@ -48,7 +47,7 @@ def load(module: nn.Module, state_dict: dict[str, Tensor], conventions: tuple[Na
         )
     with torch.no_grad():
         for name, parts in expected.items():
-            rows = [own[part].shape[0] for part in parts] if len(parts) > 1 else [len(state_dict[name])]
+            rows = [len(own[part]) for part in parts]
             for part, tensor in zip(parts, state_dict[name].split(rows), strict=True):
                 own[part].copy_(tensor)
     if kept:

@@ -20,7 +20,7 @@ from ..data.records import IMAGE_MARK, BadSample, Conversation
 from ..data.rendering import IGNORE, Rendered
 from ..data.sources import Source
 from ..model import VLMWrapper
-from ..training.world import World
+from ..world import World
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_llm(path: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> nn.Module:
-    """Load a causal language model from a hub id or a folder."""
-    load_hf_config(path, "llm.path")
-    return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, attn_implementation=attn_implementation)
+def build_llm(
+    path: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, weights: bool = True
+) -> nn.Module:
+    """Load a causal language model from a hub id or a folder; without `weights`, only its architecture."""
+    config = load_hf_config(path, "llm.path")
+    if weights:
+        return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, attn_implementation=attn_implementation)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config)
 
 
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:

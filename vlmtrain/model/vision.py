@@ -214,8 +214,9 @@ class HFVision(VisionEncoder):
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         dtype: torch.dtype = torch.float32,
+        weights: bool = True,
     ) -> HFVision:
-        """Load from a hub id or a folder.
+        """Load from a hub id or a folder; without `weights`, only the architecture.
 
         image_size: pixels; None means the preprocessor's crop, or else the model's own size.
         image_mean, image_std: None means those of ``preprocessor_config.json``.
@@ -234,7 +235,11 @@ class HFVision(VisionEncoder):
             )
         geometry = {"image_size": image_size or _preprocessor_size(preprocessor)}
         geometry |= {"image_mean": list(mean), "image_std": list(std)}
-        return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype), geometry, layer)
+        if weights:
+            return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype), geometry, layer)
+        from transformers import AutoModel
+
+        return cls(AutoModel.from_config(config), geometry, layer)
 
     def forward(self, images: Tensor) -> VisionFeatures:
         out = self.encoder(images, output_hidden_states=True, **self._options)
@@ -263,10 +268,15 @@ def _preprocessor_size(preprocessor: dict) -> int | None:
     return None
 
 
-def build_vision(provider: str, dtype: torch.dtype = torch.float32, **options) -> VisionEncoder:
-    """Build the encoder of `provider` (``open_clip`` or ``hf``) from its published or random weights."""
+def build_vision(provider: str, dtype: torch.dtype = torch.float32, weights: bool = True, **options) -> VisionEncoder:
+    """Build the encoder of `provider` (``open_clip`` or ``hf``).
+
+    weights: False leaves the published weights aside, for looking at sizes (best under ``torch.device("meta")``).
+    """
     if provider == "hf":
-        return HFVision.build(**options, dtype=dtype)
+        return HFVision.build(**options, dtype=dtype, weights=weights)
+    if not weights:
+        options["pretrained"] = None
     return OpenClipVision.build(**options).to(dtype)
 
 

@@ -61,6 +61,15 @@ def build_parts(
     return parts
 
 
+def build_skeleton(settings: DictConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, nn.Module]:
+    """The parts of stage `name` without weights, on the meta device: what sizes and lengths depend on."""
+    parts: dict[str, nn.Module] = {}
+    with torch.device("meta"):
+        for part in (p for p in BUILD_ORDER if p in settings.stages[name].parts):
+            parts[part] = _build(settings, name, part, parts, tokenizer, torch.float32, weights=False)
+    return parts
+
+
 def _has_source(settings: DictConfig, part: str) -> bool:
     """Whether a part's configuration says where its weights come from (or, for a mini run, that it needs none)."""
     if settings.mini or part == "objective":
@@ -77,14 +86,15 @@ def _build(
     parts: dict[str, nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
+    weights: bool = True,
 ) -> nn.Module:
     options = OmegaConf.to_container(settings[part]) if part in settings else {}
     if part == "vision":
-        return build_vision(**options, dtype=dtype)
+        return build_vision(**options, dtype=dtype, weights=weights)
     if part == "llm":
         if settings.llm.provider == "tiny":
             return build_random_llm(options["config"], tokenizer, dtype)
-        return build_llm(options["path"], dtype, options["attn_implementation"])
+        return build_llm(options["path"], dtype, options["attn_implementation"], weights)
     if part == "connector":
         return make_connector(options.pop("name"), parts["vision"], parts["llm"], options, dtype)
     return build_objective(settings.stages[stage].objective, settings, tokenizer).to(dtype)

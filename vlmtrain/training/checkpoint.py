@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from ..world import World
 from .engine import StageEngine
-from .world import World
 
 
 class Checkpoints:

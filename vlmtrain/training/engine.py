@@ -61,10 +61,12 @@ class StageEngine:
         inside = None if self._frozen_vision is not None else vision
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
         zero = settings.engine
+        # DeepSpeed's plain data parallelism cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
+        self.zero_stage = max(1, zero.zero_stage) if self.dtype is torch.bfloat16 else zero.zero_stage
         groups = parameter_groups(parts, rates, stage.optimizer.weight_decay)
         optimizer = build_optimizer(groups, stage.optimizer, offload=zero.offload_optimizer != "none")
         # plain fp32 data parallelism is the one engine that reports no gradient norm
-        self._clips_itself = zero.zero_stage == 0 and self.dtype is torch.float32
+        self._clips_itself = self.zero_stage == 0
         self._max_norm = stage.max_grad_norm or NO_CLIPPING
         self._trained = [parameter for group in groups for parameter in group["params"]]
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -72,7 +74,6 @@ class StageEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=self._config(zero, accumulation)
             )
-        self.zero_stage = zero.zero_stage
         self.world_size = self._engine.dp_world_size
 
     @property
@@ -154,7 +155,7 @@ class StageEngine:
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: rows vary, and the loss is weighted by hand
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if self._clips_itself else self._max_norm,
-            "zero_optimization": {"stage": zero.zero_stage},
+            "zero_optimization": {"stage": self.zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,

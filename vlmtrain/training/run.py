@@ -8,11 +8,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..errors import nearest
 from ..report import write_report
+from ..world import StopSignal, World
 from .assembly import DTYPES, training_rates
 from .metrics import WandB, logger, set_up_logging
 from .run_folder import RunFolder
 from .stage import split_batch, train_stage
-from .world import StopSignal, World
 
 
 def train_run(settings: DictConfig, world: World) -> None:

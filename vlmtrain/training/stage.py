@@ -21,13 +21,13 @@ from ..data.sources import Source, build_source, first_problems
 from ..evaluation.validation import Validator, picture_uri
 from ..model.parts import PARTS, module_state, read_manifest, save_part, state_hash, write_manifest
 from ..objectives import Objective, build_objective
+from ..world import Stopped, StopSignal, World
 from .assembly import build_parts, build_processor, build_tokenizer, freeze, seed_for, training_rates
 from .checkpoint import Checkpoints
 from .engine import StageEngine
 from .metrics import Metrics, Progress, WandB, logger
 from .optimizer import Schedule
 from .run_folder import RunFolder, write_json
-from .world import Stopped, StopSignal, World
 
 NO_PICTURE_SIZE = (224, 224)
 SHOWN_SAMPLES = 48

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from reference_tools import C, D
 
 from vlmtrain.connectors import Connector, VisionFeatures, build_connector
-
-C, D = 16, 24
 
 SMALL = {
     "linear": {},

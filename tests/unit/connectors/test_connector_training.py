@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from connector_parity import block_order, joined, relative_error, rescaled
+from connector_parity import joined, relative_error
 from connector_samples import VARIANTS, C, D, features, instruction, small, variant_id
+from reference_tools import block_order, rescaled
 
 from vlmtrain.connectors import VisionFeatures
 from vlmtrain.connectors.vss import scan_orders, selective_scan
@@ -111,7 +112,8 @@ def test_instruction_changes_the_queries_and_padding_does_not():
 
 def test_qformer_core_runs_the_three_passes_of_stage_one():
     """Query-only, text-only, matching and captioning masks equal Hugging Face's Q-Former."""
-    from connector_parity import hf, hf_config, qformer_reference
+    from reference_querying import qformer_reference
+    from reference_tools import hf, hf_config
 
     torch.manual_seed(0)
     reference = qformer_reference(C, use_qformer_text_input=True, num_hidden_layers=3)

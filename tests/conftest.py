@@ -1,0 +1,95 @@
+"""Shared fixtures: tiny parts, tiny data, and runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="minutes long; run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from vlmtrain.data.shapes import VOCABULARY
+    from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
+
+    return build_tiny_tokenizer(VOCABULARY)
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict:
+    return {"from": "gpt", "value": text}
+
+
+@pytest.fixture(scope="session")
+def llava_files(tmp_path_factory) -> dict[str, Path]:
+    """A small LLaVA data set: pictures, captions, and conversations with none, one and two pictures."""
+    folder = tmp_path_factory.mktemp("llava")
+    colors = {"red": (220, 40, 40), "green": (40, 160, 70), "blue": (40, 90, 230), "yellow": (240, 190, 20)}
+    for name, color in colors.items():
+        Image.new("RGB", (60, 40), color).save(folder / f"{name}.png")
+    align, instruct, names = [], [], list(colors)
+    for i in range(24):
+        name, other = names[i % 4], names[(i + 1 + i // 4) % 4]
+        align.append({"id": i, "image": f"{name}.png", "conversations": [human("<image>\nDescribe"), gpt(name)]})
+        question = [human("<image>\nWhat color is this?"), gpt(name)]
+        if i % 3 == 1:
+            instruct.append({"id": i, "conversations": [human("What color is a circle?"), gpt(f"a {name} circle")]})
+        elif i % 3 == 2:
+            talk = [*question, human("<image>\nand this?"), gpt(f"{other}, left of {name}")]
+            instruct.append({"id": i, "image": [f"{name}.png", f"{other}.png"], "conversations": talk})
+        else:
+            instruct.append({"id": i, "image": f"{name}.png", "conversations": question})
+    for file, records in (("align", align), ("instruct", instruct), ("validation", instruct[:6])):
+        (folder / f"{file}.json").write_text(json.dumps(records))
+    return {"images": folder, **{name: folder / f"{name}.json" for name in ("align", "instruct", "validation")}}
+
+
+def data_overrides(files: dict[str, Path]) -> list[str]:
+    return ["data=llava_json", *(f"data.{key}={path}" for key, path in files.items())]
+
+
+def run(*command: str, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run a command as a user would; the output is part of the failure."""
+    environment = {**os.environ, **options.pop("env", {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def train(*overrides: str, ranks: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """`python -m vlmtrain.train`, under torchrun for several ranks."""
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    return run(*launcher, "vlmtrain.train", *overrides, check=check, **options)
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / stage / "metrics.jsonl").read_text().splitlines()]

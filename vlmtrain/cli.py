@@ -1,0 +1,214 @@
+"""The ``vlmtrain`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from . import __version__
+
+MAX_PROBLEMS = 20
+SHOWN = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the ``vlmtrain`` command."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except ValueError as error:
+        sys.stderr.write(f"vlmtrain: error: {error}\n")
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise SystemExit(130) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlmtrain",
+        description="Train vision-language models stage by stage. Training itself: python -m vlmtrain.train --help",
+    )
+    parser.add_argument("--version", action="version", version=f"vlmtrain {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    check = commands.add_parser("check", help="read a recipe's data as training would, and list what is wrong")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="the line that training would get")
+    check.add_argument("--workers", type=int, default=1, help="processes that read (default: 1)")
+    check.set_defaults(command=_check)
+
+    evaluate = commands.add_parser("evaluate", help="score a model's answers on held-out conversations")
+    evaluate.add_argument("model", metavar="MODEL_DIR", type=Path)
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="data.validation=FILE data.images=DIR validation.samples=N"
+    )
+    evaluate.add_argument("--answers", type=Path, metavar="FILE", help="write every question and answer here, as JSON")
+    evaluate.set_defaults(command=_evaluate)
+
+    chat = commands.add_parser("chat", help="ask a model about a picture")
+    chat.add_argument("model", metavar="MODEL_DIR", type=Path)
+    chat.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="may be repeated")
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this and leave; without it, talk")
+    chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    chat.set_defaults(command=_chat)
+
+    report = commands.add_parser("report", help="write report.html of a run")
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    report.set_defaults(command=_report)
+
+    for command in (check, evaluate, chat, report):
+        command.add_argument("--json", action="store_true", help="print the same as JSON")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    from .data.checking import check_data, show_targets
+    from .data.sources import build_source
+    from .objectives import OBJECTIVES
+    from .settings import compose
+    from .training.assembly import build_processor, build_skeleton, build_tokenizer
+
+    settings = compose(options.overrides)
+    tokenizer = build_tokenizer(settings)
+    results, shown = {}, {}
+    for name, stage in settings.stages.items():
+        if settings.stage not in (None, name):
+            continue
+        parts = build_skeleton(settings, name, tokenizer)
+        processor = build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
+        size = parts["vision"].image_size if "vision" in parts else (224, 224)
+        source = build_source(settings.data, stage.data, size, settings.seed)
+        report = check_data(source, processor, options.workers, sys.stderr.isatty())
+        results[name] = {"data": stage.data, **asdict(report)}
+        shown[name] = _first_samples(source, processor, show_targets)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        for name, result in results.items():
+            _print_check(name, result, shown[name])
+    if any(result["problems"] for result in results.values()):
+        raise SystemExit(1)
+
+
+def _first_samples(source, processor, show_targets) -> list[str]:
+    from .data.records import BadSample
+
+    texts = []
+    for index in range(min(len(source), 100)):
+        if len(texts) == SHOWN:
+            break
+        try:
+            texts.append(show_targets(processor(source[index]).tokens, processor, sys.stdout.isatty()))
+        except BadSample:
+            continue
+    return texts
+
+
+def _print_check(name: str, result: dict, samples: list[str]) -> None:
+    print(f"stage {name} (data.{result['data']})")
+    _print_table(
+        [
+            ("records", f"{result['records']:,}"),
+            ("samples", f"{result['samples']:,} ({result['text_only']:,} text-only)"),
+            ("pictures", f"{result['images']:,}"),
+            ("answers", f"{result['answers']:,}"),
+            ("tokens", f"{result['tokens']:,} ({result['image_tokens']:,} of pictures, "
+                       f"{result['target_tokens']:,} trained)"),
+            ("length", ", ".join(f"{key} {value:g}" for key, value in result["length"].items()) or "-"),
+            ("problems", f"{len(result['problems']):,}"),
+        ]
+    )  # fmt: skip
+    for problem in result["problems"][:MAX_PROBLEMS]:
+        print(f"    {problem}")
+    if len(result["problems"]) > MAX_PROBLEMS:
+        print(f"    and {len(result['problems']) - MAX_PROBLEMS:,} more: --json lists all")
+    for text in samples:
+        print("  ---\n  " + text.rstrip().replace("\n", "\n  "))
+    print()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import torch
+
+    from .data.processor import Processor
+    from .data.sources import build_source
+    from .evaluation.validation import Validator
+    from .model import VLMWrapper
+    from .settings import compose_evaluation
+    from .world import World
+
+    settings = compose_evaluation(options.overrides)
+    processor = Processor.from_pretrained(options.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = VLMWrapper.from_pretrained(options.model).to(device)
+    size = processor.geometry.size if processor.geometry else (224, 224)
+    source = build_source(settings.data, "validation", size, settings.seed)
+    limits = settings.validation
+    validator = Validator(
+        source, processor, World(0, 1, device), torch.float32, limits.batch_size, limits.max_new_tokens
+    )
+    with torch.no_grad():
+        scores, answers = validator.scores(model, limits.samples)
+    if options.answers:
+        options.answers.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+    if options.json:
+        print(json.dumps(scores, indent=2))
+        return
+    _print_table(
+        [
+            ("questions", f"{scores['questions']:,}"),
+            ("exact match", f"{scores['exact_match']:.1%}"),
+            ("the same, blind", f"{scores['blind_exact_match']:.1%}"),
+            ("loss", f"{scores['loss']:.4f}"),
+        ]
+    )
+
+
+def _chat(options: argparse.Namespace) -> None:
+    import torch
+
+    from .data.images import ImageOnDisk
+    from .data.processor import Processor
+    from .evaluation.chat import Chat
+    from .model import VLMWrapper
+
+    images = [ImageOnDisk(path) for path in options.image]
+    for image in images:
+        image.load()
+    processor = Processor.from_pretrained(options.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chat = Chat(VLMWrapper.from_pretrained(options.model).to(device), processor, images, device, torch.float32)
+    if options.prompt is not None:
+        answer = chat.say(options.prompt, options.max_new_tokens)
+        print(json.dumps({"prompt": options.prompt, "answer": answer}, ensure_ascii=False) if options.json else answer)
+        return
+    print("Ask about the picture; an empty line ends.")
+    while words := _ask():
+        print(chat.say(words, options.max_new_tokens))
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    path = write_report(options.run_dir)
+    print(json.dumps({"report": str(path)}) if options.json else path)
+
+
+def _print_table(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()
