@@ -1,6 +1,6 @@
 """Procedural pictures of coloured shapes, with captions and questions: data that needs no download.
 
-    (seed, split, i) -> scene (shapes in the cells of a 3 x 3 grid) -> picture, caption, questions -> Conversation
+    (seed, split, i) -> scene: shapes in a 3 x 3 grid -> picture, caption, questions -> Conversation
 
 Sample ``i`` of a split depends on nothing else, so any subset can be drawn in any order on any machine.
 Colour-shape pairs in `HELD_OUT` occur in every validation scene and in no other: a model that answers
@@ -144,7 +144,8 @@ class Shapes:
             exchanges, opening = _questions(rng, items, counted), IMAGE_MARK
         turns = []
         for question, answer in exchanges:
-            turns += [Turn("user", question if turns else f"{opening}\n{question}"), Turn("assistant", answer)]
+            text = question if turns else f"{opening}\n{question}"
+            turns += [Turn("user", text), Turn("assistant", answer)]
         images = () if self.split == "text" else (Picture(items, self.image_size),)
         return Conversation(f"{self.split}-{index}", tuple(turns), images)
 
@@ -175,11 +176,10 @@ def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item
 
 
 def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
-    """An item of random size, anywhere in its cell where it does not touch the border."""
+    """An item that nearly fills its cell; its size and centre vary by about half a pixel in 48."""
     row, column = divmod(cell, len(COLUMNS))
     radius = rng.uniform(0.13, 0.15)
-    slack = 0.012
-    x, y = ((at + 0.5) / 3 + rng.uniform(-slack, slack) for at in (column, row))
+    x, y = ((at + 0.5) / 3 + rng.uniform(-0.012, 0.012) for at in (column, row))
     return Item(color, shape, row, column, x, y, radius)
 
 
