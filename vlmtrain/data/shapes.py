@@ -24,9 +24,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "blue": (43, 99, 228),
     "yellow": (247, 194, 14),
     "purple": (146, 62, 196),
-    "orange": (245, 124, 20),
-    "pink": (246, 135, 188),
-    "black": (45, 45, 50),
 }
 BACKGROUND = (246, 246, 242)
 
@@ -42,8 +39,8 @@ OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
     "ring": None,
 }  # fmt: skip
 SHAPES = tuple(OUTLINES)
-HELD_OUT = frozenset(zip(COLORS, SHAPES, strict=False))
-"""The (color, shape) pairs kept for validation: each shape in one colour."""
+HELD_OUT = frozenset(zip(COLORS, SHAPES, strict=True))
+"""The (color, shape) pairs kept for validation: every colour and every shape is in exactly one."""
 
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
@@ -52,16 +49,16 @@ COUNTS = ("one", "two", "three")
 OBJECTS = 4
 """Shapes in a picture, except one that is only captioned."""
 CAPTION_OBJECTS = (1, 1, 2, 3, 4)
-"""Shapes in a captioned picture, drawn with equal chances. Pictures of one shape are what makes a contrastive
-model look at shapes at all: among fuller pictures, colours and places alone tell captions apart."""
+"""Shapes in a captioned picture, drawn with equal chances. Pictures of one shape push a contrastive model to
+look at shapes: among fuller pictures, colours and places alone tell most captions apart."""
 
 SPLITS = ("caption", "text", "instruct", "validation")
 DESCRIBE = "Describe the picture."
 
 VOCABULARY: tuple[str, ...] = (
     *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *ROWS, *COLUMNS, *SIDES, *COUNTS,
-    *["A", "a", "at", "the", "What", "color", "shape", "shapes", "is", "Where", "relative", "to", "How", "many", "are", "there", "Describe", "picture"],
-    ".", ",", "?",
+    "A", "a", "at", "the", "What", "color", "shape", "shapes", "is", "Where", "relative", "to", "How", "many",
+    "are", "there", "Describe", "picture", ".", ",", "?",
 )  # fmt: skip
 """Every word and punctuation mark that the texts are made of."""
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..connectors import build_connector
+from ..connectors import CONNECTORS, build_connector
 from .llm import hidden_width, load_llm, save_llm
 from .loading import load_strictly, read_json
 from .vision import VisionEncoder, load_vision
@@ -30,18 +30,22 @@ def make_connector(
     name: str, vision: VisionEncoder, llm: nn.Module, options: dict, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """A new connector between an encoder and a language model, with what it was built from in `config`."""
+    several = CONNECTORS[name].several_encoders if name in CONNECTORS else False
     arguments = {
         "name": name,
-        "in_dim": vision.width,
+        "in_dim": [vision.width] if several else vision.width,
         "out_dim": hidden_width(llm),
         "input_grid": list(vision.grid),
         **options,
     }
-    return _connector_from(arguments).to(dtype)
+    connector = _connector_from(arguments)
+    vision.give_levels(connector.num_levels)
+    return connector.to(dtype)
 
 
 def _connector_from(arguments: dict) -> nn.Module:
-    connector = build_connector(**{**arguments, "input_grid": tuple(arguments["input_grid"])})
+    listed = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    connector = build_connector(**listed)
     connector.config = arguments
     return connector
 

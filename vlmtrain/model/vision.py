@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,13 +25,17 @@ class VisionEncoder(nn.Module):
     """Base of both providers.
 
     image_size: ``(H, W)`` in pixels; grid: ``(H, W)`` in patches; width: channels of a feature;
-    layer: which hidden state is handed on, as in Hugging Face's ``hidden_states[layer]``, where 0 is
-    the embedding and -1 the last block (before any final norm).
+    layer: which hidden state is handed on, as in Hugging Face's ``hidden_states[layer]``, where 1 is
+    the first block's output and -1 the last one's (before any final norm); levels: further ones, shallow to
+    deep, for connectors that read several.
     """
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
     width: int
+    layer: int
+    levels: list[int]
+    num_blocks: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
@@ -47,13 +51,41 @@ class VisionEncoder(nn.Module):
                     f"encoder's patch size {patch}: use for example {max(1, round(side / patch)) * patch}"
                 )
 
-    def _as_features(self, tokens: Tensor) -> VisionFeatures:
-        """Split ``(B, P + H*W, C)`` into prefix and raster grid."""
+    def _set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
+        for each in (layer, *(levels or ())):
+            _block_index(each, self.num_blocks)
+        self.layer = layer
+        self.levels = list(levels or ())
+
+    def give_levels(self, count: int) -> None:
+        """Hand on `count` further hidden layers, as a connector asks; evenly spaced up to `layer` unless they are set.
+
+        Raises ValueError if another number is set.
+        """
+        if not self.levels and count:
+            last = _block_index(self.layer, self.num_blocks) + 1
+            if last < count:
+                raise ValueError(
+                    f"the connector reads {count} hidden layers, but vision.layer={self.layer} is only {last} deep"
+                )
+            self.levels = [last * (i + 1) // count for i in range(count)]
+        if count and len(self.levels) != count:
+            raise ValueError(
+                f"the connector reads {count} further hidden layers, vision.levels={self.levels} names {len(self.levels)}"
+            )
+
+    def _as_features(self, state: Callable[[int], Tensor]) -> VisionFeatures:
+        """Split the hidden states ``(B, P + H*W, C)`` of the layers handed on into prefix and raster grids."""
         height, width = self.grid
+        tokens = state(self.layer)
         num_prefix = tokens.shape[1] - height * width
         assert num_prefix >= 0, f"{tokens.shape[1]} tokens for a {height}x{width} grid"
-        patches = tokens[:, num_prefix:].unflatten(1, (height, width))
-        return VisionFeatures(patches, tokens[:, :num_prefix] if num_prefix else None)
+
+        def grid_of(tokens: Tensor) -> Tensor:
+            return tokens[:, num_prefix:].unflatten(1, (height, width))
+
+        prefix = tokens[:, :num_prefix] if num_prefix else None
+        return VisionFeatures(grid_of(tokens), prefix, tuple(grid_of(state(level)) for level in self.levels))
 
     def forward(self, images: Tensor) -> VisionFeatures:
         """Normalised pictures ``(B, 3, H, W)`` to features."""
@@ -85,11 +117,10 @@ def _block_index(layer: int, num_blocks: int) -> int:
 class OpenClipVision(VisionEncoder):
     """The image tower of an open_clip model: its own ViT, or a timm one (SigLIP, EVA)."""
 
-    def __init__(self, visual: nn.Module, config: dict, layer: int):
+    def __init__(self, visual: nn.Module, config: dict, layer: int, levels: Sequence[int] | None = None):
         super().__init__()
         self.visual = visual
         self.config = config
-        self.layer = layer
         self.image_size = _pair(config["vision_cfg"]["image_size"])
         self.image_mean = tuple(config["image_mean"])
         self.image_std = tuple(config["image_std"])
@@ -103,12 +134,12 @@ class OpenClipVision(VisionEncoder):
         else:
             raise ValueError(f"open_clip's {type(visual).__name__} makes no patch grid: use a ViT")
         self._check_geometry()
-        index = _block_index(layer, len(blocks))
+        self.num_blocks = len(blocks)
+        self._set_layers(layer, levels)
         # A trunk's own tensors (class token, position table) may be touched only inside its own call:
         # under ZeRO-3 they are gathered there and nowhere else. So the intermediate pass becomes its call.
         self._is_timm = trunk is not visual
-        ask_prefix = "return_prefix_tokens" if self._is_timm else "output_extra_tokens"
-        trunk.forward = partial(trunk.forward_intermediates, indices=[index], output_fmt="NLC", **{ask_prefix: True})
+        trunk.forward = trunk.forward_intermediates
 
     @classmethod
     def build(
@@ -118,6 +149,7 @@ class OpenClipVision(VisionEncoder):
         model_config: dict | None = None,
         image_size: int | tuple[int, int] | None = None,
         layer: int = -2,
+        levels: Sequence[int] | None = None,
     ) -> OpenClipVision:
         """Build an open_clip image tower.
 
@@ -134,7 +166,7 @@ class OpenClipVision(VisionEncoder):
             config = copy.deepcopy(model_config)
             config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
             config |= {"image_mean": list(OPENAI_DATASET_MEAN), "image_std": list(OPENAI_DATASET_STD)}
-            return cls(cls._build_visual(config), config, layer)
+            return cls(cls._build_visual(config), config, layer, levels)
         config = open_clip.get_model_config(name)
         if config is None:
             raise ValueError(f"vision.name={name} is not an open_clip model.{nearest(name, open_clip.list_models())}")
@@ -144,7 +176,7 @@ class OpenClipVision(VisionEncoder):
         config["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in model.visual.modules())
         preprocess = open_clip.get_model_preprocess_cfg(model)
         config |= {"image_mean": list(preprocess["mean"]), "image_std": list(preprocess["std"])}
-        return cls(model.visual, config, layer)
+        return cls(model.visual, config, layer, levels)
 
     @staticmethod
     def _build_visual(config: dict) -> nn.Module:
@@ -157,30 +189,36 @@ class OpenClipVision(VisionEncoder):
         return visual
 
     def forward(self, images: Tensor) -> VisionFeatures:
-        if not self._is_timm:
-            out = self.visual(images, stop_early=True, intermediates_only=True)
-            prefix, patches = out["image_intermediates_prefix"][0], out["image_intermediates"][0]
-            return self._as_features(torch.cat([prefix, patches], 1))
-        out = self.visual.trunk(images, stop_early=True, intermediates_only=True)[0]
-        return self._as_features(torch.cat(out[::-1], 1) if isinstance(out, tuple) else out)
+        blocks = sorted({_block_index(layer, self.num_blocks) for layer in (self.layer, *self.levels)})
+        options = {"indices": blocks, "stop_early": True, "intermediates_only": True, "output_fmt": "NLC"}
+        if self._is_timm:
+            found = self.visual.trunk(images, return_prefix_tokens=True, **options)
+            states = [torch.cat(state[::-1], 1) if isinstance(state, tuple) else state for state in found]
+        else:
+            out = self.visual(images, output_extra_tokens=True, **options)
+            pairs = zip(out["image_intermediates_prefix"], out["image_intermediates"])
+            states = [torch.cat(pair, 1) for pair in pairs]
+        by_block = dict(zip(blocks, states))
+        return self._as_features(lambda layer: by_block[_block_index(layer, self.num_blocks)])
 
     def pooled(self, images: Tensor) -> Tensor:
         """The tower's image embedding ``(B, embed_dim)``, as contrastive training uses it (not normalised)."""
         if not self._is_timm:
-            return self.visual(images)["image_features"]
-        final, _ = self.visual.trunk(images)
+            return self.visual(images, indices=[self.num_blocks - 1])["image_features"]
+        final, _ = self.visual.trunk(images, indices=[self.num_blocks - 1])
         return self.visual.head(self.visual.trunk.forward_head(final))
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"provider": "open_clip", "layer": self.layer, "model_config": self.config}
+        config = {"layer": self.layer, "levels": self.levels, "model_config": self.config}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype) -> OpenClipVision:
         saved = json.loads((folder / "config.json").read_text())
-        encoder = cls(cls._build_visual(saved["model_config"]), saved["model_config"], saved["layer"])
+        visual = cls._build_visual(saved["model_config"])
+        encoder = cls(visual, saved["model_config"], saved["layer"], saved["levels"])
         load_strictly(encoder, folder / "model.safetensors")
         return encoder.to(dtype)
 
@@ -188,18 +226,18 @@ class OpenClipVision(VisionEncoder):
 class HFVision(VisionEncoder):
     """A Hugging Face vision model (CLIP, SigLIP, DINOv2, ViT, ...), or the vision tower of a CLIP-like one."""
 
-    def __init__(self, encoder: nn.Module, geometry: dict, layer: int):
+    def __init__(self, encoder: nn.Module, geometry: dict, layer: int, levels: Sequence[int] | None = None):
         super().__init__()
         self.encoder = encoder
         self.geometry = geometry
-        self.layer = layer
         config = encoder.config
         self.image_size = _pair(geometry["image_size"] or config.image_size)
         self.patch_size = _pair(config.patch_size)
         self.width = config.hidden_size
         self.image_mean, self.image_std = tuple(geometry["image_mean"]), tuple(geometry["image_std"])
         self._check_geometry()
-        _block_index(layer, config.num_hidden_layers)
+        self.num_blocks = config.num_hidden_layers
+        self._set_layers(layer, levels)
         # Only some classes ask to be told; DINOv2 interpolates by itself.
         takes_flag = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
         resized = self.image_size != _pair(config.image_size)
@@ -211,6 +249,7 @@ class HFVision(VisionEncoder):
         path: str,
         image_size: int | tuple[int, int] | None = None,
         layer: int = -2,
+        levels: Sequence[int] | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -236,26 +275,27 @@ class HFVision(VisionEncoder):
         geometry = {"image_size": image_size or _preprocessor_size(preprocessor)}
         geometry |= {"image_mean": list(mean), "image_std": list(std)}
         if weights:
-            return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype), geometry, layer)
+            return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype), geometry, layer, levels)
         from transformers import AutoModel
 
-        return cls(AutoModel.from_config(config), geometry, layer)
+        return cls(AutoModel.from_config(config), geometry, layer, levels)
 
     def forward(self, images: Tensor) -> VisionFeatures:
         out = self.encoder(images, output_hidden_states=True, **self._options)
-        return self._as_features(out.hidden_states[self.layer])
+        return self._as_features(lambda layer: out.hidden_states[layer])
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
         self.encoder.save_pretrained(folder, state_dict=state)
         (folder / "vlmtrain.json").write_text(
-            json.dumps({"provider": "hf", "layer": self.layer, "geometry": self.geometry}, indent=2) + "\n"
+            json.dumps({"layer": self.layer, "levels": self.levels, "geometry": self.geometry}, indent=2) + "\n"
         )
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype) -> HFVision:
         saved = json.loads((folder / "vlmtrain.json").read_text())
-        return cls(load_hf_model("AutoModel", str(folder), dtype=dtype), saved["geometry"], saved["layer"])
+        encoder = load_hf_model("AutoModel", str(folder), dtype=dtype)
+        return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
 
 
 def _preprocessor_size(preprocessor: dict) -> int | None:

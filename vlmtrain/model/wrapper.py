@@ -26,7 +26,7 @@ class VLMWrapper(nn.Module):
         self.vision = vision
         self.connector = connector
         self.llm = llm
-        if vision is not None and connector is not None and connector.in_dim != vision.width:
+        if vision is not None and connector is not None and connector.in_dim not in (vision.width, (vision.width,)):
             raise ValueError(f"the connector takes features {connector.in_dim} wide, the encoder gives {vision.width}")
         if llm is not None and connector is not None and connector.out_dim != hidden_width(llm):
             raise ValueError(
