@@ -18,6 +18,9 @@ SHOWN = 3
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of the ``vlmtrain`` command."""
     options = _parser().parse_args(arguments)
+    from .world import prepare_process
+
+    prepare_process()
     try:
         options.command(options)
     except ValueError as error:

@@ -32,12 +32,13 @@ def users_errors() -> Iterator[None]:
 
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def _run(config: DictConfig) -> None:
-    from .training.run import train_run
     from .world import Stopped, join_world, leave_world
 
     with users_errors():
         settings = finish(config)
         world = join_world()
+        from .training.run import train_run  # its imports read what joining has set
+
         try:
             train_run(settings, world)
         except Stopped as stopped:

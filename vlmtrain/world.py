@@ -65,12 +65,18 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def join_world() -> World:
-    """Join the process group that torchrun describes; without torchrun, a group of one."""
+def prepare_process() -> bool:
+    """Settings that libraries read when they are imported; call it before they are. Returns whether there is a GPU."""
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out itself
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
+    return has_gpu
+
+
+def join_world() -> World:
+    """Join the process group that torchrun describes; without torchrun, a group of one."""
+    has_gpu = prepare_process()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

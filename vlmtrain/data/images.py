@@ -41,7 +41,7 @@ class ImageOnDisk:
             raise BadSample(f"image {self.path} cannot be decoded: {error}") from None
 
     def check(self) -> None:
-        """Look at the file's head and tail without decoding it. Raises BadSample."""
+        """Look at the file's head and tail, decoding it only where they do not tell. Raises BadSample."""
         try:
             with open(self.path, "rb") as file:
                 head = file.read(8)
@@ -49,27 +49,33 @@ class ImageOnDisk:
                 tail = file.read()
         except FileNotFoundError:
             raise BadSample(f"image {self.path} does not exist") from None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise BadSample(f"image {self.path} cannot be read: {error}") from None
         ends = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(head[:2])
-        if ends is None:
-            self.load()  # a format without a cheap end mark
-        elif ends not in tail:
-            raise BadSample(f"image {self.path} is truncated")
+        if ends is None or ends not in tail:
+            self.load()  # no cheap end mark, or it is missing or hidden (cameras append data of their own)
 
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright (EXIF), first frame, transparency laid on white."""
+    """RGB, upright (EXIF), first frame, transparency laid on white.
+
+    Raises ValueError for pixels whose range is not known.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: `convert` would clip, not scale
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ValueError("grey values of more than 16 bits")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("grey values in floating point")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: `convert` would clip, not scale
-        return Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 

@@ -81,7 +81,7 @@ def _read_records(file: Path) -> list:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data file {file} cannot be read: {error}") from None
     if file.suffix == ".jsonl":
-        records = [_read_line(file, i, line) for i, line in enumerate(text.splitlines()) if line.strip()]
+        records = [_read_line(file, i, line) for i, line in enumerate(text.split("\n")) if line.strip()]
     else:
         try:
             records = json.loads(text) if text.strip() else []

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -68,11 +70,13 @@ class Renderer:
         self.template = template
         self.max_length = max_length
         self._chat = None if template == "plain" else chat_template(template, tokenizer, fallback)
-        specials = sorted({str(t) for t in tokenizer.all_special_tokens}, key=len, reverse=True)
+        # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not among the named special tokens.
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        specials = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
         if self._chat:
-            self._spans(Conversation("template", (Turn("user", "question"), Turn("assistant", "answer"))))
+            self._spans(Conversation(f"template={template}", (Turn("user", "question"), Turn("assistant", "answer"))))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -112,6 +116,7 @@ class Renderer:
 
     def prompt(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
         """Tokens up to the answer that is asked for; the conversation ends with a user turn."""
+        _check_content(conversation)
         complete = (*conversation.turns, Turn("assistant", "answer"))
         rendered = self._render(replace(conversation, turns=complete), image_tokens)
         start = rendered.answers[-1][0]
@@ -152,6 +157,12 @@ class Renderer:
             answer_of += [-1] * count
             image_of += [index] * count
         flush()
+        if self._chat is None:
+            # Appended as a token, since a full stop and a newline may merge, and generation stops at this one.
+            for token in self.stop_ids[:1]:
+                ids.append(token)
+                answer_of.append(0)
+                image_of.append(-1)
 
         input_ids, answer = torch.tensor(ids), torch.tensor(answer_of)
         trains = torch.cat([answer[1:] >= 0, torch.tensor([False])])
@@ -164,30 +175,39 @@ class Renderer:
         if self._chat is None:
             return self._plain_spans(conversation)
         messages = [{"role": turn.role, "content": _placeholder(i)} for i, turn in enumerate(conversation.turns)]
-        text = self.tokenizer.apply_chat_template(messages, chat_template=self._chat, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, chat_template=self._chat, tokenize=False)
+        except TemplateError as error:
+            raise BadSample(f"{conversation.id}: the chat template refuses the conversation: {error}") from None
         pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", text)
         seen = [int(index) for index in pieces[1::2]]
         if seen != list(range(len(messages))):
-            raise ValueError(
-                f"the chat template does not show every turn once and in order (turns shown: {seen}, "
-                f"of {len(messages)}); give another with the stage's template"
+            raise BadSample(
+                f"{conversation.id}: the chat template does not show every turn once and in order "
+                f"(turns shown: {seen}, of {len(messages)}); give another with the stage's template"
             )
         spans, rest = [], pieces[0]
         for index, after in zip(seen, pieces[2::2]):
             turn = conversation.turns[index]
             words = turn.text.strip()
-            spans.append(_Span(rest))
             if turn.role != "assistant":
+                spans.append(_Span(rest))
                 spans += _with_images(words) if turn.role == "user" else [_Span(words, is_words=True)]
                 rest = after
                 continue
+            # A space before the answer is its first token's, or that of words which do not merge with it: so
+            # prompts end alike ("ASSISTANT:") whatever is answered.
+            before = rest.rstrip(" ")
+            space = rest[len(before) :]
+            spans.append(_Span(before))
             number = sum(t.role == "assistant" for t in conversation.turns[:index])
             end = re.match(rf"\s*(?:{self._special.pattern})", after)
             if end is None:
-                raise ValueError(
-                    f"the chat template puts no end-of-turn token behind the assistant's words but {after[:20]!r}"
+                raise BadSample(
+                    f"{conversation.id}: the chat template puts no end-of-turn token behind the assistant's words "
+                    f"but {after[:20]!r}"
                 )
-            spans += [_Span(words, is_words=True, answer=number), _Span(end.group(), answer=number)]
+            spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]
         return [*spans, _Span(rest)]
 
@@ -199,46 +219,52 @@ class Renderer:
         starts_with_bos = self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
         spans = [_Span(self.tokenizer.bos_token)] if starts_with_bos else []
         spans += [span for span in _with_images(user.text) if span.is_image]
-        return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0), _Span("\n", answer=0)]
+        return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0)]
 
     def _tokenize(self, spans: list[_Span]) -> list[tuple[int, int]]:
         """Token ids of a run of text, each with the assistant turn it belongs to (or -1).
 
-        The run is tokenised as one string, as the language model met it in its own training, except
-        that special-token strings among somebody's words are cut out and spelt as text.
+        The run is tokenised as one string, as the language model met it in its own training. Special-token
+        strings among somebody's words are cut behind their first character, so that none is ever seen whole.
         """
         out: list[tuple[int, int]] = []
         run: list[tuple[str, int]] = []
-
-        def flush(literal: bool = False) -> None:
-            text = "".join(piece for piece, _ in run)
-            if text:
-                encoded = self.tokenizer(
-                    text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=literal
-                )
-                ends = list(accumulate(len(piece) for piece, _ in run))
-                # A token that straddles two spans (" answer" behind "ASSISTANT:") belongs to the one in
-                # which it ends: that is what it says.
-                out.extend(
-                    (token, run[bisect_left(ends, max(end, 1))][1])
-                    for token, (_, end) in zip(encoded.input_ids, encoded.offset_mapping)
-                )
-            run.clear()
-
         for span in spans:
-            turn = -1 if span.answer is None else span.answer
+            answer = -1 if span.answer is None else span.answer
             position = 0
-            for match in self._special.finditer(span.text) if span.is_words else ():
-                run.append((span.text[position : match.start()], turn))
-                flush()
-                run.append((match.group(), turn))
-                flush(literal=True)
-                position = match.end()
-            run.append((span.text[position:], turn))
-        flush()
-        return out
+            for cut in self._cuts(span.text) if span.is_words else ():
+                out += self._encode([*run, (span.text[position:cut], answer)])
+                run = [(_AFTER_CUT, _DROPPED)]
+                position = cut
+            run.append((span.text[position:], answer))
+        return out + self._encode(run)
+
+    def _cuts(self, words: str) -> Iterator[int]:
+        position = 0
+        while match := self._special.search(words, position):
+            position = match.start() + 1
+            yield position
+
+    def _encode(self, run: list[tuple[str, int]]) -> list[tuple[int, int]]:
+        text = "".join(piece for piece, _ in run)
+        if not text:
+            return []
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = list(accumulate(len(piece) for piece, _ in run))
+        out = []
+        for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping):
+            # A token that straddles two spans (" answer" behind "ASSISTANT:") belongs to the one in which it
+            # ends: that is what it says. White space behind a token that swallows it does not count.
+            end = start + len(text[start:end].rstrip()) if text[start:end].strip() else end
+            out.append((token, run[bisect_left(ends, max(end, 1))][1]))
+        return [(token, answer) for token, answer in out if answer != _DROPPED]
 
 
+_AFTER_CUT, _DROPPED = "\n", -2
+"""What stands before a text that goes on after a cut, lest a tokenizer take it for a beginning and put a space
+there; its own tokens are dropped."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: no template looks for them
 
 
@@ -266,8 +292,15 @@ def check_conversation(conversation: Conversation) -> None:
     for turn in conversation.turns:
         if turn.role == "assistant" and not turn.text.strip():
             raise BadSample(f"{conversation.id}: an empty answer")
+    _check_content(conversation)
+
+
+def _check_content(conversation: Conversation) -> None:
     marks = sum(turn.text.count(IMAGE_MARK) for turn in conversation.turns if turn.role == "user")
     if marks != len(conversation.images):
         raise BadSample(
             f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, {len(conversation.images)} pictures"
         )
+    for turn in conversation.turns:
+        if _SURROGATE.search(turn.text):
+            raise BadSample(f"{conversation.id}: the text holds half of a character (a lone surrogate)")

@@ -1,6 +1,6 @@
 """Procedural pictures of coloured shapes, with captions and questions: data that needs no download.
 
-    (seed, split, i) -> scene: shapes in a 3 x 3 grid -> picture, caption, questions -> Conversation
+    (seed, split, i) -> scene: shapes in a 2 x 2 grid -> picture, caption, questions -> Conversation
 
 Sample ``i`` of a split depends on nothing else, so any subset can be drawn in any order on any machine.
 Colour-shape pairs in `HELD_OUT` occur in every validation scene and in no other: a model that answers
@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations
 
 from PIL import Image, ImageDraw
 
@@ -26,6 +26,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (146, 62, 196),
 }
 BACKGROUND = (246, 246, 242)
+INK = (25, 25, 30)
+LINE = 0.03
+"""Width of the outline, as a fraction of the picture's side."""
 
 # Outlines as polygons in a square of side 2 around the origin, y pointing down.
 OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
@@ -42,15 +45,15 @@ SHAPES = tuple(OUTLINES)
 HELD_OUT = frozenset(zip(COLORS, SHAPES, strict=True))
 """The (color, shape) pairs kept for validation: every colour and every shape is in exactly one."""
 
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "center", "right")
+ROWS = ("top", "bottom")
+COLUMNS = ("left", "right")
 SIDES = ("left", "right", "above", "below")
 COUNTS = ("one", "two", "three")
-OBJECTS = 4
-"""Shapes in a picture, except one that is only captioned."""
+OBJECTS = (3, 4)
+"""Shapes in a picture that is asked about, drawn with equal chances."""
 CAPTION_OBJECTS = (1, 1, 2, 3, 4)
-"""Shapes in a captioned picture, drawn with equal chances. Pictures of one shape push a contrastive model to
-look at shapes: among fuller pictures, colours and places alone tell most captions apart."""
+"""The same for a captioned one. Pictures of one shape push a contrastive model to look at shapes: among
+fuller pictures, colours and places alone tell most captions apart."""
 
 SPLITS = ("caption", "text", "instruct", "validation")
 DESCRIBE = "Describe the picture."
@@ -97,15 +100,18 @@ class Picture:
 
 
 def _draw(draw: ImageDraw.ImageDraw, item: Item, side: int) -> None:
+    """One item with a dark outline: its shape shows in the same ink whatever its colour."""
     x, y, radius = item.x * side, item.y * side, item.radius * side
-    color, outline = COLORS[item.color], OUTLINES[item.shape]
+    color, outline, width = COLORS[item.color], OUTLINES[item.shape], round(LINE * side)
     if outline is not None:
-        draw.polygon([(x + radius * dx, y + radius * dy) for dx, dy in outline], fill=color)
+        points = [(x + radius * dx, y + radius * dy) for dx, dy in outline]
+        draw.polygon(points, fill=color)
+        draw.line([*points, *points[:2]], fill=INK, width=width, joint="curve")
         return
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color, outline=INK, width=width)
     if item.shape == "ring":
-        hole = 0.55 * radius
-        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=BACKGROUND)
+        hole = 0.5 * radius
+        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=BACKGROUND, outline=INK, width=width)
 
 
 class Shapes:
@@ -130,7 +136,7 @@ class Shapes:
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size}")
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        objects = rng.choice(CAPTION_OBJECTS) if self.split == "caption" else OBJECTS
+        objects = rng.choice(CAPTION_OBJECTS if self.split == "caption" else OBJECTS)
         items, counted = _scene(rng, objects, held_out=self.split == "validation")
         if self.split == "caption":
             exchanges, opening = [(DESCRIBE, describe(items))], IMAGE_MARK
@@ -173,43 +179,38 @@ def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item
 
 
 def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
-    """An item that nearly fills its cell; its size and centre vary by about half a pixel in 48."""
+    """An item that nearly fills its cell; its size and centre vary by about a pixel in 48."""
     row, column = divmod(cell, len(COLUMNS))
-    radius = rng.uniform(0.13, 0.15)
-    x, y = ((at + 0.5) / 3 + rng.uniform(-0.012, 0.012) for at in (column, row))
+    radius = rng.uniform(0.19, 0.22)
+    x, y = ((at + 0.5) / 2 + rng.uniform(-0.02, 0.02) for at in (column, row))
     return Item(color, shape, row, column, x, y, radius)
 
 
 def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[tuple[str, str]]:
-    """Questions with their answers, in random order: each item's colour or shape, a count, places and sides.
+    """Questions with their answers, in random order: colours and shapes by place, a count, a place, a side.
 
-    An item is asked for its colour or its shape but never for both: answers in the history would give
-    away others.
+    Colour and shape are asked for by place, so that no answer gives another away.
     """
     colors, shapes = [item.color for item in items], [item.shape for item in items]
 
     def name(item: Item) -> str:
         return f"the {item.shape}" if shapes.count(item.shape) == 1 else f"the {item.color} shape"
 
-    questions = []
-    for position, item in enumerate(rng.sample(items, len(items))):
-        by_shape, by_color = shapes.count(item.shape) == 1, colors.count(item.color) == 1
-        if by_shape and (position % 2 == 0 or not by_color):
-            questions.append((f"What color is the {item.shape}?", item.color))
-        else:
-            questions.append((f"What shape is {item.color}?", item.shape))
+    questions = [(f"What color is the {item.place} shape?", item.color) for item in items]
+    questions += [(f"What shape is at the {item.place}?", item.shape) for item in items]
     things = f"{counted}s" if counted in SHAPES else f"{counted} shapes"
     questions.append((f"How many {things} are there?", COUNTS[(colors + shapes).count(counted) - 1]))
-    questions += [(f"Where is {name(item)}?", item.place) for item in rng.sample(items, 2)]
-    first, second, side = rng.choice(list(_aligned(items)))
-    questions.append((f"Where is {name(first)} relative to {name(second)}?", side))
+    named = [item for item in items if shapes.count(item.shape) == 1 or colors.count(item.color) == 1]
+    sides = list(_aligned(rng, named))
+    for first, second, side in rng.sample(sides, min(1, len(sides))):
+        questions.append((f"Where is {name(first)} relative to {name(second)}?", side))
     return rng.sample(questions, len(questions))
 
 
-def _aligned(items: Sequence[Item]) -> Iterator[tuple[Item, Item, str]]:
-    """Ordered pairs that share a row or a column (four items in three rows: there always is one), and
-    on which side of the second the first is."""
-    for first, second in permutations(items, 2):
+def _aligned(rng: random.Random, items: Sequence[Item]) -> Iterator[tuple[Item, Item, str]]:
+    """Pairs that share a row or a column, either one first, and on which side of the second the first is."""
+    for pair in combinations(items, 2):
+        first, second = rng.sample(pair, 2)
         if first.row == second.row:
             yield first, second, "left" if first.column < second.column else "right"
         elif first.column == second.column:

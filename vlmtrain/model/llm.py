@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from .loading import load_hf_config, load_hf_model
@@ -60,12 +61,14 @@ def load_tokenizer(path: str, key: str = "llm.path") -> PreTrainedTokenizerBase:
 
 def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     """Write the model as an ordinary Hugging Face folder."""
-    llm.save_pretrained(folder, state_dict=state)
+    transformers.utils.logging.disable_progress_bar()
+    llm.save_pretrained(folder, state_dict=dict(state))  # it empties what it is given
 
 
-def load_llm(folder: Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> nn.Module:
+def load_llm(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load a model that `save_llm` wrote."""
-    return build_llm(str(folder), dtype, attn_implementation)
+    load_hf_config(str(folder), "folder")
+    return load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, dtype=dtype)
 
 
 def hidden_width(llm: nn.Module) -> int:

@@ -62,21 +62,27 @@ def load_hf_config(path: str, key: str):
         raise ValueError(f"{key}={path} is not a Hugging Face model folder or hub id: {first_line(error)}") from None
 
 
-def load_hf_model(auto_class: str, path: str, **options) -> nn.Module:
-    """`transformers.<auto_class>.from_pretrained`, which here fails on missing or misfitting weights."""
+def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) -> nn.Module:
+    """`transformers.<auto_class>.from_pretrained`, which here fails on missing or misfitting weights.
+
+    is_ours: the folder holds this model and nothing else, so unexpected tensors are wrong too. (A hub's
+    CLIP has a text tower beside the vision tower that is asked for.)
+    """
     import transformers
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the report below replaces its own
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = getattr(transformers, auto_class).from_pretrained(path, output_loading_info=True, **options)
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot load weights from {path}: {first_line(error)}") from None
     finally:
         transformers.logging.set_verbosity(level)
-    problems = [f"{what.replace('_', ' ')}: {some(map(str, info[what]))}"
-                for what in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(what)]  # fmt: skip
+    wrong = ["missing_keys", "mismatched_keys", "error_msgs", *(["unexpected_keys"] if is_ours else [])]
+    problems = [f"{kind.replace('_', ' ')}: {some(map(str, info[kind]))}" for kind in wrong if info.get(kind)]
     if problems:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
     return model

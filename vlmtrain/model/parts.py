@@ -81,15 +81,29 @@ def save_part(name: str, module: nn.Module, folder: Path, state: dict[str, Tenso
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_part(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Read one part of `PARTS` that `save_part` wrote. Raises ValueError naming the file or tensor at fault."""
+def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read one part of a model folder. Raises ValueError naming the file or tensor at fault.
+
+    The weights must have the hash that the manifest names.
+    """
+    facts, folder = read_manifest(model)[name], model / name
+    saved_as = getattr(torch, facts["dtype"])
     if name == "vision":
-        return load_vision(folder, dtype)
-    if name == "llm":
-        return load_llm(folder, dtype)
-    connector = _connector_from(read_json(folder / "config.json"))
-    load_strictly(connector, folder / "model.safetensors")
-    return connector.to(dtype)
+        module = load_vision(folder, saved_as)
+    elif name == "llm":
+        module = load_llm(folder, saved_as)
+    else:
+        module = _connector_from(read_json(folder / "config.json")).to(saved_as)
+        load_strictly(module, folder / "model.safetensors")
+    if state_hash(module_state(module)) != facts["sha256"]:
+        raise ValueError(f"the weights in {folder} are not those that {model / MANIFEST} names: their hash differs")
+    return module.to(dtype)
+
+
+def part_facts(state: dict[str, Tensor]) -> dict[str, str]:
+    """What the manifest says of a part's weights."""
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    return {"sha256": state_hash(state), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def write_manifest(folder: Path, parts: dict[str, dict]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..connectors import VisionFeatures
 from ..errors import nearest
-from .loading import load_hf_config, load_hf_model, load_strictly
+from .loading import load_hf_config, load_hf_model, load_strictly, read_json
 
 
 class VisionEncoder(nn.Module):
@@ -52,8 +52,9 @@ class VisionEncoder(nn.Module):
                 )
 
     def _set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
-        for each in (layer, *(levels or ())):
-            _block_index(each, self.num_blocks)
+        _block_index(layer, self.num_blocks)
+        for level in levels or ():
+            _block_index(level, self.num_blocks, "vision.levels")
         self.layer = layer
         self.levels = list(levels or ())
 
@@ -103,12 +104,12 @@ def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _block_index(layer: int, num_blocks: int) -> int:
+def _block_index(layer: int, num_blocks: int, key: str = "vision.layer") -> int:
     """Index of the block whose output is ``hidden_states[layer]`` of ``num_blocks + 1`` states."""
     index = layer - 1 if layer > 0 else num_blocks + layer
     if layer == 0 or not 0 <= index < num_blocks:
         raise ValueError(
-            f"vision.layer={layer} is out of range for an encoder of {num_blocks} blocks: "
+            f"{key}={layer} is out of range for an encoder of {num_blocks} blocks: "
             f"expected 1..{num_blocks} or -{num_blocks}..-1"
         )
     return index
@@ -216,7 +217,7 @@ class OpenClipVision(VisionEncoder):
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype) -> OpenClipVision:
-        saved = json.loads((folder / "config.json").read_text())
+        saved = read_json(folder / "config.json")
         visual = cls._build_visual(saved["model_config"])
         encoder = cls(visual, saved["model_config"], saved["layer"], saved["levels"])
         load_strictly(encoder, folder / "model.safetensors")
@@ -293,8 +294,8 @@ class HFVision(VisionEncoder):
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype) -> HFVision:
-        saved = json.loads((folder / "vlmtrain.json").read_text())
-        encoder = load_hf_model("AutoModel", str(folder), dtype=dtype)
+        saved = read_json(folder / "vlmtrain.json")
+        encoder = load_hf_model("AutoModel", str(folder), is_ours=True, dtype=dtype)
         return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
 
 

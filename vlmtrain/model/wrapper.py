@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..connectors import VisionFeatures
 from .concatenation import concatenate
 from .llm import hidden_width
-from .parts import PARTS, load_part, module_state, read_manifest, save_part, state_hash, write_manifest
+from .parts import PARTS, load_part, module_state, part_facts, read_manifest, save_part, write_manifest
 from .vision import VisionEncoder
 
 
@@ -102,7 +102,7 @@ class VLMWrapper(nn.Module):
             if module is not None:
                 state = module_state(module)
                 save_part(name, module, folder / name, state)
-                manifest[name] = {"sha256": state_hash(state)}
+                manifest[name] = part_facts(state)
         write_manifest(folder, manifest)
 
     @classmethod
@@ -110,4 +110,4 @@ class VLMWrapper(nn.Module):
         """Load a model folder. Raises ValueError naming the file or tensor that is missing or does not fit."""
         folder = Path(folder)
         saved = read_manifest(folder)
-        return cls(*(load_part(name, folder / name, dtype) if name in saved else None for name in PARTS)).eval()
+        return cls(*(load_part(name, folder, dtype) if name in saved else None for name in PARTS)).eval()

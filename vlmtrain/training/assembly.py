@@ -49,7 +49,7 @@ def build_parts(
     for part in (p for p in BUILD_ORDER if p in stage.parts):
         seed_for(settings.seed, part)
         if part in PARTS and part in saved and part not in stage.fresh:
-            parts[part] = load_part(part, previous / part, dtype)
+            parts[part] = load_part(part, previous, dtype)
             continue
         if part not in stage.fresh and not _has_source(settings, part):
             origin = f"{previous} has none" if previous is not None else "there is no stage before it"
@@ -131,7 +131,8 @@ def freeze(parts: dict[str, nn.Module], rates: dict[str, float], checkpointing: 
     """Let exactly the parts in `rates` train; frozen ones go to eval mode."""
     for part, module in parts.items():
         trains = part in rates
-        module.requires_grad_(trains)
+        if not trains:
+            module.requires_grad_(False)  # a trained part may have constants of its own, so nothing is switched on
         module.train(trains)
         if checkpointing and part == "llm":
             # Activations are recomputed in training mode only; a frozen model without dropout loses nothing by it.

@@ -19,7 +19,7 @@ from ..data.loader import StepData, StepDataset, StepOrder, step_loader
 from ..data.records import BadSample
 from ..data.sources import Source, build_source, first_problems
 from ..evaluation.validation import Validator, picture_uri
-from ..model.parts import PARTS, module_state, read_manifest, save_part, state_hash, write_manifest
+from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, state_hash, write_manifest
 from ..objectives import Objective, build_objective
 from ..world import Stopped, StopSignal, World
 from .assembly import build_parts, build_processor, build_tokenizer, freeze, seed_for, training_rates
@@ -90,7 +90,6 @@ class _Stage:
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict:
         before = {part: state_hash(module_state(module)) for part, module in self.parts.items()}
-        self._check_hashes(before)
         if self.world.is_main:
             logger.info(self._table())
         engine = StageEngine(
@@ -302,10 +301,11 @@ class _Stage:
             state = engine.state(module, keep=self.world.is_main)
             if not self.world.is_main:
                 continue
-            hashes[part] = state_hash(state)
+            facts = part_facts(state)
+            hashes[part] = facts["sha256"]
             if part in PARTS:
                 save_part(part, module, partial / part, state)
-                manifest[part] = {"sha256": hashes[part], "stage": self.name if part in self.rates else None}
+                manifest[part] = {**facts, "stage": self.name if part in self.rates else None}
         if self.world.is_main:
             self._hand_on(partial, manifest)
             self.processor.save_pretrained(partial)
@@ -325,14 +325,6 @@ class _Stage:
             elif part not in self.config.drops:
                 shutil.copytree(self.previous / part, folder / part, copy_function=_link_or_copy)
                 manifest[part] = facts
-
-    def _check_hashes(self, hashes: dict[str, str]) -> None:
-        """What was loaded is what the stage before left. Raises ValueError."""
-        if self.previous is None or self.settings.precision != "fp32":
-            return
-        for part, facts in read_manifest(self.previous).items():
-            if part in hashes and part not in self.config.fresh and facts["sha256"] != hashes[part]:
-                raise ValueError(f"{self.previous / part} is not what its manifest says: the weights' hash differs")
 
     def _shown(self, validator: Validator | None, answers: list[dict]) -> list[dict]:
         """A few answers with their pictures, for the report."""

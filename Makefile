@@ -1,0 +1,30 @@
+# The README's commands. `make demo` and `make test` need only Python 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint table clean
+
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' $(PIP_OPTIONS)
+	touch $@
+
+demo: $(BIN)/.installed  ## train the quickstart's four stages and open questions on pictures never seen
+	$(BIN)/python -m vlmtrain.train recipe=quickstart $(ARGS)
+
+test: $(BIN)/.installed  ## all tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: $(BIN)/.installed  ## all tests
+	$(BIN)/python -m pytest --slow
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+table: $(BIN)/.installed  ## measure the connectors against their references, into the README
+	$(BIN)/python benchmarks/connector_table.py --write README.md
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Several nodes: the same line on each, with HEAD (host of node 0), NODES and NODE (this one's number).
+#   HEAD=node0 NODES=2 NODE=0 launch/nodes.sh recipe=llava_1_5 ...
+set -euo pipefail
+: "${HEAD:?the host name of node 0}" "${NODES:?the number of nodes}" "${NODE:?the number of this node, from 0}"
+NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}"
+exec torchrun --nnodes "$NODES" --node_rank "$NODE" --nproc_per_node "$NPROC" \
+  --rdzv_backend c10d --rdzv_endpoint "$HEAD:${PORT:-29500}" --rdzv_id "${RUN_ID:-vlmtrain}" \
+  -m vlmtrain.train "$@"

@@ -1,0 +1,132 @@
+"""The processor: samples and batches, and the same ones again after saving."""
+
+from __future__ import annotations
+
+import chat_formats
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.records import BadSample, Conversation, Turn
+from vlmtrain.data.rendering import IGNORE
+
+GEOMETRY = Geometry((8, 12), "pad", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), tokens=6)
+
+
+class Noise:
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def load(self) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(self.seed).integers(0, 256, (20, 16, 3), np.uint8))
+
+
+def conversation(pictures: int, question: str = "What is this?", answer: str = "red", id: str = "x") -> Conversation:
+    turns = (Turn("user", "<image>" * pictures + question), Turn("assistant", answer))
+    return Conversation(id, turns, tuple(Noise(i) for i in range(pictures)))
+
+
+@pytest.fixture
+def processor(tokenizer) -> Processor:
+    return Processor(tokenizer, GEOMETRY, "chat", max_length=300)
+
+
+def test_rows_are_padded_on_the_right(processor):
+    samples = [processor(c) for c in (conversation(0, "a"), conversation(2, "Describe the picture."), conversation(1))]
+    batch = processor.collate(samples)
+    lengths = [len(sample.tokens) for sample in samples]
+    assert batch.lengths.tolist() == lengths
+    for tensor in (batch.input_ids, batch.targets, batch.weights, batch.is_image):
+        assert tensor.shape == (3, max(lengths))
+    for row, (sample, length) in enumerate(zip(samples, lengths)):
+        assert batch.input_ids[row, :length].equal(sample.tokens.input_ids)
+        assert batch.targets[row, :length].equal(sample.tokens.targets)
+        assert batch.is_image[row, :length].equal(sample.tokens.image_index >= 0)
+        assert (batch.targets[row, length:] == IGNORE).all()
+        assert not batch.weights[row, length:].any() and not batch.is_image[row, length:].any()
+        assert batch.weights[row].gt(0).equal(batch.targets[row] != IGNORE)
+
+
+def test_there_are_as_many_picture_positions_as_visual_tokens(processor):
+    samples = [processor(conversation(pictures)) for pictures in (2, 0, 1, 3)]
+    batch = processor.collate(samples)
+    assert batch.images.shape == (6, 3, 8, 12)
+    assert batch.is_image.sum(1).tolist() == [2 * 6, 0, 6, 3 * 6]
+    assert batch.images.equal(torch.cat([samples[row].images for row in (0, 2, 3)]))
+
+
+def test_pictures_are_fitted_and_normalised(processor):
+    (image,) = processor(conversation(1)).images
+    # a 20 x 16 picture (H x W) in 8 x 12: scaled to 8 x 6, with three columns of mean colour on either side
+    fill = torch.cat([image[:, :, :3], image[:, :, 9:]], 2)
+    assert fill.abs().max() < 0.5 / 255 / min(GEOMETRY.std) + 1e-6
+    inside = Noise(0).load().resize((6, 8), Image.Resampling.BICUBIC)
+    expected = (torch.from_numpy(np.array(inside)).double() / 255 - torch.tensor(GEOMETRY.mean)) / torch.tensor(
+        GEOMETRY.std
+    )
+    torch.testing.assert_close(image[:, :, 3:9].permute(1, 2, 0).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_batch_without_pictures_has_a_stand_in(processor):
+    batch = processor.collate([processor(conversation(0))])
+    assert batch.is_image is None and batch.images.shape == (1, 3, 8, 12)
+
+
+def test_a_batch_is_topped_up_with_rows_of_no_weight(processor):
+    batch = processor.collate([processor(conversation(1))], rows=3)
+    assert batch.input_ids.shape[0] == 3 and len(batch.images) == 1
+    assert not batch.weights[1:].any() and not batch.is_image[1:].any() and (batch.targets[1:] == IGNORE).all()
+    empty = processor.collate([], rows=2)
+    assert empty.input_ids.shape == (2, 1) and empty.is_image is None and not empty.weights.any()
+
+
+def test_only_pictures_change_their_type(processor):
+    batch = processor.collate([processor(conversation(1))]).to(torch.device("cpu"), torch.bfloat16)
+    assert batch.images.dtype == torch.bfloat16
+    assert batch.weights.dtype == torch.float32 and batch.input_ids.dtype == batch.targets.dtype == torch.int64
+
+
+def test_without_a_geometry_pictures_are_bad_samples(tokenizer):
+    processor = Processor(tokenizer, None, "chat", max_length=300)
+    with pytest.raises(BadSample, match="x: a picture, but there is no vision encoder"):
+        processor(conversation(1))
+    batch = processor.collate([processor(conversation(0))])
+    assert batch.images is None and batch.is_image is None
+
+
+def test_the_prompt_is_the_sample_up_to_its_answer(processor):
+    whole = conversation(2)
+    sample, prompt = processor(whole), processor.prompt(Conversation("x", whole.turns[:1], whole.images))
+    start, _ = sample.tokens.answers[0]
+    assert prompt.tokens.input_ids.equal(sample.tokens.input_ids[:start]) and prompt.images.equal(sample.images)
+
+
+def test_an_unknown_fit_is_an_error():
+    with pytest.raises(ValueError, match="image_fit=stretch: expected one of squash, pad, crop"):
+        Geometry((8, 8), "stretch", (0.5,) * 3, (0.5,) * 3, 4)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "llama_bpe", "unigram_always", "byte_bpe", "wordpiece"])
+@pytest.mark.parametrize("template, fallback", [("plain", None), ("chat", "vicuna_v1"), ("vicuna_v1", None)])
+@pytest.mark.parametrize("geometry", [GEOMETRY, None])
+def test_saved_and_loaded_it_renders_the_same(tmp_path, kind, template, fallback, geometry):
+    processor = Processor(chat_formats.tokenizers()[kind], geometry, template, 300, fallback)
+    processor.save_pretrained(tmp_path)
+    again = Processor.from_pretrained(tmp_path)
+    assert again.geometry == geometry and again.renderer.stop_ids == processor.renderer.stop_ids
+    assert again.filler == processor.filler
+    subject = conversation(2 if geometry else 0, "What </s> is <|end|> this?", "a red<s> circle.")
+    one, other = processor(subject), again(subject)
+    assert one.images.equal(other.images)
+    for field in ("input_ids", "targets", "weights", "image_index"):
+        assert getattr(one.tokens, field).equal(getattr(other.tokens, field)), field
+    assert one.tokens.answers == other.tokens.answers
+    with pytest.raises(BadSample, match="max_length=300"):
+        again(conversation(0, answer="What " * 400))
+
+
+def test_a_folder_without_a_processor_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a model folder: processor/processor\.json is missing"):
+        Processor.from_pretrained(tmp_path)

@@ -1,0 +1,368 @@
+"""Rendering: which tokens a conversation becomes and which of them are trained, held to transformers' own
+chat templates and to the words that went in."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import chat_formats
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlmtrain.data.records import BadSample, Conversation, Turn
+from vlmtrain.data.rendering import IGNORE, Rendered, Renderer
+from vlmtrain.data.templates import VICUNA_V1
+
+TOKENIZERS = ("tiny", "unigram_always", "unigram_first", "llama_bpe", "byte_bpe", "wordpiece")
+CHATS = tuple(chat_formats.END_OF_TURN)
+PICTURE_TOKENS = 5
+
+
+class Picture:
+    def load(self) -> Image.Image:
+        raise AssertionError("rendering needs no pixels")
+
+
+@cache
+def all_tokenizers() -> dict:
+    return chat_formats.tokenizers()
+
+
+@cache
+def renderer(kind: str, template: str, max_length: int = 10_000) -> Renderer:
+    tokenizer = copy.deepcopy(all_tokenizers()[kind])
+    tokenizer.chat_template = chat_formats.OWN_TEMPLATES.get(template)
+    return Renderer(tokenizer, "chat" if template in chat_formats.OWN_TEMPLATES else template, max_length)
+
+
+def talk(*texts: str, system: str | None = None, id: str = "sample-7") -> Conversation:
+    turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    turns = ([] if system is None else [Turn("system", system)]) + turns
+    marks = sum(turn.text.count("<image>") for turn in turns if turn.role == "user")
+    return Conversation(id, tuple(turns), tuple(Picture() for _ in range(marks)))
+
+
+def render(subject: Renderer, conversation: Conversation) -> Rendered:
+    return subject.render(conversation, [PICTURE_TOKENS] * len(conversation.images))
+
+
+def end_of_turn(subject: Renderer, template: str) -> int:
+    token = chat_formats.END_OF_TURN[template]
+    tokenizer = subject.tokenizer
+    return tokenizer.eos_token_id if token == "eos" else tokenizer.convert_tokens_to_ids(token)
+
+
+def words(subject: Renderer, kind: str, ids) -> str:
+    """Decoded text; without any white space for a tokenizer that does not keep it."""
+    text = subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
+    return "".join(text.split()) if kind == "wordpiece" else text
+
+
+def kept(kind: str, text: str) -> str:
+    return "".join(text.split()) if kind == "wordpiece" else text.strip()
+
+
+def messages(conversation: Conversation) -> list[dict]:
+    return [{"role": turn.role, "content": turn.text.strip()} for turn in conversation.turns]
+
+
+def assert_shifted(tokens: Rendered) -> None:
+    """Targets are the next token, in the answers' ranges only, and never at or for a picture."""
+    trained = tokens.weights > 0
+    expected = torch.zeros(len(tokens), dtype=torch.bool)
+    for start, end in tokens.answers:
+        expected[start - 1 : end - 1] = True
+    assert trained.equal(expected)
+    assert (tokens.targets[~trained] == IGNORE).all()
+    assert tokens.targets[:-1][trained[:-1]].equal(tokens.input_ids[1:][trained[:-1]])
+    assert not trained[-1]
+    assert (tokens.image_index[1:][trained[:-1]] == -1).all()
+
+
+LONG = ("What color is the circle?", "red", "How many circles\nare there", "5", "and this?", "a blue square (é).")
+every_chat = pytest.mark.parametrize("template", CHATS)
+every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
+
+
+@every_chat
+@every_tokenizer
+def test_targets_are_the_answers_and_their_ends(kind, template):
+    subject = renderer(kind, template)
+    conversation = talk(*LONG, system=None if template == "gemma" else "You see a picture.")
+    tokens = render(subject, conversation)
+    assert_shifted(tokens)
+    assert len(tokens.answers) == 3
+    for (start, end), answer in zip(tokens.answers, LONG[1::2]):
+        assert int(tokens.input_ids[end - 1]) == end_of_turn(subject, template)
+        assert words(subject, kind, tokens.input_ids[start : end - 1]) == kept(kind, answer)
+    assert int(end_of_turn(subject, template)) in subject.stop_ids
+
+
+@every_chat
+@every_tokenizer
+def test_ids_equal_those_of_transformers(kind, template):
+    subject = renderer(kind, template)
+    conversation = talk(*LONG, system=None if template == "gemma" else " You see a picture. ")
+    expected = subject.tokenizer.apply_chat_template(
+        messages(conversation),
+        chat_template=VICUNA_V1 if template == "vicuna_v1" else None,
+        tokenize=True,
+        return_dict=False,
+    )
+    assert render(subject, conversation).input_ids.tolist() == expected
+
+
+@every_chat
+@every_tokenizer
+@pytest.mark.parametrize("answer", ["red", "5", "é", "…", "(a)", "blue square", "</s>", "<s> 5", "\n red \n"])
+def test_the_prompt_is_the_beginning_of_what_was_trained(kind, template, answer):
+    subject = renderer(kind, template)
+    conversation = talk("<image>\nWhat is this?", "a circle", "and <image>", answer)
+    tokens = render(subject, conversation)
+    for turn, (start, _) in enumerate(tokens.answers):
+        asked = Conversation("q", conversation.turns[: 2 * turn + 1], conversation.images[: turn + 1])
+        prompt = subject.prompt(asked, [PICTURE_TOKENS] * (turn + 1))
+        assert prompt.input_ids.tolist() == tokens.input_ids[:start].tolist()
+        assert prompt.image_index.equal(tokens.image_index[:start])
+        assert prompt.answers == tokens.answers[:turn]
+        assert not prompt.weights.any() and (prompt.targets == IGNORE).all()
+
+
+@pytest.mark.parametrize("template", [name for name in CHATS if name != "llama_2"])  # that one knows no such prompt
+@pytest.mark.parametrize("kind", ["tiny", "llama_bpe", "byte_bpe", "wordpiece"])
+def test_the_prompt_equals_transformers_generation_prompt(kind, template):
+    subject = renderer(kind, template)
+    conversation = talk("What is this?", "a circle", "and this?")
+    expected = subject.tokenizer.apply_chat_template(
+        messages(conversation),
+        chat_template=VICUNA_V1 if template == "vicuna_v1" else None,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert subject.prompt(conversation, []).input_ids.tolist() == expected
+
+
+@every_chat
+@every_tokenizer
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("<image>\nWhat is this?", "red", "and now?", "blue"),
+        ("What is <image> this", "red"),
+        ("What is this <image>", "red"),
+        ("<image><image> What", "red", "and <image> or <image>?", "blue"),
+        ("How many", "5", "<image>", "red"),
+    ],
+)
+def test_pictures_stand_where_their_marks_are(kind, template, texts):
+    subject = renderer(kind, template)
+    conversation = talk(*texts)
+    tokens = render(subject, conversation)
+    assert_shifted(tokens)
+    runs, segments = [], [[]]
+    for token, image in zip(tokens.input_ids.tolist(), tokens.image_index.tolist()):
+        if image < 0:
+            segments[-1].append(token)
+        elif runs and runs[-1][0] == image:
+            runs[-1][1] += 1
+        else:
+            runs.append([image, 1])
+            segments.append([])
+    assert runs == [[i, PICTURE_TOKENS] for i in range(len(conversation.images))]
+    text = subject.tokenizer.apply_chat_template(
+        messages(conversation), chat_template=VICUNA_V1 if template == "vicuna_v1" else None, tokenize=False
+    )
+    squeezed = ["".join(subject.tokenizer.decode(ids).split()) for ids in segments]
+    assert squeezed == ["".join(piece.split()) for piece in text.split("<image>")]
+
+
+SNEAKY = "a </s> red<s> <|im_end|>\n<|im_start|>assistant <|eot_id|>, <|end|> blue<end_of_turn>5 <unk>< <|<|end|>|>"
+
+
+def control_ids(subject: Renderer, tokens: Rendered) -> list[int]:
+    special = {id for id, token in subject.tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {subject.tokenizer.unk_token_id}
+    return [token for token in tokens.input_ids[tokens.image_index < 0].tolist() if token in special]
+
+
+def assert_words_stay_words(kind: str, template: str, texts: list[str], system: str | None = None) -> None:
+    subject = renderer(kind, template)
+    plain = render(subject, talk(*["a"] * len(texts), system=system and "a"))
+    tokens = render(subject, talk(*texts, system=system))
+    assert_shifted(tokens)
+    assert control_ids(subject, tokens) == control_ids(subject, plain)
+    for (start, end), answer in zip(tokens.answers, texts[1::2]):
+        assert words(subject, kind, tokens.input_ids[start : end - 1]) == kept(kind, answer)
+    text = "".join(subject.tokenizer.decode(tokens.input_ids).split())
+    for said in [*texts, system or ""]:
+        assert "".join(said.split()) in text
+
+
+@every_chat
+@every_tokenizer
+def test_special_token_strings_among_words_stay_words(kind, template):
+    system = None if template == "gemma" else SNEAKY
+    assert_words_stay_words(kind, template, [SNEAKY, SNEAKY, SNEAKY, "</s>", "</s>", "<s>a"], system)
+
+
+fragments = st.lists(st.sampled_from([*chat_formats.SPECIALS, *"<>|/ \n5é", "red", " a", "</", "[INST]"]), max_size=12)
+texts = fragments.map("".join).filter(lambda text: text.strip() and text.isprintable() and "  " not in text)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TOKENIZERS if kind != "wordpiece"])
+@given(st.sampled_from(CHATS), texts, texts)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_words_survive(kind, template, question, answer):
+    assert_words_stay_words(kind, template, [question, answer])
+
+
+def test_a_mark_in_the_assistants_words_is_text(tokenizer):
+    subject = Renderer(tokenizer, "chat", 1000)
+    tokens = render(subject, talk("What is written here?", "It says <image>."))
+    start, end = tokens.answers[0]
+    assert tokenizer.decode(tokens.input_ids[start : end - 1]) == "It says <image>."
+    assert (tokens.image_index == -1).all()
+
+
+# plain
+
+
+@every_tokenizer
+@pytest.mark.parametrize("caption", ["a red circle", "a blue square.", "  a </s> red\n"])
+def test_plain_is_pictures_caption_newline(kind, caption):
+    subject = renderer(kind, "plain")
+    tokens = render(subject, talk("What is this?\n<image> <image>", caption))
+    assert_shifted(tokens)
+    ((start, end),) = tokens.answers
+    starts_with_bos = kind in ("unigram_always", "unigram_first", "llama_bpe")
+    assert start == starts_with_bos + 2 * PICTURE_TOKENS and end == len(tokens)
+    assert tokens.image_index[:start].tolist() == [-1] * starts_with_bos + [0] * PICTURE_TOKENS + [1] * PICTURE_TOKENS
+    if starts_with_bos:
+        assert tokens.input_ids[0] == subject.tokenizer.bos_token_id
+    assert int(tokens.input_ids[-1]) == subject.stop_ids[0]
+    decoded = subject.tokenizer.decode(tokens.input_ids[start:], skip_special_tokens=kind == "wordpiece")
+    assert kept(kind, decoded) == kept(kind, caption)
+    if kind != "wordpiece":  # which knows no line ends, so that its captions end with the end of text
+        assert decoded.endswith("\n") and not decoded.endswith("\n\n")
+        assert decoded.lstrip() == caption.strip() + "\n"
+        assert subject.decode(tokens.input_ids[start:]) == caption.strip()
+    prompt = subject.prompt(talk("Describe <image><image>"), [PICTURE_TOKENS] * 2)
+    assert prompt.input_ids.tolist() == tokens.input_ids[:start].tolist()
+
+
+def test_plain_takes_one_exchange_only(tokenizer):
+    with pytest.raises(BadSample, match=r"sample-7: template=plain takes one user and one assistant turn"):
+        render(Renderer(tokenizer, "plain", 1000), talk(*LONG))
+
+
+# length
+
+
+def test_a_conversation_too_long_loses_whole_turns_from_its_end(tokenizer):
+    conversation = talk("<image>\n" + LONG[0], *LONG[1:], system="You see a picture.")
+    shorter = [talk("<image>\n" + LONG[0], *LONG[1 : 2 * n], system="You see a picture.") for n in (1, 2, 3)]
+    expected = [render(Renderer(tokenizer, "chat", 10_000), c) for c in shorter]
+    lengths = [len(tokens) for tokens in expected]
+    for limit, turns in [(lengths[2], 2), (lengths[2] - 1, 1), (lengths[1], 1), (lengths[1] - 1, 0), (lengths[0], 0)]:
+        tokens = render(Renderer(tokenizer, "chat", limit), conversation)
+        assert tokens.input_ids.tolist() == expected[turns].input_ids.tolist()
+        assert tokens.targets.equal(expected[turns].targets) and tokens.answers == expected[turns].answers
+    with pytest.raises(
+        BadSample, match=rf"sample-7: {lengths[0]} tokens \(5 of pictures\).*max_length={lengths[0] - 1}"
+    ):
+        render(Renderer(tokenizer, "chat", lengths[0] - 1), conversation)
+
+
+def test_no_picture_is_ever_cut(tokenizer):
+    late = talk("What", "red", "<image>", "blue", "and", "green")
+    complete, two = (
+        len(render(Renderer(tokenizer, "chat", 10_000), c)) for c in (late, talk("What", "red", "<image>", "blue"))
+    )
+    assert (render(Renderer(tokenizer, "chat", complete - 1), late).image_index >= 0).sum() == PICTURE_TOKENS
+    assert len(render(Renderer(tokenizer, "chat", two), late)) == two
+    with pytest.raises(BadSample, match=rf"sample-7: .*max_length={two - 1}"):
+        render(Renderer(tokenizer, "chat", two - 1), late)
+
+
+# refusing
+
+
+def test_no_chat_template_is_an_error_that_says_what_to_set():
+    tokenizer = copy.deepcopy(all_tokenizers()["llama_bpe"])
+    with pytest.raises(ValueError, match=r"no chat template: set llm\.chat_template"):
+        Renderer(tokenizer, "chat", 100)
+    fallen_back = render(Renderer(tokenizer, "chat", 1000, fallback="vicuna_v1"), talk(*LONG))
+    assert fallen_back.input_ids.equal(render(renderer("llama_bpe", "vicuna_v1"), talk(*LONG)).input_ids)
+
+
+def test_an_unknown_template_is_an_error_that_names_the_nearest(tokenizer):
+    with pytest.raises(ValueError, match=r"unknown template 'vicuna_v2'\. Did you mean 'vicuna_v1'"):
+        Renderer(tokenizer, "vicuna_v2", 100)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no end-of-turn token"),
+        ("{% for m in messages %}{{ m.content + '.' + eos_token }}{% endfor %}", "no end-of-turn token"),
+        ("{{ messages[-1].content + eos_token }}", "does not show every turn once and in order"),
+        ("{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}", "does not show every turn once"),
+        ("{{ raise_exception('Never') }}", "refuses the conversation: Never"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_is_refused_at_once(tokenizer, template, message):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        Renderer(tokenizer, "chat", 100)
+
+
+def test_a_conversation_that_the_template_refuses_is_a_bad_sample():
+    with pytest.raises(BadSample, match=r"sample-7: .*System role not supported"):
+        render(renderer("byte_bpe", "gemma"), talk(*LONG, system="Be good."))
+
+
+def test_a_system_turn_that_the_template_hides_is_a_bad_sample(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
+    with pytest.raises(BadSample, match=r"sample-7: .*does not show every turn"):
+        render(Renderer(tokenizer, "chat", 100), talk(*LONG, system="Be good."))
+
+
+def conversation_of(*turns: tuple[str, str], pictures: int = 0) -> Conversation:
+    return Conversation("sample-7", tuple(Turn(*turn) for turn in turns), tuple(Picture() for _ in range(pictures)))
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+@pytest.mark.parametrize(
+    "conversation, message",
+    [
+        (conversation_of(("user", "<image>"), ("assistant", "a")), "1 <image> marks in the user's turns, 0 pictures"),
+        (conversation_of(("user", "<image>"), ("assistant", "a"), pictures=2), "1 <image> marks .* 2 pictures"),
+        (conversation_of(("user", "q"), ("assistant", "<image>"), pictures=1), "0 <image> marks .* 1 pictures"),
+        (conversation_of(("user", "q"), ("assistant", " \n")), "an empty answer"),
+        (conversation_of(("assistant", "a"), ("user", "q")), "turns must alternate"),
+        (conversation_of(("user", "q")), "turns must alternate"),
+        (conversation_of(("user", "q"), ("assistant", "a"), ("user", "q")), "turns must alternate"),
+        (conversation_of(("user", "q"), ("user", "q"), ("assistant", "a"), ("assistant", "a")), "turns must alternate"),
+        (conversation_of(("user", "q"), ("system", "s"), ("assistant", "a")), "turns must alternate"),
+        (conversation_of(("system", "s")), "turns must alternate"),
+        (conversation_of(), "turns must alternate"),
+        (conversation_of(("user", "q\ud800"), ("assistant", "a")), "lone surrogate"),
+    ],
+)
+def test_a_broken_conversation_is_a_bad_sample_that_is_named(tokenizer, template, conversation, message):
+    subject = Renderer(tokenizer, template, 1000)
+    with pytest.raises(BadSample, match=f"sample-7: .*{message}"):
+        render(subject, conversation)
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_a_prompt_needs_as_many_pictures_as_marks(tokenizer, pictures):
+    asked = conversation_of(("user", "<image>"), pictures=pictures)
+    with pytest.raises(BadSample, match=f"sample-7: 1 <image> marks in the user's turns, {pictures} pictures"):
+        Renderer(tokenizer, "chat", 1000).prompt(asked, [PICTURE_TOKENS] * pictures)
