@@ -79,7 +79,7 @@ def run(*command: str, check: bool = True, **options) -> subprocess.CompletedPro
     environment = {**os.environ, **options.pop("env", {})}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        raise AssertionError(f"{command}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
 
 

@@ -62,7 +62,24 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     report.set_defaults(command=_report)
 
-    for command in (check, evaluate, chat, report):
+    tokens = commands.add_parser("tokens", help="visual tokens of a picture, for any connectors")
+    tokens.add_argument(
+        "--image-size", nargs="+", type=int, required=True, metavar="PIXELS", help="side, or height width"
+    )
+    tokens.add_argument("--patch-size", type=int, required=True, metavar="PIXELS")
+    tokens.add_argument("--tiles", type=int, default=1, metavar="N", help="views of that size a picture is cut into")
+    tokens.add_argument("--thumbnail", action="store_true", help="and one view of the whole picture")
+    tokens.add_argument(
+        "--connector",
+        nargs="+",
+        default=["linear"],
+        metavar="NAME",
+        help="with options as NAME,key=value,... (default: linear, a token a patch)",
+    )
+    tokens.add_argument("--context", type=int, default=4096, metavar="N", help="the LLM's context (default: 4096)")
+    tokens.set_defaults(command=_tokens)
+
+    for command in (check, evaluate, chat, report, tokens):
         command.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 
@@ -72,7 +89,7 @@ def _check(options: argparse.Namespace) -> None:
     from .data.sources import build_source
     from .objectives import OBJECTIVES
     from .settings import compose
-    from .training.assembly import build_processor, build_skeleton, build_tokenizer
+    from .training.assembly import build_processor, build_skeleton, build_tokenizer, picture_size
 
     settings = compose(options.overrides)
     tokenizer = build_tokenizer(settings)
@@ -82,8 +99,7 @@ def _check(options: argparse.Namespace) -> None:
             continue
         parts = build_skeleton(settings, name, tokenizer)
         processor = build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
-        size = parts["vision"].image_size if "vision" in parts else (224, 224)
-        source = build_source(settings.data, stage.data, size, settings.seed)
+        source = build_source(settings.data, stage.data, picture_size(parts), settings.seed)
         report = check_data(source, processor, options.workers, sys.stderr.isatty())
         results[name] = {"data": stage.data, **asdict(report)}
         shown[name] = _first_samples(source, processor, show_targets)
@@ -173,17 +189,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     import torch
 
-    from .data.images import ImageOnDisk
     from .data.processor import Processor
     from .evaluation.chat import Chat
     from .model import VLMWrapper
 
-    images = [ImageOnDisk(path) for path in options.image]
-    for image in images:
-        image.load()
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chat = Chat(VLMWrapper.from_pretrained(options.model).to(device), processor, images, device, torch.float32)
+    chat = Chat(VLMWrapper.from_pretrained(options.model).to(device), processor, options.image)
     if options.prompt is not None:
         answer = chat.say(options.prompt, options.max_new_tokens)
         print(json.dumps({"prompt": options.prompt, "answer": answer}, ensure_ascii=False) if options.json else answer)
@@ -198,6 +210,36 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+def _tokens(options: argparse.Namespace) -> None:
+    from omegaconf import OmegaConf
+
+    from .planning import visual_tokens
+
+    if len(options.image_size) > 2:
+        raise ValueError(f"--image-size takes a side, or height and width, got {len(options.image_size)} numbers")
+    size = (options.image_size[0], options.image_size[-1])
+    found = []
+    for choice in options.connector:
+        name, *settings = choice.split(",")
+        chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+        more = (options.tiles, options.thumbnail, options.context)
+        found.append(visual_tokens(size, options.patch_size, name, chosen, *more))
+    if options.json:
+        print(json.dumps([asdict(each) for each in found], indent=2))
+        return
+    rows = [("connector", "tokens", "a view", "views", f"of {options.context:,}")]
+    rows += [
+        (each.connector, f"{each.tokens:,}", f"{each.tokens_per_view:,}", f"{each.views}", f"{each.context_share:.1%}")
+        for each in found
+    ]
+    print(f"{size[0]}x{size[1]} pixels, {found[0].grid[0]}x{found[0].grid[1]} patches a view")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "  ".join([f"  {row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))])
+        )
 
 
 def _report(options: argparse.Namespace) -> None:

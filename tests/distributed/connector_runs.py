@@ -5,12 +5,23 @@ python connector_runs.py FOLDER ENGINE PRECISION NAME...
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+
+from vlmtrain.data.processor import Processor
+from vlmtrain.data.sources import build_source
+from vlmtrain.evaluation.validation import Validator
+from vlmtrain.model import VLMWrapper
+from vlmtrain.model.parts import module_state
 from vlmtrain.settings import compose
+from vlmtrain.training.assembly import build_parts, build_tokenizer
 from vlmtrain.training.run import train_run
-from vlmtrain.world import join_world, leave_world
+from vlmtrain.world import World, join_world, leave_world
 
 
 def line(folder: Path, engine: str, precision: str, name: str) -> list[str]:
@@ -34,9 +45,28 @@ def line(folder: Path, engine: str, precision: str, name: str) -> list[str]:
     ]
 
 
+def record(folder: Path, settings: DictConfig, world: World) -> None:
+    """Leave beside a run what its tests compare: the first weights, what is trainable, a reloaded model's loss."""
+    tokenizer = build_tokenizer(settings)
+    connector = build_parts(settings, "instruct", None, tokenizer)["connector"]
+    save_file(module_state(connector), folder / "initial_connector.safetensors")
+    trained = [key for key, parameter in connector.named_parameters() if parameter.requires_grad]
+    (folder / "trained.json").write_text(json.dumps(trained))
+    model_dir = folder / "instruct" / "model"
+    processor = Processor.from_pretrained(model_dir)
+    source = build_source(settings.data, "validation", processor.geometry.size, settings.seed)
+    validator = Validator(source, processor, world, torch.float32, settings.validation.batch_size, 2)
+    with torch.no_grad():
+        loss = validator.loss(VLMWrapper.from_pretrained(model_dir), settings.validation.final_samples)
+    (folder / "reloaded.json").write_text(json.dumps({"loss": loss}))
+
+
 if __name__ == "__main__":
     folder, engine, precision, *names = sys.argv[1:]
     world = join_world()
     for name in names:
-        train_run(compose(line(Path(folder), engine, precision, name)), world)
+        settings = compose(line(Path(folder), engine, precision, name))
+        train_run(settings, world)
+        if world.size == 1 and precision == "fp32":
+            record(Path(folder) / name, settings, world)
     leave_world()

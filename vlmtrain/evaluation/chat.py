@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-
+from ..data.images import ImageOnDisk
 from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn
 from ..model import VLMWrapper
@@ -14,19 +14,16 @@ from ..model import VLMWrapper
 class Chat:
     """A conversation with a model about some pictures; remembers what was said.
 
-    device, dtype: where the model is, and its floating-point type.
+    images: paths, or anything with ``load() -> PIL.Image``. Raises BadSample for one that cannot be read.
     """
 
-    def __init__(
-        self,
-        model: VLMWrapper,
-        processor: Processor,
-        images: Sequence[ImageSource],
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.model, self.processor, self.images = model, processor, tuple(images)
-        self.device, self.dtype = device, dtype
+    def __init__(self, model: VLMWrapper, processor: Processor, images: Sequence[ImageSource | str | Path] = ()):
+        self.model, self.processor = model, processor
+        self.images = tuple(ImageOnDisk(Path(i)) if isinstance(i, str | Path) else i for i in images)
+        for image in self.images:
+            image.load()
+        embeddings = model.llm.get_input_embeddings().weight
+        self.device, self.dtype = embeddings.device, embeddings.dtype
         self.turns: tuple[Turn, ...] = ()
 
     def say(self, words: str, max_new_tokens: int = 128) -> str:

@@ -72,7 +72,7 @@ class VisionEncoder(nn.Module):
             self.levels = [last * (i + 1) // count for i in range(count)]
         if count and len(self.levels) != count:
             raise ValueError(
-                f"the connector reads {count} further hidden layers, vision.levels={self.levels} names {len(self.levels)}"
+                f"the connector reads {count} hidden layers, vision.levels={self.levels} names {len(self.levels)}"
             )
 
     def _as_features(self, state: Callable[[int], Tensor]) -> VisionFeatures:

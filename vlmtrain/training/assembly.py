@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -40,25 +41,36 @@ def build_parts(
     """The parts that stage `name` needs, with the weights that it starts from, in the compute dtype.
 
     previous: the model folder of the stage before, or `init_from`; None for a run's first stage.
-    Raises ValueError for a part that would silently start from random weights.
+    Raises ValueError for weights that are not there or do not fit.
     """
     stage = settings.stages[name]
     dtype = DTYPES[settings.precision]
     saved = read_manifest(previous) if previous is not None else {}
     parts: dict[str, nn.Module] = {}
+    check_origins(settings, name, saved)
     for part in (p for p in BUILD_ORDER if p in stage.parts):
         seed_for(settings.seed, part)
         if part in PARTS and part in saved and part not in stage.fresh:
             parts[part] = load_part(part, previous, dtype)
-            continue
-        if part not in stage.fresh and not _has_source(settings, part):
-            origin = f"{previous} has none" if previous is not None else "there is no stage before it"
-            raise ValueError(
-                f"stage {name} needs weights for its {part}, but {origin}: run the stage that trains it, "
-                f"set init_from, or list {part} in stages.{name}.fresh to start it from random weights"
-            )
-        parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
+        else:
+            parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
     return parts
+
+
+def check_origins(settings: DictConfig, name: str, handed_on: Collection[str]) -> None:
+    """Raise ValueError if a part of stage `name` would silently start from random weights.
+
+    handed_on: the parts that the stage before, or `init_from`, leaves to it.
+    """
+    stage = settings.stages[name]
+    for part in stage.parts:
+        if part not in ALL_PARTS:
+            raise ValueError(f"stages.{name}.parts names {part}; the parts are {', '.join(ALL_PARTS)}")
+        if part not in handed_on and part not in stage.fresh and not _has_source(settings, part):
+            raise ValueError(
+                f"stage {name} needs weights for its {part}, and nothing before it has any: run the stage that "
+                f"trains it first, set init_from, or list {part} in stages.{name}.fresh to start it from random weights"
+            )
 
 
 def build_skeleton(settings: DictConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, nn.Module]:
@@ -72,11 +84,9 @@ def build_skeleton(settings: DictConfig, name: str, tokenizer: PreTrainedTokeniz
 
 def _has_source(settings: DictConfig, part: str) -> bool:
     """Whether a part's configuration says where its weights come from (or, for a mini run, that it needs none)."""
-    if settings.mini or part == "objective":
-        return part in ("vision", "llm")
     if part == "vision":
-        return settings.vision.provider == "hf" or settings.vision.pretrained is not None
-    return part == "llm" and settings.llm.provider == "hf"
+        return settings.mini or settings.vision.provider == "hf" or settings.vision.pretrained is not None
+    return part == "llm" and (settings.mini or settings.llm.provider == "hf")
 
 
 def _build(
@@ -125,6 +135,11 @@ def build_processor(
             f"stages.{name}.max_length={stage.max_length} is longer than the {limit} positions of the language model"
         )
     return Processor(tokenizer, geometry, stage.template, stage.max_length, settings.llm.chat_template)
+
+
+def picture_size(parts: dict[str, nn.Module]) -> tuple[int, int]:
+    """``(H, W)`` that pictures are wanted in, where there is an encoder to say so."""
+    return parts["vision"].image_size if "vision" in parts else (224, 224)
 
 
 def freeze(parts: dict[str, nn.Module], rates: dict[str, float], checkpointing: bool) -> None:

@@ -6,11 +6,24 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..data.records import BadSample
+from ..data.sources import build_source, first_problems
 from ..errors import nearest
+from ..model.parts import read_manifest
+from ..objectives import OBJECTIVES
 from ..report import write_report
 from ..world import StopSignal, World
-from .assembly import DTYPES, training_rates
+from .assembly import (
+    DTYPES,
+    build_processor,
+    build_skeleton,
+    build_tokenizer,
+    check_origins,
+    picture_size,
+    training_rates,
+)
 from .metrics import WandB, logger, set_up_logging
+from .optimizer import Schedule
 from .run_folder import RunFolder
 from .stage import split_batch, train_stage
 
@@ -22,7 +35,9 @@ def train_run(settings: DictConfig, world: World) -> None:
     if world.is_main:
         folder.lock()
         folder.check_same(settings)
+        check_stages(settings, folder)
         folder.write_config(settings)
+    world.barrier()
     set_up_logging(folder.root / "train.log" if world.is_main else None)
     stop = StopSignal()
     wandb = WandB(
@@ -66,10 +81,37 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
             f"The recipe's stages: {', '.join(settings.stages)}"
         )
     for name, stage in settings.stages.items():
-        training_rates(settings, name)
+        if stage.objective not in OBJECTIVES:
+            raise ValueError(f"stages.{name}.objective={stage.objective}: expected one of {', '.join(OBJECTIVES)}")
+        rates = training_rates(settings, name)
+        Schedule.from_config(stage.schedule, 1, rates)
         split_batch(stage, name, world_size)
         if stage.layout != "padded":
             raise ValueError(f"stages.{name}.layout={stage.layout}: this version has padded only")
+
+
+def check_stages(settings: DictConfig, folder: RunFolder) -> None:
+    """Raise ValueError for a stage ahead whose parts, lengths or data cannot work; no weights are loaded."""
+    tokenizer = build_tokenizer(settings)
+    handed_on = set(read_manifest(Path(settings.init_from))) if settings.init_from is not None else set()
+    for name, stage in settings.stages.items():
+        if settings.stage in (None, name) and not folder.is_finished(name):
+            check_origins(settings, name, handed_on)
+            parts = build_skeleton(settings, name, tokenizer)
+            build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
+            for split in filter(None, (stage.data, stage.validation)):
+                if split == stage.data or settings.data.get(split) is not None:
+                    _check_source(settings, split, picture_size(parts))
+        elif not folder.is_finished(name):
+            continue
+        handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
+
+
+def _check_source(settings: DictConfig, split: str, size: tuple[int, int]) -> None:
+    source = build_source(settings.data, split, size, settings.seed)
+    problems = first_problems(source) if settings.on_bad_sample == "raise" else []
+    if problems:
+        raise BadSample(f"{problems[0]} (data.{split}; on_bad_sample=skip trains without it)")
 
 
 def _result(summary: dict) -> str:

@@ -17,19 +17,26 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.loader import StepData, StepDataset, StepOrder, step_loader
 from ..data.records import BadSample
-from ..data.sources import Source, build_source, first_problems
+from ..data.sources import Source, build_source
 from ..evaluation.validation import Validator, picture_uri
 from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, state_hash, write_manifest
 from ..objectives import Objective, build_objective
 from ..world import Stopped, StopSignal, World
-from .assembly import build_parts, build_processor, build_tokenizer, freeze, seed_for, training_rates
+from .assembly import (
+    build_parts,
+    build_processor,
+    build_tokenizer,
+    freeze,
+    picture_size,
+    seed_for,
+    training_rates,
+)
 from .checkpoint import Checkpoints
 from .engine import StageEngine
 from .metrics import Metrics, Progress, WandB, logger
 from .optimizer import Schedule
 from .run_folder import RunFolder, write_json
 
-NO_PICTURE_SIZE = (224, 224)
 SHOWN_SAMPLES = 48
 
 
@@ -79,14 +86,7 @@ class _Stage:
         return objective
 
     def _source(self, split: str) -> Source:
-        vision = self.parts.get("vision")
-        size = vision.image_size if vision is not None else NO_PICTURE_SIZE
-        source = build_source(self.settings.data, split, size, self.settings.seed)
-        if self.settings.on_bad_sample == "raise":
-            problems = self.world.from_main(first_problems(source) if self.world.is_main else None)
-            if problems:
-                raise BadSample(f"{problems[0]} (data.{split}; on_bad_sample=skip trains without it)")
-        return source
+        return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict:
         before = {part: state_hash(module_state(module)) for part, module in self.parts.items()}
@@ -198,8 +198,8 @@ class _Stage:
         loss = self.world.sum([float(summed)])[0] / max(weight, 1e-9)
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise ValueError(
-                f"{self.name}: the loss of step {step + 1} is {loss}: lower stages.{self.name}.train.<part>, or look at "
-                f"the data; checkpoints from before are in {self.folder.stage(self.name) / 'checkpoints'}"
+                f"{self.name}: the loss of step {step + 1} is {loss}: lower stages.{self.name}.train.<part>, or look "
+                f"at the data; earlier checkpoints are in {self.folder.stage(self.name) / 'checkpoints'}"
             )
         values = {
             "loss": loss,

@@ -1,0 +1,159 @@
+"""What a user gets wrong ends in one line that says what to change, before the first step, with nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from vlmtrain.settings import compose
+from vlmtrain.training.run import train_run
+from vlmtrain.world import World
+
+from ..conftest import gpt, human, train
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def start(run_dir, files, *more: str) -> None:
+    """Compose and start a run in this process; it must fail at the door."""
+    data = [f"data.{key}={path}" for key, path in files.items()]
+    few = ["stages.align.max_steps=1", "stages.instruct.max_steps=1", "workers=0"]
+    train_run(
+        compose(["recipe=llava_1_5", "mini=true", "data=llava_json", *data, *few, f"run_dir={run_dir}", *more]), ALONE
+    )
+
+
+@pytest.fixture
+def files(llava_files, tmp_path) -> dict:
+    """A copy of the data that a test may break."""
+    copy = tmp_path / "data"
+    shutil.copytree(llava_files["images"], copy)
+    return {"images": copy, **{key: copy / llava_files[key].name for key in ("align", "instruct", "validation")}}
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (["recipe=llava_15"], ["llava_15", "Did you mean 'llava_1_5'", "Available"]),
+        (["connector=mpl"], ["unknown connector 'mpl'", "Did you mean 'mlp'"]),
+        (["engine=zero4"], ["unknown engine 'zero4'", "zero3"]),
+        (["stages.algin.max_steps=3"], ["stages.algin.max_steps", "Did you mean 'stages.align.max_steps'"]),
+        (["connector.deph=3"], ["connector.deph", "Did you mean 'connector.depth'"]),
+        (["stages.align.train.conector=1e-3"], ["stages.align.train.conector", "stages.align.train.connector"]),
+        (["data.imges=x"], ["data.imges", "Did you mean 'data.images'"]),
+        (["recipe=llava_1_5", "llm=hf", "llm.path=???"], ["llm.path"]),
+    ],
+)
+def test_a_line_that_does_not_compose_names_the_nearest(line, words):
+    with pytest.raises(ValueError) as error:
+        compose(["recipe=llava_1_5", "llm.path=x", *line])
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["stages.align.train.connector=null"], ["stage align would train nothing", "stages.align.train"]),
+        (["stages.align.train.connector=-1"], ["stages.align.train.connector=-1", "positive"]),
+        (["stages.instruct.micro_batch_size=5", "stages.instruct.batch_size=8"], ["micro_batch_size=5", "batch_size=8"]),
+        (["stages.instruct.max_length=100000"], ["stages.instruct.max_length=100000", "512 positions"]),
+        (["stages.instruct.max_length=16"], ["max_length=16", "16 tokens"]),
+        (["stages.instruct.template=vicuna"], ["unknown template 'vicuna'", "Did you mean 'vicuna_v1'"]),
+        (["stages.instruct.image_fit=stretch"], ["image_fit=stretch", "squash"]),
+        (["stages.align.fresh=[]"], ["stage align needs weights for its connector", "stages.align.fresh"]),
+        (["stage=instruct"], ["stage instruct needs weights for its connector", "init_from"]),
+        (["stage=instruckt"], ["unknown stage 'instruckt'", "Did you mean 'instruct'"]),
+        (["precision=fp8"], ["precision=fp8", "fp32, bf16"]),
+        (["wandb=on"], ["wandb=on", "offline"]),
+        (["on_bad_sample=ignore"], ["on_bad_sample=ignore", "skip"]),
+        (["vision.image_size=50"], ["vision.image_size=50", "patch size 12"]),
+        (["vision.layer=-9"], ["vision.layer=-9", "4 blocks"]),
+        (["init_from=/nowhere"], ["/nowhere"]),
+        (["connector=pixel_shuffle", "connector.factor=3"], ["4x4", "factor"]),
+        (["stages.instruct.schedule.name=cosin"], ["schedule.name=cosin", "cosine"]),
+        (["stages.instruct.schedule.min_lr=1"], ["min_lr=1", "llm"]),
+        (["stages.instruct.objective=contrastive"], ["objective"]),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_name_the_key(more, words, llava_files, tmp_path):
+    with pytest.raises(ValueError) as error:
+        start(tmp_path / "run", llava_files, *more)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_missing_picture_folder_is_named(llava_files, tmp_path):
+    with pytest.raises(ValueError, match=r"data.images=/nowhere"):
+        start(tmp_path / "run", {**llava_files, "images": "/nowhere"})
+
+
+@pytest.mark.parametrize("content, words", [("[]", "is empty"), ("", "is empty"), ("{", "not valid JSON")])
+def test_an_unusable_file_is_named(content, words, files, tmp_path):
+    files["instruct"].write_text(content)
+    with pytest.raises(ValueError, match=words) as error:
+        start(tmp_path / "run", files)
+    assert "instruct.json" in str(error.value)
+
+
+BAD = {
+    "missing picture": {"image": "gone.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
+    "truncated picture": {"image": "cut.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
+    "more marks than pictures": {"image": "red.png", "conversations": [human("<image><image>\nWhat?"), gpt("x")]},
+    "fewer marks than pictures": {"image": ["red.png", "red.png"], "conversations": [human("<image>?"), gpt("x")]},
+}
+
+
+def spoil(files, record) -> None:
+    Image.effect_noise((64, 64), 50).save(files["images"] / "cut.png")
+    whole = (files["images"] / "cut.png").read_bytes()
+    (files["images"] / "cut.png").write_bytes(whole[: len(whole) // 2])
+    records = json.loads(files["instruct"].read_text())
+    records[3] = {"id": "spoilt", **record}
+    files["instruct"].write_text(json.dumps(records))
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_record_stops_the_run_at_the_door(fault, files, tmp_path):
+    spoil(files, BAD[fault])
+    with pytest.raises(ValueError, match="instruct.json record 3.*spoilt") as error:
+        start(tmp_path / "run", files)
+    assert "on_bad_sample=skip" in str(error.value)
+    assert not (tmp_path / "run" / "align").exists()
+
+
+def test_a_bad_record_is_skipped_and_counted_when_asked(files, tmp_path):
+    spoil(files, BAD["truncated picture"])
+    data = [f"data.{key}={path}" for key, path in files.items()]
+    done = train(
+        *("recipe=llava_1_5", "mini=true", "data=llava_json", *data, f"run_dir={tmp_path / 'run'}"),
+        *("on_bad_sample=skip", "stages.align.max_steps=1", "stages.instruct.max_steps=null"),
+        *("stages.instruct.batch_size=8", "workers=0", "validation.final_samples=2"),
+    )
+    assert "skipped" in done.stdout and "spoilt" in done.stdout
+    summary = json.loads((tmp_path / "run" / "instruct" / "summary.json").read_text())
+    assert summary["skipped_samples"] == 1 and summary["steps"] == 3
+    samples = [json.loads(x)["samples"] for x in (tmp_path / "run/instruct/metrics.jsonl").read_text().splitlines()]
+    assert sum(samples) == 23
+
+
+def test_the_command_prints_one_line_and_exits_2(llava_files, tmp_path):
+    done = train("recipe=llava_1_5", "mini=true", "connector=mpl", f"run_dir={tmp_path}", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("vlmtrain: error: unknown connector 'mpl'")]
+
+
+def test_two_runs_on_one_folder_are_refused(llava_files, tmp_path):
+    from vlmtrain.training.run_folder import RunFolder
+
+    holder = RunFolder(tmp_path)
+    holder.lock()
+    with pytest.raises(ValueError, match="in use by another run"):
+        start(tmp_path, llava_files)

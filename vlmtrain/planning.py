@@ -1,0 +1,52 @@
+"""Sizes that are known before any model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .connectors import build_connector
+
+# Widths do not change how many tokens a connector makes; these are LLaVA-1.5's.
+IN_DIM, OUT_DIM = 1024, 4096
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Tokens that one picture becomes. `views` counts its tiles and its thumbnail."""
+
+    connector: str
+    grid: tuple[int, int]
+    views: int
+    tokens_per_view: int
+    tokens: int
+    context_share: float
+
+
+def visual_tokens(
+    image_size: tuple[int, int],
+    patch_size: int,
+    connector: str = "linear",
+    options: Mapping | None = None,
+    tiles: int = 1,
+    thumbnail: bool = False,
+    context: int = 4096,
+) -> VisualTokens:
+    """Visual tokens of a picture in `tiles` views of `image_size` ``(H, W)`` pixels, and their share of `context`.
+
+    thumbnail: one more view, of the whole picture. Raises ValueError for sizes that do not fit.
+    """
+    for name, value in (("--patch-size", patch_size), ("--tiles", tiles), ("--context", context)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: must be positive")
+    height, width = image_size
+    if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(f"--image-size {height}x{width} is not a multiple of --patch-size {patch_size}")
+    grid = (height // patch_size, width // patch_size)
+    with torch.device("meta"):
+        module = build_connector(connector, IN_DIM, OUT_DIM, input_grid=grid, **(options or {}))
+    each = module.num_tokens(*grid)
+    views = tiles + thumbnail
+    return VisualTokens(connector, grid, views, each, each * views, each * views / context)
