@@ -123,7 +123,7 @@ def spoil(files, record) -> None:
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_record_stops_the_run_at_the_door(fault, files, tmp_path):
     spoil(files, BAD[fault])
-    with pytest.raises(ValueError, match="instruct.json record 3.*spoilt") as error:
+    with pytest.raises(ValueError, match=r"instruct\.json record 3.*spoilt") as error:
         start(tmp_path / "run", files)
     assert "on_bad_sample=skip" in str(error.value)
     assert not (tmp_path / "run" / "align").exists()

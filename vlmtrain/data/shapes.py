@@ -3,8 +3,8 @@
     (seed, split, i) -> scene: shapes in a 2 x 2 grid -> picture, caption, questions -> Conversation
 
 Sample ``i`` of a split depends on nothing else, so any subset can be drawn in any order on any machine.
-Colour-shape pairs in `HELD_OUT` occur in every validation scene and in no other: a model that answers
-about them has put colour and shape together itself.
+Every validation scene has one item of a colour-shape pair in `HELD_OUT`, no other scene has any: a model
+that answers about it has put colour and shape together itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import permutations
 
 from PIL import Image, ImageDraw
 
@@ -45,11 +45,11 @@ SHAPES = tuple(OUTLINES)
 HELD_OUT = frozenset(zip(COLORS, SHAPES, strict=True))
 """The (color, shape) pairs kept for validation: every colour and every shape is in exactly one."""
 
-ROWS = ("top", "bottom")
-COLUMNS = ("left", "right")
-SIDES = ("left", "right", "above", "below")
+PLACES = ("northwest", "northeast", "southwest", "southeast")
+"""Names of the cells, one word each: a place of two words is two things to look up."""
+SIDES = ("west", "east", "north", "south")
 COUNTS = ("one", "two", "three")
-OBJECTS = (3, 4)
+OBJECTS = (3, 4, 4)
 """Shapes in a picture that is asked about, drawn with equal chances."""
 CAPTION_OBJECTS = (1, 1, 2, 3, 4)
 """The same for a captioned one. Pictures of one shape push a contrastive model to look at shapes: among
@@ -59,8 +59,8 @@ SPLITS = ("caption", "text", "instruct", "validation")
 DESCRIBE = "Describe the picture."
 
 VOCABULARY: tuple[str, ...] = (
-    *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *ROWS, *COLUMNS, *SIDES, *COUNTS,
-    "A", "a", "at", "the", "What", "color", "shape", "shapes", "is", "Where", "relative", "to", "How", "many",
+    *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *PLACES, *SIDES, *COUNTS,
+    "the", "in", "What", "color", "shape", "shapes", "is", "of", "How", "many",
     "are", "there", "Describe", "picture", ".", ",", "?",
 )  # fmt: skip
 """Every word and punctuation mark that the texts are made of."""
@@ -80,7 +80,7 @@ class Item:
 
     @property
     def place(self) -> str:
-        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+        return PLACES[2 * self.row + self.column]
 
 
 @dataclass(frozen=True)
@@ -154,16 +154,14 @@ class Shapes:
 
 
 def describe(items: Sequence[Item]) -> str:
-    """The caption: every shape with its colour and place, in the order given."""
-    phrases = [f"a {item.color} {item.shape} at the {item.place}" for item in items]
-    return f"A{', '.join(phrases)[1:]}."
+    """The caption: every shape with its place and colour, in the order given."""
+    return f"{', '.join(f'{item.place} {item.color} {item.shape}' for item in items)}."
 
 
 def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
     """Items in raster order, and the colour or shape whose occurrences may be counted.
 
-    One to three items share it, with equal chances, so that counts are balanced. All else differs, so
-    that every item can be named by its colour or by its shape.
+    One to three items share it, with equal chances, so that counts are balanced. All else differs.
     """
     times = min(rng.randint(1, len(COUNTS)), objects)
     shares_color = rng.random() < 0.5
@@ -171,47 +169,42 @@ def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item
         colors, shapes = rng.sample(list(COLORS), objects), rng.sample(SHAPES, objects)
         shared = colors if shares_color else shapes
         shared[:times] = shared[:1] * times
-        if held_out == any(pair in HELD_OUT for pair in zip(colors, shapes, strict=True)):
+        if sum(pair in HELD_OUT for pair in zip(colors, shapes, strict=True)) == held_out:
             break
-    cells = rng.sample(range(len(ROWS) * len(COLUMNS)), objects)
+    cells = rng.sample(range(len(PLACES)), objects)
     items = [_place(rng, *item) for item in zip(colors, shapes, cells, strict=True)]
     return tuple(sorted(items, key=lambda item: (item.row, item.column))), shared[0]
 
 
 def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
     """An item that nearly fills its cell; its size and centre vary by about a pixel in 48."""
-    row, column = divmod(cell, len(COLUMNS))
+    row, column = divmod(cell, 2)
     radius = rng.uniform(0.19, 0.22)
     x, y = ((at + 0.5) / 2 + rng.uniform(-0.02, 0.02) for at in (column, row))
     return Item(color, shape, row, column, x, y, radius)
 
 
 def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[tuple[str, str]]:
-    """Questions with their answers, in random order: colours and shapes by place, a count, a place, a side.
+    """Questions with their answers, in random order: colours and shapes by place, a count, colours by neighbour.
 
-    Colour and shape are asked for by place, so that no answer gives another away.
+    Things are asked for by place, so that no answer gives another away.
     """
     colors, shapes = [item.color for item in items], [item.shape for item in items]
-
-    def name(item: Item) -> str:
-        return f"the {item.shape}" if shapes.count(item.shape) == 1 else f"the {item.color} shape"
-
-    questions = [(f"What color is the {item.place} shape?", item.color) for item in items]
-    questions += [(f"What shape is at the {item.place}?", item.shape) for item in items]
+    neighbors = {second: (side, first) for second, side, first in _neighbors(rng.sample(items, len(items)))}
+    *direct, last = rng.sample(items, len(items))
+    side, beside = neighbors[last]
+    questions = [(f"What color is the {item.place} shape?", item.color) for item in direct]
+    questions.append((f"What color is {side} of the {beside.place} shape?", last.color))
+    questions += [(f"What shape is in the {item.place}?", item.shape) for item in items]
     things = f"{counted}s" if counted in SHAPES else f"{counted} shapes"
     questions.append((f"How many {things} are there?", COUNTS[(colors + shapes).count(counted) - 1]))
-    named = [item for item in items if shapes.count(item.shape) == 1 or colors.count(item.color) == 1]
-    sides = list(_aligned(rng, named))
-    for first, second, side in rng.sample(sides, min(1, len(sides))):
-        questions.append((f"Where is {name(first)} relative to {name(second)}?", side))
     return rng.sample(questions, len(questions))
 
 
-def _aligned(rng: random.Random, items: Sequence[Item]) -> Iterator[tuple[Item, Item, str]]:
-    """Pairs that share a row or a column, either one first, and on which side of the second the first is."""
-    for pair in combinations(items, 2):
-        first, second = rng.sample(pair, 2)
+def _neighbors(items: Sequence[Item]) -> Iterator[tuple[Item, str, Item]]:
+    """Items side by side: the first is on that side of the second."""
+    for first, second in permutations(items, 2):
         if first.row == second.row:
-            yield first, second, "left" if first.column < second.column else "right"
+            yield first, "west" if first.column < second.column else "east", second
         elif first.column == second.column:
-            yield first, second, "above" if first.row < second.row else "below"
+            yield first, "north" if first.row < second.row else "south", second

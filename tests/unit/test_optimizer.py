@@ -1,0 +1,47 @@
+"""Learning rates by hand, and which parameters decay."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from torch import nn
+
+from vlmtrain.training.optimizer import Schedule, parameter_groups
+
+
+def config(**changes) -> dict:
+    return {"name": "cosine", "warmup_ratio": 0.0, "warmup_steps": None, "min_lr": 0.0, **changes}
+
+
+def test_warm_up_is_linear_and_reaches_the_peak():
+    schedule = Schedule.from_config(config(warmup_steps=4), 100, {"llm": 1.0})
+    assert [schedule.rate(step, 2.0) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_warm_up_ratio_counts_steps():
+    assert Schedule.from_config(config(warmup_ratio=0.03), 1000, {}).warmup_steps == 30
+    assert Schedule.from_config(config(warmup_ratio=0.03), 10, {}).warmup_steps == 1
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("cosine", [0.1 + 0.9 * (1 + math.cos(math.pi * done / 4)) / 2 for done in (1, 2, 3, 4)]),
+        ("linear", [0.775, 0.55, 0.325, 0.1]),
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_decay_by_hand(name, expected):
+    schedule = Schedule.from_config(config(name=name, min_lr=0.1), 4, {"llm": 1.0})
+    assert [schedule.rate(step, 1.0) for step in range(4)] == pytest.approx(expected)
+
+
+def test_groups_by_part_and_decay_without_empty_ones():
+    layer, norm = nn.Linear(3, 4), nn.LayerNorm(4)
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    parts = {"connector": nn.Sequential(layer, norm), "llm": nn.Linear(2, 2, bias=False), "vision": frozen}
+    groups = parameter_groups(parts, {"connector": 1e-3, "llm": 2e-5}, weight_decay=0.1)
+    found = [(g["part"], g["weight_decay"], g["lr"], len(g["params"])) for g in groups]
+    assert found == [("connector", 0.1, 1e-3, 1), ("connector", 0.0, 1e-3, 3), ("llm", 0.1, 2e-5, 1)]
+    assert groups[0]["params"][0] is layer.weight

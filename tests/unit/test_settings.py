@@ -1,0 +1,85 @@
+"""From a line to settings: who wins, what mini stands for, and what a wheel must carry."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmtrain.paths import CONFIGS, RECIPES
+from vlmtrain.settings import compose
+
+
+def test_a_recipes_options_apply_to_the_choice_they_speak_of_only():
+    assert compose(["recipe=quickstart", "connector=qformer"]).connector.num_queries == 16
+    assert "num_queries" not in compose(["recipe=quickstart", "connector=mlp"]).connector
+
+
+def test_the_line_wins_over_the_recipes_options():
+    assert compose(["recipe=quickstart", "connector=qformer", "connector.num_queries=5"]).connector.num_queries == 5
+    assert compose(["recipe=llava_1_5", "llm.path=mine"]).llm.path == "mine"
+    assert compose(["recipe=llava_1_5"]).llm.path == "lmsys/vicuna-7b-v1.5"
+
+
+def test_mini_swaps_groups_except_those_that_the_line_names():
+    small = compose(["recipe=llava_1_5", "mini=true"])
+    assert (small.vision.provider, small.llm.provider, small.data.format) == ("open_clip", "tiny", "shapes")
+    mixed = compose(["recipe=llava_1_5", "mini=true", "llm=hf", "llm.path=mine", "stages.align.max_steps=3"])
+    assert (mixed.llm.provider, mixed.stages.align.max_steps) == ("hf", 3)
+
+
+def test_the_default_folder_carries_recipe_and_connector():
+    assert compose(["recipe=llava_1_5", "connector=linear"]).run_dir == "runs/llava_1_5-linear"
+    assert compose(["recipe=llava_1_5", "mini=true"]).run_dir != compose(["recipe=llava_1_5"]).run_dir
+
+
+def test_quickstart_is_the_default():
+    assert compose([]).name == "quickstart"
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_every_recipe_composes_and_declares_every_part(recipe):
+    settings = compose([f"recipe={recipe}"])
+    assert settings.name == recipe
+    for stage in settings.stages.values():
+        assert set(stage.train) == {"vision", "connector", "llm", "objective"}
+
+
+# Published values: LLaVA's scripts (pretrain.sh, finetune.sh of v1_5; pretrain.sh, finetune_full_schedule.sh of 1.0).
+PUBLISHED = [
+    ("llava_1_5", "align", {"connector": 1e-3}, 256, 1, "plain", "crop"),
+    ("llava_1_5", "instruct", {"connector": 2e-5, "llm": 2e-5}, 128, 1, "chat", "pad"),
+    ("llava_1_0", "align", {"connector": 2e-3}, 128, 1, "plain", "crop"),
+    ("llava_1_0", "instruct", {"connector": 2e-5, "llm": 2e-5}, 128, 3, "chat", "crop"),
+]
+
+
+@pytest.mark.parametrize("recipe, stage, train, batch_size, epochs, template, image_fit", PUBLISHED)
+def test_llavas_schedules_are_the_published_ones(recipe, stage, train, batch_size, epochs, template, image_fit):
+    found = compose([f"recipe={recipe}"]).stages[stage]
+    assert {part: rate for part, rate in found.train.items() if rate is not None} == train
+    assert (found.batch_size, found.epochs, found.template, found.image_fit) == (
+        batch_size,
+        epochs,
+        template,
+        image_fit,
+    )
+    assert (found.schedule.name, found.schedule.warmup_ratio, found.schedule.min_lr) == ("cosine", 0.03, 0.0)
+    assert (found.optimizer.weight_decay, found.max_length, found.max_grad_norm) == (0.0, 2048, None)
+
+
+def test_the_documented_keys_are_declared():
+    compose(
+        [
+            *("recipe=llava_1_5", "vision=hf", "vision.path=a", "vision.image_size=336", "vision.layer=-2", "llm=hf"),
+            *("llm.path=b", "connector=mlp", "data=llava_json", "data.images=c", "data.align=d", "data.instruct=e"),
+            *("data.validation=f", "engine=zero2", "precision=fp32", "seed=1", "run_dir=g", "stages.align.max_steps=1"),
+            *("stages.align.train.llm=1e-5", "stages.align.epochs=2", "stages.align.batch_size=8", "init_from=h"),
+            *("stages.align.micro_batch_size=4", "stages.align.save_every=5", "stages.align.layout=padded"),
+            *("mini=false", "on_bad_sample=skip", "features.cache=off", "wandb=disabled", "stage=align"),
+        ]
+    )
+    compose(["recipe=llava_1_5", "llm.path=b", "data.validation=null"])
+    compose(["recipe=llava_1_5", "vision=open_clip", "vision.name=ViT-L-14-336", "vision.pretrained=openai"])
+
+
+def test_configurations_are_where_the_code_looks():
+    assert (CONFIGS / "train.yaml").exists() and (RECIPES / "quickstart.yaml").exists()
