@@ -61,7 +61,7 @@ def test_a_line_that_does_not_compose_names_the_nearest(line, words):
     [
         (["stages.align.train.connector=null"], ["stage align would train nothing", "stages.align.train"]),
         (["stages.align.train.connector=-1"], ["stages.align.train.connector=-1", "positive"]),
-        (["stages.instruct.micro_batch_size=5", "stages.instruct.batch_size=8"], ["micro_batch_size=5", "batch_size=8"]),
+        (["stages.instruct.micro_batch_size=5", "stages.instruct.batch_size=8"], ["size=5", "batch_size=8"]),
         (["stages.instruct.max_length=100000"], ["stages.instruct.max_length=100000", "512 positions"]),
         (["stages.instruct.max_length=16"], ["max_length=16", "16 tokens"]),
         (["stages.instruct.template=vicuna"], ["unknown template 'vicuna'", "Did you mean 'vicuna_v1'"]),

@@ -24,6 +24,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "blue": (43, 99, 228),
     "yellow": (247, 194, 14),
     "purple": (146, 62, 196),
+    "orange": (245, 128, 20),
+    "cyan": (38, 190, 205),
 }
 BACKGROUND = (246, 246, 242)
 INK = (25, 25, 30)
@@ -42,8 +44,8 @@ OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
     "ring": None,
 }  # fmt: skip
 SHAPES = tuple(OUTLINES)
-HELD_OUT = frozenset(zip(COLORS, SHAPES, strict=True))
-"""The (color, shape) pairs kept for validation: every colour and every shape is in exactly one."""
+HELD_OUT = frozenset(zip(COLORS, SHAPES))
+"""The (color, shape) pairs kept for validation, one for each shape."""
 
 PLACES = ("northwest", "northeast", "southwest", "southeast")
 """Names of the cells, one word each: a place of two words is two things to look up."""

@@ -41,7 +41,8 @@ class Answer:
 class Validator:
     """Runs a model over held-out conversations; every rank takes its share and makes the same calls.
 
-    size: number of conversations looked at, from the start of the source; None means all.
+    sync_generation: keep generating until all ranks are done, as ZeRO-3 needs. skip_bad: leave broken records out.
+    Everywhere, `size` is the number of conversations looked at, from the start of the source; None means all.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Validator:
         batch_size: int,
         max_new_tokens: int,
         sync_generation: bool = False,
+        skip_bad: bool = False,
     ):
         self.source, self.processor, self.world, self.dtype = source, processor, world, dtype
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.sync_generation = sync_generation
+        self.sync_generation, self.skip_bad = sync_generation, skip_bad
 
     def loss(self, model: VLMWrapper, size: int | None) -> float:
         """Mean cross-entropy of a target token, over all ranks."""
@@ -122,7 +124,8 @@ class Validator:
                 conversation = self._fitting(self.source[index])
                 samples.append((index, conversation, self.processor(conversation)))
             except BadSample as error:
-                raise BadSample(f"data.validation: {error}") from None
+                if not self.skip_bad:
+                    raise BadSample(f"data.validation: {error}") from None
         return samples
 
     def _fitting(self, conversation: Conversation) -> Conversation:

@@ -246,6 +246,7 @@ class _Stage:
             options.batch_size,
             options.max_new_tokens,
             sync_generation=engine.zero_stage == 3 and self.world.size > 1,
+            skip_bad=self.settings.on_bad_sample == "skip",
         )
 
     def _finish(self, engine: StageEngine, validator: Validator | None, before: dict[str, str], record: dict) -> dict:
