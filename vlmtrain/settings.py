@@ -79,17 +79,19 @@ def finish(config: DictConfig, hydra: DictConfig | None = None) -> DictConfig:
     hydra: Hydra's own part of it; None asks the job that is running.
     """
     hydra = HydraConfig.get() if hydra is None else hydra
-    named = [override.split("=")[0].lstrip("+~") for override in hydra.overrides.task]
+    # `connector=qformer` names a choice, not the options of it
+    groups = set(hydra.runtime.choices)
+    named = [key for o in hydra.overrides.task if (key := o.split("=")[0].lstrip("+~")) not in groups]
     settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     with open_dict(settings):
         settings.pop("hydra", None)
         for group in OPTION_GROUPS:
             options = settings.pop(f"{group}_options").get(hydra.runtime.choices[group])
             if options:
-                _lay_over(settings, {group: options}, named)
+                _lay_over(settings, {group: OmegaConf.to_container(options)}, named)
         mini = settings.pop("mini_options")
         if settings.mini:
-            _lay_over(settings, mini, named)
+            _lay_over(settings, OmegaConf.to_container(mini), named)
         if settings.run_dir is None:
             suffix = "-mini" if settings.mini else ""
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}"
@@ -114,11 +116,11 @@ def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> None:
     """Set the options whose keys exist and which the command line did not name."""
-    known = dict(flatten(settings))
+    known = dict(flatten(OmegaConf.to_container(settings)))
     for key, value in flatten(options):
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
             continue
-        if key not in known and OmegaConf.select(settings, key, throw_on_missing=False) is None:
+        if key not in known:
             raise ValueError(f"the recipe sets {key}, which does not exist.{nearest(key, known)}")
         OmegaConf.update(settings, key, value, merge=False)
 

@@ -106,14 +106,13 @@ class Processor:
         geometry = self.geometry
         if geometry is None:
             return torch.empty(0)
-        pictures = [
-            to_tensor(
-                fit_image(source.load(), geometry.size, geometry.fit, geometry.mean),
-                geometry.mean,
-                geometry.std,
-            )
-            for source in conversation.images
-        ]
+        pictures = []
+        for source in conversation.images:
+            try:
+                picture = fit_image(source.load(), geometry.size, geometry.fit, geometry.mean)
+            except BadSample as error:
+                raise BadSample(f"{conversation.id}: {error}") from None
+            pictures.append(to_tensor(picture, geometry.mean, geometry.std))
         return torch.stack(pictures) if pictures else torch.empty(0, 3, *geometry.size)
 
     def collate(self, samples: list[Sample], rows: int = 0) -> Batch:

@@ -37,14 +37,16 @@ def first_problems(source: Source, limit: int = 1) -> list[str]:
     """What is wrong with the first `limit` bad records, without decoding every picture."""
     problems = []
     for index in range(len(source)):
+        name = f"record {index}"
         try:
             conversation = source[index]
+            name = conversation.id
             check_conversation(conversation)
             for image in conversation.images:
                 if isinstance(image, ImageOnDisk):
                     image.check()
         except BadSample as error:
-            problems.append(str(error))
+            problems.append(str(error) if name in str(error) else f"{name}: {error}")
             if len(problems) == limit:
                 break
     return problems

@@ -16,10 +16,12 @@ from ..model import VLMWrapper
 class Objective(nn.Module):
     """A training loss over a model. Its own parameters, if any, are the part called ``objective``.
 
+    needs: parts that a stage with this objective must have.
     compares_samples: whether the loss looks across samples, so that a step must be one micro-batch.
     sees_pictures_as_tokens: whether pictures take places in the text.
     """
 
+    needs: tuple[str, ...] = ()
     compares_samples = False
     sees_pictures_as_tokens = True
 

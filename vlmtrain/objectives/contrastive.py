@@ -28,6 +28,7 @@ class Contrastive(Objective):
     number of ranks computes the same loss.
     """
 
+    needs = ("vision", "objective")
     compares_samples = True
     sees_pictures_as_tokens = False
 

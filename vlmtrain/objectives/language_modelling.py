@@ -15,6 +15,8 @@ from .base import Objective
 class LanguageModelling(Objective):
     """Weighted sum of token cross-entropies; only positions with a target pay for logits."""
 
+    needs = ("llm",)
+
     @staticmethod
     def weight(data: StepData) -> float:
         return data.weight

@@ -83,6 +83,11 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
     for name, stage in settings.stages.items():
         if stage.objective not in OBJECTIVES:
             raise ValueError(f"stages.{name}.objective={stage.objective}: expected one of {', '.join(OBJECTIVES)}")
+        absent = [part for part in OBJECTIVES[stage.objective].needs if part not in stage.parts]
+        if absent:
+            raise ValueError(
+                f"stages.{name}.objective={stage.objective} needs the part {absent[0]}: add it to stages.{name}.parts"
+            )
         rates = training_rates(settings, name)
         Schedule.from_config(stage.schedule, 1, rates)
         split_batch(stage, name, world_size)
