@@ -17,7 +17,7 @@ SHOWN = 3
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of the ``vlmtrain`` command."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     from .world import prepare_process
 
     prepare_process()
@@ -28,6 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a line on which key=value words and options may stand in any order."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -132,8 +132,9 @@ class Validator:
         """What the template can show: captions have one exchange only."""
         if self.processor.renderer.template != "plain":
             return conversation
-        turns = [turn for turn in conversation.turns if turn.role != "system"][:2]
-        return replace(conversation, turns=tuple(turns))
+        turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
+        shown = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+        return replace(conversation, turns=turns, images=conversation.images[:shown])
 
     def _batches(self, samples: Sequence[Sample], share: int) -> list[Batch]:
         ordered = sorted(samples, key=lambda sample: len(sample.tokens))
