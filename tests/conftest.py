@@ -59,7 +59,7 @@ def llava_files(tmp_path_factory) -> dict[str, Path]:
         align.append({"id": i, "image": f"{name}.png", "conversations": [human("<image>\nDescribe"), gpt(name)]})
         question = [human("<image>\nWhat color is this?"), gpt(name)]
         if i % 3 == 1:
-            instruct.append({"id": i, "conversations": [human("What color is a circle?"), gpt(f"a {name} circle")]})
+            instruct.append({"id": i, "conversations": [human(f"What is number {i}?"), gpt(f"a {name} circle")]})
         elif i % 3 == 2:
             talk = [*question, human("<image>\nand this?"), gpt(f"{other}, left of {name}")]
             instruct.append({"id": i, "image": [f"{name}.png", f"{other}.png"], "conversations": talk})

@@ -16,7 +16,7 @@ def test_answers_are_generated_back(llava_files, tmp_path):
         f"run_dir={tmp_path}",
         "stages.align.max_steps=20",
         "stages.align.batch_size=8",
-        "stages.instruct.max_steps=400",
+        "stages.instruct.max_steps=250",
         "stages.instruct.batch_size=8",
         "validation.final_samples=4",
     )

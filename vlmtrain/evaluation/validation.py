@@ -79,6 +79,8 @@ class Validator:
         for index, conversation, sample in self._samples(size):
             words = [turn.text for turn in conversation.turns if turn.role != "system"]
             for turn, (start, _) in enumerate(sample.tokens.answers):
+                if start == 0:
+                    continue  # a bare text under `plain`: there is nothing to go on from
                 question = words[2 * turn].replace(IMAGE_MARK, "").strip()
                 asked.append((_prompt(sample, start, blind), index, turn, question, words[2 * turn + 1].strip()))
         asked.sort(key=lambda item: len(item[0].tokens))
