@@ -59,16 +59,16 @@ class VisionEncoder(nn.Module):
         self.levels = list(levels or ())
 
     def give_levels(self, count: int) -> None:
-        """Hand on `count` further hidden layers, as a connector asks; evenly spaced up to `layer` unless they are set.
+        """Hand on `count` further hidden layers, as a connector asks, unless they are set already.
 
-        Raises ValueError if another number is set.
+        Evenly spaced up to `layer`, or over the whole encoder where that is too shallow. Raises ValueError if
+        another number is set.
         """
         if not self.levels and count:
-            last = _block_index(self.layer, self.num_blocks) + 1
+            depth = _block_index(self.layer, self.num_blocks) + 1
+            last = depth if depth >= count else self.num_blocks
             if last < count:
-                raise ValueError(
-                    f"the connector reads {count} hidden layers, but vision.layer={self.layer} is only {last} deep"
-                )
+                raise ValueError(f"the connector reads {count} hidden layers, the encoder has {last}")
             self.levels = [last * (i + 1) // count for i in range(count)]
         if count and len(self.levels) != count:
             raise ValueError(
