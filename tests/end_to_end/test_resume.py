@@ -48,7 +48,10 @@ def interrupt(command: list[str], run_dir: Path, ranks: int, behind_step: int, n
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
         assert time.monotonic() < deadline, "the run never came so far"
         time.sleep(0.005)
-    process.send_signal(number)
+    if number == signal.SIGTERM:  # as a scheduler does: to the trainer and to its data workers
+        subprocess.run(["pkill", "-TERM", "-f", f"run_dir={run_dir}"])
+    else:
+        process.send_signal(number)
     code = process.wait(timeout=120)
     for _ in range(100):  # workers of a killed launcher end on their own
         if subprocess.run(["pgrep", "-f", f"run_dir={run_dir}"], capture_output=True).returncode:

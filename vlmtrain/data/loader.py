@@ -9,6 +9,7 @@ workers or accumulation steps trains on the same data, and a resumed run goes on
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -110,5 +111,12 @@ def step_loader(dataset: StepDataset, first: int, last: int, workers: int, pin_m
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A scheduler signals every process of a job; the trainer decides, and needs its workers until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
