@@ -66,7 +66,9 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
         if not s.faint and s.name:
             # right of the title, from the right edge inwards
             x = WIDTH - RIGHT - 90 * named
-            out.append(f'<text class="tick" x="{x}" y="16" text-anchor="end" fill="{color}">{escape(s.name)}</text>')
+            out.append(
+                f'<text class="tick" x="{x}" y="16" text-anchor="end" style="fill:{color}">{escape(s.name)}</text>'
+            )
             named += 1
     return "".join([*out, "</svg>"])
 

@@ -97,7 +97,8 @@ def _stage(folder: Path, name: str) -> str:
 
 
 def _facts(summary: dict) -> str:
-    text = f"{summary['steps']} steps in {summary['seconds']:.0f} s on {summary['world_size']} process(es)"
+    ranks = summary["world_size"]
+    text = f"{summary['steps']} steps in {summary['seconds']:.0f} s on {ranks} process{'es' if ranks > 1 else ''}"
     if summary["skipped_samples"]:
         text += f"; {summary['skipped_samples']} bad samples skipped"
     scores = summary["validation"]
