@@ -42,6 +42,8 @@ def visual_tokens(
         if value < 1:
             raise ValueError(f"{name} {value}: must be positive")
     height, width = image_size
+    if height < 1 or width < 1:
+        raise ValueError(f"--image-size {height}x{width}: must be positive")
     if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
         raise ValueError(f"--image-size {height}x{width} is not a multiple of --patch-size {patch_size}")
     grid = (height // patch_size, width // patch_size)

@@ -7,6 +7,7 @@ Each family has a file of its own; `CONNECTORS` holds all of them under their ex
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import nearest
@@ -82,7 +83,10 @@ def build_connector(
                 f"Its options: {', '.join(known) or 'none'}"
             )
     if input_grid is not None:
-        input_grid = (int(input_grid[0]), int(input_grid[1]))
+        sides = tuple(input_grid) if isinstance(input_grid, Sequence) else (input_grid,)
+        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise ValueError(f"input_grid={input_grid!r}: expected two whole numbers, (height, width)")
+        input_grid = sides
     if "input_grid" in inspect.signature(connector_class).parameters:
         options["input_grid"] = input_grid
     connector = connector_class(in_dim, out_dim, **options)

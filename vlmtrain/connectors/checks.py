@@ -79,6 +79,8 @@ def check_features(features, in_dim: int, num_levels: int) -> None:
     _check_tensor(patches, "patches", 4, "(B, H, W, C)", in_dim)
     if prefix is not None:
         _check_tensor(prefix, "prefix", 3, "(B, P, C)", in_dim)
+        if len(prefix) != len(patches):
+            raise ValueError(f"features.prefix: expected the batch of patches, {len(patches)}, got {len(prefix)}")
     if num_levels and len(levels) != num_levels:
         raise ValueError(
             f"features.levels: expected {num_levels} hidden layers (the connector's num_levels), got "

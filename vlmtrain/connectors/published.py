@@ -56,10 +56,11 @@ def load(module: nn.Module, state_dict: dict[str, Tensor], conventions: tuple[Na
 
 def drop_cls_position(state_dict: dict[str, Tensor], num_positions: int) -> dict[str, Tensor]:
     """Older Honeybee checkpoints hold one more position, the CLS token's, first: leave it out."""
-    return {
-        name: tensor[:, 1:] if name.endswith("pos_emb") and tensor.shape[1] == num_positions + 1 else tensor
-        for name, tensor in state_dict.items()
-    }
+
+    def has_cls(name: str, tensor: Tensor) -> bool:
+        return name.endswith("pos_emb") and tensor.ndim == 3 and tensor.shape[1] == num_positions + 1
+
+    return {name: tensor[:, 1:] if has_cls(name, tensor) else tensor for name, tensor in state_dict.items()}
 
 
 def _prefixes(prefix: str) -> list[str]:

@@ -132,3 +132,21 @@ def test_fixed_tables_are_not_stretched(name):
     connector = small(name, (6, 6), **SMALL[name])
     with pytest.raises(ValueError, match=r"grid 4x9: .* built for input_grid 6x6"):
         connector(VisionFeatures(torch.randn(1, 4, 9, C)))
+
+
+@pytest.mark.parametrize("input_grid", [(6,), 6, (6, 6, 6), "66", (6.5, 6)])
+def test_an_input_grid_is_two_whole_numbers(input_grid):
+    with pytest.raises(ValueError, match="input_grid"):
+        build_connector("linear", 16, 8, input_grid=input_grid)
+
+
+def test_a_misshapen_position_table_is_named():
+    connector = build_connector("c_abstractor", 16, 8, input_grid=(6, 6), hidden_size=16, grid=3)
+    with pytest.raises(ValueError, match="pos_emb"):
+        connector.load_published({"pos_emb": torch.zeros(7777)})
+
+
+def test_a_prefix_of_another_batch_is_refused():
+    connector = build_connector("qformer", 16, 8, hidden_size=16, depth=2, num_heads=2, intermediate_size=16)
+    with pytest.raises(ValueError, match="prefix"):
+        connector(VisionFeatures(torch.zeros(2, 3, 3, 16), torch.zeros(1, 1, 16)))
