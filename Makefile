@@ -10,7 +10,7 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' $(PIP_OPTIONS)
 	touch $@
 
-demo: $(BIN)/.installed  ## train the quickstart's four stages and open questions on pictures never seen
+demo: $(BIN)/.installed  ## train the quickstart's four stages, and question the model on pictures it never saw
 	$(BIN)/python -m vlmtrain.train recipe=quickstart $(ARGS)
 
 test: $(BIN)/.installed  ## all tests but the slow ones
