@@ -1,0 +1,78 @@
+"""What the data formats have in common: speakers' names, a record's name, and turns made of its words."""
+
+from __future__ import annotations
+
+import reprlib
+
+from .records import IMAGE_MARK, BadSample, Turn
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+shown = _repr.repr
+"""A value for an error message: short, however large or deep it is."""
+
+
+def printable(text: str) -> str:
+    """Text for an error message, with what no terminal or log can show (half characters, NUL) escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def record_name(where: str, id: object) -> str:
+    """What messages call a record: its file and number, and its id if it has one."""
+    if id is None:
+        return where
+    return f"{where} (id {printable(f'{id:.200}') if isinstance(id, str) else shown(id)})"
+
+
+def role_of(value: object, key: str, name: str) -> str:
+    """``system``, ``user`` or ``assistant`` for a speaker's name. Raises BadSample."""
+    role = ROLES.get(value) if isinstance(value, str) else None
+    if role is None:
+        raise BadSample(f"{name}: '{key}' must be one of {', '.join(ROLES)}, got {shown(value)}")
+    return role
+
+
+def filled_list(value: object, key: str, name: str) -> list:
+    """`value`, if it is a list that is not empty. Raises BadSample."""
+    if not isinstance(value, list) or not value:
+        raise BadSample(f"{name}: '{key}' must be a list that is not empty, got {shown(value)}")
+    return value
+
+
+def llava_turns(conversations: object, key: str, name: str) -> tuple[Turn, ...]:
+    """Turns of ``[{"from", "value"}]``. Raises BadSample, naming the record."""
+    return tuple(_llava_turn(turn, name) for turn in filled_list(conversations, key, name))
+
+
+def _llava_turn(turn: object, name: str) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise BadSample(f"{name}: a turn must be an object with 'from' and a 'value' text, got {shown(turn)}")
+    return Turn(role_of(turn.get("from"), "from", name), turn["value"])
+
+
+def answer_turns(question: object, answer: object, name: str) -> tuple[Turn, Turn]:
+    """One question and its answer. Raises BadSample unless both are texts."""
+    for key, value in (("question", question), ("answer", answer)):
+        if not isinstance(value, str):
+            raise BadSample(f"{name}: the {key} must be a text, got {shown(value)}")
+    return Turn("user", question), Turn("assistant", answer)
+
+
+def caption_turns(caption: object, pictures: int, name: str) -> tuple[Turn, Turn]:
+    """Pictures, then what is said of them. Raises BadSample without a text or a picture."""
+    if not isinstance(caption, str):
+        raise BadSample(f"{name}: the caption must be a text, got {shown(caption)}")
+    if pictures == 0:
+        raise BadSample(f"{name}: a caption without a picture")
+    return Turn("user", "\n".join([IMAGE_MARK] * pictures)), Turn("assistant", caption)
+
+
+def pictures_in_front(turns: tuple[Turn, ...], pictures: int) -> tuple[Turn, ...]:
+    """Turns with a mark a picture, each on a line, before the first user turn, unless the user's words have marks."""
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None or any(IMAGE_MARK in turn.text for turn in turns if turn.role == "user"):
+        return turns
+    marked = Turn("user", "\n".join([IMAGE_MARK] * pictures + [turns[first].text]))
+    return (*turns[:first], marked, *turns[first + 1 :])

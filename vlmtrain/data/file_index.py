@@ -1,0 +1,92 @@
+"""Large data files are read by byte offset; the index of those is kept on disk, so that a file is scanned once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+Index = dict[str, np.ndarray]
+
+WORTHWHILE = 16 * 2**20
+"""Bytes from which on a file's index is kept."""
+_VERSION = 1
+
+
+def read_span(path: str | Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset` on; fewer where it ends.
+
+    The file is opened for each call: nothing is shared between processes, and no number of files is too many.
+    """
+    with open(path, "rb", buffering=0) as file:
+        parts = []
+        while size > 0 and (part := os.pread(file.fileno(), size, offset)):
+            parts.append(part)
+            offset += len(part)
+            size -= len(part)
+    return b"".join(parts)
+
+
+def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
+    """What `build` makes of a file; read from ``$XDG_CACHE_HOME/vlmtrain/index`` if it was made before.
+
+    kind: what sort of index it is. Small files are not worth it. Processes that ask at the same time wait for
+    one of them to scan. A cache that is stale or broken is replaced; one that cannot be written is not used.
+    """
+    stamp = _stamp(path)
+    if stamp[0] < WORTHWHILE:
+        return build()
+    name = hashlib.sha256(os.fsencode(f"{kind}\0{path.resolve()}")).hexdigest()[:40]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlmtrain", "index")
+    file = folder / f"{name}.npz"
+    found = _read(file, stamp)
+    if found is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / f"{name[:2]}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
+    except OSError:
+        return build()
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks: then each process scans
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        found = _read(file, stamp)
+        if found is None:
+            found = build()
+            if _stamp(path) == stamp:
+                _write(file, stamp, found)
+        return found
+    finally:
+        os.close(lock)
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, _VERSION]
+
+
+def _read(file: Path, stamp: list[int]) -> Index | None:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            index = dict(arrays)
+        return index if index.pop("stamp").tolist() == stamp else None
+    except Exception:  # a damaged archive can fail in any way, and the data file itself is still there
+        return None
+
+
+def _write(file: Path, stamp: list[int], index: Index) -> None:
+    with contextlib.suppress(OSError):
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem)
+        try:
+            with open(descriptor, "wb") as out:
+                np.savez(out, stamp=np.array(stamp), **index)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise

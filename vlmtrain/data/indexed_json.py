@@ -1,0 +1,201 @@
+"""The records of a JSON or JSONL file by number, without the file in memory: only their byte offsets are held."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..errors import first_line
+from .file_index import Index, cached_index, read_span
+from .records import BadSample
+
+LINES = (".jsonl", ".ndjson")
+CHUNK = 4 * 2**20
+MAX_RECORD = 256 * 2**20
+"""Bytes that one record of a JSON array may have."""
+
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACES = np.frombuffer(b" \t\n\r", np.uint8)
+
+
+class IndexedJson:
+    """A sequence of JSON values: a line each of a .jsonl file, or the elements of the array that any other file is.
+
+    Raises ValueError if the file is missing, unreadable or empty, or if its array is broken. A record that is
+    broken by itself (a line that is no JSON, bytes that are no UTF-8) raises BadSample when it is asked for.
+    """
+
+    def __init__(self, file: str | Path):
+        self.file = Path(file)
+        self.has_lines = self.file.suffix.lower() in LINES
+        build = self._index_lines if self.has_lines else self._index_array
+        try:
+            if not stat.S_ISREG(self.file.stat().st_mode):
+                raise ValueError(f"data file {self.file} cannot be read: it is no regular file")
+            index = cached_index(self.file, "lines" if self.has_lines else "array", build)
+        except FileNotFoundError:
+            raise ValueError(f"data file {self.file} does not exist") from None
+        except OSError as error:
+            raise ValueError(f"data file {self.file} cannot be read: {error}") from None
+        self._starts, self._ends, self._lines = index["starts"], index["ends"], index.get("lines")
+        if not len(self):
+            raise ValueError(f"data file {self.file} is empty: no records")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def name(self, index: int) -> str:
+        """What messages call a record."""
+        return f"{self.file.name} record {index}"
+
+    def __getitem__(self, index: int) -> object:
+        start, end = int(self._starts[index]), int(self._ends[index])
+        where = self.name(index)
+        if self._lines is not None:
+            where += f" (line {self._lines[index]})"
+        data = read_span(self.file, start, end - start)
+        if len(data) < end - start:
+            raise ValueError(f"data file {self.file} has become shorter since it was opened")
+        return parse_json(data, where)
+
+    def _index_lines(self) -> Index:
+        size = self.file.stat().st_size
+        if size == 0:
+            return {"starts": np.zeros(0, np.int64), "ends": np.zeros(0, np.int64)}
+        data = np.memmap(self.file, np.uint8, "r")
+        first = len(_BOM) if bytes(data[: len(_BOM)]) == _BOM else 0
+        breaks = [np.flatnonzero(data[at : at + CHUNK] == ord("\n")) + at for at in range(0, size, CHUNK)]
+        ends = np.concatenate([*breaks, [size]]).astype(np.int64)
+        starts = np.concatenate([[first], ends[:-1] + 1]).astype(np.int64)
+        filled = starts < ends
+        unsure = filled & np.isin(data[np.minimum(starts, size - 1)], _SPACES)
+        for line in np.flatnonzero(unsure):
+            filled[line] = bool(bytes(data[starts[line] : ends[line]]).strip(_SPACES.tobytes()))
+        return {"starts": starts[filled], "ends": ends[filled], "lines": np.flatnonzero(filled) + 1}
+
+    def _index_array(self) -> Index:
+        starts, ends = array("q"), array("q")
+        with open(self.file, "rb") as file:
+            for start, end in _ArrayScanner(self.file, file).elements():
+                starts.append(start)
+                ends.append(end)
+        return {"starts": np.array(starts, np.int64), "ends": np.array(ends, np.int64)}
+
+
+def parse_json(data: bytes, where: str) -> object:
+    """A JSON value from UTF-8 bytes; numbers too long for Python stay texts. Raises BadSample, naming `where`."""
+    try:
+        return _decoder.decode(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{where} is not valid UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise BadSample(f"{where} is not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise BadSample(f"{where} is not valid JSON: {first_line(error)}") from None
+
+
+def _integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python converts
+        return digits
+
+
+_decoder = json.JSONDecoder(parse_int=_integer)
+_CUT = 16
+"""Characters at a chunk's end that may be the beginning of a longer number, word or escape."""
+_skimmer = json.JSONDecoder(parse_int=len, parse_float=len)
+"""For finding where a value ends: the numbers themselves are thrown away."""
+
+
+class _ArrayScanner:
+    """Finds the elements of a JSON array, a chunk of the file in memory at a time.
+
+    JSON's structure is ASCII, so bytes are read as Latin-1: a character a byte, whatever the words are.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.text, self.position = "", 0
+        has_mark = file.read(len(_BOM)) == _BOM
+        self.base = file.seek(len(_BOM) if has_mark else 0)  # byte of the file that text[0] is
+        self.at_end = False
+        self.count = 0
+
+    def elements(self) -> Iterator[tuple[int, int]]:
+        """Where each element starts and ends, in bytes. Raises ValueError where the array is broken."""
+        opening = self._next()
+        if opening == "":
+            return
+        if opening != "[":
+            self._refuse_top_level(opening)
+        self.position += 1
+        if self._next() != "]":
+            while True:
+                if self._next() == "]":
+                    raise self._broken("a comma, and no record behind it")
+                yield self._element()
+                self.count += 1
+                behind = self._next()
+                if behind == "]":
+                    break
+                if behind != ",":
+                    got = repr(behind) if behind else "the file's end"
+                    raise self._broken(f"expected ',' or ']' behind the record before, got {got}")
+                self.position += 1
+        self.position += 1
+        if self._next() != "":
+            raise self._broken("something stands behind the end of the list")
+
+    def _element(self) -> tuple[int, int]:
+        while True:
+            try:
+                _, end = _skimmer.raw_decode(self.text, self.position)
+                if end + _CUT <= len(self.text) or self.at_end:  # else a number may go on
+                    break
+            except json.JSONDecodeError as error:
+                # a value that is merely cut by the chunk's end fails there, or at the quote that opens its last text
+                is_cut = error.pos + _CUT > len(self.text) or error.msg.startswith("Unterminated string")
+                if self.at_end or not is_cut:
+                    raise self._broken(error.msg, error.pos) from None
+            except RecursionError:
+                raise self._broken("nested too deeply") from None
+            if len(self.text) - self.position > MAX_RECORD:
+                raise self._broken(f"it does not end within {MAX_RECORD // 2**20} MiB")
+            self._fill()
+        start, self.position = self.position, end
+        return self.base + start, self.base + end
+
+    def _next(self) -> str:
+        """The next character that is no space, not taken; nothing at the file's end."""
+        while True:
+            self.position = _SPACE.match(self.text, self.position).end()
+            if self.position < len(self.text) or self.at_end:
+                return self.text[self.position : self.position + 1]
+            self._fill()
+
+    def _fill(self) -> None:
+        rest = self.text[self.position :]
+        chunk = self.file.read(max(CHUNK, len(rest)))  # doubling: a long record is not begun too often
+        self.text, self.base, self.position = rest + chunk.decode("latin-1"), self.base + self.position, 0
+        self.at_end = not chunk
+
+    def _broken(self, reason: str, position: int | None = None) -> ValueError:
+        byte = self.base + (self.position if position is None else position)
+        return ValueError(f"data file {self.path} is not valid JSON: record {self.count}, byte {byte}: {reason}")
+
+    def _refuse_top_level(self, opening: str) -> None:
+        kinds = {"{": "an object", '"': "a text", "n": "null"}
+        hint = f"; if each line is a record, name the file {self.path.stem}.jsonl" if opening == "{" else ""
+        raise ValueError(
+            f"data file {self.path} must hold a list of records, got {kinds.get(opening, repr(opening))} "
+            f"at byte {self.base + self.position}{hint}"
+        )
