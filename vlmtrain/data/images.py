@@ -1,62 +1,208 @@
-"""Pictures: opened safely, fitted to the encoder's size, normalised."""
+"""Pictures: found, opened safely, fitted to the encoder's size, normalised."""
 
 from __future__ import annotations
 
 import os
+import stat
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..errors import first_line
+from .fields import printable, shown
+from .file_index import read_span
 from .records import BadSample
 
 FITS = ("squash", "pad", "crop")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that are decoded inside this process; some others start programs."""
 MAX_PIXELS = 100_000_000
+MAX_SIDE = 65_535
+MAX_ASPECT = 200
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes an EXIF orientation."""
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+class EncodedImage:
+    """Bytes that should be a picture, decoded when they are needed; a subclass says where they are."""
+
+    @property
+    def label(self) -> str:
+        """What messages call the picture."""
+        raise NotImplementedError
+
+    def open(self) -> BinaryIO:
+        """The bytes. Raises OSError or ValueError if there are none."""
+        raise NotImplementedError
+
+    def load(self) -> Image.Image:
+        """The whole picture as RGB. Raises BadSample if it is missing, truncated, too large or no picture."""
+        with self._naming_failures():
+            file = self.open()
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    _check_size(image.size)
+                    return to_rgb(image)
+            except UnidentifiedImageError:
+                file.seek(0)
+                raise BadSample(f"image {self.label} is no picture: {_described(file.read(16))}") from None
+            except Exception as error:  # decoders answer hostile bytes with any exception
+                raise BadSample(f"image {self.label} cannot be decoded: {first_line(error)}") from None
+
+    def check(self) -> None:
+        """Look at the head and the tail, decoding only where they do not tell. Raises BadSample."""
+        with self._naming_failures():
+            head, tail = self.ends()
+        end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(head[:2])
+        if end is None or end not in tail:
+            self.load()  # no cheap end mark, or it is missing or hidden (cameras append data of their own)
+
+    def ends(self) -> tuple[bytes, bytes]:
+        """The first 8 bytes and the last 64."""
+        with self.open() as file:
+            head = file.read(8)
+            file.seek(max(-64, -file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return head, file.read()
+
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise BadSample(f"image {self.label} does not exist") from None
+        except (OSError, ValueError) as error:
+            raise BadSample(f"image {self.label} cannot be read: {printable(first_line(error))}") from None
 
 
 @dataclass(frozen=True)
-class ImageOnDisk:
-    """One picture file, opened when it is needed."""
+class ImageOnDisk(EncodedImage):
+    """One picture file."""
 
     path: Path
 
-    def load(self) -> Image.Image:
-        """The whole picture as RGB. Raises BadSample if the file is missing, truncated or no picture."""
+    @property
+    def label(self) -> str:
+        return printable(str(self.path))
+
+    def open(self) -> BinaryIO:
+        if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would be waited for
+            raise OSError("it is no regular file")
+        return open(self.path, "rb")
+
+
+@dataclass(frozen=True)
+class ImageInMemory(EncodedImage):
+    """One picture's encoded bytes."""
+
+    data: bytes = field(repr=False)
+    name: str
+
+    @property
+    def label(self) -> str:
+        return printable(self.name)
+
+    def open(self) -> BinaryIO:
+        return BytesIO(self.data)
+
+
+@dataclass(frozen=True)
+class ImageInFile(EncodedImage):
+    """One picture among others in a file: `size` bytes from `offset` on."""
+
+    file: Path
+    offset: int
+    size: int
+    name: str
+
+    @property
+    def label(self) -> str:
+        return printable(f"{self.name} in {self.file}")
+
+    def open(self) -> BinaryIO:
+        return BytesIO(read_span(self.file, self.offset, self.size))
+
+    def ends(self) -> tuple[bytes, bytes]:
+        size = min(self.size, 64)
+        head = read_span(self.file, self.offset, min(self.size, 8))
+        return head, read_span(self.file, self.offset + self.size - size, size)
+
+
+class PictureFolder:
+    """Pictures by path, from a folder that they cannot lead out of, unless `outside` says that they may.
+
+    folder: None if there are no pictures. Raises ValueError if it is not there.
+    """
+
+    def __init__(self, folder: str | Path | None, outside: bool = False):
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"data.images={folder} is not a folder")
+        self.folder, self.outside = folder, outside
+        self._inside = None if folder is None else os.path.join(os.path.realpath(folder), "")
+
+    def picture(self, path: str, name: str) -> ImageOnDisk:
+        """The picture of record `name` at `path`. Raises BadSample if the path may not be followed."""
+        if "\\" in path:
+            raise BadSample(f"{name}: image path {shown(path)} has backslashes; folders are parted by '/'")
+        if self.folder is None and not (self.outside and os.path.isabs(path)):
+            raise BadSample(f"{name}: the record has a picture, but data.images is not set")
+        whole = Path(self.folder or "", path)
+        if not self.outside and not self._real(str(whole)).startswith(self._inside):
+            raise BadSample(
+                f"{name}: image path {shown(path)} leads out of data.images; data.outside_images=true allows that"
+            )
+        return ImageOnDisk(whole)
+
+    @staticmethod
+    def _real(path: str) -> str:
+        folder, file = os.path.split(path)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(self.path) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise BadSample(f"image {self.path} has {image.width}x{image.height} pixels: too many")
-                    return to_rgb(image)
-        except FileNotFoundError:
-            raise BadSample(f"image {self.path} does not exist") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if isinstance(error, BadSample):
-                raise
-            raise BadSample(f"image {self.path} cannot be decoded: {error}") from None
-
-    def check(self) -> None:
-        """Look at the file's head and tail, decoding it only where they do not tell. Raises BadSample."""
-        try:
-            with open(self.path, "rb") as file:
-                head = file.read(8)
-                file.seek(max(-64, -file.seek(0, os.SEEK_END)), os.SEEK_END)
-                tail = file.read()
-        except FileNotFoundError:
-            raise BadSample(f"image {self.path} does not exist") from None
-        except (OSError, ValueError) as error:
-            raise BadSample(f"image {self.path} cannot be read: {error}") from None
-        ends = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(head[:2])
-        if ends is None or ends not in tail:
-            self.load()  # no cheap end mark, or it is missing or hidden (cameras append data of their own)
+            return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), file)
+        except (OSError, ValueError):
+            return ""
 
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False
+@lru_cache(maxsize=2**16)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise ValueError(f"it has {width}x{height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it has {width}x{height} pixels: too many")
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"it has {width}x{height} pixels: a side of more than {MAX_SIDE}")
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def _described(head: bytes) -> str:
+    return f"it starts with {head!r}, which is none of {', '.join(FORMATS)}" if head else "it is empty"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -64,15 +210,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for pixels whose range is not known.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: `convert` would clip, not scale
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # notes beside the picture may be broken in any way, and the picture is not
+        orientation = None
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip, not scale
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
             raise ValueError("grey values of more than 16 bits")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("grey values in floating point")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
@@ -93,8 +245,14 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
     if fit == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     assert fit == "pad", fit
-    colour = tuple(round(255 * channel) for channel in mean)
-    return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=colour)
+    inner = (
+        min(width, max(1, round(image.width / image.height * height))),
+        min(height, max(1, round(image.height / image.width * width))),
+    )
+    canvas = Image.new("RGB", (width, height), tuple(round(255 * channel) for channel in mean))
+    corner = round((width - inner[0]) * 0.5), round((height - inner[1]) * 0.5)
+    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
+    return canvas
 
 
 def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin, features
 from torchvision.transforms import v2
 
-from vlmtrain.data.images import ImageOnDisk, fit_image, to_tensor
+from vlmtrain.data.images import MAX_ASPECT, MAX_SIDE, ImageInFile, ImageInMemory, ImageOnDisk, fit_image, to_tensor
 from vlmtrain.data.records import BadSample
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -66,6 +70,24 @@ def test_padding_is_nearly_zero_once_normalised():
     assert fitted[:, 0].abs().max() < 0.5 / 255 / min(STD) + 1e-6
 
 
+@pytest.mark.parametrize("target", [(16, 16), (12, 30), (336, 336)])
+def test_pad_gives_what_pillow_gives_wherever_a_line_is_left(target):
+    random = np.random.default_rng(1)
+    fill = tuple(round(255 * channel) for channel in MEAN)
+    for width, height in random.integers(1, 90, (60, 2)).tolist():
+        image, size = noise(width, height), target[::-1]
+        if min(round(width / height * size[1]), round(height / width * size[0])) > 0:
+            expected = ImageOps.pad(image, size, Image.Resampling.BICUBIC, color=fill)
+            assert (pixels(fit_image(image, target, "pad", MEAN)) == pixels(expected)).all(), (width, height)
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
+def test_the_thinnest_picture_that_is_let_in_is_still_seen(fit):
+    for size in ((MAX_ASPECT, 1), (1, MAX_ASPECT)):
+        fitted = fit_image(Image.new("RGB", size, RED), (16, 16), fit, MEAN)
+        assert fitted.size == (16, 16) and (pixels(fitted) == RED).all(-1).any()
+
+
 def test_crop_keeps_the_centre_and_the_aspect():
     image = Image.new("RGB", (80, 20), RED)
     image.paste(GREEN, (30, 0, 50, 20))
@@ -118,6 +140,33 @@ def test_exif_orientation_is_applied(tmp_path, orientation, expected):
     assert corners(loaded) == expected
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "tif"])
+def test_every_orientation_is_undone(tmp_path, orientation, suffix):
+    # the letter F, stored as a camera held in each of the eight ways would store it
+    upright = np.zeros((48, 32), np.uint8)
+    upright[8:40, 8:16] = upright[8:16, 8:24] = upright[20:28, 8:20] = 255
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.T, 6: upright.T[::-1], 7: upright.T[::-1, ::-1], 8: upright.T[:, ::-1],
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"jpg": {"quality": 95}, "webp": {"lossless": True}, "tif": {}}[suffix]
+    loaded = load(tmp_path / f"image.{suffix}", Image.fromarray(np.ascontiguousarray(stored)), exif=exif, **options)
+    assert loaded.size == (32, 48)
+    assert ((pixels(loaded)[..., 0] > 127) == (upright > 127)).all()
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_broken_notes_do_not_spoil_a_picture(tmp_path, exif, suffix):
+    loaded = load(tmp_path / f"image.{suffix}", Image.new("RGB", (8, 8), RED), exif=exif)
+    assert np.abs(pixels(loaded).astype(int) - RED).max() < 6
+
+
 def test_transparent_pixels_become_white(tmp_path):
     rgba = Image.new("RGBA", (4, 1), (0, 0, 0, 0))
     rgba.putpixel((1, 0), (10, 20, 30, 255))
@@ -135,6 +184,14 @@ def test_palette_with_a_transparent_color(tmp_path):
     assert pixels(load(tmp_path / "plain.png", image))[0].tolist() == [list(RED), list(GREEN)]
     assert pixels(load(tmp_path / "clear.png", image, transparency=0))[0].tolist() == [list(WHITE), list(GREEN)]
     assert pixels(load(tmp_path / "clear.gif", image, transparency=0))[0].tolist() == [list(WHITE), list(GREEN)]
+
+
+def test_palette_with_transparent_colors_of_several_degrees(tmp_path):
+    image = Image.new("P", (3, 1))
+    image.putpalette([*RED, *GREEN, 0, 0, 0])
+    image.putdata([0, 1, 2])
+    loaded = load(tmp_path / "image.png", image, transparency=bytes([255, 0, 51]))
+    assert pixels(loaded)[0].tolist() == [list(RED), list(WHITE), [204] * 3]
 
 
 def test_a_transparent_color_without_an_alpha_channel(tmp_path):
@@ -163,6 +220,35 @@ def test_16_bit_grey_is_scaled_with_a_transparent_color_too(tmp_path):
     assert loaded[0].tolist() == [[3] * 3, [128] * 3, [255] * 3]
 
 
+def png(color_type: int, depth: int, width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file put together by hand; `rows` with their filter bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "color_type, depth, rows, expected",
+    [
+        (0, 1, b"\0\x40", [(0,) * 3, (255,) * 3]),
+        (0, 2, b"\0\x60", [(85,) * 3, (170,) * 3]),
+        (0, 4, b"\0\x1f", [(17,) * 3, (255,) * 3]),
+        (0, 16, b"\0\x12\x34\xff\xff", [(0x12,) * 3, (255,) * 3]),
+        (2, 16, b"\0\x12\x34\x56\x78\x9a\xbc" + b"\xff" * 6, [(0x12, 0x56, 0x9A), WHITE]),
+        (4, 8, b"\0\x0a\xff\x0a\x00", [(10,) * 3, WHITE]),
+        (4, 16, b"\0\x0a\x00\xff\xff\x0a\x00\x00\x00", [(10,) * 3, WHITE]),
+        (6, 16, b"\0\x01\x00\x02\x00\x03\x00\xff\xff" + b"\0" * 8, [(1, 2, 3), WHITE]),
+    ],
+)
+def test_png_of_every_depth(color_type, depth, rows, expected):
+    loaded = ImageInMemory(png(color_type, depth, 2, 1, rows), "hand-made").load()
+    assert [tuple(pixel) for pixel in pixels(loaded)[0].tolist()] == expected
+
+
 def test_a_bitmap_of_two_colors(tmp_path):
     image = Image.new("1", (2, 1))
     image.putpixel((1, 0), 1)
@@ -177,7 +263,7 @@ def test_pixels_without_a_known_range_are_refused(tmp_path, values):
 
 def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (6, 4), color) for color in (RED, GREEN, BLUE)]
-    for suffix in ("gif", "png", "webp"):
+    for suffix in ("gif", "png", "webp", "tif"):
         options = {"lossless": True} if suffix == "webp" else {}
         loaded = load(tmp_path / f"image.{suffix}", frames[0], save_all=True, append_images=frames[1:], **options)
         assert (pixels(loaded) == RED).all(), suffix
@@ -224,6 +310,129 @@ def test_what_is_no_picture_is_refused(tmp_path, name):
     for look in (ImageOnDisk(tmp_path / name).load, ImageOnDisk(tmp_path / name).check):
         with pytest.raises(BadSample, match="image"):
             look()
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def everywhere(folder: Path, data: bytes) -> list:
+    """The same bytes as a file, in memory, and among others in a file."""
+    (folder / "image").write_bytes(data)
+    (folder / "shard").write_bytes(b"before" + data + b"IEND behind \xff\xd9")
+    inside = ImageInFile(folder / "shard", 6, len(data), "image")
+    return [ImageOnDisk(folder / "image"), ImageInMemory(data, "image"), inside]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
+def test_a_picture_is_the_same_wherever_it_is(tmp_path, format):
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    options = {"lossless": True} if format == "WEBP" else {}
+    image = Image.new("RGB", (20, 10), RED)
+    data = encoded(image, format, **options)
+    for picture in everywhere(tmp_path, data):
+        picture.check()
+        assert np.abs(pixels(picture.load()).astype(int) - RED).max() < 6
+    for picture in everywhere(tmp_path, data[: len(data) * 2 // 3]):
+        for look in (picture.load, picture.check):
+            with pytest.raises(BadSample, match="image"):
+                look()
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "is no picture: it is empty"),
+        (b"not a picture", "is no picture: it starts with b'not a picture'"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 'is no picture: it starts with b"<svg'),
+        (b"<!DOCTYPE html><p>404", "is no picture: it starts with b'<!DOCTYPE html>"),
+        (b"%PDF-1.7 ...", "is no picture"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be|is no picture"),
+        (b"\xff\xd8\xff\xd9", "cannot be|is no picture"),
+        (png(2, 8, 0, 0, b""), "cannot be|is no picture"),
+        (png(2, 8, 50_000, 50_000, b""), "cannot be decoded: .*(50000|2500000000)"),
+        (png(2, 8, 2**31 - 1, 2**31 - 1, b""), "cannot be decoded"),
+        (png(2, 8, 20_000, 6_000, b""), "20000x6000 pixels: too many"),
+        (png(0, 8, 1, 50_000, b""), "1x50000 pixels: one side is more than 200 times the other"),
+        (png(0, 8, 201, 1, b"\0" + b"\0" * 201), "201x1 pixels: one side is more than 200 times the other"),
+        (png(0, 8, MAX_SIDE + 1, 400, b""), "65536x400 pixels: a side of more than 65535"),
+    ],
+)
+def test_what_is_refused_wherever_it_is(tmp_path, data, message):
+    for picture in everywhere(tmp_path, data):
+        with pytest.raises(BadSample, match=message):
+            picture.load()
+
+
+def test_a_picture_of_200_to_1_is_let_in():
+    assert ImageInMemory(png(0, 8, 200, 1, b"\0" + b"\0" * 200), "thin").load().size == (200, 1)
+
+
+def test_text_that_unpacks_to_much_is_refused():
+    bomb = b"Comment\0\0" + zlib.compress(b"\0" * 80_000_000, 9)
+    with pytest.raises(BadSample):
+        ImageInMemory(png(0, 8, 1, 1, b"\0\0", (b"zTXt", bomb)), "bomb").load()
+    assert PngImagePlugin.MAX_TEXT_CHUNK < 80_000_000
+
+
+def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
+    for program in ("gs", "gswin32c"):
+        (tmp_path / program).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    noise(8, 8).save(tmp_path / "image.eps")
+    with pytest.raises(OSError), Image.open(tmp_path / "image.eps") as image:
+        image.load()
+    (tmp_path / "started").unlink()  # Pillow left to itself does start it
+    for picture in everywhere(tmp_path, (tmp_path / "image.eps").read_bytes()):
+        for look in (picture.load, picture.check):
+            with pytest.raises(BadSample, match=r"is no picture: it starts with b'%!PS"):
+                look()
+    assert not (tmp_path / "started").exists()
+
+
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "folder.png", tmp_path / "pipe.png", Path("/dev/zero")):
+        for look in (ImageOnDisk(path).load, ImageOnDisk(path).check):
+            with pytest.raises(BadSample, match=f"image {path} cannot be read: it is no regular file"):
+                look()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_damaged_bytes_give_a_picture_or_a_bad_sample_and_nothing_else(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if format in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    whole = encoded(noise(12, 9), format, **options)
+    random = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for at in random.integers(0, min(len(whole), 400), random.integers(1, 6)):
+            damaged[at] = random.integers(0, 256)
+        try:
+            assert ImageInMemory(bytes(damaged), "damaged").load().mode == "RGB"
+            outcomes.add("picture")
+        except BadSample:
+            outcomes.add("bad")
+    assert "bad" in outcomes
+
+
+def test_cmyk_of_photographs_is_not_inverted(tmp_path):
+    inks = np.stack(np.meshgrid([0, 128, 255], [0, 128, 255], [0, 128, 255], [0, 128], indexing="ij"), -1).reshape(
+        -1, 4
+    )
+    for c, m, y, k in inks.tolist():
+        data = encoded(Image.new("CMYK", (8, 8), (c, m, y, k)), "JPEG", quality=100)
+        assert b"Adobe" in data
+        expected = [(255 - ink) * (255 - k) / 255 for ink in (c, m, y)]
+        assert np.abs(pixels(ImageInMemory(data, "cmyk").load()) - expected).max() < 4
 
 
 def test_a_picture_too_large_to_decode_is_refused_by_its_header(tmp_path, monkeypatch):
