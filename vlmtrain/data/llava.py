@@ -1,101 +1,140 @@
-"""LLaVA's JSON format: ``[{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}]``."""
+"""LLaVA's JSON format: ``[{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}]``.
+
+A mixture of such files is a YAML file, as LLaVA-NeXT has it::
+
+    datasets:
+      - json_path: captions.json            # from the YAML file's own folder, or absolute
+        sampling_strategy: random:20%       # all (default), or first, end or random, with a number or a share
+"""
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from pathlib import Path
+from typing import NamedTuple
 
-from .images import ImageOnDisk
-from .records import BadSample, Conversation, Turn
+import numpy as np
+import torch
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+from ..errors import nearest
+from .concatenation import Concatenation
+from .fields import llava_turns, record_name, shown
+from .images import ImageOnDisk, PictureFolder
+from .indexed_json import IndexedJson
+from .mixture import Source, Subset
+from .records import BadSample, Conversation
+
+MIXTURES = (".yaml", ".yml")
+_ENTRY_KEYS = ("json_path", "sampling_strategy")
+_STRATEGY = re.compile(r"(first|end|random)\s*:\s*(\d+(?:\.\d+)?%|\d+)")
 
 
 class LlavaJson:
     """A LLaVA file (JSON, or JSONL with one record a line) as a sequence of conversations.
 
     images: the folder that the records' ``image`` paths start from; None if no record has a picture.
+    outside: whether those paths may lead out of that folder.
     Records without ``image`` are text-only; a list of images serves several marks.
 
     Raises ValueError if the file or the folder is missing, unreadable or empty; a single broken record
     raises BadSample when it is asked for.
     """
 
-    def __init__(self, file: str | Path, images: str | Path | None):
-        self.file = Path(file)
-        self.images = Path(images) if images is not None else None
-        if self.images is not None and not self.images.is_dir():
-            raise ValueError(f"data.images={images} is not a folder")
-        self.records = _read_records(self.file)
+    def __init__(self, file: str | Path, images: str | Path | None, outside: bool = False):
+        self.images = PictureFolder(images, outside)
+        self.records = IndexedJson(file)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Conversation:
-        record = self.records[index]
-        where = f"{self.file.name} record {index}"
+        record, where = self.records[index], self.records.name(index)
         if not isinstance(record, dict):
             raise BadSample(f"{where}: expected an object, got {type(record).__name__}")
-        name = f"{where} (id {record['id']})" if "id" in record else where
-        turns = tuple(self._turn(turn, name) for turn in self._list(record, "conversations", name))
-        return Conversation(name, turns, self._pictures(record, name))
+        name = record_name(where, record.get("id"))
+        turns = llava_turns(record.get("conversations"), "conversations", name)
+        return Conversation(name, turns, self._pictures(record.get("image"), name))
 
-    @staticmethod
-    def _list(record: dict, key: str, name: str) -> list:
-        value = record.get(key)
-        if not isinstance(value, list) or not value:
-            raise BadSample(f"{name}: '{key}' must be a list that is not empty, got {value!r:.60}")
-        return value
-
-    @staticmethod
-    def _turn(turn: object, name: str) -> Turn:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadSample(f"{name}: a turn must be an object with 'from' and a 'value' text, got {turn!r:.60}")
-        role = ROLES.get(turn.get("from")) if isinstance(turn.get("from"), str) else None
-        if role is None:
-            raise BadSample(f"{name}: 'from' must be one of {', '.join(ROLES)}, got {turn.get('from')!r:.60}")
-        return Turn(role, turn["value"])
-
-    def _pictures(self, record: dict, name: str) -> tuple[ImageOnDisk, ...]:
-        paths = record.get("image")
-        if paths is None:
+    def _pictures(self, image: object, name: str) -> tuple[ImageOnDisk, ...]:
+        if image is None or image == "":
             return ()
-        paths = paths if isinstance(paths, list) else [paths]
+        paths = image if isinstance(image, list) else [image]
         if not all(isinstance(path, str) and path for path in paths):
-            raise BadSample(f"{name}: 'image' must be a path or a list of paths, got {record['image']!r:.60}")
-        if self.images is None:
-            raise BadSample(f"{name}: the record has a picture, but data.images is not set")
-        return tuple(self._picture(path, name) for path in paths)
-
-    def _picture(self, path: str, name: str) -> ImageOnDisk:
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise BadSample(f"{name}: image path {path!r} leads out of data.images")
-        return ImageOnDisk(self.images / path)
+            raise BadSample(f"{name}: 'image' must be a path or a list of paths, got {shown(image)}")
+        return tuple(self.images.picture(path, name) for path in paths)
 
 
-def _read_records(file: Path) -> list:
+class MixturePart(NamedTuple):
+    """A file of a mixture, and which of its records: ``all``, or e.g. ``random:20%``."""
+
+    path: Path
+    strategy: str
+
+
+def open_llava(file: str | Path, images: str | Path | None, seed: int = 0, outside: bool = False) -> Source:
+    """A LLaVA file, or the files of a YAML mixture one after another.
+
+    seed: of the choice that ``random`` makes; the same for every rank, epoch and run. Raises ValueError.
+    """
+    if Path(file).suffix.lower() not in MIXTURES:
+        return LlavaJson(file, images, outside)
+    sources = []
+    for number, part in enumerate(read_mixture(file)):
+        source = LlavaJson(part.path, images, outside)
+        numbers = _chosen(part.strategy, len(source), seed * 1_000_003 + number)
+        sources.append(source if numbers is None else Subset(source, numbers))
+    return Concatenation(sources)
+
+
+def read_mixture(file: str | Path) -> list[MixturePart]:
+    """The files of a YAML mixture. Raises ValueError, naming the entry that is wrong."""
+    import yaml
+
+    file = Path(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"data file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data file {file} cannot be read: {error}") from None
-    if file.suffix == ".jsonl":
-        records = [_read_line(file, i, line) for i, line in enumerate(text.split("\n")) if line.strip()]
-    else:
-        try:
-            records = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"data file {file} is not valid JSON: {error}") from None
-    if not isinstance(records, list):
-        raise ValueError(f"data file {file} must hold a list of records, got {type(records).__name__}")
-    if not records:
-        raise ValueError(f"data file {file} is empty: no records")
-    return records
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"data file {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"data file {file} must hold a list 'datasets' that is not empty, got {shown(content)}")
+    return [_read_entry(entry, file, f"data file {file}, datasets[{i}]") for i, entry in enumerate(entries)]
 
 
-def _read_line(file: Path, number: int, line: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data file {file} line {number + 1} is not valid JSON: {error}") from None
+def _read_entry(entry: object, file: Path, name: str) -> MixturePart:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: expected an object with 'json_path', got {shown(entry)}")
+    for key in entry:
+        if key not in _ENTRY_KEYS:
+            raise ValueError(f"{name}: unknown key {shown(key)}.{nearest(str(key), _ENTRY_KEYS)}")
+    path, strategy = entry.get("json_path"), entry.get("sampling_strategy", "all")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{name}: 'json_path' must be a path, got {shown(path)}")
+    if not isinstance(strategy, str) or (strategy != "all" and not _STRATEGY.fullmatch(strategy)):
+        raise ValueError(
+            f"{name}: sampling_strategy must be all, or first:N, end:N or random:N with a number or a "
+            f"percentage (first:10%), got {shown(strategy)}"
+        )
+    amount = strategy.partition(":")[2].strip()
+    if amount and not 0 < float(amount.rstrip("%")) <= (100 if amount.endswith("%") else math.inf):
+        raise ValueError(f"{name}: sampling_strategy={strategy} takes nothing, or more than there is")
+    return MixturePart(file.parent / path, strategy)
+
+
+def _chosen(strategy: str, size: int, seed: int) -> np.ndarray | None:
+    """Numbers of the records that a strategy takes from `size`; None for all of them."""
+    if strategy == "all":
+        return None
+    kind, amount = _STRATEGY.fullmatch(strategy).groups()
+    # shares are rounded up, and a number above the file's takes it all, as LLaVA-NeXT does
+    count = math.ceil(float(amount[:-1]) * size / 100) if amount.endswith("%") else int(amount)
+    count = min(count, size)
+    if kind == "random":
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        return np.sort(order[:count].numpy())
+    return np.arange(count) if kind == "first" else np.arange(size - count, size)

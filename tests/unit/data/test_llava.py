@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmtrain.data.llava import LlavaJson
+from vlmtrain.data.llava import LlavaJson, open_llava, read_mixture
 from vlmtrain.data.records import BadSample, Turn
 from vlmtrain.data.sources import first_problems
 
+DEEP = json.loads("[" * 500 + "]" * 500)
 TALK = [{"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "red"}]
 
 
@@ -70,7 +71,28 @@ def test_jsonl_gives_the_same_as_json(tmp_path, images):
 def test_text_only_data_need_no_folder(tmp_path):
     (conversation,) = read(tmp_path, [{"id": 1, "conversations": TALK}])
     assert conversation.images == () and conversation.turns[1] == Turn("assistant", "red")
-    assert read(tmp_path, [{"image": None, "conversations": TALK}])[0].images == ()
+    for nothing in (None, "", []):
+        assert read(tmp_path, [{"image": nothing, "conversations": TALK}])[0].images == ()
+
+
+def test_further_keys_do_no_harm(tmp_path, images):
+    record = {"id": "a", "image": "red.png", "conversations": marked("<image>", "red"), "images": 3, "source": [None]}
+    record["conversations"][0]["weight"] = "x"
+    plain = {key: record[key] for key in ("id", "image")} | {"conversations": marked("<image>", "red")}
+    one, two = read(tmp_path, [record, plain], images)
+    assert one.turns == two.turns and one.images == two.images
+
+
+def test_an_id_of_any_kind_is_shown_in_one_short_line(tmp_path):
+    for id, name in (
+        (7, "7"),
+        ("a\nb\ud800", r"a\nb\ud800"),
+        (0.5, "0.5"),
+        ("x" * 9999, "x" * 200),
+        (DEEP, "[[[[[[[...]]]]]]]"),
+    ):
+        assert read(tmp_path, [{"id": id, "conversations": TALK}])[0].id == f"data.json record 0 (id {name})"
+    assert read(tmp_path, [{"id": None, "conversations": TALK}])[0].id == "data.json record 0"
 
 
 def test_chat_role_names_are_taken_too(tmp_path):
@@ -91,7 +113,7 @@ BROKEN = {
     "an unknown role": ({"id": "x", "conversations": [{"from": "bot", "value": "q"}]}, "'from' must be .*got 'bot'"),
     "a role of another type": ({"id": "x", "conversations": [{"from": ["human"], "value": "q"}]}, "'from' must be"),
     "a picture of another type": ({"id": "x", "image": 5, "conversations": TALK}, "'image' must be a path"),
-    "an empty picture name": ({"id": "x", "image": "", "conversations": TALK}, "'image' must be a path"),
+    "an empty picture name": ({"id": "x", "image": [""], "conversations": TALK}, "'image' must be a path"),
     "pictures of another type": ({"id": "x", "image": ["red.png", 5], "conversations": TALK}, "'image' must be a path"),
     "an absolute path": ({"id": "x", "image": "/etc/passwd", "conversations": TALK}, "leads out of"),
     "a path upwards": ({"id": "x", "image": "../data.json", "conversations": TALK}, "leads out of"),
@@ -99,6 +121,10 @@ BROKEN = {
         {"id": "x", "image": "deep/../../a", "conversations": TALK},
         "leads out of",
     ),
+    "a path in Windows' way": ({"id": "x", "image": "deep\\blue.png", "conversations": TALK}, "has backslashes"),
+    "a list within a list": ({"id": "x", "image": [["red.png"]], "conversations": TALK}, "'image' must be a path"),
+    "a deep value": ({"id": "x", "conversations": [DEEP]}, "a turn must be an object"),
+    "a deep role": ({"id": "x", "conversations": [{"from": DEEP, "value": "q"}]}, "'from' must be one of"),
 }
 
 
@@ -120,6 +146,63 @@ def test_a_picture_without_a_folder_is_a_bad_sample(tmp_path):
         source[0]
 
 
+def pictured(path: str) -> list[dict]:
+    return [{"id": "x", "image": path, "conversations": marked("<image>", "red")}]
+
+
+def test_links_may_not_lead_out_of_the_folder_unless_that_is_allowed(tmp_path, images):
+    (tmp_path / "private").mkdir()
+    Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "private" / "green.png")
+    (images / "file.png").symlink_to(tmp_path / "private" / "green.png")
+    (images / "folder").symlink_to(tmp_path / "private")
+    (images / "inside.png").symlink_to(images / "deep" / "blue.png")
+    (images / "twice.png").symlink_to(images / "file.png")
+    (images / "loop.png").symlink_to(images / "loop.png")
+    (tmp_path / "images-too").mkdir()
+    (images / "beside").symlink_to(tmp_path / "images-too")
+    outside = ["file.png", "folder/green.png", "twice.png", "../private/green.png", str(tmp_path / "private/green.png")]
+    for path in [*outside, "beside/x.png"]:
+        source = read(tmp_path, pictured(path), images)
+        with pytest.raises(
+            BadSample, match=r"\(id x\): image path .* leads out of data\.images; data\.outside_images=true"
+        ):
+            source[0]
+    for path in outside:
+        (picture,) = LlavaJson(read(tmp_path, pictured(path), images).records.file, images, outside=True)[0].images
+        assert picture.load().getpixel((0, 0)) == (0, 255, 0)
+    for path in ("inside.png", "deep/../deep/blue.png", str(images / "deep/blue.png")):
+        assert read(tmp_path, pictured(path), images)[0].images[0].load().getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(BadSample, match=r"loop\.png"):
+        read(tmp_path, pictured("loop.png"), images)[0].images[0].load()
+
+
+def test_a_folder_that_is_itself_a_link_is_followed(tmp_path, images):
+    (tmp_path / "link").symlink_to(images)
+    for folder in (tmp_path / "link", str(tmp_path / "link") + "/"):
+        assert read(tmp_path, pictured("deep/blue.png"), folder)[0].images[0].load().getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize(
+    "path",
+    ["a\0b.png", "a\0b/c.png", "n" * 300, "n/" * 3000, "n" * 300 + "/a.png", "\ud800.png", "\ud800/a.png"]
+    + ["deep", "deep/", ".", "..", "deep/..", "/", "red.png/a.png", "red.png/..", "~"],
+)
+def test_no_path_is_more_than_a_bad_sample(tmp_path, images, path, outside):
+    (tmp_path / "data.json").write_text(json.dumps(pictured(path)))
+    with pytest.raises(BadSample) as error:
+        LlavaJson(tmp_path / "data.json", images, outside)[0].images[0].load()
+    str(error.value).encode()
+
+
+def test_an_absolute_path_needs_no_folder_once_it_may_lead_anywhere(tmp_path, images):
+    read(tmp_path, pictured(str(images / "red.png")))
+    (picture,) = open_llava(tmp_path / "data.json", None, outside=True)[0].images
+    assert picture.load().getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(BadSample, match=r"data\.images is not set"):
+        open_llava(tmp_path / "data.json", None)[0]
+
+
 def test_problems_are_found_before_training(tmp_path, images):
     (images / "short.png").write_bytes((images / "red.png").read_bytes()[:40])
     pictures = ["red.png", "missing.png", "short.png", "red.png", "half\0.png"]
@@ -138,11 +221,10 @@ def test_problems_are_found_before_training(tmp_path, images):
         ("data.json", "", "data.json is empty: no records"),
         ("data.json", " \n", "data.json is empty: no records"),
         ("data.json", "[]", "data.json is empty: no records"),
-        ("data.json", '[{"id": 1}', "data.json is not valid JSON"),
-        ("data.json", '{"id": 1}', "data.json must hold a list of records, got dict"),
-        ("data.json", "null", "data.json must hold a list of records, got NoneType"),
+        ("data.json", '[{"id": 1}', "data.json is not valid JSON: record 1, byte 10"),
+        ("data.json", '{"id": 1}', "data.json must hold a list of records, got an object"),
+        ("data.json", "null", "data.json must hold a list of records, got null"),
         ("data.jsonl", "\n\n", "data.jsonl is empty: no records"),
-        ("data.jsonl", '{"id": 1}\n\n{"id": 2', "data.jsonl line 3 is not valid JSON"),
     ],
 )
 def test_a_broken_file_is_an_error_at_once(tmp_path, name, text, message):
@@ -158,10 +240,128 @@ def test_a_file_that_cannot_be_read_is_an_error_at_once(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         LlavaJson(tmp_path, None)
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.json cannot be read"):
-        LlavaJson(tmp_path / "latin.json", None)
+    with pytest.raises(BadSample, match=r"latin\.json record 0 is not valid UTF-8"):
+        LlavaJson(tmp_path / "latin.json", None)[0]
 
 
 def test_a_missing_image_folder_is_an_error_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"data\.images=.*nowhere is not a folder"):
         read(tmp_path, [{"conversations": TALK}], tmp_path / "nowhere")
+
+
+# mixtures
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    (tmp_path / "more").mkdir()
+    for name, count in (("a.json", 10), ("more/b.jsonl", 7)):
+        lines = [json.dumps({"id": f"{Path(name).stem}{i}", "conversations": TALK}) for i in range(count)]
+        text = f"[{','.join(lines)}]" if name == "a.json" else "\n".join(lines)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def mix(folder: Path, *entries: object, seed: int = 0) -> list[int]:
+    """Numbers of the records that a mixture holds."""
+    (folder / "mix.yaml").write_text(json.dumps({"datasets": entries}))
+    source = open_llava(folder / "mix.yaml", None, seed)
+    return [int(source[i].id.split("record ")[1].split()[0]) for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+    "strategy, expected",
+    [
+        (None, range(10)),
+        ("all", range(10)),
+        ("first:3", range(3)),
+        ("first:25%", range(3)),
+        ("first:0.1%", range(1)),
+        ("end:3", range(7, 10)),
+        ("end:30%", range(7, 10)),
+        ("end:100%", range(10)),
+        ("first:11", range(10)),
+        ("end: 999", range(10)),
+        ("random:12", range(10)),
+    ],
+)
+def test_a_mixture_takes_what_published_code_takes(parts, strategy, expected):
+    entry = {"json_path": "a.json"} | ({"sampling_strategy": strategy} if strategy else {})
+    assert mix(parts, entry) == list(expected)
+
+
+def test_the_files_of_a_mixture_follow_one_another(parts):
+    absolute = {"json_path": str(parts / "more" / "b.jsonl"), "sampling_strategy": "end:2"}
+    again = {"json_path": "more/b.jsonl", "sampling_strategy": "first:1"}
+    assert mix(parts, {"json_path": "a.json", "sampling_strategy": "first:2"}, absolute, again) == [0, 1, 5, 6, 0]
+    source = open_llava(parts / "mix.yaml", None)
+    assert source[2].id == "b.jsonl record 5 (id b5)" and source[3].turns[1].text == "red"
+    for index in (5, -1):
+        with pytest.raises(IndexError):
+            source[index]
+    assert len(list(source)) == 5
+
+
+def test_a_mixture_reads_yaml_as_it_is_written(parts):
+    text = """
+    datasets:
+      - json_path: a.json   # ten
+        sampling_strategy: "first:10%"
+      - json_path: more/b.jsonl
+        sampling_strategy: all
+    """
+    (parts / "mix.yml").write_text(text)
+    assert read_mixture(parts / "mix.yml") == [(parts / "a.json", "first:10%"), (parts / "more/b.jsonl", "all")]
+    assert len(open_llava(parts / "mix.yml", None)) == 8
+
+
+def test_a_random_choice_is_fixed_by_the_seed(parts):
+    entries = [{"json_path": "a.json", "sampling_strategy": "random:5"}] * 2
+    chosen = mix(parts, *entries, seed=1)
+    assert chosen == mix(parts, *entries, seed=1) and len(chosen) == 10
+    assert len(set(chosen[:5])) == len(set(chosen[5:])) == 5
+    others = [mix(parts, *entries, seed=seed) for seed in range(20)]
+    assert len({tuple(other) for other in others}) > 15 and {i for other in others for i in other} == set(range(10))
+    assert any(other[:5] != other[5:] for other in others)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "must hold a list 'datasets' that is not empty, got None"),
+        ("[]", "must hold a list 'datasets'"),
+        ("datasets:", "must hold a list 'datasets'"),
+        ("datasets: {a: b}", "must hold a list 'datasets'"),
+        ("datasets: [", "is not valid YAML: .*line 1"),
+        ("a: !!python/object/apply:os.system [false]", "is not valid YAML"),
+        ("\0", "is not valid YAML"),
+        ("[" * 5000, "is not valid YAML"),
+        ("datasets: [a.json]", r"datasets\[0\]: expected an object with 'json_path', got 'a\.json'"),
+        ("datasets: [{json_path: a.json}, {}]", r"datasets\[1\]: 'json_path' must be a path, got None"),
+        ("datasets: [{json_path: 3}]", "'json_path' must be a path, got 3"),
+        ("datasets: [{json_path: a.json, sampling_stategy: all}]", "unknown key .*Did you mean 'sampling_strategy'"),
+        ("datasets: [{json_path: a.json, sampling_strategy: half}]", "sampling_strategy must be all, or .*got 'half'"),
+        ("datasets: [{json_path: a.json, sampling_strategy: first}]", "sampling_strategy must be"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 'first:'}]", "sampling_strategy must be"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 'first:-1'}]", "sampling_strategy must be"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 'first:x%'}]", "sampling_strategy must be"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 5}]", "sampling_strategy must be .*got 5"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 'end:0'}]", "end:0 takes nothing"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 'first:101%'}]", "first:101% takes nothing, or more"),
+        ("datasets: [{json_path: absent.json}]", r"absent\.json does not exist"),
+        ("datasets: [{json_path: ''}]", "'json_path' must be a path"),
+    ],
+)
+def test_a_broken_mixture_is_an_error_at_once(parts, text, message):
+    (parts / "mix.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        open_llava(parts / "mix.yaml", None)
+    assert not isinstance(error.value, BadSample) and str(parts) in str(error.value)
+
+
+def test_a_mixture_that_cannot_be_read_is_an_error_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.yaml does not exist"):
+        open_llava(tmp_path / "absent.yaml", None)
+    (tmp_path / "latin.yaml").write_bytes(b"datasets: \xe9")
+    with pytest.raises(ValueError, match=r"latin\.yaml cannot be read"):
+        open_llava(tmp_path / "latin.yaml", None)
