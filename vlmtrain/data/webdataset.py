@@ -1,0 +1,254 @@
+"""WebDataset: shards, which are tar files, whose members of one name are a record.
+
+    shard-000.tar:  0001.jpg 0001.json | 0002.0.png 0002.1.png 0002.txt | ...
+
+Only headers are read, once; then any record is read where it stands, so that order and resume are exact.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import first_line
+from .concatenation import Concatenation
+from .fields import answer_turns, caption_turns, llava_turns, pictures_in_front, printable, record_name
+from .file_index import Index, cached_index, read_span
+from .images import ImageInFile
+from .indexed_json import parse_json
+from .records import BadSample, Conversation, Turn
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+WORDS = ("json", "txt", "caption")
+MAX_PICTURE = 2**30
+MAX_WORDS = 16 * 2**20
+"""Bytes that a member may have."""
+MAX_SHARDS = 100_000
+
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+_PLAIN, _LINK, _SPECIAL, _SPARSE = range(4)
+_KINDS = ("a file", "a link", "a device or the like", "a sparse file")
+
+
+class WebDataset(Concatenation):
+    """Shards on a local disk, in the order of their names, as a sequence of conversations.
+
+    path: a .tar file, a folder of such, a glob, or brace notation (``shard-{000..012}.tar``).
+
+    A record is the members that share a path up to the first dot of its last part. Its pictures are its
+    members of picture suffixes (``0001.0.jpg 0001.1.jpg`` in that order); its words are a ``.json`` (LLaVA's
+    ``conversations``, or ``question`` and ``answer``, or ``caption``) or a ``.txt`` or ``.caption``. Where the
+    user's words have no ``<image>`` mark, the pictures stand in front.
+
+    Raises ValueError if a shard is missing, compressed or unreadable, or if there are no records; a broken
+    record raises BadSample when it is asked for.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__([_Shard(shard) for shard in shard_paths(path)])
+        if not len(self):
+            raise ValueError(f"{path} is empty: no records")
+
+
+class _Member(NamedTuple):
+    name: str
+    extension: str
+    offset: int
+    size: int
+    kind: int
+
+
+class _Shard:
+    """One tar file's records."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.index = cached_index(path, "tar", lambda: _index_shard(path))
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise ValueError(f"shard {path} cannot be read: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.index["records"]) - 1
+
+    def __getitem__(self, index: int) -> Conversation:
+        members = self._members(index)
+        name = record_name(f"{self.path.name} record {index}", _key(members[0].name)[0])
+        self._check(members, name)
+        pictures = sorted((m for m in members if m.extension.rpartition(".")[2] in PICTURES), key=_natural)
+        turns = self._turns({m.extension: m for m in members if m.extension in WORDS}, len(pictures), name)
+        images = tuple(ImageInFile(self.path, m.offset, m.size, m.name) for m in pictures)
+        return Conversation(name, turns, images)
+
+    def _members(self, index: int) -> list[_Member]:
+        columns, members = self.index, []
+        for i in range(columns["records"][index], columns["records"][index + 1]):
+            start = columns["name_ends"][i - 1] if i else 0
+            name = columns["names"][start : columns["name_ends"][i]].tobytes().decode("utf-8", "surrogateescape")
+            place = (int(columns[key][i]) for key in ("offsets", "sizes", "kinds"))
+            members.append(_Member(name, _key(name)[1], *place))
+        return members
+
+    def _check(self, members: list[_Member], name: str) -> None:
+        for member in members:
+            what = f"{name}: member {printable(member.name)}"
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                raise BadSample(f"{what} has a path that leads out of the shard")
+            if member.kind != _PLAIN:
+                raise BadSample(f"{what} is {_KINDS[member.kind]}")
+            if member.offset + member.size > self.size:
+                raise BadSample(f"{what} is cut: it has {member.size} bytes, and the shard ends before them")
+            if member.size > (MAX_WORDS if member.extension in WORDS else MAX_PICTURE):
+                raise BadSample(f"{what} has {member.size} bytes: too many")
+        if len({member.extension for member in members}) < len(members):
+            raise BadSample(f"{name}: two members of one name: {printable(', '.join(m.name for m in members))}")
+
+    def _turns(self, words: dict[str, _Member], pictures: int, name: str) -> tuple[Turn, ...]:
+        record = self._json(words["json"], name) if "json" in words else {}
+        if "conversations" in record:
+            return pictures_in_front(llava_turns(record["conversations"], "conversations", name), pictures)
+        if "question" in record:
+            return pictures_in_front(answer_turns(record["question"], record.get("answer"), name), pictures)
+        texts = [self._text(words[key], name) for key in ("txt", "caption") if key in words]
+        texts = texts or [record[key] for key in ("caption",) if key in record]
+        if len(texts) != 1:
+            found = ", ".join(f".{key}" for key in words) or "none of them"
+            raise BadSample(
+                f"{name}: expected one .txt or .caption, or a .json with conversations, question and answer, or "
+                f"caption; got {found}"
+            )
+        return caption_turns(texts[0], pictures, name)
+
+    def _json(self, member: _Member, name: str) -> dict:
+        record = parse_json(self._bytes(member), f"{name}: member {printable(member.name)}")
+        if not isinstance(record, dict):
+            raise BadSample(f"{name}: member {printable(member.name)} must hold an object, got {type(record).__name__}")
+        return record
+
+    def _text(self, member: _Member, name: str) -> str:
+        try:
+            return self._bytes(member).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"{name}: member {printable(member.name)} is not valid UTF-8: {error.reason}") from None
+
+    def _bytes(self, member: _Member) -> bytes:
+        data = read_span(self.path, member.offset, member.size)
+        if len(data) < member.size:
+            raise ValueError(f"shard {self.path} has become shorter since it was opened")
+        return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def _key(name: str) -> tuple[str, str]:
+    """A member's record and its extension, in lower case; the latter is empty for what belongs to no record."""
+    folder, _, file = name.removeprefix("./").rpartition("/")
+    stem, _, extension = file.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower() if stem else ""
+
+
+def _natural(member: _Member) -> list[tuple[int, str]]:
+    """Order by extension, numbers by their size: ``2.jpg`` before ``10.jpg``."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", member.extension)]
+
+
+def _index_shard(path: Path) -> Index:
+    """Names, places and kinds of a shard's members, in the order of their records. Raises ValueError."""
+    head = read_span(path, 0, 6)
+    for magic, program in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ValueError(f"shard {path} is compressed, so that no record can be found by its place: {program} it")
+    members = _read_headers(path)
+    records: dict[str, list[int]] = {}
+    for i, member in enumerate(members):
+        records.setdefault(_key(member.name)[0], []).append(i)
+    ordered = [members[i] for i in itertools.chain.from_iterable(records.values())]
+    names = [member.name.encode("utf-8", "surrogateescape") for member in ordered]
+    return {
+        "records": np.cumsum([0, *(len(own) for own in records.values())], dtype=np.int64),
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        "offsets": np.array([member.offset for member in ordered], np.int64),
+        "sizes": np.array([member.size for member in ordered], np.int64),
+        "kinds": np.array([member.kind for member in ordered], np.uint8),
+    }
+
+
+def _read_headers(path: Path) -> list[_Member]:
+    size, end, members = path.stat().st_size, 0, []
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+            while (header := tar.next()) is not None:
+                tar.members.clear()  # else every header stays in memory
+                if header.size < 0 or tar.offset <= end:
+                    raise ValueError("a size below zero")
+                end = tar.offset
+                extension = _key(header.name)[1]
+                if not header.isdir() and extension:
+                    members.append(
+                        _Member(header.name, extension, header.offset_data, min(header.size, 2**62), _kind(header))
+                    )
+                if end > size:
+                    return members  # cut short; the last record says so when it is asked for
+            end = tar.offset
+    except Exception as error:  # hostile headers can fail in any way
+        raise ValueError(f"shard {path} has no readable tar header at byte {end}: {first_line(error)}") from None
+    if read_span(path, end, tarfile.BLOCKSIZE).strip(b"\0"):
+        raise ValueError(f"shard {path} has no readable tar header at byte {end}")
+    return members
+
+
+def _kind(header: tarfile.TarInfo) -> int:
+    if header.issparse():
+        return _SPARSE
+    if header.isreg():
+        return _PLAIN
+    return _LINK if header.islnk() or header.issym() else _SPECIAL
+
+
+def shard_paths(path: str | Path) -> list[Path]:
+    """The shards that a file, folder, glob or brace notation names, sorted. Raises ValueError if one is missing."""
+    text = os.fspath(path)
+    if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
+        raise ValueError(f"{text}: shards must be on a local disk; copy them there and name the folder")
+    if os.path.isdir(text):
+        shards = sorted(Path(text).glob("*.tar"))
+        if not shards:
+            raise ValueError(f"{text} holds no .tar files; compressed ones must be unpacked to .tar first")
+        return shards
+    if os.path.isfile(text):
+        return [Path(text)]
+    shards = []
+    for name in _expand_braces(text):
+        found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise ValueError(f"shard {name} does not exist" + (f" (of {text})" if name != text else ""))
+        shards += found
+    return [Path(shard) for shard in shards]
+
+
+def _expand_braces(text: str) -> list[str]:
+    """``a-{08..10}`` and ``{train,extra}`` as a shell has it."""
+    pieces = re.split(r"\{([^{}]*)\}", text)
+    choices = [[piece] if i % 2 == 0 else _expand_brace(piece, text) for i, piece in enumerate(pieces)]
+    if np.prod([float(len(choice)) for choice in choices]) > MAX_SHARDS:
+        raise ValueError(f"{text} names more than {MAX_SHARDS} shards")
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _expand_brace(inside: str, text: str) -> list[str]:
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = bounds.groups()
+        width = max(len(first), len(last)) if "0" in (first[0] * (len(first) > 1), last[0] * (len(last) > 1)) else 0
+        if not 0 <= int(last) - int(first) < MAX_SHARDS:
+            raise ValueError(f"{text}: {{{inside}}} must count up, to no more than {MAX_SHARDS} shards")
+        return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    if "," not in inside:
+        raise ValueError(f"{text}: expected {{first..last}} or {{one,other}}, got {{{inside}}}")
+    return inside.split(",")
