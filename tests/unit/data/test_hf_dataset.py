@@ -1,0 +1,422 @@
+"""Hugging Face data sets: the same records as the library's own reading, and what is said about others."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vlmtrain.data.hf_dataset import HFDataset, choose_columns
+from vlmtrain.data.records import BadSample
+from vlmtrain.data.rendering import check_conversation
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def picture(color: tuple[int, int, int] = RED) -> Image.Image:
+    return Image.new("RGB", (4, 4), color)
+
+
+def encoded(color: tuple[int, int, int] = RED) -> bytes:
+    out = io.BytesIO()
+    picture(color).save(out, "PNG")
+    return out.getvalue()
+
+
+def talk(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def save(folder: Path, columns: dict, features: datasets.Features | None = None) -> Path:
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder / "data")
+    return folder / "data"
+
+
+def texts(source: HFDataset) -> list[list[str]]:
+    return [[turn.text for turn in source[i].turns] for i in range(len(source))]
+
+
+def colors(source: HFDataset, index: int) -> list[tuple[int, ...]]:
+    return [image.load().getpixel((0, 0)) for image in source[index].images]
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        ({"conversations": [talk("See <image>?", "red", "Sure?", "yes")]}, ["See <image>?", "red", "Sure?", "yes"]),
+        (
+            {"messages": [[{"role": "user", "content": "<image> q"}, {"role": "assistant", "content": "a"}]]},
+            ["<image> q", "a"],
+        ),
+        (
+            {
+                "messages": [
+                    [
+                        {"role": "user", "content": [{"type": "text", "text": "A "}, {"type": "image", "text": None}]},
+                        {
+                            "role": "assistant",
+                            "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}],
+                        },
+                    ]
+                ]
+            },
+            ["A <image>", "bc"],
+        ),
+        (
+            {
+                "texts": [
+                    [{"user": "q", "assistant": "a", "source": "x"}, {"user": "r", "assistant": "b", "source": "x"}]
+                ]
+            },
+            ["<image>\nq", "a", "r", "b"],
+        ),
+        (
+            {"texts": [[{"user": "q", "assistant": "a"}, {"user": "r <image>", "assistant": "b"}]]},
+            ["q", "a", "r <image>", "b"],
+        ),
+        ({"question": ["q"], "answer": ["a"]}, ["<image>\nq", "a"]),
+        ({"question": ["q <image>"], "answer": ["a"]}, ["q <image>", "a"]),
+        ({"caption": ["red"]}, ["<image>", "red"]),
+        ({"text": ["red <image>"]}, ["<image>", "red <image>"]),
+    ],
+)
+def test_words_of_every_kind(tmp_path, columns, expected):
+    features = datasets.Features({"image": datasets.Image()})
+    columns = {**columns, "image": [encoded()]}
+    features = datasets.Dataset.from_dict(columns).features | features
+    source = HFDataset(save(tmp_path, columns, datasets.Features(features)))
+    assert texts(source) == [expected] and colors(source, 0) == [RED]
+    assert source[0].id == "data record 0"
+    check_conversation(source[0])
+
+
+def test_messages_kept_as_an_object_of_lists(tmp_path):
+    features = datasets.Features(
+        {"conversations": datasets.Sequence({"from": datasets.Value("string"), "value": datasets.Value("string")})}
+    )
+    columns = {"conversations": [{"from": ["human", "gpt"], "value": ["q", "a"]}]}
+    assert texts(HFDataset(save(tmp_path, columns, features))) == [["q", "a"]]
+
+
+def test_a_system_turn_and_an_id(tmp_path):
+    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
+    source = HFDataset(save(tmp_path, {"messages": [messages], "id": [17]}))
+    assert [(turn.role, turn.text) for turn in source[0].turns] == [("system", "s"), ("user", "u"), ("assistant", "a")]
+    assert source[0].id == "data record 0 (id 17)"
+
+
+# pictures
+
+
+def test_pictures_are_those_that_the_library_decodes(tmp_path):
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
+    columns = {"images": [[picture()], [picture(BLUE), picture()]], "caption": ["one", "two"]}
+    path = save(tmp_path, columns, features)
+    source, reference = HFDataset(path), datasets.load_from_disk(path)
+    for i in range(2):
+        assert [image.load().tobytes() for image in source[i].images] == [p.tobytes() for p in reference[i]["images"]]
+        for image in source[i].images:
+            image.check()
+    assert texts(source) == [["<image>", "one"], ["<image>\n<image>", "two"]]
+
+
+def test_pictures_are_opened_by_our_own_decoder(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    eps = io.BytesIO()
+    picture().save(eps, "EPS")
+    source = HFDataset(save(tmp_path, {"image": [eps.getvalue()], "caption": ["x"]}, features))
+    with pytest.raises(BadSample, match=r"image 0 of column 'image' is no picture: it starts with b'%!PS"):
+        source[0].images[0].load()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        encoded(),
+        [encoded()],
+        {"bytes": encoded(), "path": None},
+        {"bytes": encoded(), "path": "/nowhere.png"},
+        [{"bytes": None, "path": "red.png"}],
+        "red.png",
+        ["deep/../red.png"],
+    ],
+)
+def test_bytes_paths_and_lists_of_them(tmp_path, value):
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    picture().save(tmp_path / "images" / "red.png")
+    path = save(tmp_path, {"image": [value], "caption": ["x"]})
+    assert colors(HFDataset(path, images=tmp_path / "images"), 0) == [RED]
+
+
+@pytest.mark.parametrize("value", [None, "", []])
+def test_no_picture_is_text_only(tmp_path, value):
+    path = save(
+        tmp_path,
+        {"image": [value, "red.png" if value != [] else ["red.png"]], "question": ["q", "q"], "answer": ["a", "a"]},
+    )
+    source = HFDataset(path, images=tmp_path)
+    assert source[0].images == () and texts(source) == [["q", "a"], ["<image>\nq", "a"]]
+
+
+def test_paths_may_not_lead_out_of_the_folder(tmp_path):
+    picture().save(tmp_path / "red.png")
+    (tmp_path / "images").mkdir()
+    columns = {"image": [{"path": str(tmp_path / "red.png")}, {"path": "../red.png"}], "caption": ["x", "y"]}
+    path = save(tmp_path, columns)
+    for i in range(2):
+        with pytest.raises(BadSample, match=rf"data record {i}: image path .* leads out .*data\.outside_images=true"):
+            HFDataset(path, images=tmp_path / "images")[i]
+        assert colors(HFDataset(path, images=tmp_path / "images", outside=True), i) == [RED]
+
+
+# where it comes from
+
+
+def table(count: int = 3) -> datasets.Dataset:
+    columns = {"image": [encoded()] * count, "caption": [f"é{i}" for i in range(count)]}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize(
+    "place", ["one.parquet", "*.parquet", "one.arrow", "file.arrow", "one.jsonl", "folder", "saved", "dict"]
+)
+def test_every_place_gives_the_same_records(tmp_path, place):
+    data = table()
+    if place in ("one.parquet", "*.parquet"):
+        data.to_parquet(tmp_path / "one.parquet")
+    elif place == "one.arrow":
+        with pa.OSFile(str(tmp_path / place), "wb") as out, pa.ipc.new_stream(out, data.data.schema) as writer:
+            writer.write_table(data.data.table)
+    elif place == "file.arrow":
+        with pa.OSFile(str(tmp_path / place), "wb") as out, pa.ipc.new_file(out, data.data.schema) as writer:
+            writer.write_table(data.data.table)
+    elif place == "one.jsonl":
+        picture().save(tmp_path / "red.png")
+        lines = [json.dumps({"image": "red.png", "caption": f"é{i}"}) for i in range(3)]
+        (tmp_path / place).write_text("\n".join(lines))
+    elif place == "folder":
+        (tmp_path / place).mkdir()
+        data.to_parquet(tmp_path / place / "train-00000.parquet")
+        table(1).to_parquet(tmp_path / place / "test-00000.parquet")
+    elif place == "saved":
+        data.save_to_disk(tmp_path / place)
+    else:
+        datasets.DatasetDict({"train": data, "test": table(1)}).save_to_disk(tmp_path / place)
+    source = HFDataset(tmp_path / place, images=tmp_path)
+    assert texts(source) == [["<image>", f"é{i}"] for i in range(3)]
+    assert colors(source, 2) == [RED]
+    if place in ("folder", "dict"):
+        assert len(HFDataset(tmp_path / place, split="test")) == 1
+    if place in ("folder", "one.parquet"):
+        assert len(HFDataset(tmp_path / place, split="train[:2]")) == 2
+    if place == "one.parquet":
+        assert len(HFDataset(tmp_path / place, split="validation")) == 3
+
+
+def test_a_folder_of_pictures_with_captions(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name, color in (("red", RED), ("blue", BLUE)):
+        picture(color).save(tmp_path / "pictures" / f"{name}.png")
+    lines = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in ("red", "blue")]
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    source = HFDataset(tmp_path / "pictures")
+    found = {source[i].turns[1].text: colors(source, i) for i in range(2)}
+    assert found == {"red": [RED], "blue": [BLUE]}
+
+
+@pytest.mark.parametrize("place", ["parquet", "saved"])
+def test_workers_and_copies_read_the_same(tmp_path, place):
+    data = table(40)
+    if place == "parquet":
+        data.to_parquet(tmp_path / "data.parquet")
+    else:
+        data.save_to_disk(tmp_path / "data.parquet")
+    source = HFDataset(tmp_path / "data.parquet")
+    source[1]
+    loader = DataLoader(source, sampler=list(range(40)) * 3, batch_size=None, num_workers=2)
+    assert [conversation.turns[1].text for conversation in loader] == [f"é{i}" for i in range(40)] * 3
+    assert texts(pickle.loads(pickle.dumps(source))) == texts(source)
+
+
+def test_indices_beyond_the_end_are_errors(tmp_path):
+    source = HFDataset(save(tmp_path, {"caption": ["x"], "image": [encoded()]}))
+    for index in (1, -1):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("absent.parquet", None, r"absent\.parquet does not exist"),
+        ("absent/folder/data", None, "data does not exist"),
+        ("*.parquet", None, r"\*\.parquet does not exist"),
+        ("broken.parquet", b"no parquet", r"broken\.parquet cannot be loaded: "),
+        ("empty.parquet", b"", r"empty\.parquet cannot be loaded: "),
+        ("broken.arrow", b"no arrow", r"broken\.arrow cannot be loaded: "),
+        ("broken.jsonl", b'{"a": ', r"broken\.jsonl cannot be loaded: "),
+        ("data.csv", b"a,b", r"data\.csv cannot be loaded: expected files of one kind, \.parquet"),
+    ],
+)
+def test_what_cannot_be_loaded_is_an_error_in_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        HFDataset(tmp_path / name)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["nobody/no-such-data", "no-such-data"])
+def test_an_unknown_or_unreachable_id_is_an_error_in_one_line(path):
+    with pytest.raises(ValueError, match=f"^data set {path} cannot be loaded: ") as error:
+        HFDataset(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_data_or_with_a_script_is_an_error(tmp_path):
+    (tmp_path / "code").mkdir()
+    with pytest.raises(ValueError, match="code cannot be loaded"):
+        HFDataset(tmp_path / "code")
+    (tmp_path / "code" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="code cannot be loaded"):
+        HFDataset(tmp_path / "code")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_of_two_kinds_are_an_error(tmp_path):
+    table().to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "data.jsonl").write_text('{"caption": "x"}')
+    with pytest.raises(ValueError, match="expected files of one kind"):
+        HFDataset(tmp_path / "data.*")
+
+
+def test_an_unknown_split_is_an_error(tmp_path):
+    datasets.DatasetDict({"train": table(), "test": table(1)}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(ValueError, match="there is no split 'validation'; it has train, test"):
+        HFDataset(tmp_path / "dict", split="validation")
+    (tmp_path / "folder").mkdir()
+    table().to_parquet(tmp_path / "folder" / "train.parquet")
+    with pytest.raises(ValueError, match=r"folder cannot be loaded: .*validation"):
+        HFDataset(tmp_path / "folder", split="validation")
+
+
+def test_a_data_set_without_records_is_an_error(tmp_path):
+    table().select([]).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match=r"data\.parquet (is empty: no records|cannot be loaded: .*no data)"):
+        HFDataset(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match=r"data (is empty: no records|cannot be loaded)"):
+        HFDataset(save(tmp_path, {"caption": [], "image": []}))
+
+
+# columns
+
+
+@pytest.mark.parametrize(
+    "given, present, expected",
+    [
+        ({}, ["id", "image", "conversations"], {"messages": "conversations", "image": "image", "id": "id"}),
+        ({}, ["images", "texts", "x"], {"messages": "texts", "image": "images"}),
+        ({}, ["question", "answer", "answers", "jpg"], {"question": "question", "answer": "answer", "image": "jpg"}),
+        ({}, ["text"], {"caption": "text"}),
+        ({"question": "query", "answer": None}, ["query", "answer"], {"question": "query", "answer": "answer"}),
+        ({"caption": "text"}, ["text", "question", "answer", "messages"], {"caption": "text"}),
+        (
+            {"messages": "m", "image": "i", "id": "n"},
+            ["m", "i", "n", "image"],
+            {"messages": "m", "image": "i", "id": "n"},
+        ),
+        ({"messages": "messages"}, ["messages", "conversations"], {"messages": "messages"}),
+    ],
+)
+def test_columns_are_found_by_their_names_or_as_told(given, present, expected):
+    assert choose_columns(given, present, "data") == expected
+
+
+@pytest.mark.parametrize(
+    "given, present, message",
+    [
+        ({}, ["a", "b"], "cannot tell which columns of data hold the words; it has a, b: set columns.messages=…, or"),
+        ({}, ["question"], "cannot tell which columns"),
+        ({}, ["Messages"], "cannot tell which columns"),
+        ({}, ["messages", "conversations"], "cannot tell which columns"),
+        ({}, ["caption", "text"], "cannot tell which columns"),
+        ({}, ["caption", "question", "answer"], "cannot tell which columns"),
+        ({"question": "q"}, ["q", "reply"], "cannot tell which columns"),
+        ({"question": "q", "caption": "c"}, ["q", "c", "answer"], "cannot tell which columns"),
+        (
+            {},
+            ["caption", "image", "jpg"],
+            "which column of data holds the pictures; set columns.image to one of image, jpg",
+        ),
+        ({"caption": "x"}, ["caption"], "columns.caption=x: data has the columns caption"),
+        ({"captoin": "caption"}, ["caption"], "columns.captoin: expected one of messages, .* Did you mean 'caption'"),
+    ],
+)
+def test_columns_that_are_not_clear_are_an_error(given, present, message):
+    with pytest.raises(ValueError, match=message):
+        choose_columns(given, present, "data")
+
+
+@pytest.mark.parametrize("role", ["caption", "answer"])
+def test_a_column_of_numbers_is_no_column_of_words(tmp_path, role):
+    path = save(tmp_path, {role: [3], "question": ["q"]} if role == "answer" else {role: [3]})
+    with pytest.raises(ValueError, match=rf"columns\.{role}={role} of .*data must hold texts, got .*int64"):
+        HFDataset(path)
+
+
+# broken records
+
+
+BROKEN = {
+    "no messages": ({"messages": [talk("q", "a"), None]}, "'messages' must be a list that is not empty, got None"),
+    "empty messages": ({"messages": [talk("q", "a"), []]}, "'messages' must be a list that is not empty"),
+    "a text": ({"messages": ["q", "q"]}, "'messages' must be a list that is not empty, got 'q'"),
+    "texts": ({"messages": [["q"], ["q"]]}, "a turn must be an object"),
+    "an unknown speaker": ({"messages": [[{"from": "bot", "value": "x"}]] * 2}, "'from' must be one of human"),
+    "no value": ({"messages": [[{"from": "human", "value": None}]] * 2}, "a turn must be an object"),
+    "an unknown role": ({"messages": [[{"role": "tool", "content": "x"}]] * 2}, "'role' must be one of human"),
+    "no content": ({"messages": [[{"role": "user", "content": None}]] * 2}, "'content' must be a list"),
+    "an unknown item": (
+        {"messages": [[{"role": "user", "content": [{"type": "video"}]}]] * 2},
+        "must be of type text or image",
+    ),
+    "a null pair": ({"texts": [[{"user": "q", "assistant": None}]] * 2}, "the answer must be a text, got None"),
+    "no question": ({"question": ["q", None], "answer": ["a", "b"]}, "the question must be a text, got None"),
+    "no caption": ({"caption": ["x", None], "image": [encoded()] * 2}, "the caption must be a text, got None"),
+    "a caption alone": ({"caption": ["x", "y"], "image": [encoded(), None]}, "a caption without a picture"),
+    "a picture of another type": (
+        {"caption": ["x", "y"], "image": [3, 4]},
+        "image 0 of column 'image' must be bytes or a path, got 4",
+    ),
+    "a picture that is null": (
+        {"caption": ["x", "y"], "image": [[encoded()], [None]]},
+        "must be bytes or a path, got None",
+    ),
+    "a picture of nothing": (
+        {"caption": ["x", "y"], "image": [{"bytes": None, "path": None}, {"bytes": None, "path": ""}]},
+        "must be bytes or a path",
+    ),
+}
+
+
+@pytest.mark.parametrize("columns, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_record_is_named(tmp_path, columns, message):
+    source = HFDataset(save(tmp_path, {**columns, "id": ["x", "y"]}))
+    with pytest.raises(BadSample, match=rf"^data record 1 \(id y\): .*{message}"):
+        source[1]

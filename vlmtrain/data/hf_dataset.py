@@ -1,0 +1,216 @@
+"""Data sets of the Hugging Face library: saved folders, Parquet, Arrow and JSON files, and ids on its hub."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import first_line, nearest
+from .fields import (
+    answer_turns,
+    caption_turns,
+    filled_list,
+    llava_turns,
+    pictures_in_front,
+    record_name,
+    role_of,
+    shown,
+)
+from .images import EncodedImage, ImageInMemory, PictureFolder
+from .records import IMAGE_MARK, BadSample, Conversation, Turn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = {
+    "messages": ("messages", "conversations", "texts"),
+    "question": ("question",),
+    "answer": ("answer",),
+    "caption": ("caption", "text"),
+    "image": ("image", "images", "jpg", "png"),
+    "id": ("id",),
+}
+"""What a column can be for, and the names by which one is recognised."""
+FORMS = (("messages",), ("question", "answer"), ("caption",))
+"""The ways in which a record's words can be given; a data set has one of them."""
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+
+
+class HFDataset:
+    """A split of a data set as a sequence of conversations; memory-mapped, and read a row at a time.
+
+    path: a folder made by ``save_to_disk``, a folder or glob of .parquet, .arrow or .json files, one such file,
+    or an id on the hub. split: of a data set that has several. name: the configuration, where there are several.
+    columns: what is in which column, e.g. ``{"question": "query", "answer": "label", "image": "img"}``; what is
+    not given is told by its name (`COLUMNS`).
+    images: the folder that picture paths start from (default: `path`, if it is a folder); outside: whether they
+    may lead out of it.
+
+    messages are ``{"from", "value"}``, ``{"role", "content"}`` with a text or typed items, or
+    ``{"user", "assistant"}``. Pictures are encoded bytes, paths or both, one or a list. Where there are no
+    places for marks (questions, captions, user/assistant pairs), pictures stand in front.
+
+    Raises ValueError if the data set cannot be loaded or its columns are not clear; a broken record raises
+    BadSample when it is asked for.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        name: str | None = None,
+        columns: Mapping[str, str | None] | None = None,
+        images: str | Path | None = None,
+        outside: bool = False,
+    ):
+        self.name = Path(path).name
+        data = _load(os.fspath(path), split, name)
+        if not len(data):
+            raise ValueError(f"data set {path} is empty: no records")
+        self.columns = choose_columns(columns or {}, data.column_names, str(path))
+        for role in ("question", "answer", "caption"):
+            kind = data.features[self.columns[role]] if role in self.columns else None
+            if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
+                raise ValueError(f"columns.{role}={self.columns[role]} of {path} must hold texts, got {kind}")
+        self.images = PictureFolder(path if images is None and os.path.isdir(path) else images, outside)
+        # as Arrow has it: nothing but the row asked for is read, and pictures stay encoded
+        self.rows = data.select_columns(sorted(set(self.columns.values()))).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        (row,) = self.rows[index].to_pylist()
+        record = {role: row[column] for role, column in self.columns.items()}
+        name = record_name(f"{self.name} record {index}", record.get("id"))
+        images = self._pictures(record.get("image"), name)
+        return Conversation(name, self._turns(record, len(images), name), images)
+
+    def _turns(self, record: dict, pictures: int, name: str) -> tuple[Turn, ...]:
+        if "caption" in record:
+            return caption_turns(record["caption"], pictures, name)
+        if "question" in record:
+            return pictures_in_front(answer_turns(record["question"], record["answer"], name), pictures)
+        key, messages = self.columns["messages"], _rows(record["messages"])
+        keys = filled_list(messages, key, name)[0]
+        if isinstance(keys, dict) and {"user", "assistant"} <= keys.keys():
+            pairs = [answer_turns(pair["user"], pair["assistant"], name) for pair in messages]
+            return pictures_in_front(tuple(turn for pair in pairs for turn in pair), pictures)
+        if isinstance(keys, dict) and {"role", "content"} <= keys.keys():
+            return tuple(
+                Turn(role_of(message["role"], "role", name), _content(message["content"], name)) for message in messages
+            )
+        return llava_turns(messages, key, name)
+
+    def _pictures(self, value: object, name: str) -> tuple[EncodedImage, ...]:
+        if value is None or value == "":
+            return ()
+        values = value if isinstance(value, list) else [value]
+        return tuple(
+            self._picture(one, f"{i} of column '{self.columns['image']}'", name) for i, one in enumerate(values)
+        )
+
+    def _picture(self, value: object, label: str, name: str) -> EncodedImage:
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
+        if isinstance(data, bytes):
+            return ImageInMemory(data, label)
+        if isinstance(path, str) and path:
+            return self.images.picture(path, name)
+        raise BadSample(f"{name}: image {label} must be bytes or a path, got {shown(value)}")
+
+
+def choose_columns(given: Mapping[str, str | None], present: list[str], path: str) -> dict[str, str]:
+    """The column of each role in use. Raises ValueError, saying which keys to set, unless that is clear."""
+    chosen = {role: column for role, column in given.items() if column is not None}
+    for role, column in chosen.items():
+        if role not in COLUMNS:
+            raise ValueError(f"columns.{role}: expected one of {', '.join(COLUMNS)}.{nearest(role, COLUMNS)}")
+        if column not in present:
+            raise ValueError(f"columns.{role}={column}: {path} has the columns {', '.join(present)}")
+    known = {
+        role: [chosen[role]] if role in chosen else [c for c in names if c in present]
+        for role, names in COLUMNS.items()
+    }
+    named = [form for form in FORMS if any(role in chosen for role in form)]
+    forms = named or [form for form in FORMS if all(known[role] for role in form)]
+    if len(forms) != 1 or any(len(known[role]) != 1 for role in forms[0]):
+        raise ValueError(
+            f"cannot tell which columns of {path} hold the words; it has {', '.join(present)}: set "
+            "columns.messages=…, or columns.question=… and columns.answer=…, or columns.caption=…"
+        )
+    if len(known["image"]) > 1:
+        raise ValueError(
+            f"cannot tell which column of {path} holds the pictures; set columns.image to one of "
+            f"{', '.join(known['image'])}"
+        )
+    return {role: known[role][0] for role in (*forms[0], "image", "id") if known[role]}
+
+
+def _rows(messages: object) -> object:
+    """Messages as a list of objects, also where the data set keeps them as an object of lists."""
+    if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
+        return [dict(zip(messages, row)) for row in zip(*messages.values())]
+    return messages
+
+
+def _content(content: object, name: str) -> str:
+    """A message's text, with marks where its typed items are pictures."""
+    if isinstance(content, str):
+        return content
+    parts = []
+    for item in filled_list(content, "content", name):
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "image":
+            parts.append(IMAGE_MARK)
+        elif kind == "text" and isinstance(item.get("text"), str):
+            parts.append(item["text"])
+        else:
+            raise BadSample(f"{name}: an item of 'content' must be of type text or image, got {shown(item)}")
+    return "".join(parts)
+
+
+def _load(path: str, split: str, name: str | None) -> Dataset:
+    import datasets
+
+    try:
+        if os.path.isdir(path):
+            if not any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+                return datasets.load_dataset(path, name, split=split)
+            data = datasets.load_from_disk(path)
+            if isinstance(data, datasets.DatasetDict) and split not in data:
+                raise ValueError(f"there is no split '{split}'; it has {', '.join(data)}")
+            return data[split] if isinstance(data, datasets.DatasetDict) else data
+        files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        if files:
+            return _load_files(files, split)
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and Path(path).suffix not in _BUILDERS:
+            return datasets.load_dataset(path, name, split=split)
+    except Exception as error:  # the library, the network and broken files can fail in any way
+        reason = first_line(error)
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            reason = first_line(error.__cause__)
+        raise ValueError(f"data set {path} cannot be loaded: {reason}") from None
+    raise ValueError(f"data set {path} does not exist")
+
+
+def _load_files(files: list[str], split: str) -> Dataset:
+    import datasets
+    from pyarrow import ArrowInvalid
+
+    builders = {_BUILDERS.get(Path(file).suffix.lower()) for file in files}
+    if len(builders) > 1 or None in builders:
+        raise ValueError(f"expected files of one kind, {', '.join(_BUILDERS)}; got {', '.join(files[:4])}")
+    (builder,) = builders
+    if builder == "arrow":
+        try:
+            return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+        except ArrowInvalid:
+            pass  # Arrow's file format, not its stream format: that is converted below
+    base = re.match(r"\w*", split).group() or "train"
+    return datasets.load_dataset(builder, data_files={base: files}, split=split)
