@@ -23,7 +23,7 @@ MAX_RECORD = 256 * 2**20
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_SPACES = np.frombuffer(b" \t\n\r", np.uint8)
+_SPACES = np.frombuffer(b" \t\r", np.uint8)
 
 
 class IndexedJson:
@@ -67,18 +67,27 @@ class IndexedJson:
         return parse_json(data, where)
 
     def _index_lines(self) -> Index:
-        size = self.file.stat().st_size
-        if size == 0:
-            return {"starts": np.zeros(0, np.int64), "ends": np.zeros(0, np.int64)}
-        data = np.memmap(self.file, np.uint8, "r")
-        first = len(_BOM) if bytes(data[: len(_BOM)]) == _BOM else 0
-        breaks = [np.flatnonzero(data[at : at + CHUNK] == ord("\n")) + at for at in range(0, size, CHUNK)]
-        ends = np.concatenate([*breaks, [size]]).astype(np.int64)
-        starts = np.concatenate([[first], ends[:-1] + 1]).astype(np.int64)
+        starts, ends, firsts, position, at_start = [], [], [], 0, True
+        with open(self.file, "rb") as file:
+            if file.read(len(_BOM)) == _BOM:
+                position = len(_BOM)
+            file.seek(position)
+            while chunk := file.read(CHUNK):
+                data = np.frombuffer(chunk, np.uint8)
+                breaks = np.flatnonzero(data == ord("\n"))
+                begins = np.concatenate([[0] if at_start else [], breaks + 1]).astype(np.int64)
+                at_start = len(begins) > 0 and begins[-1] == len(data)
+                begins = begins[: len(begins) - at_start]
+                starts.append(begins + position)
+                firsts.append(data[begins])
+                ends.append(breaks + position)
+                position += len(chunk)
+        starts, ends, firsts = (np.concatenate(parts or [np.zeros(0, np.int64)]) for parts in (starts, ends, firsts))
+        if len(ends) < len(starts):
+            ends = np.append(ends, position)
         filled = starts < ends
-        unsure = filled & np.isin(data[np.minimum(starts, size - 1)], _SPACES)
-        for line in np.flatnonzero(unsure):
-            filled[line] = bool(bytes(data[starts[line] : ends[line]]).strip(_SPACES.tobytes()))
+        for line in np.flatnonzero(filled & np.isin(firsts, _SPACES)):
+            filled[line] = bool(read_span(self.file, starts[line], ends[line] - starts[line]).strip(b" \t\r"))
         return {"starts": starts[filled], "ends": ends[filled], "lines": np.flatnonzero(filled) + 1}
 
     def _index_array(self) -> Index:
