@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -52,7 +53,15 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="read a recipe's data as training would, and list what is wrong")
     check.add_argument("overrides", nargs="*", metavar="key=value", help="the line that training would get")
-    check.add_argument("--workers", type=int, default=1, help="processes that read (default: 1)")
+    check.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that read (default: one a core)"
+    )
+    check.add_argument(
+        "--clean-list",
+        type=Path,
+        metavar="FILE",
+        help="write which records are bad; data.clean_list=FILE trains without",
+    )
     check.set_defaults(command=_check)
 
     evaluate = commands.add_parser("evaluate", help="score a model's answers on held-out conversations")
@@ -97,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from .data.checking import check_data, show_targets
+    from .data.checking import check_data, show_targets, write_clean_list
+    from .data.loader import build_plan
     from .data.sources import build_source
     from .objectives import OBJECTIVES
     from .settings import compose
@@ -105,21 +115,35 @@ def _check(options: argparse.Namespace) -> None:
 
     settings = compose(options.overrides)
     tokenizer = build_tokenizer(settings)
-    results, shown = {}, {}
+    results, by_split = {}, {}
     for name, stage in settings.stages.items():
         if settings.stage not in (None, name):
             continue
         parts = build_skeleton(settings, name, tokenizer)
         processor = build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
-        source = build_source(settings.data, stage.data, picture_size(parts), settings.seed)
-        report = check_data(source, processor, options.workers, sys.stderr.isatty())
-        results[name] = {"data": stage.data, **asdict(report)}
-        shown[name] = _first_samples(source, processor, show_targets)
+        mixture = build_source(settings.data, stage.data, picture_size(parts), settings.seed)
+        reports = check_data(mixture, processor, options.workers, sys.stderr.isatty())
+        for source, report in reports.items():
+            by_split.setdefault(stage.data, {}).setdefault(source, report).add_bad(report)
+        good = sum(report.samples for report in reports.values())
+        tokens = sum(report.tokens for report in reports.values())
+        steps = 0
+        if good:
+            plan = build_plan(mixture, processor, stage, name, world_size=1)
+            steps = stage.max_steps or plan.steps_per_epoch * stage.epochs
+        results[name] = {
+            "data": stage.data,
+            "sources": {source: asdict(report) for source, report in reports.items()},
+            "problems": [problem for report in reports.values() for problem in report.problems],
+            "steps": steps,
+            "tokens_trained_on": round(steps * stage.batch_size * tokens / good) if good else 0,
+        }
+        if not options.json:
+            _print_check(name, results[name], _first_samples(mixture, processor, show_targets))
     if options.json:
         print(json.dumps(results, indent=2))
-    else:
-        for name, result in results.items():
-            _print_check(name, result, shown[name])
+    if options.clean_list:
+        write_clean_list(options.clean_list, by_split)
     if any(result["problems"] for result in results.values()):
         raise SystemExit(1)
 
@@ -139,26 +163,38 @@ def _first_samples(source, processor, show_targets) -> list[str]:
 
 
 def _print_check(name: str, result: dict, samples: list[str]) -> None:
-    print(f"stage {name} (data.{result['data']})")
-    _print_table(
-        [
-            ("records", f"{result['records']:,}"),
-            ("samples", f"{result['samples']:,} ({result['text_only']:,} text-only)"),
-            ("pictures", f"{result['images']:,}"),
-            ("answers", f"{result['answers']:,}"),
-            ("tokens", f"{result['tokens']:,} ({result['image_tokens']:,} of pictures, "
-                       f"{result['target_tokens']:,} trained)"),
-            ("length", ", ".join(f"{key} {value:g}" for key, value in result["length"].items()) or "-"),
-            ("problems", f"{len(result['problems']):,}"),
-        ]
-    )  # fmt: skip
-    for problem in result["problems"][:MAX_PROBLEMS]:
-        print(f"    {problem}")
-    if len(result["problems"]) > MAX_PROBLEMS:
-        print(f"    and {len(result['problems']) - MAX_PROBLEMS:,} more: --json lists all")
+    from .data.checking import text_histogram
+
+    print(f"stage {name} (data.{result['data']}): about {result['steps']:,} steps, "
+          f"{result['tokens_trained_on']:,} tokens")  # fmt: skip
+    for source, report in result["sources"].items():
+        print(f"  {source}")
+        _print_table(
+            [
+                ("  records", f"{report['records']:,}"),
+                ("  samples", f"{report['samples']:,} ({report['text_only']:,} text-only, "
+                              f"{report['duplicates']:,} duplicates)"),
+                ("  pictures", f"{report['images']:,}"),
+                ("  answers", f"{report['answers']:,}"),
+                ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of pictures, "
+                             f"{report['target_tokens']:,} trained)"),
+                ("  problems", f"{len(report['problems']):,}"),
+            ]
+        )  # fmt: skip
+        for title, key in (("tokens a sample", "length"), ("tokens of its pictures", "image_tokens_each")):
+            if report[key]:
+                spread = ", ".join(f"{which} {value:g}" for which, value in report[key].items())
+                print(f"    {title}: {spread}")
+                bins = report["length_histogram" if key == "length" else "image_tokens_histogram"]
+                for line in text_histogram(bins) if len(bins) > 1 else ():
+                    print(f"      {line}")
+        for problem in report["problems"][:MAX_PROBLEMS]:
+            print(f"    {problem}")
+        if len(report["problems"]) > MAX_PROBLEMS:
+            print(f"    and {len(report['problems']) - MAX_PROBLEMS:,} more: --json lists all")
     for text in samples:
         print("  ---\n  " + text.rstrip().replace("\n", "\n  "))
-    print()
+    print(flush=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .mixture import Mixture
 from .processor import Processor
 from .records import BadSample
 from .rendering import Rendered
-from .sources import Source
 
 CHUNK = 64
+BINS = 8
 
 
 class Reading(NamedTuple):
-    """What one record came to: its problem, or its counts."""
+    """What one record came to: its problem, or its counts. `content` is equal for equal samples."""
 
     index: int
     problem: str | None
@@ -27,12 +32,17 @@ class Reading(NamedTuple):
     images: int = 0
     image_tokens: int = 0
     target_tokens: int = 0
-    turns: int = 0
+    answers: int = 0
+    content: bytes = b""
 
 
 @dataclass
-class DataReport:
-    """Totals over a source, and every problem found."""
+class SourceReport:
+    """Totals over a source, how its lengths are spread, and every problem found.
+
+    length, image_tokens_each: shortest, median and longest; histograms: (from, to, samples); duplicates: samples
+    whose words and pictures an earlier one has; bad_records: numbers of the records with problems.
+    """
 
     records: int = 0
     samples: int = 0
@@ -42,64 +52,125 @@ class DataReport:
     tokens: int = 0
     image_tokens: int = 0
     target_tokens: int = 0
+    duplicates: int = 0
     length: dict[str, float] = field(default_factory=dict)
+    length_histogram: list[tuple[int, int, int]] = field(default_factory=list)
+    image_tokens_each: dict[str, float] = field(default_factory=dict)
+    image_tokens_histogram: list[tuple[int, int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    bad_records: list[int] = field(default_factory=list)
+
+    def add_bad(self, other: SourceReport) -> None:
+        """Count as bad what another stage finds bad in the same source."""
+        self.bad_records = sorted({*self.bad_records, *other.bad_records})
 
 
 class _Readings(Dataset):
-    def __init__(self, source: Source, processor: Processor):
-        self.source, self.processor = source, processor
+    def __init__(self, mixture: Mixture, processor: Processor):
+        self.mixture, self.processor = mixture, processor
 
     def __len__(self) -> int:
-        return -(-len(self.source) // CHUNK)
+        return -(-len(self.mixture) // CHUNK)
 
     def __getitem__(self, chunk: int) -> list[Reading]:
-        end = min((chunk + 1) * CHUNK, len(self.source))
+        end = min((chunk + 1) * CHUNK, len(self.mixture))
         return [self._read(index) for index in range(chunk * CHUNK, end)]
 
     def _read(self, index: int) -> Reading:
+        content = hashlib.blake2b(digest_size=16)
         try:
-            sample = self.processor(self.source[index])
+            conversation = self.mixture[index]
+            tokens = self.processor.render(conversation)
+            for picture in self.processor.decode(conversation):
+                content.update(picture.tobytes())
         except BadSample as error:
             return Reading(index, str(error))
-        tokens = sample.tokens
+        content.update(tokens.input_ids.numpy())
         return Reading(
             index,
             None,
             len(tokens),
-            len(sample.images) if sample.images.ndim == 4 else 0,
+            len(conversation.images),
             int((tokens.image_index >= 0).sum()),
             int((tokens.weights > 0).sum()),
             len(tokens.answers),
+            content.digest(),
         )
 
 
-def check_data(source: Source, processor: Processor, workers: int, show_progress: bool) -> DataReport:
-    """Render every record, decoding its pictures, with `workers` processes beside this one (0: none)."""
-    report, lengths = DataReport(records=len(source)), []
-    for reading in _read_all(source, processor, workers, show_progress):
+def check_data(mixture: Mixture, processor: Processor, workers: int, show_progress: bool) -> dict[str, SourceReport]:
+    """Render every record and decode its pictures, with `workers` processes beside this one (0: none)."""
+    reports = {name: SourceReport(records=len(source)) for name, source in mixture.sources.items()}
+    names, starts = list(reports), [0]
+    for report in reports.values():
+        starts.append(starts[-1] + report.records)
+    lengths: dict[str, Counter] = {name: Counter() for name in names}
+    image_tokens: dict[str, Counter] = {name: Counter() for name in names}
+    seen: set[bytes] = set()
+    for reading in _read_all(mixture, processor, workers, show_progress):
+        number = mixture.source_number(reading.index)
+        name, report = names[number], reports[names[number]]
         if reading.problem is not None:
             report.problems.append(reading.problem)
+            report.bad_records.append(reading.index - starts[number])
             continue
-        lengths.append(reading.length)
         report.samples += 1
         report.images += reading.images
         report.text_only += reading.images == 0
-        report.answers += reading.turns
+        report.answers += reading.answers
         report.tokens += reading.length
         report.image_tokens += reading.image_tokens
         report.target_tokens += reading.target_tokens
-    if lengths:
-        report.length = {"shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths)}
-    return report
+        report.duplicates += reading.content in seen
+        seen.add(reading.content)
+        lengths[name][reading.length] += 1
+        if reading.images:
+            image_tokens[name][reading.image_tokens] += 1
+    for name, report in reports.items():
+        report.length, report.length_histogram = _spread(lengths[name])
+        report.image_tokens_each, report.image_tokens_histogram = _spread(image_tokens[name])
+    return reports
 
 
-def _read_all(source: Source, processor: Processor, workers: int, show_progress: bool) -> Iterator[Reading]:
-    loader = DataLoader(_Readings(source, processor), batch_size=None, num_workers=workers)
-    with tqdm(total=len(source), unit="record", disable=not show_progress, leave=False) as bar:
+def _read_all(mixture: Mixture, processor: Processor, workers: int, show_progress: bool) -> Iterator[Reading]:
+    loader = DataLoader(_Readings(mixture, processor), batch_size=None, num_workers=workers)
+    with tqdm(total=len(mixture), unit="record", disable=not show_progress, leave=False) as bar:
         for readings in loader:
             bar.update(len(readings))
             yield from readings
+
+
+def _spread(counts: Counter) -> tuple[dict[str, float], list[tuple[int, int, int]]]:
+    """Shortest, median and longest of counted values, and a histogram of equal bins."""
+    if not counts:
+        return {}, []
+    low, high = min(counts), max(counts)
+    width = max(1, -(-(high - low + 1) // BINS))
+    bins = Counter()
+    for value, count in counts.items():
+        bins[(value - low) // width] += count
+    histogram = [(low + i * width, low + (i + 1) * width - 1, bins[i]) for i in range((high - low) // width + 1)]
+    median = statistics.median(counts.elements())
+    return {"shortest": low, "median": median, "longest": high}, histogram
+
+
+def text_histogram(histogram: Sequence[tuple[int, int, int]], width: int = 30) -> list[str]:
+    """Lines of a histogram: the range, a bar, and the count."""
+    most = max((count for *_, count in histogram), default=0)
+    digits = max((len(str(high)) for _, high, _ in histogram), default=0)
+    return [
+        f"{low:>{digits}}-{high:<{digits}} {'█' * max(round(width * count / most), count > 0):<{width}} {count:,}"
+        for low, high, count in histogram
+    ]
+
+
+def write_clean_list(file: Path, checked: Mapping[str, Mapping[str, SourceReport]]) -> None:
+    """Write which records of each split's sources training should leave out, for the key ``data.clean_list``."""
+    splits = {
+        split: {name: {"records": r.records, "bad": r.bad_records} for name, r in reports.items()}
+        for split, reports in checked.items()
+    }
+    file.write_text(json.dumps(splits) + "\n")
 
 
 def show_targets(tokens: Rendered, processor: Processor, color: bool) -> str:

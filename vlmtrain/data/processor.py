@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .images import FITS, fit_image, to_tensor
@@ -33,6 +35,9 @@ class Batch(NamedTuple):
     input_ids ``(B, T)``; targets ``(B, T)``, -100 where none; weights ``(B, T)`` float32;
     images ``(N, 3, H, W)``, a stand-in where the batch has no picture, None without a geometry; is_image ``(B, T)``
     bool, or None for a batch without pictures; lengths ``(B,)``.
+
+    A packed batch has one row of several samples: positions ``(1, T)``, from 0 in each; boundaries ``(S + 1,)``
+    int32, where each of its S samples starts, and the row's end. Both are None otherwise.
     """
 
     input_ids: Tensor
@@ -41,6 +46,8 @@ class Batch(NamedTuple):
     images: Tensor | None
     is_image: Tensor | None
     lengths: Tensor
+    positions: Tensor | None = None
+    boundaries: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         moved = [t if t is None else t.to(device, non_blocking=True) for t in self]
@@ -84,18 +91,25 @@ class Processor:
         self.tokenizer = tokenizer
         self.geometry = geometry
         self.fallback = fallback
+        self.max_length = max_length
         self.renderer = Renderer(tokenizer, template, max_length, fallback)
         self.filler = self.renderer.filler
 
     def __call__(self, conversation: Conversation) -> Sample:
-        """Render a conversation for training. Raises BadSample, naming it."""
-        tokens = self.renderer.render(conversation, self._token_counts(conversation))
+        """A conversation as training sees it. Raises BadSample, naming it."""
+        return self.load(conversation, self.render(conversation))
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The tokens alone; no picture is decoded. Raises BadSample, naming the conversation."""
+        return self.renderer.render(conversation, self._token_counts(conversation))
+
+    def load(self, conversation: Conversation, tokens: Rendered) -> Sample:
+        """Rendered tokens with the conversation's pictures. Raises BadSample, naming it."""
         return Sample(conversation.id, tokens, self._pictures(conversation))
 
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the answer asked for."""
-        tokens = self.renderer.prompt(conversation, self._token_counts(conversation))
-        return Sample(conversation.id, tokens, self._pictures(conversation))
+        return self.load(conversation, self.renderer.prompt(conversation, self._token_counts(conversation)))
 
     def _token_counts(self, conversation: Conversation) -> list[int]:
         if conversation.images and self.geometry is None:
@@ -106,14 +120,17 @@ class Processor:
         geometry = self.geometry
         if geometry is None:
             return torch.empty(0)
-        pictures = []
-        for source in conversation.images:
-            try:
-                picture = fit_image(source.load(), geometry.size, geometry.fit, geometry.mean)
-            except BadSample as error:
-                raise BadSample(f"{conversation.id}: {error}") from None
-            pictures.append(to_tensor(picture, geometry.mean, geometry.std))
+        fitted = [fit_image(p, geometry.size, geometry.fit, geometry.mean) for p in self.decode(conversation)]
+        pictures = [to_tensor(picture, geometry.mean, geometry.std) for picture in fitted]
         return torch.stack(pictures) if pictures else torch.empty(0, 3, *geometry.size)
+
+    @staticmethod
+    def decode(conversation: Conversation) -> list[Image.Image]:
+        """A conversation's pictures as they are. Raises BadSample, naming it, for one that is missing or broken."""
+        try:
+            return [source.load() for source in conversation.images]
+        except BadSample as error:
+            raise BadSample(f"{conversation.id}: {error}") from None
 
     def collate(self, samples: list[Sample], rows: int = 0) -> Batch:
         """Pad samples to one batch, topped up to `rows` rows of no weight.
@@ -134,6 +151,28 @@ class Processor:
             weights[row, :length] = tokens.weights
             is_image[row, :length] = tokens.image_index >= 0
             lengths[row] = length
+        return self._batch(samples, input_ids, targets, weights, is_image, lengths)
+
+    def pack(self, samples: list[Sample]) -> Batch:
+        """Samples behind one another in a single row; a row of one position and no weight if there are none."""
+        if not samples:
+            return self.collate([], rows=1)
+        tokens = [sample.tokens for sample in samples]
+        lengths = torch.tensor([len(t) for t in tokens])
+        ends = lengths.cumsum(0)
+        starts = torch.repeat_interleave(ends - lengths, lengths)
+        batch = self._batch(
+            samples,
+            input_ids=torch.cat([t.input_ids for t in tokens])[None],
+            targets=torch.cat([t.targets for t in tokens])[None],
+            weights=torch.cat([t.weights for t in tokens])[None],
+            is_image=torch.cat([t.image_index >= 0 for t in tokens])[None],
+            lengths=ends[-1:],
+        )
+        positions = (torch.arange(int(ends[-1])) - starts)[None]
+        return batch._replace(positions=positions, boundaries=F.pad(ends, (1, 0)).int())
+
+    def _batch(self, samples: list[Sample], input_ids, targets, weights, is_image, lengths) -> Batch:
         images = torch.cat([s.images for s in samples]) if samples else torch.empty(0)
         if len(images) > 0:
             return Batch(input_ids, targets, weights, images, is_image, lengths)
@@ -147,7 +186,7 @@ class Processor:
         settings = {
             "template": self.renderer.template,
             "fallback": self.fallback,
-            "max_length": self.renderer.max_length,
+            "max_length": self.max_length,
             "geometry": asdict(self.geometry) if self.geometry else None,
         }
         (folder / "processor.json").write_text(json.dumps(settings, indent=2) + "\n")

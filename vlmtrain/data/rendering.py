@@ -92,27 +92,36 @@ class Renderer:
     def render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
         """Tokens and targets of a conversation whose pictures make `image_tokens` tokens each.
 
-        A conversation over `max_length` loses whole turns from its end; pictures are never cut.
+        A conversation over `max_length` loses whole turns from its end; pictures are never cut. Under ``plain`` the
+        question counts too, though it is not shown, so that a record's length does not hang on the template.
         Raises BadSample, naming the conversation, if nothing to learn is left or marks and pictures
         do not agree.
         """
         check_conversation(conversation)
         turns = conversation.turns
+        unseen = self._unseen(conversation)
         while True:
             rendered = self._render(replace(conversation, turns=turns), image_tokens)
-            if len(rendered) <= self.max_length:
+            if len(rendered) + unseen <= self.max_length:
                 break
             turns = turns[:-1]
             while turns and turns[-1].role != "assistant":
                 turns = turns[:-1]
             if not turns or IMAGE_MARK in "".join(t.text for t in conversation.turns[len(turns) :] if t.role == "user"):
                 raise BadSample(
-                    f"{conversation.id}: {len(rendered)} tokens ({sum(image_tokens)} of pictures) do not fit "
+                    f"{conversation.id}: {len(rendered) + unseen} tokens ({sum(image_tokens)} of pictures) do not fit "
                     f"max_length={self.max_length}"
                 )
         if not (rendered.weights > 0).any():
             raise BadSample(f"{conversation.id}: nothing to learn: no assistant words")
         return rendered
+
+    def _unseen(self, conversation: Conversation) -> int:
+        """Tokens of a question that ``plain`` leaves out."""
+        if self._chat is not None:
+            return 0
+        words = conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
+        return len(self.tokenizer(words, add_special_tokens=False).input_ids)
 
     def prompt(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
         """Tokens up to the answer that is asked for; the conversation ends with a user turn."""

@@ -1,42 +1,171 @@
-"""Where a stage's conversations come from: the `data` group's choice, by split."""
+"""Where a stage's conversations come from: the `data` group's choice, by split.
+
+A split is one source, or several by name, each with the keys that differ from the group's:
+
+    data.instruct: talks.json
+    data.instruct: {talks: talks.json, captions: {format: webdataset, path: captions/, samples: 100000}}
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 
+from ..errors import first_line, nearest
 from .images import ImageOnDisk
-from .llava import LlavaJson
-from .records import BadSample, Conversation
+from .llava import open_llava
+from .mixture import Mixture, Source, Subset
+from .records import IMAGE_MARK, BadSample, Conversation, Turn
 from .rendering import check_conversation
 from .shapes import Shapes
 
-
-class Source(Protocol):
-    """A sequence of conversations; a broken one raises BadSample when it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Conversation: ...
+LOOKED_AT = 20_000  # records of a source that are looked at before training; `vlmtrain check` reads all
 
 
-def build_source(data: Mapping, split: str, image_size: tuple[int, int], seed: int) -> Source:
-    """The conversations of a split (a key of the `data` group). Raises ValueError if it is not set.
+def build_source(data: Mapping, split: str, image_size: tuple[int, int], seed: int) -> Mixture:
+    """The conversations of a split (a key of the `data` group). Raises ValueError for what cannot work, with its key.
 
     image_size: of the encoder, ``(H, W)``, for data that is drawn to measure.
     """
     if data.get(split) is None:
         raise ValueError(f"data.{split} is not set, but a stage needs it")
-    if data["format"] == "shapes":
-        options = data[split]
-        return Shapes(options["split"], options["size"], min(image_size), seed)
-    return LlavaJson(data[split], data["images"])
+    named = data[split] if _is_mixture(data[split]) else {split: data[split]}
+    sources, wanted = {}, {}
+    for name, entry in named.items():
+        key = f"data.{split}.{name}" if named is data[split] else f"data.{split}"
+        options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+        wanted[name] = {amount: options.pop(amount) for amount in ("weight", "samples") if amount in options}
+        sources[name] = _open({**data, **options}, set(options), key, image_size, seed)
+    if data.get("clean_list") is not None:
+        sources = _without_bad(sources, Path(data["clean_list"]), split)
+    return Mixture(sources, _counts(sources, wanted, f"data.{split}"), seed)
+
+
+def _is_mixture(entry: object) -> bool:
+    """Whether a split's value names several sources; one source's own options include where it is."""
+    return isinstance(entry, Mapping) and not {"path", "size"} & set(entry)
+
+
+def _open(options: Mapping, given: set[str], key: str, image_size: tuple[int, int], seed: int) -> Source:
+    name = options["format"]
+    if name not in FORMATS:
+        raise ValueError(f"{key}: unknown format '{name}'.{nearest(name, FORMATS)} Available: {', '.join(FORMATS)}")
+    opener, needed, known = FORMATS[name]
+    allowed = {needed, "format", "prepend_missing_marks", "weight", "samples", *known}
+    strange = sorted(given - allowed)
+    if strange:
+        raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], allowed)}")
+    if options.get(needed) is None:
+        raise ValueError(f"{key}.{needed} is not set")
+    source = opener(options, image_size, seed)
+    return _WithMarks(source) if options.get("prepend_missing_marks") else source
+
+
+def _open_llava(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
+    return open_llava(options["path"], options["images"], seed, outside=options["outside_images"])
+
+
+def _open_hf(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
+    from .hf_dataset import HFDataset
+
+    columns = {role: column for role, column in options["columns"].items() if column is not None}
+    more = {"images": options["images"], "outside": options["outside_images"]}
+    return HFDataset(options["path"], options.get("split", "train"), options.get("name"), columns, **more)
+
+
+def _open_webdataset(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
+    from .webdataset import WebDataset
+
+    return WebDataset(options["path"])
+
+
+def _open_shapes(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
+    return Shapes(options["split"], options["size"], min(image_size), seed)
+
+
+Opener = Callable[[Mapping, tuple[int, int], int], Source]
+FORMATS: dict[str, tuple[Opener, str, tuple[str, ...]]] = {
+    "llava_json": (_open_llava, "path", ("images", "outside_images")),
+    "hf": (_open_hf, "path", ("images", "outside_images", "columns", "split", "name")),
+    "webdataset": (_open_webdataset, "path", ()),
+    "shapes": (_open_shapes, "size", ("split",)),
+}
+"""Name: how it is opened, the option that says where or how much it is, and its other options."""
+
+
+def _counts(sources: Mapping[str, Source], wanted: Mapping[str, Mapping], key: str) -> dict[str, int]:
+    """Records that an epoch draws of each source: all of them, `samples`, or a share by `weight` of as many in all."""
+    for name, amounts in wanted.items():
+        for amount, value in amounts.items():
+            whole = amount == "weight" or isinstance(value, int)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not whole or not value > 0:
+                number = "a whole number" if amount == "samples" else "a number"
+                raise ValueError(f"{key}.{name}.{amount}={value}: expected {number} above 0")
+    weights = {name: amounts["weight"] for name, amounts in wanted.items() if "weight" in amounts}
+    if not weights:
+        return {name: amounts.get("samples", len(sources[name])) for name, amounts in wanted.items()}
+    others = sorted(set(sources) - set(weights)) or sorted(name for name, amounts in wanted.items() if len(amounts) > 1)
+    if others:
+        raise ValueError(f"{key}.{others[0]}: sources are drawn by weight, all of them, or by samples")
+    total, everything = sum(len(source) for source in sources.values()), sum(weights.values())
+    return {name: max(1, round(total * weight / everything)) for name, weight in weights.items()}
+
+
+def _without_bad(sources: Mapping[str, Source], file: Path, split: str) -> dict[str, Source]:
+    """Sources without the records that ``vlmtrain check --clean-list`` found to be bad."""
+    try:
+        listed = json.loads(file.read_text()).get(split)
+        if listed is None:
+            return dict(sources)
+        records = {name: (entry["records"], frozenset(entry["bad"])) for name, entry in listed.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"data.clean_list={file} is not a list that vlmtrain check wrote: {first_line(error)}"
+        ) from None
+    clean = {}
+    for name, source in sources.items():
+        size, bad = records.get(name, (None, frozenset()))
+        if size != len(source):
+            raise ValueError(
+                f"data.clean_list={file} was made for {size} records of data.{split} ({name}), and there are "
+                f"{len(source)}: run vlmtrain check again"
+            )
+        clean[name] = Subset(source, [index for index in range(size) if index not in bad])
+        if not len(clean[name]):
+            raise ValueError(f"data.clean_list={file} leaves no record of data.{split} ({name})")
+    return clean
+
+
+class _WithMarks:
+    """A source whose pictures stand before the first user turn where no mark says otherwise."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Conversation:
+        conversation = self.source[index]
+        users = [i for i, turn in enumerate(conversation.turns) if turn.role == "user"]
+        if not users or any(IMAGE_MARK in conversation.turns[i].text for i in users):
+            return conversation
+        turns = list(conversation.turns)
+        marks = f"{IMAGE_MARK}\n" * len(conversation.images)
+        turns[users[0]] = Turn("user", marks + turns[users[0]].text)
+        return replace(conversation, turns=tuple(turns))
 
 
 def first_problems(source: Source, limit: int = 1) -> list[str]:
-    """What is wrong with the first `limit` bad records, without decoding every picture."""
+    """What is wrong with the first `limit` bad records of a source, or of an even choice of a large one.
+
+    Pictures are not decoded where their first and last bytes tell enough.
+    """
     problems = []
-    for index in range(len(source)):
+    step = max(1, len(source) // LOOKED_AT)
+    for index in range(0, len(source), step):
         name = f"record {index}"
         try:
             conversation = source[index]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..connectors import VisionFeatures
+from .attention import segment_arguments
 from .concatenation import concatenate
 from .llm import hidden_width
 from .parts import PARTS, load_part, module_state, part_facts, read_manifest, save_part, write_manifest
@@ -59,15 +60,19 @@ class VLMWrapper(nn.Module):
         is_image: Tensor | None,
         features: VisionFeatures | None = None,
         keep: Tensor | None = None,
+        positions: Tensor | None = None,
+        boundaries: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token, ``(B, T, V)``; with `keep` ``(B, T)`` bool, of those positions only, ``(K, V)``.
 
         Rows are padded on the right, if at all: under causal attention no real position sees padding,
-        so no mask is needed.
+        so no mask is needed. A packed row comes with its `positions` ``(1, T)`` and `boundaries` ``(S + 1,)``, for a
+        language model that `attend_in_segments` has prepared.
         """
         embeddings = self.embed(input_ids, images, is_image, features)
-        out = self.llm(inputs_embeds=embeddings, use_cache=False, logits_to_keep=0 if keep is None else keep)
-        return out.logits
+        options = {} if boundaries is None else {"position_ids": positions, **segment_arguments(boundaries)}
+        kept = 0 if keep is None else keep
+        return self.llm(inputs_embeds=embeddings, use_cache=False, logits_to_keep=kept, **options).logits
 
     @torch.no_grad()
     def generate(

@@ -23,6 +23,14 @@ class LanguageModelling(Objective):
 
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
         keep = batch.weights > 0
-        logits = model(batch.input_ids, batch.images, batch.is_image, features, keep=keep)
+        logits = model(
+            batch.input_ids,
+            batch.images,
+            batch.is_image,
+            features,
+            keep=keep,
+            positions=batch.positions,
+            boundaries=batch.boundaries,
+        )
         losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
         return (losses * batch.weights[keep]).sum()

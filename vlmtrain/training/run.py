@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..data.loader import LAYOUTS, split_batch
 from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
 from ..errors import nearest
@@ -25,7 +26,7 @@ from .assembly import (
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
 from .run_folder import RunFolder
-from .stage import split_batch, train_stage
+from .stage import train_stage
 
 
 def train_run(settings: DictConfig, world: World) -> None:
@@ -90,9 +91,27 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
             )
         rates = training_rates(settings, name)
         Schedule.from_config(stage.schedule, 1, rates)
-        split_batch(stage, name, world_size)
-        if stage.layout != "padded":
-            raise ValueError(f"stages.{name}.layout={stage.layout}: this version has padded only")
+        _check_layout(stage, name, world_size)
+
+
+def _check_layout(stage: DictConfig, name: str, world_size: int) -> None:
+    if stage.layout not in LAYOUTS:
+        raise ValueError(f"stages.{name}.layout={stage.layout}: expected one of {', '.join(LAYOUTS)}")
+    compares = OBJECTIVES[stage.objective].compares_samples
+    if stage.layout == "packed":
+        if compares or "llm" not in stage.parts:
+            raise ValueError(
+                f"stages.{name}.layout=packed is for language modelling: objective={stage.objective} is not"
+            )
+        if stage.batch_size < 1:
+            raise ValueError(f"stages.{name}.batch_size={stage.batch_size}: must be positive")
+        return
+    accumulation, _ = split_batch(stage, name, world_size)
+    if compares and accumulation > 1:
+        raise ValueError(
+            f"objective={stage.objective} compares the samples of a step with each other, so a step must be "
+            f"one micro-batch a rank: unset stages.{name}.micro_batch_size"
+        )
 
 
 def check_stages(settings: DictConfig, folder: RunFolder) -> None:

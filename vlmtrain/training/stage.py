@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data.loader import StepData, StepDataset, StepOrder, step_loader
-from ..data.records import BadSample
-from ..data.sources import Source, build_source
+from ..data.loader import BadRecord, StepData, StepStream, build_plan, step_loader
+from ..data.mixture import Mixture
+from ..data.sources import build_source
 from ..evaluation.validation import Validator, picture_uri
+from ..model.attention import attend_in_segments
 from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, state_hash, write_manifest
 from ..objectives import Objective, build_objective
 from ..world import Stopped, StopSignal, World
@@ -36,6 +37,7 @@ from .engine import StageEngine
 from .metrics import Metrics, Progress, WandB, logger
 from .optimizer import Schedule
 from .run_folder import RunFolder, write_json
+from .skips import Skips
 
 SHOWN_SAMPLES = 48
 
@@ -62,30 +64,24 @@ class _Stage:
         self.settings, self.name, self.previous, self.folder, self.world = settings, name, previous, folder, world
         self.config = settings.stages[name]
         self.rates = training_rates(settings, name)
-        self.accumulation, self.micro_batch_size = split_batch(self.config, name, world.size)
         tokenizer = build_tokenizer(settings)
         self.parts = build_parts(settings, name, previous, tokenizer)
         self.objective = self._objective(tokenizer)
         self.processor = build_processor(settings, name, self.parts, self.objective, tokenizer)
         self.source = self._source(self.config.data)
         freeze(self.parts, self.rates, self.config.gradient_checkpointing)
-        self.order = StepOrder(len(self.source), self.config.batch_size, settings.seed)
-        self.total_steps = self.config.max_steps or self.order.steps_per_epoch * self.config.epochs
+        if self.config.layout == "packed":
+            attend_in_segments(self.parts["llm"])
+        self.plan = build_plan(self.source, self.processor, self.config, name, world.size)
+        self.total_steps = self.config.max_steps or self.plan.steps_per_epoch * self.config.epochs
         self.schedule = Schedule.from_config(self.config.schedule, self.total_steps, self.rates)
 
     def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
         if "objective" in self.parts:
-            objective = self.parts["objective"]
-        else:
-            objective = build_objective(self.config.objective, self.settings, tokenizer)
-        if objective.compares_samples and self.accumulation > 1:
-            raise ValueError(
-                f"objective={self.config.objective} compares the samples of a step with each other, so a step must be "
-                f"one micro-batch a rank: unset stages.{self.name}.micro_batch_size"
-            )
-        return objective
+            return self.parts["objective"]
+        return build_objective(self.config.objective, self.settings, tokenizer)
 
-    def _source(self, split: str) -> Source:
+    def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict:
@@ -99,7 +95,7 @@ class _Stage:
             self.objective,
             self.rates,
             self.schedule,
-            self.accumulation,
+            self.plan.accumulation,
             self.world.device,
         )
         checkpoints = Checkpoints(self.folder.stage(self.name) / "checkpoints", self.config.keep_last, self.world)
@@ -107,8 +103,10 @@ class _Stage:
         if record["step"] and self.world.is_main:
             logger.info(f"{self.name}: going on behind step {record['step']}")
         validator = self._validator(engine)
-        record.setdefault("skipped", 0)
+        limit = self.settings.bad_sample_limit
+        self.skips = Skips(len(self.source), limit.share, limit.in_a_row, record.get("skips"))
         record.setdefault("seconds", 0.0)
+        record.setdefault("drawn", [0] * len(self.source.sources))
         if validator and "validation_at_start" not in record:
             with engine.evaluating():
                 record["validation_at_start"] = validator.loss(engine.model, self.settings.validation.samples)
@@ -131,7 +129,7 @@ class _Stage:
         metrics = Metrics(self.folder.stage(self.name) / "metrics.jsonl", first) if self.world.is_main else None
         scores = Metrics(self.folder.stage(self.name) / "validation.jsonl", first) if self.world.is_main else None
         progress = Progress(self.name, total, first) if self.world.is_main else None
-        steps = self._steps(first)
+        steps = self._steps(first, record.get("cursor"))
         for step in range(first, total):
             started = time.perf_counter()
             data = next(steps)
@@ -143,7 +141,7 @@ class _Stage:
                 metrics.write(values)
                 wandb.log(self.name, values)
                 progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
-            record["step"] = step + 1
+            record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             due = config.save_every and (step + 1) % config.save_every == 0 and step + 1 < total
             if due or (stopping and step + 1 < total):
                 checkpoints.save(engine, step + 1, {key: value for key, value in record.items() if key != "step"})
@@ -160,20 +158,16 @@ class _Stage:
         for closing in filter(None, (metrics, scores, progress)):
             closing.close()
 
-    def _steps(self, first: int) -> Iterator[StepData]:
-        dataset = StepDataset(
-            self.source, self.processor, self.order, self.micro_batch_size, self.world.rank, self.world.size
-        )
-        return step_loader(
-            dataset, first, self.total_steps, self.settings.workers, pin_memory=self.world.device.type == "cuda"
-        )
+    def _steps(self, first: int, cursor: dict | None) -> Iterator[StepData]:
+        ranks = (self.world.rank, self.world.size)
+        stream = StepStream(self.plan, self.source, self.processor, *ranks, first, self.total_steps, cursor)
+        return step_loader(stream, self.settings.workers, pin_memory=self.world.device.type == "cuda")
 
     def _step(
         self, engine: StageEngine, step: int, data: StepData, record: dict, stop: StopSignal
     ) -> tuple[dict, bool]:
         """One optimiser step on all ranks: its metrics, and whether some rank was told to stop."""
-        self._handle_bad(data, step)
-        *counts, bad, stopping = self.world.sum(
+        weight, samples, tokens, image_tokens, target_tokens, positions, bad, stopping, *drawn = self.world.sum(
             [
                 self.objective.weight(data),
                 data.samples,
@@ -183,10 +177,12 @@ class _Stage:
                 data.positions,
                 len(data.bad),
                 float(stop.received),
+                *data.drawn,
             ]
         )
-        weight, samples, tokens, image_tokens, target_tokens, positions = counts
-        record["skipped"] += int(bad)
+        if bad:
+            self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
+        record["drawn"] = [before + int(now) for before, now in zip(record["drawn"], drawn)]
         rates = engine.set_rates(step)
         summed = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(data.micro_batches):
@@ -213,11 +209,14 @@ class _Stage:
         }
         return values, stopping > 0
 
-    def _handle_bad(self, data: StepData, step: int) -> None:
-        if data.bad and self.settings.on_bad_sample == "raise":
-            raise BadSample(f"{data.bad[0]} (step {step + 1}; on_bad_sample=skip trains without it)")
-        for problem in data.bad:
-            logger.warning(f"{self.name} step {step + 1}: skipped: {problem}")
+    def _handle_bad(self, found: list[BadRecord], step: int) -> None:
+        found.sort()
+        if self.settings.on_bad_sample == "raise":
+            raise ValueError(f"{found[0].problem} (step {step + 1}; on_bad_sample=skip trains without it)")
+        if self.world.is_main:
+            for bad in found:
+                logger.warning(f"{self.name} step {step + 1}: skipped: {bad.problem}")
+        self.skips.add(found)
 
     def _speed(self, values: dict, seconds: float, waited: float) -> dict:
         memory = (
@@ -260,7 +259,8 @@ class _Stage:
             "stage": self.name,
             "steps": self.total_steps,
             "seconds": record["seconds"],
-            "skipped_samples": record["skipped"],
+            "skipped_samples": self.skips.skipped,
+            "data": self._shares(record["drawn"]),
             "world_size": self.world.size,
             "validation": scores,
             "parts": {
@@ -289,6 +289,11 @@ class _Stage:
             write_json(self.folder.stage(self.name) / "summary.json", summary)
         self.world.barrier()
         return summary
+
+    def _shares(self, drawn: list[int]) -> dict:
+        """Samples trained on, by source."""
+        total = max(1, sum(drawn))
+        return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
 
     def _save_model(self, engine: StageEngine) -> dict[str, str]:
         """Write the model folder, whole or not at all; returns the parts' hashes."""
@@ -343,24 +348,10 @@ class _Stage:
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
         head = (
-            f"stage {self.name}: {self.total_steps} steps of {self.config.batch_size} samples "
-            f"({self.world.size} x {self.micro_batch_size} x {self.accumulation}), {len(self.source):,} samples"
+            f"stage {self.name}: {self.total_steps} steps of {self.plan} "
+            f"({self.world.size} x {self.plan.micro_rows} x {self.plan.accumulation}), {len(self.source):,} records"
         )
         return "\n".join([head, *lines])
-
-
-def split_batch(config: DictConfig, name: str, world_size: int) -> tuple[int, int]:
-    """(accumulation, micro_batch_size) of a stage. Raises ValueError if the batch cannot be split so."""
-    batch, micro = config.batch_size, config.micro_batch_size
-    if batch < 1 or batch % world_size:
-        raise ValueError(f"stages.{name}.batch_size={batch} is not a multiple of the {world_size} processes")
-    micro = micro or batch // world_size
-    if micro < 1 or batch % (micro * world_size):
-        raise ValueError(
-            f"stages.{name}.micro_batch_size={micro} times {world_size} processes does not divide "
-            f"stages.{name}.batch_size={batch}"
-        )
-    return batch // (micro * world_size), micro
 
 
 def _full_size(parameter: nn.Parameter) -> int:

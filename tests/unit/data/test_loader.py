@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmtrain.data.loader import StepData, StepDataset, StepOrder, step_loader
+from vlmtrain.data.loader import BadRecord, PaddedPlan, StepData, StepStream, step_loader
+from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.processor import Geometry, Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
 
@@ -51,10 +52,24 @@ def processor(tokenizer) -> Processor:
     return Processor(tokenizer, geometry, "chat", max_length=200)
 
 
-def dataset(processor: Processor, micro: int = 2, rank: int = 0, world: int = 1, **options) -> StepDataset:
-    source = Numbered(options.pop("bad", ()))
-    order = StepOrder(SIZE, BATCH, options.pop("seed", 0))
-    return StepDataset(source, processor, order, micro_batch_size=micro, rank=rank, world_size=world)
+def plan_of(
+    processor: Processor, micro: int = 2, world: int = 1, bad: tuple[int, ...] = (), seed: int = 0
+) -> PaddedPlan:
+    return PaddedPlan(Mixture({"all": Numbered(bad)}, seed=seed), processor, BATCH, BATCH // (micro * world), micro)
+
+
+def stream(processor: Processor, micro: int = 2, rank: int = 0, world: int = 1, **options) -> StepStream:
+    first, last = options.pop("first", 0), options.pop("last", STEPS)
+    plan = plan_of(processor, micro, world, **options)
+    return StepStream(plan, plan.reader.mixture, processor, rank, world, first, last)
+
+
+def steps(processor: Processor, *arguments, **options) -> list[StepData]:
+    return list(stream(processor, *arguments, **options))
+
+
+def drawn(plan: PaddedPlan, step: int) -> list[int]:
+    return [plan.reader.mixture.draw(position) for position in plan.positions(step)]
 
 
 def rows(data: StepData) -> Counter:
@@ -81,38 +96,21 @@ def answers(processor: Processor, data: StepData) -> list[int]:
     return sorted(int(text.removeprefix("number ")) for text in texts)
 
 
-@pytest.mark.parametrize("size, batch_size", [(30, 8), (32, 8), (5, 8), (1, 1)])
-def test_every_sample_comes_once_an_epoch(size, batch_size):
-    order = StepOrder(size, batch_size, seed=3)
-    assert order.steps_per_epoch == -(-size // batch_size)
+def test_every_sample_comes_once_an_epoch(processor):
+    plan = plan_of(processor)
+    assert plan.steps_per_epoch == STEPS
     for epoch in range(3):
-        steps = [order.samples(epoch * order.steps_per_epoch + i) for i in range(order.steps_per_epoch)]
-        assert sorted(chain(*steps)) == list(range(size))
-        assert all(len(step) == batch_size for step in steps[:-1])
-
-
-def test_the_order_depends_on_seed_and_epoch_only():
-    def epoch(seed: int, number: int, batch_size: int = BATCH) -> list[int]:
-        order = StepOrder(SIZE, batch_size, seed)
-        first = number * order.steps_per_epoch
-        return list(chain(*(order.samples(first + i) for i in range(order.steps_per_epoch))))
-
-    torch.manual_seed(1)
-    here = epoch(0, 0)
-    torch.manual_seed(2)
-    assert here == epoch(0, 0) == epoch(0, 0, batch_size=5)
-    everything = [epoch(seed, number) for seed in range(4) for number in range(3)]
-    assert len({tuple(order) for order in everything}) == 12
-    assert all(order != sorted(order) for order in everything)
+        numbers = [drawn(plan, epoch * STEPS + i) for i in range(STEPS)]
+        assert sorted(chain(*numbers)) == list(range(SIZE))
+        assert [len(step) for step in numbers] == [BATCH, BATCH, BATCH, SIZE - 3 * BATCH]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_a_step_holds_the_same_samples_however_it_is_dealt(processor, world, micro):
-    whole = dataset(processor, micro=BATCH)
-    for step in range(STEPS + 1):
-        reference = whole[step]
-        shares = [dataset(processor, micro, rank, world)[step] for rank in range(world)]
+    whole = steps(processor, BATCH, last=STEPS + 1)
+    ranks = [steps(processor, micro, rank, world, last=STEPS + 1) for rank in range(world)]
+    for reference, *shares in zip(whole, *ranks):
         assert sum((rows(share) for share in shares), Counter()) == rows(reference)
         assert {len(share.micro_batches) for share in shares} == {BATCH // (micro * world)}
         for field in ("weight", "samples", "tokens", "image_tokens", "target_tokens"):
@@ -121,7 +119,7 @@ def test_a_step_holds_the_same_samples_however_it_is_dealt(processor, world, mic
 
 
 def test_the_short_last_step_is_topped_up_with_rows_of_no_weight(processor):
-    shares = [dataset(processor, 1, rank, 4)[STEPS - 1] for rank in range(4)]
+    shares = [steps(processor, 1, rank, 4)[STEPS - 1] for rank in range(4)]
     assert [share.samples for share in shares] == [2, 2, 1, 1]
     for share in shares:
         assert len(share.micro_batches) == 2
@@ -131,7 +129,7 @@ def test_the_short_last_step_is_topped_up_with_rows_of_no_weight(processor):
 
 
 def test_counts_are_those_of_the_tensors(processor):
-    for data in (dataset(processor)[step] for step in range(STEPS)):
+    for data in steps(processor):
         full = [batch for batch in data.micro_batches if batch.weights.any()]
         assert data.tokens == sum(int(batch.lengths.sum()) for batch in full)
         assert data.positions == sum(batch.input_ids.numel() for batch in data.micro_batches)
@@ -140,7 +138,7 @@ def test_counts_are_those_of_the_tensors(processor):
         assert data.image_tokens == sum(PICTURE_TOKENS * len(batch.images) for batch in pictures)
         assert data.target_tokens == sum(int((batch.targets >= 0).sum()) for batch in full)
         assert data.weight == sum(float(batch.weights.sum()) for batch in full) == data.target_tokens
-        assert data.samples == sum(rows(data).values()) and data.bad == []
+        assert data.samples == sum(rows(data).values()) and data.bad == [] and data.drawn == [data.samples]
 
 
 def same(one: StepData, other: StepData) -> None:
@@ -149,39 +147,64 @@ def same(one: StepData, other: StepData) -> None:
 
 
 def test_workers_change_nothing(processor):
-    data = dataset(processor, bad=(4,))
-    alone = list(step_loader(data, 0, STEPS + 1, workers=0, pin_memory=False))
-    helped = list(step_loader(data, 0, STEPS + 1, workers=2, pin_memory=False))
+    def read(workers: int) -> list[StepData]:
+        return list(step_loader(stream(processor, bad=(4,), last=STEPS + 1), workers, pin_memory=False))
+
+    alone, helped = read(0), read(2)
     assert len(alone) == len(helped) == STEPS + 1
     for one, other in zip(alone, helped):
         same(one, other)
 
 
 def test_starting_late_equals_skipping(processor):
-    data = dataset(processor)
-    everything = list(step_loader(data, 0, 2 * STEPS, workers=0, pin_memory=False))
-    late = list(step_loader(data, STEPS - 1, 2 * STEPS, workers=0, pin_memory=False))
+    everything, late = steps(processor, last=2 * STEPS), steps(processor, first=STEPS - 1, last=2 * STEPS)
     assert len(late) == STEPS + 1
     for one, other in zip(everything[STEPS - 1 :], late):
         same(one, other)
 
 
+def test_rows_that_run_together_are_of_like_length(processor):
+    """Longest minus shortest row, summed over micro-batches of both ranks, is the least there can be: sorted cuts."""
+    both = [steps(processor, 2, rank, 2) for rank in range(2)]
+    for shares in zip(*both):
+        together = [
+            sorted(int(n) for share in shares for n in share.micro_batches[i].lengths) for i in range(len(shares))
+        ]
+        assert sorted(chain(*together)) == list(chain(*together))
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_bad_samples_are_reported_left_out_and_not_replaced(processor, world):
     bad = (4, 11, 12)
+    plan = plan_of(processor, bad=bad)
+    ranks = [steps(processor, 2, rank, world, bad=bad) for rank in range(world)]
     reported = []
-    for step in range(STEPS):
-        wanted = StepOrder(SIZE, BATCH, 0).samples(step)
-        shares = [dataset(processor, 2, rank, world, bad=bad)[step] for rank in range(world)]
+    for step, shares in enumerate(zip(*ranks)):
         trained = sorted(chain(*(answers(processor, share) for share in shares)))
-        assert trained == sorted(set(wanted) - set(bad))
+        assert trained == sorted(set(drawn(plan, step)) - set(bad))
         assert {len(share.micro_batches) for share in shares} == {BATCH // (2 * world)}
-        reported += chain(*(share.bad for share in shares))
-    assert sorted(reported) == sorted(f"sample {index}: broken" for index in bad)
+        found = [record for share in shares for record in share.bad]
+        assert [plan.reader.mixture.draw(record.position) for record in found] == [record.index for record in found]
+        reported += found
+    assert sorted((r.index, r.problem) for r in reported) == [(i, f"sample {i}: broken") for i in bad]
+
+
+def test_a_picture_that_does_not_open_is_reported_by_the_rank_that_needs_it(processor, monkeypatch):
+    def load(self) -> Image.Image:
+        if self.value == 6:
+            raise BadSample("no picture")
+        return Image.new("RGB", (4, 4), (self.value,) * 3)
+
+    monkeypatch.setattr(Flat, "load", load)
+    ranks = [steps(processor, 2, rank, 2) for rank in range(2)]
+    reported = [record for share in chain(*ranks) for record in share.bad]
+    assert [(type(r), r.index, r.problem) for r in reported] == [(BadRecord, 6, "sample 6: no picture")]
+    trained = sorted(chain(*(answers(processor, share) for share in chain(*ranks))))
+    assert trained == [i for i in range(SIZE) if i != 6]
 
 
 def test_a_step_of_bad_samples_only_still_has_its_micro_batches(processor):
-    data = dataset(processor, bad=tuple(range(SIZE)))[0]
+    data = steps(processor, bad=tuple(range(SIZE)))[0]
     assert len(data.bad) == BATCH and data.samples == data.weight == data.tokens == 0
     assert [batch.input_ids.shape for batch in data.micro_batches] == [(1, 1)] * 4
     assert all(not batch.weights.any() and batch.is_image is None for batch in data.micro_batches)

@@ -1,0 +1,96 @@
+"""The same samples padded, packed and one by one: the same loss, the same gradients, and no sample sees another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from vlmtrain.data.processor import Batch, Geometry, Processor, Sample
+from vlmtrain.data.shapes import VOCABULARY, Shapes
+from vlmtrain.model import VLMWrapper
+from vlmtrain.model.attention import attend_in_segments
+from vlmtrain.model.llm import build_random_llm
+from vlmtrain.model.parts import make_connector
+from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
+from vlmtrain.model.vision import build_vision
+from vlmtrain.objectives.language_modelling import LanguageModelling
+from vlmtrain.settings import compose
+
+
+def build(prepared: bool) -> tuple[VLMWrapper, Processor]:
+    settings = OmegaConf.to_container(compose(["recipe=quickstart"]))
+    tokenizer = build_tiny_tokenizer(VOCABULARY)
+    torch.manual_seed(0)
+    vision = build_vision(**settings["vision"])
+    llm = build_random_llm(settings["llm"]["config"], tokenizer)
+    model = VLMWrapper(vision, make_connector("mlp", vision, llm, {}), llm)
+    if prepared:
+        attend_in_segments(llm)
+    tokens = model.connector.num_tokens(*vision.grid)
+    geometry = Geometry(vision.image_size, "squash", vision.image_mean, vision.image_std, tokens)
+    return model, Processor(tokenizer, geometry, "chat", max_length=512)
+
+
+def samples(processor: Processor) -> list[Sample]:
+    talks, text = Shapes("instruct", 4), Shapes("text", 3)
+    return [processor(source[i]) for source, i in ((talks, 0), (text, 0), (talks, 1), (text, 1), (talks, 2))]
+
+
+def loss_and_gradients(batches: list[Batch], prepared: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    model, _ = build(prepared)
+    objective = LanguageModelling()
+    loss = sum(objective(model, batch, None) for batch in batches) / sum(float(b.weights.sum()) for b in batches)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_padded_packed_and_one_by_one_train_alike():
+    _, processor = build(False)
+    some = samples(processor)
+    reference, gradients = loss_and_gradients([processor.collate([sample], rows=1) for sample in some], False)
+    ways = {
+        "padded": ([processor.collate(some)], False),
+        "packed": ([processor.pack(some)], True),
+        "packed in two rows, with an empty one": (
+            [processor.pack(some[:2]), processor.pack([]), processor.pack(some[2:])],
+            True,
+        ),
+    }
+    for way, (batches, prepared) in ways.items():
+        loss, found = loss_and_gradients(batches, prepared)
+        assert float((loss - reference).abs() / reference) <= 1e-5, way
+        assert found.keys() == gradients.keys(), way
+        norm = sum(g.square().sum() for g in gradients.values()).sqrt()
+        difference = sum((found[name] - g).square().sum() for name, g in gradients.items()).sqrt()
+        assert float(difference / norm) <= 1e-5, way
+
+
+def logits_of(model: VLMWrapper, batch: Batch) -> list[Tensor]:
+    out = model(batch.input_ids, batch.images, batch.is_image, positions=batch.positions, boundaries=batch.boundaries)
+    return list(out[0].split(batch.boundaries.diff().tolist()))
+
+
+@pytest.mark.parametrize("edited", range(5))
+@pytest.mark.parametrize("what", ["tokens", "picture"])
+def test_no_token_or_picture_of_a_sample_moves_a_logit_of_another(edited, what):
+    model, processor = build(True)
+    model.eval()
+    some = samples(processor)
+    sample = some[edited]
+    if what == "picture" and not len(sample.images):
+        pytest.skip("a sample without a picture")
+    with torch.no_grad():
+        before = logits_of(model, processor.pack(some))
+        if what == "picture":
+            some[edited] = sample._replace(images=1 - sample.images)
+        else:
+            ids = torch.where(
+                sample.tokens.image_index < 0, (sample.tokens.input_ids + 1) % 40, sample.tokens.input_ids
+            )
+            tokens = type(sample.tokens)(ids, *list(vars(sample.tokens).values())[1:])
+            some[edited] = sample._replace(tokens=tokens)
+        after = logits_of(model, processor.pack(some))
+    changed = [not torch.equal(one, other) for one, other in zip(before, after)]
+    assert changed == [number == edited for number in range(5)]

@@ -1,0 +1,134 @@
+"""Attention of packed rows: every sample sees itself only, and no mask over the whole row is made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NAME = "vlmtrain_segments"
+
+
+def attend_in_segments(llm: nn.Module) -> None:
+    """Let a language model keep the samples of packed rows apart. Rows that are not packed are as before.
+
+    Variable-length flash attention, where it is what the model uses, does so by itself. Raises ValueError for a
+    model whose attention cannot be exchanged.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    config = llm.config.get_text_config()
+    used = config._attn_implementation
+    if used.startswith("flash_attention") or used == NAME:
+        return
+    if not getattr(llm, "_supports_attention_backend", False) or getattr(config, "attention_chunk_size", None):
+        raise ValueError(
+            f"layout=packed: {type(llm).__name__} has an attention of its own, in which the samples of a row would "
+            "see each other; use layout=padded"
+        )
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    llm.set_attn_implementation(NAME)
+
+
+def segment_arguments(boundaries: Tensor) -> dict:
+    """What Hugging Face's models hand through to attention; `boundaries` ``(S + 1,)`` int32."""
+    longest = int(boundaries.diff().max())
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _mask(*arguments, attention_mask: Tensor | None = None, **options) -> Tensor | None:
+    """No mask for training's rows; generation's, which are padded on the left, bring one of their own."""
+    from transformers.masking_utils import sdpa_mask
+
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **unused,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment of a row, in the form that Hugging Face's models call.
+
+    query ``(B, H, T, d)``; key, value ``(B, G, T, d)`` with G groups of heads; cu_seq_lens_q ``(S + 1,)`` for a
+    packed row (B = 1), None for rows of one sample. Returns ``(B, T, H, d)``.
+    """
+    assert unused.get("s_aux") is None, "attention sinks"
+    options = {"scale": scaling, "dropout_p": dropout}
+    if cu_seq_lens_q is None:
+        out = _attend(query, key, value, attention_mask, sliding_window, softcap, options)
+        return out.transpose(1, 2), None
+    if query.is_cuda and softcap is None and (flash := _flash_varlen()) and query.dtype != torch.float32:
+        window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+        longest = unused["max_length_q"]
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        out = flash(
+            *rows,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            longest,
+            longest,
+            dropout_p=dropout,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=window,
+        )
+        return out[None], None
+    sizes = cu_seq_lens_q.diff().tolist()
+    pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
+    out = torch.cat([_attend(*piece, None, sliding_window, softcap, options) for piece in pieces], dim=2)
+    return out.transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    options: dict,
+) -> Tensor:
+    """Attention under `mask`, or causal without one; ``(B, H, T, d)``."""
+    rows, columns = query.shape[2], key.shape[2]
+    if mask is None and window is not None and columns > window:
+        own = torch.arange(columns - rows, columns, device=query.device)[:, None]
+        ahead = torch.arange(columns, device=query.device) - own
+        mask = (ahead <= 0) & (ahead > -window)
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None:
+        causal = mask is None and rows > 1
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, enable_gqa=groups > 1, **options
+        )
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * options["scale"]
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), options["dropout_p"])
+    return weights @ value
+
+
+def _flash_varlen():
+    """FlashAttention's variable-length kernel, if it is installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
