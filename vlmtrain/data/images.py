@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import first_line
+from ..tiling import Tiles
 from .fields import printable, shown
 from .file_index import read_span
 from .records import BadSample
 
-FITS = ("squash", "pad", "crop")
+FITS = ("squash", "pad", "crop", "tiles")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are decoded inside this process; some others start programs."""
 MAX_PIXELS = 100_000_000
@@ -40,6 +42,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes an EXIF orientation."""
+_QUARTER_TURNS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
+
+T = TypeVar("T")
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
@@ -58,6 +63,13 @@ class EncodedImage:
 
     def load(self) -> Image.Image:
         """The whole picture as RGB. Raises BadSample if it is missing, truncated, too large or no picture."""
+        return self._opened(to_rgb)
+
+    def size(self) -> tuple[int, int]:
+        """``(H, W)`` of what `load` gives, without decoding it where the format allows. Raises BadSample."""
+        return self._opened(_upright_size)
+
+    def _opened(self, read: Callable[[Image.Image], T]) -> T:
         with self._naming_failures():
             file = self.open()
         with file, warnings.catch_warnings():
@@ -65,7 +77,7 @@ class EncodedImage:
             try:
                 with Image.open(file, formats=FORMATS) as image:
                     _check_size(image.size)
-                    return to_rgb(image)
+                    return read(image)
             except UnidentifiedImageError:
                 file.seek(0)
                 raise BadSample(f"image {self.label} is no picture: {_described(file.read(16))}") from None
@@ -130,11 +142,11 @@ class ImageInMemory(EncodedImage):
 
 @dataclass(frozen=True)
 class ImageInFile(EncodedImage):
-    """One picture among others in a file: `size` bytes from `offset` on."""
+    """One picture among others in a file: `length` bytes from `offset` on."""
 
     file: Path
     offset: int
-    size: int
+    length: int
     name: str
 
     @property
@@ -142,12 +154,12 @@ class ImageInFile(EncodedImage):
         return printable(f"{self.name} in {self.file}")
 
     def open(self) -> BinaryIO:
-        return BytesIO(read_span(self.file, self.offset, self.size))
+        return BytesIO(read_span(self.file, self.offset, self.length))
 
     def ends(self) -> tuple[bytes, bytes]:
-        size = min(self.size, 64)
-        head = read_span(self.file, self.offset, min(self.size, 8))
-        return head, read_span(self.file, self.offset + self.size - size, size)
+        tail = min(self.length, 64)
+        head = read_span(self.file, self.offset, min(self.length, 8))
+        return head, read_span(self.file, self.offset + self.length - tail, tail)
 
 
 class PictureFolder:
@@ -205,16 +217,25 @@ def _described(head: bytes) -> str:
     return f"it starts with {head!r}, which is none of {', '.join(FORMATS)}" if head else "it is empty"
 
 
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # notes beside the picture may be broken in any way, and the picture is not
+        return None
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = _UPRIGHT.get(_orientation(image)) in _QUARTER_TURNS
+    return image.size if turned else image.size[::-1]
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, upright (EXIF), first frame, transparency laid on white.
 
     Raises ValueError for pixels whose range is not known.
     """
     image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # notes beside the picture may be broken in any way, and the picture is not
-        orientation = None
+    orientation = _orientation(image)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip, not scale
@@ -249,10 +270,32 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
         min(width, max(1, round(image.width / image.height * height))),
         min(height, max(1, round(image.height / image.width * width))),
     )
-    canvas = Image.new("RGB", (width, height), tuple(round(255 * channel) for channel in mean))
     corner = round((width - inner[0]) * 0.5), round((height - inner[1]) * 0.5)
-    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
+    return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, mean)
+
+
+def _on_canvas(
+    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], mean: tuple[float, ...]
+) -> Image.Image:
+    """A picture with its upper left corner at `corner` of a canvas of the mean colour, `size` ``(W, H)``."""
+    canvas = Image.new("RGB", size, tuple(round(255 * channel) for channel in mean))
+    canvas.paste(image, corner)
     return canvas
+
+
+def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles, mean: tuple[float, ...]) -> list[Image.Image]:
+    """The views of a picture in tiles of `size` ``(H, W)``: the whole stretched to one, then the tiles row by row.
+
+    The tiles cut a canvas on which the picture stands in the middle, as large as it fits, on the mean colour.
+    """
+    height, width = size
+    whole = (tiles.columns * width, tiles.rows * height)
+    scale = min(whole[0] / image.width, whole[1] / image.height)
+    inner = tuple(min(side, math.ceil(own * scale)) for side, own in zip(whole, image.size))
+    corner = (whole[0] - inner[0]) // 2, (whole[1] - inner[1]) // 2
+    canvas = _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), whole, corner, mean)
+    corners = [(column * width, row * height) for row in range(tiles.rows) for column in range(tiles.columns)]
+    return [fit_image(image, size, "squash", mean), *(canvas.crop((x, y, x + width, y + height)) for x, y in corners)]
 
 
 def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -43,7 +43,7 @@ def take_row(waiting: list[Piece], row_length: int, image_share: float) -> list[
 
 
 def _best_subset(pieces: Sequence[Piece], room: int, first: Piece, image_tokens: float) -> list[Piece]:
-    """The pieces that fill `room` best, long ones first: subset sums, with the reachable ones as the bits of an integer.
+    """The pieces that fill `room` best, long ones first: subset sums, the reachable ones as bits of an integer.
 
     Sums are kept apart by how many pictures they hold, in few classes, so that one of them can be chosen.
     """

@@ -6,6 +6,8 @@ Conversation -> Sample (tokens, targets, pictures) -> Batch (padded tensors)
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,17 +18,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .images import FITS, fit_image, to_tensor
+from ..tiling import Tiles, choose_tiles, tiled_tokens
+from .images import FITS, cut_tiles, fit_image, to_tensor
 from .records import BadSample, Conversation
 from .rendering import IGNORE, Rendered, Renderer
 
 
 class Sample(NamedTuple):
-    """One rendered conversation and its pictures ``(N, 3, H, W)``."""
+    """One rendered conversation and its pictures ``(N, 3, H, W)``.
+
+    With tiles, `images` has the views of each picture one after the other, and `tiles` says how many those are.
+    """
 
     id: str
     tokens: Rendered
     images: Tensor
+    tiles: tuple[Tiles, ...] | None = None
 
 
 class Batch(NamedTuple):
@@ -37,7 +44,8 @@ class Batch(NamedTuple):
     bool, or None for a batch without pictures; lengths ``(B,)``.
 
     A packed batch has one row of several samples: positions ``(1, T)``, from 0 in each; boundaries ``(S + 1,)``
-    int32, where each of its S samples starts, and the row's end. Both are None otherwise.
+    int32, where each of its S samples starts, and the row's end. Both are None otherwise. tiles: how each picture is
+    cut, one after the other, where pictures are.
     """
 
     input_ids: Tensor
@@ -48,10 +56,10 @@ class Batch(NamedTuple):
     lengths: Tensor
     positions: Tensor | None = None
     boundaries: Tensor | None = None
+    tiles: tuple[Tiles, ...] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in self]
-        batch = Batch(*moved)
+        batch = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
         return batch if dtype is None or batch.images is None else batch._replace(images=batch.images.to(dtype))
 
 
@@ -59,7 +67,9 @@ class Batch(NamedTuple):
 class Geometry:
     """How pictures reach the encoder, and how many tokens each becomes.
 
-    size ``(H, W)`` in pixels; fit: ``squash``, ``pad`` or ``crop``; mean, std: of the channels in [0, 1].
+    size ``(H, W)`` in pixels; fit: ``squash``, ``pad``, ``crop`` or ``tiles``; mean, std: of the channels in [0, 1].
+    tokens, grid: what the encoder and the connector make of a view; grid is None where the tokens have no order.
+    tile_grids: for ``tiles``, the ``(rows, columns)`` that a picture may be cut into.
     """
 
     size: tuple[int, int]
@@ -67,10 +77,31 @@ class Geometry:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     tokens: int
+    grid: tuple[int, int] | None = None
+    tile_grids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
             raise ValueError(f"image_fit={self.fit}: expected one of {', '.join(FITS)}")
+        if self.fit == "tiles" and not (self.tile_grids and all(min(grid) > 0 for grid in self.tile_grids)):
+            raise ValueError(
+                f"image_fit=tiles needs image_tiles, a list of [rows, columns], got {list(self.tile_grids)}"
+            )
+
+    def tiles(self, size: tuple[int, int]) -> Tiles | None:
+        """How a picture of `size` ``(H, W)`` is cut; None if it is not."""
+        return choose_tiles(size, self.size, self.tile_grids) if self.fit == "tiles" else None
+
+    def token_count(self, tiles: Tiles | None) -> int:
+        """Tokens of a picture that is cut like this."""
+        return self.tokens if tiles is None else tiled_tokens(tiles, self.tokens, self.grid)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the picture that makes the most."""
+        height, width = self.size
+        cuts = [Tiles(rows, columns, rows * height, columns * width) for rows, columns in self.tile_grids]
+        return max(self.token_count(cut) for cut in cuts or [None])
 
 
 class Processor:
@@ -105,7 +136,20 @@ class Processor:
 
     def load(self, conversation: Conversation, tokens: Rendered) -> Sample:
         """Rendered tokens with the conversation's pictures. Raises BadSample, naming it."""
-        return Sample(conversation.id, tokens, self._pictures(conversation))
+        geometry = self.geometry
+        if geometry is None:
+            return Sample(conversation.id, tokens, torch.empty(0))
+        views, cuts = [], []
+        for picture in self.decode(conversation):
+            tiles = geometry.tiles((picture.height, picture.width))
+            if tiles is None:
+                views.append(fit_image(picture, geometry.size, geometry.fit, geometry.mean))
+            else:
+                views += cut_tiles(picture, geometry.size, tiles, geometry.mean)
+                cuts.append(tiles)
+        tensors = [to_tensor(view, geometry.mean, geometry.std) for view in views]
+        images = torch.stack(tensors) if tensors else torch.empty(0, 3, *geometry.size)
+        return Sample(conversation.id, tokens, images, tuple(cuts) if geometry.fit == "tiles" else None)
 
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the answer asked for."""
@@ -114,23 +158,16 @@ class Processor:
     def _token_counts(self, conversation: Conversation) -> list[int]:
         if conversation.images and self.geometry is None:
             raise BadSample(f"{conversation.id}: a picture, but there is no vision encoder to see it")
-        return [self.geometry.tokens for _ in conversation.images]
+        if not conversation.images or self.geometry.fit != "tiles":
+            return [self.geometry.token_count(None) for _ in conversation.images]
+        with _naming(conversation):
+            sizes = [picture.size() for picture in conversation.images]
+        return [self.geometry.token_count(self.geometry.tiles(size)) for size in sizes]
 
-    def _pictures(self, conversation: Conversation) -> Tensor:
-        geometry = self.geometry
-        if geometry is None:
-            return torch.empty(0)
-        fitted = [fit_image(p, geometry.size, geometry.fit, geometry.mean) for p in self.decode(conversation)]
-        pictures = [to_tensor(picture, geometry.mean, geometry.std) for picture in fitted]
-        return torch.stack(pictures) if pictures else torch.empty(0, 3, *geometry.size)
-
-    @staticmethod
-    def decode(conversation: Conversation) -> list[Image.Image]:
+    def decode(self, conversation: Conversation) -> list[Image.Image]:
         """A conversation's pictures as they are. Raises BadSample, naming it, for one that is missing or broken."""
-        try:
+        with _naming(conversation):
             return [source.load() for source in conversation.images]
-        except BadSample as error:
-            raise BadSample(f"{conversation.id}: {error}") from None
 
     def collate(self, samples: list[Sample], rows: int = 0) -> Batch:
         """Pad samples to one batch, topped up to `rows` rows of no weight.
@@ -175,7 +212,8 @@ class Processor:
     def _batch(self, samples: list[Sample], input_ids, targets, weights, is_image, lengths) -> Batch:
         images = torch.cat([s.images for s in samples]) if samples else torch.empty(0)
         if len(images) > 0:
-            return Batch(input_ids, targets, weights, images, is_image, lengths)
+            tiles = tuple(cut for sample in samples for cut in sample.tiles or ()) or None
+            return Batch(input_ids, targets, weights, images, is_image, lengths, tiles=tiles)
         stand_in = torch.zeros(1, 3, *self.geometry.size) if self.geometry else None
         return Batch(input_ids, targets, weights, stand_in, None, lengths)
 
@@ -200,5 +238,18 @@ class Processor:
         except FileNotFoundError:
             raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
         saved = settings.pop("geometry")
-        geometry = saved and Geometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        geometry = saved and Geometry(**{key: _as_tuple(value) for key, value in saved.items()})
         return cls(AutoTokenizer.from_pretrained(folder), geometry, **settings)
+
+
+@contextmanager
+def _naming(conversation: Conversation) -> Iterator[None]:
+    """Say whose picture is bad."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadSample(f"{conversation.id}: {error}") from None
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

@@ -17,6 +17,10 @@ class ImageSource(Protocol):
         """Decode the picture as RGB. Raises `BadSample` if it is missing or broken."""
         ...
 
+    def size(self) -> tuple[int, int]:
+        """``(H, W)`` of what `load` gives, without decoding it where possible. Raises `BadSample`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Turn:

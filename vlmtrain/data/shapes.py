@@ -87,14 +87,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene that is drawn when it is loaded: ``size x size`` pixels, antialiased, RGB."""
+    """A scene that is drawn when it is loaded: ``side x side`` pixels, antialiased, RGB."""
 
     items: tuple[Item, ...]
-    size: int
+    side: int
+
+    def size(self) -> tuple[int, int]:
+        return self.side, self.side
 
     def load(self) -> Image.Image:
         oversample = 4
-        canvas = Image.new("RGB", (self.size * oversample,) * 2, BACKGROUND)
+        canvas = Image.new("RGB", (self.side * oversample,) * 2, BACKGROUND)
         draw = ImageDraw.Draw(canvas)
         for item in self.items:
             _draw(draw, item, canvas.width)

@@ -38,6 +38,7 @@ class Chat:
             batch.images,
             batch.is_image,
             batch.lengths,
+            batch.tiles,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self.processor.renderer.stop_ids,

@@ -66,7 +66,7 @@ class Validator:
         total, weight = 0.0, 0.0
         for batch in self._batches(samples, self._share(size)):
             keep = batch.weights > 0
-            logits = model(batch.input_ids, batch.images, batch.is_image, keep=keep)
+            logits = model(batch.input_ids, batch.images, batch.is_image, keep=keep, tiles=batch.tiles)
             losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
             total += float((losses * batch.weights[keep]).sum())
             weight += float(batch.weights.sum())
@@ -153,6 +153,7 @@ class Validator:
             batch.images,
             batch.is_image,
             batch.lengths,
+            batch.tiles,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             eos_token_id=self.processor.renderer.stop_ids,
@@ -170,7 +171,8 @@ def _prompt(sample: Sample, length: int, blind: bool) -> Sample:
     """The first `length` tokens of a sample, with the pictures that they show (blanked to the mean colour)."""
     tokens = sample.tokens
     shown = int(tokens.image_index[:length].max()) + 1 if length else 0
-    images = sample.images[:shown]
+    tiles = sample.tiles and sample.tiles[:shown]
+    images = sample.images[: shown if tiles is None else sum(cut.views for cut in tiles)]
     prompt = Rendered(
         tokens.input_ids[:length],
         torch.full((length,), IGNORE),
@@ -178,7 +180,7 @@ def _prompt(sample: Sample, length: int, blind: bool) -> Sample:
         tokens.image_index[:length],
         (),
     )
-    return Sample(sample.id, prompt, torch.zeros_like(images) if blind else images)
+    return Sample(sample.id, prompt, torch.zeros_like(images) if blind else images, tiles)
 
 
 def picture_uri(image: Image.Image, side: int = 160) -> str:

@@ -9,8 +9,8 @@ def concatenate(text: Tensor, visual: Tensor, is_image: Tensor | None) -> Tensor
     """Put visual tokens where the text has image positions.
 
     text:     ``(B, T, D)`` embeddings of the token ids; what stands at image positions is ignored.
-    visual:   ``(N, n, D)`` tokens of all the batch's pictures, in reading order.
-    is_image: ``(B, T)`` bool, true at ``N * n`` positions; None for a batch without pictures, whose
+    visual:   ``(N, n, D)`` tokens of all the batch's pictures, or ``(K, D)``, in reading order.
+    is_image: ``(B, T)`` bool, true at as many positions; None for a batch without pictures, whose
               `visual` then comes from a stand-in and must not count.
 
     Returns ``(B, T, D)``.

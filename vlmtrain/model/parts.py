@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..connectors import CONNECTORS, build_connector
 from .llm import hidden_width, load_llm, save_llm
 from .loading import load_strictly, read_json
+from .tiled import TiledConnector
 from .vision import VisionEncoder, load_vision
 
 PARTS = ("vision", "connector", "llm")
@@ -27,9 +28,17 @@ MANIFEST = "vlmtrain.json"
 
 
 def make_connector(
-    name: str, vision: VisionEncoder, llm: nn.Module, options: dict, dtype: torch.dtype = torch.float32
+    name: str,
+    vision: VisionEncoder,
+    llm: nn.Module,
+    options: dict,
+    dtype: torch.dtype = torch.float32,
+    newline: bool = False,
 ) -> nn.Module:
-    """A new connector between an encoder and a language model, with what it was built from in `config`."""
+    """A new connector between an encoder and a language model, with what it was built from in `config`.
+
+    newline: whether pictures may come in tiles.
+    """
     several = CONNECTORS[name].several_encoders if name in CONNECTORS else False
     arguments = {
         "name": name,
@@ -37,6 +46,7 @@ def make_connector(
         "out_dim": hidden_width(llm),
         "input_grid": list(vision.grid),
         **options,
+        **({"newline": True} if newline else {}),
     }
     connector = _connector_from(arguments)
     vision.give_levels(connector.num_levels)
@@ -45,9 +55,10 @@ def make_connector(
 
 def _connector_from(arguments: dict) -> nn.Module:
     listed = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    newline = listed.pop("newline", False)
     connector = build_connector(**listed)
-    connector.config = arguments
-    return connector
+    connector.config = {key: value for key, value in arguments.items() if key != "newline"}
+    return TiledConnector(connector) if newline else connector
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:

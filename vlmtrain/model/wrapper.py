@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..connectors import VisionFeatures
+from ..tiling import Tiles
 from .attention import segment_arguments
 from .concatenation import concatenate
 from .llm import hidden_width
@@ -40,10 +42,12 @@ class VLMWrapper(nn.Module):
         images: Tensor | None,
         is_image: Tensor | None,
         features: VisionFeatures | None = None,
+        tiles: Sequence[Tiles] | None = None,
     ) -> Tensor:
         """Token ids ``(B, T)`` and pictures ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
 
-        features: what the encoder made of `images`, if that was done elsewhere.
+        features: what the encoder made of `images`, if that was done elsewhere. tiles: how each picture is cut, where
+        `images` are views.
         """
         text = self.llm.get_input_embeddings()(input_ids)
         if self.connector is None:
@@ -51,7 +55,8 @@ class VLMWrapper(nn.Module):
             return text
         if features is None:
             features = self.vision(images)
-        return concatenate(text, self.connector(features), is_image)
+        visual = self.connector(features) if tiles is None else self.connector(features, tiles)
+        return concatenate(text, visual, is_image)
 
     def forward(
         self,
@@ -62,6 +67,7 @@ class VLMWrapper(nn.Module):
         keep: Tensor | None = None,
         positions: Tensor | None = None,
         boundaries: Tensor | None = None,
+        tiles: Sequence[Tiles] | None = None,
     ) -> Tensor:
         """Logits of the next token, ``(B, T, V)``; with `keep` ``(B, T)`` bool, of those positions only, ``(K, V)``.
 
@@ -69,7 +75,7 @@ class VLMWrapper(nn.Module):
         so no mask is needed. A packed row comes with its `positions` ``(1, T)`` and `boundaries` ``(S + 1,)``, for a
         language model that `attend_in_segments` has prepared.
         """
-        embeddings = self.embed(input_ids, images, is_image, features)
+        embeddings = self.embed(input_ids, images, is_image, features, tiles)
         options = {} if boundaries is None else {"position_ids": positions, **segment_arguments(boundaries)}
         kept = 0 if keep is None else keep
         return self.llm(inputs_embeds=embeddings, use_cache=False, logits_to_keep=kept, **options).logits
@@ -81,6 +87,7 @@ class VLMWrapper(nn.Module):
         images: Tensor | None,
         is_image: Tensor | None,
         lengths: Tensor | None = None,
+        tiles: Sequence[Tiles] | None = None,
         **options,
     ) -> Tensor:
         """Continue prompts. Takes rows padded on the right, with their `lengths` ``(B,)``.
@@ -88,7 +95,7 @@ class VLMWrapper(nn.Module):
         options go to Hugging Face's ``generate`` (``max_new_tokens``, ``do_sample``, ``eos_token_id``,
         ``streamer``, ...). Returns the new token ids ``(B, new)``.
         """
-        embeddings = self.embed(input_ids, images, is_image)
+        embeddings = self.embed(input_ids, images, is_image, tiles=tiles)
         rows, width = input_ids.shape
         if lengths is None:
             lengths = torch.full((rows,), width, device=input_ids.device)

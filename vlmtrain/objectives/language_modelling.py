@@ -31,6 +31,7 @@ class LanguageModelling(Objective):
             keep=keep,
             positions=batch.positions,
             boundaries=batch.boundaries,
+            tiles=batch.tiles,
         )
         losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
         return (losses * batch.weights[keep]).sum()

@@ -17,6 +17,7 @@ from ..data.shapes import VOCABULARY
 from ..errors import some
 from ..model.llm import build_llm, build_random_llm, load_tokenizer, max_positions
 from ..model.parts import PARTS, load_part, make_connector, read_manifest
+from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import VisionEncoder, build_vision
 from ..objectives import Objective, build_objective
@@ -52,6 +53,8 @@ def build_parts(
         seed_for(settings.seed, part)
         if part in PARTS and part in saved and part not in stage.fresh:
             parts[part] = load_part(part, previous, dtype)
+            if part == "connector" and stage.image_fit == "tiles" and not isinstance(parts[part], TiledConnector):
+                parts[part] = TiledConnector(parts[part]).to(dtype)  # it comes from a run without tiles
         else:
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
     return parts
@@ -106,7 +109,8 @@ def _build(
             return build_random_llm(options["config"], tokenizer, dtype)
         return build_llm(options["path"], dtype, options["attn_implementation"], weights)
     if part == "connector":
-        return make_connector(options.pop("name"), parts["vision"], parts["llm"], options, dtype)
+        newline = any(stage.image_fit == "tiles" for stage in settings.stages.values())
+        return make_connector(options.pop("name"), parts["vision"], parts["llm"], options, dtype, newline)
     return build_objective(settings.stages[stage].objective, settings, tokenizer).to(dtype)
 
 
@@ -123,11 +127,15 @@ def build_processor(
     geometry = None
     if vision is not None:
         connector: Connector | None = parts.get("connector")
-        tokens = connector.num_tokens(*vision.grid) if connector and objective.sees_pictures_as_tokens else 0
-        geometry = Geometry(vision.image_size, stage.image_fit, vision.image_mean, vision.image_std, tokens)
-        if tokens >= stage.max_length:
+        shows = connector is not None and objective.sees_pictures_as_tokens
+        tokens, grid = (f(*vision.grid) for f in (connector.num_tokens, connector.output_grid)) if shows else (0, None)
+        tile_grids = tuple(map(tuple, stage.image_tiles)) if stage.image_fit == "tiles" else ()
+        look = (vision.image_mean, vision.image_std)
+        geometry = Geometry(vision.image_size, stage.image_fit, *look, tokens, grid, tile_grids)
+        if geometry.most_tokens >= stage.max_length:
             raise ValueError(
-                f"stages.{name}.max_length={stage.max_length} leaves no room for text: a picture takes {tokens} tokens"
+                f"stages.{name}.max_length={stage.max_length} leaves no room for text: a picture takes up to "
+                f"{geometry.most_tokens} tokens"
             )
     limit = max_positions(parts["llm"]) if "llm" in parts else None
     if limit is not None and stage.max_length > limit:

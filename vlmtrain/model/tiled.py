@@ -1,0 +1,55 @@
+"""A connector for pictures cut into tiles: the tiles' tokens become one grid, with a newline token behind each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..connectors import VisionFeatures
+from ..tiling import Tiles, shown_part
+
+
+class TiledConnector(nn.Module):
+    """`connector` for every view, and a learned newline (LLaVA-NeXT, published code, ``image_newline``).
+
+    Connectors whose tokens are in no grid give those of all views one after the other, without newlines.
+    """
+
+    def __init__(self, connector: nn.Module):
+        super().__init__()
+        self.connector = connector
+        self.in_dim, self.out_dim, self.num_levels = connector.in_dim, connector.out_dim, connector.num_levels
+        self.newline = nn.Parameter(torch.randn(connector.out_dim) / connector.out_dim**0.5)
+
+    @property
+    def config(self) -> dict:
+        return {**self.connector.config, "newline": True}
+
+    def num_tokens(self, height: int, width: int) -> int:
+        return self.connector.num_tokens(height, width)
+
+    def output_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        return self.connector.output_grid(height, width)
+
+    def forward(self, features: VisionFeatures, tiles: Sequence[Tiles] | None = None) -> Tensor:
+        """Tokens ``(V, n, D)`` of V views; with `tiles`, those of whole pictures one after the other, ``(K, D)``."""
+        tokens = self.connector(features)
+        if tiles is None:
+            return tokens + 0.0 * self.newline  # a batch without tiles trains the newline no less than another rank's
+        grid = self.connector.output_grid(*features.patches.shape[1:3])
+        pictures = tokens.split([picture.views for picture in tiles])
+        return torch.cat([self._assemble(views, picture, grid) for views, picture in zip(pictures, tiles)])
+
+    def _assemble(self, views: Tensor, tiles: Tiles, grid: tuple[int, int] | None) -> Tensor:
+        whole, parts = views[0], views[1:]
+        if grid is None:
+            return views.flatten(0, 1)
+        rows, columns = tiles.rows * grid[0], tiles.columns * grid[1]
+        canvas = parts.unflatten(1, grid).unflatten(0, (tiles.rows, tiles.columns))
+        canvas = canvas.transpose(1, 2).reshape(rows, columns, -1)  # (rows, h, columns, w, D) flattened
+        top, bottom, left, right = shown_part((rows, columns), tiles[2:])
+        shown = canvas[top:bottom, left:right]
+        newlines = self.newline.to(shown.dtype).expand(len(shown), 1, -1)
+        return torch.cat([whole, torch.cat([shown, newlines], dim=1).flatten(0, 1)])
