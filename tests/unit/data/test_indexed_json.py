@@ -8,6 +8,7 @@ import os
 import pickle
 import tracemalloc
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -118,6 +119,35 @@ def test_a_broken_array_is_an_error_that_says_where(tmp_path, monkeypatch, text,
     with pytest.raises(ValueError, match=message) as error:
         IndexedJson(write(tmp_path, text))
     assert not isinstance(error.value, BadSample) and str(tmp_path / "data.json") in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 4 * 2**20])
+def test_a_damaged_array_is_refused_where_the_standard_parser_refuses_it(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(indexed_json, "CHUNK", chunk)
+    random = Random(0)
+    whole = json.dumps(
+        [{"id": -1.5e3, "text": 'a\\ud83d\\ude00 "é\n'}, [True, None, {}], "x", 12, "\\"], indent=1
+    ).encode()
+    refused = 0
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for _ in range(random.randint(1, 2)):
+            at = random.randrange(len(damaged))
+            damaged[at : at + random.randint(0, 1)] = random.choice(
+                [b"", b"]", b",", b'"', b"\\", b"{", b"1", b"e", b" "]
+            )
+        try:
+            expected = json.loads(damaged.decode())
+        except ValueError:
+            expected = None
+        try:
+            source = IndexedJson(write(tmp_path, bytes(damaged)))
+            found = [source[i] for i in range(len(source))]
+        except ValueError as error:
+            assert not isinstance(error, BadSample)
+            found, refused = None, refused + 1
+        assert found == expected, damaged
+    assert 300 < refused < 1000
 
 
 def test_a_long_record_is_read_and_one_without_end_is_refused(tmp_path, monkeypatch):

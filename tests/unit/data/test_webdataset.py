@@ -153,6 +153,18 @@ def test_records_are_what_tarfile_reads(tmp_path, format):
     assert all(name.endswith(".bin") for name in expected)
 
 
+def test_names_in_another_encoding_are_no_hindrance(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in (("\xe9.png", picture()), ("\xe9.txt", b"x"), ("\xe8.png", b"none"), ("\xe8.txt", b"y")):
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    source = WebDataset(tmp_path / "a.tar")
+    assert source[0].id == r"a.tar record 0 (id \udce9)" and colors(source, 0) == [RED]
+    with pytest.raises(BadSample, match=r"image \\udce8\.png in .*a\.tar is no picture"):
+        source[1].images[0].load()
+
+
 BROKEN = {
     "no words": ([("b.png", picture())], "expected one .txt or .caption, or a .json .*got none of them"),
     "a json of another kind": ([("b.json", {"url": 1})], "expected one .txt .*got .json"),
