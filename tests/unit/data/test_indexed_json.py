@@ -129,7 +129,7 @@ def test_a_damaged_array_is_refused_where_the_standard_parser_refuses_it(tmp_pat
         [{"id": -1.5e3, "text": 'a\\ud83d\\ude00 "é\n'}, [True, None, {}], "x", 12, "\\"], indent=1
     ).encode()
     refused = 0
-    for _ in range(1000):
+    for _ in range(300):
         damaged = bytearray(whole)
         for _ in range(random.randint(1, 2)):
             at = random.randrange(len(damaged))
@@ -147,7 +147,7 @@ def test_a_damaged_array_is_refused_where_the_standard_parser_refuses_it(tmp_pat
             assert not isinstance(error, BadSample)
             found, refused = None, refused + 1
         assert found == expected, damaged
-    assert 300 < refused < 1000
+    assert 100 < refused < 300
 
 
 def test_a_long_record_is_read_and_one_without_end_is_refused(tmp_path, monkeypatch):
