@@ -136,7 +136,9 @@ def _parts_table(summary: dict) -> str:
         "<th>weights after</th></tr>"
     ]
     for part, facts in summary["parts"].items():
-        rate = f"{facts['learning_rate']:g}" if facts["trained"] else "frozen"
+        rates = facts["learning_rate"]
+        labelled = rates.items() if isinstance(rates, dict) else [("", rates)]
+        rate = ", ".join(f"{label} {lr:g}".strip() for label, lr in labelled) if facts["trained"] else "frozen"
         before, after = (facts[key][:10] for key in ("sha256_before", "sha256_after"))
         rows.append(
             f"<tr><td>{part}</td><td class=number>{facts['parameters']:,}</td><td>{rate}</td>"

@@ -42,6 +42,8 @@ def line(folder: Path, engine: str, precision: str, name: str) -> list[str]:
         f"engine={engine}",
         f"precision={precision}",
         f"run_dir={folder / name}",
+        # at published sizes nothing is small enough to stay whole
+        *(["engine.parameter_persistence_threshold=0"] if engine == "zero3" else []),
     ]
 
 

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from vlmtrain.training.optimizer import Schedule, parameter_groups
+from vlmtrain.training.trainable import Group
 
 
 def config(**changes) -> dict:
@@ -41,7 +42,9 @@ def test_groups_by_part_and_decay_without_empty_ones():
     layer, norm = nn.Linear(3, 4), nn.LayerNorm(4)
     frozen = nn.Linear(3, 3).requires_grad_(False)
     parts = {"connector": nn.Sequential(layer, norm), "llm": nn.Linear(2, 2, bias=False), "vision": frozen}
-    groups = parameter_groups(parts, {"connector": 1e-3, "llm": 2e-5}, weight_decay=0.1)
-    found = [(g["part"], g["weight_decay"], g["lr"], len(g["params"])) for g in groups]
+    names = tuple(name for name, _ in parts["connector"].named_parameters())
+    trained = [Group("connector", "connector", 1e-3, 1.0, names), Group("llm", "llm", 4e-5, 0.5, ("weight",))]
+    groups = parameter_groups(parts, trained, weight_decay=0.1)
+    found = [(g["label"], g["weight_decay"], g["lr"], len(g["params"])) for g in groups]
     assert found == [("connector", 0.1, 1e-3, 1), ("connector", 0.0, 1e-3, 3), ("llm", 0.1, 2e-5, 1)]
     assert groups[0]["params"][0] is layer.weight

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from ..errors import nearest
-from .concatenation import Concatenation
 from .fields import llava_turns, record_name, shown
 from .images import ImageOnDisk, PictureFolder
 from .indexed_json import IndexedJson
-from .mixture import Source, Subset
-from .records import BadSample, Conversation
+from .records import BadSample, Conversation, Source
+from .views import Concatenation, Subset
 
 MIXTURES = (".yaml", ".yml")
 _ENTRY_KEYS = ("json_path", "sampling_strategy")

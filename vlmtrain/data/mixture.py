@@ -6,37 +6,14 @@ source  --permutation after permutation-->  a source's draws  --shuffled togethe
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
-from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .records import Conversation
-
-
-class Source(Protocol):
-    """A sequence of conversations; a broken one raises BadSample when it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Conversation: ...
-
-
-class Subset:
-    """Some records of a source, by their indices."""
-
-    def __init__(self, source: Source, indices: Sequence[int]):
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Conversation:
-        return self.source[int(self.indices[index])]
+from .records import Conversation, Source
+from .views import Concatenation
 
 
 class Mixture:
@@ -53,31 +30,24 @@ class Mixture:
         self.counts = {name: counts[name] if counts else len(source) for name, source in self.sources.items()}
         self.seed = seed
         self.epoch_size = sum(self.counts.values())
-        self._ends = list(accumulate(len(source) for source in self.sources.values()))
+        self._all = Concatenation(list(self.sources.values()))
         # a process reads at most the end of one epoch and the beginning of the next
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._all)
 
     def __getitem__(self, index: int) -> Conversation:
-        number = self.source_number(index)
-        start = self._ends[number] - len(self._source(number))
-        return self._source(number)[index - start]
+        return self._all[index]
 
     def source_number(self, index: int) -> int:
         """Which of `sources`, in order, a record belongs to."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return bisect_right(self._ends, index)
+        return self._all.number(index)
 
     def draw(self, position: int) -> int:
         """Index of the record at a position of the endless stream of epochs."""
         epoch, within = divmod(position, self.epoch_size)
         return int(self._epoch(epoch)[within])
-
-    def _source(self, number: int) -> Source:
-        return list(self.sources.values())[number]
 
     def _draw_epoch(self, epoch: int) -> Tensor:
         drawn, start = [], 0

@@ -41,3 +41,11 @@ class Conversation:
 
 class BadSample(ValueError):
     """A record that cannot be trained on; the message names the record and the reason."""
+
+
+class Source(Protocol):
+    """A sequence of conversations; a broken one raises BadSample when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Conversation: ...

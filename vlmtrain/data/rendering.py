@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import first_line
 from .records import IMAGE_MARK, BadSample, Conversation, Turn
 from .templates import chat_template
 
@@ -75,8 +76,22 @@ class Renderer:
         specials = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
+        self._looks_ahead = False  # whether the text before an answer depends on what follows it
+        self._no_system: str | None = "it shows pictures and answers alone"
         if self._chat:
-            self._spans(Conversation(f"template={template}", (Turn("user", "question"), Turn("assistant", "answer"))))
+            self._probe()
+
+    def _probe(self) -> None:
+        """Learn how the chat template treats turns. Raises BadSample, a ValueError, if it cannot be trained on."""
+        once = (Turn("user", "question"), Turn("assistant", "answer"))
+        self._spans(Conversation(f"template={self.template}", once))
+        try:
+            self._between((Turn("system", "words"), *once))
+            self._no_system = None
+        except ValueError as error:
+            self._no_system = str(error)
+        with suppress(ValueError):  # a template may take one exchange only
+            self._looks_ahead = self._between(once)[:2] != self._between(once * 2)[:2]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -98,6 +113,9 @@ class Renderer:
         do not agree.
         """
         check_conversation(conversation)
+        conversation = self._with_system_taken(conversation)
+        if self._chat is not None:
+            self._check_words(conversation)
         turns = conversation.turns
         unseen = self._unseen(conversation)
         while True:
@@ -126,6 +144,7 @@ class Renderer:
     def prompt(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
         """Tokens up to the answer that is asked for; the conversation ends with a user turn."""
         _check_content(conversation)
+        conversation = self._with_system_taken(conversation)
         complete = (*conversation.turns, Turn("assistant", "answer"))
         rendered = self._render(replace(conversation, turns=complete), image_tokens)
         start = rendered.answers[-1][0]
@@ -183,21 +202,13 @@ class Renderer:
     def _spans(self, conversation: Conversation) -> list[_Span]:
         if self._chat is None:
             return self._plain_spans(conversation)
-        messages = [{"role": turn.role, "content": _placeholder(i)} for i, turn in enumerate(conversation.turns)]
         try:
-            text = self.tokenizer.apply_chat_template(messages, chat_template=self._chat, tokenize=False)
-        except TemplateError as error:
-            raise BadSample(f"{conversation.id}: the chat template refuses the conversation: {error}") from None
-        pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", text)
-        seen = [int(index) for index in pieces[1::2]]
-        if seen != list(range(len(messages))):
-            raise BadSample(
-                f"{conversation.id}: the chat template does not show every turn once and in order "
-                f"(turns shown: {seen}, of {len(messages)}); give another with the stage's template"
-            )
-        spans, rest = [], pieces[0]
-        for index, after in zip(seen, pieces[2::2]):
-            turn = conversation.turns[index]
+            texts = self._between(conversation.turns)
+            texts = self._as_asked(conversation.turns, texts) if self._looks_ahead else texts
+        except ValueError as error:
+            raise BadSample(f"{conversation.id}: {error}") from None
+        spans, rest = [], texts[0]
+        for index, (turn, after) in enumerate(zip(conversation.turns, texts[1:])):
             words = turn.text.strip()
             if turn.role != "assistant":
                 spans.append(_Span(rest))
@@ -219,6 +230,59 @@ class Renderer:
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]
         return [*spans, _Span(rest)]
+
+    def _between(self, turns: Sequence[Turn]) -> list[str]:
+        """The template's own text before each turn and behind the last one. Raises ValueError if it shows not all."""
+        # nothing stands for a system turn without words, which a template may leave out
+        contents = ["" if _is_silent(turn) else f"{_OPEN}{i}{_CLOSE}" for i, turn in enumerate(turns)]
+        pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._applied(turns, contents))
+        seen = [int(index) for index in pieces[1::2]]
+        if seen != [i for i, content in enumerate(contents) if content]:
+            raise ValueError(
+                f"the chat template does not show every turn once and in order (turns shown: {seen}, of "
+                f"{len(turns)}); give another with the stage's template"
+            )
+        return [""] * (len(turns) - len(seen)) + pieces[::2]
+
+    def _as_asked(self, turns: Sequence[Turn], texts: list[str]) -> list[str]:
+        """`texts`, but before each answer what stands there when it is the last one, as when it is asked for."""
+        texts, start = list(texts), 0
+        for end, turn in enumerate(turns, 1):
+            if turn.role == "assistant":
+                texts[start:end] = self._between(turns[:end])[start:end]
+                start = end
+        return texts
+
+    def _applied(self, turns: Sequence[Turn], contents: Sequence[str]) -> str:
+        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents)]
+        try:
+            return self.tokenizer.apply_chat_template(messages, chat_template=self._chat, tokenize=False)
+        except Exception as error:  # templates are programs, and fail in any way
+            raise ValueError(f"the chat template refuses the conversation: {first_line(error)}") from None
+
+    def _check_words(self, conversation: Conversation) -> None:
+        """Raise BadSample if the template reads the words and changes them, as one for reasoning cuts </think>."""
+        words = [turn.text.strip() for turn in conversation.turns]
+        for _ in range(2):  # a template may show the date, which may change in between
+            try:
+                texts, whole = self._between(conversation.turns), self._applied(conversation.turns, words)
+            except ValueError as error:
+                raise BadSample(f"{conversation.id}: {error}") from None
+            if whole == texts[0] + "".join(said + after for said, after in zip(words, texts[1:])):
+                return
+        raise BadSample(
+            f"{conversation.id}: the chat template would change the words, as one for reasoning does with a "
+            "<think> block; give another with the stage's template"
+        )
+
+    def _with_system_taken(self, conversation: Conversation) -> Conversation:
+        """The conversation, without a system turn that says nothing if the template takes none."""
+        turns = conversation.turns
+        if self._no_system is None or not turns or turns[0].role != "system":
+            return conversation
+        if _is_silent(turns[0]):
+            return replace(conversation, turns=turns[1:])
+        raise BadSample(f"{conversation.id}: template={self.template} takes no system turn: {self._no_system}")
 
     def _plain_spans(self, conversation: Conversation) -> list[_Span]:
         if [turn.role for turn in conversation.turns] != ["user", "assistant"]:
@@ -277,8 +341,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: no template looks for them
 
 
-def _placeholder(index: int) -> str:
-    return f"{_OPEN}{index}{_CLOSE}"
+def _is_silent(turn: Turn) -> bool:
+    return turn.role == "system" and not turn.text.strip()
 
 
 def _with_images(words: str) -> list[_Span]:

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import first_line, nearest
-from .images import ImageOnDisk
+from .fields import pictures_in_front
+from .images import EncodedImage
 from .llava import open_llava
-from .mixture import Mixture, Source, Subset
-from .records import IMAGE_MARK, BadSample, Conversation, Turn
+from .mixture import Mixture
+from .records import BadSample, Conversation, Source
 from .rendering import check_conversation
 from .shapes import Shapes
+from .views import Subset
 
 LOOKED_AT = 20_000  # records of a source that are looked at before training; `vlmtrain check` reads all
 
@@ -149,13 +151,7 @@ class _WithMarks:
 
     def __getitem__(self, index: int) -> Conversation:
         conversation = self.source[index]
-        users = [i for i, turn in enumerate(conversation.turns) if turn.role == "user"]
-        if not users or any(IMAGE_MARK in conversation.turns[i].text for i in users):
-            return conversation
-        turns = list(conversation.turns)
-        marks = f"{IMAGE_MARK}\n" * len(conversation.images)
-        turns[users[0]] = Turn("user", marks + turns[users[0]].text)
-        return replace(conversation, turns=tuple(turns))
+        return replace(conversation, turns=pictures_in_front(conversation.turns, len(conversation.images)))
 
 
 def first_problems(source: Source, limit: int = 1) -> list[str]:
@@ -172,7 +168,7 @@ def first_problems(source: Source, limit: int = 1) -> list[str]:
             name = conversation.id
             check_conversation(conversation)
             for image in conversation.images:
-                if isinstance(image, ImageOnDisk):
+                if isinstance(image, EncodedImage):
                     image.check()
         except BadSample as error:
             problems.append(str(error) if name in str(error) else f"{name}: {error}")

@@ -14,16 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from ..connectors import Connector
 from ..data.processor import Geometry, Processor
 from ..data.shapes import VOCABULARY
-from ..errors import some
 from ..model.llm import build_llm, build_random_llm, load_tokenizer, max_positions
 from ..model.parts import PARTS, load_part, make_connector, read_manifest
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import VisionEncoder, build_vision
 from ..objectives import Objective, build_objective
+from .trainable import ALL_PARTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ALL_PARTS = (*PARTS, "objective")
 BUILD_ORDER = ("vision", "llm", "connector", "objective")  # a connector's widths come from what it joins
 
 
@@ -148,43 +147,6 @@ def build_processor(
 def picture_size(parts: dict[str, nn.Module]) -> tuple[int, int]:
     """``(H, W)`` that pictures are wanted in, where there is an encoder to say so."""
     return parts["vision"].image_size if "vision" in parts else (224, 224)
-
-
-def freeze(parts: dict[str, nn.Module], rates: dict[str, float], checkpointing: bool) -> None:
-    """Let exactly the parts in `rates` train; frozen ones go to eval mode."""
-    for part, module in parts.items():
-        trains = part in rates
-        if not trains:
-            module.requires_grad_(False)  # a trained part may have constants of its own, so nothing is switched on
-        module.train(trains)
-        if checkpointing and part == "llm":
-            # Activations are recomputed in training mode only; a frozen model without dropout loses nothing by it.
-            module.gradient_checkpointing_enable({"use_reentrant": False})
-            if not trains and not _drops_out(module):
-                module.train()
-
-
-def _drops_out(llm: nn.Module) -> bool:
-    config = llm.config.get_text_config().to_dict()
-    return any(value for key, value in config.items() if "dropout" in key and isinstance(value, float))
-
-
-def training_rates(settings: DictConfig, name: str) -> dict[str, float]:
-    """Part to learning rate, of the parts that a stage trains. Raises ValueError for a stage that cannot be meant."""
-    stage = settings.stages[name]
-    unknown = set(stage.train) - set(ALL_PARTS)
-    if unknown:
-        raise ValueError(f"stages.{name}.train names {some(unknown)}; the parts are {', '.join(ALL_PARTS)}")
-    rates = {part: float(rate) for part, rate in stage.train.items() if rate is not None}
-    absent = set(rates) - set(stage.parts)
-    if absent:
-        raise ValueError(f"stages.{name}.train names {some(absent)}, but the stage has only {', '.join(stage.parts)}")
-    if not rates:
-        raise ValueError(f"stage {name} would train nothing: set stages.{name}.train.<part> to a learning rate")
-    wrong = [part for part, rate in rates.items() if not rate > 0]
-    if wrong:
-        raise ValueError(f"stages.{name}.train.{wrong[0]}={rates[wrong[0]]}: a learning rate is positive, null freezes")
-    return rates
 
 
 def seed_for(*key: object) -> None:

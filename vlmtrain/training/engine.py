@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import deepspeed
@@ -18,6 +18,7 @@ from ..model import VLMWrapper
 from ..objectives import Objective
 from .assembly import DTYPES
 from .optimizer import Schedule, build_optimizer, parameter_groups
+from .trainable import Group
 
 # Clipping at this norm never clips, but makes every engine report the norm.
 NO_CLIPPING = 1e9
@@ -47,7 +48,7 @@ class StageEngine:
         stage: DictConfig,
         parts: dict[str, nn.Module],
         objective: Objective,
-        rates: dict[str, float],
+        groups: Sequence[Group],
         schedule: Schedule,
         accumulation: int,
         device: torch.device,
@@ -57,18 +58,21 @@ class StageEngine:
         self.schedule = schedule
         self.parts = parts
         vision = parts.get("vision")
-        self._frozen_vision = vision.to(device) if vision is not None and "vision" not in rates else None
+        is_frozen = all(group.part != "vision" for group in groups)
+        self._frozen_vision = vision.to(device) if vision is not None and is_frozen else None
         inside = None if self._frozen_vision is not None else vision
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
         zero = settings.engine
         # DeepSpeed's plain data parallelism cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
         self.zero_stage = max(1, zero.zero_stage) if self.dtype is torch.bfloat16 else zero.zero_stage
-        groups = parameter_groups(parts, rates, stage.optimizer.weight_decay)
-        optimizer = build_optimizer(groups, stage.optimizer, offload=zero.offload_optimizer != "none")
+        adamw_groups = parameter_groups(parts, groups, stage.optimizer.weight_decay)
+        optimizer = build_optimizer(adamw_groups, stage.optimizer, offload=zero.offload_optimizer != "none")
         # plain fp32 data parallelism is the one engine that reports no gradient norm
         self._clips_itself = self.zero_stage == 0
         self._max_norm = stage.max_grad_norm or NO_CLIPPING
-        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._trained = [parameter for group in adamw_groups for parameter in group["params"]]
+        if self.zero_stage == 3:
+            _register_borrowed_parameters(module)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(None):
             self._engine, *_ = deepspeed.initialize(
@@ -85,10 +89,11 @@ class StageEngine:
         return VLMWrapper(self._frozen_vision, inner.connector, inner.llm)
 
     def set_rates(self, step: int) -> dict[str, float]:
-        """Set every group's learning rate for a step; returns them by part."""
-        rates = {}
+        """Set every group's learning rate for a step; returns them by label, under layer decay the highest."""
+        rates: dict[str, float] = {}
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rates[group["part"]] = self.schedule.rate(step, group["peak_lr"])
+            group["lr"] = self.schedule.rate(step, group["peak_lr"]) * group["scale"]
+            rates[group["label"]] = max(group["lr"], rates.get(group["label"], 0.0))
         return rates
 
     def loss(self, batch: Batch) -> Tensor:
@@ -161,6 +166,8 @@ class StageEngine:
             "steps_per_print": 10**9,
             "bf16": {"enabled": self.dtype is torch.bfloat16},
         }
+        if self.zero_stage == 3:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = zero.parameter_persistence_threshold
         if self.dtype is torch.bfloat16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         for ours, theirs in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
@@ -168,6 +175,14 @@ class StageEngine:
                 place = {"device": zero[ours], "pin_memory": torch.cuda.is_available()}
                 config["zero_optimization"][theirs] = place
         return config
+
+
+def _register_borrowed_parameters(module: nn.Module) -> None:
+    """Tell ZeRO-3 of parameters that are used outside their own module's call, where it would not gather them."""
+    for child in module.modules():
+        if isinstance(child, nn.MultiheadAttention):  # it reads its output projection's weights itself
+            for parameter in child.out_proj.parameters():
+                deepspeed.zero.register_external_parameter(child, parameter)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

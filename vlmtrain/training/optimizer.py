@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .trainable import Group
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -27,7 +29,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping, total_steps: int, peaks: Mapping[str, float]) -> Schedule:
-        """Read a stage's `schedule`; `peaks` are the parts' learning rates, for checking."""
+        """Read a stage's `schedule`; `peaks` are the learning rates by label, for checking."""
         if config["name"] not in SCHEDULES:
             raise ValueError(f"schedule.name={config['name']}: expected one of {', '.join(SCHEDULES)}")
         too_low = [part for part, lr in peaks.items() if lr < config["min_lr"]]
@@ -50,21 +52,23 @@ class Schedule:
         return self.min_lr + (peak - self.min_lr) * left
 
 
-def parameter_groups(parts: Mapping[str, nn.Module], rates: Mapping[str, float], weight_decay: float) -> list[dict]:
-    """AdamW groups of the trained parts, two each: matrices decay; biases and 1-D tensors do not.
+def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], weight_decay: float) -> list[dict]:
+    """AdamW groups of what trains, two each: matrices decay; biases and 1-D tensors do not.
 
-    Each group carries its `part` and `peak_lr`: under ZeRO the parameters themselves are replaced.
+    Each carries its `label`, `peak_lr` and `scale`: under ZeRO the parameters themselves are replaced.
     """
-    groups = []
-    for part, peak in rates.items():
-        trained = [p for p in parts[part].parameters() if p.requires_grad]
+    found = []
+    for group in groups:
+        named = dict(parts[group.part].named_parameters())
+        trained = [named[name] for name in group.names]
+        facts = {"label": group.label, "peak_lr": group.lr, "scale": group.scale, "lr": group.lr * group.scale}
         for decay, members in (
             (weight_decay, [p for p in trained if p.ndim >= 2]),
             (0.0, [p for p in trained if p.ndim < 2]),
         ):
             if members:  # ZeRO-2 fails on an empty group
-                groups.append({"params": members, "weight_decay": decay, "part": part, "peak_lr": peak, "lr": peak})
-    return groups
+                found.append({"params": members, "weight_decay": decay, **facts})
+    return found
 
 
 def build_optimizer(groups: list[dict], config: Mapping, offload: bool) -> torch.optim.Optimizer:

@@ -21,12 +21,12 @@ from .assembly import (
     build_tokenizer,
     check_origins,
     picture_size,
-    training_rates,
 )
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
 from .run_folder import RunFolder
 from .stage import train_stage
+from .trainable import trained_groups, training_rates
 
 
 def train_run(settings: DictConfig, world: World) -> None:
@@ -89,7 +89,7 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
             raise ValueError(
                 f"stages.{name}.objective={stage.objective} needs the part {absent[0]}: add it to stages.{name}.parts"
             )
-        rates = training_rates(settings, name)
+        rates = training_rates(stage, name)
         Schedule.from_config(stage.schedule, 1, rates)
         _check_layout(stage, name, world_size)
 
@@ -122,6 +122,7 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
         if settings.stage in (None, name) and not folder.is_finished(name):
             check_origins(settings, name, handed_on)
             parts = build_skeleton(settings, name, tokenizer)
+            trained_groups(stage, name, parts)
             build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
             for split in filter(None, (stage.data, stage.validation)):
                 if split == stage.data or settings.data.get(split) is not None:

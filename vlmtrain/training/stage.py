@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.loader import BadRecord, StepData, StepStream, build_plan, step_loader
@@ -27,10 +28,8 @@ from .assembly import (
     build_parts,
     build_processor,
     build_tokenizer,
-    freeze,
     picture_size,
     seed_for,
-    training_rates,
 )
 from .checkpoint import Checkpoints
 from .engine import StageEngine
@@ -38,8 +37,17 @@ from .metrics import Metrics, Progress, WandB, logger
 from .optimizer import Schedule
 from .run_folder import RunFolder, write_json
 from .skips import Skips
+from .trainable import freeze, trained_groups
 
 SHOWN_SAMPLES = 48
+
+
+class Hashes(NamedTuple):
+    """SHA-256 of a part's state, and of the halves of it that a stage trains and leaves alone."""
+
+    whole: str
+    trained: str
+    frozen: str
 
 
 def train_stage(
@@ -63,18 +71,19 @@ class _Stage:
     def __init__(self, settings: DictConfig, name: str, previous: Path | None, folder: RunFolder, world: World):
         self.settings, self.name, self.previous, self.folder, self.world = settings, name, previous, folder, world
         self.config = settings.stages[name]
-        self.rates = training_rates(settings, name)
         tokenizer = build_tokenizer(settings)
         self.parts = build_parts(settings, name, previous, tokenizer)
         self.objective = self._objective(tokenizer)
         self.processor = build_processor(settings, name, self.parts, self.objective, tokenizer)
         self.source = self._source(self.config.data)
-        freeze(self.parts, self.rates, self.config.gradient_checkpointing)
+        self.groups = trained_groups(self.config, name, self.parts)
+        freeze(self.parts, self.groups, self.config.gradient_checkpointing)
         if self.config.layout == "packed":
             attend_in_segments(self.parts["llm"])
         self.plan = build_plan(self.source, self.processor, self.config, name, world.size)
         self.total_steps = self.config.max_steps or self.plan.steps_per_epoch * self.config.epochs
-        self.schedule = Schedule.from_config(self.config.schedule, self.total_steps, self.rates)
+        peaks = {group.label: group.lr for group in self.groups}
+        self.schedule = Schedule.from_config(self.config.schedule, self.total_steps, peaks)
 
     def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
         if "objective" in self.parts:
@@ -85,7 +94,7 @@ class _Stage:
         return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict:
-        before = {part: state_hash(module_state(module)) for part, module in self.parts.items()}
+        before = {part: self._hashes(part, module_state(module)) for part, module in self.parts.items()}
         if self.world.is_main:
             logger.info(self._table())
         engine = StageEngine(
@@ -93,7 +102,7 @@ class _Stage:
             self.config,
             self.parts,
             self.objective,
-            self.rates,
+            self.groups,
             self.schedule,
             self.plan.accumulation,
             self.world.device,
@@ -248,7 +257,9 @@ class _Stage:
             skip_bad=self.settings.on_bad_sample == "skip",
         )
 
-    def _finish(self, engine: StageEngine, validator: Validator | None, before: dict[str, str], record: dict) -> dict:
+    def _finish(
+        self, engine: StageEngine, validator: Validator | None, before: dict[str, Hashes], record: dict
+    ) -> dict:
         scores, answers = None, []
         if validator:
             with engine.evaluating():
@@ -263,27 +274,10 @@ class _Stage:
             "data": self._shares(record["drawn"]),
             "world_size": self.world.size,
             "validation": scores,
-            "parts": {
-                part: {
-                    "parameters": sum(_full_size(p) for p in module.parameters()),
-                    "trained": part in self.rates,
-                    "learning_rate": self.rates.get(part),
-                    "sha256_before": before[part],
-                    "sha256_after": after[part],
-                }
-                for part, module in self.parts.items()
-            },
+            "parts": {part: self._part_summary(part, before[part], after[part]) for part in self.parts},
         }
-        summary["trainable_parameters"], summary["frozen_parameters"] = (
-            sum(p["parameters"] for p in summary["parts"].values() if p["trained"] is trained)
-            for trained in (True, False)
-        )
-        for part, facts in summary["parts"].items():
-            changed = facts["sha256_before"] != facts["sha256_after"]
-            if changed != facts["trained"]:
-                raise RuntimeError(
-                    f"{self.name}: {part} is {'frozen but changed' if changed else 'trained but unchanged'}"
-                )
+        for kind in ("trainable", "frozen"):
+            summary[f"{kind}_parameters"] = sum(part[f"{kind}_parameters"] for part in summary["parts"].values())
         if self.world.is_main:
             write_json(self.folder.stage(self.name) / "samples.json", self._shown(validator, answers))
             write_json(self.folder.stage(self.name) / "summary.json", summary)
@@ -295,7 +289,39 @@ class _Stage:
         total = max(1, sum(drawn))
         return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
 
-    def _save_model(self, engine: StageEngine) -> dict[str, str]:
+    def _hashes(self, part: str, state: dict[str, Tensor]) -> Hashes:
+        """Hashes of a part's state: whole, of what trains (with the part's buffers, if any does), of what is frozen."""
+        trained = {name for group in self.groups if group.part == part for name in group.names}
+        parameters = {name for name, _ in self.parts[part].named_parameters()}
+        moves = {name for name in state if name in trained or (trained and name not in parameters)}
+        whole = state_hash(state)
+        if not moves or len(moves) == len(state):
+            return Hashes(whole, trained=whole if moves else "", frozen="" if moves else whole)
+        trained_half = {name: state[name] for name in moves}
+        frozen_half = {name: state[name] for name in state.keys() - moves}
+        return Hashes(whole, state_hash(trained_half), state_hash(frozen_half))
+
+    def _part_summary(self, part: str, before: Hashes, after: Hashes) -> dict:
+        """A part's numbers and hashes. Raises RuntimeError unless what trained moved and what is frozen did not."""
+        groups = [group for group in self.groups if group.part == part]
+        sizes = {name: _full_size(parameter) for name, parameter in self.parts[part].named_parameters()}
+        trained = sum(sizes[name] for group in groups for name in group.names)
+        if before.frozen != after.frozen:
+            raise RuntimeError(f"{self.name}: {part} is frozen but changed")
+        if groups and before.trained == after.trained:
+            raise RuntimeError(f"{self.name}: {part} is trained but unchanged")
+        rates = {group.label: group.lr for group in groups}
+        return {
+            "parameters": sum(sizes.values()),
+            "trainable_parameters": trained,
+            "frozen_parameters": sum(sizes.values()) - trained,
+            "trained": bool(groups),
+            "learning_rate": rates.get(part) if set(rates) <= {part} else rates,
+            "sha256_before": before.whole,
+            "sha256_after": after.whole,
+        }
+
+    def _save_model(self, engine: StageEngine) -> dict[str, Hashes]:
         """Write the model folder, whole or not at all; returns the parts' hashes."""
         target = self.folder.model(self.name)
         partial = target.with_name("model.partial")
@@ -307,11 +333,11 @@ class _Stage:
             state = engine.state(module, keep=self.world.is_main)
             if not self.world.is_main:
                 continue
-            facts = part_facts(state)
-            hashes[part] = facts["sha256"]
+            hashes[part] = self._hashes(part, state)
             if part in PARTS:
                 save_part(part, module, partial / part, state)
-                manifest[part] = {**facts, "stage": self.name if part in self.rates else None}
+                trained = any(group.part == part for group in self.groups)
+                manifest[part] = {**part_facts(state, hashes[part].whole), "stage": self.name if trained else None}
         if self.world.is_main:
             self._hand_on(partial, manifest)
             self.processor.save_pretrained(partial)
@@ -343,8 +369,13 @@ class _Stage:
     def _table(self) -> str:
         rows = [("part", "parameters", "learning rate")]
         for part, module in self.parts.items():
-            rate = f"{self.rates[part]:g}" if part in self.rates else "frozen"
-            rows.append((part, f"{sum(p.numel() for p in module.parameters()):,}", rate))
+            sizes = {name: p.numel() for name, p in module.named_parameters()}
+            for label in dict.fromkeys(group.label for group in self.groups if group.part == part):
+                groups = [group for group in self.groups if group.label == label]
+                number = sum(sizes.pop(name) for group in groups for name in group.names)
+                rows.append((label, f"{number:,}", f"{groups[0].lr:g}"))
+            if sizes:
+                rows.append((part, f"{sum(sizes.values()):,}", "frozen"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
         head = (

@@ -1,0 +1,189 @@
+"""What a stage trains, and how fast: its `train` mapping, and the finer patterns of `groups`.
+
+    train:  {vision: null, connector: 1e-3, llm: null}
+    groups: [{match: "vision.blocks[20:]", lr: 2e-6, layer_decay: 0.9}, {match: "llm.*norm*", lr: 1e-4}]
+
+A pattern is a part's name, or names within it behind a dot: ``*`` stands for anything, and ``blocks`` (or ``layers``)
+for the part's transformer blocks, whatever the library calls them, with a slice of them in brackets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import nearest, some
+from ..model.parts import PARTS
+
+ALL_PARTS = (*PARTS, "objective")
+GROUP_KEYS = ("match", "lr", "layer_decay")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one part that train at `lr` times `scale`; `label` is the part, or the pattern that chose them."""
+
+    label: str
+    part: str
+    lr: float
+    scale: float
+    names: tuple[str, ...]
+
+
+def training_rates(stage: Mapping, name: str) -> dict[str, float]:
+    """Part to learning rate, of the parts that stage `name` trains. Raises ValueError for what cannot be meant."""
+    unknown = set(stage["train"]) - set(ALL_PARTS)
+    if unknown:
+        raise ValueError(f"stages.{name}.train names {some(unknown)}; the parts are {', '.join(ALL_PARTS)}")
+    rates = {part: _rate(rate, f"stages.{name}.train.{part}") for part, rate in stage["train"].items()}
+    rates = {part: rate for part, rate in rates.items() if rate is not None}
+    absent = set(rates) - set(stage["parts"])
+    if absent:
+        raise ValueError(
+            f"stages.{name}.train names {some(absent)}, but the stage has only {', '.join(stage['parts'])}"
+        )
+    for i, group in enumerate(stage["groups"]):
+        _check_group(group, stage, f"stages.{name}.groups[{i}]")
+    if not rates and all(group["lr"] is None for group in stage["groups"]):
+        raise ValueError(f"stage {name} would train nothing: set stages.{name}.train.<part> to a learning rate")
+    return rates
+
+
+def _check_group(group: Mapping, stage: Mapping, key: str) -> None:
+    strange = [option for option in group if option not in GROUP_KEYS]
+    if strange:
+        raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], GROUP_KEYS)}")
+    if "match" not in group or "lr" not in group:
+        raise ValueError(f"{key} needs match and lr, got {dict(group)}")
+    part = str(group["match"]).split(".")[0]
+    if part not in stage["parts"]:
+        raise ValueError(f"{key}.match={group['match']}: the stage has the parts {', '.join(stage['parts'])}")
+    _rate(group["lr"], f"{key}.lr")
+    decay = group.get("layer_decay")
+    if decay is not None and not 0 < decay <= 1:
+        raise ValueError(f"{key}.layer_decay={decay}: expected a number above 0 and up to 1")
+
+
+def _rate(rate: object, key: str) -> float | None:
+    if rate is None:
+        return None
+    try:
+        value = float(rate)
+    except (TypeError, ValueError):
+        value = 0.0
+    if not value > 0:
+        raise ValueError(f"{key}={rate}: a learning rate is positive, null freezes")
+    return value
+
+
+def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> list[Group]:
+    """The parameters that stage `name` trains. Where several patterns match one, the first decides.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    rates = training_rates(stage, name)
+    groups: list[Group] = []
+    for part in (part for part in ALL_PARTS if part in parts):
+        left = [n for n, parameter in parts[part].named_parameters() if parameter.requires_grad]
+        for i, entry in enumerate(stage["groups"]):
+            if str(entry["match"]).split(".")[0] != part:
+                continue
+            pattern = re.compile(_pattern(str(entry["match"]), parts[part], f"stages.{name}.groups[{i}]"))
+            matched = [n for n in left if pattern.fullmatch(n)]
+            if not matched:
+                everything = [n for n, _ in parts[part].named_parameters()]
+                raise ValueError(
+                    f"stages.{name}.groups[{i}].match={entry['match']} matches no parameter that is left of {part}; "
+                    f"it has {some(everything)}"
+                )
+            left = [n for n in left if n not in set(matched)]
+            if entry["lr"] is not None:
+                decay = entry.get("layer_decay")
+                groups += _by_depth(str(entry["match"]), part, float(entry["lr"]), matched, parts[part], decay)
+        if part in rates and left:
+            groups.append(Group(part, part, rates[part], 1.0, tuple(left)))
+    if not groups:
+        raise ValueError(f"stage {name} would train nothing: the parts that it trains have no parameters")
+    return groups
+
+
+def _by_depth(
+    label: str, part: str, lr: float, names: list[str], module: nn.Module, decay: float | None
+) -> list[Group]:
+    """One group, or with layer decay one a block: the rate shrinks by `decay` with every block below the top.
+
+    Block i of L, from 1, has ``decay ** (L + 1 - i)``; what is before the blocks counts as 0, what is behind as L + 1
+    (BEiT; LAVIS, published code).
+    """
+    if decay is None:
+        return [Group(label, part, lr, 1.0, tuple(names))]
+    path, count = block_list(module)
+    by_depth: dict[int, list[str]] = {}
+    seen_blocks = False
+    for name, _ in module.named_parameters():
+        inside = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
+        seen_blocks = seen_blocks or inside is not None
+        if name in names:
+            depth = int(inside.group(1)) + 1 if inside else (count + 1 if seen_blocks else 0)
+            by_depth.setdefault(depth, []).append(name)
+    return [Group(label, part, lr, decay ** (count + 1 - depth), tuple(n)) for depth, n in sorted(by_depth.items())]
+
+
+def block_list(module: nn.Module) -> tuple[str, int]:
+    """Path and number of a part's transformer blocks: the longest list of modules, the outermost of equals.
+
+    Raises ValueError if there is none.
+    """
+    lists = [(name, len(m)) for name, m in module.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    if not lists:
+        raise ValueError(f"{type(module).__name__} has no list of blocks")
+    return max(lists, key=lambda entry: (entry[1], -entry[0].count(".")))
+
+
+def _pattern(match: str, module: nn.Module, key: str) -> str:
+    """A pattern as a regular expression over the part's parameter names."""
+    _, _, rest = match.partition(".")
+    if not rest:
+        return ".*"
+    found = re.fullmatch(r"(?:blocks|layers)(?:\[(?P<slice>-?\d*(?::-?\d*)?)\])?(?P<tail>\..*)?", rest)
+    if not found:
+        return _glob(rest) + r"(?:\..*)?"
+    path, count = block_list(module)
+    chosen = range(count)
+    if found["slice"]:
+        bounds = [int(bound) if bound else None for bound in found["slice"].split(":")]
+        chosen = chosen[slice(*bounds)] if len(bounds) == 2 else [range(count)[_within(bounds[0], count, key)]]
+    numbers = "|".join(map(str, chosen)) or "(?!)"
+    return rf"{re.escape(path)}\.(?:{numbers}){_glob(found['tail'] or '')}(?:\..*)?"
+
+
+def _within(index: int | None, count: int, key: str) -> int:
+    if index is None or not -count <= index < count:
+        raise ValueError(f"{key}.match: block {index} of {count}")
+    return index
+
+
+def _glob(text: str) -> str:
+    return ".*".join(map(re.escape, text.split("*")))
+
+
+def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: bool) -> None:
+    """Let exactly the parameters of `groups` train; parts without any go to eval mode."""
+    for part, module in parts.items():
+        trained = {name for group in groups if group.part == part for name in group.names}
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in trained)
+        module.train(bool(trained))
+        if checkpointing and part == "llm":
+            # Activations are recomputed in training mode only; a frozen model without dropout loses nothing by it.
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+            if not trained and not _drops_out(module):
+                module.train()
+
+
+def _drops_out(llm: nn.Module) -> bool:
+    config = llm.config.get_text_config().to_dict()
+    return any(value for key, value in config.items() if "dropout" in key and isinstance(value, float))
