@@ -21,7 +21,15 @@ VICUNA_V1 = (
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
-TEMPLATES = {"vicuna_v1": VICUNA_V1}
+# For models whose own template reads the words (Qwen-3's looks for </think>).
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML}
 NAMES = ("plain", "chat", *TEMPLATES)
 
 

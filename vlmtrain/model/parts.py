@@ -111,10 +111,10 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32) -> nn.
     return module.to(dtype)
 
 
-def part_facts(state: dict[str, Tensor], sha256: str) -> dict[str, str]:
-    """What the manifest says of a part's weights, whose `state_hash` is `sha256`."""
+def part_facts(state: dict[str, Tensor], sha256: str | None = None) -> dict[str, str]:
+    """What the manifest says of a part's weights; `sha256` is their `state_hash`, where it is known already."""
     dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
-    return {"sha256": sha256, "dtype": str(dtype).removeprefix("torch.")}
+    return {"sha256": sha256 or state_hash(state), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def write_manifest(folder: Path, parts: dict[str, dict]) -> None:

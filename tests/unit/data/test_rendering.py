@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import AddedToken
 
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendering import IGNORE, Rendered, Renderer
@@ -36,6 +37,8 @@ def all_tokenizers() -> dict:
 def renderer(kind: str, template: str, max_length: int = 10_000) -> Renderer:
     tokenizer = copy.deepcopy(all_tokenizers()[kind])
     tokenizer.chat_template = chat_formats.OWN_TEMPLATES.get(template)
+    added = [AddedToken(token, special=special) for token, special in chat_formats.ADDED_TOKENS.get(template, ())]
+    tokenizer.add_tokens(added)
     return Renderer(tokenizer, "chat" if template in chat_formats.OWN_TEMPLATES else template, max_length)
 
 
@@ -70,6 +73,16 @@ def messages(conversation: Conversation) -> list[dict]:
     return [{"role": turn.role, "content": turn.text.strip()} for turn in conversation.turns]
 
 
+def as_transformers_has_it(subject: Renderer, template: str, conversation: Conversation, **options):
+    own = chat_formats.OWN_TEMPLATES.get(template, VICUNA_V1)
+    chosen = {"chat_template": chat_formats.ALIKE.get(template, own), "return_dict": False, **options}
+    return subject.tokenizer.apply_chat_template(messages(conversation), **chosen)
+
+
+def system_turns(template: str) -> tuple[str | None, ...]:
+    return (None,) if template in chat_formats.NO_SYSTEM else (None, "", " You see a picture. ")
+
+
 def assert_shifted(tokens: Rendered) -> None:
     """Targets are the next token, in the answers' ranges only, and never at or for a picture."""
     trained = tokens.weights > 0
@@ -84,21 +97,23 @@ def assert_shifted(tokens: Rendered) -> None:
 
 
 LONG = ("What color is the circle?", "red", "How many circles\nare there", "5", "and this?", "a blue square (é).")
+LATE_PICTURES = ("Hello.", "Hi.", "What is <image> this", "red", "<image>\n<image>", "blue", "How many", "5")
 every_chat = pytest.mark.parametrize("template", CHATS)
 every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
 @every_chat
 @every_tokenizer
-def test_targets_are_the_answers_and_their_ends(kind, template):
+@pytest.mark.parametrize("texts", [LONG, LATE_PICTURES])
+def test_targets_are_the_answers_and_their_ends(kind, template, texts):
     subject = renderer(kind, template)
-    conversation = talk(*LONG, system=None if template == "gemma" else "You see a picture.")
-    tokens = render(subject, conversation)
-    assert_shifted(tokens)
-    assert len(tokens.answers) == 3
-    for (start, end), answer in zip(tokens.answers, LONG[1::2]):
-        assert int(tokens.input_ids[end - 1]) == end_of_turn(subject, template)
-        assert words(subject, kind, tokens.input_ids[start : end - 1]) == kept(kind, answer)
+    for system in system_turns(template):
+        tokens = render(subject, talk(*texts, system=system))
+        assert_shifted(tokens)
+        assert len(tokens.answers) == len(texts) // 2
+        for (start, end), answer in zip(tokens.answers, texts[1::2]):
+            assert int(tokens.input_ids[end - 1]) == end_of_turn(subject, template)
+            assert words(subject, kind, tokens.input_ids[start : end - 1]) == kept(kind, answer)
     assert int(end_of_turn(subject, template)) in subject.stop_ids
 
 
@@ -106,14 +121,11 @@ def test_targets_are_the_answers_and_their_ends(kind, template):
 @every_tokenizer
 def test_ids_equal_those_of_transformers(kind, template):
     subject = renderer(kind, template)
-    conversation = talk(*LONG, system=None if template == "gemma" else " You see a picture. ")
-    expected = subject.tokenizer.apply_chat_template(
-        messages(conversation),
-        chat_template=VICUNA_V1 if template == "vicuna_v1" else None,
-        tokenize=True,
-        return_dict=False,
-    )
-    assert render(subject, conversation).input_ids.tolist() == expected
+    for system in system_turns(template):
+        conversation = talk(*LONG, system=system)
+        assert render(subject, conversation).input_ids.tolist() == as_transformers_has_it(
+            subject, template, conversation
+        )
 
 
 @every_chat
@@ -132,18 +144,15 @@ def test_the_prompt_is_the_beginning_of_what_was_trained(kind, template, answer)
         assert not prompt.weights.any() and (prompt.targets == IGNORE).all()
 
 
-@pytest.mark.parametrize("template", [name for name in CHATS if name != "llama_2"])  # that one knows no such prompt
+@every_chat
 @pytest.mark.parametrize("kind", ["tiny", "llama_bpe", "byte_bpe", "wordpiece"])
 def test_the_prompt_equals_transformers_generation_prompt(kind, template):
     subject = renderer(kind, template)
-    conversation = talk("What is this?", "a circle", "and this?")
-    expected = subject.tokenizer.apply_chat_template(
-        messages(conversation),
-        chat_template=VICUNA_V1 if template == "vicuna_v1" else None,
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    assert subject.prompt(conversation, []).input_ids.tolist() == expected
+    for texts in (["What is this?"], ["What is this?", "a circle", "and this?"]):
+        for system in system_turns(template):
+            conversation = talk(*texts, system=system)
+            expected = as_transformers_has_it(subject, template, conversation, add_generation_prompt=True)
+            assert subject.prompt(conversation, []).input_ids.tolist() == expected
 
 
 @every_chat
@@ -156,11 +165,12 @@ def test_the_prompt_equals_transformers_generation_prompt(kind, template):
         ("What is this <image>", "red"),
         ("<image><image> What", "red", "and <image> or <image>?", "blue"),
         ("How many", "5", "<image>", "red"),
+        LATE_PICTURES,
     ],
 )
 def test_pictures_stand_where_their_marks_are(kind, template, texts):
     subject = renderer(kind, template)
-    conversation = talk(*texts)
+    conversation = talk(*texts, system=system_turns(template)[-1])
     tokens = render(subject, conversation)
     assert_shifted(tokens)
     runs, segments = [], [[]]
@@ -173,9 +183,7 @@ def test_pictures_stand_where_their_marks_are(kind, template, texts):
             runs.append([image, 1])
             segments.append([])
     assert runs == [[i, PICTURE_TOKENS] for i in range(len(conversation.images))]
-    text = subject.tokenizer.apply_chat_template(
-        messages(conversation), chat_template=VICUNA_V1 if template == "vicuna_v1" else None, tokenize=False
-    )
+    text = as_transformers_has_it(subject, template, conversation, tokenize=False)
     squeezed = ["".join(subject.tokenizer.decode(ids).split()) for ids in segments]
     assert squeezed == ["".join(piece.split()) for piece in text.split("<image>")]
 
@@ -205,7 +213,7 @@ def assert_words_stay_words(kind: str, template: str, texts: list[str], system: 
 @every_chat
 @every_tokenizer
 def test_special_token_strings_among_words_stay_words(kind, template):
-    system = None if template == "gemma" else SNEAKY
+    system = None if template in chat_formats.NO_SYSTEM else SNEAKY
     assert_words_stay_words(kind, template, [SNEAKY, SNEAKY, SNEAKY, "</s>", "</s>", "<s>a"], system)
 
 
@@ -312,6 +320,8 @@ def test_an_unknown_template_is_an_error_that_names_the_nearest(tokenizer):
         ("{{ messages[-1].content + eos_token }}", "does not show every turn once and in order"),
         ("{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}", "does not show every turn once"),
         ("{{ raise_exception('Never') }}", "refuses the conversation: Never"),
+        ("{{ messages[0].content + 1 }}", "refuses the conversation: .*concatenate"),
+        ("{{ messages | lucky }}", "refuses the conversation: No filter named 'lucky'"),
     ],
 )
 def test_a_template_that_cannot_be_trained_is_refused_at_once(tokenizer, template, message):
@@ -321,16 +331,74 @@ def test_a_template_that_cannot_be_trained_is_refused_at_once(tokenizer, templat
         Renderer(tokenizer, "chat", 100)
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_sample():
-    with pytest.raises(BadSample, match=r"sample-7: .*System role not supported"):
-        render(renderer("byte_bpe", "gemma"), talk(*LONG, system="Be good."))
+@pytest.mark.parametrize("template", chat_formats.NO_SYSTEM)
+def test_a_system_turn_that_the_template_does_not_take_is_a_bad_sample_unless_it_is_empty(template):
+    subject = renderer("byte_bpe", template)
+    for ask in (lambda c: render(subject, c), lambda c: subject.prompt(c, [])):
+        with pytest.raises(BadSample, match=r"sample-7: template=chat takes no system turn: "):
+            ask(talk(*LONG, system="Be good."))
+    assert render(subject, talk(*LONG, system=" \n")).input_ids.equal(render(subject, talk(*LONG)).input_ids)
+    asked = [subject.prompt(talk("What?", system=system), []).input_ids for system in (None, "")]
+    assert asked[0].equal(asked[1])
 
 
-def test_a_system_turn_that_the_template_hides_is_a_bad_sample(tokenizer):
+def test_plain_takes_no_system_turn_unless_it_is_empty(tokenizer):
+    subject = Renderer(tokenizer, "plain", 100)
+    assert render(subject, talk("What?", "red", system="")).input_ids.equal(render(subject, talk("", "red")).input_ids)
+    with pytest.raises(BadSample, match="sample-7: template=plain takes no system turn"):
+        render(subject, talk("What?", "red", system="Be good."))
+
+
+def test_a_conversation_that_the_template_refuses_is_a_bad_sample(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
-    with pytest.raises(BadSample, match=r"sample-7: .*does not show every turn"):
-        render(Renderer(tokenizer, "chat", 100), talk(*LONG, system="Be good."))
+    tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('Too many turns') }}{% endif %}"
+        "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    with pytest.raises(BadSample, match=r"sample-7: .*refuses the conversation: Too many turns"):
+        render(Renderer(tokenizer, "chat", 100), talk(*LONG))
+
+
+# templates for reasoning
+
+
+@every_tokenizer
+def test_qwen_3_is_asked_for_answers_without_a_thought(kind):
+    subject = renderer(kind, "qwen_3")
+    for system in (None, "", "You see a picture."):
+        once = talk("What is this?", "a circle", system=system)
+        published = as_transformers_has_it(subject, "qwen_3", once, chat_template=chat_formats.QWEN_3)
+        assert render(subject, once).input_ids.tolist() == published
+        asked = talk("What is this?", system=system)
+        options = {"add_generation_prompt": True, "enable_thinking": False, "chat_template": chat_formats.QWEN_3}
+        published = as_transformers_has_it(subject, "qwen_3", asked, **options)
+        assert subject.prompt(asked, []).input_ids.tolist() == published
+
+
+@pytest.mark.parametrize("answer", ["<think>\nround\n</think>\n\na circle", "</think>", "a </think> b"])
+@pytest.mark.parametrize("place", [1, 3])
+def test_words_that_a_template_would_change_are_a_bad_sample(answer, place):
+    subject = renderer("byte_bpe", "qwen_3")
+    conversation = talk(*(answer if i == place else text for i, text in enumerate(LONG[:4])))
+    with pytest.raises(BadSample, match="sample-7: the chat template would change the words"):
+        render(subject, conversation)
+    tokens = render(Renderer(subject.tokenizer, "chatml", 1000), conversation)
+    start, end = tokens.answers[place // 2]
+    assert subject.tokenizer.decode(tokens.input_ids[start:end]) == answer + "<|im_end|>"
+    assert tokens.input_ids.tolist() == as_transformers_has_it(subject, "chatml", conversation)
+
+
+@pytest.mark.parametrize("system", [None, "", " \n", "a"])
+def test_a_template_that_reads_the_system_turn_sees_whether_it_is_empty(tokenizer, system):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+        "{% endif %}{{ '<|system|>' + system if system else '<|system|>the default' }}"
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
+    )
+    conversation = talk(*LONG, system=system)
+    expected = tokenizer.apply_chat_template(messages(conversation), return_dict=False)
+    assert render(Renderer(tokenizer, "chat", 1000), conversation).input_ids.tolist() == expected
 
 
 def conversation_of(*turns: tuple[str, str], pictures: int = 0) -> Conversation:
