@@ -76,6 +76,7 @@ class Renderer:
         specials = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
+        self._literals: dict[tuple, list[str]] = {}  # what `_between` found, by roles
         self._looks_ahead = False  # whether the text before an answer depends on what follows it
         self._no_system: str | None = "it shows pictures and answers alone"
         if self._chat:
@@ -233,16 +234,19 @@ class Renderer:
 
     def _between(self, turns: Sequence[Turn]) -> list[str]:
         """The template's own text before each turn and behind the last one. Raises ValueError if it shows not all."""
-        # nothing stands for a system turn without words, which a template may leave out
-        contents = ["" if _is_silent(turn) else f"{_OPEN}{i}{_CLOSE}" for i, turn in enumerate(turns)]
-        pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._applied(turns, contents))
-        seen = [int(index) for index in pieces[1::2]]
-        if seen != [i for i, content in enumerate(contents) if content]:
-            raise ValueError(
-                f"the chat template does not show every turn once and in order (turns shown: {seen}, of "
-                f"{len(turns)}); give another with the stage's template"
-            )
-        return [""] * (len(turns) - len(seen)) + pieces[::2]
+        shape = tuple((turn.role, _is_silent(turn)) for turn in turns)
+        if shape not in self._literals:
+            # nothing stands for a system turn without words, which a template may leave out
+            contents = ["" if is_silent else f"{_OPEN}{i}{_CLOSE}" for i, (_, is_silent) in enumerate(shape)]
+            pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._applied(turns, contents))
+            seen = [int(index) for index in pieces[1::2]]
+            if seen != [i for i, content in enumerate(contents) if content]:
+                raise ValueError(
+                    f"the chat template does not show every turn once and in order (turns shown: {seen}, of "
+                    f"{len(turns)}); give another with the stage's template"
+                )
+            self._literals[shape] = [""] * (len(turns) - len(seen)) + pieces[::2]
+        return self._literals[shape]
 
     def _as_asked(self, turns: Sequence[Turn], texts: list[str]) -> list[str]:
         """`texts`, but before each answer what stands there when it is the last one, as when it is asked for."""
@@ -263,13 +267,14 @@ class Renderer:
     def _check_words(self, conversation: Conversation) -> None:
         """Raise BadSample if the template reads the words and changes them, as one for reasoning cuts </think>."""
         words = [turn.text.strip() for turn in conversation.turns]
-        for _ in range(2):  # a template may show the date, which may change in between
+        for _ in range(2):
             try:
                 texts, whole = self._between(conversation.turns), self._applied(conversation.turns, words)
             except ValueError as error:
                 raise BadSample(f"{conversation.id}: {error}") from None
             if whole == texts[0] + "".join(said + after for said, after in zip(words, texts[1:])):
                 return
+            self._literals.clear()  # a template may show the date, and that may be another one now
         raise BadSample(
             f"{conversation.id}: the chat template would change the words, as one for reasoning does with a "
             "<think> block; give another with the stage's template"

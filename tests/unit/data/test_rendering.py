@@ -4,6 +4,7 @@ chat templates and to the words that went in."""
 from __future__ import annotations
 
 import copy
+from datetime import datetime
 from functools import cache
 
 import chat_formats
@@ -386,6 +387,16 @@ def test_words_that_a_template_would_change_are_a_bad_sample(answer, place):
     start, end = tokens.answers[place // 2]
     assert subject.tokenizer.decode(tokens.input_ids[start:end]) == answer + "<|im_end|>"
     assert tokens.input_ids.tolist() == as_transformers_has_it(subject, "chatml", conversation)
+
+
+def test_a_template_that_shows_the_date_may_see_another_day(tokenizer, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }}" + tokenizer.chat_template
+    subject = Renderer(tokenizer, "chat", 1000)
+    for day in (4, 5):
+        clock = type("Clock", (), {"now": staticmethod(lambda day=day: datetime(2024, 7, day))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        assert tokenizer.decode(render(subject, talk(*LONG)).input_ids).startswith(f"0{day} Jul<|user|>What")
 
 
 @pytest.mark.parametrize("system", [None, "", " \n", "a"])
