@@ -100,52 +100,86 @@ def _parser() -> argparse.ArgumentParser:
     tokens.add_argument("--context", type=int, default=4096, metavar="N", help="the LLM's context (default: 4096)")
     tokens.set_defaults(command=_tokens)
 
-    for command in (check, evaluate, chat, report, tokens):
+    plan = commands.add_parser("plan", help="what a recipe will take: parameters, tokens, FLOPs, GPU-hours, memory")
+    plan.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="the line that training would get, and gpus=8 gpu_memory_gb=80 gpu_tflops=312 utilisation=0.4",
+    )
+    plan.set_defaults(command=_plan)
+
+    for command in (check, evaluate, chat, report, tokens, plan):
         command.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    from .data.checking import check_data, show_targets, write_clean_list
-    from .data.loader import build_plan
-    from .data.sources import build_source
-    from .objectives import OBJECTIVES
+    from .data.checking import write_clean_list
     from .settings import compose
-    from .training.assembly import build_processor, build_skeleton, build_tokenizer, picture_size
+    from .training.assembly import build_tokenizer
 
     settings = compose(options.overrides)
     tokenizer = build_tokenizer(settings)
     results, by_split = {}, {}
-    for name, stage in settings.stages.items():
-        if settings.stage not in (None, name):
-            continue
-        parts = build_skeleton(settings, name, tokenizer)
-        processor = build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
-        mixture = build_source(settings.data, stage.data, picture_size(parts), settings.seed)
-        reports = check_data(mixture, processor, options.workers, sys.stderr.isatty())
-        for source, report in reports.items():
-            by_split.setdefault(stage.data, {}).setdefault(source, report).add_bad(report)
-        good = sum(report.samples for report in reports.values())
-        tokens = sum(report.tokens for report in reports.values())
-        steps = 0
-        if good:
-            plan = build_plan(mixture, processor, stage, name, world_size=1)
-            steps = stage.max_steps or plan.steps_per_epoch * stage.epochs
-        results[name] = {
-            "data": stage.data,
-            "sources": {source: asdict(report) for source, report in reports.items()},
-            "problems": [problem for report in reports.values() for problem in report.problems],
-            "steps": steps,
-            "tokens_trained_on": round(steps * stage.batch_size * tokens / good) if good else 0,
-        }
-        if not options.json:
-            _print_check(name, results[name], _first_samples(mixture, processor, show_targets))
+    for name in settings.stages:
+        if settings.stage in (None, name):
+            results[name], checked = _check_stage(settings, name, tokenizer, options)
+            for split, reports in checked.items():
+                for source, report in reports.items():
+                    by_split.setdefault(split, {}).setdefault(source, report).add_bad(report)
     if options.json:
         print(json.dumps(results, indent=2))
     if options.clean_list:
         write_clean_list(options.clean_list, by_split)
-    if any(result["problems"] for result in results.values()):
+    if any(result["problems"] or (result["validation"] or {}).get("problems") for result in results.values()):
         raise SystemExit(1)
+
+
+def _check_stage(settings, name: str, tokenizer, options: argparse.Namespace) -> tuple[dict, dict]:
+    """What is in a stage's data, printed unless it is wanted as JSON; and the reports of its splits."""
+    from .data.checking import check_data, show_targets
+    from .data.loader import build_plan
+    from .data.sources import build_source
+    from .objectives import OBJECTIVES
+    from .training.assembly import build_processor, build_skeleton, picture_size
+
+    stage = settings.stages[name]
+    parts = build_skeleton(settings, name, tokenizer)
+    processor = build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
+    splits = [stage.data]
+    if stage.validation not in (None, stage.data) and settings.data.get(stage.validation) is not None:
+        splits.append(stage.validation)
+    mixtures = {split: build_source(settings.data, split, picture_size(parts), settings.seed) for split in splits}
+    progress = sys.stderr.isatty()
+    checked = {
+        split: check_data(mixture, processor, options.workers, progress, held_out=split != stage.data)
+        for split, mixture in mixtures.items()
+    }
+    result, held_out = _summed(stage.data, checked), _summed(stage.validation, checked)
+    good = sum(report.samples for report in checked[stage.data].values())
+    tokens = sum(report.tokens for report in checked[stage.data].values())
+    steps = 0
+    if good:
+        plan = build_plan(mixtures[stage.data], processor, stage, name, world_size=1)
+        steps = stage.max_steps or plan.steps_per_epoch * stage.epochs
+    result["steps"] = steps
+    result["tokens_trained_on"] = round(steps * stage.batch_size * tokens / good) if good else 0
+    result["validation"] = held_out if stage.validation != stage.data else None
+    if not options.json:
+        _print_check(name, result, _first_samples(mixtures[stage.data], processor, show_targets))
+    return result, checked
+
+
+def _summed(split: str | None, checked: dict) -> dict | None:
+    if split not in checked:
+        return None
+    reports = checked[split]
+    return {
+        "data": split,
+        "sources": {source: asdict(report) for source, report in reports.items()},
+        "problems": [problem for report in reports.values() for problem in report.problems],
+    }
 
 
 def _first_samples(source, processor, show_targets) -> list[str]:
@@ -163,10 +197,20 @@ def _first_samples(source, processor, show_targets) -> list[str]:
 
 
 def _print_check(name: str, result: dict, samples: list[str]) -> None:
-    from .data.checking import text_histogram
-
     print(f"stage {name} (data.{result['data']}): about {result['steps']:,} steps, "
           f"{result['tokens_trained_on']:,} tokens")  # fmt: skip
+    _print_sources(result)
+    if result["validation"]:
+        print(f"  validation (data.{result['validation']['data']})")
+        _print_sources(result["validation"])
+    for text in samples:
+        print("  ---\n  " + text.rstrip().replace("\n", "\n  "))
+    print(flush=True)
+
+
+def _print_sources(result: dict) -> None:
+    from .data.checking import text_histogram
+
     for source, report in result["sources"].items():
         print(f"  {source}")
         _print_table(
@@ -192,9 +236,6 @@ def _print_check(name: str, result: dict, samples: list[str]) -> None:
             print(f"    {problem}")
         if len(report["problems"]) > MAX_PROBLEMS:
             print(f"    and {len(report['problems']) - MAX_PROBLEMS:,} more: --json lists all")
-    for text in samples:
-        print("  ---\n  " + text.rstrip().replace("\n", "\n  "))
-    print(flush=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -288,6 +329,31 @@ def _tokens(options: argparse.Namespace) -> None:
         print(
             "  ".join([f"  {row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))])
         )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .planning import plan_run
+    from .planning.plan import Machine
+    from .planning.show import show_plan
+    from .settings import compose
+
+    line, numbers = [], {}
+    for override in options.overrides:
+        key, _, value = override.partition("=")
+        if key not in Machine.__dataclass_fields__:
+            line.append(override)
+            continue
+        try:
+            numbers[key] = int(value) if key == "gpus" else float(value)
+        except ValueError:
+            raise ValueError(f"{override}: expected a number") from None
+    settings, machine = compose(line), Machine(**numbers)
+    plans = plan_run(settings, machine)
+    if options.json:
+        shown = [{**asdict(plan), "trainable": plan.trainable, "frozen": plan.frozen} for plan in plans]
+        print(json.dumps({"machine": asdict(machine), "stages": shown}, indent=2))
+    else:
+        print(show_plan(settings, plans, machine))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_llm(
-    path: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, weights: bool = True
-) -> nn.Module:
-    """Load a causal language model from a hub id or a folder; without `weights`, only its architecture."""
-    config = load_hf_config(path, "llm.path")
-    if weights:
-        return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, attn_implementation=attn_implementation)
-    from transformers import AutoModelForCausalLM
+def build_llm(path: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> nn.Module:
+    """Load a causal language model from a hub id or a folder."""
+    load_hf_config(path, "llm.path")
+    return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, attn_implementation=attn_implementation)
 
-    return AutoModelForCausalLM.from_config(config)
+
+def build_llm_skeleton(path: str, dtype: torch.dtype, config: Mapping | None) -> nn.Module:
+    """The architecture alone, from its `config`, or else from that of a hub id or folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = load_hf_config(path, "llm.path") if config is None else AutoConfig.for_model(**config)
+    return AutoModelForCausalLM.from_config(known).to(dtype)
 
 
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:

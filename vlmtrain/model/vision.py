@@ -6,10 +6,12 @@ which hidden layer it hands on; it keeps prefix tokens (CLS, registers) apart fr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -97,6 +99,16 @@ class VisionEncoder(nn.Module):
         raise NotImplementedError
 
 
+@contextlib.contextmanager
+def _without_warnings(wanted: bool) -> Iterator[None]:
+    """open_clip warns of random weights, which a skeleton has on purpose."""
+    logging.disable(logging.WARNING if wanted else logging.NOTSET)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
@@ -172,7 +184,9 @@ class OpenClipVision(VisionEncoder):
         if config is None:
             raise ValueError(f"vision.name={name} is not an open_clip model.{nearest(name, open_clip.list_models())}")
         size = image_size if image_size is None or isinstance(image_size, int) else tuple(image_size)
-        model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size)
+        here = torch.get_default_device()
+        with _without_warnings(pretrained is None):
+            model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size, device=here)
         config["vision_cfg"]["image_size"] = list(_pair(model.visual.image_size))
         config["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in model.visual.modules())
         preprocess = open_clip.get_model_preprocess_cfg(model)

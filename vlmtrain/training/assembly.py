@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from ..connectors import Connector
 from ..data.processor import Geometry, Processor
 from ..data.shapes import VOCABULARY
-from ..model.llm import build_llm, build_random_llm, load_tokenizer, max_positions
+from ..model.llm import build_llm, build_llm_skeleton, build_random_llm, load_tokenizer, max_positions
 from ..model.parts import PARTS, load_part, make_connector, read_manifest
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import VisionEncoder, build_vision
 from ..objectives import Objective, build_objective
+from ..paths import CONFIGS
 from .trainable import ALL_PARTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,13 +76,21 @@ def check_origins(settings: DictConfig, name: str, handed_on: Collection[str]) -
             )
 
 
-def build_skeleton(settings: DictConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, nn.Module]:
+def build_skeleton(
+    settings: DictConfig, name: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
+) -> dict[str, nn.Module]:
     """The parts of stage `name` without weights, on the meta device: what sizes and lengths depend on."""
     parts: dict[str, nn.Module] = {}
     with torch.device("meta"):
         for part in (p for p in BUILD_ORDER if p in settings.stages[name].parts):
-            parts[part] = _build(settings, name, part, parts, tokenizer, torch.float32, weights=False)
+            parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
     return parts
+
+
+def published_llm(path: str) -> dict | None:
+    """The Hugging Face configuration of a language model that recipes name, where it is known without a hub."""
+    known = OmegaConf.to_container(OmegaConf.load(CONFIGS / "published_llms.yaml"))
+    return known.get(path)
 
 
 def _has_source(settings: DictConfig, part: str) -> bool:
@@ -106,7 +115,9 @@ def _build(
     if part == "llm":
         if settings.llm.provider == "tiny":
             return build_random_llm(options["config"], tokenizer, dtype)
-        return build_llm(options["path"], dtype, options["attn_implementation"], weights)
+        if not weights:
+            return build_llm_skeleton(options["path"], dtype, published_llm(options["path"]))
+        return build_llm(options["path"], dtype, options["attn_implementation"])
     if part == "connector":
         newline = any(stage.image_fit == "tiles" for stage in settings.stages.values())
         return make_connector(options.pop("name"), parts["vision"], parts["llm"], options, dtype, newline)
@@ -122,26 +133,31 @@ def build_processor(
 ) -> Processor:
     """What turns conversations into this stage's batches. Raises ValueError if lengths cannot work."""
     stage = settings.stages[name]
-    vision: VisionEncoder | None = parts.get("vision")
-    geometry = None
-    if vision is not None:
-        connector: Connector | None = parts.get("connector")
-        shows = connector is not None and objective.sees_pictures_as_tokens
-        tokens, grid = (f(*vision.grid) for f in (connector.num_tokens, connector.output_grid)) if shows else (0, None)
-        tile_grids = tuple(map(tuple, stage.image_tiles)) if stage.image_fit == "tiles" else ()
-        look = (vision.image_mean, vision.image_std)
-        geometry = Geometry(vision.image_size, stage.image_fit, *look, tokens, grid, tile_grids)
-        if geometry.most_tokens >= stage.max_length:
-            raise ValueError(
-                f"stages.{name}.max_length={stage.max_length} leaves no room for text: a picture takes up to "
-                f"{geometry.most_tokens} tokens"
-            )
+    geometry = build_geometry(stage, parts, objective)
+    if geometry is not None and geometry.most_tokens >= stage.max_length:
+        raise ValueError(
+            f"stages.{name}.max_length={stage.max_length} leaves no room for text: a picture takes up to "
+            f"{geometry.most_tokens} tokens"
+        )
     limit = max_positions(parts["llm"]) if "llm" in parts else None
     if limit is not None and stage.max_length > limit:
         raise ValueError(
             f"stages.{name}.max_length={stage.max_length} is longer than the {limit} positions of the language model"
         )
     return Processor(tokenizer, geometry, stage.template, stage.max_length, settings.llm.chat_template)
+
+
+def build_geometry(stage: DictConfig, parts: dict[str, nn.Module], objective: Objective) -> Geometry | None:
+    """How pictures reach the stage's encoder, and how many tokens they become; None without an encoder."""
+    vision: VisionEncoder | None = parts.get("vision")
+    if vision is None:
+        return None
+    connector: Connector | None = parts.get("connector")
+    shows = connector is not None and objective.sees_pictures_as_tokens
+    tokens, grid = (f(*vision.grid) for f in (connector.num_tokens, connector.output_grid)) if shows else (0, None)
+    tile_grids = tuple(map(tuple, stage.image_tiles)) if stage.image_fit == "tiles" else ()
+    look = (vision.image_mean, vision.image_std)
+    return Geometry(vision.image_size, stage.image_fit, *look, tokens, grid, tile_grids)
 
 
 def picture_size(parts: dict[str, nn.Module]) -> tuple[int, int]:

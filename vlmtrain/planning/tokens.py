@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .connectors import build_connector
+from ..connectors import build_connector
 
 # Widths do not change how many tokens a connector makes; these are LLaVA-1.5's.
 IN_DIM, OUT_DIM = 1024, 4096

@@ -1,0 +1,6 @@
+"""What a recipe will take, known before anything is loaded: visual tokens, arithmetic, memory, time."""
+
+from .plan import StagePlan, plan_run
+from .tokens import VisualTokens, visual_tokens
+
+__all__ = ["StagePlan", "VisualTokens", "plan_run", "visual_tokens"]

@@ -1,0 +1,151 @@
+"""Arithmetic and activations of a model's parts, counted by running them on the meta device, where nothing is computed.
+
+Attention is counted as fused kernels do it: half of a causal square, and nothing of it kept for the backward pass but
+its inputs and its output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+NAME = "vlmtrain_planning"
+
+
+@dataclass
+class PartCost:
+    """One pass of a part over one sample: forward FLOPs, and bytes that the backward pass needs, by block.
+
+    outside: what is kept outside the blocks; block: the largest of them; block_input: what one of them reads.
+    """
+
+    flops: float = 0.0
+    blocks: dict[int, int] = field(default_factory=dict)
+    outside: int = 0
+    block_input: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Bytes kept without recomputation."""
+        return self.outside + sum(self.blocks.values())
+
+    @property
+    def kept_checkpointed(self) -> int:
+        """Bytes kept where each block's activations are computed again: their inputs, and one block at a time."""
+        return self.outside + self.block_input * len(self.blocks) + max(self.blocks.values(), default=0)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Attention's memory without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+class Meter:
+    """Counts what runs inside `part`."""
+
+    def __init__(self) -> None:
+        self.costs: dict[str, PartCost] = {}
+        self._cost = PartCost()
+        self._block: int | None = None
+
+    @contextmanager
+    def part(self, name: str, module: nn.Module, blocks: str | None) -> Iterator[None]:
+        """Count as `name` what `module` does; `blocks` is the path of its list of transformer blocks."""
+        cost = self._cost = self.costs.setdefault(name, PartCost())
+        known = {p.untyped_storage()._cdata for p in module.parameters()}
+        kept: list[Tensor] = []  # alive until the end, or a new tensor could take a seen one's place
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                kept.append(tensor)
+                if self._block is None:
+                    cost.outside += storage.nbytes()
+                else:
+                    cost.blocks[self._block] = cost.blocks.get(self._block, 0) + storage.nbytes()
+            return tensor
+
+        hooks = self._watch(module, blocks, cost)
+        counter = FlopCounterMode(display=False)
+        try:
+            with (
+                _attention_counted(self._attend),
+                counter,
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        cost.flops += counter.get_total_flops()
+
+    def _watch(self, module: nn.Module, blocks: str | None, cost: PartCost) -> list:
+        hooks = []
+        for name, child in module.named_modules():
+            found = blocks and re.fullmatch(rf"{re.escape(blocks)}\.(\d+)", name)
+            if found:
+                hooks.append(child.register_forward_pre_hook(self._enter(int(found.group(1)), cost), with_kwargs=True))
+                hooks.append(child.register_forward_hook(self._leave))
+        return hooks
+
+    def _enter(self, number: int, cost: PartCost):
+        def enter(module: nn.Module, arguments: tuple, options: Mapping) -> None:
+            self._block = number
+            states = next((a for a in (*arguments, *options.values()) if isinstance(a, Tensor)), None)
+            if states is not None and torch.is_grad_enabled():
+                cost.block_input = states.numel() * states.element_size()
+
+        return enter
+
+    def _leave(self, *_) -> None:
+        self._block = None
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+        rows, columns = query.shape[-2], key.shape[-2]
+        products = query.shape[:-1].numel() * columns * (query.shape[-1] + value.shape[-1]) * 2
+        self._cost.flops += products / 2 if causal and rows == columns else products
+        return _FusedAttention.apply(query, key, value)
+
+
+@contextmanager
+def _attention_counted(attend) -> Iterator[None]:
+    """Send all attention through `attend`."""
+    from transformers import AttentionInterface
+
+    def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        return attend(query, key, value, is_causal)
+
+    def library(module, query, key, value, attention_mask, **options):
+        causal = options.get("is_causal", getattr(module, "is_causal", True))
+        return attend(query, key, value, causal).transpose(1, 2), None
+
+    AttentionInterface.register(NAME, library)
+    # torch's own attention would take a path of its own where nothing needs gradients
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def use_counted_attention(module: nn.Module) -> None:
+    """Let a Hugging Face model, or one inside `module`, attend through a `Meter`."""
+    for child in module.modules():
+        if hasattr(child, "set_attn_implementation") and hasattr(child, "config"):
+            child.set_attn_implementation(NAME)

@@ -1,0 +1,255 @@
+"""What each stage of a recipe will take: parameters, tokens, arithmetic, time, memory. Needs no weights and no hub."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ..data.processor import Geometry
+from ..data.sources import build_source
+from ..model.llm import hidden_width
+from ..model.loading import load_hf_config
+from ..objectives import OBJECTIVES
+from ..training.assembly import DTYPES, build_geometry, build_skeleton, picture_size, published_llm
+from ..training.trainable import Group, block_list, freeze, trained_groups
+from .measuring import Meter, PartCost, use_counted_attention
+from .memory import ZERO_STAGES, States
+
+# A CUDA context, NCCL's buffers and the allocator's fragments.
+RESERVED_BYTES = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind. tflops: the peak of one, in the compute dtype; utilisation: the share of it that is reached."""
+
+    gpus: int = 8
+    gpu_memory_gb: float = 80.0
+    gpu_tflops: float = 312.0
+    utilisation: float = 0.4
+
+
+@dataclass
+class StagePlan:
+    """One stage. Sizes are in parameters, tokens, FLOPs and bytes.
+
+    parts: part -> its trainable and frozen parameters. picture_tokens: least and most of one picture. flops: of the
+    arithmetic that the update needs; hardware_flops: with what gradient checkpointing computes again. memory: ZeRO
+    stage -> bytes a GPU at `micro_batch_size`. fits: ZeRO stage -> the largest micro-batch that fits, 0 if none does.
+    """
+
+    name: str
+    parts: dict[str, dict[str, int]]
+    picture_tokens: tuple[int, int]
+    max_length: int
+    samples: int | None
+    tokens_per_sample: int
+    steps: int | None
+    batch_size: int
+    micro_batch_size: int
+    flops_per_sample: float
+    flops: float | None
+    hardware_flops: float | None
+    gpu_hours: float | None
+    memory: dict[int, int] = field(default_factory=dict)
+    fits: dict[int, int] = field(default_factory=dict)
+    suggested_zero_stage: int | None = None
+    suggested_micro_batch_size: int | None = None
+
+    @property
+    def trainable(self) -> int:
+        return sum(part["trainable"] for part in self.parts.values())
+
+    @property
+    def frozen(self) -> int:
+        return sum(part["frozen"] for part in self.parts.values())
+
+
+def plan_run(settings: DictConfig, machine: Machine) -> list[StagePlan]:
+    """The plans of a run's stages. Raises ValueError for settings that cannot work."""
+    for name, value in vars(machine).items():
+        if not value > 0:
+            raise ValueError(f"{name}={value}: must be positive")
+    return [_plan_stage(settings, name, machine) for name in settings.stages if settings.stage in (None, name)]
+
+
+def _plan_stage(settings: DictConfig, name: str, machine: Machine) -> StagePlan:
+    stage = settings.stages[name]
+    parts = build_skeleton(settings, name, _Vocabulary(settings), DTYPES[settings.precision])
+    groups = trained_groups(stage, name, parts)
+    freeze(parts, groups, checkpointing=False)
+    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
+    expected = stage.expected
+    views = 1 if geometry is None else _views(geometry)
+    tokens = min(stage.max_length, _tokens(expected, geometry))
+    mean = _measure(parts, groups, stage, expected, views, tokens, _answer_tokens(expected, tokens))
+    longest = _measure(parts, groups, stage, expected, views, stage.max_length, stage.max_length // 2)
+    needed, computed = _training_flops(parts, groups, mean, stage.gradient_checkpointing)
+    samples = expected.samples
+    if settings.data.get(stage.data) is not None:
+        samples = build_source(settings.data, stage.data, picture_size(parts), settings.seed).epoch_size
+    steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
+    trained_on = steps and steps * stage.batch_size
+    plan = StagePlan(
+        name,
+        {part: _sizes(part, module, groups) for part, module in parts.items()},
+        (0, 0) if geometry is None else (geometry.tokens, geometry.most_tokens),
+        stage.max_length,
+        samples,
+        tokens,
+        steps,
+        stage.batch_size,
+        stage.micro_batch_size or max(1, stage.batch_size // machine.gpus),
+        needed,
+        trained_on and needed * trained_on,
+        trained_on and computed * trained_on,
+        trained_on and needed * trained_on / (machine.gpu_tflops * 1e12 * machine.utilisation) / 3600,
+    )
+    _plan_memory(plan, settings, parts, groups, longest, machine)
+    return plan
+
+
+class _Vocabulary:
+    """As much of a tokenizer as sizes depend on: how many tokens it knows."""
+
+    def __init__(self, settings: DictConfig):
+        from ..data.shapes import VOCABULARY
+        from ..model.tiny_tokenizer import build_tiny_tokenizer
+
+        if settings.llm.provider == "tiny":
+            self.size = len(build_tiny_tokenizer(VOCABULARY))
+        else:
+            path = settings.llm.path
+            config = published_llm(path) or load_hf_config(path, "llm.path").get_text_config().to_dict()
+            self.size = config["vocab_size"]
+        self.bos_token_id = self.eos_token_id = self.pad_token_id = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def _views(geometry: Geometry) -> int:
+    """Views of a picture: with tiles, of the largest grid."""
+    return max((rows * columns + 1 for rows, columns in geometry.tile_grids), default=1)
+
+
+def _tokens(expected: Mapping, geometry: Geometry | None) -> int:
+    pictures = 0 if geometry is None else geometry.most_tokens * expected["images"]
+    return max(2, round(pictures + expected["text_tokens"]))
+
+
+def _answer_tokens(expected: Mapping, tokens: int) -> int:
+    return min(tokens, max(1, round(expected["text_tokens"] * expected["answer_share"])))
+
+
+def _sizes(part: str, module: nn.Module, groups: list[Group]) -> dict[str, int]:
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    trained = sum(sizes[name] for group in groups if group.part == part for name in group.names)
+    return {"trainable": trained, "frozen": sum(sizes.values()) - trained}
+
+
+def _measure(
+    parts: Mapping[str, nn.Module],
+    groups: list[Group],
+    stage: DictConfig,
+    expected: Mapping,
+    views: int,
+    tokens: int,
+    targets: int,
+) -> dict[str, PartCost]:
+    """One sample through the parts, on the meta device."""
+    meter = Meter()
+    trains = {group.part for group in groups}
+    features = visual = None
+    if "vision" in parts:
+        vision = parts["vision"]
+        use_counted_attention(vision)
+        dtype = next(vision.parameters()).dtype
+        pictures = torch.empty(views, 3, *vision.image_size, device="meta", dtype=dtype)
+        with meter.part("vision", vision, block_list(vision)[0]), _gradients("vision" in trains):
+            features = vision(pictures)
+    if "connector" in parts:
+        use_counted_attention(parts["connector"])
+        with meter.part("connector", parts["connector"], None):
+            visual = parts["connector"](features)
+    if "llm" in parts:
+        llm = parts["llm"]
+        use_counted_attention(llm)
+        dtype = next(llm.parameters()).dtype
+        gradient = bool({"vision", "connector"} & trains) and visual is not None
+        row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
+        kept = torch.arange(targets, device="meta")
+        with meter.part("llm", llm, block_list(llm)[0]), _gradients(gradient or "llm" in trains):
+            logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
+            torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), kept)
+    if hasattr(parts.get("objective"), "text"):
+        text = parts["objective"].text
+        words = torch.zeros(1, parts["objective"].context_length, device="meta", dtype=torch.long)
+        with meter.part("objective", text, None):
+            text(words)
+    for part in ("vision", "connector"):
+        if part in meter.costs:
+            cost = meter.costs[part]
+            cost.flops *= expected["images"]
+    return meter.costs
+
+
+def _gradients(wanted: bool):
+    return nullcontext() if wanted else torch.no_grad()
+
+
+def _training_flops(
+    parts: Mapping[str, nn.Module], groups: list[Group], costs: Mapping[str, PartCost], checkpointing: bool
+) -> tuple[float, float]:
+    """FLOPs of training on one sample: what the update needs, and with recomputation.
+
+    A part costs its forward pass; once more for the gradients of its activations, where they flow to something that
+    trains; and the trained share once more for the gradients of its weights.
+    """
+    trains = {group.part for group in groups}
+    needed = again = 0.0
+    for part, cost in costs.items():
+        sizes = _sizes(part, parts[part], groups)
+        share = sizes["trainable"] / max(1, sizes["trainable"] + sizes["frozen"])
+        upstream = {"vision": {"vision"}, "connector": {"vision", "connector"}}.get(part, {*trains})
+        flows = bool(upstream & trains)
+        needed += cost.flops * (1 + flows + share)
+        again += cost.flops if checkpointing and part == "llm" and flows else 0.0
+    return needed, needed + again
+
+
+def _plan_memory(
+    plan: StagePlan,
+    settings: DictConfig,
+    parts: Mapping[str, nn.Module],
+    groups: list[Group],
+    costs: Mapping[str, PartCost],
+    machine: Machine,
+) -> None:
+    trains = {group.part for group in groups}
+    outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
+    states = States(plan.trainable, plan.frozen - outside, outside, settings.precision == "bf16")
+    checkpointing = settings.stages[plan.name].gradient_checkpointing
+    sample = sum(
+        cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept for part, cost in costs.items()
+    )
+    room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
+    most = max(1, plan.batch_size // machine.gpus)
+    for zero_stage in ZERO_STAGES:
+        kept = states.bytes(zero_stage, machine.gpus)
+        plan.memory[zero_stage] = kept + sample * plan.micro_batch_size + RESERVED_BYTES
+        plan.fits[zero_stage] = max(0, min(most, int((room - kept) // max(1, sample))))
+        if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
+            plan.suggested_zero_stage = zero_stage
+            plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor up to a limit: a micro-batch must divide a rank's share of the batch."""
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)

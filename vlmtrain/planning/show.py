@@ -1,0 +1,55 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from .plan import Machine, StagePlan
+
+
+def show_plan(settings: DictConfig, plans: Sequence[StagePlan], machine: Machine) -> str:
+    """All stages of a recipe, one after the other."""
+    head = (
+        f"{settings.name}, connector {settings.connector.name}, {settings.precision}, on {machine.gpus} GPUs of "
+        f"{machine.gpu_memory_gb:g} GB, {machine.gpu_tflops:g} TFLOP/s at {machine.utilisation:.0%}"
+    )
+    return "\n\n".join([head, *(_show_stage(plan, settings, machine) for plan in plans)])
+
+
+def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
+    least, most = plan.picture_tokens
+    picture = f"{least:,}" if least == most else f"{least:,} a view, up to {most:,}"
+    rows = [("", "trained", "frozen")]
+    rows += [(part, f"{sizes['trainable']:,}", f"{sizes['frozen']:,}") for part, sizes in plan.parts.items()]
+    rows.append(("together", f"{plan.trainable:,}", f"{plan.frozen:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"stage {plan.name}"]
+    lines += [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    facts = [
+        ("tokens of a picture", picture),
+        ("tokens of a sample", f"{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
+        ("samples", "not known: give data, or stages.<name>.expected.samples" if plan.samples is None
+         else f"{plan.samples:,}"),
+    ]  # fmt: skip
+    if plan.steps is not None:
+        facts += [
+            ("steps", f"{plan.steps:,} of {plan.batch_size:,} samples"),
+            ("tokens trained on", f"{plan.steps * plan.batch_size * plan.tokens_per_sample:,}"),
+            ("training FLOPs", f"{plan.flops:.3g} ({plan.hardware_flops:.3g} with recomputation)"),
+            ("GPU-hours", f"{plan.gpu_hours:,.1f} ({plan.gpu_hours / machine.gpus:,.1f} h on {machine.gpus})"),
+        ]
+    else:
+        facts.append(("training FLOPs a sample", f"{plan.flops_per_sample:.3g}"))
+    memory = ", ".join(f"ZeRO-{stage} {size / 2**30:.1f} GiB" for stage, size in plan.memory.items())
+    facts.append((f"memory a GPU, micro-batch {plan.micro_batch_size}", memory))
+    if plan.suggested_zero_stage is None:
+        facts.append(("fits", "no ZeRO stage: more GPUs, gradient_checkpointing, a shorter max_length, or offloading"))
+    else:
+        facts.append(
+            ("fits", f"engine=zero{plan.suggested_zero_stage} "
+                     f"stages.{plan.name}.micro_batch_size={plan.suggested_micro_batch_size}")
+        )  # fmt: skip
+    width = max(len(name) for name, _ in facts)
+    return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in facts)])
