@@ -66,8 +66,8 @@ class SourceReport:
 
 
 class _Readings(Dataset):
-    def __init__(self, mixture: Mixture, processor: Processor):
-        self.mixture, self.processor = mixture, processor
+    def __init__(self, mixture: Mixture, processor: Processor, held_out: bool):
+        self.mixture, self.processor, self.held_out = mixture, processor, held_out
 
     def __len__(self) -> int:
         return -(-len(self.mixture) // CHUNK)
@@ -80,6 +80,8 @@ class _Readings(Dataset):
         content = hashlib.blake2b(digest_size=16)
         try:
             conversation = self.mixture[index]
+            if self.held_out:
+                conversation = self.processor.renderer.showable(conversation)
             tokens = self.processor.render(conversation)
             for picture in self.processor.decode(conversation):
                 content.update(picture.tobytes())
@@ -98,8 +100,13 @@ class _Readings(Dataset):
         )
 
 
-def check_data(mixture: Mixture, processor: Processor, workers: int, show_progress: bool) -> dict[str, SourceReport]:
-    """Render every record and decode its pictures, with `workers` processes beside this one (0: none)."""
+def check_data(
+    mixture: Mixture, processor: Processor, workers: int, show_progress: bool, held_out: bool = False
+) -> dict[str, SourceReport]:
+    """Render every record and decode its pictures, with `workers` processes beside this one (0: none).
+
+    held_out: as validation has them, not training.
+    """
     reports = {name: SourceReport(records=len(source)) for name, source in mixture.sources.items()}
     names, starts = list(reports), [0]
     for report in reports.values():
@@ -107,7 +114,7 @@ def check_data(mixture: Mixture, processor: Processor, workers: int, show_progre
     lengths: dict[str, Counter] = {name: Counter() for name in names}
     image_tokens: dict[str, Counter] = {name: Counter() for name in names}
     seen: set[bytes] = set()
-    for reading in _read_all(mixture, processor, workers, show_progress):
+    for reading in _read_all(_Readings(mixture, processor, held_out), workers, show_progress):
         number = mixture.source_number(reading.index)
         name, report = names[number], reports[names[number]]
         if reading.problem is not None:
@@ -132,12 +139,12 @@ def check_data(mixture: Mixture, processor: Processor, workers: int, show_progre
     return reports
 
 
-def _read_all(mixture: Mixture, processor: Processor, workers: int, show_progress: bool) -> Iterator[Reading]:
-    loader = DataLoader(_Readings(mixture, processor), batch_size=None, num_workers=workers)
-    with tqdm(total=len(mixture), unit="record", disable=not show_progress, leave=False) as bar:
-        for readings in loader:
-            bar.update(len(readings))
-            yield from readings
+def _read_all(readings: _Readings, workers: int, show_progress: bool) -> Iterator[Reading]:
+    loader = DataLoader(readings, batch_size=None, num_workers=workers)
+    with tqdm(total=len(readings.mixture), unit="record", disable=not show_progress, leave=False) as bar:
+        for chunk in loader:
+            bar.update(len(chunk))
+            yield from chunk
 
 
 def _spread(counts: Counter) -> tuple[dict[str, float], list[tuple[int, int, int]]]:

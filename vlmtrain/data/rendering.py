@@ -142,6 +142,14 @@ class Renderer:
         words = conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
         return len(self.tokenizer(words, add_special_tokens=False).input_ids)
 
+    def showable(self, conversation: Conversation) -> Conversation:
+        """What the template can show of a conversation that is held out: captions have one exchange only."""
+        if self._chat is not None:
+            return conversation
+        turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
+        shown = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+        return replace(conversation, turns=turns, images=conversation.images[:shown])
+
     def prompt(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
         """Tokens up to the answer that is asked for; the conversation ends with a user turn."""
         _check_content(conversation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
@@ -123,20 +123,12 @@ class Validator:
         samples = []
         for index in self._indices(size):
             try:
-                conversation = self._fitting(self.source[index])
+                conversation = self.processor.renderer.showable(self.source[index])
                 samples.append((index, conversation, self.processor(conversation)))
             except BadSample as error:
                 if not self.skip_bad:
                     raise BadSample(f"data.validation: {error}") from None
         return samples
-
-    def _fitting(self, conversation: Conversation) -> Conversation:
-        """What the template can show: captions have one exchange only."""
-        if self.processor.renderer.template != "plain":
-            return conversation
-        turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
-        shown = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
-        return replace(conversation, turns=turns, images=conversation.images[:shown])
 
     def _batches(self, samples: Sequence[Sample], share: int) -> list[Batch]:
         ordered = sorted(samples, key=lambda sample: len(sample.tokens))
