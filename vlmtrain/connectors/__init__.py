@@ -65,13 +65,14 @@ def connector_options(name: str) -> dict[str, Any]:
 def build_connector(
     name: str,
     in_dim: int | tuple[int, ...],
-    out_dim: int,
+    out_dim: int | None,
     input_grid: tuple[int, int] | None = None,
     **options,
 ) -> Connector:
     """Build the connector called `name`, from features `in_dim` wide to tokens `out_dim` wide.
 
-    in_dim is a tuple for a connector of several encoders. input_grid, the encoder's grid of patches, is needed by
+    in_dim is a tuple for a connector of several encoders. out_dim is None where there is no language model yet, for a
+    connector that can be trained so (`Connector.stands_alone`). input_grid, the encoder's grid of patches, is needed by
     connectors with position tables of a fixed size; where it is given, any connector that cannot take it says so
     at once. Raises ValueError for unknown names, options and sizes that do not fit.
     """
@@ -87,6 +88,12 @@ def build_connector(
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
             raise ValueError(f"input_grid={input_grid!r}: expected two whole numbers, (height, width)")
         input_grid = sides
+    if out_dim is None and not connector_class.stands_alone:
+        alone = ", ".join(key for key, each in CONNECTORS.items() if each.stands_alone)
+        raise ValueError(
+            f"connector={name} makes tokens of a language model's width, and there is no language model: add the part "
+            f"llm, or use one that can be trained alone ({alone})"
+        )
     if "input_grid" in inspect.signature(connector_class).parameters:
         options["input_grid"] = input_grid
     connector = connector_class(in_dim, out_dim, **options)

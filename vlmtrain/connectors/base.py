@@ -37,12 +37,14 @@ class Connector(nn.Module):
                 A connector with 0 ignores whatever levels there are.
     reads_text: whether `forward` also needs ``text_ids`` (an instruction in the connector's own
                 vocabulary), with ``text_mask``.
+    stands_alone: whether it can be trained before there is a language model, with `out_dim` None.
     PUBLISHED:  the published names of its tensors, one entry a convention.
     """
 
     several_encoders = False
     num_levels = 0
     reads_text = False
+    stands_alone = False
     PUBLISHED: tuple[Names, ...] = (Names(),)
 
     in_dim: int | tuple[int, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,19 +73,25 @@ class QFormerLayer(nn.Module):
         return torch.cat([queries, text], dim=1)
 
 
+class Words(nn.Embedding):
+    """Word embeddings, which also say how much a state ``(..., dim)`` is like each word: ``(..., vocabulary)``."""
+
+    def forward(self, ids: Tensor | None, states: Tensor | None = None) -> Tensor:
+        return super().forward(ids) if states is None else F.linear(states, self.weight)
+
+
 class TextEmbedding(nn.Module):
     """Word plus position embeddings: ids ``(B, T)`` -> ``(B, T, dim)``."""
 
     def __init__(self, vocabulary: int, positions: int, dim: int):
         super().__init__()
-        self.words, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(positions, dim)
+        self.words, self.positions = Words(vocabulary, dim), nn.Embedding(positions, dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         length, limit = ids.shape[1], self.positions.num_embeddings
         if length > limit:
             raise ValueError(
-                f"an instruction of {length} tokens, but connector.text_positions={limit}: "
-                "shorten it or raise the option"
+                f"a text of {length} tokens, but connector.text_positions={limit}: shorten it or raise the option"
             )
         return self.words(ids) + self.positions(torch.arange(length, device=ids.device))
 
@@ -201,10 +209,12 @@ class QFormer(Connector):
     ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, any grid; ``features.prefix`` (CLS) is read too, before
     the patches. `text_vocab` (BERT's: 30523 with BLIP-2's extra token) makes it read an instruction (InstructBLIP,
     section 2.2): then ``forward(features, text_ids, text_mask)``, ids ``(B, T)`` and a mask True at real tokens.
-    `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps in the encoder.
-    `core` is the Q-Former alone, for training without a language model.
+    `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps in the encoder. It is
+    this connector's and trains with it, also where the encoder is frozen, as published.
+    `core` is the Q-Former alone, for training without a language model: then `out_dim` is None, there is no `proj`,
+    and tokens are `hidden_size` wide.
 
-    In the last layer the text's feed-forward part cannot influence the queries, in the published model as here:
+    In the last layer an instruction's feed-forward part cannot influence the queries, in the published model as here:
     it gets a gradient of zero.
     """
 
@@ -222,10 +232,12 @@ class QFormer(Connector):
         ),
     )
 
+    stands_alone = True
+
     def __init__(
         self,
         in_dim: int,
-        out_dim: int,
+        out_dim: int | None,
         num_queries: int = 32,
         hidden_size: int = 768,
         depth: int = 12,
@@ -237,7 +249,7 @@ class QFormer(Connector):
         text_positions: int = 512,
         vision_norm: bool = False,
     ):
-        super().__init__(in_dim, out_dim)
+        super().__init__(in_dim, hidden_size if out_dim is None else out_dim)
         self.reads_text = text_vocab is not None
         self.ln_vision = nn.LayerNorm(in_dim) if vision_norm else nn.Identity()
         self.core = QFormerCore(
@@ -253,7 +265,7 @@ class QFormer(Connector):
             text_positions,
             text_ffn=True,
         )
-        self.proj = nn.Linear(hidden_size, out_dim)
+        self.proj = nn.Identity() if out_dim is None else nn.Linear(hidden_size, out_dim)
 
     def output_grid(self, height: int, width: int) -> None:
         require_grid(height, width)
@@ -265,10 +277,45 @@ class QFormer(Connector):
     def forward(
         self, features: VisionFeatures, text_ids: Tensor | None = None, text_mask: Tensor | None = None
     ) -> Tensor:
-        self.check(features)
-        vision = self.ln_vision(sequence(features))
+        vision = self.read(features)
         mask = instruction_mask(self, text_ids, text_mask)
         return self.proj(self.core(vision, text_ids, mask)[:, : self.core.num_queries])
+
+    def read(self, features: VisionFeatures) -> Tensor:
+        """What the queries read of a picture, ``(B, P + H*W, in_dim)``."""
+        self.check(features)
+        return self.ln_vision(sequence(features))
+
+    def load_bert(self, state_dict: dict[str, Tensor]) -> None:
+        """Start as a BERT (section 3.1): its self-attention, its feed-forward layers for queries and text, its words.
+
+        state_dict: that of Hugging Face's ``BertForMaskedLM``. Queries and cross-attention have no counterpart there,
+        nor have rows of a larger vocabulary: these stay as they are. Raises ValueError naming what does not fit.
+        """
+        problems, found = [], []
+        for name, own in self.core.state_dict().items():
+            theirs = f"core.{name}"
+            for pattern, replacement in _LAVIS:
+                theirs = re.sub(pattern, replacement, theirs)
+            theirs = theirs.removeprefix("Qformer.").replace("_query", "")
+            if theirs == "query_tokens" or "crossattention" in theirs:
+                continue
+            tensor = state_dict.get(theirs)
+            if tensor is None:
+                problems.append(f"missing: {theirs}")
+            elif tensor.shape != own.shape and (name != "embedding.words.weight" or not _is_start(tensor, own)):
+                problems.append(f"shape of {theirs}: expected {tuple(own.shape)}, got {tuple(tensor.shape)}")
+            else:
+                found.append((own, tensor))
+        if problems:
+            raise ValueError("This BERT does not fit the Q-Former; nothing was loaded.\n  " + "\n  ".join(problems))
+        with torch.no_grad():
+            for own, tensor in found:
+                own[: len(tensor)].copy_(tensor)
+
+
+def _is_start(rows: Tensor, table: Tensor) -> bool:
+    return rows.shape[1:] == table.shape[1:] and len(rows) <= len(table)
 
 
 def sequence(features: VisionFeatures) -> Tensor:

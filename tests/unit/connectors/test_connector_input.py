@@ -123,7 +123,7 @@ def test_instructions_must_be_asked_for_and_then_given(name):
     reader = small(name, **SMALL[name], text_vocab=50, text_positions=4)
     with pytest.raises(ValueError, match="needs text_ids"):
         reader(features(reader, (6, 6)))
-    with pytest.raises(ValueError, match=r"instruction of 5 tokens, but connector.text_positions=4"):
+    with pytest.raises(ValueError, match=r"a text of 5 tokens, but connector.text_positions=4"):
         reader(features(reader, (6, 6)), torch.zeros(2, 5, dtype=torch.long))
 
 
