@@ -19,21 +19,26 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..tiling import Tiles, choose_tiles, tiled_tokens
+from .connector_text import TextReader, pad_texts
 from .images import FITS, cut_tiles, fit_image, to_tensor
 from .records import BadSample, Conversation
 from .rendering import IGNORE, Rendered, Renderer
+
+OWN_TOKENIZER = "connector_tokenizer"  # of a connector that reads text in another vocabulary
 
 
 class Sample(NamedTuple):
     """One rendered conversation and its pictures ``(N, 3, H, W)``.
 
     With tiles, `images` has the views of each picture one after the other, and `tiles` says how many those are.
+    texts: for a connector that reads text, the ids ``(L,)`` that go with each of `images`.
     """
 
     id: str
     tokens: Rendered
     images: Tensor
     tiles: tuple[Tiles, ...] | None = None
+    texts: tuple[Tensor, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -45,7 +50,8 @@ class Batch(NamedTuple):
 
     A packed batch has one row of several samples: positions ``(1, T)``, from 0 in each; boundaries ``(S + 1,)``
     int32, where each of its S samples starts, and the row's end. Both are None otherwise. tiles: how each picture is
-    cut, one after the other, where pictures are.
+    cut, one after the other, where pictures are. text_ids ``(N, L)``, text_mask ``(N, L)`` bool: what a connector that
+    reads text reads with each of `images`, else None.
     """
 
     input_ids: Tensor
@@ -57,6 +63,8 @@ class Batch(NamedTuple):
     positions: Tensor | None = None
     boundaries: Tensor | None = None
     tiles: tuple[Tiles, ...] | None = None
+    text_ids: Tensor | None = None
+    text_mask: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         batch = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
@@ -109,6 +117,7 @@ class Processor:
 
     geometry: how pictures reach the encoder; None where there is none, so that pictures are bad samples.
     template, fallback: see `Renderer`; max_length: longest sequence in tokens, pictures included.
+    reader: for a connector that reads text. in_pairs: whether a sample is one picture and one text; others are bad.
     """
 
     def __init__(
@@ -118,10 +127,13 @@ class Processor:
         template: str,
         max_length: int,
         fallback: str | None = None,
+        reader: TextReader | None = None,
+        in_pairs: bool = False,
     ):
         self.tokenizer = tokenizer
         self.geometry = geometry
         self.fallback = fallback
+        self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
         self.renderer = Renderer(tokenizer, template, max_length, fallback)
         self.filler = self.renderer.filler
@@ -132,6 +144,8 @@ class Processor:
 
     def render(self, conversation: Conversation) -> Rendered:
         """The tokens alone; no picture is decoded. Raises BadSample, naming the conversation."""
+        if self.in_pairs and len(conversation.images) != 1:
+            raise BadSample(f"{conversation.id}: {len(conversation.images)} pictures, but each text is paired with one")
         return self.renderer.render(conversation, self._token_counts(conversation))
 
     def load(self, conversation: Conversation, tokens: Rendered) -> Sample:
@@ -139,9 +153,12 @@ class Processor:
         geometry = self.geometry
         if geometry is None:
             return Sample(conversation.id, tokens, torch.empty(0))
-        views, cuts = [], []
-        for picture in self.decode(conversation):
+        views, cuts, texts = [], [], []
+        words = self.reader(conversation) if self.reader else None
+        for number, picture in enumerate(self.decode(conversation)):
             tiles = geometry.tiles((picture.height, picture.width))
+            if words:
+                texts += [words[number]] * (tiles.views if tiles else 1)
             if tiles is None:
                 views.append(fit_image(picture, geometry.size, geometry.fit, geometry.mean))
             else:
@@ -149,7 +166,7 @@ class Processor:
                 cuts.append(tiles)
         tensors = [to_tensor(view, geometry.mean, geometry.std) for view in views]
         images = torch.stack(tensors) if tensors else torch.empty(0, 3, *geometry.size)
-        return Sample(conversation.id, tokens, images, tuple(cuts) if geometry.fit == "tiles" else None)
+        return Sample(conversation.id, tokens, images, tuple(cuts) if geometry.fit == "tiles" else None, tuple(texts))
 
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the answer asked for."""
@@ -211,11 +228,13 @@ class Processor:
 
     def _batch(self, samples: list[Sample], input_ids, targets, weights, is_image, lengths) -> Batch:
         images = torch.cat([s.images for s in samples]) if samples else torch.empty(0)
-        if len(images) > 0:
-            tiles = tuple(cut for sample in samples for cut in sample.tiles or ()) or None
-            return Batch(input_ids, targets, weights, images, is_image, lengths, tiles=tiles)
-        stand_in = torch.zeros(1, 3, *self.geometry.size) if self.geometry else None
-        return Batch(input_ids, targets, weights, stand_in, None, lengths)
+        tiles = tuple(cut for sample in samples for cut in sample.tiles or ()) or None
+        texts = [text for sample in samples for text in sample.texts]
+        if len(images) == 0:
+            images, is_image = torch.zeros(1, 3, *self.geometry.size) if self.geometry else None, None
+            texts = [self.reader.encode("")] if self.reader else []
+        ids, mask = pad_texts(texts) if self.reader else (None, None)
+        return Batch(input_ids, targets, weights, images, is_image, lengths, tiles=tiles, text_ids=ids, text_mask=mask)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer and settings into ``folder/processor``."""
@@ -226,7 +245,12 @@ class Processor:
             "fallback": self.fallback,
             "max_length": self.max_length,
             "geometry": asdict(self.geometry) if self.geometry else None,
+            "reader": None,
         }
+        if self.reader:
+            settings["reader"] = {"reads": self.reader.reads, "max_length": self.reader.max_length}
+            if self.reader.tokenizer is not self.tokenizer:
+                self.reader.tokenizer.save_pretrained(folder / OWN_TOKENIZER)
         (folder / "processor.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
@@ -237,9 +261,13 @@ class Processor:
             settings = json.loads((folder / "processor.json").read_text())
         except FileNotFoundError:
             raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
-        saved = settings.pop("geometry")
+        saved, reader = settings.pop("geometry"), settings.pop("reader", None)
         geometry = saved and Geometry(**{key: _as_tuple(value) for key, value in saved.items()})
-        return cls(AutoTokenizer.from_pretrained(folder), geometry, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if reader:
+            own = folder / OWN_TOKENIZER
+            reader = TextReader(AutoTokenizer.from_pretrained(own) if own.exists() else tokenizer, **reader)
+        return cls(tokenizer, geometry, **settings, reader=reader)
 
 
 @contextmanager

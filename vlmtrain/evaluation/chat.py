@@ -39,6 +39,8 @@ class Chat:
             batch.is_image,
             batch.lengths,
             batch.tiles,
+            batch.text_ids,
+            batch.text_mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self.processor.renderer.stop_ids,

@@ -66,7 +66,15 @@ class Validator:
         total, weight = 0.0, 0.0
         for batch in self._batches(samples, self._share(size)):
             keep = batch.weights > 0
-            logits = model(batch.input_ids, batch.images, batch.is_image, keep=keep, tiles=batch.tiles)
+            logits = model(
+                batch.input_ids,
+                batch.images,
+                batch.is_image,
+                keep=keep,
+                tiles=batch.tiles,
+                text_ids=batch.text_ids,
+                text_mask=batch.text_mask,
+            )
             losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
             total += float((losses * batch.weights[keep]).sum())
             weight += float(batch.weights.sum())
@@ -146,6 +154,8 @@ class Validator:
             batch.is_image,
             batch.lengths,
             batch.tiles,
+            batch.text_ids,
+            batch.text_mask,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             eos_token_id=self.processor.renderer.stop_ids,
@@ -164,7 +174,8 @@ def _prompt(sample: Sample, length: int, blind: bool) -> Sample:
     tokens = sample.tokens
     shown = int(tokens.image_index[:length].max()) + 1 if length else 0
     tiles = sample.tiles and sample.tiles[:shown]
-    images = sample.images[: shown if tiles is None else sum(cut.views for cut in tiles)]
+    views = shown if tiles is None else sum(cut.views for cut in tiles)
+    images, texts = sample.images[:views], sample.texts[:views]
     prompt = Rendered(
         tokens.input_ids[:length],
         torch.full((length,), IGNORE),
@@ -172,7 +183,7 @@ def _prompt(sample: Sample, length: int, blind: bool) -> Sample:
         tokens.image_index[:length],
         (),
     )
-    return Sample(sample.id, prompt, torch.zeros_like(images) if blind else images, tiles)
+    return Sample(sample.id, prompt, torch.zeros_like(images) if blind else images, tiles, texts)
 
 
 def picture_uri(image: Image.Image, side: int = 160) -> str:

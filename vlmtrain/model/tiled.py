@@ -21,6 +21,7 @@ class TiledConnector(nn.Module):
         super().__init__()
         self.connector = connector
         self.in_dim, self.out_dim, self.num_levels = connector.in_dim, connector.out_dim, connector.num_levels
+        self.reads_text = connector.reads_text
         self.newline = nn.Parameter(torch.randn(connector.out_dim) / connector.out_dim**0.5)
 
     @property
@@ -33,9 +34,12 @@ class TiledConnector(nn.Module):
     def output_grid(self, height: int, width: int) -> tuple[int, int] | None:
         return self.connector.output_grid(height, width)
 
-    def forward(self, features: VisionFeatures, tiles: Sequence[Tiles] | None = None) -> Tensor:
-        """Tokens ``(V, n, D)`` of V views; with `tiles`, those of whole pictures one after the other, ``(K, D)``."""
-        tokens = self.connector(features)
+    def forward(self, features: VisionFeatures, tiles: Sequence[Tiles] | None = None, **text: Tensor) -> Tensor:
+        """Tokens ``(V, n, D)`` of V views; with `tiles`, those of whole pictures one after the other, ``(K, D)``.
+
+        text: ``text_ids`` and ``text_mask`` ``(V, L)`` for a connector that reads text.
+        """
+        tokens = self.connector(features, **text)
         if tiles is None:
             return tokens + 0.0 * self.newline  # a batch without tiles trains the newline no less than another rank's
         grid = self.connector.output_grid(*features.patches.shape[1:3])

@@ -43,11 +43,13 @@ class VLMWrapper(nn.Module):
         is_image: Tensor | None,
         features: VisionFeatures | None = None,
         tiles: Sequence[Tiles] | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
         """Token ids ``(B, T)`` and pictures ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
 
         features: what the encoder made of `images`, if that was done elsewhere. tiles: how each picture is cut, where
-        `images` are views.
+        `images` are views. text_ids, text_mask: ``(N, L)``, what a connector that reads text reads with each of them.
         """
         text = self.llm.get_input_embeddings()(input_ids)
         if self.connector is None:
@@ -55,7 +57,10 @@ class VLMWrapper(nn.Module):
             return text
         if features is None:
             features = self.vision(images)
-        visual = self.connector(features) if tiles is None else self.connector(features, tiles)
+        options = {} if tiles is None else {"tiles": tiles}
+        if text_ids is not None:
+            options |= {"text_ids": text_ids, "text_mask": text_mask}
+        visual = self.connector(features, **options)
         return concatenate(text, visual, is_image)
 
     def forward(
@@ -68,6 +73,8 @@ class VLMWrapper(nn.Module):
         positions: Tensor | None = None,
         boundaries: Tensor | None = None,
         tiles: Sequence[Tiles] | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token, ``(B, T, V)``; with `keep` ``(B, T)`` bool, of those positions only, ``(K, V)``.
 
@@ -75,7 +82,7 @@ class VLMWrapper(nn.Module):
         so no mask is needed. A packed row comes with its `positions` ``(1, T)`` and `boundaries` ``(S + 1,)``, for a
         language model that `attend_in_segments` has prepared.
         """
-        embeddings = self.embed(input_ids, images, is_image, features, tiles)
+        embeddings = self.embed(input_ids, images, is_image, features, tiles, text_ids, text_mask)
         options = {} if boundaries is None else {"position_ids": positions, **segment_arguments(boundaries)}
         kept = 0 if keep is None else keep
         return self.llm(inputs_embeds=embeddings, use_cache=False, logits_to_keep=kept, **options).logits
@@ -88,6 +95,8 @@ class VLMWrapper(nn.Module):
         is_image: Tensor | None,
         lengths: Tensor | None = None,
         tiles: Sequence[Tiles] | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
         **options,
     ) -> Tensor:
         """Continue prompts. Takes rows padded on the right, with their `lengths` ``(B,)``.
@@ -95,7 +104,7 @@ class VLMWrapper(nn.Module):
         options go to Hugging Face's ``generate`` (``max_new_tokens``, ``do_sample``, ``eos_token_id``,
         ``streamer``, ...). Returns the new token ids ``(B, new)``.
         """
-        embeddings = self.embed(input_ids, images, is_image, tiles=tiles)
+        embeddings = self.embed(input_ids, images, is_image, None, tiles, text_ids, text_mask)
         rows, width = input_ids.shape
         if lengths is None:
             lengths = torch.full((rows,), width, device=input_ids.device)

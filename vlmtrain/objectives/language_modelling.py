@@ -32,6 +32,8 @@ class LanguageModelling(Objective):
             positions=batch.positions,
             boundaries=batch.boundaries,
             tiles=batch.tiles,
+            text_ids=batch.text_ids,
+            text_mask=batch.text_mask,
         )
         losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
         return (losses * batch.weights[keep]).sum()

@@ -1,0 +1,89 @@
+"""Text for connectors that read it themselves (Q-Former, MEQ-Former), in a vocabulary of their own.
+
+conversation -> the words that belong to each picture -> [CLS] words [SEP]
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .records import IMAGE_MARK, Conversation
+
+READS = ("instruction", "answer")
+
+
+class TextVocabulary(NamedTuple):
+    """How many ids there are, and which two frame every text: BERT's [CLS] and [SEP].
+
+    The last id, [DEC], is for a text that is to be written, not read (BLIP-2, section 3.1).
+    """
+
+    size: int
+    start: int
+    end: int
+
+
+def text_vocabulary(tokenizer: PreTrainedTokenizerBase) -> TextVocabulary:
+    """A tokenizer's ids, behind them those for [CLS] and for [SEP] (or the end of a text) where it has none, and [DEC].
+
+    So BERT's 30522 become BLIP-2's 30523.
+    """
+    size, ids = len(tokenizer), []
+    end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    for found in (tokenizer.cls_token_id, end):
+        ids.append(size if found is None else found)
+        size += found is None
+    has_last = tokenizer.get_vocab().get("[DEC]") == size - 1  # as the published InstructBLIP's tokenizer
+    return TextVocabulary(size if has_last else size + 1, *ids)
+
+
+class TextReader:
+    """The text that goes with each picture of a conversation, as ids.
+
+    reads: ``instruction``, the user's words in the picture's own turn (InstructBLIP, section 2.3), or ``answer``, the
+    assistant's words behind it. A conversation may go on about a picture, but its tokens stand before all that, so
+    later words do not change them. max_length: of a text in ids; an instruction loses its beginning, an answer its
+    end (published code of InstructBLIP and BLIP-2). Raises ValueError for other readings and lengths below two.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reads: str, max_length: int):
+        if reads not in READS:
+            raise ValueError(f"connector_text.read={reads}: expected one of {', '.join(READS)}, or null")
+        if max_length < 2:
+            raise ValueError(f"connector_text.max_length={max_length}: [CLS] and [SEP] alone are 2")
+        self.tokenizer, self.reads, self.max_length = tokenizer, reads, max_length
+        self.vocabulary = text_vocabulary(tokenizer)
+
+    def __call__(self, conversation: Conversation) -> list[Tensor]:
+        """Ids ``(T,)`` for each picture."""
+        return [self.encode(words) for words in self._words(conversation)]
+
+    def encode(self, words: str) -> Tensor:
+        """Ids ``(T,)`` of a text. Special-token strings in it stay words."""
+        ids = self.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
+        room = self.max_length - 2
+        ids = ids[max(0, len(ids) - room) :] if self.reads == "instruction" else ids[:room]
+        return torch.tensor([self.vocabulary.start, *ids, self.vocabulary.end])
+
+    def _words(self, conversation: Conversation) -> list[str]:
+        words = []
+        turns = conversation.turns
+        for turn, answer in zip(turns, [*turns[1:], None]):
+            if turn.role == "user":
+                said = turn.text if self.reads == "instruction" else answer.text if answer else ""
+                words += [said.replace(IMAGE_MARK, "").strip()] * turn.text.count(IMAGE_MARK)
+        return words
+
+
+def pad_texts(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids ``(N, T)``, padded on the right, and a mask that is True at real ones."""
+    width = max(len(text) for text in texts)
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    mask = torch.zeros(len(texts), width, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, True
+    return ids, mask
