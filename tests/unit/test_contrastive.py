@@ -20,7 +20,7 @@ def parts(tokenizer):
     torch.manual_seed(0)
     settings = compose(["recipe=quickstart"])
     vision = build_vision(**OmegaConf.to_container(settings.vision))
-    return vision, build_objective("contrastive", settings, tokenizer)
+    return vision, build_objective("contrastive", settings, tokenizer, {})
 
 
 def test_loss_equals_open_clips(parts, tokenizer):

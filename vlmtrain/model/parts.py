@@ -30,23 +30,24 @@ MANIFEST = "vlmtrain.json"
 def make_connector(
     name: str,
     vision: VisionEncoder,
-    llm: nn.Module,
+    llm: nn.Module | None,
     options: dict,
     dtype: torch.dtype = torch.float32,
     newline: bool = False,
 ) -> nn.Module:
     """A new connector between an encoder and a language model, with what it was built from in `config`.
 
-    newline: whether pictures may come in tiles.
+    llm: None where there is none yet, for a connector that can be trained alone. newline: whether pictures may come in
+    tiles.
     """
     several = CONNECTORS[name].several_encoders if name in CONNECTORS else False
     arguments = {
         "name": name,
         "in_dim": [vision.width] if several else vision.width,
-        "out_dim": hidden_width(llm),
+        "out_dim": None if llm is None else hidden_width(llm),
         "input_grid": list(vision.grid),
         **options,
-        **({"newline": True} if newline else {}),
+        **({"newline": True} if newline and llm is not None else {}),
     }
     connector = _connector_from(arguments)
     vision.give_levels(connector.num_levels)
@@ -59,6 +60,15 @@ def _connector_from(arguments: dict) -> nn.Module:
     connector = build_connector(**listed)
     connector.config = {key: value for key, value in arguments.items() if key != "newline"}
     return TiledConnector(connector) if newline else connector
+
+
+def connector_skeleton(model: Path) -> nn.Module | None:
+    """The connector of a model folder without weights, on the meta device; None if it has none."""
+    config = model / "connector" / "config.json"
+    if not config.exists():
+        return None
+    with torch.device("meta"):
+        return _connector_from(read_json(config))
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:

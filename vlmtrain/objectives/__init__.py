@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .base import Objective
 from .contrastive import Contrastive
 from .language_modelling import LanguageModelling
+from .qformer_pretraining import QFormerPretraining
 
-OBJECTIVES = {"language_modelling": LanguageModelling, "contrastive": Contrastive}
+OBJECTIVES = {
+    "language_modelling": LanguageModelling,
+    "contrastive": Contrastive,
+    "qformer_pretraining": QFormerPretraining,
+}
 
 
-def build_objective(name: str, settings: Mapping, tokenizer: PreTrainedTokenizerBase) -> Objective:
-    """The objective of a stage; `settings` is the run's configuration. Raises ValueError for an unknown name."""
+def build_objective(
+    name: str, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
+) -> Objective:
+    """The objective of a stage with these parts; `settings` is the run's configuration.
+
+    Raises ValueError for an unknown name and for what the objective cannot do without.
+    """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective '{name}'. Available: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name].build(settings, tokenizer)
+    return OBJECTIVES[name].build(settings, tokenizer, parts)
 
 
 __all__ = ["OBJECTIVES", "Objective", "build_objective"]

@@ -17,7 +17,8 @@ class Objective(nn.Module):
     """A training loss over a model. Its own parameters, if any, are the part called ``objective``.
 
     needs: parts that a stage with this objective must have.
-    compares_samples: whether the loss looks across samples, so that a step must be one micro-batch.
+    compares_samples: whether the loss looks across samples, each a picture and a text, so that a step must be one
+                      micro-batch.
     sees_pictures_as_tokens: whether pictures take places in the text.
     """
 
@@ -26,8 +27,8 @@ class Objective(nn.Module):
     sees_pictures_as_tokens = True
 
     @classmethod
-    def build(cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase) -> Objective:
-        """The objective of a run with these settings; its texts come from `tokenizer`."""
+    def build(cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]) -> Objective:
+        """The objective of a run with these settings, for a stage's other parts; its texts come from `tokenizer`."""
         return cls()
 
     @staticmethod

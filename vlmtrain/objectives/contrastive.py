@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +15,7 @@ from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
 from .base import Objective
+from .gathering import Share, all_numbers
 
 MAX_LOGIT_SCALE = math.log(100)  # section 2.5: the temperature is kept from growing without bound
 
@@ -40,7 +39,9 @@ class Contrastive(Objective):
         self.context_length = context_length
 
     @classmethod
-    def build(cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase) -> Contrastive:
+    def build(
+        cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
+    ) -> Contrastive:
         from open_clip.model import _build_text_tower
 
         config = settings["vision"].get("model_config")
@@ -58,8 +59,8 @@ class Contrastive(Objective):
         rows = int((batch.weights.sum(1) > 0).sum())  # rows topped up without weight come last
         images = F.normalize(model.vision.pooled(batch.images)[:rows], dim=-1)
         texts = F.normalize(self.text(self._with_end(batch))[:rows], dim=-1)
-        all_images, all_texts, first = _gather(images), _gather(texts), _first_row(rows, images.device)
-        labels = torch.arange(first, first + rows, device=images.device)
+        share = Share.of([count for (count,) in all_numbers([rows], images.device)])
+        all_images, all_texts, labels = share.gather(images), share.gather(texts), share.mine(images.device)
         scale = self.temperature()
         to_text = F.cross_entropy(scale * images @ all_texts.T, labels, reduction="sum")
         to_image = F.cross_entropy(scale * texts @ all_images.T, labels, reduction="sum")
@@ -81,24 +82,3 @@ class Temperature(nn.Module):
 
     def forward(self) -> Tensor:
         return self.log_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-
-
-def _gather(rows: Tensor) -> Tensor:
-    """All ranks' rows in the order of ranks, with gradients to each; ranks may hold different numbers."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    counts = _row_counts(len(rows), rows.device)
-    padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
-    return torch.cat([part[:count] for part, count in zip(all_gather(padded), counts)])
-
-
-def _first_row(rows: int, device: torch.device) -> int:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0
-    return sum(_row_counts(rows, device)[: dist.get_rank()])
-
-
-def _row_counts(rows: int, device: torch.device) -> list[int]:
-    counts = torch.empty(dist.get_world_size(), dtype=torch.long, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device))
-    return counts.tolist()

@@ -12,15 +12,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..connectors import Connector
+from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
 from ..data.shapes import VOCABULARY
 from ..model.llm import build_llm, build_llm_skeleton, build_random_llm, load_tokenizer, max_positions
+from ..model.loading import load_hf_model
 from ..model.parts import PARTS, load_part, make_connector, read_manifest
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import VisionEncoder, build_vision
 from ..objectives import Objective, build_objective
 from ..paths import CONFIGS
+from .handover import builds_anew, check_names, take_over
 from .trainable import ALL_PARTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,7 +56,11 @@ def build_parts(
         seed_for(settings.seed, part)
         if part in PARTS and part in saved and part not in stage.fresh:
             parts[part] = load_part(part, previous, dtype)
-            if part == "connector" and stage.image_fit == "tiles" and not isinstance(parts[part], TiledConnector):
+            if part == "connector" and builds_anew(stage):
+                handed_on = parts.pop(part)
+                parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
+                take_over(parts[part], handed_on, stage, name)
+            elif part == "connector" and stage.image_fit == "tiles" and not isinstance(parts[part], TiledConnector):
                 parts[part] = TiledConnector(parts[part]).to(dtype)  # it comes from a run without tiles
         else:
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
@@ -66,6 +73,7 @@ def check_origins(settings: DictConfig, name: str, handed_on: Collection[str]) -
     handed_on: the parts that the stage before, or `init_from`, leaves to it.
     """
     stage = settings.stages[name]
+    check_names(stage, name)
     for part in stage.parts:
         if part not in ALL_PARTS:
             raise ValueError(f"stages.{name}.parts names {part}; the parts are {', '.join(ALL_PARTS)}")
@@ -118,10 +126,29 @@ def _build(
         if not weights:
             return build_llm_skeleton(options["path"], dtype, published_llm(options["path"]))
         return build_llm(options["path"], dtype, options["attn_implementation"])
+    bert = settings.stages[stage].connector_text.bert if weights else None
     if part == "connector":
         newline = any(stage.image_fit == "tiles" for stage in settings.stages.values())
-        return make_connector(options.pop("name"), parts["vision"], parts["llm"], options, dtype, newline)
-    return build_objective(settings.stages[stage].objective, settings, tokenizer).to(dtype)
+        if "text_vocab" in options:
+            options["text_vocab"] = _text_vocab(options, settings.stages[stage], tokenizer)
+        built = make_connector(options.pop("name"), parts["vision"], parts.get("llm"), options, dtype, newline)
+    else:
+        built = build_objective(settings.stages[stage].objective, settings, tokenizer, parts).to(dtype)
+    if bert is not None and hasattr(built, "load_bert"):
+        built.load_bert(load_hf_model("AutoModelForMaskedLM", bert).state_dict())
+    return built
+
+
+def _text_vocab(options: dict, stage: DictConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many words a stage's connector knows; None where it reads none."""
+    if stage.connector_text.read is None:
+        return None
+    return options["text_vocab"] or text_vocabulary(_text_tokenizer(stage, tokenizer)).size
+
+
+def _text_tokenizer(stage: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    bert = stage.connector_text.bert
+    return tokenizer if bert is None else load_tokenizer(bert, "connector_text.bert")
 
 
 def build_processor(
@@ -144,7 +171,33 @@ def build_processor(
         raise ValueError(
             f"stages.{name}.max_length={stage.max_length} is longer than the {limit} positions of the language model"
         )
-    return Processor(tokenizer, geometry, stage.template, stage.max_length, settings.llm.chat_template)
+    return Processor(
+        tokenizer,
+        geometry,
+        stage.template,
+        stage.max_length,
+        settings.llm.chat_template,
+        _build_reader(settings, name, parts, tokenizer),
+        in_pairs=objective.compares_samples,
+    )
+
+
+def _build_reader(
+    settings: DictConfig, name: str, parts: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> TextReader | None:
+    """What the stage's connector reads of a conversation, if it reads text."""
+    if "connector" not in parts or not parts["connector"].reads_text:
+        return None
+    stage, key = settings.stages[name], f"stages.{name}.connector_text"
+    reader = TextReader(_text_tokenizer(stage, tokenizer), stage.connector_text.read, stage.connector_text.max_length)
+    if reader.reads == "answer" and "llm" in parts:
+        raise ValueError(f"{key}.read=answer would show the connector what the language model is to say")
+    size, positions = settings.connector.text_vocab, settings.connector.text_positions
+    if size is not None and size < reader.vocabulary.size:
+        raise ValueError(f"connector.text_vocab={size}, but the words of {key} are {reader.vocabulary.size}")
+    if positions < reader.max_length:
+        raise ValueError(f"{key}.max_length={reader.max_length} is longer than connector.text_positions={positions}")
+    return reader
 
 
 def build_geometry(stage: DictConfig, parts: dict[str, nn.Module], objective: Objective) -> Geometry | None:

@@ -10,7 +10,7 @@ from ..data.loader import LAYOUTS, split_batch
 from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
 from ..errors import nearest
-from ..model.parts import read_manifest
+from ..model.parts import connector_skeleton, read_manifest
 from ..objectives import OBJECTIVES
 from ..report import write_report
 from ..world import StopSignal, World
@@ -22,6 +22,7 @@ from .assembly import (
     check_origins,
     picture_size,
 )
+from .handover import builds_anew, tensors_taken
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
 from .run_folder import RunFolder
@@ -118,16 +119,25 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
     """Raise ValueError for a stage ahead whose parts, lengths or data cannot work; no weights are loaded."""
     tokenizer = build_tokenizer(settings)
     handed_on = set(read_manifest(Path(settings.init_from))) if settings.init_from is not None else set()
+    connector = connector_skeleton(Path(settings.init_from)) if settings.init_from is not None else None
     for name, stage in settings.stages.items():
         if settings.stage in (None, name) and not folder.is_finished(name):
             check_origins(settings, name, handed_on)
             parts = build_skeleton(settings, name, tokenizer)
+            if connector is not None and "connector" in parts and "connector" not in stage.fresh:
+                if builds_anew(stage):
+                    tensors_taken(parts["connector"], connector, stage, name)
+                else:
+                    parts["connector"] = connector
+            connector = parts.get("connector", connector)
             trained_groups(stage, name, parts)
             build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
             for split in filter(None, (stage.data, stage.validation)):
                 if split == stage.data or settings.data.get(split) is not None:
                     _check_source(settings, split, picture_size(parts))
-        elif not folder.is_finished(name):
+        elif folder.is_finished(name):
+            connector = connector_skeleton(folder.model(name))
+        else:
             continue
         handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
 

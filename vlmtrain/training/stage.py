@@ -88,7 +88,7 @@ class _Stage:
     def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
         if "objective" in self.parts:
             return self.parts["objective"]
-        return build_objective(self.config.objective, self.settings, tokenizer)
+        return build_objective(self.config.objective, self.settings, tokenizer, self.parts)
 
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)

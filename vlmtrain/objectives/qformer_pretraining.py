@@ -1,0 +1,218 @@
+"""BLIP-2's first stage: a Q-Former and captions, without a language model (Li et al., 2023, section 3.2).
+
+Three losses of equal weight, under three masks of one Q-Former that queries and text share:
+
+    contrastive   queries | text, apart             the picture's nearest query and the caption's [CLS] are alike
+    matching      queries + text, all see all       do picture and caption belong together?
+    generation    text sees queries, and backwards  the caption, word by word, from [DEC]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from ..connectors import VisionFeatures
+from ..connectors.layers import init_linears
+from ..connectors.qformer import EPS, QFormerCore, Words
+from ..data.loader import StepData
+from ..data.processor import Batch
+from ..model import VLMWrapper
+from .base import Objective
+from .gathering import Share, all_numbers
+
+# Published code: widths, temperature and smoothing of lavis/models/blip2_models/blip2_qformer.py.
+EMBED_DIM = 256
+TEMPERATURE = 0.07
+SMOOTHING = 0.1
+EXCLUDED = -1.0e4
+
+
+class Losses(NamedTuple):
+    """This rank's part of each loss, summed over its pairs."""
+
+    contrastive: Tensor
+    matching: Tensor
+    generation: Tensor
+
+
+class Pairs(NamedTuple):
+    """Pictures and texts of this rank, of which the first `count` are real, and their places among all ranks'.
+
+    vision: ``(B, N, C)``; ids, mask: ``(B, T)``; mine ``(count,)``: places among the step's.
+    """
+
+    vision: Tensor
+    ids: Tensor
+    mask: Tensor
+    count: int
+    share: Share
+    mine: Tensor
+
+
+class QFormerPretraining(Objective):
+    """Contrastive, matching and generation losses of a Q-Former, each a mean over the step.
+
+    The connector's ``ln_vision``, if it has one, trains with it. Owns the heads; words are written with the word
+    embeddings of the connector (published code: BERT's tied head). Contrastive candidates, the rank's own among them,
+    carry no gradient; the pictures that matching is asked about do.
+    """
+
+    needs = ("vision", "connector", "objective")
+    compares_samples = True
+    sees_pictures_as_tokens = False
+
+    def __init__(self, hidden_size: int, vocabulary: int):
+        super().__init__()
+        self.vision_proj, self.text_proj = (nn.Linear(hidden_size, EMBED_DIM) for _ in range(2))
+        self.itm_head = nn.Linear(hidden_size, 2)
+        self.temperature = Temperature()
+        self.text_head = TextHead(hidden_size, vocabulary)
+        self.generate = vocabulary - 1  # [DEC], see data.connector_text
+
+    @classmethod
+    def build(
+        cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
+    ) -> QFormerPretraining:
+        embedding = getattr(getattr(parts["connector"], "core", None), "embedding", None)
+        if embedding is None:
+            raise ValueError(
+                "objective=qformer_pretraining trains a connector that reads captions: use connector=qformer and "
+                "connector_text.read=answer"
+            )
+        return cls(embedding.words.embedding_dim, embedding.words.num_embeddings)
+
+    @staticmethod
+    def weight(data: StepData) -> float:
+        return data.samples
+
+    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+        return sum(self.losses(model, batch, features))
+
+    def losses(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Losses:
+        # Drawn before all else, where the generator of the first rank does not depend on how many there are.
+        seed = int(torch.randint(2**62, ()))
+        if features is None:
+            features = model.vision(batch.images)
+        core, ids, mask = model.connector.core, batch.text_ids, batch.text_mask
+        count = int((batch.weights.sum(1) > 0).sum())  # rows topped up without weight come last
+        words = int(mask[:count, 1:].sum())
+        counts, all_words, widths, seeds = zip(*all_numbers([count, words, ids.shape[1], seed], ids.device))
+        share = Share.of(list(counts))
+        pairs = Pairs(model.connector.read(features), ids, mask, count, share, share.mine(ids.device))
+        to_text, to_image = self.similarities(core, pairs)
+        others = [_draw(scores.detach(), pairs, seeds[0], i) for i, scores in enumerate((to_image, to_text))]
+        # a mean over the step's words, as the other two are means over its pairs
+        scale = share.total / max(1, sum(all_words))
+        return Losses(
+            sum(_cross_entropy(scores, pairs.mine) for scores in (to_text, to_image)) / 2,
+            self.matching(core, pairs, max(widths), *others),
+            self.generation(core, pairs) * scale,
+        )
+
+    def similarities(self, core: QFormerCore, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Of each picture to all texts, and of each text to all pictures, ``(count, N)``, over the temperature."""
+        seen, heard = core(pairs.vision), core(None, pairs.ids, pairs.mask[:, None])
+        images = F.normalize(self.vision_proj(seen).float(), dim=-1)[: pairs.count]
+        texts = F.normalize(self.text_proj(heard[:, 0]).float(), dim=-1)[: pairs.count]
+        all_images, all_texts = pairs.share.gather(images.detach()), pairs.share.gather(texts.detach())
+        return self.temperature(_nearest(images, all_texts)), self.temperature(_nearest(all_images, texts).T)
+
+    def matching(self, core: QFormerCore, pairs: Pairs, width: int, others: Tensor, other_texts: Tensor) -> Tensor:
+        """Whether each pair belongs together, and each of its halves with another's, drawn for it, ``(count,)``."""
+        count, share = pairs.count, pairs.share
+        vision = pairs.vision[:count]
+        marked = F.pad(pairs.ids.masked_fill(~pairs.mask, -1)[:count], (0, width - pairs.ids.shape[1]), value=-1)
+        all_vision, all_marked = share.gather(vision), share.gather(marked)
+        ids = torch.cat([marked, marked, all_marked[other_texts]])
+        asked = torch.cat([vision, all_vision[others], vision])
+        states = core(asked, ids.clamp(min=0), _with_queries(core, ids >= 0)[:, None])
+        logits = self.itm_head(states[:, : core.num_queries]).float().mean(1)
+        # a step of one pair has no other: what is drawn then is the pair itself
+        labels = torch.cat([torch.ones_like(pairs.mine, dtype=torch.bool), others == pairs.mine])
+        labels = torch.cat([labels, other_texts == pairs.mine]).long()
+        return F.cross_entropy(logits, labels, reduction="sum") / 3
+
+    def generation(self, core: QFormerCore, pairs: Pairs) -> Tensor:
+        """Negative log-likelihood of the captions' words, smoothed, summed."""
+        queries, width = core.num_queries, pairs.ids.shape[1]
+        sight = _with_queries(core, pairs.mask)[:, None].repeat(1, queries + width, 1)
+        sight[:, :queries, queries:] = False
+        sight[:, queries:, queries:] &= torch.ones_like(sight[0, queries:, queries:]).tril()
+        start = torch.full_like(pairs.ids[:, :1], self.generate)
+        states = core(pairs.vision, torch.cat([start, pairs.ids[:, 1:]], dim=1), sight)[:, queries:-1]
+        keep = pairs.mask[:, 1:].clone()
+        keep[pairs.count :] = False
+        logits = self.text_head(states[keep], core.embedding.words)
+        return _cross_entropy(logits.float(), pairs.ids[:, 1:][keep])
+
+    def load_bert(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Start the text head as a BERT's, Hugging Face's ``BertForMaskedLM``. Raises ValueError if it differs."""
+        self.text_head.load_bert(state_dict)
+
+
+class Temperature(nn.Module):
+    """What similarities are divided by; learned as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([TEMPERATURE]))
+
+    def forward(self, similarities: Tensor) -> Tensor:
+        return similarities / self.value.float()
+
+
+class TextHead(nn.Module):
+    """States ``(K, D)`` to logits ``(K, V)`` over the word embeddings `words`: BERT's head."""
+
+    def __init__(self, hidden_size: int, vocabulary: int):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size, eps=EPS)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        init_linears(self)
+
+    def forward(self, states: Tensor, words: Words) -> Tensor:
+        return words(None, self.norm(F.gelu(self.dense(states)))) + self.bias
+
+    def load_bert(self, state_dict: Mapping[str, Tensor]) -> None:
+        names = {"dense": "transform.dense", "norm": "transform.LayerNorm", "bias": "bias"}
+        for name, own in self.state_dict().items():
+            first, _, rest = name.partition(".")
+            theirs = ".".join(filter(None, ("cls.predictions", names[first], rest)))
+            tensor = state_dict[theirs]
+            if tensor.shape[1:] != own.shape[1:] or (tensor.shape != own.shape and name != "bias"):
+                raise ValueError(
+                    f"this BERT's {theirs} is {tuple(tensor.shape)}, the Q-Former's text head {tuple(own.shape)}"
+                )
+            own[: len(tensor)].copy_(tensor)
+
+
+def _nearest(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosine similarity of each text ``(K, E)`` to the query of each picture ``(M, Q, E)`` that is nearest: (M, K)."""
+    return torch.einsum("mqe,ke->mkq", images, texts).max(-1).values
+
+
+def _draw(scores: Tensor, pairs: Pairs, seed: int, number: int) -> Tensor:
+    """For each row of ``(count, N)`` another place than its own, the likelier the higher its score.
+
+    Each row of the step has a draw of its own, so a row's other does not depend on which rank holds it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(2, pairs.share.total, generator=generator, dtype=torch.float64)[number].to(scores.device)
+    own = F.one_hot(pairs.mine, scores.shape[1]).bool()
+    chances = scores.double().masked_fill(own, EXCLUDED).softmax(-1).cumsum(-1)
+    return torch.searchsorted(chances, draws[pairs.mine, None], right=True)[:, 0].clamp(max=scores.shape[1] - 1)
+
+
+def _with_queries(core: QFormerCore, mask: Tensor) -> Tensor:
+    """A text's mask ``(B, T)`` with all queries before it, ``(B, queries + T)``."""
+    return torch.cat([mask.new_ones(len(mask), core.num_queries), mask], dim=1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=SMOOTHING)

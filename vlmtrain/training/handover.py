@@ -1,0 +1,86 @@
+"""What a stage takes over of a connector that it builds anew.
+
+    fresh: [connector.proj]
+    drops: [connector.core.embedding, connector.core.layers.*.text_ffn]
+
+Where `fresh` or `drops` name something within the connector, it is built as the stage wants it, and every tensor comes
+from the one handed on, but for those that are fresh here or dropped there. All others must agree in name and shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import some
+from ..model.tiled import TiledConnector
+
+PART = "connector"
+
+
+def builds_anew(stage: Mapping) -> bool:
+    """Whether a stage builds its connector anew, though one is handed on to it."""
+    return any(entry.startswith(f"{PART}.") for entry in (*stage["fresh"], *stage["drops"]))
+
+
+def check_names(stage: Mapping, name: str) -> None:
+    """Raise ValueError if `fresh` or `drops` name something within another part."""
+    for key in ("fresh", "drops"):
+        for entry in stage[key]:
+            part, dot, _ = entry.partition(".")
+            if dot and part != PART:
+                raise ValueError(f"stages.{name}.{key} names {entry}: only what is within the {PART} can be named")
+
+
+def tensors_taken(new: nn.Module, old: nn.Module, stage: Mapping, name: str) -> dict[str, Tensor]:
+    """The tensors of `new` that come from `old`, by name. Raises ValueError naming those that do not fit."""
+    own, handed_on = _state(new), _state(old)
+    fresh = {tensor for tensor in own if _is_named(tensor, stage["fresh"])}
+    dropped = {tensor for tensor in handed_on if _is_named(tensor, (*stage["fresh"], *stage["drops"]))}
+    idle = [entry for entry in stage["fresh"] if "." in entry and not any(_is_named(tensor, [entry]) for tensor in own)]
+    if isinstance(new, TiledConnector) and not isinstance(old, TiledConnector):
+        fresh.add("newline")
+    missing = own.keys() - fresh - handed_on.keys()
+    left = handed_on.keys() - dropped - own.keys()
+    both = own.keys() & handed_on.keys() - fresh
+    shapes = [
+        f"{tensor} ({tuple(handed_on[tensor].shape)} becomes {tuple(own[tensor].shape)})"
+        for tensor in both
+        if own[tensor].shape != handed_on[tensor].shape
+    ]
+    problems = [
+        f"{what}: {some(names)}"
+        for what, names in (
+            (f"nothing of this name is there to be made fresh (stages.{name}.fresh)", idle),
+            (f"not handed on, and not in stages.{name}.fresh", missing),
+            (f"handed on without a place, and not in stages.{name}.drops", left),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"the {PART} that stage {name} builds cannot take over the one handed on: {'; '.join(problems)}"
+        )
+    return {tensor: own[tensor] for tensor in both}
+
+
+def take_over(new: nn.Module, old: nn.Module, stage: Mapping, name: str) -> None:
+    """Copy into `new` what it takes over of `old`."""
+    handed_on = _state(old)
+    with torch.no_grad():
+        for tensor, place in tensors_taken(new, old, stage, name).items():
+            place.copy_(handed_on[tensor])
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors under the names that they have without tiles."""
+    return {tensor.removeprefix("connector."): value for tensor, value in module.state_dict().items()}
+
+
+def _is_named(tensor: str, entries: list[str]) -> bool:
+    patterns = [entry.partition(".")[2] for entry in entries if entry.startswith(f"{PART}.")]
+    return any(re.fullmatch(".*".join(map(re.escape, p.split("*"))) + r"(?:\..*)?", tensor) for p in patterns)
