@@ -20,4 +20,11 @@ def some(names: Iterable[str], limit: int = 4) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's message."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return printable(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+
+
+def printable(text: str, limit: int = 500) -> str:
+    """Text that some file holds, for a message: shortened, with what no terminal or log can show escaped."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 
+from ..errors import printable
 from .records import IMAGE_MARK, BadSample, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -14,16 +15,11 @@ shown = _repr.repr
 """A value for an error message: short, however large or deep it is."""
 
 
-def printable(text: str) -> str:
-    """Text for an error message, with what no terminal or log can show (half characters, NUL) escaped."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
 def record_name(where: str, id: object) -> str:
     """What messages call a record: its file and number, and its id if it has one."""
     if id is None:
         return where
-    return f"{where} (id {printable(f'{id:.200}') if isinstance(id, str) else shown(id)})"
+    return f"{where} (id {printable(id, 200) if isinstance(id, str) else shown(id)})"
 
 
 def role_of(value: object, key: str, name: str) -> str:

@@ -25,6 +25,7 @@ from .records import IMAGE_MARK, BadSample, Conversation, Turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Array
 
 COLUMNS = {
     "messages": ("messages", "conversations", "texts"),
@@ -86,11 +87,24 @@ class HFDataset:
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        (row,) = self.rows[index].to_pylist()
+        where = f"{self.name} record {index}"
+        row = self._row(index, where)
         record = {role: row[column] for role, column in self.columns.items()}
-        name = record_name(f"{self.name} record {index}", record.get("id"))
+        name = record_name(where, record.get("id"))
         images = self._pictures(record.get("image"), name)
         return Conversation(name, self._turns(record, len(images), name), images)
+
+    def _row(self, index: int, where: str) -> dict:
+        try:
+            table = self.rows[index]
+            table.validate()
+            for column in table.columns:
+                for chunk in column.chunks:
+                    _check_contents(chunk)
+            (row,) = table.to_pylist()
+            return row
+        except Exception as error:  # damaged columns can fail in any way
+            raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
 
     def _turns(self, record: dict, pictures: int, name: str) -> tuple[Turn, ...]:
         if "caption" in record:
@@ -123,6 +137,22 @@ class HFDataset:
         if isinstance(path, str) and path:
             return self.images.picture(path, name)
         raise BadSample(f"{name}: image {label} must be bytes or a path, got {shown(value)}")
+
+
+def _check_contents(array: Array) -> None:
+    """Raise ValueError if offsets lead out of their buffer, which Arrow follows unseen, or if texts are no UTF-8."""
+    from pyarrow import types
+
+    if types.is_struct(array.type):
+        for i in range(array.type.num_fields):
+            _check_contents(array.field(i))
+    elif types.is_list(array.type) or types.is_large_list(array.type):
+        bounds = [0, *array.offsets.to_pylist(), len(array.values)]
+        if bounds != sorted(bounds):
+            raise ValueError("a list of it leads out of its column")
+        _check_contents(array.values.slice(bounds[1], bounds[-2] - bounds[1]))
+    else:
+        array.validate(full=True)
 
 
 def choose_columns(given: Mapping[str, str | None], present: list[str], path: str) -> dict[str, str]:

@@ -19,9 +19,9 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import first_line
+from ..errors import first_line, printable
 from ..tiling import Tiles
-from .fields import printable, shown
+from .fields import shown
 from .file_index import read_span
 from .records import BadSample
 
@@ -106,7 +106,8 @@ class EncodedImage:
         except FileNotFoundError:
             raise BadSample(f"image {self.label} does not exist") from None
         except (OSError, ValueError) as error:
-            raise BadSample(f"image {self.label} cannot be read: {printable(first_line(error))}") from None
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise BadSample(f"image {self.label} cannot be read: {reason}") from None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class IndexedJson:
 
 
 def parse_json(data: bytes, where: str) -> object:
-    """A JSON value from UTF-8 bytes; numbers too long for Python stay texts. Raises BadSample, naming `where`."""
+    """A JSON value from UTF-8 bytes; numbers too long for Python are infinite. Raises BadSample, naming `where`."""
     try:
         return _decoder.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -111,11 +111,11 @@ def parse_json(data: bytes, where: str) -> object:
         raise BadSample(f"{where} is not valid JSON: {first_line(error)}") from None
 
 
-def _integer(digits: str) -> int | str:
+def _integer(digits: str) -> int | float:
     try:
         return int(digits)
     except ValueError:  # more digits than Python converts
-        return digits
+        return float(digits)
 
 
 _decoder = json.JSONDecoder(parse_int=_integer)

@@ -25,6 +25,7 @@ from .records import BadSample, Conversation, Source
 from .views import Concatenation, Subset
 
 MIXTURES = (".yaml", ".yml")
+MAX_PATH = 4096
 _ENTRY_KEYS = ("json_path", "sampling_strategy")
 _STRATEGY = re.compile(r"(first|end|random)\s*:\s*(\d+(?:\.\d+)?%|\d+)")
 
@@ -112,7 +113,7 @@ def _read_entry(entry: object, file: Path, name: str) -> MixturePart:
         if key not in _ENTRY_KEYS:
             raise ValueError(f"{name}: unknown key {shown(key)}.{nearest(str(key), _ENTRY_KEYS)}")
     path, strategy = entry.get("json_path"), entry.get("sampling_strategy", "all")
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not 0 < len(path) <= MAX_PATH or not path.isprintable():
         raise ValueError(f"{name}: 'json_path' must be a path, got {shown(path)}")
     if not isinstance(strategy, str) or (strategy != "all" and not _STRATEGY.fullmatch(strategy)):
         raise ValueError(

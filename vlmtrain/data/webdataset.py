@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import first_line
-from .fields import answer_turns, caption_turns, llava_turns, pictures_in_front, printable, record_name
+from ..errors import first_line, printable
+from .fields import answer_turns, caption_turns, llava_turns, pictures_in_front, record_name
 from .file_index import Index, cached_index, read_span
 from .images import ImageInFile
 from .indexed_json import parse_json

@@ -79,7 +79,7 @@ def test_indented_lines_and_records_behind_spaces_are_records(tmp_path):
 def test_numbers_of_any_length_do_no_harm(tmp_path):
     text = f'[{{"id": {"9" * 5000}}}, {{"x": 1e999}}, NaN, {{"a": 1, "a": 2}}]'
     source = IndexedJson(write(tmp_path, text))
-    assert source[0] == {"id": "9" * 5000} and source[1] == {"x": float("inf")}
+    assert source[0] == {"id": float("inf")} and source[1] == {"x": float("inf")}
     assert source[2] != source[2] and source[3] == {"a": 2}
 
 
