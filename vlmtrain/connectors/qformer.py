@@ -308,7 +308,8 @@ class QFormer(Connector):
             else:
                 found.append((own, tensor))
         if problems:
-            raise ValueError("This BERT does not fit the Q-Former; nothing was loaded.\n  " + "\n  ".join(problems))
+            listed = "\n  ".join(dict.fromkeys(problems))  # a layer's feed-forward is looked for twice
+            raise ValueError(f"This BERT does not fit the Q-Former; nothing was loaded.\n  {listed}")
         with torch.no_grad():
             for own, tensor in found:
                 own[: len(tensor)].copy_(tensor)

@@ -204,7 +204,7 @@ def _draw(scores: Tensor, pairs: Pairs, seed: int, number: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(2, pairs.share.total, generator=generator, dtype=torch.float64)[number].to(scores.device)
-    own = F.one_hot(pairs.mine, scores.shape[1]).bool()
+    own = torch.arange(scores.shape[1], device=scores.device) == pairs.mine[:, None]
     chances = scores.double().masked_fill(own, EXCLUDED).softmax(-1).cumsum(-1)
     return torch.searchsorted(chances, draws[pairs.mine, None], right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 
