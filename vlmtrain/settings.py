@@ -85,13 +85,16 @@ def finish(config: DictConfig, hydra: DictConfig | None = None) -> DictConfig:
     settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     with open_dict(settings):
         settings.pop("hydra", None)
-        for group in OPTION_GROUPS:
-            options = settings.pop(f"{group}_options").get(hydra.runtime.choices[group])
-            if options:
-                _lay_over(settings, {group: OmegaConf.to_container(options)}, named)
-        mini = settings.pop("mini_options")
+        mini = OmegaConf.to_container(settings.pop("mini_options"))
+        recipe = {group: OmegaConf.to_container(settings.pop(f"{group}_options")) for group in OPTION_GROUPS}
+        small = {group: mini.pop(f"{group}_options", {}) for group in OPTION_GROUPS}
+        for by_group in (recipe, small) if settings.mini else (recipe,):
+            for group, by_choice in by_group.items():
+                options = by_choice.get(hydra.runtime.choices[group])
+                if options:
+                    _lay_over(settings, {group: options}, named)
         if settings.mini:
-            _lay_over(settings, OmegaConf.to_container(mini), named)
+            _lay_over(settings, mini, named)
         if settings.run_dir is None:
             suffix = "-mini" if settings.mini else ""
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}"

@@ -19,6 +19,13 @@ def test_the_line_wins_over_the_recipes_options():
     assert compose(["recipe=llava_1_5"]).llm.path == "lmsys/vicuna-7b-v1.5"
 
 
+def test_a_recipes_mini_options_apply_to_the_choice_they_speak_of_only():
+    small = compose(["recipe=blip2", "mini=true", "connector.depth=3"]).connector
+    assert (small.num_queries, small.depth, small.text_vocab) == (16, 3, None)
+    assert compose(["recipe=blip2"]).connector.num_queries == 32
+    assert "num_queries" not in compose(["recipe=blip2", "mini=true", "connector=mlp"]).connector
+
+
 def test_mini_swaps_groups_except_those_that_the_line_names():
     small = compose(["recipe=llava_1_5", "mini=true"])
     assert (small.vision.provider, small.llm.provider, small.data.format) == ("open_clip", "tiny", "shapes")

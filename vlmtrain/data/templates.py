@@ -29,7 +29,17 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML}
+# Words and nothing else: the question, a space, the answer and its end, as InstructBLIP trains (published code).
+BARE = (
+    "{{ bos_token }}"
+    "{% for turn in messages %}"
+    "{% if turn.role == 'assistant' %}{{ ' ' + turn.content + eos_token }}"
+    "{% elif turn.role == 'system' %}{{ turn.content + ' ' }}"
+    "{% else %}{{ turn.content }}{% endif %}"
+    "{% endfor %}"
+)
+
+TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE}
 NAMES = ("plain", "chat", *TEMPLATES)
 
 
