@@ -11,8 +11,12 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
-shown = _repr.repr
-"""A value for an error message: short, however large or deep it is."""
+_repr.maxlevel = 4
+
+
+def shown(value: object) -> str:
+    """A value for an error message: short, however large or deep it is."""
+    return printable(_repr.repr(value), 300)
 
 
 def record_name(where: str, id: object) -> str:

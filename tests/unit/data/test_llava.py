@@ -89,7 +89,7 @@ def test_an_id_of_any_kind_is_shown_in_one_short_line(tmp_path):
         ("a\nb\ud800", r"a\nb\ud800"),
         (0.5, "0.5"),
         ("x" * 9999, f"{'x' * 100}…{'x' * 100}"),
-        (DEEP, "[[[[[[[...]]]]]]]"),
+        (DEEP, "[[[[[...]]]]]"),
     ):
         assert read(tmp_path, [{"id": id, "conversations": TALK}])[0].id == f"data.json record 0 (id {name})"
     assert read(tmp_path, [{"id": None, "conversations": TALK}])[0].id == "data.json record 0"
