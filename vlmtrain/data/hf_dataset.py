@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ COLUMNS = {
 """What a column can be for, and the names by which one is recognised."""
 FORMS = (("messages",), ("question", "answer"), ("caption",))
 """The ways in which a record's words can be given; a data set has one of them."""
+_END = b"\xff\xff\xff\xff\0\0\0\0"
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 
 
@@ -70,6 +71,7 @@ class HFDataset:
     ):
         self.name = Path(path).name
         data = _load(os.fspath(path), split, name)
+        _check_ends([entry["filename"] for entry in data.cache_files], path)
         if not len(data):
             raise ValueError(f"data set {path} is empty: no records")
         self.columns = choose_columns(columns or {}, data.column_names, str(path))
@@ -227,6 +229,15 @@ def _load(path: str, split: str, name: str | None) -> Dataset:
             reason = first_line(error.__cause__)
         raise ValueError(f"data set {path} cannot be loaded: {reason}") from None
     raise ValueError(f"data set {path} does not exist")
+
+
+def _check_ends(files: Sequence[str], path: str | Path) -> None:
+    """Raise ValueError if an Arrow file was cut between two batches, where Arrow takes it to end."""
+    for file in files:
+        with open(file, "rb") as stream:
+            stream.seek(-len(_END), os.SEEK_END)
+            if stream.read() != _END:
+                raise ValueError(f"data set {path} cannot be loaded: {file} has no end mark, so it must have been cut")
 
 
 def _load_files(files: list[str], split: str) -> Dataset:

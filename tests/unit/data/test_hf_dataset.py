@@ -316,6 +316,21 @@ def test_an_unknown_split_is_an_error(tmp_path):
         HFDataset(tmp_path / "folder", split="validation")
 
 
+def test_an_arrow_file_cut_between_two_batches_is_an_error(tmp_path):
+    folder = save(tmp_path, {"question": ["q"] * 3000, "answer": ["a"] * 3000})
+    (file,) = folder.glob("*.arrow")
+    whole = file.read_bytes()
+    assert len(HFDataset(folder)) == len(HFDataset(file)) == 3000
+    with pa.ipc.open_stream(whole) as reader:
+        schema, batch = reader.schema, reader.read_next_batch()
+    end = len(schema.serialize()) + len(batch.serialize())
+    file.write_bytes(whole[:end])
+    assert len(pa.ipc.open_stream(whole[:end]).read_all()) == 1000
+    for path in (folder, file):
+        with pytest.raises(ValueError, match=r"cannot be loaded: .*\.arrow has no end mark, so it must have been cut"):
+            HFDataset(path)
+
+
 def test_a_data_set_without_records_is_an_error(tmp_path):
     table().select([]).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(ValueError, match=r"data\.parquet (is empty: no records|cannot be loaded: .*no data)"):
