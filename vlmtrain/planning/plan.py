@@ -129,9 +129,13 @@ class _Vocabulary:
             config = published_llm(path) or load_hf_config(path, "llm.path").get_text_config().to_dict()
             self.size = config["vocab_size"]
         self.bos_token_id = self.eos_token_id = self.pad_token_id = 0
+        self.cls_token_id = self.sep_token_id = None
 
     def __len__(self) -> int:
         return self.size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
 
 def _views(geometry: Geometry) -> int:
@@ -175,9 +179,17 @@ def _measure(
         with meter.part("vision", vision, block_list(vision)[0]), _gradients("vision" in trains):
             features = vision(pictures)
     if "connector" in parts:
-        use_counted_attention(parts["connector"])
-        with meter.part("connector", parts["connector"], None):
-            visual = parts["connector"](features)
+        connector = parts["connector"]
+        use_counted_attention(connector)
+        text = {}
+        if connector.reads_text:
+            ids = torch.zeros(views, stage.connector_text.max_length, device="meta", dtype=torch.long)
+            text = {"text_ids": ids, "text_mask": None}
+        with meter.part("connector", connector, None):
+            if "llm" in parts:
+                visual = connector(features, **text)
+            else:
+                parts["objective"].rehearse(connector, features, text["text_ids"])
     if "llm" in parts:
         llm = parts["llm"]
         use_counted_attention(llm)
