@@ -1,0 +1,101 @@
+"""What a stage takes over of a connector that it builds anew, by name, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlmtrain.connectors import build_connector
+from vlmtrain.model.tiled import TiledConnector
+from vlmtrain.settings import compose
+from vlmtrain.training.handover import builds_anew, check_names, take_over, tensors_taken
+
+SIZES = {"num_queries": 3, "hidden_size": 8, "depth": 3, "num_heads": 2, "intermediate_size": 12, "vision_norm": True}
+STAGES = {
+    (recipe, name): stage
+    for recipe in ("blip2", "instructblip")
+    for name, stage in compose([f"recipe={recipe}"]).stages.items()
+}
+GENERATE = STAGES["blip2", "generate"]
+INSTRUCT = STAGES["instructblip", "instruct"]
+# Published code, lavis/models/blip2_models/blip2_opt.py: of the first stage's Q-Former, the second deletes
+DROPPED = ("core.embedding.", *(f"core.layers.{layer}.text_ffn." for layer in range(3)))
+
+
+def qformer(out_dim: int | None, words: int | None, **options):
+    return build_connector("qformer", 6, out_dim, text_vocab=words, **{**SIZES, **options})
+
+
+def test_the_second_stage_takes_all_but_the_text_path():
+    first, second = qformer(None, 20), qformer(10, None)
+    fresh = {name: tensor.clone() for name, tensor in second.state_dict().items()}
+    take_over(second, first, GENERATE, "generate")
+    before, after = first.state_dict(), second.state_dict()
+    assert {name for name in before if name not in after} == {name for name in before if name.startswith(DROPPED)}
+    for name, tensor in after.items():
+        if name.startswith("proj."):
+            assert tensor.equal(fresh[name]) and name not in before
+        else:
+            assert tensor.equal(before[name]), name
+    assert after["ln_vision.weight"].shape == (6,)
+
+
+def test_instructblip_gets_a_text_path_again():
+    second, third = qformer(10, None), qformer(10, 20)
+    fresh = {name: tensor.clone() for name, tensor in third.state_dict().items()}
+    take_over(third, second, INSTRUCT, "instruct")
+    before = second.state_dict()
+    for name, tensor in third.state_dict().items():
+        assert tensor.equal(fresh[name] if name.startswith(DROPPED) else before[name]), name
+
+
+def test_a_fresh_text_path_stays_fresh_where_one_is_handed_on():
+    first, second = qformer(10, 20), qformer(10, 20)
+    taken = tensors_taken(second, first, INSTRUCT, "instruct")
+    assert {name for name in second.state_dict() if name not in taken} == {
+        name for name in second.state_dict() if name.startswith(DROPPED)
+    }
+
+
+def test_tiles_change_no_name():
+    first, second = qformer(None, 20), TiledConnector(qformer(10, None))
+    newline = second.newline.clone()
+    take_over(second, first, GENERATE, "generate")
+    assert second.connector.core.query_tokens.equal(first.core.query_tokens) and second.newline.equal(newline)
+    third = TiledConnector(qformer(10, 20))
+    take_over(third, second, INSTRUCT, "instruct")
+    assert third.newline.equal(newline)
+
+
+@pytest.mark.parametrize(
+    "first, second, stage, said",
+    [
+        ({}, {"num_queries": 4}, {}, r"of another shape: core.query_tokens \(\(1, 3, 8\) becomes \(1, 4, 8\)\)"),
+        ({}, {"depth": 4}, {}, r"not handed on, and not in stages.s.fresh: core.layers.3"),
+        ({"depth": 4}, {}, {}, r"handed on without a place, and not in stages.s.drops: core.layers.3"),
+        ({}, {}, {"drops": ["connector.core.embedding"]}, r"stages.s.drops: core.layers.0.text_ffn"),
+        ({}, {}, {"fresh": []}, r"stages.s.fresh: proj.bias, proj.weight|stages.s.fresh: proj"),
+        ({}, {}, {"fresh": ["connector.proj", "connector.projection"]}, "to be made fresh.*connector.projection"),
+        ({}, {"vision_norm": False}, {}, "stages.s.drops: ln_vision"),
+    ],
+)
+def test_what_does_not_fit_is_named(first, second, stage, said):
+    entries = {"fresh": list(GENERATE.fresh), "drops": list(GENERATE.drops), **stage}
+    with torch.device("meta"), pytest.raises(ValueError, match=said):
+        tensors_taken(qformer(10, None, **second), qformer(None, 20, **first), entries, "s")
+
+
+def test_a_name_ends_where_a_name_ends():
+    """``connector.proj`` is not the beginning of another name."""
+    entries = {"fresh": ["connector.proj", "connector.core.layers.1"], "drops": []}
+    taken = tensors_taken(qformer(10, None, depth=12), qformer(10, None, depth=12), entries, "s")
+    assert any(name.startswith("core.layers.11.") for name in taken)
+    assert not any(name.startswith("core.layers.1.") for name in taken)
+
+
+def test_only_names_within_the_connector_can_be_given():
+    with pytest.raises(ValueError, match=r"stages\.s\.drops names llm\.lm_head"):
+        check_names({"fresh": [], "drops": ["llm.lm_head"]}, "s")
+    check_names(GENERATE, "generate")
+    assert builds_anew(GENERATE) and builds_anew(INSTRUCT)
+    assert not builds_anew(STAGES["blip2", "represent"]) and not builds_anew(STAGES["blip2", "finetune"])
