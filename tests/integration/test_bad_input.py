@@ -95,7 +95,9 @@ def test_a_missing_picture_folder_is_named(llava_files, tmp_path):
         start(tmp_path / "run", {**llava_files, "images": "/nowhere"})
 
 
-@pytest.mark.parametrize("content, words", [("[]", "is empty"), ("", "is empty"), ("{", "not valid JSON")])
+@pytest.mark.parametrize(
+    "content, words", [("[]", "is empty"), ("", "is empty"), ("[{", "not valid JSON"), ("{", "must hold a list")]
+)
 def test_an_unusable_file_is_named(content, words, files, tmp_path):
     files["instruct"].write_text(content)
     with pytest.raises(ValueError, match=words) as error:
