@@ -108,11 +108,15 @@ def _check_layout(stage: DictConfig, name: str, world_size: int) -> None:
             raise ValueError(f"stages.{name}.batch_size={stage.batch_size}: must be positive")
         return
     accumulation, _ = split_batch(stage, name, world_size)
-    if compares and accumulation > 1:
-        raise ValueError(
-            f"objective={stage.objective} compares the samples of a step with each other, so a step must be "
-            f"one micro-batch a rank: unset stages.{name}.micro_batch_size"
-        )
+    if not compares:
+        return
+    comparing = f"objective={stage.objective} compares the samples of a step with each other"
+    if accumulation > 1:
+        raise ValueError(f"{comparing}, so a step must be one micro-batch a rank: unset stages.{name}.micro_batch_size")
+    if stage.batch_size < 2:
+        raise ValueError(f"{comparing}, but stages.{name}.batch_size={stage.batch_size}")
+    if stage.image_fit == "tiles":
+        raise ValueError(f"{comparing}, a picture with a text: stages.{name}.image_fit=tiles cannot be; use squash")
 
 
 def check_stages(settings: DictConfig, folder: RunFolder) -> None:
