@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 
 from vlmtrain.model import VLMWrapper
+from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.settings import compose
@@ -51,6 +53,15 @@ def test_sizes_are_the_published_ones():
     assert generate.picture_tokens == (32, 32)
     instruct = plan_run(compose(["recipe=instructblip", "stage=instruct"]), Machine())[0]
     assert instruct.trainable == pytest.approx(188e6, rel=0.01)
+
+
+def test_the_encoder_gives_257_tokens_of_its_last_layer_but_one():
+    options = OmegaConf.to_container(compose(["recipe=blip2"]).vision)
+    with torch.device("meta"):
+        vision = build_vision(**options, weights=False)
+        features = vision(torch.empty(1, 3, *vision.image_size))
+    assert features.patches.shape == (1, 16, 16, 1408) and features.prefix.shape == (1, 1, 1408)
+    assert (vision.num_blocks, vision.layer) == (40, -2)
 
 
 # one stage after the other, without training
