@@ -120,12 +120,21 @@ def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> None:
     """Set the options whose keys exist and which the command line did not name."""
     known = dict(flatten(OmegaConf.to_container(settings)))
-    for key, value in flatten(options):
+    for key, value in _settable(options, known):
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
             continue
         if key not in known:
             raise ValueError(f"the recipe sets {key}, which does not exist.{nearest(key, known)}")
         OmegaConf.update(settings, key, value, merge=False)
+
+
+def _settable(options: Mapping, known: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options down to the keys that are known; one that is null so far may become a whole mapping."""
+    for key, value in options.items():
+        if isinstance(value, Mapping) and value and f"{prefix}{key}" not in known:
+            yield from _settable(value, known, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..connectors import VisionFeatures
 from ..errors import nearest
@@ -52,6 +53,20 @@ class VisionEncoder(nn.Module):
                     f"vision.image_size={self.image_size[0]}x{self.image_size[1]} is not a multiple of the "
                     f"encoder's patch size {patch}: use for example {max(1, round(side / patch)) * patch}"
                 )
+
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        """Take pictures of another size from now on; a learned position table is interpolated, bicubically.
+
+        Raises ValueError for a size that is not a multiple of the patches.
+        """
+        before, self.image_size = self.image_size, _pair(image_size)
+        if self.image_size != before:
+            self._check_geometry()
+            self._resize(before)
+
+    def _resize(self, before: tuple[int, int]) -> None:
+        """Follow a change of `image_size`."""
+        raise NotImplementedError
 
     def _set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
         _block_index(layer, self.num_blocks)
@@ -216,6 +231,21 @@ class OpenClipVision(VisionEncoder):
         by_block = dict(zip(blocks, states))
         return self._as_features(lambda layer: by_block[_block_index(layer, self.num_blocks)])
 
+    def _resize(self, before: tuple[int, int]) -> None:
+        self.config = copy.deepcopy(self.config)
+        self.config["vision_cfg"]["image_size"] = list(self.image_size)
+        if self._is_timm:
+            self.visual.trunk.set_input_size(self.image_size)
+            return
+        old = before[0] // self.patch_size[0], before[1] // self.patch_size[1]
+        table = self.visual.positional_embedding
+        prefix, patches = table.data.split([len(table) - old[0] * old[1], old[0] * old[1]])
+        patches = patches.float().unflatten(0, old).permute(2, 0, 1)[None]
+        patches = F.interpolate(patches, self.grid, mode="bicubic", antialias=True, align_corners=False)
+        resized = torch.cat([prefix, patches[0].flatten(1).T.to(prefix.dtype)])
+        self.visual.positional_embedding = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self.visual.image_size, self.visual.grid_size = self.image_size, self.grid
+
     def pooled(self, images: Tensor) -> Tensor:
         """The tower's image embedding ``(B, embed_dim)``, as contrastive training uses it (not normalised)."""
         if not self._is_timm:
@@ -253,10 +283,7 @@ class HFVision(VisionEncoder):
         self._check_geometry()
         self.num_blocks = config.num_hidden_layers
         self._set_layers(layer, levels)
-        # Only some classes ask to be told; DINOv2 interpolates by itself.
-        takes_flag = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
-        resized = self.image_size != _pair(config.image_size)
-        self._options = {"interpolate_pos_encoding": True} if takes_flag and resized else {}
+        self._resize(self.image_size)
 
     @classmethod
     def build(
@@ -294,6 +321,13 @@ class HFVision(VisionEncoder):
         from transformers import AutoModel
 
         return cls(AutoModel.from_config(config), geometry, layer, levels)
+
+    def _resize(self, before: tuple[int, int]) -> None:
+        self.geometry = {**self.geometry, "image_size": list(self.image_size)}
+        # Only some classes ask to be told; DINOv2 interpolates by itself.
+        takes_flag = "interpolate_pos_encoding" in inspect.signature(self.encoder.forward).parameters
+        resized = self.image_size != _pair(self.encoder.config.image_size)
+        self._options = {"interpolate_pos_encoding": True} if takes_flag and resized else {}
 
     def forward(self, images: Tensor) -> VisionFeatures:
         out = self.encoder(images, output_hidden_states=True, **self._options)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -64,6 +64,8 @@ def build_parts(
                 parts[part] = TiledConnector(parts[part]).to(dtype)  # it comes from a run without tiles
         else:
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
+        if part == "vision" and stage.image_size is not None:
+            parts[part].resize(_pixels(stage.image_size))
     return parts
 
 
@@ -92,7 +94,22 @@ def build_skeleton(
     with torch.device("meta"):
         for part in (p for p in BUILD_ORDER if p in settings.stages[name].parts):
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
+            if part == "vision" and (size := _image_size(settings, name)) is not None:
+                parts[part].resize(_pixels(size))
     return parts
+
+
+def _image_size(settings: DictConfig, name: str) -> int | ListConfig | None:
+    """What a stage's encoder has been resized to, by it or by a stage before; None for the size it was built with."""
+    names = list(settings.stages)
+    sizes = [
+        settings.stages[n].image_size for n in names[: names.index(name) + 1] if "vision" in settings.stages[n].parts
+    ]
+    return next((size for size in reversed(sizes) if size is not None), None)
+
+
+def _pixels(size: int | ListConfig) -> int | tuple[int, ...]:
+    return size if isinstance(size, int) else tuple(size)
 
 
 def published_llm(path: str) -> dict | None:

@@ -119,5 +119,5 @@ def test_generation_and_rows_of_one_sample_are_as_before(pair):
 
 def test_a_model_whose_attention_is_its_own_is_refused():
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=1, n_head=2)
-    with pytest.raises(ValueError, match="BloomForCausalLM.*layout=padded"):
+    with pytest.raises(ValueError, match=r"BloomForCausalLM.*layout=padded"):
         attend_in_segments(AutoModelForCausalLM.from_config(config))

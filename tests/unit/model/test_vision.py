@@ -391,3 +391,35 @@ def test_open_clip_refuses_what_it_cannot_build():
     for size in (30, (32, 36)):
         with pytest.raises(ValueError, match="is not a multiple of the encoder's patch size 8"):
             build_vision("open_clip", model_config=OPEN_CLIP, image_size=size)
+
+
+@pytest.mark.parametrize("image_size", [(32, 32), (24, 40)])
+def test_an_encoder_resized_equals_one_loaded_at_that_size(image_size, tmp_path):
+    """Against open_clip's own interpolation at load, and the same after saving."""
+    import open_clip
+    from open_clip.model import resize_pos_embed
+
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 24, "head_width": 12, "patch_size": 4},
+        "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+    }
+    encoder = build_vision("open_clip", model_config=config, layer=-1).eval()
+    state = {f"visual.{k.removeprefix('visual.')}": v.clone() for k, v in encoder.state_dict().items()}
+    encoder.resize(image_size)
+    larger = open_clip.CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], "image_size": image_size}})
+    resize_pos_embed(state, larger)
+    pictures = torch.randn(2, 3, *image_size)
+    larger.visual.load_state_dict({k.removeprefix("visual."): v for k, v in state.items()})
+    wanted = larger.visual.eval().forward_intermediates(pictures, indices=[1], output_fmt="NLC")["image_intermediates"][
+        0
+    ]
+    with torch.no_grad():
+        found = encoder(pictures).patches
+        torch.testing.assert_close(found.flatten(1, 2), wanted)
+        encoder.save(tmp_path, encoder.state_dict())
+        assert torch.equal(load_vision(tmp_path).eval()(pictures).patches, found)
+    assert found.shape[1:3] == (image_size[0] // 4, image_size[1] // 4) == encoder.grid
+    with pytest.raises(ValueError, match="multiple of the encoder's patch size"):
+        encoder.resize(30)

@@ -1,0 +1,39 @@
+"""The miniatures of the LLaVA family, Qwen-VL and CLIP: each stage trains what its paper says, and learns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ..conftest import metrics, train
+
+# What trains, stage by stage, as the papers and the released scripts have it.
+TRAINED = {
+    "llava_1_0": {"align": {"connector"}, "instruct": {"connector", "llm"}},
+    "llava_1_5": {"align": {"connector"}, "instruct": {"connector", "llm"}},
+    "llava_next": {"align": {"connector"}, "instruct": {"vision", "connector", "llm"}},
+    "honeybee": {"align": {"connector"}, "instruct": {"connector", "llm"}},
+    "mobilevlm": {"align": {"connector", "llm"}, "instruct": {"connector", "llm"}},
+    "qwen_vl": {
+        "pretrain": {"vision", "connector"},
+        "multitask": {"vision", "connector", "llm"},
+        "instruct": {"connector", "llm"},
+    },
+    "clip": {"contrast": {"vision", "objective"}},
+}
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_every_stage_of_the_miniature_learns_and_trains_what_it_should(recipe, tmp_path):
+    stages = TRAINED[recipe]
+    few = [f"stages.{stage}.{key}" for stage in stages for key in ("max_steps=15", "schedule.name=constant")]
+    shown = ["validation.samples=4", "validation.final_samples=4", "validation.max_new_tokens=2", "workers=0"]
+    train(f"recipe={recipe}", "mini=true", *few, *shown, f"run_dir={tmp_path}")
+    for stage, trained in stages.items():
+        losses = [record["loss"] for record in metrics(tmp_path, stage)]
+        assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), stage
+        parts = json.loads((tmp_path / stage / "summary.json").read_text())["parts"]
+        assert {name for name, part in parts.items() if part["trained"]} == trained, stage
+        changed = {name for name, part in parts.items() if part["sha256_before"] != part["sha256_after"]}
+        assert changed == trained, stage
