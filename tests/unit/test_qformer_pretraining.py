@@ -248,6 +248,26 @@ def test_every_parameter_gets_a_gradient(parts, features):
     objective(model, batch(), features).backward()
     for name, parameter in [*model.connector.named_parameters(), *objective.named_parameters()]:
         assert parameter.grad is not None and parameter.grad.any(), name
+    unread = 45  # in no text, so what it learns comes from the head that shares the word embeddings
+    assert model.connector.core.embedding.words.weight.grad[unread].any()
+
+
+def test_pictures_carry_a_gradient_also_as_anothers(parts, features, monkeypatch):
+    model, objective = parts
+
+    def pull(of: int, detached: bool) -> Tensor:
+        patches = features.patches.clone().requires_grad_()
+        vision = sequence(VisionFeatures(patches, features.prefix))
+        pairs = pairs_of(vision, TEXTS)
+        if detached:
+            monkeypatch.setattr(Share, "gather", lambda share, rows: rows.detach())
+        objective.matching(model.connector.core, pairs, 6, torch.tensor([1, 0, 0, 0]), pairs.mine).backward()
+        monkeypatch.undo()
+        return patches.grad[of]
+
+    whole, alone = pull(0, detached=False), pull(0, detached=True)
+    assert (whole - alone).abs().max() > 1e-3 * whole.abs().max()
+    assert pull(2, detached=False).allclose(pull(2, detached=True))  # nobody's other
 
 
 # who is drawn
