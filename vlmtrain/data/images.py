@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import first_line, printable
@@ -31,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
 MAX_ASPECT = 200
+BLACK = (0, 0, 0)
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -256,7 +257,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[float, ...]) -> Image.Image:
     """Bring a picture to `size` ``(H, W)``.
 
-    squash: stretch. crop: scale the shorter side, cut the centre (CLIP's own way).
+    squash: stretch. crop: scale until it covers, to whole pixels, and cut the centre (CLIP's own way).
     pad: scale the longer side, fill the rest with the mean colour (LLaVA-1.5).
     """
     height, width = size
@@ -265,38 +266,46 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
     if fit == "squash":
         return image.resize((width, height), Image.Resampling.BICUBIC)
     if fit == "crop":
-        return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        if width * image.height >= height * image.width:
+            whole = (width, width * image.height // image.width)
+        else:
+            whole = (height * image.width // image.height, height)
+        left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+        return image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     assert fit == "pad", fit
     inner = (
         min(width, max(1, round(image.width / image.height * height))),
         min(height, max(1, round(image.height / image.width * width))),
     )
     corner = round((width - inner[0]) * 0.5), round((height - inner[1]) * 0.5)
-    return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, mean)
+    color = tuple(round(255 * channel) for channel in mean)
+    return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, color)
 
 
 def _on_canvas(
-    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], mean: tuple[float, ...]
+    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], color: tuple[int, ...]
 ) -> Image.Image:
-    """A picture with its upper left corner at `corner` of a canvas of the mean colour, `size` ``(W, H)``."""
-    canvas = Image.new("RGB", size, tuple(round(255 * channel) for channel in mean))
+    """A picture with its upper left corner at `corner` of a canvas of one colour, `size` ``(W, H)``."""
+    canvas = Image.new("RGB", size, color)
     canvas.paste(image, corner)
     return canvas
 
 
-def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles, mean: tuple[float, ...]) -> list[Image.Image]:
+def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles) -> list[Image.Image]:
     """The views of a picture in tiles of `size` ``(H, W)``: the whole stretched to one, then the tiles row by row.
 
-    The tiles cut a canvas on which the picture stands in the middle, as large as it fits, on the mean colour.
+    The tiles cut a canvas on which the picture stands in the middle, as large as it fits, on black (LLaVA-NeXT,
+    published code).
     """
     height, width = size
     whole = (tiles.columns * width, tiles.rows * height)
     scale = min(whole[0] / image.width, whole[1] / image.height)
     inner = tuple(min(side, math.ceil(own * scale)) for side, own in zip(whole, image.size))
     corner = (whole[0] - inner[0]) // 2, (whole[1] - inner[1]) // 2
-    canvas = _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), whole, corner, mean)
+    canvas = _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), whole, corner, BLACK)
     corners = [(column * width, row * height) for row in range(tiles.rows) for column in range(tiles.columns)]
-    return [fit_image(image, size, "squash", mean), *(canvas.crop((x, y, x + width, y + height)) for x, y in corners)]
+    stretched = image.resize((width, height), Image.Resampling.BICUBIC)
+    return [stretched, *(canvas.crop((x, y, x + width, y + height)) for x, y in corners)]
 
 
 def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

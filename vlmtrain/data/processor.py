@@ -162,7 +162,7 @@ class Processor:
             if tiles is None:
                 views.append(fit_image(picture, geometry.size, geometry.fit, geometry.mean))
             else:
-                views += cut_tiles(picture, geometry.size, tiles, geometry.mean)
+                views += cut_tiles(picture, geometry.size, tiles)
                 cuts.append(tiles)
         tensors = [to_tensor(view, geometry.mean, geometry.std) for view in views]
         images = torch.stack(tensors) if tensors else torch.empty(0, 3, *geometry.size)

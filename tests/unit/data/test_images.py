@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, features
 from torchvision.transforms import v2
+from transformers import CLIPImageProcessorPil
 
 from vlmtrain.data.images import MAX_ASPECT, MAX_SIDE, ImageInFile, ImageInMemory, ImageOnDisk, fit_image, to_tensor
 from vlmtrain.data.records import BadSample
@@ -96,6 +97,15 @@ def test_crop_keeps_the_centre_and_the_aspect():
     fitted = pixels(fit_image(Image.fromarray(np.uint8(circle) * 255).convert("RGB"), (20, 20), "crop", MEAN))[..., 0]
     inside = fitted > 127
     assert inside.any(0).sum() == inside.any(1).sum() == 16
+
+
+@pytest.mark.parametrize("size", [(50, 33), (33, 50), (21, 90), (8, 8), (200, 199)])
+def test_crop_cuts_what_clips_processor_cuts(size):
+    library = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_rescale=False, do_normalize=False
+    )
+    theirs = library(noise(*size), return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    assert (pixels(fit_image(noise(*size), (16, 16), "crop", MEAN)) == theirs).all()
 
 
 def test_size_is_height_then_width_for_every_fit():
