@@ -109,7 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(command=_plan)
 
-    for command in (check, evaluate, chat, report, tokens, plan):
+    export = commands.add_parser("export", help="write a model for Hugging Face's transformers")
+    export.add_argument("model", metavar="MODEL_DIR", type=Path)
+    export.add_argument("out", metavar="OUT_DIR", type=Path)
+    export.add_argument(
+        "--format",
+        default="hf",
+        metavar="FORMAT",
+        help="llava: LLaVA's own class, loaded by transformers alone; vlmtrain: a class that needs 'import vlmtrain'; "
+        "hf (default): the first of them that fits",
+    )
+    export.set_defaults(command=_export)
+
+    for command in (check, evaluate, chat, report, tokens, plan, export):
         command.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 
@@ -361,6 +373,18 @@ def _report(options: argparse.Namespace) -> None:
 
     path = write_report(options.run_dir)
     print(json.dumps({"report": str(path)}) if options.json else path)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .interop.export import export
+
+    done = export(options.model, options.out, options.format)
+    if options.json:
+        print(json.dumps(done._asdict(), indent=2))
+        return
+    print(f"{done.folder}: {done.model_class}, logits within {done.largest_relative_difference:.1g} of the source's")
+    for remark in done.remarks:
+        print(f"  {remark}")
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:

@@ -1,0 +1,74 @@
+"""Run exported folders with transformers alone. Arguments: a file of jobs, and where to put what comes out.
+
+A job is {"folder", "backend", "questions": [[{"role", "content"}, ...], ...], "pictures": [[file, ...], ...]}; for each
+question, the prompt's ids, the logits and the greedy answer, alone and in one batch with the others. A third argument
+lets vlmtrain be imported, and imports it.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ALONE = len(sys.argv) < 4
+if ALONE:
+    sys.modules["vlmtrain"] = None  # importing it is an error from here on
+else:
+    import vlmtrain  # noqa: F401
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+transformers.logging.set_verbosity_error()
+NEW = 12
+
+
+def inputs(processor, questions: list, pictures: list):
+    images = [[Image.open(file) for file in files] for files in pictures]
+    text = [processor.apply_chat_template(q, add_generation_prompt=True, tokenize=False) for q in questions]
+    seen = {"images": [one for each in images for one in each]} if any(images) else {}
+    return processor(text=text, **seen, padding=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def answer(model, processor, questions: list, pictures: list) -> list[dict]:
+    batch = inputs(processor, questions, pictures)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as generation counts them
+    logits = model(**batch, position_ids=positions).logits
+    ids = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :]
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), logits, ids)
+    return [
+        {
+            "ids": row[mask].tolist(),
+            "logits": one[mask],
+            "answer": processor.decode(new, skip_special_tokens=True),
+            "pixels": batch.get("pixel_values"),
+        }
+        for row, mask, one, new in rows
+    ]
+
+
+def main() -> None:
+    found = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_pretrained(job["folder"]).eval()
+        processor = AutoProcessor.from_pretrained(job["folder"], backend=job["backend"])
+        questions, pictures = job["questions"], job["pictures"]
+        alone = [answer(model, processor, [q], [p])[0] for q, p in zip(questions, pictures)]
+        found.append(
+            {
+                "class": type(model).__name__,
+                "module": type(model).__module__.split(".")[0],
+                "alone": alone,
+                "batch": answer(model, processor, questions, pictures),
+            }
+        )
+    torch.save(found, sys.argv[2])
+
+
+main()

@@ -1,0 +1,162 @@
+"""A tokenizer and chat template that make outside what `Renderer` makes here, from typed content too.
+
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    {"role": "user", "content": "<image>\\nWhat is this?"}
+
+Both are the same turn: pictures and text stand in their order, a newline between a picture and what is beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+from tokenizers import AddedToken, processors
+from transformers import PreTrainedTokenizerBase
+
+from ..data.processor import Processor
+from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
+from ..data.rendering import Renderer
+from ..data.templates import chat_template
+
+_TYPED = """\
+{%- set typed = namespace(messages=[], text='', before='') -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}{%- set typed.text = message.content -%}
+{%- else -%}
+{%- set typed.text = '' -%}{%- set typed.before = '' -%}
+{%- for item in message.content -%}
+{%- set now = 'image' if item.type in ('image', 'image_url') else 'text' -%}
+{%- if typed.before and 'image' in (now, typed.before) -%}{%- set typed.text = typed.text + '\\n' -%}{%- endif -%}
+{%- set typed.text = typed.text + ('IMAGE' if now == 'image' else item.text) -%}
+{%- set typed.before = now -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set typed.text = typed.text | trim -%}
+SPACING\
+{%- set typed.messages = typed.messages + [dict(message, content=typed.text)] -%}
+{%- endfor -%}
+{%- set messages = typed.messages -%}
+"""
+# A tokenizer that puts a space before the first word of a text, but not behind a special token.
+_SPACING = """\
+{%- set pieces = typed.text.split('IMAGE') -%}{%- set typed.text = pieces[0] -%}
+{%- for piece in pieces[1:] -%}
+{%- set space = ' ' if piece and not piece.startswith(' ') else '' -%}
+{%- set typed.text = typed.text + 'IMAGE' + space + piece -%}
+{%- endfor -%}
+"""
+_PLAIN = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ message.content }}"
+    "{% elif message.role == 'user' %}{{ 'IMAGE' * (message.content.split('IMAGE') | length - 1) }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+class Speech(NamedTuple):
+    """What renders outside: a tokenizer with an image token, that token's id, and the chat template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_id: int
+    template: str
+
+
+def typed_speech(processor: Processor) -> Speech:
+    """The tokenizer and template of `processor` for Hugging Face's, which write image tokens into text.
+
+    The tokenizer adds no special tokens by itself: the template writes all of them. Raises ValueError if no template
+    found gives the same token ids.
+    """
+    renderer = processor.renderer
+    tokenizer = copy.deepcopy(renderer.tokenizer)
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for generation
+    _add_nothing(tokenizer)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    inner = _inner_template(renderer, processor.fallback)
+    differing = ""
+    for spacing in ("", _SPACING):
+        template = _TYPED.replace("SPACING", spacing).replace("IMAGE", IMAGE_MARK) + inner
+        speech = Speech(tokenizer, image_id, template)
+        found = _difference(renderer, speech)
+        if found is None:
+            tokenizer.chat_template = template
+            return speech
+        differing = differing or found
+    raise ValueError(f"the chat template of the export would give other tokens than training saw: {differing}")
+
+
+def _inner_template(renderer: Renderer, fallback: str | None) -> str:
+    if renderer.template != "plain":
+        return chat_template(renderer.template, renderer.tokenizer, fallback)
+    adds = renderer.tokenizer("").input_ids[:1] == [renderer.tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if adds else "") + _PLAIN.replace("IMAGE", IMAGE_MARK)
+
+
+def _add_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    for key in ("add_bos_token", "add_eos_token"):
+        if hasattr(tokenizer, key) and getattr(tokenizer, key):
+            setattr(tokenizer, key, False)
+        if key in tokenizer.init_kwargs:
+            tokenizer.init_kwargs[key] = False
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+
+
+def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
+    asked = Turn("user", f"{IMAGE_MARK}\nWhat is 2 + 2? It's \u00e9t\u00e9.")
+    if renderer.template == "plain":
+        return [(asked,)]
+    again = (Turn("assistant", "It is four."), Turn("user", f"And\n{IMAGE_MARK}\n{IMAGE_MARK}\nhere:\n1. a"))
+    talks = [(asked,), (Turn("user", "Hello"),), (asked, *again), (asked, again[0], Turn("user", "Why?"))]
+    talks.append((Turn("user", f"Look: {IMAGE_MARK}"),))
+    return [*talks, *((Turn("system", "Be brief."), *talk) for talk in talks)]
+
+
+def _difference(renderer: Renderer, speech: Speech) -> str | None:
+    """Where typed and plain content render to other ids than the renderer's, in words; None if nowhere."""
+    for turns in _conversations(renderer):
+        images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+        try:
+            wanted = renderer.prompt(Conversation("export", turns, (None,) * images), [3] * images)
+        except BadSample:  # a template may take no system turn, or one exchange only
+            continue
+        expected = wanted.input_ids.masked_fill(wanted.image_index >= 0, speech.image_id).tolist()
+        for message_of in (_string_message, _typed_message):
+            text = speech.tokenizer.apply_chat_template(
+                [message_of(turn) for turn in turns],
+                chat_template=speech.template,
+                add_generation_prompt=True,
+                tokenize=False,
+            ).replace(IMAGE_MARK, IMAGE_MARK * 3)
+            found = speech.tokenizer(text).input_ids
+            if found != expected:
+                start = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), 0)
+                shown = (speech.tokenizer.decode(ids[start : start + 8]) for ids in (found, expected))
+                return "{!r} where it should be {!r}".format(*shown)
+    return None
+
+
+def _string_message(turn: Turn) -> dict:
+    return {"role": turn.role, "content": turn.text}
+
+
+def _typed_message(turn: Turn) -> dict:
+    """A turn in items; as it is where a picture stands in the middle of a line, which items do not say."""
+    content: list[dict] = []
+    pieces = turn.text.split(IMAGE_MARK)
+    for number, piece in enumerate(pieces):
+        if number:
+            content.append({"type": "image"})
+            if piece and not piece.startswith("\n"):
+                return _string_message(turn)
+        if number < len(pieces) - 1 and piece and not piece.endswith("\n"):
+            return _string_message(turn)
+        text = piece.removeprefix("\n") if number else piece
+        text = text.removesuffix("\n") if number < len(pieces) - 1 else text
+        if text:
+            content.append({"type": "text", "text": text})
+    return {"role": turn.role, "content": content}

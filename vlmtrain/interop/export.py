@@ -1,0 +1,109 @@
+"""A model folder of ours as a folder for Hugging Face, shown to give the same logits before it is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from PIL import Image
+
+from ..data.processor import Batch, Processor
+from ..data.records import IMAGE_MARK, Conversation, Turn
+from ..model import VLMWrapper
+from .fitting import DoesNotFit, relative_difference, tolerance
+from .llava import Exported, as_llava
+
+FORMATS = ("hf", "llava", "vlmtrain")
+
+
+class Export(NamedTuple):
+    """What was written: the class, how far its logits are from the source's, and what it does otherwise."""
+
+    folder: str
+    model_class: str
+    largest_relative_difference: float
+    remarks: tuple[str, ...]
+
+
+def export(source: Path, out: Path, form: str = "hf") -> Export:
+    """Write the model folder `source` to `out`.
+
+    form: ``llava`` is LLaVA-1.5's or LLaVA-NeXT's own class, which transformers loads alone; ``vlmtrain`` a class that
+    ``import vlmtrain`` registers; ``hf`` the first of them that fits. Raises ValueError saying why a form does not.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already: choose another folder")
+    model, processor = VLMWrapper.from_pretrained(source), Processor.from_pretrained(source)
+    exported, difference = _chosen(model, processor, form)
+    transformers.utils.logging.disable_progress_bar()
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    exported.model.save_pretrained(partial)
+    exported.processor.save_pretrained(partial)
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+    return Export(str(out), type(exported.model).__name__, difference, exported.remarks)
+
+
+def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exported, float]:
+    exported = as_llava(model, processor)
+    return exported, _checked(model, processor, exported)
+
+
+@torch.no_grad()
+def _checked(model: VLMWrapper, processor: Processor, exported: Exported) -> float:
+    """How far the logits are apart on a question about a picture. Raises DoesNotFit if that is more than rounding."""
+    batch = probe(processor)
+    expected = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles)
+    found = hf_logits(exported, batch)[..., : expected.shape[-1]]
+    difference = relative_difference(found, expected)
+    if not difference <= tolerance(expected.dtype):
+        raise DoesNotFit(
+            f"{type(exported.model).__name__} gives other logits than {type(model.llm).__name__} does here (by "
+            f"{difference:.1g} of the largest): it does not scale or cap them as that class does "
+            "(--format vlmtrain takes any)"
+        )
+    return difference
+
+
+def probe(processor: Processor) -> Batch:
+    """A question about a picture of noise, of another shape than the encoder's."""
+    height, width = processor.geometry.size
+    pixels = torch.randint(0, 256, (height, width + width // 2, 3), generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(pixels.to(torch.uint8).numpy())
+    question = Turn("user", f"{IMAGE_MARK}\nWhat is this?")
+    return processor.collate([processor.prompt(Conversation("probe", (question,), (_Shown(picture),)))])
+
+
+class _Shown(NamedTuple):
+    """A picture that is there already."""
+
+    picture: Image.Image
+
+    def load(self) -> Image.Image:
+        return self.picture
+
+    def size(self) -> tuple[int, int]:
+        return self.picture.height, self.picture.width
+
+
+def hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
+    """Logits of a Hugging Face model for a batch of ours, ``(B, T, V)``."""
+    ids, images = batch.input_ids, batch.images
+    options = {}
+    if batch.is_image is not None:
+        ids = ids.masked_fill(batch.is_image, exported.model.config.image_token_id)
+        if batch.tiles is not None:
+            views = images.split([tiles.views for tiles in batch.tiles])
+            images = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)
+            options["image_sizes"] = torch.tensor([tiles[2:] for tiles in batch.tiles])
+        options["pixel_values"] = images
+    return exported.model(input_ids=ids, use_cache=False, **options).logits

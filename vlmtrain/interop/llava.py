@@ -1,0 +1,210 @@
+"""LLaVA-1.5 and LLaVA-NeXT as Hugging Face's own classes."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from ..connectors.layers import ACTIVATIONS
+from ..connectors.mlp import MLP
+from ..data.processor import Geometry, Processor
+from ..data.records import IMAGE_MARK
+from ..errors import some
+from ..model import VLMWrapper
+from ..model.tiled import TiledConnector
+from .chat_template import Speech, typed_speech
+from .fitting import DoesNotFit
+from .towers import OWN_FORMAT, as_hf_tower
+
+ROUNDING = (
+    "transformers scales them with torchvision, whose rounding differs by a grey value here and there; "
+    'AutoProcessor.from_pretrained(OUT_DIR, backend="pil") scales as training did'
+)
+
+
+class Exported(NamedTuple):
+    """A model and its processor as classes of Hugging Face, and what they do otherwise than here."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    remarks: tuple[str, ...]
+
+
+@torch.no_grad()
+def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
+    """The model as LlavaForConditionalGeneration, or as LlavaNextForConditionalGeneration where pictures are tiled.
+
+    Tensors are shared where they are alike. Raises DoesNotFit for parts that these classes cannot hold.
+    """
+    for part in ("vision", "connector", "llm"):
+        if getattr(model, part) is None:
+            raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
+    if processor.geometry is None:
+        raise DoesNotFit("the model's processor takes no pictures: export a stage that does")
+    tiled = processor.geometry.fit == "tiles"
+    connector = model.connector.connector if isinstance(model.connector, TiledConnector) else model.connector
+    projector, activation = _projector(connector)
+    tower, speech = as_hf_tower(model.vision), typed_speech(processor)
+    if tower.prefix > 1:
+        raise DoesNotFit(
+            f"the encoder's {tower.prefix} prefix tokens: LLaVA's classes leave out one at most, and would take "
+            f"registers for patches ({OWN_FORMAT})"
+        )
+    text_config, language = _language_state(model.llm, speech.image_id)
+    image_processor, remarks = _image_processor(processor.geometry)
+    strategy = "default" if tower.prefix else "full"
+    options = {
+        "vision_config": tower.model.config,
+        "text_config": text_config,
+        "image_token_index": speech.image_id,
+        "image_seq_length": processor.geometry.tokens,
+        "projector_hidden_act": activation,
+        "vision_feature_layer": model.vision.layer,
+        "vision_feature_select_strategy": strategy,
+        "tie_word_embeddings": text_config.tie_word_embeddings,
+    }
+    state = {
+        **{f"model.vision_tower.{name}": tensor for name, tensor in tower.model.state_dict().items()},
+        **{f"model.multi_modal_projector.{name}": tensor for name, tensor in projector.items()},
+        **language,
+    }
+    if tiled:
+        model_class = LlavaNextForConditionalGeneration
+        config = LlavaNextConfig(**options, image_grid_pinpoints=image_processor.image_grid_pinpoints)
+        state["model.image_newline"] = model.connector.newline.detach()
+    else:
+        model_class, config = LlavaForConditionalGeneration, LlavaConfig(**options)
+    exported = _filled(model_class, config, state, next(model.llm.parameters()).dtype)
+    exported.generation_config = generation_settings(processor, speech)
+    processor_class = LlavaNextProcessor if tiled else LlavaProcessor
+    hf_processor = processor_class(
+        image_processor,
+        speech.tokenizer,
+        patch_size=model.vision.patch_size[0],
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=tower.prefix,
+        chat_template=speech.template,
+        image_token=IMAGE_MARK,
+    )
+    return Exported(exported, hf_processor, remarks)
+
+
+def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Weights of LLaVA's projector, two layers, that computes what `connector` does; and its activation's name."""
+    if not isinstance(connector, MLP):
+        raise DoesNotFit(
+            f"connector={connector.config['name']}: LLaVA's classes have linear and mlp only ({OWN_FORMAT}; or train "
+            "with connector=mlp)"
+        )
+    layers = [layer for layer in connector.layers if isinstance(layer, nn.Linear)]
+    if len(layers) > 2:
+        raise DoesNotFit(f"connector.depth={len(layers)}: LLaVA's projector has two layers ({OWN_FORMAT})")
+    first, width = layers[0], connector.out_dim
+    if len(layers) == 1:  # the second layer repeats what the first says
+        identity, nothing = torch.eye(width).to(first.weight), torch.zeros(width).to(first.weight)
+        found = {"linear_1.weight": first.weight, "linear_1.bias": first.bias}
+        return {**found, "linear_2.weight": identity, "linear_2.bias": nothing}, "linear"
+    second, hidden = layers[1], first.out_features
+    if hidden > width:
+        raise DoesNotFit(
+            f"connector.hidden_dim={hidden}: LLaVA's projector is no wider than the language model, {width} "
+            f"({OWN_FORMAT})"
+        )
+    # every activation here keeps zero at zero, so that units of no weight change nothing
+    pad = width - hidden
+    found = {
+        "linear_1.weight": nn.functional.pad(first.weight, (0, 0, 0, pad)),
+        "linear_1.bias": nn.functional.pad(first.bias, (0, pad)),
+        "linear_2.weight": nn.functional.pad(second.weight, (0, pad)),
+        "linear_2.bias": second.bias,
+    }
+    return found, next(name for name, kind in ACTIVATIONS.items() if isinstance(connector.layers[1], kind))
+
+
+def _language_state(llm: nn.Module, image_id: int) -> tuple:
+    """Configuration and tensors of the language model in LLaVA's names, with a row for the image token."""
+    head, base = llm.get_output_embeddings(), llm.base_model
+    if base is llm or head is None or getattr(head, "bias", None) is not None:
+        raise DoesNotFit(
+            f"{type(llm).__name__}: LLaVA's classes take a language model under a head without bias ({OWN_FORMAT})"
+        )
+    config = copy.deepcopy(llm.config.get_text_config())
+    table = llm.get_input_embeddings().weight
+    lacking = max(0, image_id + 1 - len(table))
+    config.vocab_size = len(table) + lacking
+    # LLaVA's classes tie their head to a table of this name, or not at all
+    config.tie_word_embeddings = bool(config.tie_word_embeddings) and hasattr(base, "embed_tokens")
+    state = {}
+    for name, tensor in base.state_dict().items():
+        is_table = tensor.data_ptr() == table.data_ptr() and tensor.shape == table.shape
+        state[f"model.language_model.{name}"] = _with_rows(tensor, lacking) if is_table else tensor
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = _with_rows(head.weight, lacking)
+    return config, state
+
+
+def _with_rows(table: Tensor, rows: int) -> Tensor:
+    """A table of embeddings with further rows of zeros: their logits are 0, and generation leaves them out."""
+    return nn.functional.pad(table.detach(), (0, 0, 0, rows)) if rows else table.detach()
+
+
+def _filled(
+    model_class: type[PreTrainedModel], config, state: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model that holds `state`. Raises DoesNotFit naming tensors without a place."""
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    wrong = {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]}
+    if wrong:
+        raise DoesNotFit(f"{model_class.__name__} does not take these parts as they are: {some(wrong)} ({OWN_FORMAT})")
+    return model.eval()
+
+
+def generation_settings(processor: Processor, speech: Speech) -> GenerationConfig:
+    """Greedy answers that stop where the template's do."""
+    return GenerationConfig(
+        do_sample=False,
+        eos_token_id=processor.renderer.stop_ids,
+        bos_token_id=speech.tokenizer.bos_token_id,
+        pad_token_id=speech.tokenizer.pad_token_id,
+        suppress_tokens=[speech.image_id],
+    )
+
+
+def _image_processor(geometry: Geometry):
+    """What fits pictures as training did, as nearly as Hugging Face can; and what it does otherwise."""
+    side = geometry.size[0]
+    square = {"height": side, "width": side}
+    options = {"image_mean": list(geometry.mean), "image_std": list(geometry.std), "resample": 3}
+    cropping = {**options, "size": {"shortest_edge": side}, "crop_size": square}
+    remarks = (f"pictures that are not {side}x{side}: {ROUNDING}",)
+    if geometry.fit == "squash":
+        return CLIPImageProcessorPil(**options, size=square, do_center_crop=False), remarks
+    if geometry.fit == "crop":
+        return CLIPImageProcessorPil(**cropping), remarks
+    if geometry.fit == "tiles":
+        pinpoints = [[rows * side, columns * side] for rows, columns in geometry.tile_grids]
+        return LlavaNextImageProcessorPil(**cropping, image_grid_pinpoints=pinpoints), remarks
+    padding = (
+        "image_fit=pad: Hugging Face pads before it scales, training after it: the picture's edge differs a little"
+    )
+    return LlavaImageProcessorPil(**options, size=square, do_center_crop=False, do_pad=True), (*remarks, padding)

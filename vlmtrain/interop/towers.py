@@ -1,0 +1,195 @@
+"""Vision encoders as Hugging Face classes: those of Hugging Face as they are, open_clip's renamed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..model.vision import HFVision, OpenClipVision, VisionEncoder
+from .fitting import DoesNotFit, relative_difference, tolerance
+
+OWN_FORMAT = "--format vlmtrain takes any"
+
+_CLIP_NAMES = (
+    (r"^conv1\.weight$", "embeddings.patch_embedding.weight"),
+    (r"^class_embedding$", "embeddings.class_embedding"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^ln_pre\.", "pre_layrnorm."),
+    (r"^ln_post\.", "post_layernorm."),
+    (r"^transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.in_proj_", ".self_attn.qkv."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+_SIGLIP_NAMES = (
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^pos_embed$", "embeddings.position_embedding.weight"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.(\d+)\.", r"encoder.layers.\1."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.out_proj."),
+)
+
+
+class Tower(NamedTuple):
+    """A vision model of Hugging Face, and the tokens that stand before its patches."""
+
+    model: nn.Module
+    prefix: int
+
+
+@torch.no_grad()
+def as_hf_tower(vision: VisionEncoder) -> Tower:
+    """`vision` as a Hugging Face model whose ``hidden_states[vision.layer]`` hold the same features.
+
+    Tensors are shared where they are alike. Raises DoesNotFit for towers that no class there can hold.
+    """
+    height, width = vision.image_size
+    if height != width or vision.patch_size[0] != vision.patch_size[1]:
+        raise DoesNotFit(
+            f"vision.image_size={height}x{width} in patches of {vision.patch_size[0]}x{vision.patch_size[1]}: Hugging "
+            f"Face's classes take squares ({OWN_FORMAT})"
+        )
+    if isinstance(vision, HFVision):
+        model = _at_own_size(vision)
+    elif isinstance(vision, OpenClipVision):
+        model = _siglip(vision) if vision._is_timm else _clip(vision)
+    else:
+        raise DoesNotFit(f"{type(vision).__name__} has no counterpart at Hugging Face ({OWN_FORMAT})")
+    return Tower(model, _checked(vision, model))
+
+
+def _checked(vision: VisionEncoder, model: nn.Module) -> int:
+    """The prefix tokens of `model`. Raises DoesNotFit unless its features are those of `vision`."""
+    parameter = next(vision.parameters())
+    probe = torch.randn(1, 3, *vision.image_size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    expected = vision.eval()(probe)
+    found = model.eval()(probe, output_hidden_states=True).hidden_states[vision.layer]
+    prefix = 0 if expected.prefix is None else expected.prefix.shape[1]
+    if found.shape[1] == prefix + vision.grid[0] * vision.grid[1]:
+        difference = relative_difference(found[:, prefix:], expected.patches.flatten(1, 2))
+        if difference <= tolerance(parameter.dtype):
+            return prefix
+    raise DoesNotFit(
+        f"this image tower computes something else than Hugging Face's {type(model).__name__} with its weights "
+        f"({OWN_FORMAT})"
+    )
+
+
+def _at_own_size(vision: HFVision) -> nn.Module:
+    """The encoder, its position table brought to the size at which it is used."""
+    encoder, size = vision.encoder, vision.image_size[0]
+    if _side(encoder.config.image_size) == size:
+        return encoder
+    state = dict(encoder.state_dict())
+    tables = [name for name in state if name.endswith(("position_embedding.weight", "position_embeddings"))]
+    if len(tables) != 1 or not hasattr(getattr(encoder, "embeddings", None), "interpolate_pos_encoding"):
+        raise DoesNotFit(
+            f"vision.image_size={size} is not the encoder's own ({_side(encoder.config.image_size)}), and the "
+            f"positions of {type(encoder).__name__} cannot be brought to it ({OWN_FORMAT})"
+        )
+    table = state[tables[0]]
+    nothing = torch.empty(1, 0, vision.width, dtype=table.dtype, device=table.device)
+    positions = encoder.embeddings.interpolate_pos_encoding(nothing, size, size)
+    state[tables[0]] = positions if table.dim() == 3 else positions[0]
+    config = copy.deepcopy(encoder.config)
+    config.image_size = size
+    return _build(type(encoder), config, state, table.dtype)
+
+
+def _side(size: int | list[int] | tuple[int, int]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def _renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Tensors under Hugging Face's names; packed projections taken apart."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        if ".qkv." in name:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                renamed[name.replace(".qkv.", f".{letter}_proj.")] = part
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def _build(model_class: type, config, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A model of `model_class` that holds `state`. Raises DoesNotFit naming what is over or lacking."""
+    with torch.device("meta"):
+        expected = model_class(config).state_dict()
+    wrong = sorted(
+        name
+        for name in expected.keys() | state.keys()
+        if name not in expected or name not in state or expected[name].shape != state[name].shape
+    )
+    if wrong:
+        raise DoesNotFit(f"this image tower is no {model_class.__name__}: {wrong[0]} differs ({OWN_FORMAT})")
+    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def _clip(vision: OpenClipVision) -> nn.Module:
+    """open_clip's own ViT (OpenAI, LAION) as CLIPVisionModel."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    visual, state = vision.visual, dict(vision.visual.state_dict())
+    first = visual.transformer.resblocks[0]
+    for name in [name for name in state if re.search(r"\.ls_[12]\.gamma$", name)]:
+        scale, (block, which) = state.pop(name), re.fullmatch(r"(.*)\.ls_([12])\.gamma", name).groups()
+        layer = f"{block}.attn.out_proj" if which == "1" else f"{block}.mlp.c_proj"
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] * scale[:, None]
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] * scale
+    # what comes behind the last block is never read
+    state = {name: tensor for name, tensor in state.items() if name != "proj" and not name.startswith("attn_pool")}
+    if visual.attn_pool is not None:
+        state |= {"ln_post.weight": torch.ones(vision.width), "ln_post.bias": torch.zeros(vision.width)}
+    config = CLIPVisionConfig(
+        hidden_size=vision.width,
+        intermediate_size=first.mlp.c_fc.out_features if hasattr(first.mlp, "c_fc") else 0,
+        num_hidden_layers=vision.num_blocks,
+        num_attention_heads=getattr(first.attn, "num_heads", 1),
+        image_size=vision.image_size[0],
+        patch_size=vision.patch_size[0],
+        hidden_act="quick_gelu" if vision.config.get("quick_gelu") else "gelu",
+        layer_norm_eps=first.ln_1.eps,
+    )
+    return _build(CLIPVisionModel, config, _renamed(state, _CLIP_NAMES), visual.conv1.weight.dtype)
+
+
+def _siglip(vision: OpenClipVision) -> nn.Module:
+    """timm's ViT with SigLIP's shape as SiglipVisionModel, without the head that nothing reads here."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    trunk = vision.visual.trunk
+    first = trunk.blocks[0]
+    if not hasattr(first.mlp, "fc1") or not hasattr(first.attn, "num_heads"):
+        raise DoesNotFit(f"timm's {type(trunk).__name__} has no counterpart at Hugging Face ({OWN_FORMAT})")
+    state = {name: tensor for name, tensor in trunk.state_dict().items() if not name.startswith(("attn_pool.", "head"))}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc_norm.")}
+    if "pos_embed" in state:
+        state["pos_embed"] = state["pos_embed"].flatten(0, 1)
+    if "norm.weight" not in state:
+        state |= {"norm.weight": torch.ones(vision.width), "norm.bias": torch.zeros(vision.width)}
+    activation = first.mlp.act
+    is_tanh = "tanh" in (type(activation).__name__.lower(), getattr(activation, "approximate", ""))
+    is_tanh |= type(activation).__name__ == "GELUTanh"
+    config = SiglipVisionConfig(
+        hidden_size=vision.width,
+        intermediate_size=first.mlp.fc1.out_features,
+        num_hidden_layers=vision.num_blocks,
+        num_attention_heads=first.attn.num_heads,
+        image_size=vision.image_size[0],
+        patch_size=vision.patch_size[0],
+        hidden_act="gelu_pytorch_tanh" if is_tanh else "gelu",
+        layer_norm_eps=getattr(first.norm1, "eps", 1e-6),
+        vision_use_head=False,
+    )
+    return _build(SiglipVisionModel, config, _renamed(state, _SIGLIP_NAMES), trunk.patch_embed.proj.weight.dtype)
