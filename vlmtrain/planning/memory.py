@@ -1,10 +1,15 @@
-"""Memory of a stage on one GPU, by ZeRO stage: what DeepSpeed keeps for each parameter, trained or frozen."""
+"""Memory of a stage on one GPU, by ZeRO stage: what DeepSpeed keeps for each parameter, trained or frozen.
+
+Held to the growth of small runs' memory by tests/distributed/test_memory_plan.py.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 ZERO_STAGES = (0, 1, 2, 3)
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: elements
+LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -17,17 +22,23 @@ class States:
     bf16: bool
 
     def bytes(self, zero_stage: int, world_size: int) -> int:
-        """Weights, gradients and optimiser states on one of `world_size` GPUs."""
+        """Weights, gradients, optimiser states and DeepSpeed's buffers on one of `world_size` GPUs, at their peak."""
         weight = 2 if self.bf16 else 4
-        if self.bf16:
-            zero_stage = max(1, zero_stage)  # the engine's bf16 is ZeRO-1 at least
-        sharded = {0: (), 1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
-        parts = {
-            "weights": weight * (self.trained + self.frozen_inside),
-            # in bf16, gradients of a step are summed in fp32
-            "gradients": 4 * self.trained,
-            # AdamW's two moments; and under bf16, or wherever they are sharded, an fp32 copy of the weights
-            "optimizer": (12 if self.bf16 or zero_stage > 0 else 8) * self.trained,
-        }
-        shares = {name: size / world_size if name in sharded[zero_stage] else size for name, size in parts.items()}
-        return round(sum(shares.values()) + weight * self.frozen_outside)
+        inside = self.trained + self.frozen_inside
+        bucket = 4 * min(self.trained, BUCKET)  # gradients on their way, in fp32
+        if zero_stage == 3:
+            # weights, an fp32 copy, two moments and gradients are sharded; what is at work is whole
+            sharded = weight * inside + 16 * self.trained
+            whole = weight * (min(inside, LIVE) + 2 * min(self.trained, BUCKET)) + bucket
+        elif self.bf16 and zero_stage < 2:
+            # DeepSpeed's bf16 optimizer keeps a step's gradients in fp32, whole, and copies them once
+            sharded = 12 * self.trained
+            whole = weight * (inside + self.trained) + 8 * self.trained + bucket
+        elif zero_stage == 0:
+            sharded = 0
+            whole = weight * inside + 12 * self.trained + bucket
+        else:
+            gradients = self.trained if zero_stage == 1 else min(self.trained, BUCKET)
+            sharded = 16 * self.trained
+            whole = weight * (inside + gradients) + bucket
+        return round(sharded / world_size + whole + weight * self.frozen_outside)

@@ -247,10 +247,7 @@ def _plan_memory(
     trains = {group.part for group in groups}
     outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
     states = States(plan.trainable, plan.frozen - outside, outside, settings.precision == "bf16")
-    checkpointing = settings.stages[plan.name].gradient_checkpointing
-    sample = sum(
-        cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept for part, cost in costs.items()
-    )
+    sample = _kept(costs, settings.stages[plan.name].gradient_checkpointing)
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
     for zero_stage in ZERO_STAGES:
@@ -260,6 +257,21 @@ def _plan_memory(
         if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
             plan.suggested_zero_stage = zero_stage
             plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])
+
+
+def _kept(costs: Mapping[str, PartCost], checkpointing: bool) -> int:
+    """Bytes of activations that one sample's backward pass needs."""
+    return sum(cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept for part, cost in costs.items())
+
+
+def kept_by_sample(settings: DictConfig, name: str, tokens: int) -> int:
+    """Bytes of activations that a sample of `tokens` tokens keeps for the backward pass of stage `name`."""
+    stage = settings.stages[name]
+    parts = build_skeleton(settings, name, _Vocabulary(settings), DTYPES[settings.precision])
+    groups = trained_groups(stage, name, parts)
+    freeze(parts, groups, checkpointing=False)
+    costs = _measure(parts, groups, stage, stage.expected, 1, tokens, _answer_tokens(stage.expected, tokens))
+    return _kept(costs, stage.gradient_checkpointing)
 
 
 def _divisor(number: int, limit: int) -> int:

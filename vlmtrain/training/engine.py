@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -18,6 +17,7 @@ from ..model import VLMWrapper
 from ..objectives import Objective
 from .assembly import DTYPES
 from .optimizer import Schedule, build_optimizer, parameter_groups
+from .state import TrainingState
 from .trainable import Group
 
 # Clipping at this norm never clips, but makes every engine report the norm.
@@ -59,6 +59,7 @@ class StageEngine:
         self.parts = parts
         vision = parts.get("vision")
         is_frozen = all(group.part != "vision" for group in groups)
+        self._groups = groups
         self._frozen_vision = vision.to(device) if vision is not None and is_frozen else None
         inside = None if self._frozen_vision is not None else vision
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
@@ -140,17 +141,20 @@ class StageEngine:
             for module, mode in modes.items():
                 module.training = mode
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write the resumable state of all ranks into ``folder/tag``; frozen weights are left out."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Take up the state that `save` wrote. Raises ValueError if it cannot be read."""
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if path is None:
-            raise ValueError(f"{folder / tag} is not a complete checkpoint: delete it to resume from an earlier one")
+    @property
+    def training_state(self) -> TrainingState:
+        """What the stage must remember to go on."""
+        buffers = {
+            f"{part}.{name}": tensor
+            for part in dict.fromkeys(group.part for group in self._groups)
+            for name, tensor in _persistent_buffers(self.parts[part])
+        }
+        named = {
+            f"{group.part}.{name}": self.parts[group.part].get_parameter(name)
+            for group in self._groups
+            for name in group.names
+        }
+        return TrainingState(self._engine, self.zero_stage, named, buffers)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -187,13 +191,14 @@ def _register_borrowed_parameters(module: nn.Module) -> None:
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, tied ones once."""
-    parameters = dict(module.named_parameters())
-    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
-    yield from parameters.items()
-    # the state dict knows which buffers are persistent; under ZeRO-3 its parameters are empty
-    for name, tensor in module.state_dict().items():
-        if name not in parameters and name not in tied:
-            yield name, tensor
+    yield from module.named_parameters()
+    yield from _persistent_buffers(module)
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the state dict has beside parameters, which under ZeRO-3 are empty there."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    yield from ((name, tensor) for name, tensor in module.state_dict().items() if name not in parameters)
 
 
 def _gathered(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager:

@@ -108,7 +108,7 @@ class _Stage:
             self.world.device,
         )
         checkpoints = Checkpoints(self.folder.stage(self.name) / "checkpoints", self.config.keep_last, self.world)
-        record = checkpoints.load_latest(engine)
+        record = checkpoints.load_latest(engine.training_state)
         if record["step"] and self.world.is_main:
             logger.info(f"{self.name}: going on behind step {record['step']}")
         validator = self._validator(engine)
@@ -153,7 +153,7 @@ class _Stage:
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             due = config.save_every and (step + 1) % config.save_every == 0 and step + 1 < total
             if due or (stopping and step + 1 < total):
-                checkpoints.save(engine, step + 1, {key: value for key, value in record.items() if key != "step"})
+                checkpoints.save(engine.training_state, step + 1, record)
             if stopping and step + 1 < total:
                 raise Stopped(
                     f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"

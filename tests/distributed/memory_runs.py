@@ -1,0 +1,93 @@
+"""Trains a few steps and prints what memory grew by, and what the plan says. Run by test_memory_plan.py:
+
+python memory_runs.py FOLDER ENGINE PRECISION PARTS
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+
+from vlmtrain.planning.memory import States
+from vlmtrain.planning.plan import kept_by_sample
+from vlmtrain.settings import compose
+from vlmtrain.training import stage as stages
+from vlmtrain.training.run import train_run
+from vlmtrain.world import join_world, leave_world
+
+WIDTH, LAYERS, BATCH = 768, 6, 4
+
+
+def line(folder: str, engine: str, precision: str, trained: str) -> list[str]:
+    rates = {part: "1e-4" if part in trained.split("+") else "null" for part in ("connector", "llm")}
+    return [
+        "recipe=quickstart",
+        "stage=instruct",
+        "stages.instruct.fresh=[vision,connector,llm]",
+        "stages.instruct.max_steps=3",
+        f"stages.instruct.batch_size={BATCH}",
+        *(f"stages.instruct.train.{part}={rate}" for part, rate in rates.items()),
+        f"llm.config.hidden_size={WIDTH}",
+        f"llm.config.intermediate_size={4 * WIDTH}",
+        f"llm.config.num_hidden_layers={LAYERS}",
+        "llm.config.num_attention_heads=12",
+        "llm.config.num_key_value_heads=12",
+        "data.validation=null",
+        "workers=0",
+        f"engine={engine}",
+        f"precision={precision}",
+        f"run_dir={folder}",
+    ]
+
+
+def status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def settle() -> None:
+    """Give back what is free, and forget the highest mark so far."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main(folder: str, engine: str, precision: str, trained: str) -> None:
+    settings, world = compose(line(folder, engine, precision, trained)), join_world()
+    found = {"peak": 0}
+
+    class Watched(stages.StageEngine):
+        def __init__(self, settings, stage, parts, objective, groups, *more):
+            settle()
+            found["before"] = status("VmRSS")
+            sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+            number = sum(parts[g.part].get_parameter(name).numel() for g in groups for name in g.names)
+            inside = sizes["llm"] + sizes["connector"]
+            found["states"] = States(number, inside - number, sizes["vision"], precision == "bf16")
+            super().__init__(settings, stage, parts, objective, groups, *more)
+
+        def loss(self, batch):
+            settle()
+            return super().loss(batch)
+
+        def grad_norm(self):
+            found["peak"] = max(found["peak"], status("VmHWM"))
+            return super().grad_norm()
+
+    stages.StageEngine = Watched
+    train_run(settings, world)
+    states = found["states"]
+    weights = (2 if precision == "bf16" else 4) * (states.trained + states.frozen_inside + states.frozen_outside)
+    tokens = json.loads(Path(folder, "instruct", "metrics.jsonl").read_text().splitlines()[-1])["tokens"] / BATCH
+    activations = kept_by_sample(settings, "instruct", round(tokens)) * BATCH // world.size
+    if world.is_main:
+        planned = states.bytes(int(engine[4]), world.size) - weights + activations
+        print(json.dumps({"grown": found["peak"] - found["before"], "planned": planned, "activations": activations}))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

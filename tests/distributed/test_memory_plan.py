@@ -1,0 +1,39 @@
+"""`vlmtrain plan` on memory, against what small runs' memory grows by over a baseline before the engine exists."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..conftest import run
+
+RUNS = Path(__file__).with_name("memory_runs.py")
+
+
+@pytest.mark.parametrize(
+    "engine, precision, ranks, trained",
+    [
+        ("zero0", "fp32", 1, "connector+llm"),
+        ("zero1", "fp32", 2, "connector+llm"),
+        ("zero2", "bf16", 2, "connector+llm"),
+        ("zero3", "fp32", 2, "connector+llm"),
+        pytest.param("zero1", "fp32", 1, "connector+llm", marks=pytest.mark.slow),
+        pytest.param("zero2", "fp32", 1, "connector+llm", marks=pytest.mark.slow),
+        pytest.param("zero3", "fp32", 1, "connector+llm", marks=pytest.mark.slow),
+        pytest.param("zero1", "bf16", 1, "connector+llm", marks=pytest.mark.slow),
+        pytest.param("zero1", "bf16", 2, "connector+llm", marks=pytest.mark.slow),
+        pytest.param("zero2", "bf16", 1, "connector+llm", marks=pytest.mark.slow),
+        pytest.param("zero3", "bf16", 1, "connector+llm", marks=pytest.mark.slow),
+        pytest.param("zero3", "bf16", 2, "connector+llm", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_grows_as_planned(engine, precision, ranks, trained, tmp_path):
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = run(*launcher, str(RUNS), str(tmp_path), engine, precision, trained)
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"grown"')))
+    assert found["planned"] == pytest.approx(found["grown"], rel=0.2), found
