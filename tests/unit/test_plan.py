@@ -1,0 +1,122 @@
+"""Plans, against published numbers and counts by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vlmtrain.cli import main
+from vlmtrain.paths import RECIPES
+from vlmtrain.planning.measuring import Meter, use_counted_attention
+from vlmtrain.planning.memory import States
+from vlmtrain.planning.plan import Machine, plan_run
+from vlmtrain.settings import compose
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+}
+
+
+def plan(*line: str, **machine):
+    return {stage.name: stage for stage in plan_run(compose(line), Machine(**machine))}
+
+
+def test_llava_1_5_has_the_published_sizes():
+    stages = plan("recipe=llava_1_5")
+    align, instruct = stages["align"], stages["instruct"]
+    assert align.trainable == 20_979_712  # the projector
+    assert align.parts["llm"] == {"trainable": 0, "frozen": 6_738_415_616}  # Vicuna-7B, a Llama-2
+    assert align.picture_tokens == (576, 576)
+    assert align.steps == 2181 and instruct.steps == 5198  # the released runs' logs
+    assert instruct.trainable == 6_738_415_616 + 20_979_712
+    # Per sample: the LLM's forward pass and the gradients of its activations; the encoder's forward pass
+    text, patches = align.tokens_per_sample, 577
+    by_hand = 2 * 2 * 6.476e9 * text + 2 * 290e6 * patches  # linear layers alone: attention adds a few per cent
+    assert align.flops_per_sample == pytest.approx(by_hand, rel=0.06) and align.flops_per_sample > by_hand
+    assert align.fits[3] >= align.fits[2] >= align.fits[0] > 0
+
+
+def test_flops_of_a_language_model_by_hand():
+    config = LlamaConfig(**LLAMA, tie_word_embeddings=False)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config)
+    use_counted_attention(llm)
+    tokens, kept, width, inner, layers = 20, 5, 64, 160, 3
+    meter, row = Meter(), torch.empty(1, tokens, width, device="meta", requires_grad=True)
+    with meter.part("llm", llm, "model.layers"):
+        llm(inputs_embeds=row, use_cache=False, logits_to_keep=torch.arange(kept, device="meta"))
+    linear = layers * tokens * 2 * (4 * width**2 + 3 * width * inner)
+    attention = layers * 2 * tokens**2 * width * 2 / 2  # two products, half of each square
+    rotary = 2 * tokens * (width // 4 // 2)  # its table is an outer product
+    found = meter.costs["llm"]
+    assert found.flops == pytest.approx(linear + attention + kept * width * 50 * 2 + rotary, rel=1e-3)
+    assert len(found.blocks) == layers
+    assert (
+        found.blocks[1] == found.blocks[2] <= found.blocks[0] <= 1.05 * found.blocks[1]
+    )  # the first keeps the rotary table
+    assert found.block_input == tokens * width * 4
+    assert found.kept_checkpointed < found.kept
+
+
+def test_frozen_weights_keep_fewer_activations():
+    """A trained linear layer keeps its input, a frozen one that only passes gradients on does not."""
+    kept = {}
+    for trained in (True, False):
+        with torch.device("meta"):
+            layer = torch.nn.Linear(32, 32).requires_grad_(trained)
+        meter = Meter()
+        with meter.part("layer", layer, None):
+            layer(torch.empty(10, 32, device="meta", requires_grad=True) * 2)
+        kept[trained] = meter.costs["layer"].kept
+    assert kept == {True: 10 * 32 * 4, False: 0}
+
+
+@pytest.mark.parametrize("bf16, sharded", [(False, 4 + 4 + 8 + 4), (True, 2 + 4 + 8 + 4)])
+def test_zero_3_shards_weights_their_copy_moments_and_gradients(bf16, sharded):
+    states = States(trained=10**9, frozen_inside=0, frozen_outside=0, bf16=bf16)
+    assert states.bytes(3, 8) - states.bytes(3, 16) == pytest.approx(sharded * 10**9 * (1 / 8 - 1 / 16))
+    large = States(10**10, 0, 0, bf16)
+    assert large.bytes(3, 64) < large.bytes(2, 64) < large.bytes(1, 64)
+
+
+def test_what_trains_decides_the_arithmetic():
+    few = plan("recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.train.llm=null")["instruct"]
+    more = plan("recipe=llava_1_5", "mini=true", "stage=instruct")["instruct"]
+    assert few.flops_per_sample < more.flops_per_sample < 1.6 * few.flops_per_sample
+    half = plan(
+        "recipe=llava_1_5",
+        "mini=true",
+        "stage=instruct",
+        "stages.instruct.train.llm=null",
+        "stages.instruct.groups=[{match: llm.layers, lr: 1e-3}]",
+    )["instruct"]
+    assert few.flops_per_sample < half.flops_per_sample < more.flops_per_sample
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_every_recipe_can_be_planned(recipe, capsys):
+    main(["plan", f"recipe={recipe}", "gpus=16", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["gpus"] == 16
+    for stage in found["stages"]:
+        assert stage["trainable"] > 0 and stage["flops_per_sample"] > 0 and set(stage["memory"]) == {"0", "1", "2", "3"}
+
+
+def test_the_table_names_every_stage(capsys):
+    main(["plan", "recipe=quickstart"])
+    shown = capsys.readouterr().out
+    assert all(f"stage {name}\n" in shown for name in ("clip", "text", "align", "instruct"))
+
+
+@pytest.mark.parametrize("word", ["gpus=0", "gpus=many", "utilisation=-1"])
+def test_a_machine_that_cannot_be_is_named(word, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "recipe=quickstart", word])
+    assert stopped.value.code == 2 and word.split("=")[0] in capsys.readouterr().err
