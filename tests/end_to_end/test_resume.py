@@ -132,9 +132,9 @@ def test_another_number_of_ranks_goes_on_alike(engine, precision, before, after,
     if precision == "fp32":
         for part in ("vision", "connector", "llm"):
             ours, theirs = (module_state(load_part(part, run / "instruct" / "model")) for run in (broken, whole))
-            for name, tensor in theirs.items():
-                # AdamW moves an element by its rate whatever its gradient's size, so single elements may differ
-                assert float((ours[name] - tensor).norm() / tensor.norm().clamp(min=1e-6)) <= 1e-3, f"{part}.{name}"
+            # AdamW moves an element by its rate however small its gradient, so single elements may differ
+            difference = sum(float((ours[name] - tensor).square().sum()) for name, tensor in theirs.items())
+            assert difference <= (1e-4) ** 2 * sum(float(tensor.square().sum()) for tensor in theirs.values()), part
 
 
 def flip_a_byte(file: Path) -> None:
