@@ -1,3 +1,7 @@
 """vlmtrain: train vision-language models stage by stage, and ablate the connector with one word."""
 
 __version__ = "0.1.0"
+
+from .interop.registration import register as _register
+
+_register()

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -37,6 +39,7 @@ from transformers import (
 
 from tests.conftest import run
 from vlmtrain.cli import main
+from vlmtrain.data.connector_text import TextReader
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.data.processor import Geometry, Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
@@ -78,6 +81,11 @@ TOWERS = {
     "layer scale": {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "ls_init_value": 0.3}},
     "coca": {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2}},
     "no pre-norm": {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "no_ln_pre": True}},
+    "timm vit": {
+        "embed_dim": 12,
+        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": SIDE},
+        "text_cfg": OPEN_CLIP["text_cfg"],
+    },
     "timm siglip": {
         "embed_dim": 16,
         "vision_cfg": {
@@ -116,7 +124,7 @@ class Case(NamedTuple):
 
 
 NEXT = {"fit": "tiles", "becomes": "LlavaNextForConditionalGeneration"}
-UNFIT = ("registers", "no pre-norm")
+UNFIT = ("registers", "no pre-norm", "timm vit")
 CASES = {
     **{vision: Case(vision=vision) for vision in (*HF_VISION, *TOWERS) if vision not in UNFIT},
     **{llm: Case(llm=llm) for llm in LLMS if llm != "gemma2"},
@@ -137,6 +145,33 @@ CASES = {
     "tiles, siglip, linear": Case(vision="siglip", connector="linear", **NEXT),
     "tiles, openai": Case(vision="openai", llm="qwen2", **NEXT),
     "tiles, another size": Case(vision="dinov2", image_size=48, **NEXT),
+}
+OWN = {"becomes": "VLMTrainForConditionalGeneration"}
+READING = {"num_queries": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
+OWN_CASES = {
+    "gemma2": Case(llm="gemma2", **OWN),
+    "registers": Case(vision="registers", **OWN),
+    "no pre-norm": Case(vision="no pre-norm", **OWN),
+    "avgpool": Case(connector="avgpool", options={"window": 2}, fit="pad", **OWN),
+    "token_packer": Case(connector="token_packer", options={"hidden_size": 16, "levels": 3}, **OWN),
+    "perceiver, tiles": Case(
+        connector="perceiver_resampler",
+        options={"num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 4},
+        vision="timm vit",
+        fit="tiles",
+        **OWN,
+    ),
+    "d_abstractor": Case(
+        connector="d_abstractor",
+        options={"grid": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0},
+        vision="siglip",
+        image_size=48,
+        **OWN,
+    ),
+    "qformer": Case(connector="qformer", options=READING, llm="opt", template="bare", **OWN),
+    "layer scale": Case(vision="layer scale", llm="gpt2", form="vlmtrain", **OWN),
+    "tied": Case(llm="llama, tied", form="vlmtrain", template="vicuna_v1", tokenizer="space first", **OWN),
+    "avgpool, tiles": Case(connector="avgpool", options={"window": 2}, fit="tiles", **OWN),
 }
 PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
 TALKS = (
@@ -257,6 +292,17 @@ def exported(tmp_path_factory, tokenizer, pictures) -> dict[str, dict]:
     return {name: {**each, "home": home / name} for name, each in zip(CASES, found)}
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, tokenizer, pictures) -> dict[str, dict]:
+    """What transformers makes of every case that needs vlmtrain."""
+    home = tmp_path_factory.mktemp("own")
+    for name, case in OWN_CASES.items():
+        build(case, home / name / "model", tokenizer)
+        export(home / name / "model", home / name / "out", case.form)
+    jobs = [job(case, home / name / "out", pictures, None) for name, case in OWN_CASES.items()]
+    return {name: {**each, "home": home / name} for name, each in zip(OWN_CASES, run_exports(home, jobs, "own"))}
+
+
 def ours(home: Path, case: Case, pictures: Path) -> list[dict]:
     model, processor = VLMWrapper.from_pretrained(home / "model"), Processor.from_pretrained(home / "model")
     answers = []
@@ -280,8 +326,17 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_alone_gives_the_same(name, exported, pictures):
-    case, found = CASES[name], exported[name]
-    assert (found["class"], found["module"]) == (case.becomes, "transformers")
+    assert exported[name]["module"] == "transformers"
+    check(CASES[name], exported[name], pictures)
+
+
+@pytest.mark.parametrize("name", OWN_CASES)
+def test_whatever_else_loads_once_vlmtrain_is_imported(name, own, pictures):
+    check(OWN_CASES[name], own[name], pictures)
+
+
+def check(case: Case, found: dict, pictures: Path) -> None:
+    assert found["class"] == case.becomes
     answers = ours(found["home"], case, pictures)
     ends = torch.stack([each["logits"][-1] for each in answers])
     assert ends.std(0).max() > 0.01 * ends.abs().max()  # the pictures matter
@@ -352,3 +407,33 @@ def test_the_command_says_what_it_wrote(tmp_path, tokenizer, capsys):
     assert any("image_fit=pad" in remark for remark in said["remarks"])
     main(["export", str(tmp_path / "model"), str(tmp_path / "again")])
     assert "LlavaForConditionalGeneration" in capsys.readouterr().out
+
+
+def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictures):
+    case = Case(connector="qformer", options={**READING, "text_vocab": 400})
+    build(case, tmp_path / "model", tokenizer)
+    processor = Processor.from_pretrained(tmp_path / "model")
+    processor.reader = TextReader(tokenizer, "instruction", 16)
+    processor.save_pretrained(tmp_path / "model")
+    done = export(tmp_path / "model", tmp_path / "out")
+    assert done.model_class == "VLMTrainForConditionalGeneration" and "connector=qformer" in done.remarks[0]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    theirs = AutoProcessor.from_pretrained(tmp_path / "out")
+    ((turns, files), *_) = talks(case, pictures)
+    shown = [Image.open(file) for file in files]
+    text = theirs.apply_chat_template([typed(turn) for turn in turns], add_generation_prompt=True, tokenize=False)
+    batch = processor.collate([processor.prompt(Conversation("one", turns, tuple(map(ImageOnDisk, files))))])
+    with torch.no_grad():
+        found = [model(**theirs(shown, text, instructions=[words])).logits for words in ("What is this?", "Who?")]
+        expected = VLMWrapper.from_pretrained(tmp_path / "model")(
+            batch.input_ids, batch.images, batch.is_image, text_ids=batch.text_ids, text_mask=batch.text_mask
+        )
+    assert difference(found[0], expected) <= 1e-4 < difference(found[1], expected)
+    with pytest.raises(ValueError, match="pass instructions"):
+        theirs(shown, text)
+    with pytest.raises(ValueError, match="1 <image> tokens in the text, 2 pictures"):
+        theirs(shown * 2, text)
+
+
+def test_importing_vlmtrain_loads_nothing():
+    run(sys.executable, "-c", "import vlmtrain, sys; assert not {'torch', 'transformers'} & set(sys.modules)")

@@ -54,15 +54,28 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
 
 
 def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exported, float]:
-    exported = as_llava(model, processor)
-    return exported, _checked(model, processor, exported)
+    """The first class of those that `form` allows which gives the same logits, and how far they are apart."""
+    remarks: tuple[str, ...] = ()
+    if form != "vlmtrain":
+        try:
+            exported = as_llava(model, processor)
+            return exported, _checked(model, processor, exported)
+        except DoesNotFit as error:
+            if form == "llava":
+                raise
+            remarks = (f"loads after 'import vlmtrain' only: {error}",)
+    from .own import as_own
+
+    exported = as_own(model, processor)
+    return exported._replace(remarks=(*remarks, *exported.remarks)), _checked(model, processor, exported)
 
 
 @torch.no_grad()
 def _checked(model: VLMWrapper, processor: Processor, exported: Exported) -> float:
     """How far the logits are apart on a question about a picture. Raises DoesNotFit if that is more than rounding."""
     batch = probe(processor)
-    expected = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles)
+    text = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
+    expected = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles, **text)
     found = hf_logits(exported, batch)[..., : expected.shape[-1]]
     difference = relative_difference(found, expected)
     if not difference <= tolerance(expected.dtype):
@@ -96,14 +109,16 @@ class _Shown(NamedTuple):
 
 
 def hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
-    """Logits of a Hugging Face model for a batch of ours, ``(B, T, V)``."""
-    ids, images = batch.input_ids, batch.images
-    options = {}
-    if batch.is_image is not None:
-        ids = ids.masked_fill(batch.is_image, exported.model.config.image_token_id)
+    """Logits of a Hugging Face model for a batch of ours with pictures, ``(B, T, V)``."""
+    options = {"pixel_values": batch.images}
+    if exported.model.config.model_type == "vlmtrain":
         if batch.tiles is not None:
-            views = images.split([tiles.views for tiles in batch.tiles])
-            images = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)
-            options["image_sizes"] = torch.tensor([tiles[2:] for tiles in batch.tiles])
-        options["pixel_values"] = images
+            options["image_cuts"] = torch.tensor(batch.tiles)
+        if batch.text_ids is not None:
+            options |= {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
+    elif batch.tiles is not None:
+        views = batch.images.split([tiles.views for tiles in batch.tiles])
+        options["pixel_values"] = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)
+        options["image_sizes"] = torch.tensor([tiles[2:] for tiles in batch.tiles])
+    ids = batch.input_ids.masked_fill(batch.is_image, exported.model.config.image_token_id)
     return exported.model(input_ids=ids, use_cache=False, **options).logits

@@ -49,12 +49,13 @@ def make_connector(
         **options,
         **({"newline": True} if newline and llm is not None else {}),
     }
-    connector = _connector_from(arguments)
+    connector = connector_from(arguments)
     vision.give_levels(connector.num_levels)
     return connector.to(dtype)
 
 
-def _connector_from(arguments: dict) -> nn.Module:
+def connector_from(arguments: dict) -> nn.Module:
+    """The connector that a `config` describes, with new weights."""
     listed = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     newline = listed.pop("newline", False)
     connector = build_connector(**listed)
@@ -68,7 +69,7 @@ def connector_skeleton(model: Path) -> nn.Module | None:
     if not config.exists():
         return None
     with torch.device("meta"):
-        return _connector_from(read_json(config))
+        return connector_from(read_json(config))
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
@@ -114,7 +115,7 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32) -> nn.
     elif name == "llm":
         module = load_llm(folder, saved_as)
     else:
-        module = _connector_from(read_json(folder / "config.json")).to(saved_as)
+        module = connector_from(read_json(folder / "config.json")).to(saved_as)
         load_strictly(module, folder / "model.safetensors")
     if state_hash(module_state(module)) != facts["sha256"]:
         raise ValueError(f"the weights in {folder} are not those that {model / MANIFEST} names: their hash differs")

@@ -1,0 +1,288 @@
+"""Any model of ours under transformers' Auto classes, once vlmtrain is imported: every connector, encoder and fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchFeature,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from ..data.connector_text import TextReader, pad_texts
+from ..data.images import cut_tiles, fit_image, to_rgb, to_tensor
+from ..data.processor import OWN_TOKENIZER, Geometry, Processor
+from ..data.records import IMAGE_MARK
+from ..model import VLMWrapper
+from ..model.parts import connector_from
+from ..model.vision import HFVision, OpenClipVision, VisionEncoder
+from ..tiling import Tiles
+from .chat_template import typed_speech
+from .fitting import DoesNotFit
+from .llava import Exported, generation_settings
+from .own_config import VLMTrainConfig
+
+
+class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A `VLMWrapper` as transformers calls models."""
+
+    config_class = VLMTrainConfig
+    input_modalities = ("image", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: VLMTrainConfig, parts: VLMWrapper | None = None):
+        super().__init__(config)
+        if parts is None:
+            with torch.device("cpu"):  # buffers that no file holds must be real
+                parts = _build(config)
+        self.vlm = parts
+        tied = parts.llm._tied_weights_keys or {}
+        self._tied_weights_keys = {f"vlm.llm.{name}": f"vlm.llm.{source}" for name, source in tied.items()}
+        self._unsaved = {name: buffer.clone() for name, buffer in self.named_non_persistent_buffers()}
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the parts have been through their own."""
+
+    @classmethod
+    def from_pretrained(cls, *arguments, **options):
+        found = super().from_pretrained(*arguments, **options)
+        model = found[0] if isinstance(found, tuple) else found
+        for name, value in model._unsaved.items():  # loading empties what no file holds
+            model.get_buffer(name).copy_(value)
+        return found
+
+    def get_input_embeddings(self):
+        return self.vlm.llm.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.vlm.llm.get_output_embeddings()
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_cuts: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Ids ``(B, T)`` and views ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
+
+        image_cuts ``(P, 4)``: rows, columns, height and width of each picture that is cut into tiles. text_ids,
+        text_mask ``(N, L)``: what a connector that reads text reads with each view.
+        """
+        is_image = input_ids == self.config.image_token_id
+        ids = input_ids.masked_fill(is_image, 0)
+        if not is_image.any():
+            return self.get_input_embeddings()(ids)
+        if pixel_values is None:
+            raise ValueError(f"the text has {IMAGE_MARK} tokens, and pixel_values is missing: pass images")
+        tiles = None if image_cuts is None else tuple(Tiles(*cut) for cut in image_cuts.tolist())
+        mask = None if text_mask is None else text_mask.bool()
+        images = pixel_values.to(next(self.vlm.vision.parameters()).dtype)
+        return self.vlm.embed(ids, images, is_image, None, tiles, text_ids, mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_cuts: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        **options,
+    ):
+        """The language model's output; options (labels, logits_to_keep, past_key_values, ...) are its own."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values, image_cuts, text_ids, text_mask)
+        return self.vlm.llm(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **options
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_cuts: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        generation_config=None,
+        **options,
+    ) -> Tensor:
+        """Prompts, padded on the left, and what follows them, ``(B, T + new)``."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        new = self.vlm.llm.generate(
+            inputs_embeds=self.embed(input_ids, pixel_values, image_cuts, text_ids, text_mask),
+            attention_mask=attention_mask,
+            generation_config=generation_config or self.generation_config,
+            **options,
+        )
+        return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+
+
+def _vision_config(vision: VisionEncoder) -> dict:
+    common = {"layer": vision.layer, "levels": list(vision.levels)}
+    if isinstance(vision, OpenClipVision):
+        return {"provider": "open_clip", **common, "model_config": vision.config}
+    if isinstance(vision, HFVision):
+        return {"provider": "hf", **common, "geometry": vision.geometry, "encoder": vision.encoder.config.to_dict()}
+    raise DoesNotFit(f"{type(vision).__name__} cannot be written as a configuration: use open_clip or hf encoders")
+
+
+def _build(config: VLMTrainConfig) -> VLMWrapper:
+    saved = config.vision
+    if saved["provider"] == "open_clip":
+        visual = OpenClipVision._build_visual(saved["model_config"])
+        vision: VisionEncoder = OpenClipVision(visual, saved["model_config"], saved["layer"], saved["levels"])
+    else:
+        encoder = AutoModel.from_config(AutoConfig.for_model(**saved["encoder"]))
+        vision = HFVision(encoder, saved["geometry"], saved["layer"], saved["levels"])
+    return VLMWrapper(vision, connector_from(config.connector), AutoModelForCausalLM.from_config(config.text_config))
+
+
+class VLMTrainProcessor(ProcessorMixin):
+    """Text with image tokens and pictures to what `VLMTrainForConditionalGeneration` takes; pictures as in training.
+
+    geometry: the fields of `Geometry`. reader: ``reads`` and ``max_length`` of a `TextReader`, and reads_with the
+    tokenizer that it reads with, where that is not the language model's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        geometry: dict | None = None,
+        reader: dict | None = None,
+        **unused,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.geometry, self.reader = geometry, reader
+        self.image_token = IMAGE_MARK
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        self.reads_with: PreTrainedTokenizerBase = tokenizer
+
+    def __call__(
+        self,
+        images: object = None,
+        text: str | Sequence[str] | None = None,
+        instructions: Sequence[str] | None = None,
+        padding: bool = True,
+        return_tensors: str = "pt",
+        **options,
+    ) -> BatchFeature:
+        """Texts, whose image tokens stand for `images` in their order.
+
+        instructions: for a connector that reads text, the user's words about each picture. Raises ValueError where
+        texts, pictures and instructions do not agree in number.
+        """
+        geometry = Geometry(**{key: _as_tuple(value) for key, value in self.geometry.items()})
+        pictures = [to_rgb(picture) for picture in _flat(images)]
+        texts = [text] if isinstance(text, str) else list(text or ())
+        marks = sum(one.count(self.image_token) for one in texts)
+        if marks != len(pictures):
+            raise ValueError(f"{marks} {self.image_token} tokens in the text, {len(pictures)} pictures")
+        views, cuts = [], []
+        for picture in pictures:
+            cuts.append(geometry.tiles((picture.height, picture.width)))
+            views.append(_views(picture, geometry, cuts[-1]))
+        counts = iter([geometry.token_count(tiles) for tiles in cuts])
+        expanded = []
+        for one in texts:
+            first, *rest = one.split(self.image_token)
+            expanded.append(first + "".join(self.image_token * next(counts) + piece for piece in rest))
+        options.pop("add_special_tokens", None)
+        found = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **options)
+        data = {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
+        if pictures:
+            data["pixel_values"] = torch.cat(views)
+            if geometry.fit == "tiles":
+                data["image_cuts"] = torch.tensor(cuts)
+            if self.reader:
+                data |= self._read(instructions, [len(shown) for shown in views])
+        return BatchFeature(data)
+
+    def _read(self, instructions: Sequence[str] | None, views: list[int]) -> dict[str, Tensor]:
+        if instructions is None or len(instructions) != len(views):
+            raise ValueError(
+                "the connector reads text: pass instructions=[...], the user's words about each of the "
+                f"{len(views)} pictures"
+            )
+        reader = TextReader(self.reads_with, **self.reader)
+        texts = [reader.encode(words) for words, count in zip(instructions, views) for _ in range(count)]
+        ids, mask = pad_texts(texts)
+        return {"text_ids": ids, "text_mask": mask}
+
+    def save_pretrained(self, save_directory: str | Path, **options):
+        done = super().save_pretrained(save_directory, **options)
+        if self.reads_with is not self.tokenizer:
+            self.reads_with.save_pretrained(Path(save_directory) / OWN_TOKENIZER)
+        return done
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options):
+        processor = super().from_pretrained(pretrained_model_name_or_path, **options)
+        if (Path(pretrained_model_name_or_path) / OWN_TOKENIZER).exists():
+            processor.reads_with = AutoTokenizer.from_pretrained(Path(pretrained_model_name_or_path) / OWN_TOKENIZER)
+        return processor
+
+
+def _views(picture: Image.Image, geometry: Geometry, tiles: Tiles | None) -> Tensor:
+    """The views of a picture, ``(V, 3, H, W)``."""
+    if tiles is None:
+        shown = [fit_image(picture, geometry.size, geometry.fit, geometry.mean)]
+    else:
+        shown = cut_tiles(picture, geometry.size, tiles)
+    return torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in shown])
+
+
+def _flat(images: object) -> list[Image.Image]:
+    if images is None:
+        return []
+    return [one for each in images for one in _flat(each)] if isinstance(images, list | tuple) else [images]
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def as_own(model: VLMWrapper, processor: Processor) -> Exported:
+    """The model as it is, under transformers' Auto classes. Raises DoesNotFit if it lacks a part."""
+    for part in ("vision", "connector", "llm"):
+        if getattr(model, part) is None:
+            raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
+    if processor.geometry is None:
+        raise DoesNotFit("the model's processor takes no pictures: export a stage that does")
+    speech = typed_speech(processor)
+    text_config = model.llm.config
+    config = VLMTrainConfig(
+        text_config=text_config,
+        vision=_vision_config(model.vision),
+        connector=dict(model.connector.config),
+        image_token_id=speech.image_id,
+        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+    )
+    exported = VLMTrainForConditionalGeneration(config, model).eval()
+    exported.generation_config = generation_settings(processor, speech)
+    reader = processor.reader and {"reads": processor.reader.reads, "max_length": processor.reader.max_length}
+    hf_processor = VLMTrainProcessor(speech.tokenizer, speech.template, asdict(processor.geometry), reader)
+    if processor.reader and processor.reader.tokenizer is not processor.tokenizer:
+        hf_processor.reads_with = processor.reader.tokenizer
+    return Exported(exported, hf_processor, ())
