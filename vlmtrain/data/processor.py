@@ -5,6 +5,7 @@ Conversation -> Sample (tokens, targets, pictures) -> Batch (padded tensors)
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ class Batch(NamedTuple):
     A packed batch has one row of several samples: positions ``(1, T)``, from 0 in each; boundaries ``(S + 1,)``
     int32, where each of its S samples starts, and the row's end. Both are None otherwise. tiles: how each picture is
     cut, one after the other, where pictures are. text_ids ``(N, L)``, text_mask ``(N, L)`` bool: what a connector that
-    reads text reads with each of `images`, else None.
+    reads text reads with each of `images`, else None. keys: the name by which a cache knows each of `images`, or None.
     """
 
     input_ids: Tensor
@@ -65,6 +66,7 @@ class Batch(NamedTuple):
     tiles: tuple[Tiles, ...] | None = None
     text_ids: Tensor | None = None
     text_mask: Tensor | None = None
+    keys: tuple[str, ...] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         batch = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
@@ -135,6 +137,7 @@ class Processor:
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
+        self.names_pictures = False  # whether batches say by which name a cache knows their pictures
         self.renderer = Renderer(tokenizer, template, max_length, fallback)
         self.filler = self.renderer.filler
 
@@ -234,7 +237,9 @@ class Processor:
             images, is_image = torch.zeros(1, 3, *self.geometry.size) if self.geometry else None, None
             texts = [self.reader.encode("")] if self.reader else []
         ids, mask = pad_texts(texts) if self.reader else (None, None)
-        return Batch(input_ids, targets, weights, images, is_image, lengths, tiles=tiles, text_ids=ids, text_mask=mask)
+        keys = tuple(map(picture_key, images)) if self.names_pictures and is_image is not None else None
+        batch = Batch(input_ids, targets, weights, images, is_image, lengths, tiles=tiles, text_ids=ids, text_mask=mask)
+        return batch._replace(keys=keys)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer and settings into ``folder/processor``."""
@@ -268,6 +273,11 @@ class Processor:
             own = folder / OWN_TOKENIZER
             reader = TextReader(AutoTokenizer.from_pretrained(own) if own.exists() else tokenizer, **reader)
         return cls(tokenizer, geometry, **settings, reader=reader)
+
+
+def picture_key(view: Tensor) -> str:
+    """Name of a view ``(3, H, W)``: the hash of its pixels."""
+    return hashlib.blake2b(view.contiguous().numpy(), digest_size=16).hexdigest()
 
 
 @contextmanager

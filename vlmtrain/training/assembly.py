@@ -33,6 +33,7 @@ BUILD_ORDER = ("vision", "llm", "connector", "objective")  # a connector's width
 def build_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
     """The language model's tokenizer; with `init_from`, that model's."""
     if settings.init_from is not None:
+        read_manifest(Path(settings.init_from))
         return Processor.from_pretrained(settings.init_from).tokenizer
     if settings.llm.provider == "tiny":
         return build_tiny_tokenizer(VOCABULARY)

@@ -16,6 +16,7 @@ from ..data.processor import Batch
 from ..model import VLMWrapper
 from ..objectives import Objective
 from .assembly import DTYPES
+from .feature_cache import FeatureCache
 from .optimizer import Schedule, build_optimizer, parameter_groups
 from .state import TrainingState
 from .trainable import Group
@@ -60,6 +61,7 @@ class StageEngine:
         vision = parts.get("vision")
         is_frozen = all(group.part != "vision" for group in groups)
         self._groups = groups
+        self.feature_cache: FeatureCache | None = None
         self._frozen_vision = vision.to(device) if vision is not None and is_frozen else None
         inside = None if self._frozen_vision is not None else vision
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
@@ -102,7 +104,8 @@ class StageEngine:
         features = None
         if self._frozen_vision is not None:
             with torch.no_grad():
-                features = self._frozen_vision(batch.images)
+                cached = self.feature_cache is not None and batch.keys is not None
+                features = self.feature_cache(batch.images, batch.keys) if cached else self._frozen_vision(batch.images)
         return self._engine(batch, features)
 
     def backward(self, loss: Tensor, total_weight: float) -> None:

@@ -75,8 +75,8 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
     ):
         if settings[key] not in allowed:
             raise ValueError(f"{key}={settings[key]}: expected one of {', '.join(allowed)}")
-    if settings.features.cache != "off":
-        raise ValueError(f"features.cache={settings.features.cache}: this version caches no features; use off")
+    if settings.features.cache != "off" and not settings.features.max_gb > 0:
+        raise ValueError(f"features.max_gb={settings.features.max_gb}: must be positive")
     if settings.stage is not None and settings.stage not in settings.stages:
         raise ValueError(
             f"unknown stage '{settings.stage}'.{nearest(settings.stage, settings.stages)} "

@@ -33,6 +33,7 @@ from .assembly import (
 )
 from .checkpoint import Checkpoints
 from .engine import StageEngine
+from .feature_cache import FeatureCache
 from .metrics import Metrics, Progress, WandB, logger
 from .optimizer import Schedule
 from .run_folder import RunFolder, write_json
@@ -107,6 +108,7 @@ class _Stage:
             self.plan.accumulation,
             self.world.device,
         )
+        engine.feature_cache = self._feature_cache(before)
         checkpoints = Checkpoints(self.folder.stage(self.name) / "checkpoints", self.config.keep_last, self.world)
         record = checkpoints.load_latest(engine.training_state)
         if record["step"] and self.world.is_main:
@@ -124,6 +126,15 @@ class _Stage:
         checkpoints.clear()
         engine.close()
         return summary
+
+    def _feature_cache(self, hashes: dict[str, Hashes]) -> FeatureCache | None:
+        """The cache that is asked for, where the stage has an encoder and leaves it frozen."""
+        options = self.settings.features
+        if options.cache == "off" or "vision" not in self.parts or any(g.part == "vision" for g in self.groups):
+            return None
+        self.processor.names_pictures = True
+        limit = int(options.max_gb * 2**30)
+        return FeatureCache(Path(options.cache), self.parts["vision"], hashes["vision"].whole, limit)
 
     def _train(
         self,
@@ -270,6 +281,7 @@ class _Stage:
             "stage": self.name,
             "steps": self.total_steps,
             "seconds": record["seconds"],
+            "feature_cache": self._cache_use(engine.feature_cache),
             "skipped_samples": self.skips.skipped,
             "data": self._shares(record["drawn"]),
             "world_size": self.world.size,
@@ -283,6 +295,13 @@ class _Stage:
             write_json(self.folder.stage(self.name) / "summary.json", summary)
         self.world.barrier()
         return summary
+
+    def _cache_use(self, cache: FeatureCache | None) -> dict | None:
+        """Pictures that the cache knew and did not, on all ranks."""
+        if cache is None:
+            return None
+        hits, misses = self.world.sum([cache.hits, cache.misses])
+        return {"hits": int(hits), "misses": int(misses)}
 
     def _shares(self, drawn: list[int]) -> dict:
         """Samples trained on, by source."""

@@ -1,0 +1,94 @@
+"""Cached features: the same run to the bit, and what is damaged is computed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmtrain.data.processor import picture_key
+from vlmtrain.model.vision import build_vision
+from vlmtrain.training.feature_cache import FeatureCache
+
+from ..conftest import data_overrides, metrics, train
+
+VISION = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 16, "layers": 3, "width": 24, "head_width": 12, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return build_vision("open_clip", model_config=VISION, layer=-1, levels=[1, 2]).eval()
+
+
+def cache(folder: Path, encoder, limit: int = 10**9) -> FeatureCache:
+    return FeatureCache(folder, encoder, "weights", limit)
+
+
+@torch.no_grad()
+def features(cache: FeatureCache, images: torch.Tensor):
+    return cache(images, [picture_key(image) for image in images])
+
+
+@torch.no_grad()
+def test_what_is_read_is_what_was_computed(tmp_path, encoder):
+    images = torch.randn(5, 3, 16, 16)
+    first, again = cache(tmp_path, encoder), cache(tmp_path, encoder)
+    computed, read = features(first, images), features(again, images[[3, 0, 4]])
+    wanted = encoder(images)
+    assert (first.hits, first.misses, again.hits, again.misses) == (0, 5, 3, 0)
+    for found, own, plain in zip((read.patches, read.prefix, *read.levels),
+                                 (computed.patches, computed.prefix, *computed.levels),
+                                 (wanted.patches, wanted.prefix, *wanted.levels)):  # fmt: skip
+        assert torch.equal(own, plain) and torch.equal(found, plain[[3, 0, 4]])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-5], lambda data: data[:-3] + bytes([data[-3] ^ 4]) + data[-2:], lambda data: b""]
+)
+def test_a_damaged_entry_is_computed_again(tmp_path, encoder, damage):
+    images = torch.randn(2, 3, 16, 16)
+    wanted = features(cache(tmp_path, encoder), images)
+    file = next(tmp_path.rglob(f"{picture_key(images[1])}.safetensors"))
+    file.write_bytes(damage(file.read_bytes()))
+    again = cache(tmp_path, encoder)
+    assert torch.equal(features(again, images).patches, wanted.patches)
+    assert (again.hits, again.misses) == (1, 1)
+    assert cache(tmp_path, encoder)._read(picture_key(images[1])) is not None
+
+
+def test_another_encoder_layer_or_size_has_entries_of_its_own(tmp_path, encoder):
+    images = torch.randn(1, 3, 16, 16)
+    features(cache(tmp_path, encoder), images)
+    other = build_vision("open_clip", model_config=VISION, layer=-2, levels=[1, 2]).eval()
+    for changed in (FeatureCache(tmp_path, encoder, "other weights", 10**9), cache(tmp_path, other)):
+        features(changed, images)
+        assert (changed.hits, changed.misses) == (0, 1)
+
+
+def test_a_full_cache_goes_on_without_writing(tmp_path, encoder):
+    images = torch.randn(6, 3, 16, 16)
+    small = cache(tmp_path, encoder, limit=9000)
+    assert torch.equal(features(small, images).patches, features(cache(tmp_path / "b", encoder), images).patches)
+    files = list(tmp_path.glob("[!b]*/*/*.safetensors"))
+    assert 0 < len(files) < 6 and sum(file.stat().st_size for file in files) <= 9000
+
+
+def test_a_run_is_the_same_with_and_without(llava_files, tmp_path):
+    line = ["recipe=llava_1_5", "mini=true", *data_overrides(llava_files), "data.validation=null", "workers=1"]
+    for stage in ("align", "instruct"):
+        line += [f"stages.{stage}.max_steps=8", f"stages.{stage}.batch_size=8"]
+    train(*line, f"run_dir={tmp_path / 'plain'}")
+    train(*line, f"run_dir={tmp_path / 'cached'}", f"features.cache={tmp_path / 'cache'}")
+    for stage in ("align", "instruct"):
+        plain, cached = (metrics(tmp_path / run, stage) for run in ("plain", "cached"))
+        assert [r["loss"] for r in cached] == [r["loss"] for r in plain]
+        assert [r["grad_norm"] for r in cached] == [r["grad_norm"] for r in plain]
+        used = json.loads((tmp_path / "cached" / stage / "summary.json").read_text())["feature_cache"]
+        assert used["hits"] > used["misses"] <= 8
