@@ -121,7 +121,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=_export)
 
-    for command in (check, evaluate, chat, report, tokens, plan, export):
+    take = commands.add_parser("import", help="make a model folder of a published LLaVA, for init_from")
+    take.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face LLaVA folder, or mm_projector.bin")
+    take.add_argument("out", metavar="OUT_DIR", type=Path)
+    take.add_argument("--llm", metavar="PATH", help="for mm_projector.bin: the language model, a hub id or folder")
+    take.add_argument("--vision", metavar="PATH", help="for mm_projector.bin: the encoder, a hub id or folder")
+    take.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, plain")
+    take.add_argument("--image-fit", metavar="FIT", help="in place of the source's: squash, pad, crop")
+    take.set_defaults(command=_import)
+
+    ablate = commands.add_parser("ablate", help="train a recipe with several connectors, and say which differ")
+    ablate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2], the rest of training's line, "
+        "and jobs=N at once, ranks=N each, run_dir=DIR",
+    )
+    ablate.set_defaults(command=_ablate)
+
+    for command in (check, evaluate, chat, report, tokens, plan, export, take, ablate):
         command.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 
@@ -343,6 +362,20 @@ def _tokens(options: argparse.Namespace) -> None:
         )
 
 
+def _ablate(options: argparse.Namespace) -> None:
+    from .ablation import read_line, read_results, run_ablation
+    from .ablation.show import as_json, note, table, write_results
+
+    ablation = read_line(options.overrides)
+    run_ablation(ablation, show_progress=sys.stderr.isatty())
+    entries = read_results(ablation)
+    write_results(ablation, entries)
+    if options.json:
+        print(json.dumps([as_json(entry) for entry in entries], indent=2))
+    else:
+        print(table(entries), note(ablation, entries), f"page: {ablation.folder / 'ablation.html'}", sep="\n\n")
+
+
 def _plan(options: argparse.Namespace) -> None:
     from .planning import plan_run
     from .planning.plan import Machine
@@ -385,6 +418,18 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{done.folder}: {done.model_class}, logits within {done.largest_relative_difference:.1g} of the source's")
     for remark in done.remarks:
         print(f"  {remark}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from .interop.importing import import_model
+
+    done = import_model(options.source, options.out, options.llm, options.vision, options.template, options.image_fit)
+    if options.json:
+        print(json.dumps(done._asdict(), indent=2))
+        return
+    print(f"{done.folder}: connector={done.connector}, template={done.template}, image_fit={done.image_fit}")
+    if done.largest_relative_difference is not None:
+        print(f"  logits within {done.largest_relative_difference:.1g} of the source's")
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:

@@ -136,4 +136,8 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     """What each part of a model folder is. Raises ValueError if `folder` is no model folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder: no such directory")
+    if (folder / "config.json").exists() and not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"{folder} is a Hugging Face folder: 'vlmtrain import {folder} OUT_DIR' makes a model folder of it"
+        )
     return read_json(folder / MANIFEST)["parts"]

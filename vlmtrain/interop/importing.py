@@ -1,0 +1,329 @@
+"""Published checkpoints as model folders of ours: LLaVA-1.5 and LLaVA-NeXT of Hugging Face, LLaVA's own projectors."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..connectors.layers import ACTIVATIONS
+from ..data.processor import Geometry, Processor
+from ..data.rendering import Renderer
+from ..errors import first_line
+from ..model import VLMWrapper
+from ..model.llm import build_llm, hidden_width, load_tokenizer, max_positions
+from ..model.loading import load_hf_config, load_hf_model, read_json
+from ..model.parts import make_connector
+from ..model.tiled import TiledConnector
+from ..model.vision import HFVision, VisionEncoder, build_vision
+from .export import hf_logits, probe
+from .fitting import relative_difference, tolerance
+from .llava import Exported
+
+logger = logging.getLogger(__name__)
+
+MODEL_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+DEFAULT_LENGTH = 2048
+
+# Templates of processors take items; here words are strings, in which pictures have their marks already.
+_ITEMS = (
+    "{%- set said = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set said.messages = said.messages + [dict(message, content=[{'type': 'text', 'text': message.content}])] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = said.messages -%}"
+)
+
+
+class Import(NamedTuple):
+    """What was read and written; largest_relative_difference: of the logits from the source's, where it has any."""
+
+    folder: str
+    source: str
+    connector: str
+    template: str
+    image_fit: str
+    largest_relative_difference: float | None
+
+
+def import_model(
+    source: Path,
+    out: Path,
+    llm: str | None = None,
+    vision: str | None = None,
+    template: str | None = None,
+    image_fit: str | None = None,
+) -> Import:
+    """Write what `source` holds to `out` as a model folder that ``init_from`` takes.
+
+    source: a LLaVA-1.5 or LLaVA-NeXT folder of Hugging Face, or an original LLaVA ``mm_projector.bin``, which needs
+    `llm`, and `vision` unless the ``config.json`` beside it names the encoder. template: one of ours, where the
+    source's cannot be trained on. image_fit: in place of the source's. Raises ValueError naming file, tensor and
+    expectation.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already: choose another folder")
+    if source.is_dir():
+        if llm or vision:
+            raise ValueError(f"{source} has its own encoder and language model: leave out --llm and --vision")
+        model, processor, difference = _from_llava(source, template, image_fit)
+    elif source.is_file():
+        model, processor = _from_projector(source, llm, vision, template, image_fit)
+        difference = None
+    else:
+        raise ValueError(f"{source} does not exist: expected a Hugging Face folder or an mm_projector.bin")
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    geometry = processor.geometry
+    return Import(
+        str(out), str(source), model.connector.config["name"], processor.renderer.template, geometry.fit, difference
+    )
+
+
+def _from_llava(folder: Path, template: str | None, fit: str | None) -> tuple[VLMWrapper, Processor, float]:
+    config = load_hf_config(str(folder), "SOURCE")
+    if config.model_type not in MODEL_CLASSES:
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type is {config.model_type}, expected {' or '.join(MODEL_CLASSES)}"
+        )
+    tokenizer = load_tokenizer(str(folder), "SOURCE")
+    source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype="auto").eval()
+    _check_head(folder, source)
+    pictures = _picture_settings(folder)
+    vision = _encoder(folder, source, pictures)
+    llm = _language_model(source)
+    connector = _connector(folder, source, vision, llm)
+    model = VLMWrapper(vision, connector, llm).eval()
+    grids = _tile_grids(folder, config, vision) if config.model_type == "llava_next" else ()
+    fitting = fit or ("tiles" if grids else _fit(pictures))
+    processor = _processor(folder, tokenizer, model, fitting, grids, template)
+    return model, processor, _compared(source, model, processor)
+
+
+@torch.no_grad()
+def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) -> float:
+    """How far the logits are from the source's. Raises ValueError if that is more than rounding."""
+    batch = probe(processor)
+    dtype = next(source.parameters()).dtype
+    batch = batch._replace(images=batch.images.to(dtype))
+    expected = hf_logits(Exported(source, None, ()), batch)
+    found = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles)
+    difference = relative_difference(found, expected)
+    if not difference <= tolerance(dtype):
+        raise ValueError(
+            f"{type(model.llm).__name__} gives other logits than {type(source).__name__} with the same weights (by "
+            f"{difference:.1g} of the largest): it scales or caps them"
+        )
+    return difference
+
+
+def _check_head(folder: Path, source: PreTrainedModel) -> None:
+    """Raise ValueError if a file holds a head of its own where the configuration ties it to the embeddings."""
+    if not source.config.tie_word_embeddings:
+        return
+    table = source.get_input_embeddings().weight
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name.endswith("lm_head.weight") and not torch.equal(tensors.get_tensor(name).to(table), table):
+                    raise ValueError(
+                        f"{file}: {name} differs from the embeddings, but config.json ties them: expected "
+                        "tie_word_embeddings=false, or no such tensor"
+                    )
+
+
+def _picture_settings(folder: Path) -> dict:
+    """What the source's image processor is told."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            settings = read_json(folder / name)
+            settings = settings.get("image_processor", settings)
+            if settings.get("image_mean") and settings.get("image_std"):
+                return settings
+    raise ValueError(f"{folder / 'preprocessor_config.json'} is missing, or has no image_mean and image_std")
+
+
+def _fit(settings: dict) -> str:
+    if settings.get("do_pad"):
+        return "pad"
+    return "crop" if settings.get("do_center_crop", True) else "squash"
+
+
+def _encoder(folder: Path, source: PreTrainedModel, settings: dict) -> HFVision:
+    config, layer = source.config, source.config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise ValueError(
+            f"{folder / 'config.json'}: vision_feature_layer={list(layer)} joins several layers, expected one number"
+        )
+    tower = source.model.vision_tower
+    look = {"image_mean": settings["image_mean"], "image_std": settings["image_std"]}
+    vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer).eval()
+    with torch.no_grad():
+        parameter = next(vision.parameters())
+        prefix = vision(torch.zeros(1, 3, *vision.image_size).to(parameter)).prefix
+    count = 0 if prefix is None else prefix.shape[1]
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    if count != dropped:
+        raise ValueError(
+            f"{folder / 'config.json'}: vision_feature_select_strategy={config.vision_feature_select_strategy} leaves "
+            f"out {dropped} tokens, the encoder has {count} before its patches: expected as many"
+        )
+    return vision
+
+
+def _language_model(source: PreTrainedModel) -> nn.Module:
+    """The source's language model under its own head."""
+    config = source.config.text_config
+    head, table = source.get_output_embeddings().weight, source.get_input_embeddings().weight
+    config.tie_word_embeddings = head.data_ptr() == table.data_ptr()
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    state = {
+        f"{model_class.base_model_prefix}.{name}": tensor
+        for name, tensor in source.model.language_model.state_dict().items()
+    }
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = head.detach()
+    llm, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=head.dtype, output_loading_info=True
+    )
+    wrong = sorted(str(name) for kind in ("missing_keys", "unexpected_keys") for name in info[kind])
+    if wrong:
+        raise ValueError(f"{model_class.__name__} does not take the source's language model: {wrong[0]}")
+    return llm.eval()
+
+
+def _connector(folder: Path, source: PreTrainedModel, vision: VisionEncoder, llm: nn.Module) -> nn.Module:
+    act = source.config.projector_hidden_act
+    state = {name: tensor.detach() for name, tensor in source.model.multi_modal_projector.state_dict().items()}
+    first, second = state["linear_1.weight"], state["linear_2.weight"]
+    for layer, weight in (("linear_1", first), ("linear_2", second)):
+        state.setdefault(f"{layer}.bias", weight.new_zeros(len(weight)))
+    if act == "linear":  # two layers with nothing between are one
+        bias = second @ state["linear_1.bias"] + state["linear_2.bias"]
+        state, name, options = {"weight": second @ first, "bias": bias}, "linear", {}
+    elif act in ACTIVATIONS:
+        name, options = "mlp", {"activation": act}
+    else:
+        raise ValueError(
+            f"{folder / 'config.json'}: projector_hidden_act={act}, expected one of {', '.join(ACTIVATIONS)}, linear"
+        )
+    connector = make_connector(name, vision, llm, options, first.dtype)
+    connector.load_published(state)
+    if source.config.model_type != "llava_next":
+        return connector
+    tiled = TiledConnector(connector).to(first.dtype)
+    tiled.newline.data.copy_(source.model.image_newline.detach())
+    return tiled
+
+
+def _tile_grids(folder: Path, config, vision: VisionEncoder) -> tuple[tuple[int, int], ...]:
+    side = vision.image_size[0]
+    if any(height % side or width % side for height, width in config.image_grid_pinpoints):
+        raise ValueError(
+            f"{folder / 'config.json'}: image_grid_pinpoints={config.image_grid_pinpoints}, expected multiples of the "
+            f"encoder's {side} pixels"
+        )
+    return tuple((height // side, width // side) for height, width in config.image_grid_pinpoints)
+
+
+def _from_projector(
+    file: Path, llm_path: str | None, vision_path: str | None, template: str | None, fit: str | None
+) -> tuple[VLMWrapper, Processor]:
+    """An original LLaVA projector between an encoder and a language model that are published elsewhere."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling fails in any way
+        raise ValueError(f"{file} is no file of tensors: {first_line(error)}") from None
+    beside = file.with_name("config.json")
+    said = read_json(beside) if beside.exists() else {}
+    llm_path, vision_path = llm_path or said.get("_name_or_path"), vision_path or said.get("mm_vision_tower")
+    for key, path in (("--llm", llm_path), ("--vision", vision_path)):
+        if not path:
+            raise ValueError(f"{file} is a projector alone: say with {key} what it was trained with")
+    layers = sorted(
+        int(found[1] or 0) for name in state if (found := re.search(r"mm_projector\.(?:(\d+)\.)?weight$", name))
+    )
+    if not layers:
+        raise ValueError(f"{file} has no tensor mm_projector.*.weight, but {', '.join(sorted(map(str, state))[:3])}")
+    tokenizer = load_tokenizer(llm_path, "--llm")
+    vision = build_vision("hf", path=vision_path, layer=said.get("mm_vision_select_layer", -2))
+    llm = build_llm(llm_path)
+    _check_widths(file, state, vision, llm, vision_path, llm_path)
+    options = {} if len(layers) == 1 else {"depth": len(layers)}
+    connector = make_connector("mlp" if options else "linear", vision, llm, options)
+    try:
+        connector.load_published({name: tensor.float() for name, tensor in state.items()})
+    except ValueError as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+    model = VLMWrapper(vision, connector, llm).eval()
+    fitting = fit or ("pad" if said.get("image_aspect_ratio", "pad") == "pad" else "crop")
+    return model, _processor(file, tokenizer, model, fitting, (), template)
+
+
+def _check_widths(
+    file: Path, state: dict[str, Tensor], vision: VisionEncoder, llm: nn.Module, vision_path: str, llm_path: str
+) -> None:
+    weights = sorted(
+        (name for name in state if name.endswith("weight")), key=lambda name: [int(n) for n in re.findall(r"\d+", name)]
+    )
+    for name, side, got, expected, whose in (
+        (weights[0], "takes", state[weights[0]].shape[1], vision.width, vision_path),
+        (weights[-1], "makes", state[weights[-1]].shape[0], hidden_width(llm), llm_path),
+    ):
+        if got != expected:
+            raise ValueError(f"{file}: {name} {side} {got} channels, expected {expected} of {whose}")
+
+
+def _processor(
+    where: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: VLMWrapper,
+    fit: str,
+    grids: tuple[tuple[int, int], ...],
+    template: str | None,
+) -> Processor:
+    vision, connector = model.vision, model.connector
+    tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
+    look = (vision.image_mean, vision.image_std)
+    geometry = Geometry(vision.image_size, fit, *look, tokens, grid, grids if fit == "tiles" else ())
+    length = max_positions(model.llm) or DEFAULT_LENGTH
+    return Processor(tokenizer, geometry, template or _template(where, tokenizer), length)
+
+
+def _template(where: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template that shows conversations as the source does; a tokenizer's own is brought to strings."""
+    own = tokenizer.chat_template
+    if own is None:
+        own = (where / "chat_template.jinja").read_text() if (where / "chat_template.jinja").exists() else None
+    if own is None and (where / "chat_template.json").exists():
+        own = read_json(where / "chat_template.json").get("chat_template")
+    if own is None:
+        raise ValueError(f"{where} has no chat template: name one with --template (vicuna_v1 for LLaVA-1.5 of Vicuna)")
+    problem: ValueError | None = None
+    for candidate in (own, _ITEMS + own):
+        tokenizer.chat_template = _with_bos(tokenizer, candidate)
+        try:
+            Renderer(tokenizer, "chat", DEFAULT_LENGTH)
+            return "chat"
+        except ValueError as error:
+            problem = error
+    if "USER:" in own and "ASSISTANT:" in own and tokenizer.eos_token:
+        tokenizer.chat_template = None
+        logger.warning("%s: its chat template ends no answer; conversations are shown by vicuna_v1 instead", where)
+        return "vicuna_v1"
+    raise ValueError(f"{where}: its chat template cannot be trained on ({problem}): name another with --template")
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The template, with the first token that the tokenizer would put there by itself."""
+    adds = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    if not adds or "bos_token" in template or tokenizer.bos_token in template:
+        return template
+    return "{{ bos_token }}" + template
