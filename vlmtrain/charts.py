@@ -1,9 +1,9 @@
-"""Line charts as inline SVG, for pages that must stand alone."""
+"""Charts as inline SVG, for pages that must stand alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -25,8 +25,11 @@ class Series(NamedTuple):
     dots: bool = False
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
-    """An SVG line chart; points that are not finite are left out. An empty string without any point."""
+def line_chart(title: str, series: Sequence[Series], x_label: str = "step", legend_below: bool = False) -> str:
+    """An SVG line chart; points that are not finite are left out. An empty string without any point.
+
+    legend_below: put the names in rows under the chart, where there are many.
+    """
     series = [_thin(_finite(s)) for s in series]
     series = [s for s in series if s.x]
     if not series:
@@ -40,7 +43,79 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
     def y_at(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(value, y_ticks)
 
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    rows = -(-sum(not s.faint and bool(s.name) for s in series) // 3) if legend_below else 0
+    out = _frame(title, x_ticks, y_ticks, x_at, y_at, x_label, HEIGHT + 18 * rows)
+    named = 0
+    for s in series:
+        color = COLORS[s.color % len(COLORS)]
+        points = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, s.y))
+        opacity, width = (0.25, 1) if s.faint else (1, 2)
+        out.append(
+            f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{width}" opacity="{opacity}"/>'
+        )
+        if s.dots:
+            out += [f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5" fill="{color}"/>' for x, y in zip(s.x, s.y)]
+        if not s.faint and s.name and legend_below:
+            column, row = named % 3, named // 3
+            x, y = LEFT - 50 + column * 145, HEIGHT + 12 + 18 * row
+            out.append(f'<text class="tick" x="{x}" y="{y}" style="fill:{color}">{escape(s.name[:24])}</text>')
+            named += 1
+        elif not s.faint and s.name:
+            # right of the title, from the right edge inwards
+            x = WIDTH - RIGHT - 90 * named
+            out.append(
+                f'<text class="tick" x="{x}" y="16" text-anchor="end" style="fill:{color}">{escape(s.name)}</text>'
+            )
+            named += 1
+    return "".join([*out, "</svg>"])
+
+
+def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_label: str, front: bool = False) -> str:
+    """An SVG of named points ``(name, x, y)``.
+
+    front: join those that no other beats at less x (the Pareto front), and draw the others hollow.
+    """
+    x_ticks = _ticks(min(x for _, x, _ in points), max(x for _, x, _ in points))
+    y_ticks = _ticks(min(y for *_, y in points), max(y for *_, y in points))
+
+    def x_at(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * _share(value, x_ticks)
+
+    def y_at(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(value, y_ticks)
+
+    out = _frame(title, x_ticks, y_ticks, x_at, y_at, x_label, HEIGHT)
+    best = [p for p in points if not any(x <= p[1] and y >= p[2] and (x, y) != p[1:] for _, x, y in points)]
+    if front:
+        line = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for _, x, y in sorted(best, key=lambda p: p[1]))
+        out.append(f'<polyline points="{line}" fill="none" stroke="{COLORS[0]}" stroke-width="1.5" opacity="0.6"/>')
+    taken: list[tuple[float, float, float]] = []
+    for name, x_value, y_value in sorted(points, key=lambda p: -p[2]):
+        x, y = x_at(x_value), y_at(y_value)
+        fill = COLORS[0] if not front or (name, x_value, y_value) in best else "#fff"
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{COLORS[0]}"/>')
+        width = 6.2 * len(name)
+        to_left = x + 8 + width > WIDTH - 2
+        left, below = (x - 8 - width, y + 4) if to_left else (x + 8, y + 4)
+        # move a label down until it covers no other
+        while any(left < end and left + width > start and abs(below - b) < 11 for start, end, b in taken):
+            below += 3
+        taken.append((left, left + width, below))
+        out.append(f'<text class="tick" x="{left:.1f}" y="{below:.1f}">{escape(name)}</text>')
+    return "".join([*out, "</svg>"])
+
+
+def _frame(
+    title: str,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_at: Callable[[float], float],
+    y_at: Callable[[float], float],
+    x_label: str,
+    height: int,
+) -> list[str]:
+    """The beginning of a chart: its title, grid and axes."""
+    out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
     out.append(f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>')
     for tick in y_ticks:
         y = y_at(tick)
@@ -53,24 +128,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     out.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    named = 0
-    for s in series:
-        color = COLORS[s.color % len(COLORS)]
-        points = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, s.y))
-        opacity, width = (0.25, 1) if s.faint else (1, 2)
-        out.append(
-            f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{width}" opacity="{opacity}"/>'
-        )
-        if s.dots:
-            out += [f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5" fill="{color}"/>' for x, y in zip(s.x, s.y)]
-        if not s.faint and s.name:
-            # right of the title, from the right edge inwards
-            x = WIDTH - RIGHT - 90 * named
-            out.append(
-                f'<text class="tick" x="{x}" y="16" text-anchor="end" style="fill:{color}">{escape(s.name)}</text>'
-            )
-            named += 1
-    return "".join([*out, "</svg>"])
+    return out
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import sys
@@ -23,6 +22,7 @@ from ..evaluation.validation import Validator, picture_uri
 from ..model.attention import attend_in_segments
 from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, state_hash, write_manifest
 from ..objectives import Objective, build_objective
+from ..paths import link_or_copy
 from ..world import Stopped, StopSignal, World
 from .assembly import (
     build_parts,
@@ -291,6 +291,7 @@ class _Stage:
         for kind in ("trainable", "frozen"):
             summary[f"{kind}_parameters"] = sum(part[f"{kind}_parameters"] for part in summary["parts"].values())
         if self.world.is_main:
+            write_json(self.folder.stage(self.name) / "answers.json", answers)
             write_json(self.folder.stage(self.name) / "samples.json", self._shown(validator, answers))
             write_json(self.folder.stage(self.name) / "summary.json", summary)
         self.world.barrier()
@@ -374,7 +375,7 @@ class _Stage:
             if part in manifest:
                 manifest[part]["stage"] = manifest[part]["stage"] or facts.get("stage")
             elif part not in self.config.drops:
-                shutil.copytree(self.previous / part, folder / part, copy_function=_link_or_copy)
+                shutil.copytree(self.previous / part, folder / part, copy_function=link_or_copy)
                 manifest[part] = facts
 
     def _shown(self, validator: Validator | None, answers: list[dict]) -> list[dict]:
@@ -406,10 +407,3 @@ class _Stage:
 
 def _full_size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

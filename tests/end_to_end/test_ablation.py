@@ -1,0 +1,46 @@
+"""`vlmtrain ablate`: the same start and the same data for all, a table of what was found, and nothing run twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+from ..conftest import metrics, run
+
+STAGES = {"clip": 3, "text": 3, "align": 3, "instruct": 6}
+
+
+def test_an_ablation_from_its_line_to_its_page(tmp_path):
+    line = ["recipe=quickstart", "connectors=[linear,{avgpool:{window:2}}]", "seeds=[0,1]", f"run_dir={tmp_path}"]
+    line += [f"stages.{stage}.max_steps={steps}" for stage, steps in STAGES.items()]
+    line += ["validation.samples=2", "validation.final_samples=6", "validation.max_new_tokens=2", "workers=0"]
+    command = [sys.executable, "-m", "vlmtrain.cli", "ablate", *line]
+    done = run(*command)
+    assert "avgpool-window-2" in done.stdout and "With 2 seeds" in done.stdout
+    jobs = {name: tmp_path / "jobs" / name for name in ("linear", "avgpool-window-2")}
+    for seed in ("seed-0", "seed-1"):
+        summaries = [json.loads((job / seed / "align" / "summary.json").read_text()) for job in jobs.values()]
+        for part in ("vision", "llm"):  # from the stages that all share
+            assert len({summary["parts"][part]["sha256_before"] for summary in summaries}) == 1
+        order = [[record["target_tokens"] for record in metrics(job / seed, "instruct")] for job in jobs.values()]
+        assert order[0] == order[1] and len(order[0]) == STAGES["instruct"]
+        used = json.loads((jobs["avgpool-window-2"] / seed / "align" / "summary.json").read_text())["feature_cache"]
+        assert used["hits"] > 0 and used["misses"] == 0  # the first connector's run left them
+    results = {entry["label"]: entry for entry in json.loads((tmp_path / "results.json").read_text())}
+    assert results["linear"]["tokens"] == 16 and results["avgpool-window-2"]["tokens"] == 4
+    for name, entry in results.items():
+        answers = [json.loads((jobs[name] / f"seed-{s}" / "instruct" / "answers.json").read_text()) for s in (0, 1)]
+        right = sum(answer["exact"] for seed in answers for answer in seed)
+        assert entry["score"] == right / sum(map(len, answers))
+        assert entry["interval"][0] <= entry["score"] <= entry["interval"][1]
+    with open(tmp_path / "ablation.csv") as file:
+        assert len(list(csv.reader(file))) == 3
+    page = (tmp_path / "ablation.html").read_text()
+    assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+    more = run(*command[:-1], "workers=0", "--json")
+    assert {entry["label"] for entry in json.loads(more.stdout)} == set(jobs)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == before
+    refused = run(*command, "stages.instruct.max_steps=7", check=False)
+    assert refused.returncode == 2 and "began with another line" in refused.stderr
