@@ -212,8 +212,7 @@ class Renderer:
         if self._chat is None:
             return self._plain_spans(conversation)
         try:
-            texts = self._between(conversation.turns)
-            texts = self._as_asked(conversation.turns, texts) if self._looks_ahead else texts
+            texts = self.template_texts(conversation.turns)
         except ValueError as error:
             raise BadSample(f"{conversation.id}: {error}") from None
         spans, rest = [], texts[0]
@@ -239,6 +238,14 @@ class Renderer:
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]
         return [*spans, _Span(rest)]
+
+    def template_texts(self, turns: Sequence[Turn]) -> list[str]:
+        """The template's own text before each turn and behind the last one, every answer's as when it is asked for.
+
+        Raises ValueError for turns that the template does not show once and in order.
+        """
+        texts = self._between(turns)
+        return self._as_asked(turns, texts) if self._looks_ahead else texts
 
     def _between(self, turns: Sequence[Turn]) -> list[str]:
         """The template's own text before each turn and behind the last one. Raises ValueError if it shows not all."""

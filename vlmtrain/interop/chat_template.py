@@ -9,6 +9,9 @@ Both are the same turn: pictures and text stand in their order, a newline betwee
 from __future__ import annotations
 
 import copy
+import json
+import re
+from itertools import product
 from typing import NamedTuple
 
 from tokenizers import AddedToken, processors
@@ -77,10 +80,10 @@ def typed_speech(processor: Processor) -> Speech:
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for generation
     _add_nothing(tokenizer)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-    inner = _inner_template(renderer, processor.fallback)
+    inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
     differing = ""
-    for spacing in ("", _SPACING):
-        template = _TYPED.replace("SPACING", spacing).replace("IMAGE", IMAGE_MARK) + inner
+    for ending, spacing in product(inner, ("", _SPACING)):
+        template = _TYPED.replace("SPACING", spacing).replace("IMAGE", IMAGE_MARK) + ending
         speech = Speech(tokenizer, image_id, template)
         found = _difference(renderer, speech)
         if found is None:
@@ -95,6 +98,32 @@ def _inner_template(renderer: Renderer, fallback: str | None) -> str:
         return chat_template(renderer.template, renderer.tokenizer, fallback)
     adds = renderer.tokenizer("").input_ids[:1] == [renderer.tokenizer.bos_token_id]
     return ("{{ bos_token }}" if adds else "") + _PLAIN.replace("IMAGE", IMAGE_MARK)
+
+
+def _written_out(renderer: Renderer) -> list[str]:
+    """A template of the texts that the renderer puts between turns, if they are the same at every turn.
+
+    For templates that show answers otherwise once others follow (those for reasoning), as training does not.
+    """
+    if renderer.template == "plain":
+        return []
+    talk = (Turn("user", "a"), Turn("assistant", "b")) * 2
+    start, ask, end, again, _ = renderer.template_texts(talk)
+    try:
+        before, behind, ask_told, end_told, again_told, _ = renderer.template_texts((Turn("system", "s"), *talk))
+    except ValueError:  # it takes no system turn
+        before, behind, ask_told, end_told, again_told = "", "", ask, end, again
+    if not ask == again == ask_told == again_told or end != end_told:
+        return []
+    texts = {"START": start, "BEFORE": before, "BEHIND": behind, "ASKED": ask.rstrip(" "), "ASK": ask, "END": end}
+    template = (
+        "{% if messages[0].role == 'system' %}{{ BEFORE + messages[0].content + BEHIND }}{% set turns = messages[1:] %}"
+        "{% else %}{{ START }}{% set turns = messages %}{% endif %}"
+        "{% for turn in turns %}{{ turn.content }}"
+        "{% if turn.role != 'user' %}{{ END }}{% elif not loop.last %}{{ ASK }}"
+        "{% elif add_generation_prompt %}{{ ASKED }}{% endif %}{% endfor %}"
+    )
+    return [re.sub("|".join(texts), lambda found: json.dumps(texts[found[0]], ensure_ascii=False), template)]
 
 
 def _add_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -134,7 +163,8 @@ def _difference(renderer: Renderer, speech: Speech) -> str | None:
             ).replace(IMAGE_MARK, IMAGE_MARK * 3)
             found = speech.tokenizer(text).input_ids
             if found != expected:
-                start = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), 0)
+                alike = min(len(found), len(expected))
+                start = next((i for i in range(alike) if found[i] != expected[i]), max(0, alike - 4))
                 shown = (speech.tokenizer.decode(ids[start : start + 8]) for ids in (found, expected))
                 return "{!r} where it should be {!r}".format(*shown)
     return None
