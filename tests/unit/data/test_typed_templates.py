@@ -1,0 +1,41 @@
+"""Exported chat templates: typed and plain content become the ids that training saw, by any tokenizer and template."""
+
+from __future__ import annotations
+
+import pytest
+from test_rendering import CHATS, TOKENIZERS, renderer
+
+from vlmtrain.data.processor import Processor
+from vlmtrain.data.records import Conversation, Turn
+from vlmtrain.interop.chat_template import typed_speech
+
+
+def speaking(kind: str, template: str) -> Processor:
+    found = renderer(kind, template)
+    return Processor(found.tokenizer, None, found.template, 1000)
+
+
+@pytest.mark.parametrize("template", CHATS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_an_exported_template_renders_what_training_saw(kind, template):
+    processor = speaking(kind, template)
+    speech = typed_speech(processor)
+    items = [{"type": "image"}, {"type": "text", "text": "What color"}, {"type": "text", "text": " is it?"}]
+    said = speech.tokenizer.apply_chat_template(
+        [{"role": "user", "content": items}], add_generation_prompt=True, tokenize=False
+    )
+    asked = Conversation("one", (Turn("user", "<image>\nWhat color is it?"),), (None,))
+    expected = processor.renderer.prompt(asked, [1])
+    ids = expected.input_ids.masked_fill(expected.image_index >= 0, speech.image_id)
+    assert speech.tokenizer(said).input_ids == ids.tolist()
+    assert speech.tokenizer.padding_side == "left" and renderer(kind, template).tokenizer.chat_template == (
+        processor.tokenizer.chat_template
+    )
+
+
+def test_a_template_that_shows_something_else_is_refused():
+    processor = speaking("tiny", "vicuna_v1")  # whose turns are now numbered
+    processor.renderer._chat = processor.renderer._chat.replace("' USER: '", "' USER ' ~ loop.index ~ ' '")
+    processor.renderer._literals.clear()
+    with pytest.raises(ValueError, match="would give other tokens than training saw"):
+        typed_speech(processor)
