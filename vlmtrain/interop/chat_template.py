@@ -107,13 +107,13 @@ def _written_out(renderer: Renderer) -> list[str]:
     """
     if renderer.template == "plain":
         return []
-    talk = (Turn("user", "a"), Turn("assistant", "b")) * 2
-    start, ask, end, again, _ = renderer.template_texts(talk)
+    talk = (Turn("user", "a"), Turn("assistant", "b")) * 3
+    start, ask, end, *more, _ = renderer.template_texts(talk)
     try:
-        before, behind, ask_told, end_told, again_told, _ = renderer.template_texts((Turn("system", "s"), *talk))
+        before, behind, *told, _ = renderer.template_texts((Turn("system", "s"), *talk))
     except ValueError:  # it takes no system turn
-        before, behind, ask_told, end_told, again_told = "", "", ask, end, again
-    if not ask == again == ask_told == again_told or end != end_told:
+        before, behind, told = "", "", [ask, end, *more]
+    if more != [ask, end, ask] or told != [ask, end, *more]:
         return []
     texts = {"START": start, "BEFORE": before, "BEHIND": behind, "ASKED": ask.rstrip(" "), "ASK": ask, "END": end}
     template = (
