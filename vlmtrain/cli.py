@@ -150,6 +150,7 @@ def _check(options: argparse.Namespace) -> None:
     from .settings import compose
     from .training.assembly import build_tokenizer
 
+    _check_writable(options.clean_list)
     settings = compose(options.overrides)
     tokenizer = build_tokenizer(settings)
     results, by_split = {}, {}
@@ -276,10 +277,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .data.sources import build_source
     from .evaluation.validation import Validator
     from .model import VLMWrapper
+    from .numbers import RUN, VALIDATION, check_numbers
     from .settings import compose_evaluation
     from .world import World
 
+    _check_writable(options.answers)
     settings = compose_evaluation(options.overrides)
+    check_numbers(settings, VALIDATION | {"seed": RUN["seed"]})
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = VLMWrapper.from_pretrained(options.model).to(device)
@@ -430,6 +434,12 @@ def _import(options: argparse.Namespace) -> None:
     print(f"{done.folder}: connector={done.connector}, template={done.template}, image_fit={done.image_fit}")
     if done.largest_relative_difference is not None:
         print(f"  logits within {done.largest_relative_difference:.1g} of the source's")
+
+
+def _check_writable(file: Path | None) -> None:
+    """Raise ValueError for a file that could not be written in the end, before the work is done."""
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise ValueError(f"{file} cannot be written: is {file.parent} a folder that you may write to?")
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:

@@ -10,13 +10,15 @@ from vlmtrain.ablation.results import _interval
 from vlmtrain.charts import scatter_chart
 
 
-def entry(label: str, exact: np.ndarray) -> Entry:
-    conversation = np.arange(exact.shape[1]) // 5  # five questions a picture
-    return Entry(label, float(exact.mean()), (0, 0), 0, 0, 1, 1, 1, 1, 1, exact, conversation)
+def entry(label: str, exact: list[np.ndarray]) -> Entry:
+    conversation = [np.arange(len(seed)) // 5 for seed in exact]  # five questions a picture
+    score = float(np.concatenate(exact).mean())
+    return Entry(label, score, (0, 0), 0, 0, 1, 1, 1, 1, 1, exact, conversation)
 
 
-def answers(rng, rate: float, seeds: int = 3, questions: int = 500) -> np.ndarray:
-    return (rng.random((seeds, questions)) < rate).astype(float)
+def answers(rng, rate: float, seeds: int = 3, questions: int = 500) -> list[np.ndarray]:
+    """Seeds with different numbers of questions."""
+    return [(rng.random(questions + 5 * seed) < rate).astype(float) for seed in range(seeds)]
 
 
 def test_a_line_becomes_choices_seeds_and_what_all_share():
@@ -70,18 +72,16 @@ def test_equal_connectors_are_rarely_told_apart():
 def test_the_interval_is_that_of_a_share():
     rng = np.random.default_rng(2)
     exact = answers(rng, 0.7, seeds=1, questions=2000)
-    low, high = _interval(exact, np.arange(2000))
-    half = 1.96 * (0.7 * 0.3 / 2000) ** 0.5
-    assert low == pytest.approx(exact.mean() - half, abs=0.005) and high == pytest.approx(
-        exact.mean() + half, abs=0.005
-    )
+    low, high = _interval(exact, [np.arange(2000)])
+    half, mean = 1.96 * (0.7 * 0.3 / 2000) ** 0.5, float(exact[0].mean())
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.005)
 
 
 def test_questions_of_one_picture_count_as_one_draw():
     """Five equal answers a picture are worth one: the interval is that of a fifth as many questions."""
     rng = np.random.default_rng(3)
-    exact = np.repeat(answers(rng, 0.5, 1, 400), 5, axis=1)
-    low, high = _interval(exact, np.arange(2000) // 5)
+    exact = [np.repeat(answers(rng, 0.5, 1, 400)[0], 5)]
+    low, high = _interval(exact, [np.arange(2000) // 5])
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)
 
 

@@ -19,7 +19,8 @@ FEW_SEEDS = 3
 
 @dataclass
 class Entry:
-    """One connector. Shares are of 1; `exact` is ``(seeds, questions)``, `conversation` whose each question is.
+    """One connector. Shares are of 1; `exact` and `conversation` have an array a seed: whether each question was
+    answered, and whose it is. (Procedural data asks other questions for each seed.)
 
     interval: 95 % over seeds and conversations; p_value: of the difference to the best, corrected for the number of
     comparisons (Holm), None for the best itself.
@@ -35,8 +36,8 @@ class Entry:
     samples_per_second: float
     train_flops: float | None
     peak_memory_bytes: int
-    exact: np.ndarray
-    conversation: np.ndarray
+    exact: list[np.ndarray]
+    conversation: list[np.ndarray]
     p_value: float | None = None
 
     @property
@@ -63,11 +64,11 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
     steps = [json.loads(line) for folder in folders for line in (folder / "metrics.jsonl").read_text().splitlines()]
     plans = {plan.name: plan for plan in plan_run(settings, Machine())}
     flops = [plan.flops for plan in plans.values() if "connector" in plan.parts]
-    exact = np.array([[answer["exact"] for answer in seed] for seed in answers], dtype=float)
-    conversation = np.array([answer["conversation"] for answer in answers[0]])
+    exact = [np.array([answer["exact"] for answer in seed], dtype=float) for seed in answers]
+    conversation = [np.array([answer["conversation"] for answer in seed]) for seed in answers]
     return Entry(
         choice.label,
-        float(exact.mean()),
+        float(np.concatenate(exact).mean()),
         _interval(exact, conversation),
         _mean(summary["validation"]["blind_exact_match"] for summary in summaries),
         _mean(summary["validation"]["loss"] for summary in summaries),
@@ -85,7 +86,8 @@ def compare(entries: Sequence[Entry]) -> None:
     """Set every entry's `p_value` against the best, by a paired bootstrap over seeds and conversations."""
     best = max(entries, key=lambda entry: entry.score)
     others = [entry for entry in entries if entry is not best]
-    raw = [_p_value(best.exact - entry.exact, entry.conversation) for entry in others]
+    differences = [[a - b for a, b in zip(best.exact, entry.exact)] for entry in others]
+    raw = [_p_value(difference, best.conversation) for difference in differences]
     # Holm: the smallest is multiplied by the number of comparisons, the next by one less, and so on
     corrected = 0.0
     for rank, number in enumerate(np.argsort(raw)):
@@ -94,24 +96,32 @@ def compare(entries: Sequence[Entry]) -> None:
     best.p_value = None
 
 
-def _draws(values: np.ndarray, conversation: np.ndarray) -> np.ndarray:
-    """Means of `values` ``(seeds, questions)`` with seeds and conversations drawn again, `DRAWS` times."""
+def _draws(values: list[np.ndarray], conversations: list[np.ndarray]) -> np.ndarray:
+    """Means of `values`, with seeds and, within each, conversations drawn again, `DRAWS` times."""
     rng = np.random.default_rng(0)
-    names, numbers = np.unique(conversation, return_inverse=True)
-    sums = np.stack([np.bincount(numbers, row, len(names)) for row in values])
-    counts = np.bincount(numbers, minlength=len(names))
-    seeds = rng.integers(len(values), size=(DRAWS, len(values)))
-    drawn = rng.integers(len(names), size=(DRAWS, len(names)))
-    return np.array([sums[s][:, c].sum() / (len(s) * counts[c].sum()) for s, c in zip(seeds, drawn)])
+    sums, counts = [], []
+    for value, conversation in zip(values, conversations):
+        _, numbers = np.unique(conversation, return_inverse=True)
+        sums.append(np.bincount(numbers, value))
+        counts.append(np.bincount(numbers))
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
+        total = questions = 0.0
+        for seed in rng.integers(len(values), size=len(values)):
+            drawn = rng.integers(len(sums[seed]), size=len(sums[seed]))
+            total += sums[seed][drawn].sum()
+            questions += counts[seed][drawn].sum()
+        means[draw] = total / questions
+    return means
 
 
-def _interval(exact: np.ndarray, conversation: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(_draws(exact, conversation), [0.025, 0.975])
+def _interval(exact: list[np.ndarray], conversations: list[np.ndarray]) -> tuple[float, float]:
+    low, high = np.quantile(_draws(exact, conversations), [0.025, 0.975])
     return float(low), float(high)
 
 
-def _p_value(difference: np.ndarray, conversation: np.ndarray) -> float:
-    means = _draws(difference, conversation)
+def _p_value(difference: list[np.ndarray], conversations: list[np.ndarray]) -> float:
+    means = _draws(difference, conversations)
     return float(min(1.0, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (DRAWS + 1)))
 
 

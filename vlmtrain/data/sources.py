@@ -23,6 +23,7 @@ from .rendering import check_conversation
 from .shapes import Shapes
 from .views import Subset
 
+MOST_DRAWS = 10**10
 LOOKED_AT = 20_000  # records of a source that are looked at before training; `vlmtrain check` reads all
 
 
@@ -32,16 +33,22 @@ def build_source(data: Mapping, split: str, image_size: tuple[int, int], seed: i
     image_size: of the encoder, ``(H, W)``, for data that is drawn to measure.
     """
     if data.get(split) is None:
-        raise ValueError(f"data.{split} is not set, but a stage needs it")
+        raise ValueError(f"data.{split} is not set, and it is needed")
     named = data[split] if _is_mixture(data[split]) else {split: data[split]}
+    if not named:
+        raise ValueError(f"data.{split}={{}} names no source")
     sources, wanted = {}, {}
     for name, entry in named.items():
         key = f"data.{split}.{name}" if named is data[split] else f"data.{split}"
         options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+        if not isinstance(options.get("path", ""), str):
+            raise ValueError(
+                f"{key}={entry}: expected a path, or the sources by name: {{a: PATH, b: {{path: PATH, ...}}}}"
+            )
         wanted[name] = {amount: options.pop(amount) for amount in ("weight", "samples") if amount in options}
         sources[name] = _open({**data, **options}, set(options), key, image_size, seed)
     if data.get("clean_list") is not None:
-        sources = _without_bad(sources, Path(data["clean_list"]), split)
+        sources = _without_bad(sources, Path(str(data["clean_list"])), split)
     return Mixture(sources, _counts(sources, wanted, f"data.{split}"), seed)
 
 
@@ -61,19 +68,24 @@ def _open(options: Mapping, given: set[str], key: str, image_size: tuple[int, in
         raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], allowed)}")
     if options.get(needed) is None:
         raise ValueError(f"{key}.{needed} is not set")
+    for switch in ("outside_images", "prepend_missing_marks"):
+        if not isinstance(options.get(switch, False), bool):
+            raise ValueError(f"data.{switch}={options[switch]}: expected true or false")
+    if not isinstance(options.get("images"), str | None):
+        raise ValueError(f"data.images={options['images']}: expected a folder")
     source = opener(options, image_size, seed)
     return _WithMarks(source) if options.get("prepend_missing_marks") else source
 
 
 def _open_llava(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
-    return open_llava(options["path"], options["images"], seed, outside=options["outside_images"])
+    return open_llava(options["path"], options.get("images"), seed, outside=options.get("outside_images", False))
 
 
 def _open_hf(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
     from .hf_dataset import HFDataset
 
-    columns = {role: column for role, column in options["columns"].items() if column is not None}
-    more = {"images": options["images"], "outside": options["outside_images"]}
+    columns = {role: column for role, column in (options.get("columns") or {}).items() if column is not None}
+    more = {"images": options.get("images"), "outside": options.get("outside_images", False)}
     return HFDataset(options["path"], options.get("split", "train"), options.get("name"), columns, **more)
 
 
@@ -102,9 +114,10 @@ def _counts(sources: Mapping[str, Source], wanted: Mapping[str, Mapping], key: s
     for name, amounts in wanted.items():
         for amount, value in amounts.items():
             whole = amount == "weight" or isinstance(value, int)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not whole or not value > 0:
+            sane = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < MOST_DRAWS
+            if not sane or not whole:
                 number = "a whole number" if amount == "samples" else "a number"
-                raise ValueError(f"{key}.{name}.{amount}={value}: expected {number} above 0")
+                raise ValueError(f"{key}.{name}.{amount}={value}: expected {number} above 0 and below {MOST_DRAWS:,}")
     weights = {name: amounts["weight"] for name, amounts in wanted.items() if "weight" in amounts}
     if not weights:
         return {name: amounts.get("samples", len(sources[name])) for name, amounts in wanted.items()}
@@ -120,7 +133,7 @@ def _without_bad(sources: Mapping[str, Source], file: Path, split: str) -> dict[
     try:
         listed = json.loads(file.read_text()).get(split)
         if listed is None:
-            return dict(sources)
+            raise ValueError(f"it says nothing of data.{split}")
         records = {name: (entry["records"], frozenset(entry["bad"])) for name, entry in listed.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -129,7 +142,7 @@ def _without_bad(sources: Mapping[str, Source], file: Path, split: str) -> dict[
     clean = {}
     for name, source in sources.items():
         size, bad = records.get(name, (None, frozenset()))
-        if size != len(source):
+        if size != len(source) or not all(isinstance(index, int) and 0 <= index < size for index in bad):
             raise ValueError(
                 f"data.clean_list={file} was made for {size} records of data.{split} ({name}), and there are "
                 f"{len(source)}: run vlmtrain check again"

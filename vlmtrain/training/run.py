@@ -11,6 +11,7 @@ from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
 from ..errors import nearest
 from ..model.parts import connector_skeleton, read_manifest
+from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
 from ..report import write_report
 from ..world import StopSignal, World
@@ -75,14 +76,17 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
     ):
         if settings[key] not in allowed:
             raise ValueError(f"{key}={settings[key]}: expected one of {', '.join(allowed)}")
-    if settings.features.cache != "off" and not settings.features.max_gb > 0:
-        raise ValueError(f"features.max_gb={settings.features.max_gb}: must be positive")
+    check_numbers(settings, RUN | VALIDATION)
     if settings.stage is not None and settings.stage not in settings.stages:
         raise ValueError(
             f"unknown stage '{settings.stage}'.{nearest(settings.stage, settings.stages)} "
             f"The recipe's stages: {', '.join(settings.stages)}"
         )
     for name, stage in settings.stages.items():
+        check_numbers(stage, STAGE, f"stages.{name}.")
+        betas = stage.optimizer.betas
+        if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"stages.{name}.optimizer.betas={betas}: expected two numbers from 0, below 1")
         if stage.objective not in OBJECTIVES:
             raise ValueError(f"stages.{name}.objective={stage.objective}: expected one of {', '.join(OBJECTIVES)}")
         absent = [part for part in OBJECTIVES[stage.objective].needs if part not in stage.parts]

@@ -1,0 +1,83 @@
+"""Numbers that cannot be meant are refused by their key, before anything is built."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmtrain.cli import main
+from vlmtrain.data.sources import build_source
+from vlmtrain.settings import compose
+from vlmtrain.training.run import check_settings
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("seed=foo", "seed=foo: expected a whole number from 0"),
+        ("workers=-1", "workers=-1"),
+        ("bad_sample_limit.share=2", "bad_sample_limit.share=2: expected a number from 0 to 1"),
+        ("features.max_gb=x", "features.max_gb=x"),
+        ("validation.batch_size=0", "validation.batch_size=0: expected a whole number from 1"),
+        ("validation.samples=0", "validation.samples=0: .* or null"),
+        ("stages.align.max_steps=-1", "stages.align.max_steps=-1: .* or null"),
+        ("stages.align.epochs=0", "stages.align.epochs=0"),
+        ("stages.align.save_every=0", "stages.align.save_every=0"),
+        ("stages.align.batch_size=foo", "stages.align.batch_size=foo"),
+        ("stages.align.max_length=1.5", "stages.align.max_length=1.5"),
+        ("stages.align.schedule.warmup_ratio=2", "stages.align.schedule.warmup_ratio=2: expected a number from 0 to 1"),
+        ("stages.align.optimizer.betas=[0.9]", "stages.align.optimizer.betas"),
+        ("stages.align.optimizer.weight_decay=-1", "stages.align.optimizer.weight_decay=-1"),
+    ],
+)
+def test_a_number_out_of_bounds_is_named(override, said):
+    settings = compose(["recipe=llava_1_5", "mini=true", override])
+    with pytest.raises(ValueError, match=said):
+        check_settings(settings, 1)
+
+
+LLAVA = {"format": "llava_json", "images": None, "outside_images": False}
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ({"instruct": {}}, "names no source"),
+        ({"instruct": 5}, "data.instruct=5: expected a path"),
+        ({"instruct": ["a", "b"]}, "expected a path, or the sources by name"),
+        ({"instruct": {"a": 5}}, "data.instruct.a=5: expected a path"),
+        ({"instruct": {"path": 5}}, "expected a path"),
+        ({"instruct": "x.json", "images": 5}, "data.images=5: expected a folder"),
+        ({"instruct": "x.json", "outside_images": "no"}, "data.outside_images=no: expected true or false"),
+        ({"instruct": "x.json", "prepend_missing_marks": "foo"}, "data.prepend_missing_marks=foo"),
+    ],
+)
+def test_sources_of_the_wrong_kind_are_named(data, said):
+    with pytest.raises(ValueError, match=said):
+        build_source(LLAVA | data, "instruct", (48, 48), seed=0)
+
+
+@pytest.mark.parametrize("group", [{"format": "webdataset"}, LLAVA])
+def test_a_source_of_another_format_needs_no_keys_of_its_group(group, tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"question": ["What?"], "answer": ["red"]}).to_parquet(tmp_path / "a.parquet")
+    talk = '[{"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]}]'
+    (tmp_path / "b.json").write_text(talk)
+    sources = {
+        "a": {"format": "hf", "path": str(tmp_path / "a.parquet")},
+        "b": {"format": "llava_json", "path": str(tmp_path / "b.json")},
+    }
+    mixture = build_source({**group, "instruct": sources}, "instruct", (48, 48), seed=0)
+    assert [mixture[i].turns[1].text for i in range(2)] == ["red", "red"]
+
+
+def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "recipe=quickstart", "--clean-list", str(tmp_path / "nowhere" / "list.json")])
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_evaluation_needs_questions(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "nowhere", "validation.samples=0"])
+    assert "validation.samples=0" in capsys.readouterr().err
