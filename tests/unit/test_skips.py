@@ -36,7 +36,7 @@ def test_ten_are_allowed_however_small_the_set():
 @pytest.mark.parametrize("steps", [[range(4)], [range(2), range(2, 4)]])
 def test_in_a_row_counts_over_steps(steps):
     skips = Skips(records=10**6, share=0.5, in_a_row=3)
-    with pytest.raises(ValueError, match="4 bad samples in a row.*in_a_row=3.*record 3"):
+    with pytest.raises(ValueError, match=r"4 bad samples in a row.*in_a_row=3.*record 3"):
         for positions in steps:
             skips.add(bad(*positions))
 

@@ -55,8 +55,8 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     seeds = len(ablation.seeds)
     text = (
         "Equal for all: steps and samples, their order, all first weights but the connector's, and the questions. "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, {sum(map(len, entries[0].exact)):,} questions; intervals and p-values "
-        "by a bootstrap over seeds and conversations; p-values are paired, and corrected for the number of comparisons "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, {sum(map(len, entries[0].exact)):,} questions; intervals and "
+        "p-values by a bootstrap over seeds and conversations; p-values are paired, and corrected for the number of comparisons "
         "(Holm)."
     )
     if seeds < FEW_SEEDS:
