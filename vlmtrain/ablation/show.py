@@ -53,15 +53,16 @@ def markdown(ablation: Ablation, entries: Sequence[Entry]) -> str:
 def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     """What was held equal, and how far the table can be trusted."""
     seeds = len(ablation.seeds)
+    plural = "s" if seeds > 1 else ""
+    questions = sum(map(len, entries[0].exact))
     text = (
         "Equal for all: steps and samples, their order, all first weights but the connector's, and the questions. "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, {sum(map(len, entries[0].exact)):,} questions; intervals and "
-        "p-values by a bootstrap over seeds and conversations; p-values are paired, and corrected for the number of comparisons "
-        "(Holm)."
+        f"{seeds} seed{plural}, {questions:,} questions; intervals and p-values by a bootstrap over seeds and "
+        "conversations; p-values are paired, and corrected for the number of comparisons (Holm)."
     )
     if seeds < FEW_SEEDS:
         text += (
-            f" With {seeds} seed{'s' if seeds > 1 else ''}, how much a connector differs from itself in another run "
+            f" With {seeds} seed{plural}, how much a connector differs from itself in another run "
             "cannot be told: small differences may be that."
         )
     return text
