@@ -134,8 +134,11 @@ class DAbstractor(Connector):
     def _reference_grid(self) -> Tensor:
         """``(1, grid**2, 2)``, (x, y) from the centre of the first patch to that of the last."""
         height, width = self.input_grid
-        y = torch.linspace(0.5, height - 0.5, self.grid) / height
-        x = torch.linspace(0.5, width - 0.5, self.grid) / width
+        # Not torch.linspace: transformers replaces it while it loads a model, and torch may remember the replacement
+        # for the rest of the process, so that a connector made on the meta device would have this part on the CPU.
+        steps = torch.arange(self.grid) / max(self.grid - 1, 1)
+        y = (0.5 + steps * (height - 1)) / height
+        x = (0.5 + steps * (width - 1)) / width
         return torch.stack([x.repeat(self.grid), y.repeat_interleave(self.grid)], dim=-1)[None]
 
     def output_grid(self, height: int, width: int) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import yaml
 from connector_samples import SMALL, VARIANTS, D, features, instruction, small, variant_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._device import _device_constructors
+from transformers.initialization import meta_device_safe_creation_ops
 
 from vlmtrain.connectors import CONNECTORS, build_connector, connector_options
 
@@ -42,6 +44,20 @@ def test_promise_equals_forward(variant, height, width):
     for tensor in (tokens, *levels):
         assert tensor.shape == (2, count, D)
     assert grid is None or grid[0] * grid[1] == count
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_meta_connectors_stay_meta_beside_transformers(name):
+    """transformers replaces torch.linspace while it loads; torch's list of factories may first be made just then."""
+    _device_constructors.cache_clear()
+    try:
+        with torch.device("meta"), meta_device_safe_creation_ops():
+            torch.empty(1)
+        with torch.device("meta"):
+            connector = small(name, **SMALL[name])
+        assert {tensor.device.type for tensor in connector.state_dict().values()} == {"meta"}
+    finally:
+        _device_constructors.cache_clear()
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
