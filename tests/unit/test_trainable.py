@@ -28,7 +28,7 @@ def parts() -> dict[str, nn.Module]:
 
 def stage(*groups: dict, **train) -> dict:
     everything = {"vision": None, "connector": None, "llm": None, "objective": None, **train}
-    return {"parts": ["vision", "connector", "llm"], "train": everything, "groups": list(groups)}
+    return {"parts": ["vision", "connector", "llm"], "train": everything, "groups": list(groups), "max_steps": 20}
 
 
 def names(found: list, part: str) -> set[str]:
@@ -119,6 +119,9 @@ def test_freeze_lets_exactly_those_train(parts):
         ({"match": "llm", "rate": 1}, "Did you mean|has no option 'rate'"),
         ({"match": "llm"}, "needs match and lr"),
         ({"match": "llm", "lr": 1e-4, "layer_decay": 2}, "layer_decay=2"),
+        ({"match": "llm", "lr": 1e-4, "from_step": 20}, "from_step=20: expected a number of steps below max_steps=20"),
+        ({"match": "llm", "lr": 1e-4, "from_step": -1}, "from_step=-1"),
+        ({"match": "llm", "lr": 1e-4, "from_step": 3}, "would train nothing at first"),
     ],
 )
 def test_what_cannot_be_meant_is_named(parts, entry, said):

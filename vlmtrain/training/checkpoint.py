@@ -57,7 +57,7 @@ class Checkpoints:
         if self.world.is_main and not any(problem for problem, _ in found):
             files = {name: fact for _, facts in found for name, fact in facts.items()}
             try:
-                whole = {**record, "step": step, "updates": state.steps, "files": files}
+                whole = {**record, "step": step, "updates": state.updates, "files": files}
                 (partial / RECORD).write_text(json.dumps(whole))
                 _sync(partial)
             except OSError as error:
@@ -69,19 +69,21 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"the checkpoint of step {step} could not be written to {self.folder}: {problems[0]}")
 
-    def load_latest(self, state: TrainingState) -> dict:
-        """Take up the newest checkpoint that is sound; returns its record, with ``step`` 0 if there are none.
+    def newest(self) -> dict:
+        """The record of the newest checkpoint that is sound, with ``step`` 0 if there are none.
 
-        A damaged one is named in the log, and the one before it is taken. Raises ValueError if all are damaged, or if
-        the state is another stage's.
+        A damaged one is named in the log, and the one before it is taken. Raises ValueError if all are damaged.
         """
         record = self.world.from_main(self._newest_sound() if self.world.is_main else None)
         if "problem" in record:
             raise ValueError(record["problem"])
+        return record
+
+    def load(self, record: dict, state: TrainingState) -> None:
+        """Take up the checkpoint of a record. Raises ValueError if the state is another stage's."""
         if record["step"]:
             folder = self.folder / f"step-{record['step']:06d}"
-            state.load([folder / name for name in sorted(record["files"])], record["updates"])
-        return record
+            state.load([folder / name for name in sorted(record["files"])], record["step"], record["updates"])
 
     def _newest_sound(self) -> dict:
         complete = self._complete()

@@ -157,7 +157,10 @@ class StageEngine:
             for group in self._groups
             for name in group.names
         }
-        return TrainingState(self._engine, self.zero_stage, named, buffers)
+        starts = {f"{group.part}.{name}": group.from_step for group in self._groups for name in group.names}
+        parts = {group.part: group.from_step for group in sorted(self._groups, key=lambda group: -group.from_step)}
+        starts |= {name: parts[name.partition(".")[0]] for name in buffers}
+        return TrainingState(self._engine, self.zero_stage, named, buffers, {n: s for n, s in starts.items() if s})
 
     def close(self) -> None:
         self._engine.destroy()

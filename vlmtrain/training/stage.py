@@ -62,10 +62,14 @@ def train_stage(
 ) -> dict:
     """Train stage `name` from the model folder `previous`, to its end. Returns its summary.
 
-    Goes on from the stage's newest checkpoint, if there is one. Raises Stopped when told to stop, with
-    the state saved; ValueError or BadSample for what the user must mend.
+    Goes on from the stage's newest checkpoint, if there is one. Where more begins to train within the stage, an engine
+    of its own goes on from a checkpoint too. Raises Stopped when told to stop, with the state saved; ValueError or
+    BadSample for what the user must mend.
     """
-    return _Stage(settings, name, previous, folder, world).run(stop, wandb)
+    summary = None
+    while summary is None:
+        summary = _Stage(settings, name, previous, folder, world).run(stop, wandb)
+    return summary
 
 
 class _Stage:
@@ -77,13 +81,24 @@ class _Stage:
         self.objective = self._objective(tokenizer)
         self.processor = build_processor(settings, name, self.parts, self.objective, tokenizer)
         self.source = self._source(self.config.data)
-        self.groups = trained_groups(self.config, name, self.parts)
+        self.plan = build_plan(self.source, self.processor, self.config, name, world.size)
+        self.total_steps = self.config.max_steps or self.plan.steps_per_epoch * self.config.epochs
+        self.checkpoints = Checkpoints(folder.stage(name) / "checkpoints", self.config.keep_last, world)
+        self.record = self.checkpoints.newest()
+        groups = trained_groups(self.config, name, self.parts)
+        self.groups = [group for group in groups if group.from_step <= self.record["step"]]
+        self.waiting = [group for group in groups if group.from_step > self.record["step"]]
+        self.end = min([self.total_steps, *(group.from_step for group in self.waiting)])
+        late = [group for group in groups if group.from_step >= self.total_steps]
+        if late:
+            raise ValueError(
+                f"stages.{name}.groups: {late[0].label} has from_step={late[0].from_step}, but the stage has only "
+                f"{self.total_steps} steps"
+            )
         freeze(self.parts, self.groups, self.config.gradient_checkpointing)
         if self.config.layout == "packed":
             attend_in_segments(self.parts["llm"])
-        self.plan = build_plan(self.source, self.processor, self.config, name, world.size)
-        self.total_steps = self.config.max_steps or self.plan.steps_per_epoch * self.config.epochs
-        peaks = {group.label: group.lr for group in self.groups}
+        peaks = {group.label: group.lr for group in groups}
         self.schedule = Schedule.from_config(self.config.schedule, self.total_steps, peaks)
 
     def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
@@ -94,7 +109,8 @@ class _Stage:
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)
 
-    def run(self, stop: StopSignal, wandb: WandB) -> dict:
+    def run(self, stop: StopSignal, wandb: WandB) -> dict | None:
+        """Train until the stage ends, or until more of it begins to train: then there is no summary yet."""
         before = {part: self._hashes(part, module_state(module)) for part, module in self.parts.items()}
         if self.world.is_main:
             logger.info(self._table())
@@ -109,8 +125,8 @@ class _Stage:
             self.world.device,
         )
         engine.feature_cache = self._feature_cache(before)
-        checkpoints = Checkpoints(self.folder.stage(self.name) / "checkpoints", self.config.keep_last, self.world)
-        record = checkpoints.load_latest(engine.training_state)
+        record = self.record
+        self.checkpoints.load(record, engine.training_state)
         if record["step"] and self.world.is_main:
             logger.info(f"{self.name}: going on behind step {record['step']}")
         validator = self._validator(engine)
@@ -121,9 +137,11 @@ class _Stage:
         if validator and "validation_at_start" not in record:
             with engine.evaluating():
                 record["validation_at_start"] = validator.loss(engine.model, self.settings.validation.samples)
-        self._train(engine, checkpoints, record, validator, stop, wandb)
-        summary = self._finish(engine, validator, before, record)
-        checkpoints.clear()
+        self._train(engine, validator, stop, wandb)
+        summary = None
+        if self.end == self.total_steps:
+            summary = self._finish(engine, validator, before)
+            self.checkpoints.clear()
         engine.close()
         return summary
 
@@ -139,22 +157,20 @@ class _Stage:
     def _train(
         self,
         engine: StageEngine,
-        checkpoints: Checkpoints,
-        record: dict,
         validator: Validator | None,
         stop: StopSignal,
         wandb: WandB,
     ) -> None:
-        first, total, config = record["step"], self.total_steps, self.config
+        first, total, config, record = self.record["step"], self.total_steps, self.config, self.record
         metrics = Metrics(self.folder.stage(self.name) / "metrics.jsonl", first) if self.world.is_main else None
         scores = Metrics(self.folder.stage(self.name) / "validation.jsonl", first) if self.world.is_main else None
         progress = Progress(self.name, total, first) if self.world.is_main else None
         steps = self._steps(first, record.get("cursor"))
-        for step in range(first, total):
+        for step in range(first, self.end):
             started = time.perf_counter()
             data = next(steps)
             waited = time.perf_counter() - started
-            values, stopping = self._step(engine, step, data, record, stop)
+            values, stopping = self._step(engine, step, data, stop)
             values = {"step": step + 1, **values, **self._speed(values, time.perf_counter() - started, waited)}
             record["seconds"] += values["step_seconds"]
             if metrics:
@@ -162,9 +178,9 @@ class _Stage:
                 wandb.log(self.name, values)
                 progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
-            due = config.save_every and (step + 1) % config.save_every == 0 and step + 1 < total
-            if due or (stopping and step + 1 < total):
-                checkpoints.save(engine.training_state, step + 1, record)
+            due = stopping or step + 1 == self.end or (config.save_every and (step + 1) % config.save_every == 0)
+            if due and step + 1 < total:
+                self.checkpoints.save(engine.training_state, step + 1, record)
             if stopping and step + 1 < total:
                 raise Stopped(
                     f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"
@@ -183,9 +199,7 @@ class _Stage:
         stream = StepStream(self.plan, self.source, self.processor, *ranks, first, self.total_steps, cursor)
         return step_loader(stream, self.settings.workers, pin_memory=self.world.device.type == "cuda")
 
-    def _step(
-        self, engine: StageEngine, step: int, data: StepData, record: dict, stop: StopSignal
-    ) -> tuple[dict, bool]:
+    def _step(self, engine: StageEngine, step: int, data: StepData, stop: StopSignal) -> tuple[dict, bool]:
         """One optimiser step on all ranks: its metrics, and whether some rank was told to stop."""
         weight, samples, tokens, image_tokens, target_tokens, positions, bad, stopping, *drawn = self.world.sum(
             [
@@ -202,7 +216,7 @@ class _Stage:
         )
         if bad:
             self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
-        record["drawn"] = [before + int(now) for before, now in zip(record["drawn"], drawn)]
+        self.record["drawn"] = [before + int(now) for before, now in zip(self.record["drawn"], drawn)]
         rates = engine.set_rates(step)
         summed = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(data.micro_batches):
@@ -268,22 +282,20 @@ class _Stage:
             skip_bad=self.settings.on_bad_sample == "skip",
         )
 
-    def _finish(
-        self, engine: StageEngine, validator: Validator | None, before: dict[str, Hashes], record: dict
-    ) -> dict:
+    def _finish(self, engine: StageEngine, validator: Validator | None, before: dict[str, Hashes]) -> dict:
         scores, answers = None, []
         if validator:
             with engine.evaluating():
                 scores, answers = validator.scores(engine.model, self.settings.validation.final_samples)
-            scores["loss_at_start"] = record["validation_at_start"]
+            scores["loss_at_start"] = self.record["validation_at_start"]
         after = self._save_model(engine)
         summary = {
             "stage": self.name,
             "steps": self.total_steps,
-            "seconds": record["seconds"],
+            "seconds": self.record["seconds"],
             "feature_cache": self._cache_use(engine.feature_cache),
             "skipped_samples": self.skips.skipped,
-            "data": self._shares(record["drawn"]),
+            "data": self._shares(self.record["drawn"]),
             "world_size": self.world.size,
             "validation": scores,
             "parts": {part: self._part_summary(part, before[part], after[part]) for part in self.parts},
@@ -390,10 +402,12 @@ class _Stage:
         rows = [("part", "parameters", "learning rate")]
         for part, module in self.parts.items():
             sizes = {name: p.numel() for name, p in module.named_parameters()}
-            for label in dict.fromkeys(group.label for group in self.groups if group.part == part):
-                groups = [group for group in self.groups if group.label == label]
+            everything = [group for group in (*self.groups, *self.waiting) if group.part == part]
+            for label in dict.fromkeys(group.label for group in everything):
+                groups = [group for group in everything if group.label == label]
                 number = sum(sizes.pop(name) for group in groups for name in group.names)
-                rows.append((label, f"{number:,}", f"{groups[0].lr:g}"))
+                waits = f" from step {groups[0].from_step + 1}" if groups[0] in self.waiting else ""
+                rows.append((label, f"{number:,}", f"{groups[0].lr:g}{waits}"))
             if sizes:
                 rows.append((part, f"{sum(sizes.values()):,}", "frozen"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]

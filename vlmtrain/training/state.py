@@ -30,6 +30,7 @@ KINDS = ("weight", *MOMENTS)
 class TrainingState:
     """Reads and writes the state of an engine's trained parameters and of their parts' buffers.
 
+    starts: the step of the stage behind which each of them begins to train, where that is not the first.
     Every rank must make the same calls: the state is gathered parameter by parameter.
     """
 
@@ -39,8 +40,9 @@ class TrainingState:
         zero_stage: int,
         parameters: Mapping[str, nn.Parameter],
         buffers: Mapping[str, Tensor],
+        starts: Mapping[str, int],
     ):
-        self.engine, self.zero_stage = engine, zero_stage
+        self.engine, self.zero_stage, self.starts = engine, zero_stage, starts
         self.parameters, self.buffers = dict(parameters), dict(buffers)
         inner = engine.optimizer
         # DeepSpeed wraps AdamW under ZeRO, and leaves it alone without
@@ -58,18 +60,22 @@ class TrainingState:
         return mine
 
     @property
-    def steps(self) -> int:
-        """Updates that AdamW has made."""
-        return max((int(state["step"]) for state in self.adamw.state.values() if "step" in state), default=0)
+    def updates(self) -> dict[str, int]:
+        """Updates that AdamW has made, by the label of the parameters' group."""
+        return {label: int(self.adamw.state.get(flat, {}).get("step", 0)) for label, flat in self._flats()}
 
-    def load(self, files: list[Path], steps: int) -> None:
-        """Take up the files of all ranks' shares behind `steps` updates. Raises ValueError naming what does not fit."""
+    def load(self, files: list[Path], step: int, updates: Mapping[str, int]) -> None:
+        """Take up the files of all ranks' shares, saved behind `step`. Raises ValueError naming what does not fit.
+
+        updates: those made, by the groups' labels. What begins to train only now is not in the files, and stays.
+        """
         where = self._index(files)
-        self._check_names(set(where), files[0].parent)
-        self._make_moments(steps)
+        new = {name for name, start in self.starts.items() if start == step}
+        self._check_names(set(where), files[0].parent, new)
+        self._make_moments(updates)
         opened = {file: safe_open(file, "pt") for file in files}
         for name, parameter in self.parameters.items():
-            for kind in KINDS:
+            for kind in KINDS if name not in new else ():
                 key = f"{name}/{kind}"
                 value = opened[where[key]].get_tensor(key)
                 if value.shape != _shape(parameter):
@@ -78,7 +84,8 @@ class TrainingState:
                     )
                 self._set(parameter, kind, value)
         for name, tensor in self.buffers.items():
-            tensor.copy_(opened[where[f"{name}/buffer"]].get_tensor(f"{name}/buffer"))
+            if name not in new:
+                tensor.copy_(opened[where[f"{name}/buffer"]].get_tensor(f"{name}/buffer"))
 
     @staticmethod
     def _index(files: list[Path]) -> dict[str, Path]:
@@ -91,9 +98,9 @@ class TrainingState:
                 raise ValueError(f"{file} cannot be read: {error}") from None
         return where
 
-    def _check_names(self, found: set[str], folder: Path) -> None:
-        wanted = {f"{name}/{kind}" for name in self.parameters for kind in KINDS}
-        wanted |= {f"{name}/buffer" for name in self.buffers}
+    def _check_names(self, found: set[str], folder: Path, new: set[str]) -> None:
+        wanted = {f"{name}/{kind}" for name in self.parameters.keys() - new for kind in KINDS}
+        wanted |= {f"{name}/buffer" for name in self.buffers.keys() - new}
         for problem, names in (("lacks", wanted - found), ("has, of no use here,", found - wanted)):
             if names:
                 raise ValueError(f"{folder} {problem} {some(names)}: it was saved by another stage")
@@ -126,14 +133,22 @@ class TrainingState:
         address = mapping.hp_fragment_address
         return (flat if kind == "weight" else self.adamw.state[flat][kind]).data.narrow(0, address.start, address.numel)
 
-    def _make_moments(self, steps: int) -> None:
+    def _flats(self) -> list[tuple[str, Tensor]]:
+        """The tensors that AdamW updates, each with the label of its group."""
+        groups = self.adamw.param_groups
+        if self.zero_stage < 3:
+            return [(group["label"], flat) for group in groups for flat in group["params"]]
+        inner = self.engine.optimizer  # shows AdamW one flat tensor at a time
+        return [
+            (groups[inner.sub_group_to_group_id[number]]["label"], flat)
+            for number, flat in enumerate(inner.fp32_partitioned_groups_flat)
+        ]
+
+    def _make_moments(self, updates: Mapping[str, int]) -> None:
         """AdamW makes its state at its first update; make it now, to be filled."""
-        flats = [flat for group in self.adamw.param_groups for flat in group["params"]]
-        if self.zero_stage == 3:  # there AdamW is shown one flat tensor at a time
-            flats = self.engine.optimizer.fp32_partitioned_groups_flat
-        for flat in flats:
+        for label, flat in self._flats():
             self.adamw.state[flat] = {
-                "step": torch.tensor(float(steps), device=flat.device),
+                "step": torch.tensor(float(updates.get(label, 0)), device=flat.device),
                 **{kind: torch.zeros_like(flat) for kind in MOMENTS},
             }
 

@@ -1,17 +1,18 @@
 """What a stage trains, and how fast: its `train` mapping, and the finer patterns of `groups`.
 
     train:  {vision: null, connector: 1e-3, llm: null}
-    groups: [{match: "vision.blocks[20:]", lr: 2e-6, layer_decay: 0.9}, {match: "llm.*norm*", lr: 1e-4}]
+    groups: [{match: "vision.blocks[20:]", lr: 2e-6, layer_decay: 0.9}, {match: "llm.*norm*", lr: 1e-4, from_step: 500}]
 
 A pattern is a part's name, or names within it behind a dot: ``*`` stands for anything, and ``blocks`` (or ``layers``)
-for the part's transformer blocks, whatever the library calls them, with a slice of them in brackets.
+for the part's transformer blocks, whatever the library calls them, with a slice of them in brackets. With `from_step`
+what it matches is frozen for so many optimiser steps of the stage, and then trains.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -19,18 +20,22 @@ from ..errors import nearest, some
 from ..model.parts import PARTS
 
 ALL_PARTS = (*PARTS, "objective")
-GROUP_KEYS = ("match", "lr", "layer_decay")
+GROUP_KEYS = ("match", "lr", "layer_decay", "from_step")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one part that train at `lr` times `scale`; `label` is the part, or the pattern that chose them."""
+    """Parameters of one part that train at `lr` times `scale`, behind `from_step` steps of the stage.
+
+    `label` is the part, or the pattern that chose them.
+    """
 
     label: str
     part: str
     lr: float
     scale: float
     names: tuple[str, ...]
+    from_step: int = 0
 
 
 def training_rates(stage: Mapping, name: str) -> dict[str, float]:
@@ -47,8 +52,13 @@ def training_rates(stage: Mapping, name: str) -> dict[str, float]:
         )
     for i, group in enumerate(stage["groups"]):
         _check_group(group, stage, f"stages.{name}.groups[{i}]")
-    if not rates and all(group["lr"] is None for group in stage["groups"]):
+    moving = [group for group in stage["groups"] if group["lr"] is not None]
+    if not rates and not moving:
         raise ValueError(f"stage {name} would train nothing: set stages.{name}.train.<part> to a learning rate")
+    if not rates and all(group.get("from_step") for group in moving):
+        raise ValueError(
+            f"stage {name} would train nothing at first: every entry of stages.{name}.groups has a from_step"
+        )
     return rates
 
 
@@ -65,6 +75,11 @@ def _check_group(group: Mapping, stage: Mapping, key: str) -> None:
     decay = group.get("layer_decay")
     if decay is not None and not 0 < decay <= 1:
         raise ValueError(f"{key}.layer_decay={decay}: expected a number above 0 and up to 1")
+    start, last = group.get("from_step", 0), stage["max_steps"]
+    if not isinstance(start, int) or start < 0 or (last is not None and start >= last):
+        raise ValueError(
+            f"{key}.from_step={start}: expected a number of steps{'' if last is None else f' below max_steps={last}'}"
+        )
 
 
 def _rate(rate: object, key: str) -> float | None:
@@ -102,7 +117,8 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
             left = [n for n in left if n not in set(matched)]
             if entry["lr"] is not None:
                 decay = entry.get("layer_decay")
-                groups += _by_depth(str(entry["match"]), part, float(entry["lr"]), matched, parts[part], decay)
+                found = _by_depth(str(entry["match"]), part, float(entry["lr"]), matched, parts[part], decay)
+                groups += [replace(group, from_step=entry.get("from_step", 0)) for group in found]
         if part in rates and left:
             groups.append(Group(part, part, rates[part], 1.0, tuple(left)))
     if not groups:
