@@ -12,6 +12,7 @@ from ..conftest import metrics, train
 TRAINED = {
     "llava_1_0": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "llava_1_5": {"align": {"connector"}, "instruct": {"connector", "llm"}},
+    "llava_1_5_lora": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "llava_next": {"align": {"connector"}, "instruct": {"vision", "connector", "llm"}},
     "honeybee": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "mobilevlm": {"align": {"connector", "llm"}, "instruct": {"connector", "llm"}},

@@ -43,6 +43,13 @@ def test_llava_1_5_has_the_published_sizes():
     assert align.fits[3] >= align.fits[2] >= align.fits[0] > 0
 
 
+def test_llava_1_5s_adapters_by_hand():
+    stages = plan("recipe=llava_1_5_lora")
+    attention, mlp = 4 * (4096 + 4096), 3 * (4096 + 11008)
+    assert stages["instruct"].parts["llm"]["trainable"] == 32 * 128 * (attention + mlp) == 319_815_680
+    assert stages["instruct"].parts["connector"] == {"trainable": 20_979_712, "frozen": 0}
+
+
 def test_flops_of_a_language_model_by_hand():
     config = LlamaConfig(**LLAMA, tie_word_embeddings=False)
     with torch.device("meta"):

@@ -146,6 +146,7 @@ class PackedPlan:
 
     `batch_size` and `micro_batch_size` are samples in the mean, as the beginning of the stream tells. An epoch has no
     edge: the stream goes on into the next one, and what still waits for a row when a stage ends is not trained on.
+    by_source: whether a row holds samples of one source only (Qwen-VL packs those of a task).
     """
 
     def __init__(
@@ -155,9 +156,12 @@ class PackedPlan:
         batch_size: int,
         micro_batch_size: int | None,
         world_size: int,
+        by_source: bool = False,
     ):
         self.reader = _Reader(mixture, processor)
-        self.ahead = lookahead(mixture.epoch_size)
+        self.by_source = by_source
+        kinds = len(mixture.sources) if by_source else 1
+        self.ahead = min(kinds * lookahead(mixture.epoch_size), mixture.epoch_size)
         bad: list[BadRecord] = []
         read = (self._piece(position, bad) for position in range(min(MEASURED, mixture.epoch_size)))
         pieces = [piece for piece, _ in filter(None, read)]
@@ -205,7 +209,8 @@ class PackedPlan:
         sample = self.reader.read(position, bad)
         if sample is None:
             return None
-        return Piece(position, len(sample.tokens), int((sample.tokens.image_index >= 0).sum())), sample
+        kind = self.reader.mixture.source_number(sample.index) if self.by_source else 0
+        return Piece(position, len(sample.tokens), int((sample.tokens.image_index >= 0).sum()), kind), sample
 
     def order(self, row: list[Planned]) -> int:
         return sum(len(sample.conversation.images) for sample in row)
@@ -217,7 +222,8 @@ class PackedPlan:
 def build_plan(source: Mixture, processor: Processor, config: Mapping, name: str, world_size: int) -> Plan:
     """How the data of stage `name` becomes its steps. Raises ValueError if the batch cannot be split so."""
     if config["layout"] == "packed":
-        return PackedPlan(source, processor, config["batch_size"], config["micro_batch_size"], world_size)
+        by_source = config["pack_by"] == "source"
+        return PackedPlan(source, processor, config["batch_size"], config["micro_batch_size"], world_size, by_source)
     return PaddedPlan(source, processor, config["batch_size"], *split_batch(config, name, world_size))
 
 

@@ -17,11 +17,15 @@ PICTURE_CLASSES = 16
 
 
 class Piece(NamedTuple):
-    """A sample on its way into a row: its position in the stream, its tokens, its pictures' tokens."""
+    """A sample on its way into a row: its position in the stream, its tokens, its pictures' tokens.
+
+    kind: samples of different kinds share no row.
+    """
 
     position: int
     length: int
     image_tokens: int
+    kind: int = 0
 
 
 def lookahead(epoch_size: int) -> int:
@@ -35,7 +39,8 @@ def take_row(waiting: list[Piece], row_length: int, image_share: float) -> list[
     image_share: the stream's share of picture tokens. Of rows that are almost equally full, the one nearest to it
     is taken, so that vision encoders have about equal work in every row.
     """
-    first, others = waiting[0], waiting[1:]
+    first = waiting[0]
+    others = [piece for piece in waiting[1:] if piece.kind == first.kind]
     chosen = [first, *_best_subset(others, row_length - first.length, first, row_length * image_share)]
     taken = {piece.position for piece in chosen}
     waiting[:] = [piece for piece in waiting if piece.position not in taken]

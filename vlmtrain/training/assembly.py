@@ -23,6 +23,7 @@ from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import VisionEncoder, build_vision
 from ..objectives import Objective, build_objective
 from ..paths import CONFIGS
+from .adapters import add_adapters
 from .handover import builds_anew, check_names, take_over
 from .trainable import ALL_PARTS
 
@@ -67,6 +68,8 @@ def build_parts(
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
         if part == "vision" and stage.image_size is not None:
             parts[part].resize(_pixels(stage.image_size))
+    seed_for(settings.seed, "adapters")
+    add_adapters(stage, name, parts)
     return parts
 
 
@@ -97,6 +100,7 @@ def build_skeleton(
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
             if part == "vision" and (size := _image_size(settings, name)) is not None:
                 parts[part].resize(_pixels(size))
+        add_adapters(settings.stages[name], name, parts)
     return parts
 
 

@@ -15,6 +15,7 @@ from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
 from ..report import write_report
 from ..world import StopSignal, World
+from .adapters import check_adapters
 from .assembly import (
     DTYPES,
     build_processor,
@@ -95,6 +96,7 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
                 f"stages.{name}.objective={stage.objective} needs the part {absent[0]}: add it to stages.{name}.parts"
             )
         rates = training_rates(stage, name)
+        check_adapters(stage, name)
         Schedule.from_config(stage.schedule, 1, rates)
         _check_layout(stage, name, world_size)
 
@@ -102,6 +104,8 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
 def _check_layout(stage: DictConfig, name: str, world_size: int) -> None:
     if stage.layout not in LAYOUTS:
         raise ValueError(f"stages.{name}.layout={stage.layout}: expected one of {', '.join(LAYOUTS)}")
+    if stage.pack_by not in (None, "source") or (stage.pack_by and stage.layout != "packed"):
+        raise ValueError(f"stages.{name}.pack_by={stage.pack_by}: expected null, or source where layout=packed")
     compares = OBJECTIVES[stage.objective].compares_samples
     if stage.layout == "packed":
         if compares or "llm" not in stage.parts:

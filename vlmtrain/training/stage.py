@@ -24,6 +24,8 @@ from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_p
 from ..objectives import Objective, build_objective
 from ..paths import link_or_copy
 from ..world import Stopped, StopSignal, World
+from .adapters import FOLDER as ADAPTERS
+from .adapters import merged, save_adapters
 from .assembly import (
     build_parts,
     build_processor,
@@ -326,7 +328,7 @@ class _Stage:
         trained = {name for group in self.groups if group.part == part for name in group.names}
         parameters = {name for name, _ in self.parts[part].named_parameters()}
         moves = {name for name in state if name in trained or (trained and name not in parameters)}
-        whole = state_hash(state)
+        whole = state_hash(merged(self.parts[part], state))
         if not moves or len(moves) == len(state):
             return Hashes(whole, trained=whole if moves else "", frozen="" if moves else whole)
         trained_half = {name: state[name] for name in moves}
@@ -367,9 +369,13 @@ class _Stage:
                 continue
             hashes[part] = self._hashes(part, state)
             if part in PARTS:
-                save_part(part, module, partial / part, state)
+                whole = merged(module, state)
+                save_part(part, module, partial / part, whole)
                 trained = any(group.part == part for group in self.groups)
-                manifest[part] = {**part_facts(state, hashes[part].whole), "stage": self.name if trained else None}
+                manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.name if trained else None}
+                if whole.keys() != state.keys():
+                    base = self.settings[part].get("path")
+                    save_adapters(module, state, partial / ADAPTERS / part, base)
         if self.world.is_main:
             self._hand_on(partial, manifest)
             self.processor.save_pretrained(partial)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import nearest, some
 from ..model.parts import PARTS
+from .adapters import is_adapter
 
 ALL_PARTS = (*PARTS, "objective")
 GROUP_KEYS = ("match", "lr", "layer_decay", "from_step")
@@ -107,7 +108,7 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
             if str(entry["match"]).split(".")[0] != part:
                 continue
             pattern = re.compile(_pattern(str(entry["match"]), parts[part], f"stages.{name}.groups[{i}]"))
-            matched = [n for n in left if pattern.fullmatch(n)]
+            matched = [n for n in (_own(left) if entry["match"] == part else left) if pattern.fullmatch(n)]
             if not matched:
                 everything = [n for n, _ in parts[part].named_parameters()]
                 raise ValueError(
@@ -120,10 +121,15 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
                 found = _by_depth(str(entry["match"]), part, float(entry["lr"]), matched, parts[part], decay)
                 groups += [replace(group, from_step=entry.get("from_step", 0)) for group in found]
         if part in rates and left:
-            groups.append(Group(part, part, rates[part], 1.0, tuple(left)))
+            groups.append(Group(part, part, rates[part], 1.0, tuple(_own(left))))
     if not groups:
         raise ValueError(f"stage {name} would train nothing: the parts that it trains have no parameters")
     return groups
+
+
+def _own(names: list[str]) -> list[str]:
+    """What a whole part's name stands for: its adapters, if it has any."""
+    return [name for name in names if is_adapter(name)] or names
 
 
 def _by_depth(

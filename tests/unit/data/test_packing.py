@@ -92,6 +92,15 @@ def test_a_budget_holds_the_batch_size_in_the_mean():
     assert budget.rows == row_budget(pieces[:1024], 4096, 128, None, LOOKAHEAD, world_size=2).rows
 
 
+def test_kinds_share_no_row_and_rows_are_still_full():
+    pieces = [piece._replace(kind=piece.position % 7) for piece in llava_like(seed=5)]
+    packed = pack(pieces, 4096, ahead=7 * LOOKAHEAD)
+    assert all(len({piece.kind for piece in row}) == 1 for row in packed)
+    assert sorted(chain(*packed)) == pieces
+    steady = packed[: -7 * LOOKAHEAD // 2]
+    assert sum(p.length for row in steady for p in row) / (len(steady) * 4096) >= 0.97
+
+
 ROW, BATCH, STEPS = 60, 8, 6
 
 
@@ -105,6 +114,20 @@ def stream(processor, micro=None, rank=0, world=1, bad=(), first=0, last=STEPS, 
     mixture = Mixture({"all": Numbered(bad)}, seed=0)
     plan = PackedPlan(mixture, processor, BATCH, micro, world)
     return StepStream(plan, mixture, processor, rank, world, first, last, cursor)
+
+
+def test_packing_by_source_keeps_sources_apart_and_their_shares(processor):
+    sources = {"one": Numbered(), "two": Numbered(), "three": Numbered()}
+    mixture = Mixture(sources, {"one": 24, "two": 12, "three": 6}, seed=0)
+    drawn = torch.zeros(3)
+    plan = PackedPlan(mixture, processor, BATCH, None, 1, by_source=True)
+    steps = islice(plan.steps(0, None, 0, 1), 40)
+    for step in steps:
+        for row in step.rows:
+            kinds = {mixture.source_number(sample.index) for sample in row}
+            assert len(kinds) == 1
+            drawn[kinds.pop()] += len(row)
+    assert (drawn / drawn.sum()).tolist() == pytest.approx([24 / 42, 12 / 42, 6 / 42], abs=0.03)
 
 
 def unpacked(data: StepData) -> Counter:

@@ -1,0 +1,178 @@
+"""Low-rank adapters: trained as peft trains them, merged when the stage ends, and kept in peft's form."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmtrain.model.parts import load_part, module_state
+
+from ..conftest import data_overrides, metrics, run, train
+
+STEPS = 6
+LORA = "{rank: 4, alpha: 12, dropout: 0.0, targets: all}"
+
+
+def line(files, run_dir, *more: str) -> list[str]:
+    return [
+        "recipe=llava_1_5_lora",
+        "mini=true",
+        *data_overrides(files),
+        "data.validation=null",
+        f"run_dir={run_dir}",
+        "workers=0",
+        "stages.align.max_steps=2",
+        "stages.align.batch_size=8",
+        f"stages.instruct.lora={{llm: {LORA}}}",
+        f"stages.instruct.max_steps={STEPS}",
+        "stages.instruct.batch_size=8",
+        "stages.instruct.max_grad_norm=null",
+        "stages.instruct.schedule.name=constant",
+        "stages.instruct.schedule.warmup_ratio=0",
+        *more,
+    ]
+
+
+def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
+    """The same stage with peft's own wrapper and plain torch; its losses, and its merged language model's weights."""
+    from peft import LoraConfig, get_peft_model
+
+    from vlmtrain.data.loader import StepStream, build_plan, step_loader
+    from vlmtrain.data.sources import build_source
+    from vlmtrain.model import VLMWrapper
+    from vlmtrain.objectives import LanguageModelling
+    from vlmtrain.settings import compose
+    from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+
+    settings = compose([*overrides, "stages.instruct.lora=null"])
+    stage, tokenizer, objective = settings.stages.instruct, build_tokenizer(settings), LanguageModelling()
+    parts = build_parts(settings, "instruct", start, tokenizer)
+    processor = build_processor(settings, "instruct", parts, objective, tokenizer)
+    source = build_source(settings.data, "instruct", picture_size(parts), settings.seed)
+    plan = build_plan(source, processor, stage, "instruct", 1)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(parts["llm"], config)
+    rate = 2e-3
+    with torch.no_grad():  # the run draws A from a generator of its own; begin where it began
+        for name, parameter in wrapped.named_parameters():
+            if "lora_A" in name:
+                torch.manual_seed(sum(map(ord, name.removeprefix("base_model.model."))))
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model = VLMWrapper(parts["vision"].requires_grad_(False), parts["connector"], parts["llm"]).eval()
+    trained = [p for p in model.llm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": trained, "lr": rate}, {"params": model.connector.parameters(), "lr": 1e-3}], weight_decay=0.0
+    )
+    losses = []
+    stream = StepStream(plan, source, processor, 0, 1, 0, STEPS, None)
+    for data in step_loader(stream, 0, pin_memory=False):
+        (batch,) = data.micro_batches
+        loss = objective(model, batch, None) / data.weight
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, module_state(wrapped.merge_and_unload())
+
+
+@pytest.fixture(scope="module")
+def aligned(llava_files, tmp_path_factory) -> Path:
+    """A run whose first stage is done, and adapters to begin the second with."""
+    folder = tmp_path_factory.mktemp("aligned")
+    train(*line(llava_files, folder, "stage=align"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(aligned, tmp_path_factory) -> Path:
+    """Adapters in peft's form, made by peft, with A as `peft_alone` has it and B zero."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapters")
+    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(load_part("llm", aligned / "align" / "model"), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_A" in name:
+                torch.manual_seed(sum(map(ord, name.removeprefix("base_model.model."))))
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine, ranks", [("zero0", 1), ("zero3", 2)])
+def test_a_stage_equals_pefts_own(engine, ranks, aligned, adapters, llava_files, tmp_path):
+    from peft import PeftModel
+
+    base = aligned / "align" / "model"
+    begun = f"stages.instruct.lora.llm={{rank: 4, alpha: 12, dropout: 0, init_from: {adapters}}}"
+    overrides = [o for o in line(llava_files, tmp_path) if not o.startswith("stages.instruct.lora=")]
+    losses, weights = peft_alone(overrides, base)
+    more = ["engine.parameter_persistence_threshold=0"] if engine == "zero3" else []
+    train(*overrides, begun, f"init_from={base}", "stage=instruct", f"engine={engine}", *more, ranks=ranks)
+    assert [r["loss"] for r in metrics(tmp_path, "instruct")] == pytest.approx(losses, rel=1e-5)
+    model = tmp_path / "instruct" / "model"
+    found = module_state(load_part("llm", model))
+    assert found.keys() == weights.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=2e-6, msg=name)
+    # the adapters alone, by peft on the base that they were trained on, give the merged model
+    again = PeftModel.from_pretrained(load_part("llm", base), model / "adapters" / "llm").merge_and_unload()
+    for name, tensor in module_state(again).items():
+        torch.testing.assert_close(tensor, found[name], rtol=1e-5, atol=1e-7, msg=name)
+    parts = json.loads((tmp_path / "instruct" / "summary.json").read_text())["parts"]
+    assert parts["llm"]["trainable_parameters"] == sum(
+        t.numel() for t in load_file(adapters / "adapter_model.safetensors").values()
+    )
+
+
+def test_merging_is_exact_for_transposed_weights_and_leaves_the_rest(tokenizer):
+    """GPT-2 keeps its weights as (in, out)."""
+    from vlmtrain.model.llm import build_random_llm
+    from vlmtrain.training.adapters import add_adapters, merged
+
+    torch.manual_seed(0)
+    llm = build_random_llm({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}, tokenizer).eval()
+    plain = module_state(llm)
+    stage = {"lora": {"llm": {"rank": 2, "alpha": 6, "targets": ["c_attn", "mlp.c_proj"]}}, "parts": ["llm"]}
+    add_adapters(stage, "s", {"llm": llm})
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in merged(llm, module_state(llm)).items())
+    with torch.no_grad():
+        for name, parameter in llm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    ids = torch.arange(12)[None]
+    expected = llm(ids).logits
+    whole = merged(llm, module_state(llm))
+    assert whole.keys() == plain.keys()
+    changed = {name for name in whole if not torch.equal(whole[name], plain[name])}
+    layers = ("attn.c_attn", "mlp.c_proj")
+    assert changed == {f"transformer.h.{i}.{layer}.weight" for i in range(2) for layer in layers}
+    other = build_random_llm({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}, tokenizer).eval()
+    other.load_state_dict(whole, strict=False)
+    torch.testing.assert_close(other(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lora, said",
+    [
+        ("{llm: {targets: [qproj]}}", "lora.llm.targets: qproj matches no linear layer; there are down_proj"),
+        ("{llm: {rang: 8}}", "has no option 'rang'. Did you mean 'rank'"),
+        ("{llm: {rank: 0}}", "lora.llm.rank=0: expected a positive whole number"),
+        ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected 0 to below 1"),
+        ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
+        ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),
+        ("{llm: {init_from: nowhere}}", "init_from=nowhere holds no adapters"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(lora, said, llava_files, tmp_path):
+    few = [o for o in line(llava_files, tmp_path) if "lora" not in o]
+    wrong = ["recipe=llava_1_5", *few, f"stages.instruct.lora={lora}"]
+    done = run(sys.executable, "-m", "vlmtrain.train", *wrong, check=False)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr[-2000:]
+    assert not list(tmp_path.glob("*/metrics.jsonl"))

@@ -1,0 +1,186 @@
+"""Low-rank adapters (LoRA; Hu et al., 2021) on any part, through peft: what a part trains instead of its own weights.
+
+    lora: {llm: {rank: 128, alpha: 256, dropout: 0.05}}
+
+A part with adapters trains these alone, at the part's learning rate (`groups` may name weights of its own beside them).
+When the stage ends they are merged into the weights, ``W + alpha / rank * B A``, and kept beside them in peft's form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import nearest, some
+from ..model.loading import read_json, read_tensors
+
+OPTIONS = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all", "init_from": None}
+FOLDER = "adapters"  # within a model folder, a folder a part
+_ADAPTER = "default"
+_BASE = ".base_layer."
+
+
+def check_adapters(stage: Mapping, name: str) -> None:
+    """Raise ValueError for a stage's `lora` that cannot be meant."""
+    for part, given in (stage["lora"] or {}).items():
+        key = f"stages.{name}.lora.{part}"
+        if part not in stage["parts"]:
+            raise ValueError(f"{key}: the stage has only {', '.join(stage['parts'])}")
+        strange = [option for option in given if option not in OPTIONS]
+        if strange:
+            raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], OPTIONS)}")
+        options = {**OPTIONS, **given}
+        for option, whole, most in (("rank", True, None), ("alpha", False, None), ("dropout", False, 1)):
+            value = options[option]
+            wanted = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not wanted or value < 0 or (value == 0 and most is None) or (most is not None and value >= most):
+                kind = "a positive whole number" if whole else "a positive number" if most is None else "0 to below 1"
+                raise ValueError(f"{key}.{option}={value}: expected {kind}")
+        trains = stage["train"].get(part) is not None or any(
+            str(group["match"]).split(".")[0] == part and group["lr"] is not None for group in stage["groups"]
+        )
+        if not trains:
+            raise ValueError(f"{key}, but {part} is frozen: set stages.{name}.train.{part} to a learning rate")
+
+
+def add_adapters(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> None:
+    """Put the adapters of stage `name` into its parts. They change nothing until they are trained.
+
+    Raises ValueError for targets that match nothing, or adapters to begin with that do not fit.
+    """
+    for part, given in (stage["lora"] or {}).items():
+        options, key = {**OPTIONS, **given}, f"stages.{name}.lora.{part}"
+        peft = _peft(key)
+        module = parts[part]
+        dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+        targets = _targets(module, options["targets"], key)
+        config = peft.LoraConfig(
+            r=options["rank"],
+            lora_alpha=options["alpha"],
+            lora_dropout=options["dropout"],
+            target_modules=targets,
+            fan_in_fan_out=any(isinstance(module.get_submodule(target), Conv1D) for target in targets),
+        )
+        peft.inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+        for layer in _layers(module).values():
+            layer.to(dtype)
+        if options["init_from"] is not None:
+            _load(module, Path(options["init_from"]), options, key)
+
+
+def _peft(key: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(f"{key} needs peft: pip install 'vlmtrain[lora]'") from None
+    return peft
+
+
+def _targets(module: nn.Module, wanted: str | list[str], key: str) -> list[str]:
+    """Names of the linear layers that get adapters: all but the one to the vocabulary, or those that patterns name.
+
+    A name is matched from its end, by whole words: ``q_proj`` or ``layers.*.mlp.*``. torch's MultiheadAttention keeps
+    its projections in one tensor, or reads them past their layer, so that it cannot have any.
+    """
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    linear = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D)
+        and not isinstance(layer, NonDynamicallyQuantizableLinear)
+        and layer is not head
+    ]
+    if wanted == "all":
+        chosen = linear
+    else:
+        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        found = {p: [n for n in linear if fnmatchcase(f".{n}", f"*.{p}")] for p in patterns}
+        idle = [pattern for pattern, names in found.items() if not names]
+        if idle:
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            raise ValueError(f"{key}.targets: {some(idle)} matches no linear layer; there are {some(kinds)}")
+        chosen = [name for name in linear if any(name in names for names in found.values())]
+    if not chosen:
+        raise ValueError(f"{key}: {type(module).__name__} has no linear layer that could have an adapter")
+    return chosen
+
+
+def _layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have adapters, by path."""
+    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter of a part, by name, belongs to an adapter."""
+    return ".lora_" in parameter
+
+
+def merged(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's `state` as it is without adapters: merged into the weights, under their own names."""
+    layers = _layers(module)
+    found = {name.replace(_BASE, "."): tensor for name, tensor in state.items() if not is_adapter(name)}
+    for path, layer in layers.items():
+        a, b = (state[f"{path}.lora_{half}.{_ADAPTER}.weight"].float() for half in "AB")
+        change = layer.scaling[_ADAPTER] * (b @ a)
+        weight = found[f"{path}.weight"]
+        # in fp32, and rounded once
+        found[f"{path}.weight"] = (weight.float() + (change.T if layer.fan_in_fan_out else change)).to(weight.dtype)
+    return found
+
+
+def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, base: str | None) -> None:
+    """Write the adapters of a part as ``PeftModel.from_pretrained`` reads them. base: the path of the part they fit."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    adapters = {
+        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": tensor
+        for name, tensor in state.items()
+        if is_adapter(name)
+    }
+    save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {**module.peft_config[_ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _load(module: nn.Module, folder: Path, options: Mapping, key: str) -> None:
+    """Begin with adapters that were saved. Raises ValueError naming what does not fit."""
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(f"{key}.init_from={folder} holds no adapters: it has no adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
+    for option, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
+        if config.get(theirs) != options[option]:
+            raise ValueError(f"{key}.{option}={options[option]}, but {folder} has {theirs}={config.get(theirs)}")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    own = {name: p for name, p in module.named_parameters() if is_adapter(name)}
+    given = {
+        name.removeprefix("base_model.model.").replace(".weight", f".{_ADAPTER}.weight"): tensor
+        for name, tensor in tensors.items()
+    }
+    problems = [
+        f"{what}: {some(names)}"
+        for what, names in (
+            ("missing", own.keys() - given.keys()),
+            ("of no use", given.keys() - own.keys()),
+            ("of another shape", {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape}),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{key}.init_from={folder} does not fit: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if not parameter.is_meta:
+                parameter.copy_(given[name])
