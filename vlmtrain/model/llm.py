@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,25 @@ def load_tokenizer(path: str, key: str = "llm.path") -> PreTrainedTokenizerBase:
             f"{key}={path}: a fast tokenizer is needed (one with tokenizer.json), got {type(tokenizer).__name__}"
         )
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
+    """Make each of `words` one token, where it is none yet. Raises ValueError for what cannot be a token."""
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(f"llm.new_tokens has {word!r}: expected words")
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([word for word in words if word not in known])
+
+
+def give_tokens(llm: nn.Module, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
+    """Let a model know the tokens that `add_tokens` made: embeddings drawn as the others are spread, where it has none.
+
+    Their ids are left in ``llm.new_token_ids``.
+    """
+    if words and len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=not llm.get_input_embeddings().weight.is_meta)
+    llm.new_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(words)))
 
 
 def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:

@@ -130,12 +130,16 @@ class _Vocabulary:
             self.size = config["vocab_size"]
         self.bos_token_id = self.eos_token_id = self.pad_token_id = 0
         self.cls_token_id = self.sep_token_id = None
+        self.new_tokens = list(settings.llm.new_tokens)
 
     def __len__(self) -> int:
         return self.size
 
     def get_vocab(self) -> dict[str, int]:
         return {}
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        return list(range(self.size - len(tokens), self.size))
 
 
 def _views(geometry: Geometry) -> int:
@@ -153,9 +157,8 @@ def _answer_tokens(expected: Mapping, tokens: int) -> int:
 
 
 def _sizes(part: str, module: nn.Module, groups: list[Group]) -> dict[str, int]:
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    trained = sum(sizes[name] for group in groups if group.part == part for name in group.names)
-    return {"trainable": trained, "frozen": sum(sizes.values()) - trained}
+    trained = sum(group.size(module) for group in groups if group.part == part)
+    return {"trainable": trained, "frozen": sum(parameter.numel() for parameter in module.parameters()) - trained}
 
 
 def _measure(

@@ -15,7 +15,15 @@ from ..connectors import Connector
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
 from ..data.shapes import VOCABULARY
-from ..model.llm import build_llm, build_llm_skeleton, build_random_llm, load_tokenizer, max_positions
+from ..model.llm import (
+    add_tokens,
+    build_llm,
+    build_llm_skeleton,
+    build_random_llm,
+    give_tokens,
+    load_tokenizer,
+    max_positions,
+)
 from ..model.loading import load_hf_model
 from ..model.parts import PARTS, load_part, make_connector, read_manifest
 from ..model.tiled import TiledConnector
@@ -32,13 +40,16 @@ BUILD_ORDER = ("vision", "llm", "connector", "objective")  # a connector's width
 
 
 def build_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer; with `init_from`, that model's."""
+    """The language model's tokenizer, with its new tokens; with `init_from`, that model's."""
     if settings.init_from is not None:
         read_manifest(Path(settings.init_from))
-        return Processor.from_pretrained(settings.init_from).tokenizer
-    if settings.llm.provider == "tiny":
-        return build_tiny_tokenizer(VOCABULARY)
-    return load_tokenizer(settings.llm.path)
+        tokenizer = Processor.from_pretrained(settings.init_from).tokenizer
+    elif settings.llm.provider == "tiny":
+        tokenizer = build_tiny_tokenizer(VOCABULARY)
+    else:
+        tokenizer = load_tokenizer(settings.llm.path)
+    add_tokens(tokenizer, settings.llm.new_tokens)
+    return tokenizer
 
 
 def build_parts(
@@ -68,6 +79,8 @@ def build_parts(
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
         if part == "vision" and stage.image_size is not None:
             parts[part].resize(_pixels(stage.image_size))
+        if part == "llm":
+            give_tokens(parts[part], tokenizer, settings.llm.new_tokens)
     seed_for(settings.seed, "adapters")
     add_adapters(stage, name, parts)
     return parts
@@ -100,6 +113,8 @@ def build_skeleton(
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
             if part == "vision" and (size := _image_size(settings, name)) is not None:
                 parts[part].resize(_pixels(size))
+            if part == "llm":
+                give_tokens(parts[part], tokenizer, settings.llm.new_tokens)
         add_adapters(settings.stages[name], name, parts)
     return parts
 

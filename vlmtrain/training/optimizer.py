@@ -53,7 +53,7 @@ class Schedule:
 
 
 def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], weight_decay: float) -> list[dict]:
-    """AdamW groups of what trains, two each: matrices decay; biases and 1-D tensors do not.
+    """AdamW groups of what trains, two each: matrices decay; biases, 1-D tensors and rows of a table do not.
 
     Each carries its `label`, `peak_lr` and `scale`: under ZeRO the parameters themselves are replaced.
     """
@@ -63,8 +63,8 @@ def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], we
         trained = [named[name] for name in group.names]
         facts = {"label": group.label, "peak_lr": group.lr, "scale": group.scale, "lr": group.lr * group.scale}
         for decay, members in (
-            (weight_decay, [p for p in trained if p.ndim >= 2]),
-            (0.0, [p for p in trained if p.ndim < 2]),
+            (weight_decay, [p for p in trained if p.ndim >= 2 and group.rows is None]),
+            (0.0, [p for p in trained if p.ndim < 2 or group.rows is not None]),
         ):
             if members:  # ZeRO-2 fails on an empty group
                 found.append({"params": members, "weight_decay": decay, **facts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import sys
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.loader import BadRecord, StepData, StepStream, build_plan, step_loader
@@ -40,7 +41,7 @@ from .metrics import Metrics, Progress, WandB, logger
 from .optimizer import Schedule
 from .run_folder import RunFolder, write_json
 from .skips import Skips
-from .trainable import freeze, trained_groups
+from .trainable import freeze, full_shape, trained_groups
 
 SHOWN_SAMPLES = 48
 
@@ -325,30 +326,37 @@ class _Stage:
 
     def _hashes(self, part: str, state: dict[str, Tensor]) -> Hashes:
         """Hashes of a part's state: whole, of what trains (with the part's buffers, if any does), of what is frozen."""
-        trained = {name for group in self.groups if group.part == part for name in group.names}
+        rows = {name: group.rows for group in self.groups if group.part == part for name in group.names}
         parameters = {name for name, _ in self.parts[part].named_parameters()}
-        moves = {name for name in state if name in trained or (trained and name not in parameters)}
+        moves = {name for name in state if name in rows or (rows and name not in parameters)}
         whole = state_hash(merged(self.parts[part], state))
-        if not moves or len(moves) == len(state):
-            return Hashes(whole, trained=whole if moves else "", frozen="" if moves else whole)
+        if not moves:
+            return Hashes(whole, trained="", frozen=whole)
+        if len(moves) == len(state) and not any(rows.values()):
+            return Hashes(whole, trained=whole, frozen="")
         trained_half = {name: state[name] for name in moves}
         frozen_half = {name: state[name] for name in state.keys() - moves}
+        for name in (name for name, chosen in rows.items() if chosen is not None):
+            chosen = torch.zeros(len(state[name]), dtype=torch.bool)
+            chosen[list(rows[name])] = True
+            trained_half[name], frozen_half[name] = state[name][chosen], state[name][~chosen]
         return Hashes(whole, state_hash(trained_half), state_hash(frozen_half))
 
     def _part_summary(self, part: str, before: Hashes, after: Hashes) -> dict:
         """A part's numbers and hashes. Raises RuntimeError unless what trained moved and what is frozen did not."""
         groups = [group for group in self.groups if group.part == part]
-        sizes = {name: _full_size(parameter) for name, parameter in self.parts[part].named_parameters()}
-        trained = sum(sizes[name] for group in groups for name in group.names)
+        module = self.parts[part]
+        size = sum(math.prod(full_shape(parameter)) for parameter in module.parameters())
+        trained = sum(group.size(module) for group in groups)
         if before.frozen != after.frozen:
             raise RuntimeError(f"{self.name}: {part} is frozen but changed")
         if groups and before.trained == after.trained:
             raise RuntimeError(f"{self.name}: {part} is trained but unchanged")
         rates = {group.label: group.lr for group in groups}
         return {
-            "parameters": sum(sizes.values()),
+            "parameters": size,
             "trainable_parameters": trained,
-            "frozen_parameters": sum(sizes.values()) - trained,
+            "frozen_parameters": size - trained,
             "trained": bool(groups),
             "learning_rate": rates.get(part) if set(rates) <= {part} else rates,
             "sha256_before": before.whole,
@@ -407,15 +415,16 @@ class _Stage:
     def _table(self) -> str:
         rows = [("part", "parameters", "learning rate")]
         for part, module in self.parts.items():
-            sizes = {name: p.numel() for name, p in module.named_parameters()}
+            left = sum(parameter.numel() for parameter in module.parameters())
             everything = [group for group in (*self.groups, *self.waiting) if group.part == part]
             for label in dict.fromkeys(group.label for group in everything):
                 groups = [group for group in everything if group.label == label]
-                number = sum(sizes.pop(name) for group in groups for name in group.names)
+                number = sum(group.size(module) for group in groups)
+                left -= number
                 waits = f" from step {groups[0].from_step + 1}" if groups[0] in self.waiting else ""
                 rows.append((label, f"{number:,}", f"{groups[0].lr:g}{waits}"))
-            if sizes:
-                rows.append((part, f"{sum(sizes.values()):,}", "frozen"))
+            if left:
+                rows.append((part, f"{left:,}", "frozen"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
         head = (
@@ -423,7 +432,3 @@ class _Stage:
             f"({self.world.size} x {self.plan.micro_rows} x {self.plan.accumulation}), {len(self.source):,} records"
         )
         return "\n".join([head, *lines])
-
-
-def _full_size(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())

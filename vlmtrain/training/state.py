@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import some
+from .trainable import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -78,10 +79,9 @@ class TrainingState:
             for kind in KINDS if name not in new else ():
                 key = f"{name}/{kind}"
                 value = opened[where[key]].get_tensor(key)
-                if value.shape != _shape(parameter):
-                    raise ValueError(
-                        f"{where[key]}: {key} has the shape {tuple(value.shape)}, expected {tuple(_shape(parameter))}"
-                    )
+                shape = full_shape(parameter)
+                if value.shape != shape:
+                    raise ValueError(f"{where[key]}: {key} has the shape {tuple(value.shape)}, expected {tuple(shape)}")
                 self._set(parameter, kind, value)
         for name, tensor in self.buffers.items():
             if name not in new:
@@ -176,7 +176,3 @@ class TrainingState:
         parameter.ds_tensor.data.copy_(part)
         if parameter.numel() == value.numel():  # one that stays whole on every rank
             parameter.data.copy_(value.view_as(parameter))
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -4,23 +4,27 @@
     groups: [{match: "vision.blocks[20:]", lr: 2e-6, layer_decay: 0.9}, {match: "llm.*norm*", lr: 1e-4, from_step: 500}]
 
 A pattern is a part's name, or names within it behind a dot: ``*`` stands for anything, and ``blocks`` (or ``layers``)
-for the part's transformer blocks, whatever the library calls them, with a slice of them in brackets. With `from_step`
+for the part's transformer blocks, whatever the library calls them, with a slice of them in brackets. ``llm.new_tokens``
+are the embeddings of the tokens that llm.new_tokens adds, in and out, and no others. With `from_step`
 what it matches is frozen for so many optimiser steps of the stage, and then trains.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import nearest, some
 from ..model.parts import PARTS
 from .adapters import is_adapter
 
 ALL_PARTS = (*PARTS, "objective")
+NEW_TOKENS = "llm.new_tokens"
 GROUP_KEYS = ("match", "lr", "layer_decay", "from_step")
 
 
@@ -28,7 +32,7 @@ GROUP_KEYS = ("match", "lr", "layer_decay", "from_step")
 class Group:
     """Parameters of one part that train at `lr` times `scale`, behind `from_step` steps of the stage.
 
-    `label` is the part, or the pattern that chose them.
+    `label` is the part, or the pattern that chose them. rows: the rows of a matrix that train, None for all.
     """
 
     label: str
@@ -37,6 +41,14 @@ class Group:
     scale: float
     names: tuple[str, ...]
     from_step: int = 0
+    rows: tuple[int, ...] | None = None
+
+    def size(self, module: nn.Module) -> int:
+        """How many numbers train, of the part `module`."""
+        shapes = [full_shape(module.get_parameter(name)) for name in self.names]
+        if self.rows is not None:
+            shapes = [(len(self.rows), *shape[1:]) for shape in shapes]
+        return sum(math.prod(shape) for shape in shapes)
 
 
 def training_rates(stage: Mapping, name: str) -> dict[str, float]:
@@ -107,12 +119,17 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
         for i, entry in enumerate(stage["groups"]):
             if str(entry["match"]).split(".")[0] != part:
                 continue
-            pattern = re.compile(_pattern(str(entry["match"]), parts[part], f"stages.{name}.groups[{i}]"))
+            key = f"stages.{name}.groups[{i}]"
+            if entry["match"] == NEW_TOKENS:
+                groups.append(_new_tokens(parts[part], entry, left, key))
+                left = [n for n in left if n not in groups[-1].names]
+                continue
+            pattern = re.compile(_pattern(str(entry["match"]), parts[part], key))
             matched = [n for n in (_own(left) if entry["match"] == part else left) if pattern.fullmatch(n)]
             if not matched:
                 everything = [n for n, _ in parts[part].named_parameters()]
                 raise ValueError(
-                    f"stages.{name}.groups[{i}].match={entry['match']} matches no parameter that is left of {part}; "
+                    f"{key}.match={entry['match']} matches no parameter that is left of {part}; "
                     f"it has {some(everything)}"
                 )
             left = [n for n in left if n not in set(matched)]
@@ -125,6 +142,18 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
     if not groups:
         raise ValueError(f"stage {name} would train nothing: the parts that it trains have no parameters")
     return groups
+
+
+def _new_tokens(llm: nn.Module, entry: Mapping, left: list[str], key: str) -> Group:
+    """The rows of the new tokens in the embeddings, in and out."""
+    if not getattr(llm, "new_token_ids", ()):
+        raise ValueError(f"{key}.match={NEW_TOKENS}, but llm.new_tokens is empty")
+    tables = {id(table.weight) for table in (llm.get_input_embeddings(), llm.get_output_embeddings())}
+    names = tuple(name for name, parameter in llm.named_parameters() if id(parameter) in tables and name in left)
+    if not names or entry["lr"] is None or entry.get("layer_decay") is not None:
+        raise ValueError(f"{key}: {NEW_TOKENS} takes an lr and no layer_decay, and stands before what has them too")
+    lr, start = float(entry["lr"]), entry.get("from_step", 0)
+    return Group(NEW_TOKENS, "llm", lr, 1.0, names, start, llm.new_token_ids)
 
 
 def _own(names: list[str]) -> list[str]:
@@ -198,12 +227,32 @@ def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: b
         trained = {name for group in groups if group.part == part for name in group.names}
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
+        for group in groups:
+            if group.part == part and group.rows is not None:
+                for name in group.names:
+                    _train_rows(module.get_parameter(name), group.rows)
         module.train(bool(trained))
         if checkpointing and part == "llm":
             # Activations are recomputed in training mode only; a frozen model without dropout loses nothing by it.
             module.gradient_checkpointing_enable({"use_reentrant": False})
             if not trained and not _drops_out(module):
                 module.train()
+
+
+def _train_rows(parameter: nn.Parameter, rows: tuple[int, ...]) -> None:
+    """Zero the gradient of all other rows: AdamW without weight decay then leaves them as they are, to the bit."""
+
+    def keep(gradient: Tensor) -> Tensor:
+        chosen = torch.zeros(len(gradient), 1, device=gradient.device, dtype=gradient.dtype)
+        chosen[list(rows)] = 1
+        return gradient * chosen
+
+    parameter.register_hook(keep)
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, of which under ZeRO-3 a rank holds only its share."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _drops_out(llm: nn.Module) -> bool:
