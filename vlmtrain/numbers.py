@@ -29,6 +29,7 @@ VALIDATION = {
     "validation.max_new_tokens": Rule(True, 1),
 }
 STAGE = {
+    "image_tiles_most": Rule(True, 1, optional=True),
     "max_length": Rule(True, 2),
     "epochs": Rule(True, 1),
     "max_steps": Rule(True, 1, optional=True),

@@ -14,6 +14,12 @@ TRAINED = {
     "llava_1_5": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "llava_1_5_lora": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "llava_next": {"align": {"connector"}, "instruct": {"vision", "connector", "llm"}},
+    "llava_onevision": {
+        "align": {"connector"},
+        "knowledge": {"vision", "connector", "llm"},
+        "single_image": {"vision", "connector", "llm"},
+        "onevision": {"vision", "connector", "llm"},
+    },
     "honeybee": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "mobilevlm": {"align": {"connector", "llm"}, "instruct": {"connector", "llm"}},
     "qwen_vl": {

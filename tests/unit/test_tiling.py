@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, get_anyres_image_grid_shape
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from vlmtrain.connectors import VisionFeatures, build_connector
 from vlmtrain.data.images import ImageInMemory, cut_tiles
 from vlmtrain.data.processor import Geometry, Processor
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.model.tiled import TiledConnector
-from vlmtrain.tiling import choose_tiles, tiled_tokens
+from vlmtrain.tiling import Tiles, choose_tiles, tiled_tokens
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 PUBLISHED = {(336, 336): 1176, (672, 672): 2928, (480, 640): 2340, (300, 1000): 2182, (1080, 1920): 1948}
@@ -57,6 +59,36 @@ def test_tokens_and_their_order_are_the_librarys():
         )
         assert torch.equal(found, wanted[0]), size
         assert tiled_tokens(tiles, 16, (4, 4)) == len(found) == int(lengths[0])
+
+
+def test_limited_tokens_and_lone_views_are_one_visions():
+    """Against ``LlavaOnevisionModel.pack_image_features`` with grids up to 6 x 6 and 9 tiles' worth of tokens."""
+    grids = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]
+    pinpoints = [[rows * 56, columns * 56] for rows, columns in grids]
+    vision = SimpleNamespace(image_size=56, patch_size=14)
+    library = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
+    torch.manual_seed(0)
+    connector = TiledConnector(build_connector("linear", 6, 5)).eval()
+    scaled = 0
+    for size in [(56, 56), (400, 400), (336, 336), (60, 330), (200, 330), *sizes(30)]:
+        tiles = choose_tiles(size, (56, 56), grids, most=9)
+        if tiles.views == 2:  # one tile: in the library's model, no grid of one is cut
+            continue
+        views = torch.randn(tiles.views, 4, 4, 6)
+        tokens = connector.connector(VisionFeatures(views))
+        wanted, lengths = LlavaOnevisionModel.pack_image_features(
+            library, [tokens], torch.tensor([size]), connector.newline, "anyres_max_9"
+        )
+        found = connector(VisionFeatures(views), (tiles,))
+        torch.testing.assert_close(found, wanted[0], msg=str(size))
+        assert tiled_tokens(tiles, 16, (4, 4)) == len(found) == int(lengths[0])
+        scaled += len(found) != tiled_tokens(tiles._replace(most=0), 16, (4, 4))
+    assert scaled > 10
+    view = torch.randn(1, 4, 4, 6)
+    tokens = connector.connector(VisionFeatures(view))
+    wanted, _ = LlavaOnevisionModel.pack_image_features(library, [tokens], torch.tensor([[9, 9]]), connector.newline)
+    found = connector(VisionFeatures(view), (Tiles(0, 0, 9, 9),))
+    assert torch.equal(found, wanted[0]) and len(found) == tiled_tokens(Tiles(0, 0, 9, 9), 16, (4, 4)) == 17
 
 
 def test_several_pictures_come_one_after_the_other_and_the_newline_trains():
@@ -119,6 +151,11 @@ def test_the_processor_counts_what_it_shows(tokenizer):
     assert list(sample.tiles) == cuts and len(sample.images) == sum(cut.views for cut in cuts)
     counts = [int((sample.tokens.image_index == i).sum()) for i in range(2)]
     assert counts == [tiled_tokens(cut, 16, (4, 4)) for cut in cuts]
+    alone = replace(geometry, tiles_alone=True)
+    together = Processor(tokenizer, alone, "chat", max_length=400)(Conversation("two", turns, pictures))
+    assert [cut.views for cut in together.tiles] == [1, 1] and together.images.shape == (2, 3, 48, 48)
+    assert int((together.tokens.image_index >= 0).sum()) == 2 * 17
+    assert alone.tiles((200, 60), 1) == cuts[0]
     text = processor(Conversation("none", (Turn("user", "What"), Turn("assistant", "red"))))
     batch = processor.collate([text, sample])
     assert batch.tiles == tuple(cuts) and int(batch.is_image.sum()) == sum(counts)

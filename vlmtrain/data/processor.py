@@ -79,7 +79,8 @@ class Geometry:
 
     size ``(H, W)`` in pixels; fit: ``squash``, ``pad``, ``crop`` or ``tiles``; mean, std: of the channels in [0, 1].
     tokens, grid: what the encoder and the connector make of a view; grid is None where the tokens have no order.
-    tile_grids: for ``tiles``, the ``(rows, columns)`` that a picture may be cut into.
+    tile_grids: for ``tiles``, the ``(rows, columns)`` that a picture may be cut into; tiles_most: as many tiles' tokens
+    it keeps at most, 0 for all; tiles_alone: whether only pictures that are alone in their sample are cut.
     """
 
     size: tuple[int, int]
@@ -89,6 +90,8 @@ class Geometry:
     tokens: int
     grid: tuple[int, int] | None = None
     tile_grids: tuple[tuple[int, int], ...] = ()
+    tiles_most: int = 0
+    tiles_alone: bool = False
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -98,9 +101,21 @@ class Geometry:
                 f"image_fit=tiles needs image_tiles, a list of [rows, columns], got {list(self.tile_grids)}"
             )
 
-    def tiles(self, size: tuple[int, int]) -> Tiles | None:
-        """How a picture of `size` ``(H, W)`` is cut; None if it is not."""
-        return choose_tiles(size, self.size, self.tile_grids) if self.fit == "tiles" else None
+    def tiles(self, size: tuple[int, int], pictures: int) -> Tiles | None:
+        """How a picture of `size` ``(H, W)``, one of so many in its sample, is cut; None without ``tiles``."""
+        if self.fit != "tiles":
+            return None
+        if self.tiles_alone and pictures > 1:
+            return Tiles(0, 0, *size)
+        return choose_tiles(size, self.size, self.tile_grids, self.tiles_most)
+
+    def views(self, picture: Image.Image, tiles: Tiles | None) -> list[Image.Image]:
+        """What the encoder is shown of a picture that is cut like this."""
+        if tiles is None:
+            return [fit_image(picture, self.size, self.fit, self.mean)]
+        if tiles.views == 1:
+            return [fit_image(picture, self.size, "pad", self.mean)]
+        return cut_tiles(picture, self.size, tiles)
 
     def token_count(self, tiles: Tiles | None) -> int:
         """Tokens of a picture that is cut like this."""
@@ -110,7 +125,9 @@ class Geometry:
     def most_tokens(self) -> int:
         """Tokens of the picture that makes the most."""
         height, width = self.size
-        cuts = [Tiles(rows, columns, rows * height, columns * width) for rows, columns in self.tile_grids]
+        cuts = [
+            Tiles(rows, columns, rows * height, columns * width, self.tiles_most) for rows, columns in self.tile_grids
+        ]
         return max(self.token_count(cut) for cut in cuts or [None])
 
 
@@ -159,14 +176,11 @@ class Processor:
         views, cuts, texts = [], [], []
         words = self.reader(conversation) if self.reader else None
         for number, picture in enumerate(self.decode(conversation)):
-            tiles = geometry.tiles((picture.height, picture.width))
+            tiles = geometry.tiles((picture.height, picture.width), len(conversation.images))
             if words:
                 texts += [words[number]] * (tiles.views if tiles else 1)
-            if tiles is None:
-                views.append(fit_image(picture, geometry.size, geometry.fit, geometry.mean))
-            else:
-                views += cut_tiles(picture, geometry.size, tiles)
-                cuts.append(tiles)
+            views += geometry.views(picture, tiles)
+            cuts.append(tiles)
         tensors = [to_tensor(view, geometry.mean, geometry.std) for view in views]
         images = torch.stack(tensors) if tensors else torch.empty(0, 3, *geometry.size)
         return Sample(conversation.id, tokens, images, tuple(cuts) if geometry.fit == "tiles" else None, tuple(texts))
@@ -182,7 +196,7 @@ class Processor:
             return [self.geometry.token_count(None) for _ in conversation.images]
         with _naming(conversation):
             sizes = [picture.size() for picture in conversation.images]
-        return [self.geometry.token_count(self.geometry.tiles(size)) for size in sizes]
+        return [self.geometry.token_count(self.geometry.tiles(size, len(sizes))) for size in sizes]
 
     def decode(self, conversation: Conversation) -> list[Image.Image]:
         """A conversation's pictures as they are. Raises BadSample, naming it, for one that is missing or broken."""

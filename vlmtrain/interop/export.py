@@ -119,6 +119,6 @@ def hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
     elif batch.tiles is not None:
         views = batch.images.split([tiles.views for tiles in batch.tiles])
         options["pixel_values"] = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)
-        options["image_sizes"] = torch.tensor([tiles[2:] for tiles in batch.tiles])
+        options["image_sizes"] = torch.tensor([(tiles.height, tiles.width) for tiles in batch.tiles])
     ids = batch.input_ids.masked_fill(batch.is_image, exported.model.config.image_token_id)
     return exported.model(input_ids=ids, use_cache=False, **options).logits

@@ -202,6 +202,10 @@ def _image_processor(geometry: Geometry):
     if geometry.fit == "crop":
         return CLIPImageProcessorPil(**cropping), remarks
     if geometry.fit == "tiles":
+        if geometry.tiles_most or geometry.tiles_alone:
+            raise DoesNotFit(
+                "LLaVA-NeXT's class knows no image_tiles_most and image_tiles_alone (--format vlmtrain does)"
+            )
         pinpoints = [[rows * side, columns * side] for rows, columns in geometry.tile_grids]
         return LlavaNextImageProcessorPil(**cropping, image_grid_pinpoints=pinpoints), remarks
     padding = (

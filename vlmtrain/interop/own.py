@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..data.connector_text import TextReader, pad_texts
-from ..data.images import cut_tiles, fit_image, to_rgb, to_tensor
+from ..data.images import to_rgb, to_tensor
 from ..data.processor import OWN_TOKENIZER, Geometry, Processor
 from ..data.records import IMAGE_MARK
 from ..model import VLMWrapper
@@ -81,7 +81,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Ids ``(B, T)`` and views ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
 
-        image_cuts ``(P, 4)``: rows, columns, height and width of each picture that is cut into tiles. text_ids,
+        image_cuts ``(P, 5)``: how each picture is cut into tiles, the fields of `Tiles`. text_ids,
         text_mask ``(N, L)``: what a connector that reads text reads with each view.
         """
         is_image = input_ids == self.config.image_token_id
@@ -199,10 +199,9 @@ class VLMTrainProcessor(ProcessorMixin):
         marks = sum(one.count(self.image_token) for one in texts)
         if marks != len(pictures):
             raise ValueError(f"{marks} {self.image_token} tokens in the text, {len(pictures)} pictures")
-        views, cuts = [], []
-        for picture in pictures:
-            cuts.append(geometry.tiles((picture.height, picture.width)))
-            views.append(_views(picture, geometry, cuts[-1]))
+        beside = [count for one in texts for count in [one.count(self.image_token)] * one.count(self.image_token)]
+        cuts = [geometry.tiles((p.height, p.width), together) for p, together in zip(pictures, beside)]
+        views = [_views(picture, geometry, tiles) for picture, tiles in zip(pictures, cuts)]
         counts = iter([geometry.token_count(tiles) for tiles in cuts])
         expanded = []
         for one in texts:
@@ -246,11 +245,7 @@ class VLMTrainProcessor(ProcessorMixin):
 
 def _views(picture: Image.Image, geometry: Geometry, tiles: Tiles | None) -> Tensor:
     """The views of a picture, ``(V, 3, H, W)``."""
-    if tiles is None:
-        shown = [fit_image(picture, geometry.size, geometry.fit, geometry.mean)]
-    else:
-        shown = cut_tiles(picture, geometry.size, tiles)
-    return torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in shown])
+    return torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in geometry.views(picture, tiles)])
 
 
 def _flat(images: object) -> list[Image.Image]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..connectors import VisionFeatures
-from ..tiling import Tiles, shown_part
+from ..tiling import Tiles, kept_grid, shown_part
 
 
 class TiledConnector(nn.Module):
@@ -50,10 +51,15 @@ class TiledConnector(nn.Module):
         whole, parts = views[0], views[1:]
         if grid is None:
             return views.flatten(0, 1)
+        if tiles.views == 1:
+            return torch.cat([whole, self.newline.to(whole.dtype)[None]])
         rows, columns = tiles.rows * grid[0], tiles.columns * grid[1]
         canvas = parts.unflatten(1, grid).unflatten(0, (tiles.rows, tiles.columns))
         canvas = canvas.transpose(1, 2).reshape(rows, columns, -1)  # (rows, h, columns, w, D) flattened
-        top, bottom, left, right = shown_part((rows, columns), tiles[2:])
+        top, bottom, left, right = shown_part((rows, columns), (tiles.height, tiles.width))
         shown = canvas[top:bottom, left:right]
+        kept = kept_grid(tiles, shown.shape[:2], grid)
+        if kept != shown.shape[:2]:
+            shown = F.interpolate(shown.movedim(-1, 0)[None], kept, mode="bilinear")[0].movedim(0, -1)
         newlines = self.newline.to(shown.dtype).expand(len(shown), 1, -1)
         return torch.cat([whole, torch.cat([shown, newlines], dim=1).flatten(0, 1)])

@@ -47,6 +47,7 @@ class VisionEncoder(nn.Module):
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     def _check_geometry(self) -> None:
+        """Raise ValueError for a size that patches do not fill: of an encoder's own size, an edge may go unseen."""
         for side, patch in zip(self.image_size, self.patch_size):
             if side < patch or side % patch:
                 raise ValueError(
@@ -161,7 +162,6 @@ class OpenClipVision(VisionEncoder):
             self.patch_size = _pair(visual.patch_size)
         else:
             raise ValueError(f"open_clip's {type(visual).__name__} makes no patch grid: use a ViT")
-        self._check_geometry()
         self.num_blocks = len(blocks)
         self._set_layers(layer, levels)
         # A trunk's own tensors (class token, position table) may be touched only inside its own call:
@@ -194,10 +194,14 @@ class OpenClipVision(VisionEncoder):
             config = copy.deepcopy(model_config)
             config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
             config |= {"image_mean": list(OPENAI_DATASET_MEAN), "image_std": list(OPENAI_DATASET_STD)}
-            return cls(cls._build_visual(config), config, layer, levels)
+            encoder = cls(cls._build_visual(config), config, layer, levels)
+            if image_size is not None:
+                encoder._check_geometry()
+            return encoder
         config = open_clip.get_model_config(name)
         if config is None:
             raise ValueError(f"vision.name={name} is not an open_clip model.{nearest(name, open_clip.list_models())}")
+        own = _pair(config["vision_cfg"]["image_size"])
         size = image_size if image_size is None or isinstance(image_size, int) else tuple(image_size)
         here = torch.get_default_device()
         with _without_warnings(pretrained is None):
@@ -206,7 +210,10 @@ class OpenClipVision(VisionEncoder):
         config["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in model.visual.modules())
         preprocess = open_clip.get_model_preprocess_cfg(model)
         config |= {"image_mean": list(preprocess["mean"]), "image_std": list(preprocess["std"])}
-        return cls(model.visual, config, layer, levels)
+        encoder = cls(model.visual, config, layer, levels)
+        if encoder.image_size != own:
+            encoder._check_geometry()
+        return encoder
 
     @staticmethod
     def _build_visual(config: dict) -> nn.Module:
@@ -280,7 +287,8 @@ class HFVision(VisionEncoder):
         self.patch_size = _pair(config.patch_size)
         self.width = config.hidden_size
         self.image_mean, self.image_std = tuple(geometry["image_mean"]), tuple(geometry["image_std"])
-        self._check_geometry()
+        if self.image_size != _pair(config.image_size):
+            self._check_geometry()
         self.num_blocks = config.num_hidden_layers
         self._set_layers(layer, levels)
         self._resize(self.image_size)

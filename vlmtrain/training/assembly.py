@@ -247,7 +247,8 @@ def build_geometry(stage: DictConfig, parts: dict[str, nn.Module], objective: Ob
     tokens, grid = (f(*vision.grid) for f in (connector.num_tokens, connector.output_grid)) if shows else (0, None)
     tile_grids = tuple(map(tuple, stage.image_tiles)) if stage.image_fit == "tiles" else ()
     look = (vision.image_mean, vision.image_std)
-    return Geometry(vision.image_size, stage.image_fit, *look, tokens, grid, tile_grids)
+    limits = (stage.image_tiles_most or 0, stage.image_tiles_alone)
+    return Geometry(vision.image_size, stage.image_fit, *look, tokens, grid, tile_grids, *limits)
 
 
 def picture_size(parts: dict[str, nn.Module]) -> tuple[int, int]:

@@ -423,3 +423,17 @@ def test_an_encoder_resized_equals_one_loaded_at_that_size(image_size, tmp_path)
     assert found.shape[1:3] == (image_size[0] // 4, image_size[1] // 4) == encoder.grid
     with pytest.raises(ValueError, match="multiple of the encoder's patch size"):
         encoder.resize(30)
+
+
+def test_a_published_size_that_patches_do_not_fill_is_kept():
+    """SigLIP's 384 pixels in patches of 14 make 27 x 27, and the last six pixels go unseen."""
+    config = {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "image_size": 3 * 8 + 6}}
+    encoder = build_vision("open_clip", model_config=config)
+    assert encoder.image_size == (30, 30) and encoder.grid == (3, 3)
+    images = torch.randn(2, 3, 30, 30)
+    edged = images.clone()
+    edged[..., 24:, :], edged[..., 24:] = 0, 0
+    found = run(encoder, images).patches
+    assert found.shape[1:3] == (3, 3) and torch.equal(found, run(encoder, edged).patches)
+    with torch.device("meta"):
+        assert build_vision("open_clip", name="ViT-SO400M-14-SigLIP-384", weights=False).grid == (27, 27)
