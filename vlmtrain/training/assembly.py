@@ -11,10 +11,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..connectors import Connector
+from ..connectors import CONNECTORS, Connector
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
 from ..data.shapes import VOCABULARY
+from ..errors import nearest
 from ..model.llm import (
     add_tokens,
     build_llm,
@@ -128,6 +129,18 @@ def _image_size(settings: DictConfig, name: str) -> int | ListConfig | None:
     return next((size for size in reversed(sizes) if size is not None), None)
 
 
+def _connector_options(settings: DictConfig, name: str) -> dict:
+    """What the connector that is chosen is built from in a stage, with what it and the stages before it change."""
+    options = OmegaConf.to_container(settings.connector)
+    names = list(settings.stages)
+    for stage in (settings.stages[n] for n in names[: names.index(name) + 1]):
+        by_choice = stage.connector_options or {}
+        for choice in (choice for choice in by_choice if choice not in CONNECTORS):
+            raise ValueError(f"stages.*.connector_options names no connector: {choice}.{nearest(choice, CONNECTORS)}")
+        options |= by_choice.get(settings.connector.name, {})
+    return options
+
+
 def _pixels(size: int | ListConfig) -> int | tuple[int, ...]:
     return size if isinstance(size, int) else tuple(size)
 
@@ -165,6 +178,7 @@ def _build(
         return build_llm(options["path"], dtype, options["attn_implementation"])
     bert = settings.stages[stage].connector_text.bert if weights else None
     if part == "connector":
+        options = _connector_options(settings, stage)
         newline = any(stage.image_fit == "tiles" for stage in settings.stages.values())
         if "text_vocab" in options:
             options["text_vocab"] = _text_vocab(options, settings.stages[stage], tokenizer)

@@ -3,8 +3,9 @@
     fresh: [connector.proj]
     drops: [connector.core.embedding, connector.core.layers.*.text_ffn]
 
-Where `fresh` or `drops` name something within the connector, it is built as the stage wants it, and every tensor comes
-from the one handed on, but for those that are fresh here or dropped there. All others must agree in name and shape.
+Where `fresh` or `drops` name something within the connector, or `connector_options` change how it works, it is built as
+the stage wants it, and every tensor comes from the one handed on, but for those that are fresh here or dropped there.
+All others must agree in name and shape.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ PART = "connector"
 
 def builds_anew(stage: Mapping) -> bool:
     """Whether a stage builds its connector anew, though one is handed on to it."""
-    return any(entry.startswith(f"{PART}.") for entry in (*stage["fresh"], *stage["drops"]))
+    within = any(entry.startswith(f"{PART}.") for entry in (*stage["fresh"], *stage["drops"]))
+    return within or bool(stage["connector_options"])
 
 
 def check_names(stage: Mapping, name: str) -> None:
