@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 
 from vlmtrain.cli import main
 from vlmtrain.paths import RECIPES
@@ -14,6 +15,8 @@ from vlmtrain.planning.measuring import Meter, use_counted_attention
 from vlmtrain.planning.memory import States
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.settings import compose
+
+from ..conftest import run
 
 LLAMA = {
     "hidden_size": 64,
@@ -48,6 +51,18 @@ def test_llava_1_5s_adapters_by_hand():
     attention, mlp = 4 * (4096 + 4096), 3 * (4096 + 11008)
     assert stages["instruct"].parts["llm"]["trainable"] == 32 * 128 * (attention + mlp) == 319_815_680
     assert stages["instruct"].parts["connector"] == {"trainable": 20_979_712, "frozen": 0}
+
+
+def test_an_encoder_of_the_library_is_counted_before_any_other(tmp_path):
+    """In a process of its own, where nothing has been counted before."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(**shape, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(look))
+    line = ["recipe=llava_1_5", "mini=true", "vision=hf", f"vision.path={tmp_path}", "vision.layer=-1", "--json"]
+    done = run(sys.executable, "-m", "vlmtrain.cli", "plan", *line)
+    align, _ = json.loads(done.stdout)["stages"]
+    assert align["picture_tokens"] == [16, 16] and align["flops_per_sample"] > 0
 
 
 def test_flops_of_a_language_model_by_hand():

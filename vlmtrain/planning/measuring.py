@@ -144,8 +144,16 @@ def _attention_counted(attend) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def _uncounted(*arguments, **options) -> None:
+    raise AssertionError("attention outside a meter")
+
+
 def use_counted_attention(module: nn.Module) -> None:
-    """Let a Hugging Face model, or one inside `module`, attend through a `Meter`."""
+    """Let a Hugging Face model, or one inside `module`, attend through the `Meter` that counts when it runs."""
+    from transformers import AttentionInterface
+
+    if NAME not in AttentionInterface().valid_keys():
+        AttentionInterface.register(NAME, _uncounted)
     for child in module.modules():
         if hasattr(child, "set_attn_implementation") and hasattr(child, "config"):
             child.set_attn_implementation(NAME)

@@ -1,0 +1,404 @@
+"""Training speed beside Hugging Face's Trainer: same weights, data, precision and machine, in one run.
+
+    python benchmarks/training_speed.py                                    # parts of realistic shape, random weights
+    python benchmarks/training_speed.py --vision DIR --llm DIR --data DIR   # published parts, LLaVA JSON with pictures
+    python benchmarks/training_speed.py --workload align --precision bf16 --repeats 3 --write speed.md
+
+Each job is a process of its own. Both sides run in turn, `--repeats` times; the table has medians. The clock runs from
+the end of step `--warmup` to the end of the last. Losses on the first batch must agree within 1e-4 (bf16: 2 %; packed
+rows hold other samples), or the comparison is void and says so. The share of the machine's rate counts the arithmetic
+that the update needs (no padding, no logits that nothing is trained on), over the rate of large matrix products,
+measured between the jobs.
+
+Workloads: `align` trains the connector on captions. `instruct` trains connector and language model on talks like those
+of LLaVA-1.5's mixture: 6 % without a picture (40,688 of its 665,298 are), 1 to 6 questions (geometric, mean 2.2), half
+of the answers of 1 to 5 words and half log-normal around 40 words. `quickstart` is the small model of that recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKLOADS = ("align", "instruct", "quickstart")
+TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart": ["connector", "llm"]}
+AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # in bf16 the two sides round at other places
+
+
+@dataclass
+class Case:
+    """One workload in one precision: where its inputs are, and what was measured of each side, a run an entry."""
+
+    workload: str
+    precision: str
+    folder: Path
+    options: argparse.Namespace
+    sides: dict[str, list[dict]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    line: list[str] = field(default_factory=list)
+
+    @property
+    def stage(self) -> str:
+        return "align" if self.workload == "align" else "instruct"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--sides", nargs="+", help="of ours, cached, packed, trainer; default: those of the workload")
+    parser.add_argument("--vision", help="folder of a Hugging Face vision encoder")
+    parser.add_argument("--llm", help="folder of a Hugging Face language model")
+    parser.add_argument("--data", help="folder with images/, align.json and instruct.json")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings for our side")
+    parser.add_argument("--write", type=Path, help="a file for the table")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [
+            run_case(workload, precision, Path(folder) / f"{workload}-{precision}", options)
+            for workload in options.workload
+            for precision in options.precision
+        ]
+        text = table(cases, options)
+    print(text)
+    if options.write:
+        options.write.write_text(text + "\n")
+
+
+def run_case(workload: str, precision: str, folder: Path, options: argparse.Namespace) -> Case:
+    case = Case(workload, precision, folder, options)
+    folder.mkdir(parents=True)
+    prepare(case)
+    sides = options.sides or ["ours", *(["cached"] if workload == "align" else ["packed"]), "trainer"]
+    for repeat in range(options.repeats):
+        for side in sides:
+            case.rates.append(matrix_rate(precision, options.threads))
+            out = folder / f"{side}-{repeat}"
+            run = run_trainer(case, out) if side == "trainer" else run_ours(case, side, out)
+            case.sides.setdefault(side, []).append(run)
+            print(f"{workload} {precision} {side}: {run['samples_per_second']:.2f} samples/s", file=sys.stderr)
+    return case
+
+
+def prepare(case: Case) -> None:
+    """Make both sides' inputs: a model folder, its export, pictures and conversations, and our side's line."""
+    options, folder = case.options, case.folder
+    needed = options.batch_size * options.steps
+    side = 48 if case.workload == "quickstart" else options.image_size
+    records = list(real_records(options, case.stage, needed)) if options.data and side > 48 else None
+    if records is None:
+        records = list(made_records(case.workload, needed, folder / "source", side))
+    (folder / "images").mkdir()
+    for record in records:
+        for name in pictures_of(record):
+            target = folder / "images" / name.replace("/", "_")
+            picture = Image.open(record.pop("folder", None) or folder / "source" / name).convert("RGB")
+            picture.resize((side, side), Image.Resampling.BICUBIC).save(target.with_suffix(".png"))
+            record["image"] = target.with_suffix(".png").name
+    (folder / "data.json").write_text(json.dumps(records))
+    case.line = [
+        "recipe=llava_1_5",
+        f"stage={case.stage}",
+        f"stages.{case.stage}.fresh=[]",
+        f"stages.{case.stage}.batch_size={options.batch_size}",
+        f"stages.{case.stage}.micro_batch_size={options.batch_size}",
+        f"stages.{case.stage}.max_steps={options.steps}",
+        f"stages.{case.stage}.gradient_checkpointing=false",
+        f"stages.{case.stage}.max_grad_norm=1.0",
+        f"stages.{case.stage}.image_fit=squash",
+        f"stages.{case.stage}.max_length={512 if case.workload == 'quickstart' else 2048}",
+        f"stages.{case.stage}.train.connector=1e-4",
+        "data=llava_json",
+        f"data.images={folder / 'images'}",
+        f"data.{case.stage}={folder / 'data.json'}",
+        "data.validation=null",
+        "engine=zero0",
+        f"precision={case.precision}",
+    ]
+    case.line += ["mini=true"] if case.workload == "quickstart" else parts_line(case)
+    build_model(case)
+    case.line += [f"init_from={folder / 'model'}", *options.set]
+
+
+def parts_line(case: Case) -> list[str]:
+    """The two big parts: folders that were given, or ones made here, of the shape of published ones."""
+    from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    from vlmtrain.data.shapes import VOCABULARY
+    from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
+
+    options, folder = case.options, case.folder
+    vision, llm = options.vision, options.llm
+    torch.manual_seed(0)
+    if vision is None:
+        vision = folder / "vision"
+        config = SiglipVisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        )
+        config.image_size, config.patch_size = options.image_size, 16
+        SiglipVisionModel(config).save_pretrained(vision)
+        look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}}
+        (vision / "preprocessor_config.json").write_text(json.dumps(look))
+    if llm is None:
+        llm = folder / "llm"
+        tokenizer = build_tiny_tokenizer(VOCABULARY)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        config = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            **ids,
+        )
+        LlamaForCausalLM(config).save_pretrained(llm)
+        tokenizer.save_pretrained(llm)
+    size = f"vision.image_size={options.image_size}"
+    return ["vision=hf", f"vision.path={vision}", size, "vision.layer=-2", "llm=hf", f"llm.path={llm}"]
+
+
+def real_records(options: argparse.Namespace, stage: str, needed: int) -> Iterator[dict]:
+    folder = Path(options.data)
+    records = [r for r in json.loads((folder / f"{stage}.json").read_text()) if isinstance(r.get("image", ""), str)]
+    rng = random.Random(0)
+    for record in rng.sample(records, needed) if stage == "align" else talks(rng, records, needed):
+        yield {**record, "folder": str(folder / "images" / record["image"])} if "image" in record else record
+
+
+def talks(rng: random.Random, records: list[dict], needed: int) -> Iterator[dict]:
+    """Conversations of the mixture's shape, of the words and pictures of `records`."""
+    words = [word for record in records for turn in record["conversations"] for word in turn["value"].split()]
+    words = [word for word in words if "<" not in word]
+    for number in range(needed):
+        shown = rng.choice([record for record in records if "image" in record])
+        turns = []
+        for _ in range(min(6, 1 + int(rng.expovariate(1 / 1.2)))):
+            length = rng.randint(1, 5) if rng.random() < 0.5 else min(200, int(rng.lognormvariate(3.7, 0.6)))
+            asked = " ".join(rng.choices(words, k=rng.randint(6, 14)))
+            turns += [
+                {"from": "human", "value": asked},
+                {"from": "gpt", "value": " ".join(rng.choices(words, k=max(1, length)))},
+            ]
+        record = {"id": number, "conversations": turns}
+        if rng.random() >= 0.06:
+            record["image"] = shown["image"]
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        yield record
+
+
+def made_records(workload: str, needed: int, folder: Path, side: int) -> Iterator[dict]:
+    """Procedural pictures with their captions, or talks of the captions' words."""
+    from vlmtrain.data.shapes import Shapes
+
+    folder.mkdir()
+    source = Shapes("caption", needed, side)
+    captions = []
+    for number in range(needed):
+        conversation = source[number]
+        conversation.images[0].load().save(folder / f"{number}.png")
+        turns = [
+            {"from": "human", "value": "<image>"},
+            {"from": "gpt", "value": conversation.turns[-1].text},
+        ]
+        captions.append({"id": number, "image": f"{number}.png", "conversations": turns})
+    yield from captions if workload != "instruct" else talks(random.Random(0), captions, needed)
+
+
+def pictures_of(record: dict) -> list[str]:
+    return [record["image"]] if "image" in record else []
+
+
+def build_model(case: Case) -> None:
+    """The model that both sides start from, in our form and in Hugging Face's, and the conversations as token ids."""
+    from vlmtrain.data.loader import build_plan
+    from vlmtrain.data.sources import build_source
+    from vlmtrain.interop.export import export
+    from vlmtrain.model import VLMWrapper
+    from vlmtrain.objectives import LanguageModelling
+    from vlmtrain.settings import compose
+    from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+
+    name, folder = case.stage, case.folder
+    fresh = "[vision,connector,llm]" if case.workload == "quickstart" else "[connector]"
+    settings = compose([*case.line, f"stages.{name}.fresh={fresh}", "precision=fp32"])
+    tokenizer = build_tokenizer(settings)
+    parts = build_parts(settings, name, None, tokenizer)
+    processor = build_processor(settings, name, parts, LanguageModelling(), tokenizer)
+    VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    export(folder / "model", folder / "export", "llava")
+    image_id = json.loads((folder / "export" / "config.json").read_text())["image_token_index"]
+    source = build_source(settings.data, name, picture_size(parts), settings.seed)
+    plan = build_plan(source, processor, settings.stages[name], name, 1)
+    records = json.loads((folder / "data.json").read_text())
+    with (folder / "samples.jsonl").open("w") as file:
+        for position in range(len(source)):
+            planned = plan.reader.read(position, [])
+            tokens = planned.tokens
+            ids = tokens.input_ids.masked_fill(tokens.image_index >= 0, image_id).tolist()
+            labels = [-100, *tokens.targets[:-1].tolist()]  # theirs are shifted by the model
+            pictures = pictures_of(records[planned.index])
+            file.write(json.dumps({"input_ids": ids, "labels": labels, "images": pictures, "length": len(ids)}) + "\n")
+
+
+def run_ours(case: Case, side: str, out: Path) -> dict:
+    """`python -m vlmtrain.train` in a process of its own; what the clock says is read off its metrics as they come."""
+    more = []
+    if side == "packed":
+        more = [f"stages.{case.stage}.layout=packed", f"stages.{case.stage}.micro_batch_size=null"]
+    if side == "cached":
+        more = [f"features.cache={case.folder / 'cache'}"]
+        if not (case.folder / "cache").exists() and out.name != "filling":
+            run_ours(case, side, case.folder / "filling")
+    command = [sys.executable, "-m", "vlmtrain.train", *case.line, *more, f"run_dir={out}"]
+    records, ends = watch(command, out / case.stage / "metrics.jsonl", case.options.threads)
+    case.first.setdefault(side, records[0]["loss"])
+    timed = records[case.options.warmup :]
+    seconds = ends[-1] - ends[case.options.warmup - 1]
+    return {
+        "samples_per_second": sum(r["samples"] for r in timed) / seconds,
+        "targets_per_second": sum(r["target_tokens"] for r in timed) / seconds,
+        "peak": max(r["peak_memory_bytes"] for r in records),
+        "waited": sum(r["data_seconds"] for r in timed) / seconds,
+        "tokens": sum(r["tokens"] for r in timed) / sum(r["samples"] for r in timed),
+        "targets": sum(r["target_tokens"] for r in timed) / sum(r["samples"] for r in timed),
+        "image_tokens": sum(r["image_tokens"] for r in timed) / sum(r["samples"] for r in timed),
+    }
+
+
+def run_trainer(case: Case, out: Path) -> dict:
+    out.mkdir()
+    options = case.options
+    job = {
+        "model": str(case.folder / "export"),
+        "samples": str(case.folder / "samples.jsonl"),
+        "images": str(case.folder / "images"),
+        "trained": TRAINED[case.workload],
+        "batch_size": options.batch_size,
+        "steps": options.steps,
+        "precision": case.precision,
+        "group_by_length": case.workload == "instruct",
+        "out": str(out),
+    }
+    (out / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, str(ROOT / "benchmarks" / "hf_trainer.py"), str(out / "job.json")]
+    records, _ = watch(command, out / "clock.jsonl", options.threads)
+    case.first.setdefault("trainer", json.loads((out / "first.json").read_text())["loss"])
+    seconds = records[-1]["time"] - records[options.warmup]["time"]
+    samples = options.batch_size * (options.steps - options.warmup)
+    return {"samples_per_second": samples / seconds, "peak": records[-1]["peak"]}
+
+
+def watch(command: list[str], file: Path, threads: int) -> tuple[list[dict], list[float]]:
+    """Run a command; the JSON lines of a file that it writes, and when each of them appeared."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    ends: list[float] = []
+    while process.poll() is None:
+        if file.exists():
+            ends += [time.time()] * (file.read_bytes().count(b"\n") - len(ends))
+        time.sleep(0.002)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{process.stderr.read().decode()[-3000:]}")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return records, ends + [time.time()] * (len(records) - len(ends))
+
+
+def matrix_rate(precision: str, threads: int) -> float:
+    """FLOP/s of a large matrix product, the best of a few."""
+    torch.set_num_threads(threads)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    one, other = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        one @ other
+        times.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(times)
+
+
+def useful_flops(case: Case, run: dict, cached: bool) -> float:
+    """FLOPs that an update needs for one sample of this workload, by `vlmtrain plan`'s counting."""
+    from vlmtrain.planning.measuring import Meter, use_counted_attention
+    from vlmtrain.planning.plan import Machine, plan_run
+    from vlmtrain.settings import compose
+    from vlmtrain.training.assembly import build_skeleton, build_tokenizer
+
+    name = case.stage
+    expected = {"text_tokens": run["tokens"] - run["image_tokens"], "images": 1.0}
+    expected["answer_share"] = run["targets"] / max(1.0, expected["text_tokens"])
+    line = [f"stages.{name}.expected.{key}={value}" for key, value in expected.items()]
+    settings = compose([*case.line, *line])
+    (plan,) = plan_run(settings, Machine())
+    if not cached:
+        return plan.flops_per_sample
+    vision = build_skeleton(settings, name, build_tokenizer(settings))["vision"]
+    use_counted_attention(vision)
+    meter = Meter()
+    with meter.part("vision", vision, None), torch.no_grad():
+        vision(torch.empty(1, 3, *vision.image_size, device="meta"))
+    return plan.flops_per_sample - meter.costs["vision"].flops
+
+
+def table(cases: list[Case], options: argparse.Namespace) -> str:
+    """The figures as Markdown."""
+    parts = "published parts" if options.llm else "random weights"
+    lines = [
+        f"{options.threads} threads, {parts}, {options.batch_size} samples a step, "
+        f"{options.steps - options.warmup} steps timed, medians of {options.repeats}",
+        "",
+        "| workload | side | samples/s | ratio | target tokens/s | of the matrix rate | data wait | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        lines += case_rows(case)
+    return "\n".join(lines)
+
+
+def case_rows(case: Case) -> Iterator[str]:
+    def median(side: str, key: str) -> float:
+        return statistics.median(run[key] for run in case.sides[side])
+
+    title = f"{case.workload} {case.precision}"
+    for side, runs in case.sides.items():
+        speed, memory = median(side, "samples_per_second"), median(side, "peak")
+        ratio = "1" if side == "trainer" else "-"
+        if "trainer" in case.sides and side != "trainer":
+            first = case.first["ours" if side == "packed" else side], case.first["trainer"]
+            agrees = abs(first[0] / first[1] - 1) <= AGREEMENT[case.precision]
+            other = median("trainer", "samples_per_second")
+            ratio = f"{speed / other:.2f}" if agrees else f"void: first losses {first[0]:.5f}, {first[1]:.5f}"
+        cells = [title, side, f"{speed:.2f}", ratio]
+        if side == "trainer":
+            cells += ["", "", ""]
+        else:
+            share = speed * useful_flops(case, runs[0], side == "cached") / statistics.median(case.rates)
+            cells += [f"{median(side, 'targets_per_second'):.0f}", f"{share:.2f}", f"{median(side, 'waited'):.1%}"]
+        yield "| " + " | ".join([*cells, f"{memory / 2**30:.2f} GiB"]) + " |"
+
+
+if __name__ == "__main__":
+    main()
