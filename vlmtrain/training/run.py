@@ -77,6 +77,8 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
     ):
         if settings[key] not in allowed:
             raise ValueError(f"{key}={settings[key]}: expected one of {', '.join(allowed)}")
+    if not isinstance(settings.compile, bool):
+        raise ValueError(f"compile={settings.compile}: expected true or false")
     check_numbers(settings, RUN | VALIDATION)
     if settings.stage is not None and settings.stage not in settings.stages:
         raise ValueError(

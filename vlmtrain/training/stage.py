@@ -35,6 +35,7 @@ from .assembly import (
     seed_for,
 )
 from .checkpoint import Checkpoints
+from .compiling import compile_blocks
 from .engine import StageEngine
 from .feature_cache import FeatureCache
 from .metrics import Metrics, Progress, WandB, logger
@@ -101,6 +102,8 @@ class _Stage:
         freeze(self.parts, self.groups, self.config.gradient_checkpointing)
         if self.config.layout == "packed":
             attend_in_segments(self.parts["llm"])
+        if settings.compile:
+            compile_blocks(self.parts)
         peaks = {group.label: group.lr for group in groups}
         self.schedule = Schedule.from_config(self.config.schedule, self.total_steps, peaks)
 
