@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
 from .records import IMAGE_MARK, BadSample, Conversation, Turn
-from .templates import chat_template
+from .templates import BLIP, chat_template
 
 IGNORE = -100
 
@@ -57,6 +57,7 @@ class _Span:
     is_words: bool = False
     answer: int | None = None
     is_image: bool = False
+    is_start: bool = False  # tokenised apart from what is before it
 
 
 class Renderer:
@@ -71,6 +72,8 @@ class Renderer:
         self.template = template
         self.max_length = max_length
         self._chat = None if template == "plain" else chat_template(template, tokenizer, fallback)
+        self.pictures_first = template == BLIP or (template == "chat" and not tokenizer.chat_template)
+        self.pictures_first &= BLIP in (template, fallback)
         # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not among the named special tokens.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
@@ -186,6 +189,8 @@ class Renderer:
 
         for span in self._spans(conversation):
             if not span.is_image:
+                if span.is_start:
+                    flush()
                 chunk.append(span)
                 continue
             flush()
@@ -211,6 +216,8 @@ class Renderer:
     def _spans(self, conversation: Conversation) -> list[_Span]:
         if self._chat is None:
             return self._plain_spans(conversation)
+        if self.pictures_first:
+            self._check_marks(conversation)
         try:
             texts = self.template_texts(conversation.turns)
         except ValueError as error:
@@ -220,7 +227,10 @@ class Renderer:
             words = turn.text.strip()
             if turn.role != "assistant":
                 spans.append(_Span(rest))
-                spans += _with_images(words) if turn.role == "user" else [_Span(words, is_words=True)]
+                if self.pictures_first:
+                    spans.append(_Span(without_marks(words), is_words=True, is_start=index == 0))
+                else:
+                    spans += _with_images(words) if turn.role == "user" else [_Span(words, is_words=True)]
                 rest = after
                 continue
             # A space before the answer is its first token's, or that of words which do not merge with it: so
@@ -237,7 +247,8 @@ class Renderer:
                 )
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]
-        return [*spans, _Span(rest)]
+        pictures = [_Span("", is_image=True)] * (len(conversation.images) if self.pictures_first else 0)
+        return [*pictures, *spans, _Span(rest)]
 
     def template_texts(self, turns: Sequence[Turn]) -> list[str]:
         """The template's own text before each turn and behind the last one, every answer's as when it is asked for.
@@ -303,6 +314,12 @@ class Renderer:
         if _is_silent(turns[0]):
             return replace(conversation, turns=turns[1:])
         raise BadSample(f"{conversation.id}: template={self.template} takes no system turn: {self._no_system}")
+
+    def _check_marks(self, conversation: Conversation) -> None:
+        """Raise BadSample for a picture behind an answer, which the answer would be trained to see."""
+        spoken = [turn.text for turn in conversation.turns if turn.role == "user"]
+        if any(IMAGE_MARK in text for text in spoken[1:]):
+            raise BadSample(f"{conversation.id}: template={BLIP} shows pictures first, so none can come in a later turn")
 
     def _plain_spans(self, conversation: Conversation) -> list[_Span]:
         if [turn.role for turn in conversation.turns] != ["user", "assistant"]:
@@ -372,6 +389,11 @@ def _with_images(words: str) -> list[_Span]:
             spans.append(_Span("", is_image=True))
         spans.append(_Span(piece, is_words=True))
     return spans
+
+
+def without_marks(words: str) -> str:
+    """Words without the marks of pictures in them, nor the white space around those."""
+    return re.sub(rf"\s*{re.escape(IMAGE_MARK)}\s*", " ", words).strip()
 
 
 def check_conversation(conversation: Conversation) -> None:

@@ -39,7 +39,11 @@ BARE = (
     "{% endfor %}"
 )
 
-TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE}
+# The same words as `bare`, but the pictures stand before all of it, as BLIP-2 and InstructBLIP have them (published
+# code: the queries' tokens, the language model's beginning-of-text token, the words).
+BLIP = "blip"
+
+TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE}
 NAMES = ("plain", "chat", *TEMPLATES)
 
 

@@ -49,6 +49,23 @@ _SPACING = """\
 {%- set typed.text = typed.text + 'IMAGE' + space + piece -%}
 {%- endfor -%}
 """
+# For `blip`: no picture stands among the words; PICTURES is before all of them, or another's to put there.
+_MARKS_OUT = """\
+{%- set typed.text = typed.text.split('IMAGE') | map('trim') | join(' ') | trim -%}
+"""
+_PICTURES = """\
+{%- set shown = namespace(marks='') -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}
+{%- set shown.marks = shown.marks + 'IMAGE' * (message.content.split('IMAGE') | length - 1) -%}
+{%- else -%}
+{%- for item in message.content if item.type in ('image', 'image_url') -%}
+{%- set shown.marks = shown.marks + 'IMAGE' -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{{- shown.marks -}}
+"""
 _PLAIN = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}{{ message.content }}"
@@ -72,20 +89,61 @@ def typed_speech(processor: Processor) -> Speech:
     found gives the same token ids.
     """
     renderer = processor.renderer
-    tokenizer = copy.deepcopy(renderer.tokenizer)
+    tokenizer = _with_image_token(renderer.tokenizer)
+    _add_nothing(tokenizer)
+    inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
+    before, spacings = "", ("", _SPACING)
+    if renderer.pictures_first:
+        before, spacings = _PICTURES, (_MARKS_OUT,)
+        inner += [each.replace("{{ bos_token }}", "{{ bos_token + ' ' }}") for each in inner]
+    return _chosen(
+        renderer,
+        tokenizer,
+        [_marked(before + _TYPED.replace("SPACING", each)) + end for end, each in product(inner, spacings)],
+    )
+
+
+def spoken_words(processor: Processor) -> Speech:
+    """The same for BLIP-2's processors, which put the pictures' tokens and the tokenizer's own before the words.
+
+    Raises ValueError for another template than ``blip``.
+    """
+    renderer = processor.renderer
+    if not renderer.pictures_first:
+        raise ValueError(f"template={renderer.template} does not show pictures before all words: use template=blip")
+    tokenizer = _with_image_token(renderer.tokenizer)
+    _add_nothing(tokenizer)
+    words = _inner_template(renderer, processor.fallback).replace("{{ bos_token }}", "")
+    if tokenizer.bos_token is not None:
+        start = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            f"{start[0]} $A", f"{start[0]} $A $B", [start]
+        )
+    return _chosen(renderer, tokenizer, [_marked(_TYPED.replace("SPACING", _MARKS_OUT)) + words], pictures_put=True)
+
+
+def _marked(template: str) -> str:
+    return template.replace("IMAGE", IMAGE_MARK)
+
+
+def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    tokenizer = copy.deepcopy(tokenizer)
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for generation
-    _add_nothing(tokenizer)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-    inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
-    differing = ""
-    for ending, spacing in product(inner, ("", _SPACING)):
-        template = _TYPED.replace("SPACING", spacing).replace("IMAGE", IMAGE_MARK) + ending
+    return tokenizer
+
+
+def _chosen(
+    renderer: Renderer, tokenizer: PreTrainedTokenizerBase, templates: list[str], pictures_put: bool = False
+) -> Speech:
+    """The first of some templates that gives what the renderer gives. Raises ValueError if none does."""
+    image_id, differing = tokenizer.convert_tokens_to_ids(IMAGE_MARK), ""
+    for template in templates:
         speech = Speech(tokenizer, image_id, template)
-        found = _difference(renderer, speech)
+        found = _difference(renderer, speech, pictures_put)
         if found is None:
             tokenizer.chat_template = template
             return speech
@@ -97,7 +155,7 @@ def _inner_template(renderer: Renderer, fallback: str | None) -> str:
     if renderer.template != "plain":
         return chat_template(renderer.template, renderer.tokenizer, fallback)
     adds = renderer.tokenizer("").input_ids[:1] == [renderer.tokenizer.bos_token_id]
-    return ("{{ bos_token }}" if adds else "") + _PLAIN.replace("IMAGE", IMAGE_MARK)
+    return ("{{ bos_token }}" if adds else "") + _marked(_PLAIN)
 
 
 def _written_out(renderer: Renderer) -> list[str]:
@@ -145,8 +203,11 @@ def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
     return [*talks, *((Turn("system", "Be brief."), *talk) for talk in talks)]
 
 
-def _difference(renderer: Renderer, speech: Speech) -> str | None:
-    """Where typed and plain content render to other ids than the renderer's, in words; None if nowhere."""
+def _difference(renderer: Renderer, speech: Speech, pictures_put: bool) -> str | None:
+    """Where typed and plain content render to other ids than the renderer's, in words; None if nowhere.
+
+    pictures_put: whether a processor puts the pictures' tokens before the others.
+    """
     for turns in _conversations(renderer):
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
@@ -161,7 +222,7 @@ def _difference(renderer: Renderer, speech: Speech) -> str | None:
                 add_generation_prompt=True,
                 tokenize=False,
             ).replace(IMAGE_MARK, IMAGE_MARK * 3)
-            found = speech.tokenizer(text).input_ids
+            found = [speech.image_id] * (3 * images if pictures_put else 0) + speech.tokenizer(text).input_ids
             if found != expected:
                 alike = min(len(found), len(expected))
                 start = next((i for i in range(alike) if found[i] != expected[i]), max(0, alike - 4))

@@ -268,6 +268,37 @@ def test_plain_takes_one_exchange_only(tokenizer):
         render(Renderer(tokenizer, "plain", 1000), talk(*LONG))
 
 
+# blip
+
+
+@every_tokenizer
+@pytest.mark.parametrize("question", ["<image>\nWhat color is it?", "What color\n<image>\nis it?", "What color is it?"])
+def test_blip_is_pictures_then_what_the_tokenizer_makes_of_the_words(kind, question):
+    """As in LAVIS: the tokens of the queries, and then the tokenizer's own beginning and the words."""
+    subject = renderer(kind, "blip")
+    conversation = talk(question, "a red circle", "and how many?", "5")
+    shown = PICTURE_TOKENS * len(conversation.images)
+    tokens = render(subject, conversation)
+    assert_shifted(tokens)
+    assert tokens.image_index.tolist() == [0] * shown + [-1] * (len(tokens) - shown)
+    eos = subject.tokenizer.eos_token
+    own = subject.tokenizer(f"What color is it? a red circle{eos}and how many? 5{eos}").input_ids
+    if own[0] != subject.tokenizer.bos_token_id and subject.tokenizer.bos_token:
+        own = [subject.tokenizer.bos_token_id, *own]
+    if kind != "wordpiece":  # which frames every text by itself
+        assert tokens.input_ids[shown:].tolist() == own
+    prompt = subject.prompt(talk(question), [PICTURE_TOKENS] * len(conversation.images))
+    assert prompt.input_ids.equal(tokens.input_ids[: len(prompt)]) and prompt.image_index.equal(
+        tokens.image_index[: len(prompt)]
+    )
+    assert tokens.answers[0][0] == len(prompt)
+
+
+def test_blip_shows_no_picture_that_comes_later(tokenizer):
+    with pytest.raises(BadSample, match="sample-7: template=blip shows pictures first, so none can come in a later"):
+        render(Renderer(tokenizer, "blip", 1000), talk("What?", "red", "<image>\nand this?", "blue"))
+
+
 # length
 
 

@@ -7,7 +7,7 @@ from test_rendering import CHATS, TOKENIZERS, renderer
 
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
-from vlmtrain.interop.chat_template import typed_speech
+from vlmtrain.interop.chat_template import spoken_words, typed_speech
 
 
 def speaking(kind: str, template: str) -> Processor:
@@ -15,7 +15,7 @@ def speaking(kind: str, template: str) -> Processor:
     return Processor(found.tokenizer, None, found.template, 1000)
 
 
-@pytest.mark.parametrize("template", CHATS)
+@pytest.mark.parametrize("template", [*CHATS, "blip"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_an_exported_template_renders_what_training_saw(kind, template):
     processor = speaking(kind, template)
@@ -31,6 +31,18 @@ def test_an_exported_template_renders_what_training_saw(kind, template):
     assert speech.tokenizer.padding_side == "left" and renderer(kind, template).tokenizer.chat_template == (
         processor.tokenizer.chat_template
     )
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_blips_processors_put_pictures_and_the_first_token_themselves(kind):
+    processor = speaking(kind, "blip")
+    speech = spoken_words(processor)
+    expected = processor.renderer.prompt(Conversation("one", (Turn("user", "<image>\nWhat is it?"),), (None,)), [1])
+    said = speech.tokenizer.apply_chat_template([{"role": "user", "content": "<image>\nWhat is it?"}], tokenize=False)
+    assert said == "What is it?"
+    assert speech.tokenizer(said).input_ids == expected.input_ids[1:].tolist()
+    with pytest.raises(ValueError, match="template=bare does not show pictures before all words: use template=blip"):
+        spoken_words(speaking(kind, "bare"))
 
 
 def test_a_template_that_shows_something_else_is_refused():
