@@ -116,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         default="hf",
         metavar="FORMAT",
-        help="llava: LLaVA's own class, loaded by transformers alone; vlmtrain: a class that needs 'import vlmtrain'; "
-        "hf (default): the first of them that fits",
+        help="llava, blip2: LLaVA's or BLIP-2's own class, loaded by transformers alone; vlmtrain: a class that needs "
+        "'import vlmtrain'; hf (default): the first of them that fits",
     )
     export.set_defaults(command=_export)
 

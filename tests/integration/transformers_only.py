@@ -29,7 +29,8 @@ NEW = 12
 
 def inputs(processor, questions: list, pictures: list):
     images = [[Image.open(file) for file in files] for files in pictures]
-    text = [processor.apply_chat_template(q, add_generation_prompt=True, tokenize=False) for q in questions]
+    speaker = processor if processor.chat_template else processor.tokenizer  # BLIP-2's processors keep no template
+    text = [speaker.apply_chat_template(q, add_generation_prompt=True, tokenize=False) for q in questions]
     seen = {"images": [one for each in images for one in each]} if any(images) else {}
     return processor(text=text, **seen, padding=True, return_tensors="pt")
 

@@ -54,6 +54,13 @@ def load(module: nn.Module, state_dict: dict[str, Tensor], conventions: tuple[Na
         logger.warning("Not part of the published weights, left as they were: %s", ", ".join(kept))
 
 
+def published_state(module: nn.Module, names: Names) -> dict[str, Tensor]:
+    """The tensors of `module` under the names of a convention, without its prefix: what `load` takes."""
+    own = module.state_dict()
+    expected, *_ = _fit(module, own, names, "")
+    return {name: torch.cat([own[part] for part in parts]) for name, parts in expected.items()}
+
+
 def drop_cls_position(state_dict: dict[str, Tensor], num_positions: int) -> dict[str, Tensor]:
     """Older Honeybee checkpoints hold one more position, the CLS token's, first: leave it out."""
 

@@ -209,8 +209,8 @@ class QFormer(Connector):
     ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, any grid; ``features.prefix`` (CLS) is read too, before
     the patches. `text_vocab` (BERT's: 30523 with BLIP-2's extra token) makes it read an instruction (InstructBLIP,
     section 2.2): then ``forward(features, text_ids, text_mask)``, ids ``(B, T)`` and a mask True at real tokens.
-    `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps in the encoder. It is
-    this connector's and trains with it, also where the encoder is frozen, as published.
+    `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps in the encoder (under
+    another `vision_norm_eps`). It is this connector's, and trains also where the encoder is frozen, as published.
     `core` is the Q-Former alone, for training without a language model: then `out_dim` is None, there is no `proj`,
     and tokens are `hidden_size` wide.
 
@@ -248,10 +248,11 @@ class QFormer(Connector):
         text_vocab: int | None = None,
         text_positions: int = 512,
         vision_norm: bool = False,
+        vision_norm_eps: float = 1e-5,
     ):
         super().__init__(in_dim, hidden_size if out_dim is None else out_dim)
         self.reads_text = text_vocab is not None
-        self.ln_vision = nn.LayerNorm(in_dim) if vision_norm else nn.Identity()
+        self.ln_vision = nn.LayerNorm(in_dim, eps=vision_norm_eps) if vision_norm else nn.Identity()
         self.core = QFormerCore(
             in_dim,
             num_queries,

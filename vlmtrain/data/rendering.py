@@ -319,7 +319,7 @@ class Renderer:
         """Raise BadSample for a picture behind an answer, which the answer would be trained to see."""
         spoken = [turn.text for turn in conversation.turns if turn.role == "user"]
         if any(IMAGE_MARK in text for text in spoken[1:]):
-            raise BadSample(f"{conversation.id}: template={BLIP} shows pictures first, so none can come in a later turn")
+            raise BadSample(f"{conversation.id}: template={BLIP} shows pictures first: none can come in a later turn")
 
     def _plain_spans(self, conversation: Conversation) -> list[_Span]:
         if [turn.role for turn in conversation.turns] != ["user", "assistant"]:

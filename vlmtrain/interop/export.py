@@ -11,13 +11,15 @@ import torch
 import transformers
 from PIL import Image
 
+from ..connectors.qformer import QFormer
 from ..data.processor import Batch, Processor
 from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..model import VLMWrapper
+from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported, as_llava
 
-FORMATS = ("hf", "llava", "vlmtrain")
+FORMATS = ("hf", "llava", "blip2", "vlmtrain")
 
 
 class Export(NamedTuple):
@@ -32,8 +34,9 @@ class Export(NamedTuple):
 def export(source: Path, out: Path, form: str = "hf") -> Export:
     """Write the model folder `source` to `out`.
 
-    form: ``llava`` is LLaVA-1.5's or LLaVA-NeXT's own class, which transformers loads alone; ``vlmtrain`` a class that
-    ``import vlmtrain`` registers; ``hf`` the first of them that fits. Raises ValueError saying why a form does not.
+    form: ``llava`` is LLaVA-1.5's or LLaVA-NeXT's own class and ``blip2`` BLIP-2's or InstructBLIP's, which
+    transformers loads alone; ``vlmtrain`` a class that ``import vlmtrain`` registers; ``hf`` the first of them that
+    fits. Raises ValueError saying why a form does not.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -58,10 +61,11 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
-            exported = as_llava(model, processor)
+            takes_queries = form == "blip2" or (form == "hf" and isinstance(model.connector, QFormer))
+            exported = (as_blip if takes_queries else as_llava)(model, processor)
             return exported, _checked(model, processor, exported)
         except DoesNotFit as error:
-            if form == "llava":
+            if form != "hf":
                 raise
             remarks = (f"loads after 'import vlmtrain' only: {error}",)
     from .own import as_own
@@ -116,6 +120,8 @@ def hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
             options["image_cuts"] = torch.tensor(batch.tiles)
         if batch.text_ids is not None:
             options |= {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
+    elif batch.text_ids is not None:
+        options |= {"qformer_input_ids": batch.text_ids, "qformer_attention_mask": batch.text_mask.long()}
     elif batch.tiles is not None:
         views = batch.images.split([tiles.views for tiles in batch.tiles])
         options["pixel_values"] = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)

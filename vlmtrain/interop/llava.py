@@ -53,11 +53,7 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
 
     Tensors are shared where they are alike. Raises DoesNotFit for parts that these classes cannot hold.
     """
-    for part in ("vision", "connector", "llm"):
-        if getattr(model, part) is None:
-            raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
-    if processor.geometry is None:
-        raise DoesNotFit("the model's processor takes no pictures: export a stage that does")
+    check_parts(model, processor)
     tiled = processor.geometry.fit == "tiles"
     connector = model.connector.connector if isinstance(model.connector, TiledConnector) else model.connector
     projector, activation = _projector(connector)
@@ -91,7 +87,7 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
         state["model.image_newline"] = model.connector.newline.detach()
     else:
         model_class, config = LlavaForConditionalGeneration, LlavaConfig(**options)
-    exported = _filled(model_class, config, state, next(model.llm.parameters()).dtype)
+    exported = filled(model_class, config, state, next(model.llm.parameters()).dtype)
     exported.generation_config = generation_settings(processor, speech)
     processor_class = LlavaNextProcessor if tiled else LlavaProcessor
     hf_processor = processor_class(
@@ -104,6 +100,15 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
         image_token=IMAGE_MARK,
     )
     return Exported(exported, hf_processor, remarks)
+
+
+def check_parts(model: VLMWrapper, processor: Processor) -> None:
+    """Raise DoesNotFit if a part is lacking."""
+    for part in ("vision", "connector", "llm"):
+        if getattr(model, part) is None:
+            raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
+    if processor.geometry is None:
+        raise DoesNotFit("the model's processor takes no pictures: export a stage that does")
 
 
 def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
@@ -165,9 +170,7 @@ def _with_rows(table: Tensor, rows: int) -> Tensor:
     return nn.functional.pad(table.detach(), (0, 0, 0, rows)) if rows else table.detach()
 
 
-def _filled(
-    model_class: type[PreTrainedModel], config, state: dict[str, Tensor], dtype: torch.dtype
-) -> PreTrainedModel:
+def filled(model_class: type[PreTrainedModel], config, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """A model that holds `state`. Raises DoesNotFit naming tensors without a place."""
     state = {name: tensor.detach() for name, tensor in state.items()}
     model, info = model_class.from_pretrained(

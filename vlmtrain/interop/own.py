@@ -26,12 +26,13 @@ from ..data.images import to_rgb, to_tensor
 from ..data.processor import OWN_TOKENIZER, Geometry, Processor
 from ..data.records import IMAGE_MARK
 from ..model import VLMWrapper
+from ..model.loading import know_blip_towers
 from ..model.parts import connector_from
 from ..model.vision import HFVision, OpenClipVision, VisionEncoder
 from ..tiling import Tiles
 from .chat_template import typed_speech
 from .fitting import DoesNotFit
-from .llava import Exported, generation_settings
+from .llava import Exported, check_parts, generation_settings
 from .own_config import VLMTrainConfig
 
 
@@ -153,6 +154,7 @@ def _build(config: VLMTrainConfig) -> VLMWrapper:
         visual = OpenClipVision._build_visual(saved["model_config"])
         vision: VisionEncoder = OpenClipVision(visual, saved["model_config"], saved["layer"], saved["levels"])
     else:
+        know_blip_towers()
         encoder = AutoModel.from_config(AutoConfig.for_model(**saved["encoder"]))
         vision = HFVision(encoder, saved["geometry"], saved["layer"], saved["levels"])
     return VLMWrapper(vision, connector_from(config.connector), AutoModelForCausalLM.from_config(config.text_config))
@@ -260,11 +262,7 @@ def _as_tuple(value: object) -> object:
 
 def as_own(model: VLMWrapper, processor: Processor) -> Exported:
     """The model as it is, under transformers' Auto classes. Raises DoesNotFit if it lacks a part."""
-    for part in ("vision", "connector", "llm"):
-        if getattr(model, part) is None:
-            raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
-    if processor.geometry is None:
-        raise DoesNotFit("the model's processor takes no pictures: export a stage that does")
+    check_parts(model, processor)
     speech = typed_speech(processor)
     text_config = model.llm.config
     config = VLMTrainConfig(

@@ -101,28 +101,36 @@ def _at_own_size(vision: HFVision) -> nn.Module:
     state[tables[0]] = positions if table.dim() == 3 else positions[0]
     config = copy.deepcopy(encoder.config)
     config.image_size = size
-    return _build(type(encoder), config, state, table.dtype)
+    return build_tower(type(encoder), config, state, table.dtype)
 
 
 def _side(size: int | list[int] | tuple[int, int]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-def _renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    """Tensors under Hugging Face's names; packed projections taken apart."""
-    renamed = {}
+def renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Tensors under Hugging Face's names."""
+    found = {}
     for name, tensor in state.items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
+        found[name] = tensor
+    return found
+
+
+def _taken_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Packed projections as three."""
+    found = {}
+    for name, tensor in state.items():
         if ".qkv." in name:
             for letter, part in zip("qkv", tensor.chunk(3)):
-                renamed[name.replace(".qkv.", f".{letter}_proj.")] = part
+                found[name.replace(".qkv.", f".{letter}_proj.")] = part
         else:
-            renamed[name] = tensor
-    return renamed
+            found[name] = tensor
+    return found
 
 
-def _build(model_class: type, config, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def build_tower(model_class: type, config, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """A model of `model_class` that holds `state`. Raises DoesNotFit naming what is over or lacking."""
     with torch.device("meta"):
         expected = model_class(config).state_dict()
@@ -136,17 +144,28 @@ def _build(model_class: type, config, state: dict[str, Tensor], dtype: torch.dty
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
+def gelu_name(activation: nn.Module) -> str:
+    """Hugging Face's name of a GELU as timm has it."""
+    is_tanh = "tanh" in (type(activation).__name__.lower(), getattr(activation, "approximate", ""))
+    return "gelu_pytorch_tanh" if is_tanh or type(activation).__name__ == "GELUTanh" else "gelu"
+
+
+def scale_layers(state: dict[str, Tensor], pattern: str, layers: tuple[str, str]) -> None:
+    """Multiply layer scales, which `pattern` finds with their number 1 or 2, into the last layers of the branches."""
+    for name in [name for name in state if re.search(pattern, name)]:
+        scale, found = state.pop(name), re.search(pattern, name)
+        layer = f"{name[: found.start()]}.{layers[int(found[1]) - 1]}"
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] * scale[:, None]
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] * scale
+
+
 def _clip(vision: OpenClipVision) -> nn.Module:
     """open_clip's own ViT (OpenAI, LAION) as CLIPVisionModel."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     visual, state = vision.visual, dict(vision.visual.state_dict())
     first = visual.transformer.resblocks[0]
-    for name in [name for name in state if re.search(r"\.ls_[12]\.gamma$", name)]:
-        scale, (block, which) = state.pop(name), re.fullmatch(r"(.*)\.ls_([12])\.gamma", name).groups()
-        layer = f"{block}.attn.out_proj" if which == "1" else f"{block}.mlp.c_proj"
-        state[f"{layer}.weight"] = state[f"{layer}.weight"] * scale[:, None]
-        state[f"{layer}.bias"] = state[f"{layer}.bias"] * scale
+    scale_layers(state, r"\.ls_([12])\.gamma$", ("attn.out_proj", "mlp.c_proj"))
     # what comes behind the last block is never read
     state = {name: tensor for name, tensor in state.items() if name != "proj" and not name.startswith("attn_pool")}
     if visual.attn_pool is not None:
@@ -161,7 +180,7 @@ def _clip(vision: OpenClipVision) -> nn.Module:
         hidden_act="quick_gelu" if vision.config.get("quick_gelu") else "gelu",
         layer_norm_eps=first.ln_1.eps,
     )
-    return _build(CLIPVisionModel, config, _renamed(state, _CLIP_NAMES), visual.conv1.weight.dtype)
+    return build_tower(CLIPVisionModel, config, _taken_apart(renamed(state, _CLIP_NAMES)), visual.conv1.weight.dtype)
 
 
 def _siglip(vision: OpenClipVision) -> nn.Module:
@@ -178,9 +197,6 @@ def _siglip(vision: OpenClipVision) -> nn.Module:
         state["pos_embed"] = state["pos_embed"].flatten(0, 1)
     if "norm.weight" not in state:
         state |= {"norm.weight": torch.ones(vision.width), "norm.bias": torch.zeros(vision.width)}
-    activation = first.mlp.act
-    is_tanh = "tanh" in (type(activation).__name__.lower(), getattr(activation, "approximate", ""))
-    is_tanh |= type(activation).__name__ == "GELUTanh"
     config = SiglipVisionConfig(
         hidden_size=vision.width,
         intermediate_size=first.mlp.fc1.out_features,
@@ -188,8 +204,9 @@ def _siglip(vision: OpenClipVision) -> nn.Module:
         num_attention_heads=first.attn.num_heads,
         image_size=vision.image_size[0],
         patch_size=vision.patch_size[0],
-        hidden_act="gelu_pytorch_tanh" if is_tanh else "gelu",
+        hidden_act=gelu_name(first.mlp.act),
         layer_norm_eps=getattr(first.norm1, "eps", 1e-6),
         vision_use_head=False,
     )
-    return _build(SiglipVisionModel, config, _renamed(state, _SIGLIP_NAMES), trunk.patch_embed.proj.weight.dtype)
+    state = _taken_apart(renamed(state, _SIGLIP_NAMES))
+    return build_tower(SiglipVisionModel, config, state, trunk.patch_embed.proj.weight.dtype)

@@ -56,10 +56,21 @@ def load_hf_config(path: str, key: str):
     """The configuration of a Hugging Face model; `key` is the setting to name when there is none."""
     from transformers import AutoConfig
 
+    if key == "vision.path":
+        know_blip_towers()
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path} is not a Hugging Face model folder or hub id: {first_line(error)}") from None
+
+
+def know_blip_towers() -> None:
+    """Let transformers' Auto classes load BLIP-2's image towers alone, which its own tables leave out."""
+    from transformers import AutoConfig, AutoModel, Blip2VisionModel, InstructBlipVisionModel
+
+    for tower in (Blip2VisionModel, InstructBlipVisionModel):
+        AutoConfig.register(tower.config_class.model_type, tower.config_class, exist_ok=True)
+        AutoModel.register(tower.config_class, tower, exist_ok=True)
 
 
 def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) -> nn.Module:
@@ -70,6 +81,8 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
     """
     import transformers
 
+    if auto_class == "AutoModel":
+        know_blip_towers()
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the report below replaces its own
     transformers.utils.logging.disable_progress_bar()

@@ -295,7 +295,7 @@ def test_blip_is_pictures_then_what_the_tokenizer_makes_of_the_words(kind, quest
 
 
 def test_blip_shows_no_picture_that_comes_later(tokenizer):
-    with pytest.raises(BadSample, match="sample-7: template=blip shows pictures first, so none can come in a later"):
+    with pytest.raises(BadSample, match="sample-7: template=blip shows pictures first: none can come in a later"):
         render(Renderer(tokenizer, "blip", 1000), talk("What?", "red", "<image>\nand this?", "blue"))
 
 
