@@ -121,12 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=_export)
 
-    take = commands.add_parser("import", help="make a model folder of a published LLaVA, for init_from")
-    take.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face LLaVA folder, or mm_projector.bin")
+    take = commands.add_parser("import", help="make a model folder of a published LLaVA or BLIP-2, for init_from")
+    take.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder, or mm_projector.bin")
     take.add_argument("out", metavar="OUT_DIR", type=Path)
     take.add_argument("--llm", metavar="PATH", help="for mm_projector.bin: the language model, a hub id or folder")
     take.add_argument("--vision", metavar="PATH", help="for mm_projector.bin: the encoder, a hub id or folder")
-    take.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, plain")
+    take.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, ...")
     take.add_argument("--image-fit", metavar="FIT", help="in place of the source's: squash, pad, crop")
     take.set_defaults(command=_import)
 

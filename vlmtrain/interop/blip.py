@@ -75,8 +75,8 @@ def as_blip(model: VLMWrapper, processor: Processor) -> Exported:
     if reads:
         done = InstructBlipProcessor(pictures, speech.tokenizer, _reading_tokenizer(processor.reader), queries)
         remarks.append(
-            "batches: InstructBLIP's processor pads what the Q-Former reads on the left, where its positions begin: put "
-            "instructions of one length together, or pass them one by one"
+            "batches: InstructBLIP's processor pads what the Q-Former reads on the left, where its positions begin: "
+            "put instructions of one length together, or pass them one by one"
         )
     else:
         done = Blip2Processor(pictures, speech.tokenizer, queries)

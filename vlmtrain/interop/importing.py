@@ -1,4 +1,5 @@
-"""Published checkpoints as model folders of ours: LLaVA-1.5 and LLaVA-NeXT of Hugging Face, LLaVA's own projectors."""
+"""Published checkpoints as model folders of ours: LLaVA-1.5, LLaVA-NeXT, BLIP-2 and InstructBLIP of Hugging Face, and
+LLaVA's own projectors."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..connectors.layers import ACTIVATIONS
+from ..data.connector_text import TextReader
 from ..data.processor import Geometry, Processor
 from ..data.rendering import Renderer
+from ..data.templates import BLIP
 from ..errors import first_line
 from ..model import VLMWrapper
 from ..model.llm import build_llm, hidden_width, load_tokenizer, max_positions
@@ -24,11 +27,14 @@ from ..model.tiled import TiledConnector
 from ..model.vision import HFVision, VisionEncoder, build_vision
 from .export import hf_logits, probe
 from .fitting import relative_difference, tolerance
+from .importing_blip import MODEL_CLASSES as BLIP_CLASSES
+from .importing_blip import blip_parts, check_blip, end_answers, reader_of
 from .llava import Exported
 
 logger = logging.getLogger(__name__)
 
-MODEL_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+LLAVA_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+MODEL_CLASSES = {**LLAVA_CLASSES, **BLIP_CLASSES}
 DEFAULT_LENGTH = 2048
 
 # Templates of processors take items; here words are strings, in which pictures have their marks already.
@@ -62,17 +68,17 @@ def import_model(
 ) -> Import:
     """Write what `source` holds to `out` as a model folder that ``init_from`` takes.
 
-    source: a LLaVA-1.5 or LLaVA-NeXT folder of Hugging Face, or an original LLaVA ``mm_projector.bin``, which needs
-    `llm`, and `vision` unless the ``config.json`` beside it names the encoder. template: one of ours, where the
-    source's cannot be trained on. image_fit: in place of the source's. Raises ValueError naming file, tensor and
-    expectation.
+    source: a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP folder of Hugging Face, or an original LLaVA
+    ``mm_projector.bin``, which needs `llm`, and `vision` unless the ``config.json`` beside it names the encoder.
+    template: one of ours, where the source's cannot be trained on. image_fit: in place of the source's. Raises
+    ValueError naming file, tensor and expectation.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose another folder")
     if source.is_dir():
         if llm or vision:
             raise ValueError(f"{source} has its own encoder and language model: leave out --llm and --vision")
-        model, processor, difference = _from_llava(source, template, image_fit)
+        model, processor, difference = _from_folder(source, template, image_fit)
     elif source.is_file():
         model, processor = _from_projector(source, llm, vision, template, image_fit)
         difference = None
@@ -86,24 +92,47 @@ def import_model(
     )
 
 
-def _from_llava(folder: Path, template: str | None, fit: str | None) -> tuple[VLMWrapper, Processor, float]:
+def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[VLMWrapper, Processor, float]:
     config = load_hf_config(str(folder), "SOURCE")
     if config.model_type not in MODEL_CLASSES:
         raise ValueError(
             f"{folder / 'config.json'}: model_type is {config.model_type}, expected {' or '.join(MODEL_CLASSES)}"
         )
+    is_blip = config.model_type in BLIP_CLASSES
+    if is_blip:
+        check_blip(folder, config)
     tokenizer = load_tokenizer(str(folder), "SOURCE")
-    source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype="auto").eval()
+    # the classes of BLIP-2 keep their Q-Former in fp32 whatever the rest is
+    dtype = torch.float32 if is_blip else "auto"
+    source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype=dtype).eval()
     _check_head(folder, source)
     pictures = _picture_settings(folder)
+    if not is_blip:
+        model, processor = _from_llava(folder, source, tokenizer, pictures, template, fit)
+        return model, processor, _compared(source, model, processor)
+    model = blip_parts(source, {key: pictures[key] for key in ("image_mean", "image_std")})
+    end_answers(tokenizer, source)
+    stretched = "crop" if pictures.get("do_center_crop") else "squash"
+    processor = _processor(folder, tokenizer, model, fit or stretched, (), template or BLIP, reader_of(folder, config))
+    return model, processor, _compared(source, model, processor)
+
+
+def _from_llava(
+    folder: Path,
+    source: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pictures: dict,
+    template: str | None,
+    fit: str | None,
+) -> tuple[VLMWrapper, Processor]:
+    config = source.config
     vision = _encoder(folder, source, pictures)
     llm = _language_model(source)
     connector = _connector(folder, source, vision, llm)
     model = VLMWrapper(vision, connector, llm).eval()
     grids = _tile_grids(folder, config, vision) if config.model_type == "llava_next" else ()
     fitting = fit or ("tiles" if grids else _fit(pictures))
-    processor = _processor(folder, tokenizer, model, fitting, grids, template)
-    return model, processor, _compared(source, model, processor)
+    return model, _processor(folder, tokenizer, model, fitting, grids, template)
 
 
 @torch.no_grad()
@@ -113,7 +142,8 @@ def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) 
     dtype = next(source.parameters()).dtype
     batch = batch._replace(images=batch.images.to(dtype))
     expected = hf_logits(Exported(source, None, ()), batch)
-    found = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles)
+    text = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
+    found = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles, **text)
     difference = relative_difference(found, expected)
     if not difference <= tolerance(dtype):
         raise ValueError(
@@ -125,7 +155,8 @@ def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) 
 
 def _check_head(folder: Path, source: PreTrainedModel) -> None:
     """Raise ValueError if a file holds a head of its own where the configuration ties it to the embeddings."""
-    if not source.config.tie_word_embeddings:
+    config = source.config
+    if not (config.text_config if config.model_type in BLIP_CLASSES else config).tie_word_embeddings:
         return
     table = source.get_input_embeddings().weight
     for file in sorted(folder.glob("*.safetensors")):
@@ -288,13 +319,14 @@ def _processor(
     fit: str,
     grids: tuple[tuple[int, int], ...],
     template: str | None,
+    reader: TextReader | None = None,
 ) -> Processor:
     vision, connector = model.vision, model.connector
     tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
     look = (vision.image_mean, vision.image_std)
     geometry = Geometry(vision.image_size, fit, *look, tokens, grid, grids if fit == "tiles" else ())
     length = max_positions(model.llm) or DEFAULT_LENGTH
-    return Processor(tokenizer, geometry, template or _template(where, tokenizer), length)
+    return Processor(tokenizer, geometry, template or _template(where, tokenizer), length, reader=reader)
 
 
 def _template(where: Path, tokenizer: PreTrainedTokenizerBase) -> str:

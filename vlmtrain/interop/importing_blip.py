@@ -1,0 +1,91 @@
+"""BLIP-2 and InstructBLIP of Hugging Face as models of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..connectors.qformer import EPS
+from ..data.connector_text import TextReader
+from ..model import VLMWrapper
+from ..model.llm import load_tokenizer
+from ..model.parts import make_connector
+from ..model.vision import HFVision
+
+MODEL_CLASSES = {
+    "blip-2": "Blip2ForConditionalGeneration",
+    "instructblip": "InstructBlipForConditionalGeneration",
+}
+READING_TOKENIZER = "qformer_tokenizer"  # where InstructBLIP's processor keeps it
+
+
+def check_blip(folder: Path, config) -> None:
+    """Raise ValueError, naming the key, for a model that no wrapper of ours can be."""
+    text, qformer = config.text_config, config.qformer_config
+    for key, got, expected in (
+        ("text_config.model_type", text.model_type, None if text.is_encoder_decoder else text.model_type),
+        ("qformer_config.hidden_act", qformer.hidden_act, "gelu"),
+        ("qformer_config.layer_norm_eps", qformer.layer_norm_eps, EPS),
+    ):
+        if got != expected:
+            wanted = expected or "a model that only decodes (OPT, Llama), since this one reads pictures in an encoder"
+            raise ValueError(f"{folder / 'config.json'}: {key}={got}, expected {wanted}")
+
+
+def blip_parts(source: PreTrainedModel, look: dict) -> VLMWrapper:
+    """The parts of a BLIP-2 or InstructBLIP, which share its tensors; look: image_mean and image_std."""
+    tower = source.vision_model
+    vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer=-1)
+    llm = source.language_model
+    connector = make_connector("qformer", vision, llm, _options(source.config))
+    connector.load_published({name: tensor for name, tensor in source.state_dict().items() if _is_connector(name)})
+    return VLMWrapper(vision, connector, llm).eval()
+
+
+def _options(config) -> dict:
+    qformer = config.qformer_config
+    reads = config.model_type == "instructblip"
+    return {
+        "num_queries": config.num_query_tokens,
+        "hidden_size": qformer.hidden_size,
+        "depth": qformer.num_hidden_layers,
+        "num_heads": qformer.num_attention_heads,
+        "intermediate_size": qformer.intermediate_size,
+        "cross_every": qformer.cross_attention_frequency,
+        "dropout": qformer.hidden_dropout_prob,
+        "text_vocab": qformer.vocab_size if reads else None,
+        "text_positions": qformer.max_position_embeddings,
+        "vision_norm": True,
+        "vision_norm_eps": config.vision_config.layer_norm_eps,
+    }
+
+
+def _is_connector(name: str) -> bool:
+    return name.startswith(("query_tokens", "qformer.", "language_projection.", "vision_model.post_layernorm."))
+
+
+def reader_of(folder: Path, config) -> TextReader | None:
+    """What InstructBLIP's Q-Former reads an instruction with. Raises ValueError if its tokenizer is missing."""
+    if config.model_type != "instructblip":
+        return None
+    tokenizer = load_tokenizer(str(folder / READING_TOKENIZER), "SOURCE")
+    reader = TextReader(tokenizer, "instruction", config.qformer_config.max_position_embeddings)
+    if max(reader.vocabulary.start, reader.vocabulary.end, len(tokenizer) - 1) >= config.qformer_config.vocab_size:
+        raise ValueError(
+            f"{folder / READING_TOKENIZER} has {len(tokenizer)} tokens, expected qformer_config.vocab_size="
+            f"{config.qformer_config.vocab_size} at most"
+        )
+    return reader
+
+
+def end_answers(tokenizer: PreTrainedTokenizerBase, source: PreTrainedModel) -> None:
+    """Let the tokenizer begin texts as it does by itself, and end answers where the source's do (OPT's: a newline)."""
+    if tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
+        tokenizer.bos_token = None
+    for settings in (source.generation_config, source.language_model.generation_config, source.config.text_config):
+        ends = settings.eos_token_id
+        end = ends[0] if isinstance(ends, list) else ends
+        if end is not None:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+            return
