@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     prepare_process()
     try:
+        if getattr(options, "module", None):
+            from .settings import import_modules
+
+            import_modules(options.module)
         options.command(options)
     except ValueError as error:
         sys.stderr.write(f"vlmtrain: error: {error}\n")
@@ -140,6 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     ablate.set_defaults(command=_ablate)
 
+    for command in (chat, tokens, export):
+        command.add_argument(
+            "--module",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="a Python module of your own to import first, which registers connectors; may be repeated",
+        )
     for command in (check, evaluate, chat, report, tokens, plan, export, take, ablate):
         command.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser

@@ -6,8 +6,11 @@ line -> groups (vision=, connector=, ...) -> recipe -> options of the choices ma
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -16,7 +19,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,6 +37,38 @@ def register_recipes() -> None:
     store = ConfigStore.instance()
     for file in sorted(RECIPES.glob("*.yaml")):
         store.store(group="recipe", name=file.stem, package="_global_", node=OmegaConf.load(file))
+
+
+def load_modules(overrides: Sequence[str]) -> None:
+    """Import the modules that ``modules=[...]`` names, from the working directory too, and make what they register
+    choices of the group `connector`. Raises ValueError for one that is not there."""
+    for override in overrides:
+        key, _, _ = override.partition("=")
+        if key.lstrip("+") == "modules":
+            names = OverridesParser.create().parse_override(override).value()
+            import_modules([names] if isinstance(names, str) else names)
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules, from the working directory too. Raises ValueError for one that is not there."""
+    if str(Path.cwd()) not in sys.path and names:
+        sys.path.append(str(Path.cwd()))
+    for name in names:
+        try:
+            importlib.import_module(str(name))
+        except ModuleNotFoundError as error:
+            if error.name is None or not str(name).startswith(error.name):
+                raise
+            raise ValueError(f"modules={list(names)}: there is no module {name} here or on PYTHONPATH") from None
+
+
+def register_connectors() -> None:
+    """Make connectors that come with no YAML file choices of the group `connector`, under their own defaults."""
+    connectors = sys.modules.get(f"{__package__}.connectors")  # not loaded: then nobody can have registered any
+    for name in connectors.CONNECTORS if connectors else ():
+        if not (CONFIGS / "connector" / f"{name}.yaml").exists():
+            node = {"name": name, **connectors.connector_options(name)}
+            ConfigStore.instance().store(group="connector", name=name, node=node)
 
 
 def with_mini(overrides: Sequence[str]) -> list[str]:
@@ -57,7 +94,9 @@ def compose_evaluation(overrides: Sequence[str]) -> DictConfig:
 
 def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
+    load_modules(overrides)
     register_recipes()
+    register_connectors()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
@@ -66,17 +105,41 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None)
             raise ValueError(_explain(name, error, overrides)) from None
 
 
-def check_line(line: Sequence[str]) -> None:
-    """Raise ValueError for a line that does not compose, in our words rather than Hydra's."""
-    arguments = get_args_parser().parse_args(list(line))
-    if not (arguments.multirun or arguments.help or arguments.hydra_help):
-        compose(arguments.overrides, arguments.config_dir)
+def prepare_line(line: Sequence[str]) -> list[str]:
+    """A line as Hydra takes it: its own options first, ``mini=true`` spelt out, modules of the user's loaded.
+
+    Raises ValueError for a line that does not compose, in our words rather than Hydra's.
+    """
+    arguments = get_args_parser().parse_intermixed_args(list(line))
+    options = list(line)
+    for override in arguments.overrides:
+        options.remove(override)
+    overrides = with_mini(arguments.overrides)
+    load_modules(overrides)
+    register_recipes()
+    register_connectors()
+    asks = arguments.help or arguments.hydra_help or arguments.info
+    if not (arguments.multirun or asks or arguments.cfg):
+        compose(overrides, arguments.config_dir)
+    return [*options, *overrides]
 
 
-def finish(config: DictConfig, hydra: DictConfig | None = None) -> DictConfig:
+def shown_settings(line: Sequence[str]) -> str | None:
+    """What ``--cfg job`` is to print, as YAML: the settings that apply, ??? where one is missing; None if not asked."""
+    arguments = get_args_parser().parse_intermixed_args(list(line))
+    if arguments.cfg != "job":
+        return None
+    config = _compose("train", arguments.overrides, arguments.config_dir)
+    settings = finish(config, config.hydra, must_be_complete=False)
+    package = arguments.package
+    return OmegaConf.to_yaml(OmegaConf.select(settings, package) if package else settings)
+
+
+def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete: bool = True) -> DictConfig:
     """A composed configuration with the recipe's options for the choices made.
 
-    hydra: Hydra's own part of it; None asks the job that is running.
+    hydra: Hydra's own part of it; None asks the job that is running. must_be_complete: whether a key that is left open
+    is an error.
     """
     hydra = HydraConfig.get() if hydra is None else hydra
     # `connector=qformer` names a choice, not the options of it
@@ -97,15 +160,23 @@ def finish(config: DictConfig, hydra: DictConfig | None = None) -> DictConfig:
             _lay_over(settings, mini, named)
         if settings.run_dir is None:
             suffix = "-mini" if settings.mini else ""
-            settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}"
+            settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{_swept(hydra)}"
     try:
         OmegaConf.resolve(settings)
     except OmegaConfBaseException as error:
         raise ValueError(first_line(error)) from None
     missing = sorted(OmegaConf.missing_keys(settings))
-    if missing:
+    if missing and must_be_complete:
         raise ValueError(f"set {', '.join(missing)}: the recipe leaves {'it' if len(missing) == 1 else 'them'} open")
     return settings
+
+
+def _swept(hydra: DictConfig) -> str:
+    """What sets a job of ``--multirun`` apart from the others, for its folder's name; the connector is in it anyway."""
+    if hydra.mode is not RunMode.MULTIRUN:
+        return ""
+    swept = [o for o in hydra.overrides.task if o not in sys.argv and not o.startswith(("connector=", "recipe="))]
+    return "".join("-" + re.sub(r"[^\w.=-]+", "_", override) for override in swept)
 
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 
 from .data.records import BadSample
 from .paths import CONFIGS
-from .settings import check_line, finish, register_recipes, with_mini
-from .world import launched_rank
+from .settings import finish, prepare_line, shown_settings
+from .world import launched_rank, leave_world
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def users_errors() -> Iterator[None]:
 
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def _run(config: DictConfig) -> None:
-    from .world import Stopped, join_world, leave_world
+    from .world import Stopped, join_world
 
     with users_errors():
         settings = finish(config)
@@ -44,17 +44,20 @@ def _run(config: DictConfig) -> None:
         except Stopped as stopped:
             if world.is_main:
                 print(stopped)
-        finally:
-            leave_world()
 
 
 def main() -> None:
     """Entry of ``python -m vlmtrain.train``."""
-    sys.argv[1:] = with_mini(sys.argv[1:])
-    register_recipes()
     with users_errors():
-        check_line(sys.argv[1:])
-    _run()
+        sys.argv[1:] = prepare_line(sys.argv[1:])
+        shown = shown_settings(sys.argv[1:])
+    if shown is not None:
+        print(shown, end="")
+        return
+    try:
+        _run()
+    finally:  # the jobs of --multirun share a world: DeepSpeed keeps the groups of its first one
+        leave_world()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Each family has a file of its own; `CONNECTORS` holds all of them under their ex
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import nearest
@@ -49,9 +49,32 @@ CONNECTORS: dict[str, type[Connector]] = {
 }
 
 
+def register(name: str) -> Callable[[type[Connector]], type[Connector]]:
+    """Make a class of one's own the connector called `name`: ``@register("mine")`` above it.
+
+    Raises ValueError if it is no `Connector`, or if there is another of that name.
+    """
+
+    def add(connector_class: type[Connector]) -> type[Connector]:
+        if not (isinstance(connector_class, type) and issubclass(connector_class, Connector)):
+            raise ValueError(f"connector '{name}': expected a subclass of vlmtrain.connectors.Connector")
+        known = CONNECTORS.setdefault(name, connector_class)
+        if (known.__module__, known.__qualname__) != (connector_class.__module__, connector_class.__qualname__):
+            raise ValueError(
+                f"connector '{name}' is {known.__module__}.{known.__qualname__} already: name it otherwise"
+            )
+        CONNECTORS[name] = connector_class  # a module that was loaded again
+        return connector_class
+
+    return add
+
+
 def _class(name: str) -> type[Connector]:
     if name not in CONNECTORS:
-        raise ValueError(f"Unknown connector '{name}'.{nearest(name, CONNECTORS)} Available: {', '.join(CONNECTORS)}")
+        raise ValueError(
+            f"Unknown connector '{name}'.{nearest(name, CONNECTORS)} Available: {', '.join(CONNECTORS)} (if it is "
+            "your own, name the module that registers it: modules=[...], or --module)"
+        )
     return CONNECTORS[name]
 
 
@@ -102,4 +125,4 @@ def build_connector(
     return connector
 
 
-__all__ = ["CONNECTORS", "Connector", "VisionFeatures", "build_connector", "connector_options"]
+__all__ = ["CONNECTORS", "Connector", "VisionFeatures", "build_connector", "connector_options", "register"]

@@ -21,7 +21,17 @@ from omegaconf import DictConfig, OmegaConf
 from ..settings import flatten
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
-FREE = ("run_dir", "stage", "workers", "wandb", "wandb_project", "validation", "bad_sample_limit", "features")
+FREE = (
+    "run_dir",
+    "stage",
+    "workers",
+    "wandb",
+    "wandb_project",
+    "validation",
+    "bad_sample_limit",
+    "features",
+    "modules",
+)
 FREE_IN_STAGE = ("expected", "save_every", "keep_last", "micro_batch_size", "validate_every", "validation")
 
 
