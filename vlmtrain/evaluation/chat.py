@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from ..data.images import ImageOnDisk
 from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn
+from ..data.rendering import Renderer
 from ..model import VLMWrapper
 
 
 class Chat:
     """A conversation with a model about some pictures; remembers what was said.
 
-    images: paths, or anything with ``load() -> PIL.Image``. Raises BadSample for one that cannot be read.
+    images: paths, or anything with ``load() -> PIL.Image``, for the first question. Raises BadSample for one that
+    cannot be read.
     """
 
     def __init__(self, model: VLMWrapper, processor: Processor, images: Sequence[ImageSource | str | Path] = ()):
         self.model, self.processor = model, processor
-        self.images = tuple(ImageOnDisk(Path(i)) if isinstance(i, str | Path) else i for i in images)
-        for image in self.images:
-            image.load()
+        self.images: tuple[ImageSource, ...] = ()
+        self.turns: tuple[Turn, ...] = ()
+        for image in images:
+            self.show(image)
         embeddings = model.llm.get_input_embeddings().weight
         self.device, self.dtype = embeddings.device, embeddings.dtype
-        self.turns: tuple[Turn, ...] = ()
 
-    def say(self, words: str, max_new_tokens: int = 128) -> str:
-        """The model's greedy answer to `words`."""
-        if not self.turns:
-            words = "\n".join([*(IMAGE_MARK for _ in self.images), words])
+    def show(self, image: ImageSource | str | Path) -> None:
+        """Add a picture to the next question. Raises BadSample if it cannot be read."""
+        source = ImageOnDisk(Path(image)) if isinstance(image, str | Path) else image
+        source.load()
+        self.images = (*self.images, source)
+
+    def say(self, words: str, max_new_tokens: int = 128, on_text: Callable[[str], None] | None = None) -> str:
+        """The model's greedy answer to `words`, up to the template's end of turn.
+
+        on_text: called with each further piece of the answer as it is made; the pieces make up the answer.
+        """
+        shown = sum(turn.text.count(IMAGE_MARK) for turn in self.turns if turn.role == "user")
+        words = "\n".join([*[IMAGE_MARK] * (len(self.images) - shown), words])
         asked = (*self.turns, Turn("user", words))
+        renderer = self.processor.renderer
         prompt = self.processor.prompt(Conversation("chat", asked, self.images))
         batch = self.processor.collate([prompt]).to(self.device, self.dtype)
         ids = self.model.generate(
@@ -43,10 +59,37 @@ class Chat:
             batch.text_mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=self.processor.renderer.stop_ids,
+            eos_token_id=renderer.stop_ids,
             pad_token_id=self.processor.filler,
+            streamer=on_text and Pieces(renderer, on_text),
         )
-        answer = self.processor.renderer.decode(ids[0])
+        answer = renderer.decode(ids[0])
         # a caption model (template plain) knows one exchange only
-        self.turns = () if self.processor.renderer.template == "plain" else (*asked, Turn("assistant", answer))
+        self.turns = () if renderer.template == "plain" else (*asked, Turn("assistant", answer))
         return answer
+
+
+class Pieces(BaseStreamer):
+    """Gives words to `on_text` as their tokens come, one row; half a character or trailing space waits for the rest."""
+
+    def __init__(self, renderer: Renderer, on_text: Callable[[str], None]):
+        self.renderer, self.on_text = renderer, on_text
+        self.ids: list[int] = []
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        if value.dim() > 1:  # the prompt, of which there are no ids
+            return
+        self.ids += value.tolist()
+        text = self.renderer.decode(torch.tensor(self.ids))
+        if not text.endswith("\ufffd"):
+            self._give(text)
+
+    def end(self) -> None:
+        if self.ids:
+            self._give(self.renderer.decode(torch.tensor(self.ids)))
+
+    def _give(self, text: str) -> None:
+        if len(text) > len(self.text) and text.startswith(self.text):
+            self.on_text(text[len(self.text) :])
+            self.text = text
