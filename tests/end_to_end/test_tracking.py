@@ -6,6 +6,10 @@ import json
 import re
 
 import pytest
+import yaml
+
+from vlmtrain.card import fingerprint, wilson
+from vlmtrain.interop.export import export
 
 from ..conftest import data_overrides, metrics, train
 
@@ -23,6 +27,7 @@ def run_dir(llava_files, tmp_path_factory):
         *("recipe=llava_1_5", "mini=true", *data_overrides(llava_files), f"run_dir={folder}", "wandb=offline"),
         *("stages.align.max_steps=2", "stages.align.batch_size=4", "stages.instruct.batch_size=4"),
         *("stages.instruct.max_steps=4", "stages.instruct.validate_every=2", "validation.final_samples=4"),
+        "wandb_model=true",
         env={"WANDB_API_KEY": "", "WANDB_SILENT": "true"},
     )
     return folder
@@ -30,6 +35,61 @@ def run_dir(llava_files, tmp_path_factory):
 
 def test_wandb_offline_needs_no_account(run_dir):
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_wandb_gets_pictures_with_answers_and_the_model(run_dir):
+    """What an offline run has kept for a later sync."""
+    (folder,) = run_dir.glob("wandb/offline-run-*")
+    (table,) = folder.glob("files/media/table/instruct/answers_*.table.json")
+    table = json.loads(table.read_text())
+    answers = json.loads((run_dir / "instruct" / "samples.json").read_text())
+    assert [row[1] for row in table["data"]] == [answer["question"] for answer in answers]
+    pictures = [picture for row in table["data"] for picture in row[0]]
+    assert len(pictures) == sum(len(answer["pictures"]) for answer in answers)
+    artifact = (run_dir / "wandb_id.txt").read_text() + "-instruct"
+    assert artifact.encode() in next(folder.glob("*.wandb")).read_bytes()
+
+
+# the model card
+
+
+def test_every_stage_has_a_card_of_its_facts(run_dir, llava_files, tmp_path):
+    summary = json.loads((run_dir / "instruct" / "summary.json").read_text())
+    card = (run_dir / "instruct" / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "vlmtrain" and front["license"] == "unknown"
+    for part, facts in summary["parts"].items():
+        assert re.search(rf"\| {part} \| .* \| {facts['parameters']:,} \|", card)
+    assert "| align | language_modelling | connector (0.001) | vision, llm | 2 x 4 |" in card
+    assert "| instruct | language_modelling | llm (0.001), connector (0.001) | vision | 4 x 4 |" in card
+    assert f"| instruct | instruct: instruct.json | 16 | {fingerprint(llava_files['instruct'])[:16]} |" in card
+    scores = summary["validation"]
+    low, high = wilson(scores["exact_match"], scores["questions"])
+    assert f"{scores['exact_match']:.1%} ({low:.1%} to {high:.1%})" in card and f"{scores['loss']:.4f}" in card
+    assert "| instruct |" not in (run_dir / "align" / "model" / "README.md").read_text()
+    done = export(run_dir / "instruct" / "model", tmp_path / "out", "vlmtrain")
+    exported = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(exported.split("---")[1])["library_name"] == "transformers"
+    assert done.model_class in exported and "4 x 4" in exported and "import vlmtrain" in exported
+    assert exported.count("\n# ") == 1 and exported.count("## Licence") == 1
+
+
+def test_fingerprints_follow_what_is_there(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "shards" / name).write_bytes(name.encode() * 3_000_000)
+    found = {fingerprint(tmp_path / "shards"), fingerprint(tmp_path / "shards" / "a")}
+    (tmp_path / "shards" / "b").rename(tmp_path / "shards" / "c")
+    found.add(fingerprint(tmp_path / "shards"))
+    (tmp_path / "shards" / "c").write_bytes(b"b" * 2_999_999 + b"a")
+    found.add(fingerprint(tmp_path / "shards"))
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("share, count, low, high", [(0.8, 10, 0.4902, 0.9433), (0, 20, 0, 0.1611), (1, 20, 0.8389, 1)])
+def test_intervals_are_wilsons(share, count, low, high):
+    """Against published tables (Newcombe, 1998, and R's binom.wilson)."""
+    assert wilson(share, count) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_metrics_have_the_documented_keys(run_dir):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from PIL import Image
 
+from ..card import write_export_card
 from ..connectors.qformer import QFormer
 from ..data.processor import Batch, Processor
 from ..data.records import IMAGE_MARK, Conversation, Turn
@@ -50,6 +51,7 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
     partial.parent.mkdir(parents=True, exist_ok=True)
     exported.model.save_pretrained(partial)
     exported.processor.save_pretrained(partial)
+    write_export_card(source, partial, type(exported.model).__name__, difference, exported.remarks)
     if out.exists():
         out.rmdir()
     os.replace(partial, out)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 logger = logging.getLogger("vlmtrain")
@@ -115,6 +118,29 @@ class WandB:
         values = {f"{stage}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
         self.run.log({"total_step": self._total, **values, **rates})
 
+    def finish_stage(self, stage: str, folder: Path, with_model: bool) -> None:
+        """The stage's pictures with questions and answers as a table; its model folder as an artifact, if asked."""
+        if self.run is None:
+            return
+        import wandb
+
+        shown = json.loads((folder / "samples.json").read_text())
+        columns = ("pictures", "question", "reference", "prediction", "blind_prediction", "exact")
+        rows = [
+            [[wandb.Image(_picture(uri)) for uri in sample["pictures"]], *(sample[key] for key in columns[1:])]
+            for sample in shown
+        ]
+        if rows:
+            self.run.log({f"{stage}/answers": wandb.Table(columns=list(columns), data=rows)})
+        if with_model:
+            artifact = wandb.Artifact(f"{self.run.id}-{stage}", type="model")
+            artifact.add_dir(str(folder / "model"))
+            self.run.log_artifact(artifact)
+
     def close(self) -> None:
         if self.run is not None:
             self.run.finish()
+
+
+def _picture(uri: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(uri.partition(",")[2])))

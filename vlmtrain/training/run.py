@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..card import write_card
 from ..data.loader import LAYOUTS, split_batch
 from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
@@ -60,6 +61,8 @@ def train_run(settings: DictConfig, world: World) -> None:
             summary = train_stage(settings, name, previous, folder, world, stop, wandb)
             if world.is_main:
                 logger.info(_result(summary))
+                write_card(folder.root, name, folder.model(name))
+                wandb.finish_stage(name, folder.stage(name), settings.wandb_model)
                 write_report(folder.root)
         if folder.is_finished(name):
             previous = folder.model(name)

@@ -27,6 +27,7 @@ FREE = (
     "workers",
     "wandb",
     "wandb_project",
+    "wandb_model",
     "validation",
     "bad_sample_limit",
     "features",
