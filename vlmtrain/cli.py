@@ -293,11 +293,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .data.sources import build_source
     from .evaluation.validation import Validator
     from .model import VLMWrapper
+    from .model.parts import read_manifest
     from .numbers import RUN, VALIDATION, check_numbers
     from .settings import compose_evaluation
     from .world import World
 
     _check_writable(options.answers)
+    read_manifest(options.model)
     settings = compose_evaluation(options.overrides)
     check_numbers(settings, VALIDATION | {"seed": RUN["seed"]})
     processor = Processor.from_pretrained(options.model)
@@ -332,8 +334,10 @@ def _chat(options: argparse.Namespace) -> None:
     from .data.processor import Processor
     from .evaluation.chat import Chat
     from .model import VLMWrapper
+    from .model.parts import read_manifest
 
     pictures = _pictures(options)
+    read_manifest(options.model)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chat = Chat(VLMWrapper.from_pretrained(options.model).to(device), processor, pictures)

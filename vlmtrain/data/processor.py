@@ -282,11 +282,17 @@ class Processor:
             raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
         saved, reader = settings.pop("geometry"), settings.pop("reader", None)
         geometry = saved and Geometry(**{key: _as_tuple(value) for key, value in saved.items()})
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _saved_tokenizer(folder)
         if reader:
             own = folder / OWN_TOKENIZER
-            reader = TextReader(AutoTokenizer.from_pretrained(own) if own.exists() else tokenizer, **reader)
+            reader = TextReader(_saved_tokenizer(own) if own.exists() else tokenizer, **reader)
         return cls(tokenizer, geometry, **settings, reader=reader)
+
+
+def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder / 'tokenizer.json'} is missing: the model folder has no tokenizer")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def picture_key(view: Tensor) -> str:

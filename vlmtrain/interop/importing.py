@@ -4,12 +4,13 @@ LLaVA's own projectors."""
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,8 +85,13 @@ def import_model(
         difference = None
     else:
         raise ValueError(f"{source} does not exist: expected a Hugging Face folder or an mm_projector.bin")
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
     geometry = processor.geometry
     return Import(
         str(out), str(source), model.connector.config["name"], processor.renderer.template, geometry.fit, difference
@@ -105,7 +111,6 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
     # the classes of BLIP-2 keep their Q-Former in fp32 whatever the rest is
     dtype = torch.float32 if is_blip else "auto"
     source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype=dtype).eval()
-    _check_head(folder, source)
     pictures = _picture_settings(folder)
     if not is_blip:
         model, processor = _from_llava(folder, source, tokenizer, pictures, template, fit)
@@ -151,22 +156,6 @@ def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) 
             f"{difference:.1g} of the largest): it scales or caps them"
         )
     return difference
-
-
-def _check_head(folder: Path, source: PreTrainedModel) -> None:
-    """Raise ValueError if a file holds a head of its own where the configuration ties it to the embeddings."""
-    config = source.config
-    if not (config.text_config if config.model_type in BLIP_CLASSES else config).tie_word_embeddings:
-        return
-    table = source.get_input_embeddings().weight
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name.endswith("lm_head.weight") and not torch.equal(tensors.get_tensor(name).to(table), table):
-                    raise ValueError(
-                        f"{file}: {name} differs from the embeddings, but config.json ties them: expected "
-                        "tie_word_embeddings=false, or no such tensor"
-                    )
 
 
 def _picture_settings(folder: Path) -> dict:
@@ -271,7 +260,7 @@ def _from_projector(
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in any way
-        raise ValueError(f"{file} is no file of tensors: {first_line(error)}") from None
+        raise ValueError(f"{file} is no file of tensors: {first_line(error).partition('. ')[0]}") from None
     beside = file.with_name("config.json")
     said = read_json(beside) if beside.exists() else {}
     llm_path, vision_path = llm_path or said.get("_name_or_path"), vision_path or said.get("mm_vision_tower")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -98,4 +98,25 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
     problems = [f"{kind.replace('_', ' ')}: {some(map(str, info[kind]))}" for kind in wrong if info.get(kind)]
     if problems:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    _check_tied(model, path)
     return model
+
+
+def _check_tied(model: nn.Module, path: str) -> None:
+    """Raise ValueError if a file holds a head of its own where the configuration ties it to the embeddings."""
+    inner = getattr(model, "language_model", None)  # BLIP-2's classes hold a whole one, whose configuration counts
+    owner = inner if inner is not None and inner.get_output_embeddings() is not None else model
+    if not getattr(owner.config, "tie_word_embeddings", False) or owner.get_output_embeddings() is None:
+        return
+    table, head = owner.get_input_embeddings().weight, owner.get_output_embeddings().weight
+    where = path if head.shape == table.shape and not torch.equal(head, table) else None
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name.endswith("lm_head.weight") and not torch.equal(tensors.get_tensor(name).to(table), table):
+                    where = str(file)
+    if where is not None:
+        raise ValueError(
+            f"{where}: lm_head.weight differs from the embeddings, but config.json ties them: expected "
+            "tie_word_embeddings=false, or no such tensor"
+        )

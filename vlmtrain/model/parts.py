@@ -132,11 +132,15 @@ def write_manifest(folder: Path, parts: dict[str, dict]) -> None:
     (folder / MANIFEST).write_text(json.dumps({"parts": parts}, indent=2) + "\n")
 
 
+def is_model_folder(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
+
+
 def read_manifest(folder: Path) -> dict[str, dict]:
     """What each part of a model folder is. Raises ValueError if `folder` is no model folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder: no such directory")
-    if (folder / "config.json").exists() and not (folder / MANIFEST).exists():
+    if (folder / "config.json").exists() and not is_model_folder(folder):
         raise ValueError(
             f"{folder} is a Hugging Face folder: 'vlmtrain import {folder} OUT_DIR' makes a model folder of it"
         )

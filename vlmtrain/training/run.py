@@ -11,7 +11,7 @@ from ..data.loader import LAYOUTS, split_batch
 from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
 from ..errors import nearest
-from ..model.parts import connector_skeleton, read_manifest
+from ..model.parts import connector_skeleton, is_model_folder, read_manifest
 from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
 from ..report import write_report
@@ -40,9 +40,11 @@ def train_run(settings: DictConfig, world: World) -> None:
     if world.is_main:
         folder.lock()
         folder.check_same(settings)
-        check_stages(settings, folder)
+        start = take_in(settings, folder)
+        check_stages(start, folder)
         folder.write_config(settings)
     world.barrier()
+    settings = take_in(settings, folder)
     set_up_logging(folder.root / "train.log" if world.is_main else None)
     stop = StopSignal()
     wandb = WandB(
@@ -69,6 +71,26 @@ def train_run(settings: DictConfig, world: World) -> None:
     wandb.close()
     if world.is_main:
         logger.info(f"report: {write_report(folder.root)}")
+
+
+def take_in(settings: DictConfig, folder: RunFolder) -> DictConfig:
+    """The settings, starting from a model folder in the run's own where `init_from` is a published model.
+
+    The first call imports it (see `vlmtrain.interop.importing`). Raises ValueError naming file, tensor and expectation.
+    """
+    source = settings.init_from and Path(settings.init_from)
+    if not source or not (source.is_file() or ((source / "config.json").exists() and not is_model_folder(source))):
+        return settings
+    target = folder.root / "imported"
+    if not target.exists():
+        from ..interop.importing import import_model
+
+        parts = {}
+        if source.is_file():  # a projector alone: the line names what it was trained with
+            parts = {"llm": settings.llm.get("path"), "template": settings.llm.get("chat_template")}
+            parts["vision"] = settings.vision.path if settings.vision.provider == "hf" else None
+        import_model(source, target, **parts)
+    return OmegaConf.merge(settings, {"init_from": str(target)})
 
 
 def check_settings(settings: DictConfig, world_size: int) -> None:

@@ -1,0 +1,119 @@
+"""Folders that are not what they should be: one line that names the file or tensor, and what was expected."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import data_overrides, train
+from tests.integration.test_export import LLMS, Case, build
+from tests.integration.test_import import build as build_llava
+from vlmtrain.cli import main
+from vlmtrain.data.processor import Processor
+from vlmtrain.model import VLMWrapper
+from vlmtrain.model.llm import build_llm
+from vlmtrain.model.parts import read_manifest
+
+
+def refused(capsys, *line: str) -> str:
+    with pytest.raises(SystemExit) as done:
+        main(list(line))
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and said.count("\n") == 1, said
+    return said
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer) -> Path:
+    build(Case(), tmp_path / "model", tokenizer)
+    return tmp_path / "model"
+
+
+def test_a_folder_of_the_wrong_class(tmp_path, model, capsys):
+    build_llava(tmp_path / "hf")
+    hint = (
+        f"{tmp_path / 'hf'} is a Hugging Face folder: 'vlmtrain import {tmp_path / 'hf'} OUT_DIR' makes a model folder"
+    )
+    for line in (["chat"], ["evaluate"], ["export", str(tmp_path / "out")]):
+        assert hint in refused(capsys, line[0], str(tmp_path / "hf"), *line[1:])
+    for line in (["chat"], ["evaluate"], ["export", str(tmp_path / "out")]):
+        assert "nothing is not a model folder: no such directory" in refused(
+            capsys, line[0], str(tmp_path / "nothing"), *line[1:]
+        )
+    words = "llm/config.json: model_type is llama, expected llava or llava_next or blip-2"
+    assert words in refused(capsys, "import", str(model / "llm"), str(tmp_path / "out"))
+    (tmp_path / "mm_projector.bin").write_text("words")
+    said = refused(capsys, "import", str(tmp_path / "mm_projector.bin"), str(tmp_path / "out"))
+    assert "mm_projector.bin is no file of tensors: Weights only load failed" in said and "weights_only" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_tokenizer(model, capsys):
+    (model / "processor" / "tokenizer.json").unlink()
+    said = refused(capsys, "chat", str(model), "--prompt", "What?")
+    assert f"{model / 'processor' / 'tokenizer.json'} is missing: the model folder has no tokenizer" in said
+    shutil.rmtree(model / "processor")
+    assert "processor/processor.json is missing" in refused(capsys, "chat", str(model), "--prompt", "What?")
+
+
+def test_a_connector_of_the_wrong_width(model, tokenizer, tmp_path):
+    """One whose file has another shape, and one that fits its file but not the language model beside it."""
+    file = model / "connector" / "model.safetensors"
+    state = load_file(file)
+    narrow = {**state, "layers.2.weight": state["layers.2.weight"][:20], "layers.2.bias": state["layers.2.bias"][:20]}
+    save_file(narrow, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"connector/model\.safetensors does not fit MLP: wrong shape: layers\.2"
+    ):
+        VLMWrapper.from_pretrained(model)
+    config = json.loads((model / "connector" / "config.json").read_text())
+    (model / "connector" / "config.json").write_text(json.dumps({**config, "out_dim": 20, "hidden_dim": 32}))
+    with pytest.raises(ValueError, match="their hash differs"):
+        VLMWrapper.from_pretrained(model)
+
+
+def test_an_untied_head_where_a_tied_one_is_expected(tmp_path, tokenizer):
+    llm = AutoModelForCausalLM.from_config(LLMS["llama, tied"](vocab_size=len(tokenizer)))
+    llm.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    table = state["model.embed_tokens.weight"]
+    save_file({**state, "lm_head.weight": table.clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(build_llm(str(tmp_path)).lm_head.weight, table)  # the same once more: nothing is lost
+    save_file({**state, "lm_head.weight": table + 1}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight differs from the embeddings, .* ties"):
+        build_llm(str(tmp_path))
+
+
+# a published model as the start of a run
+
+
+def test_init_from_takes_published_models_in(tmp_path, llava_files):
+    build_llava(tmp_path / "hf")
+    line = ["recipe=llava_1_5", "mini=true", "stage=instruct", f"init_from={tmp_path / 'hf'}", "data.validation=null"]
+    line += [*data_overrides(llava_files)[:-1], f"run_dir={tmp_path / 'run'}", "engine=zero0"]
+    line += [f"stages.instruct.{each}" for each in ("batch_size=4", "max_length=400", "train.llm=null")]
+    train(*line, "stages.instruct.max_steps=1", ranks=2)
+    parts = [
+        read_manifest(folder) for folder in (tmp_path / "run" / "imported", tmp_path / "run" / "instruct" / "model")
+    ]
+    same = {part: parts[0][part]["sha256"] == parts[1][part]["sha256"] for part in parts[0]}
+    assert same == {"vision": True, "connector": False, "llm": True}
+    assert Processor.from_pretrained(tmp_path / "run" / "instruct" / "model").geometry.size == (32, 32)
+    assert "is finished" in train(*line, "stages.instruct.max_steps=1").stdout  # the same line again
+
+
+def test_init_from_says_what_it_cannot_take(tmp_path, model):
+    line = ["recipe=llava_1_5", "mini=true", "stage=instruct", f"run_dir={tmp_path / 'run'}"]
+    for given, words in (
+        (model / "llm", "llm/config.json: model_type is llama, expected llava or"),
+        (tmp_path / "none", "none is not a model folder: no such directory"),
+        (model / "vlmtrain.json", "vlmtrain.json is no file of tensors"),
+    ):
+        done = train(*line, f"init_from={given}", check=False)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
