@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -157,9 +159,17 @@ def home(tmp_path_factory, llava_files, tokenizer) -> Path:
     tokenizer.save_pretrained(folder / "llm")
     build_llava(folder / "SOURCE")
     records = json.loads(llava_files["instruct"].read_text())
-    talks = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}] for _ in records]
+    asked = {"role": "user", "content": "<image>\nWhat?"}
+    talks = [[asked, {"role": "assistant", "content": "red"}] for _ in records]
     blank = Image.new("RGB", (8, 8))
     Dataset.from_dict({"turns": talks, "picture": [blank] * len(talks)}).to_parquet(folder / "dataset.parquet")
+    with tarfile.open(folder / "shards.tar", "w") as tar:
+        for number in range(8):
+            for name, data in (("png", llava_files["images"] / "red.png"), ("txt", b"a red circle")):
+                data = data if isinstance(data, bytes) else data.read_bytes()
+                member = tarfile.TarInfo(f"{number}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     return folder
 
 

@@ -68,9 +68,7 @@ def test_a_connector_of_the_wrong_width(model, tokenizer, tmp_path):
     state = load_file(file)
     narrow = {**state, "layers.2.weight": state["layers.2.weight"][:20], "layers.2.bias": state["layers.2.bias"][:20]}
     save_file(narrow, file, metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"connector/model\.safetensors does not fit MLP: wrong shape: layers\.2"
-    ):
+    with pytest.raises(ValueError, match=r"connector/model\.safetensors does not fit MLP: wrong shape: layers\.2"):
         VLMWrapper.from_pretrained(model)
     config = json.loads((model / "connector" / "config.json").read_text())
     (model / "connector" / "config.json").write_text(json.dumps({**config, "out_dim": 20, "hidden_dim": 32}))
