@@ -56,8 +56,6 @@ def load_hf_config(path: str, key: str):
     """The configuration of a Hugging Face model; `key` is the setting to name when there is none."""
     from transformers import AutoConfig
 
-    if key == "vision.path":
-        know_blip_towers()
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

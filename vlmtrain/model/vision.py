@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..connectors import VisionFeatures
 from ..errors import nearest
-from .loading import load_hf_config, load_hf_model, load_strictly, read_json
+from .loading import know_blip_towers, load_hf_config, load_hf_model, load_strictly, read_json
 
 
 class VisionEncoder(nn.Module):
@@ -312,6 +312,7 @@ class HFVision(VisionEncoder):
         """
         from transformers.utils import cached_file
 
+        know_blip_towers()
         config = load_hf_config(path, "vision.path")
         config = getattr(config, "vision_config", config)
         found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
