@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Several nodes: the same line on each, with HEAD (host of node 0), NODES and NODE (this one's number).
+# RESTARTS=3 lets the run go on as often behind a rank that died.
 #   HEAD=node0 NODES=2 NODE=0 launch/nodes.sh recipe=llava_1_5 ...
 set -euo pipefail
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or restarted ranks would look for the dead ones
 : "${HEAD:?the host name of node 0}" "${NODES:?the number of nodes}" "${NODE:?the number of this node, from 0}"
 NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}"
 exec torchrun --nnodes "$NODES" --node_rank "$NODE" --nproc_per_node "$NPROC" \
   --rdzv_backend c10d --rdzv_endpoint "$HEAD:${PORT:-29500}" --rdzv_id "${RUN_ID:-vlmtrain}" \
+  --max_restarts "${RESTARTS:-0}" \
   -m vlmtrain.train "$@"

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 import hydra
 from omegaconf import DictConfig
 
-from .data.records import BadSample
 from .paths import CONFIGS
+from .processes import die_with_launcher, launched_rank
 from .settings import finish, prepare_line, shown_settings
-from .world import launched_rank, leave_world
 
 
 @contextlib.contextmanager
@@ -25,6 +24,8 @@ def users_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        from .data.records import BadSample
+
         if launched_rank() == 0 or isinstance(error, BadSample):
             sys.stderr.write(f"vlmtrain: error: {error}\n")
         raise SystemExit(2) from None
@@ -48,6 +49,7 @@ def _run(config: DictConfig) -> None:
 
 def main() -> None:
     """Entry of ``python -m vlmtrain.train``."""
+    die_with_launcher()
     with users_errors():
         sys.argv[1:] = prepare_line(sys.argv[1:])
         shown = shown_settings(sys.argv[1:])
@@ -57,6 +59,8 @@ def main() -> None:
     try:
         _run()
     finally:  # the jobs of --multirun share a world: DeepSpeed keeps the groups of its first one
+        from .world import leave_world
+
         leave_world()
 
 

@@ -60,11 +60,6 @@ class World:
             dist.barrier()
 
 
-def launched_rank() -> int:
-    """This process's rank as torchrun tells it, before any group exists; 0 in a single process."""
-    return int(os.environ.get("RANK", 0))
-
-
 def prepare_process() -> bool:
     """Settings that libraries read when they are imported; call it before they are. Returns whether there is a GPU."""
     has_gpu = torch.cuda.is_available()
@@ -94,8 +89,26 @@ def join_world() -> World:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    _rejoin_behind_a_restart("nccl" if has_gpu else "gloo", device)
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _rejoin_behind_a_restart(backend: str, device: torch.device) -> None:
+    """Where torchrun has replaced the ranks of its one node, form their group apart from what the dead ones left.
+
+    torchrun keeps its store over restarts, and with it the addresses of dead ranks (PyTorch issue 135712). Of several
+    nodes each counts its own restarts: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not attempt or not shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    options = {"device_id": device} if device.type == "cuda" and size > 1 else {}
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
 
 
 def leave_world() -> None:

@@ -178,7 +178,7 @@ def _run_job(ablation: Ablation, choice: Choice, seed: int, shared: Sequence[str
 def _run(ablation: Ablation, line: Sequence[str], seed: int, folder: Path) -> None:
     """One training process, or several under torchrun. Raises ValueError with its last words if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-m"]
+    launcher = [sys.executable, "-m", "vlmtrain.processes"]
     if ablation.ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ablation.ranks), "-m"]
     cache = (

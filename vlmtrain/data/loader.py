@@ -8,14 +8,17 @@ workers or accumulation steps trains on the same data, and a resumed run goes on
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import active_children, parent_process
 from typing import NamedTuple, Protocol
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..processes import die_with
 from .mixture import Mixture
 from .packing import Piece, RowBudget, lookahead, row_budget, take_row
 from .processor import Batch, Processor, Sample
@@ -311,12 +314,26 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_follow_the_trainer,
     )
-    return iter(loader)
+    steps = iter(loader)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # behind those of the libraries, so that it runs before them
+    return steps
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A scheduler signals every process of a job; the trainer decides, and needs its workers until it has saved."""
+def _end_workers() -> None:
+    """Where an error ends the trainer: its workers ignore the signal that Python would send them, and wait for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take a worker's death for a failure
+    for worker in active_children():
+        worker.kill()
+
+
+def _follow_the_trainer(worker: int) -> None:
+    """A scheduler signals every process of a job; the trainer decides, and needs its workers until it has saved.
+
+    A dead trainer's workers would hold its run folder's lock.
+    """
+    die_with(parent_process().pid)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,14 +55,32 @@ class RunFolder:
         """A stage is finished when its summary is there: it is written last."""
         return (self.stage(name) / "summary.json").exists()
 
-    def lock(self) -> None:
-        """Hold the folder for this process's life. Raises ValueError if another run holds it."""
+    def lock(self, patience: float = 5.0) -> None:
+        """Hold the folder for this process's life. Raises ValueError if another run still does after `patience` s.
+
+        The system's lock ends with the process that took it, whatever the file says.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.root / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        self._lock = open(self.root / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        deadline = time.monotonic() + patience
+        while not self._take_lock():
+            if time.monotonic() > deadline:
+                self._lock.seek(0)
+                raise ValueError(
+                    f"run_dir={self.root} is in use by another run ({self._lock.read().strip() or 'unknown'}); "
+                    "set another run_dir"
+                )
+            time.sleep(0.1)  # a run that was killed just now may not be gone yet
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def _take_lock(self) -> bool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"run_dir={self.root} is in use by another run; set another run_dir") from None
+        except BlockingIOError:
+            return False
+        return True
 
     def check_same(self, settings: DictConfig) -> None:
         """Raise ValueError, naming the key, if these settings would change what the folder already holds."""
