@@ -20,6 +20,8 @@ RUN = {
     "workers": Rule(True, 0),
     "bad_sample_limit.share": Rule(False, 0, 1),
     "bad_sample_limit.in_a_row": Rule(True, 1),
+    "bad_steps.in_a_row": Rule(True, 1),
+    "bad_steps.spike": Rule(False, 1, optional=True),
     "features.max_gb": Rule(False, 0),
 }
 VALIDATION = {
@@ -37,6 +39,7 @@ STAGE = {
     "micro_batch_size": Rule(True, 1, optional=True),
     "max_grad_norm": Rule(False, 0, optional=True),
     "save_every": Rule(True, 1, optional=True),
+    "save_every_minutes": Rule(False, 0.1, optional=True),
     "keep_last": Rule(True, 1),
     "validate_every": Rule(True, 1, optional=True),
     "optimizer.eps": Rule(False, 0),

@@ -1,4 +1,7 @@
-"""Where the configuration groups and the recipes are: in the installed package, or beside it in a checkout. Links."""
+"""Where the configuration groups and the recipes are: in the installed package, or beside it in a checkout.
+
+And files: links, whole ones, and those that are on the disk for certain.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,24 @@ _HOME = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 CONFIGS = _HOME / "configs"
 RECIPES = _HOME / "recipes"
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a whole file or nothing of it, on the disk when this returns."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    sync(partial)
+    partial.replace(file)
+
+
+def sync(*paths: Path) -> None:
+    """Have what was written to files and folders on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def link_or_copy(source: str, target: str) -> None:

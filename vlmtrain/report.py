@@ -83,6 +83,7 @@ def _figures(run_dir: Path, stages: list[str]) -> str:
 
 def _stage(folder: Path, name: str) -> str:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["loss"] is not None]
     summary = _json(folder / "summary.json")
     parts = [f"<h2>{escape(name)}</h2>"]
     if summary is None:

@@ -1,4 +1,4 @@
-"""What a run's processes do when some of them die: none outlives its launcher, and none stands in the next one's way."""
+"""When some of a run's processes die: none outlives its launcher, and none stands in the way of the next run."""
 
 from __future__ import annotations
 

@@ -120,6 +120,7 @@ def _losses(ablation: Ablation) -> str:
         for number, choice in enumerate(ablation.choices):
             file = ablation.job(choice, ablation.seeds[0]) / stage / "metrics.jsonl"
             records = [json.loads(line) for line in file.read_text().splitlines()]
+            records = [record for record in records if record["loss"] is not None]
             losses = smooth([record["loss"] for record in records], 0.95)
             series.append(Series(choice.label, [record["step"] for record in records], losses, color=number))
         charts += line_chart(f"{stage}: loss", series, legend_below=True)

@@ -53,6 +53,7 @@ class Batch(NamedTuple):
     int32, where each of its S samples starts, and the row's end. Both are None otherwise. tiles: how each picture is
     cut, one after the other, where pictures are. text_ids ``(N, L)``, text_mask ``(N, L)`` bool: what a connector that
     reads text reads with each of `images`, else None. keys: the name by which a cache knows each of `images`, or None.
+    ids: of the samples.
     """
 
     input_ids: Tensor
@@ -67,6 +68,7 @@ class Batch(NamedTuple):
     text_ids: Tensor | None = None
     text_mask: Tensor | None = None
     keys: tuple[str, ...] | None = None
+    ids: tuple[str, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         batch = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
@@ -253,7 +255,7 @@ class Processor:
         ids, mask = pad_texts(texts) if self.reader else (None, None)
         keys = tuple(map(picture_key, images)) if self.names_pictures and is_image is not None else None
         batch = Batch(input_ids, targets, weights, images, is_image, lengths, tiles=tiles, text_ids=ids, text_mask=mask)
-        return batch._replace(keys=keys)
+        return batch._replace(keys=keys, ids=tuple(sample.id for sample in samples))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer and settings into ``folder/processor``."""

@@ -4,47 +4,82 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..paths import sync
 from ..world import World
 from .metrics import logger
 from .state import TrainingState
 
 RECORD = "vlmtrain.json"
+NAME = re.compile(r"step-(\d+)")
 
 
 class Checkpoints:
-    """``checkpoints/step-000100`` folders of one stage. A folder gets its name only once it is complete."""
+    """``checkpoints/step-000100`` folders of one stage. A folder gets its name only once it is complete.
+
+    cost: how many this process has saved, the seconds that they took, and the bytes of the last one.
+    """
 
     def __init__(self, folder: Path, keep_last: int, world: World):
         self.folder, self.keep_last, self.world = folder, keep_last, world
+        self.cost = {"saved": 0, "seconds": 0.0, "bytes": 0}
+        self.saved_at = time.monotonic()
 
     def save(self, state: TrainingState, step: int, record: dict) -> None:
         """Write the state behind optimiser step `step`, then drop the oldest beyond `keep_last`.
 
         Raises ValueError on every rank if one of them cannot write; the checkpoints before stay as they are.
         """
+        started = time.monotonic()
         name = f"step-{step:06d}"
         partial = self.folder / f"{name}.partial"
-        if self.world.is_main:
-            for left in self.folder.glob("*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.world.barrier()
-        self._write(state, partial, step, record)
+        self._check(step, self._prepare(partial) if self.world.is_main else None)
+        size = self._write(state, partial, step, record)
         if self.world.is_main:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             partial.rename(self.folder / name)
+            sync(self.folder)
             for old in self._complete()[: -self.keep_last]:
                 shutil.rmtree(old)
         self.world.barrier()
+        self.saved_at = time.monotonic()
+        self.cost["saved"] += 1
+        self.cost["seconds"] += self.saved_at - started
+        self.cost["bytes"] = size
 
-    def _write(self, state: TrainingState, partial: Path, step: int, record: dict) -> None:
+    @property
+    def minutes_since(self) -> float:
+        """Since the last save, or the stage's start."""
+        return (time.monotonic() - self.saved_at) / 60
+
+    def _prepare(self, partial: Path) -> str | None:
+        """Make room, and an empty folder; returns what stood in the way."""
+        for left in self.folder.glob("*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _check(self, step: int, problem: str | None) -> None:
+        """Raise ValueError on every rank if the main one has a problem."""
+        problem = self.world.from_main(problem)
+        if problem:
+            raise ValueError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {problem}; those before it are "
+                "as they were, and the same line goes on from the last of them"
+            )
+
+    def _write(self, state: TrainingState, partial: Path, step: int, record: dict) -> int:
+        """Write all files; returns their bytes."""
         tensors = state.share(self.world.rank, self.world.size)
         file = partial / f"state-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
         problem, facts = None, {}
@@ -54,20 +89,19 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
         found = self.world.gather((problem, facts))
-        if self.world.is_main and not any(problem for problem, _ in found):
-            files = {name: fact for _, facts in found for name, fact in facts.items()}
+        problem = next((problem for problem, _ in found if problem), None)
+        files = {name: fact for _, facts in found for name, fact in facts.items()}
+        if self.world.is_main and not problem:
             try:
                 whole = {**record, "step": step, "updates": state.updates, "files": files}
-                (partial / RECORD).write_text(json.dumps(whole))
-                _sync(partial)
+                (partial / RECORD).write_text(json.dumps({"record": whole, "sha256": _record_hash(whole)}))
+                sync(*partial.iterdir(), partial)
             except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
-        problems = [p for p in [problem, *(p for p, _ in found)] if p]
-        problems = self.world.from_main(problems)
-        if problems:
-            if self.world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(f"the checkpoint of step {step} could not be written to {self.folder}: {problems[0]}")
+        if self.world.is_main and problem:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._check(step, problem)
+        return sum(fact["bytes"] for fact in files.values())
 
     def newest(self) -> dict:
         """The record of the newest checkpoint that is sound, with ``step`` 0 if there are none.
@@ -104,12 +138,16 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _complete(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
+        found = {path: NAME.fullmatch(path.name) for path in self.folder.glob("step-*")}
+        return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]))
 
 
 def _checked(folder: Path) -> dict:
     """A checkpoint's record. Raises ValueError or OSError unless every file is as it was written."""
-    record = json.loads((folder / RECORD).read_text())
+    found = json.loads((folder / RECORD).read_text())
+    record = found["record"]
+    if _record_hash(record) != found["sha256"]:
+        raise ValueError(f"{RECORD} is not what was written: its hash differs")
     if folder.name != f"step-{record['step']:06d}":
         raise ValueError(f"it is that of step {record['step']}")
     for name, facts in record["files"].items():
@@ -121,19 +159,13 @@ def _checked(folder: Path) -> dict:
     return record
 
 
+def _record_hash(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         while chunk := opened.read(2**24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder's files on the disk before it gets its name."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

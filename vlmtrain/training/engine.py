@@ -109,11 +109,16 @@ class StageEngine:
         return self._engine(batch, features)
 
     def backward(self, loss: Tensor, total_weight: float) -> None:
-        """Add a micro-batch's gradients of (global summed loss / total_weight); step at the last one."""
+        """Add a micro-batch's gradients of (global summed loss / total_weight); step at the last one.
+
+        A step whose gradient is not finite on some rank makes no update on any.
+        """
         # the engine averages over ranks what should be summed
         self._engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
         if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
             self._own_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+            if not torch.isfinite(self._own_norm):
+                self._engine.zero_grad()  # AdamW leaves alone what has no gradient; the other engines look themselves
         self._engine.step()
 
     def grad_norm(self) -> float:

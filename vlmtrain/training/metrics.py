@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 import sys
 import time
 from io import BytesIO
@@ -13,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
+
+from ..paths import replace_text
 
 logger = logging.getLogger("vlmtrain")
 
@@ -32,22 +35,26 @@ def set_up_logging(file: Path | None) -> None:
 
 
 class Metrics:
-    """metrics.jsonl of one stage: one object an optimiser step, written by the main rank."""
+    """A file of one object a step, as metrics.jsonl, written by the main rank. What is not finite becomes null."""
 
     def __init__(self, file: Path, first_step: int):
         file.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
         if file.exists():
             # steps behind the checkpoint will be trained again
             kept = [line for line in file.read_text().splitlines() if _step_of(line) <= first_step]
-        file.write_text("".join(line + "\n" for line in kept))
+            replace_text(file, "".join(line + "\n" for line in kept))
         self._file = open(file, "a", buffering=1)  # noqa: SIM115 - open as long as the stage
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        finite = {key: _finite(value) for key, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:
@@ -90,10 +97,13 @@ def _clock(seconds: float) -> str:
 
 
 class WandB:
-    """Metrics to Weights & Biases, if asked for; ``offline`` needs neither account nor network."""
+    """Metrics to Weights & Biases, if asked for; ``offline`` needs neither account nor network.
+
+    steps_before: those of the stages that are finished.
+    """
 
     def __init__(self, mode: str, project: str, folder: Path, config: dict):
-        self.run = None
+        self.run, self.steps_before = None, 0
         if mode == "disabled":
             return
         if mode not in ("offline", "online"):
@@ -101,22 +111,21 @@ class WandB:
         import wandb
 
         record = folder / "wandb_id.txt"
-        known = record.read_text() if record.exists() else None
+        known = (record.read_text().strip() or None) if record.exists() else None
         self.run = wandb.init(
             project=project, name=folder.name, dir=folder, mode=mode, config=config, id=known, resume="allow"
         )
-        record.write_text(self.run.id)
-        # stages begin again at step 0, so each counts its own steps
+        replace_text(record, self.run.id)
+        # a resumed run tells of some steps again: its axis is what we count, not how often it has logged
         self.run.define_metric("*", step_metric="total_step")
-        self._total = 0
 
     def log(self, stage: str, record: dict[str, Any]) -> None:
+        """A record with its ``step`` within the stage."""
         if self.run is None:
             return
-        self._total += "loss" in record
         rates = {f"{stage}/learning_rate/{part}": lr for part, lr in record.get("learning_rate", {}).items()}
         values = {f"{stage}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-        self.run.log({"total_step": self._total, **values, **rates})
+        self.run.log({"total_step": self.steps_before + record["step"], **values, **rates})
 
     def finish_stage(self, stage: str, folder: Path, with_model: bool) -> None:
         """The stage's pictures with questions and answers as a table; its model folder as an artifact, if asked."""

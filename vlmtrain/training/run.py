@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +16,7 @@ from ..model.parts import connector_skeleton, is_model_folder, read_manifest
 from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
 from ..report import write_report
-from ..world import StopSignal, World
+from ..world import Stopped, StopSignal, World
 from .adapters import check_adapters
 from .assembly import (
     DTYPES,
@@ -59,7 +60,10 @@ def train_run(settings: DictConfig, world: World) -> None:
         if folder.is_finished(name):
             if wanted and world.is_main:
                 logger.info(f"stage {name} is finished: {folder.model(name)}")
+                shutil.rmtree(folder.checkpoints(name), ignore_errors=True)  # of a run that was killed just then
         elif wanted:
+            if world.max([float(stop.received)])[0]:
+                raise Stopped(f"stopped before stage {name}; the same line goes on from here")
             summary = train_stage(settings, name, previous, folder, world, stop, wandb)
             if world.is_main:
                 logger.info(_result(summary))
@@ -68,6 +72,7 @@ def train_run(settings: DictConfig, world: World) -> None:
                 write_report(folder.root)
         if folder.is_finished(name):
             previous = folder.model(name)
+            wandb.steps_before += folder.summary(name)["steps"]
     wandb.close()
     if world.is_main:
         logger.info(f"report: {write_report(folder.root)}")
@@ -110,8 +115,12 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
             f"unknown stage '{settings.stage}'.{nearest(settings.stage, settings.stages)} "
             f"The recipe's stages: {', '.join(settings.stages)}"
         )
+    _check_switch(settings, "bad_steps.skip_spikes")
     for name, stage in settings.stages.items():
         check_numbers(stage, STAGE, f"stages.{name}.")
+        _check_switch(settings, f"stages.{name}.keep_best")
+        if stage.keep_best and (stage.validate_every is None or stage.validation is None):
+            raise ValueError(f"stages.{name}.keep_best=true needs stages.{name}.validate_every and validation")
         betas = stage.optimizer.betas
         if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"stages.{name}.optimizer.betas={betas}: expected two numbers from 0, below 1")
@@ -126,6 +135,12 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
         check_adapters(stage, name)
         Schedule.from_config(stage.schedule, 1, rates)
         _check_layout(stage, name, world_size)
+
+
+def _check_switch(settings: DictConfig, key: str) -> None:
+    value = OmegaConf.select(settings, key)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value}: expected true or false")
 
 
 def _check_layout(stage: DictConfig, name: str, world_size: int) -> None:

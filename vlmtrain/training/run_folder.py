@@ -4,7 +4,8 @@ run_dir/config.yaml
 run_dir/train.log
 run_dir/<stage>/metrics.jsonl, validation.jsonl, answers.json, samples.json, summary.json
 run_dir/<stage>/checkpoints/step-000100/
-run_dir/<stage>/model/
+run_dir/<stage>/bad_steps.jsonl
+run_dir/<stage>/model/, best/
 run_dir/report.html
 """
 
@@ -21,22 +22,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..paths import replace_text
 from ..settings import flatten
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
 FREE = (
-    "run_dir",
-    "stage",
-    "workers",
-    "wandb",
-    "wandb_project",
-    "wandb_model",
-    "validation",
-    "bad_sample_limit",
-    "features",
-    "modules",
+    *("run_dir", "stage", "workers", "compile", "modules", "validation", "bad_sample_limit", "features"),
+    *("wandb", "wandb_project", "wandb_model"),
 )
-FREE_IN_STAGE = ("expected", "save_every", "keep_last", "micro_batch_size", "validate_every", "validation")
+FREE_IN_STAGE = (
+    *("expected", "save_every", "save_every_minutes", "keep_last", "keep_best"),
+    *("micro_batch_size", "validate_every", "validation"),
+)
 
 
 class RunFolder:
@@ -50,6 +47,13 @@ class RunFolder:
 
     def model(self, name: str) -> Path:
         return self.stage(name) / "model"
+
+    def checkpoints(self, name: str) -> Path:
+        return self.stage(name) / "checkpoints"
+
+    def summary(self, name: str) -> dict:
+        """What a finished stage says of itself."""
+        return json.loads((self.stage(name) / "summary.json").read_text())
 
     def is_finished(self, name: str) -> bool:
         """A stage is finished when its summary is there: it is written last."""
@@ -121,13 +125,6 @@ def versions() -> dict[str, str]:
 
     libraries = ("vlmtrain", "torch", "transformers", "deepspeed", "open_clip_torch", "hydra-core", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a whole file or nothing of it."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    partial.replace(file)
 
 
 def write_json(file: Path, value: Mapping | list) -> None:

@@ -23,7 +23,7 @@ from ..evaluation.validation import Validator, picture_uri
 from ..model.attention import attend_in_segments
 from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, state_hash, write_manifest
 from ..objectives import Objective, build_objective
-from ..paths import link_or_copy
+from ..paths import link_or_copy, sync
 from ..world import Stopped, StopSignal, World
 from .adapters import FOLDER as ADAPTERS
 from .adapters import merged, save_adapters
@@ -34,6 +34,7 @@ from .assembly import (
     picture_size,
     seed_for,
 )
+from .bad_steps import BadSteps, Fault
 from .checkpoint import Checkpoints
 from .compiling import compile_blocks
 from .engine import StageEngine
@@ -87,7 +88,7 @@ class _Stage:
         self.source = self._source(self.config.data)
         self.plan = build_plan(self.source, self.processor, self.config, name, world.size)
         self.total_steps = self.config.max_steps or self.plan.steps_per_epoch * self.config.epochs
-        self.checkpoints = Checkpoints(folder.stage(name) / "checkpoints", self.config.keep_last, world)
+        self.checkpoints = Checkpoints(folder.checkpoints(name), self.config.keep_last, world)
         self.record = self.checkpoints.newest()
         groups = trained_groups(self.config, name, self.parts)
         self.groups = [group for group in groups if group.from_step <= self.record["step"]]
@@ -167,11 +168,15 @@ class _Stage:
         stop: StopSignal,
         wandb: WandB,
     ) -> None:
-        first, total, config, record = self.record["step"], self.total_steps, self.config, self.record
-        metrics = Metrics(self.folder.stage(self.name) / "metrics.jsonl", first) if self.world.is_main else None
-        scores = Metrics(self.folder.stage(self.name) / "validation.jsonl", first) if self.world.is_main else None
+        first, total, record = self.record["step"], self.total_steps, self.record
+        metrics, scores, bad_steps = (
+            Metrics(self.folder.stage(self.name) / f"{name}.jsonl", first) if self.world.is_main else None
+            for name in ("metrics", "validation", "bad_steps")
+        )
         progress = Progress(self.name, total, first) if self.world.is_main else None
+        self.bad_steps = BadSteps(self.name, self.settings.bad_steps, bad_steps, record.get("bad_steps"))
         steps = self._steps(first, record.get("cursor"))
+        self._validate(engine, validator, scores, wandb)
         for step in range(first, self.end):
             started = time.perf_counter()
             data = next(steps)
@@ -184,21 +189,42 @@ class _Stage:
                 wandb.log(self.name, values)
                 progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
-            due = stopping or step + 1 == self.end or (config.save_every and (step + 1) % config.save_every == 0)
-            if due and step + 1 < total:
+            record["bad_steps"] = self.bad_steps.state
+            if not stopping:
+                self._validate(engine, validator, scores, wandb)
+            if step + 1 < total and (stopping or step + 1 == self.end or self._is_save_due(step + 1)):
                 self.checkpoints.save(engine.training_state, step + 1, record)
             if stopping and step + 1 < total:
                 raise Stopped(
                     f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"
                 )
-            if validator and config.validate_every and (step + 1) % config.validate_every == 0 and step + 1 < total:
-                with engine.evaluating():
-                    found, _ = validator.scores(engine.model, self.settings.validation.samples)
-                if scores:
-                    scores.write({"step": step + 1, **found})
-                    wandb.log(self.name, {f"validation/{key}": value for key, value in found.items()})
-        for closing in filter(None, (metrics, scores, progress)):
+        for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
+
+    def _is_save_due(self, step: int) -> bool:
+        """Not among steps that make no update, or the checkpoints from before them would be dropped."""
+        every = self.config.save_every
+        return not self.bad_steps.in_a_row and (bool(every and step % every == 0) or self.is_late)
+
+    def _validate(self, engine: StageEngine, validator: Validator | None, scores: Metrics | None, wandb: WandB) -> None:
+        """Validate if it is time to, and it was not done before the stage was stopped here."""
+        step, every = self.record["step"], self.config.validate_every
+        due = validator and every and step and step % every == 0 and step < self.total_steps
+        if not due or self.record.get("validated", 0) >= step:
+            return
+        with engine.evaluating():
+            found, _ = validator.scores(engine.model, self.settings.validation.samples)
+        self.record["validated"] = step
+        if scores:
+            scores.write({"step": step, **found})
+            wandb.log(self.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}})
+        self._keep_best(engine, step, found["loss"])
+
+    def _keep_best(self, engine: StageEngine, step: int, loss: float) -> None:
+        best = self.record.get("best")
+        if self.config.keep_best and (best is None or loss < best["loss"]):
+            self._save_model(engine, self.folder.stage(self.name) / "best")
+            self.record["best"] = {"step": step, "loss": loss}
 
     def _steps(self, first: int, cursor: dict | None) -> Iterator[StepData]:
         ranks = (self.world.rank, self.world.size)
@@ -207,7 +233,7 @@ class _Stage:
 
     def _step(self, engine: StageEngine, step: int, data: StepData, stop: StopSignal) -> tuple[dict, bool]:
         """One optimiser step on all ranks: its metrics, and whether some rank was told to stop."""
-        weight, samples, tokens, image_tokens, target_tokens, positions, bad, stopping, *drawn = self.world.sum(
+        weight, samples, tokens, image_tokens, target_tokens, positions, bad, stopping, late, *drawn = self.world.sum(
             [
                 self.objective.weight(data),
                 data.samples,
@@ -217,29 +243,21 @@ class _Stage:
                 data.positions,
                 len(data.bad),
                 float(stop.received),
+                float(
+                    self.world.is_main and self.checkpoints.minutes_since > (self.config.save_every_minutes or math.inf)
+                ),
                 *data.drawn,
             ]
         )
         if bad:
             self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
         self.record["drawn"] = [before + int(now) for before, now in zip(self.record["drawn"], drawn)]
+        self.is_late = late > 0
         rates = engine.set_rates(step)
-        summed = torch.zeros((), device=self.world.device)
-        for i, batch in enumerate(data.micro_batches):
-            # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
-            seed_for(self.settings.seed, self.name, step, i, self.world.rank)
-            loss = engine.loss(batch.to(self.world.device, engine.dtype))
-            engine.backward(loss, max(weight, 1e-9))
-            summed += loss.detach().float()
-        loss = self.world.sum([float(summed)])[0] / max(weight, 1e-9)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise ValueError(
-                f"{self.name}: the loss of step {step + 1} is {loss}: lower stages.{self.name}.train.<part>, or look "
-                f"at the data; earlier checkpoints are in {self.folder.stage(self.name) / 'checkpoints'}"
-            )
+        loss, norm = self._update(engine, step, data, max(weight, 1e-9))
         values = {
             "loss": loss,
-            "grad_norm": engine.grad_norm(),
+            "grad_norm": norm,
             "learning_rate": rates,
             "samples": int(samples),
             "tokens": int(tokens),
@@ -248,6 +266,33 @@ class _Stage:
             "padding_fraction": 1 - tokens / max(positions, 1),
         }
         return values, stopping > 0
+
+    def _update(self, engine: StageEngine, step: int, data: StepData, weight: float) -> tuple[float, float]:
+        """Run a step's micro-batches and update the weights, unless the numbers are wrong: loss, and gradient norm."""
+        losses: list[Tensor] = []
+        for i, batch in enumerate(data.micro_batches):
+            # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
+            seed_for(self.settings.seed, self.name, step, i, self.world.rank)
+            loss = engine.loss(batch.to(self.world.device, engine.dtype))
+            losses.append(loss.detach().float())
+            if i + 1 == len(data.micro_batches):
+                mean = self.world.sum([float(torch.stack(losses).sum())])[0] / weight
+                fault = self.bad_steps.judge(mean)
+                if fault and fault.skipped:
+                    loss = loss * math.nan  # every engine drops a step whose gradient is not finite on some rank
+            engine.backward(loss, weight)
+        norm = engine.grad_norm()
+        if not fault and not math.isfinite(norm):
+            fault = Fault("the gradient is not finite", True)
+        self.bad_steps.count(step + 1, mean, fault, self._suspects(data, losses) if fault else ())
+        return mean, norm
+
+    def _suspects(self, data: StepData, losses: list[Tensor]) -> list[str]:
+        """Ids, over all ranks, of the samples of micro-batches whose loss is not finite, or else of the whole step."""
+        found = [(batch.ids, bool(torch.isfinite(loss))) for batch, loss in zip(data.micro_batches, losses)]
+        everyone = [batch for rank in self.world.gather(found) for batch in rank]
+        wrong = [batch for batch in everyone if not batch[1]]
+        return [sample for ids, _ in wrong or everyone for sample in ids]
 
     def _handle_bad(self, found: list[BadRecord], step: int) -> None:
         found.sort()
@@ -294,13 +339,21 @@ class _Stage:
             with engine.evaluating():
                 scores, answers = validator.scores(engine.model, self.settings.validation.final_samples)
             scores["loss_at_start"] = self.record["validation_at_start"]
-        after = self._save_model(engine)
+            if self.config.keep_best:
+                with engine.evaluating():
+                    loss = validator.loss(engine.model, self.settings.validation.samples)
+                self._keep_best(engine, self.total_steps, loss)
+        after = self._save_model(engine, self.folder.model(self.name))
         summary = {
             "stage": self.name,
             "steps": self.total_steps,
             "seconds": self.record["seconds"],
             "feature_cache": self._cache_use(engine.feature_cache),
             "skipped_samples": self.skips.skipped,
+            "skipped_steps": self.bad_steps.skipped,
+            "loss_spikes": self.bad_steps.spikes,
+            "checkpoints": self.checkpoints.cost,
+            "best": self.record.get("best"),
             "data": self._shares(self.record["drawn"]),
             "world_size": self.world.size,
             "validation": scores,
@@ -366,10 +419,9 @@ class _Stage:
             "sha256_after": after.whole,
         }
 
-    def _save_model(self, engine: StageEngine) -> dict[str, Hashes]:
-        """Write the model folder, whole or not at all; returns the parts' hashes."""
-        target = self.folder.model(self.name)
-        partial = target.with_name("model.partial")
+    def _save_model(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
+        """Write a model folder, whole or not at all; returns the parts' hashes."""
+        partial = target.with_name(f"{target.name}.partial")
         manifest, hashes = {}, {}
         if self.world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -381,8 +433,11 @@ class _Stage:
             hashes[part] = self._hashes(part, state)
             if part in PARTS:
                 whole = merged(module, state)
-                save_part(part, module, partial / part, whole)
                 trained = any(group.part == part for group in self.groups)
+                if trained or not (target / part).is_dir():
+                    save_part(part, module, partial / part, whole)
+                else:  # it was frozen when the folder was written last
+                    shutil.copytree(target / part, partial / part, copy_function=link_or_copy)
                 manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.name if trained else None}
                 if whole.keys() != state.keys():
                     base = self.settings[part].get("path")
@@ -391,6 +446,7 @@ class _Stage:
             self._hand_on(partial, manifest)
             self.processor.save_pretrained(partial)
             write_manifest(partial, manifest)
+            sync(*partial.rglob("*"), partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         self.world.barrier()

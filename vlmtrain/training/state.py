@@ -51,6 +51,8 @@ class TrainingState:
 
     def share(self, rank: int, world_size: int) -> dict[str, Tensor]:
         """The tensors that `rank` is to write: parameters are dealt to ranks one by one."""
+        if not any(self.updates.values()):
+            self._make_moments(self.updates)  # no update has been made yet
         mine: dict[str, Tensor] = {}
         for number, (name, parameter) in enumerate(self.parameters.items()):
             for kind, tensor in self._full(parameter):
@@ -75,14 +77,11 @@ class TrainingState:
         self._check_names(set(where), files[0].parent, new)
         self._make_moments(updates)
         opened = {file: safe_open(file, "pt") for file in files}
+        self._check_shapes(opened, where, new)
         for name, parameter in self.parameters.items():
             for kind in KINDS if name not in new else ():
                 key = f"{name}/{kind}"
-                value = opened[where[key]].get_tensor(key)
-                shape = full_shape(parameter)
-                if value.shape != shape:
-                    raise ValueError(f"{where[key]}: {key} has the shape {tuple(value.shape)}, expected {tuple(shape)}")
-                self._set(parameter, kind, value)
+                self._set(parameter, kind, opened[where[key]].get_tensor(key))
         for name, tensor in self.buffers.items():
             if name not in new:
                 tensor.copy_(opened[where[f"{name}/buffer"]].get_tensor(f"{name}/buffer"))
@@ -104,6 +103,15 @@ class TrainingState:
         for problem, names in (("lacks", wanted - found), ("has, of no use here,", found - wanted)):
             if names:
                 raise ValueError(f"{folder} {problem} {some(names)}: it was saved by another stage")
+
+    def _check_shapes(self, opened: Mapping[Path, safe_open], where: Mapping[str, Path], new: set[str]) -> None:
+        """Before anything is taken up, so that nothing is taken up half."""
+        shapes = {f"{n}/{kind}": full_shape(p) for n, p in self.parameters.items() if n not in new for kind in KINDS}
+        shapes |= {f"{n}/buffer": tensor.shape for n, tensor in self.buffers.items() if n not in new}
+        for key, wanted in shapes.items():
+            found = opened[where[key]].get_slice(key).get_shape()
+            if list(found) != list(wanted):
+                raise ValueError(f"{where[key]}: {key} has the shape {tuple(found)}, expected {tuple(wanted)}")
 
     def _full(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """The parameter's whole fp32 weight and moments; a collective call under ZeRO."""
