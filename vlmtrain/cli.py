@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     report.set_defaults(command=_report)
 
+    again = commands.add_parser("reproduce", help="train a run again from its record, and say where its losses part")
+    again.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    again.add_argument("--out", type=Path, metavar="DIR", help="where to (default: RUN_DIR-again)")
+    again.add_argument("--ranks", type=int, metavar="N", help="processes (default: as many as then)")
+    again.set_defaults(command=_reproduce)
+
     tokens = commands.add_parser("tokens", help="visual tokens of a picture, for any connectors")
     tokens.add_argument(
         "--image-size", nargs="+", type=int, required=True, metavar="PIXELS", help="side, or height width"
@@ -156,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help="a Python module of your own to import first, which registers connectors; may be repeated",
         )
-    for command in (check, evaluate, chat, report, tokens, plan, export, take, ablate):
+    for command in (check, evaluate, chat, report, again, tokens, plan, export, take, ablate):
         command.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 
@@ -458,6 +464,36 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps({"machine": asdict(machine), "stages": shown}, indent=2))
     else:
         print(show_plan(settings, plans, machine))
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from .reproduction import reproduce
+
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks {options.ranks}: expected a number from 1")
+    done = reproduce(options.run_dir, options.out, options.ranks)
+    if options.json:
+        stages = {
+            name: {**result._asdict(), "parting": result.parting and result.parting._asdict()}
+            for name, result in done.stages.items()
+        }
+        print(json.dumps({**done._asdict(), "stages": stages}, indent=2))
+    else:
+        for name, result in done.stages.items():
+            print(f"  {name}: {_parting(result)}")
+        for difference in done.differences:
+            print(f"  differs: {difference}")
+    if any(result.parting for result in done.stages.values()):
+        raise SystemExit(1)
+
+
+def _parting(result) -> str:
+    if result.parting is None:
+        weights = {True: ", and its weights are the same", False: ", but its weights differ", None: ""}
+        return f"the {result.steps} steps are the same to the bit{weights[result.same_model]}"
+    step, key, first, again = result.parting
+    share = f" ({abs(again - first) / max(abs(first), 1e-30):.1e} of it)" if None not in (first, again) else ""
+    return f"parts at step {step} of {result.steps}: {key} was {first}, is {again}{share}"
 
 
 def _report(options: argparse.Namespace) -> None:

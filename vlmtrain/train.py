@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 8 -m vlmtrain.train recipe=llava_1_5 data
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
@@ -29,22 +30,33 @@ def users_errors() -> Iterator[None]:
         if launched_rank() == 0 or isinstance(error, BadSample):
             sys.stderr.write(f"vlmtrain: error: {error}\n")
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.stderr.write(f"vlmtrain: error: {error}; the same line goes on from the last checkpoint\n")
+        raise SystemExit(2) from None
+
+
+def train(settings: DictConfig) -> None:
+    """Train by settings that are complete, as one of the ranks that torchrun started, or alone."""
+    from .world import Stopped, join_world, leave_world
+
+    world = join_world()
+    from .training.run import train_run  # its imports read what joining has set
+
+    try:
+        train_run(settings, world)
+    except Stopped as stopped:
+        if world.is_main:
+            print(stopped)
+    finally:
+        leave_world()
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def _run(config: DictConfig) -> None:
-    from .world import Stopped, join_world
-
     with users_errors():
-        settings = finish(config)
-        world = join_world()
-        from .training.run import train_run  # its imports read what joining has set
-
-        try:
-            train_run(settings, world)
-        except Stopped as stopped:
-            if world.is_main:
-                print(stopped)
+        train(finish(config))
 
 
 def main() -> None:

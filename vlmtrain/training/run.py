@@ -29,6 +29,7 @@ from .assembly import (
 from .handover import builds_anew, tensors_taken
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
+from .provenance import provenance
 from .run_folder import RunFolder
 from .stage import train_stage
 from .trainable import trained_groups, training_rates
@@ -37,16 +38,18 @@ from .trainable import trained_groups, training_rates
 def train_run(settings: DictConfig, world: World) -> None:
     """Train all stages that are not finished, or only ``settings.stage``. Raises ValueError for users' mistakes."""
     check_settings(settings, world.size)
-    folder = RunFolder(settings.run_dir)
+    folder, changed = RunFolder(settings.run_dir), []
     if world.is_main:
         folder.lock()
         folder.check_same(settings)
         start = take_in(settings, folder)
         check_stages(start, folder)
-        folder.write_config(settings)
+        changed = folder.write_config(settings, provenance(settings, world))
     world.barrier()
     settings = take_in(settings, folder)
     set_up_logging(folder.root / "train.log" if world.is_main else None)
+    for difference in changed:
+        logger.warning(f"not as when the run was here last, so further steps may differ: {difference}")
     stop = StopSignal()
     wandb = WandB(
         settings.wandb if world.is_main else "disabled",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import socket
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..paths import replace_text
 from ..settings import flatten
+from .provenance import KEYS, differences
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
 FREE = (
@@ -92,7 +92,6 @@ class RunFolder:
         if not file.exists():
             return
         old = OmegaConf.to_container(OmegaConf.load(file))
-        old.pop("versions", None)
         began = [name for name in old.get("stages", {}) if (self.stage(name) / "metrics.jsonl").exists()]
         before, now = (_binding(c, began) for c in (old, OmegaConf.to_container(settings)))
         for key in sorted(before.keys() | now.keys()):
@@ -102,29 +101,32 @@ class RunFolder:
                     f"{key}={before.get(key)}; set it back, or set another run_dir"
                 )
 
-    def write_config(self, settings: DictConfig) -> None:
+    def write_config(self, settings: DictConfig, record: dict) -> list[str]:
+        """Write settings and provenance; returns what of that is not as it was when the run was here last.
+
+        What differs is kept, the latest last, as ``earlier``.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        record = {**OmegaConf.to_container(settings), "versions": versions()}
-        replace_text(self.root / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record)))
+        file = self.root / "config.yaml"
+        before = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
+        changed = differences(before, record) if before else []
+        earlier = list(before.get("earlier", []))
+        if changed:
+            earlier.append({key: before[key] for key in KEYS[:-1] if key in before})
+        whole = {**OmegaConf.to_container(settings), **record, **({"earlier": earlier} if earlier else {})}
+        replace_text(file, OmegaConf.to_yaml(OmegaConf.create(whole)))
+        return changed
 
 
 def _binding(config: dict, began: list[str]) -> dict:
     """The settings that must not change: all but the free ones and those of stages that have not begun."""
-    config = {key: value for key, value in config.items() if key not in FREE}
+    config = {key: value for key, value in config.items() if key not in (*FREE, *KEYS)}
     config["stages"] = {
         name: {key: value for key, value in stage.items() if key not in FREE_IN_STAGE}
         for name, stage in config.get("stages", {}).items()
         if name in began
     }
     return dict(flatten(config)) if began else {}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes: Python and the libraries."""
-    from importlib.metadata import version
-
-    libraries = ("vlmtrain", "torch", "transformers", "deepspeed", "open_clip_torch", "hydra-core", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def write_json(file: Path, value: Mapping | list) -> None:

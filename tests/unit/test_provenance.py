@@ -1,0 +1,76 @@
+"""What a run's record says of code and files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+
+import pytest
+
+from vlmtrain.settings import compose
+from vlmtrain.training import provenance as module
+from vlmtrain.training.provenance import differences, fingerprint, git_state
+
+
+def git(folder, *words):
+    who = ["-c", "user.name=n", "-c", "user.email=e"]
+    return subprocess.run(["git", "-C", folder, *who, *words], check=True, capture_output=True, text=True).stdout
+
+
+def test_git_state_tells_the_commit_and_whether_the_code_is_it(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("x = 1\n")
+    assert git_state(package) is None
+    git(tmp_path, "init", "-q")
+    assert git_state(package) is None, "a package that lies in a checkout, but is not of it"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    clean = git_state(package)
+    assert clean == {"commit": git(tmp_path, "rev-parse", "HEAD").strip(), "changes": None}
+    (package / "a.py").write_text("x = 2\n")
+    changed = git_state(package)
+    assert changed["commit"] == clean["commit"] and changed["changes"]
+    (package / "a.py").write_text("x = 3\n")
+    assert git_state(package)["changes"] != changed["changes"]
+
+
+def test_a_small_file_is_known_by_its_bytes_and_a_large_one_by_size_and_time(tmp_path, monkeypatch):
+    file = tmp_path / "data.json"
+    file.write_text("[1]")
+    first = fingerprint(file)
+    assert first["bytes"] == 3 and first["sha256"] == hashlib.sha256(b"[1]").hexdigest()
+    os.utime(file, (1, 1))
+    assert not differences({"files": {"x": first}}, {"files": {"x": fingerprint(file)}}), "a copy is the same"
+    file.write_text("[2]")
+    (line,) = differences({"files": {"x": first}}, {"files": {"x": fingerprint(file)}})
+    assert line.startswith("files.x: ")
+    monkeypatch.setattr(module, "HASHED_WHOLE", 2)
+    large = fingerprint(file)
+    os.utime(file, (5, 5))
+    assert "sha256" not in large and differences({"files": {"x": large}}, {"files": {"x": fingerprint(file)}})
+
+
+def test_a_folder_is_known_by_names_and_sizes(tmp_path):
+    for name in ("b/2.png", "a/1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"123")
+    first = fingerprint(tmp_path)
+    assert (first["files"], first["bytes"]) == (2, 6)
+    (tmp_path / "a/1.png").rename(tmp_path / "a/3.png")
+    assert fingerprint(tmp_path)["sha256"] != first["sha256"]
+
+
+def test_files_that_the_settings_read_are_found_and_others_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "off", "align.json", "llm", "images"):
+        (tmp_path / name).mkdir()
+    line = ["recipe=llava_1_5", "mini=true", "data=llava_json", "data.align={a: align.json}", "data.images=images"]
+    settings = compose([*line, "llm=hf", "llm.path=llm", "data.instruct=nothing.json"])
+    assert sorted(map(str, module._read_paths(settings))) == ["align.json", "images", "llm"]
+
+
+@pytest.mark.parametrize("key", ["versions", "machine"])
+def test_what_else_differs_is_named(key):
+    assert differences({key: {"a": 1, "b": 2}}, {key: {"a": 1, "b": 3}}) == [f"{key}.b: 2 -> 3"]
