@@ -16,18 +16,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_llm(path: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> nn.Module:
+def build_llm(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """Load a causal language model from a hub id or a folder."""
-    load_hf_config(path, "llm.path")
-    return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, attn_implementation=attn_implementation)
+    load_hf_config(path, "llm.path", trust_remote_code)
+    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, **options)
 
 
-def build_llm_skeleton(path: str, dtype: torch.dtype, config: Mapping | None) -> nn.Module:
+def build_llm_skeleton(
+    path: str, dtype: torch.dtype, config: Mapping | None, trust_remote_code: bool = False
+) -> nn.Module:
     """The architecture alone, from its `config`, or else from that of a hub id or folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    known = load_hf_config(path, "llm.path") if config is None else AutoConfig.for_model(**config)
-    return AutoModelForCausalLM.from_config(known).to(dtype)
+    if config is None:
+        known = load_hf_config(path, "llm.path", trust_remote_code)
+    else:
+        known = AutoConfig.for_model(**config)
+    return AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code).to(dtype)
 
 
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -47,12 +58,12 @@ def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: to
     return AutoModelForCausalLM.from_config(full).to(dtype)
 
 
-def load_tokenizer(path: str, key: str = "llm.path") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, key: str = "llm.path", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a model. Raises ValueError where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path} has no tokenizer: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
@@ -87,10 +98,11 @@ def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     llm.save_pretrained(folder, state_dict=dict(state))  # it empties what it is given
 
 
-def load_llm(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
     """Load a model that `save_llm` wrote."""
-    load_hf_config(str(folder), "folder")
-    return load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, dtype=dtype)
+    load_hf_config(str(folder), "llm", trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    return load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, **options)
 
 
 def hidden_width(llm: nn.Module) -> int:

@@ -52,13 +52,21 @@ def load_strictly(module: nn.Module, path: Path) -> None:
     module.load_state_dict(state, assign=True)
 
 
-def load_hf_config(path: str, key: str):
-    """The configuration of a Hugging Face model; `key` is the setting to name when there is none."""
+def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
+    """The configuration of a Hugging Face model; `key` is the setting to name when there is none.
+
+    trust_remote_code: run code that the folder or hub id brings; without it, where some is needed, ValueError.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{key}={path} brings code of its own, which is not run; {key.split('.')[0]}.trust_remote_code=true "
+                "runs it"
+            ) from None
         raise ValueError(f"{key}={path} is not a Hugging Face model folder or hub id: {first_line(error)}") from None
 
 
@@ -75,8 +83,10 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
     """`transformers.<auto_class>.from_pretrained`, which here fails on missing or misfitting weights.
 
     is_ours: the folder holds this model and nothing else, so unexpected tensors are wrong too. (A hub's
-    CLIP has a text tower beside the vision tower that is asked for.)
+    CLIP has a text tower beside the vision tower that is asked for.) No code of the folder is run unless `options` say
+    trust_remote_code.
     """
+    options.setdefault("trust_remote_code", False)
     import transformers
 
     if auto_class == "AutoModel":

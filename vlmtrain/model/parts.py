@@ -103,7 +103,7 @@ def save_part(name: str, module: nn.Module, folder: Path, state: dict[str, Tenso
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
     """Read one part of a model folder. Raises ValueError naming the file or tensor at fault.
 
     The weights must have the hash that the manifest names.
@@ -111,9 +111,9 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32) -> nn.
     facts, folder = read_manifest(model)[name], model / name
     saved_as = getattr(torch, facts["dtype"])
     if name == "vision":
-        module = load_vision(folder, saved_as)
+        module = load_vision(folder, saved_as, trust_remote_code)
     elif name == "llm":
-        module = load_llm(folder, saved_as)
+        module = load_llm(folder, saved_as, trust_remote_code)
     else:
         module = connector_from(read_json(folder / "config.json")).to(saved_as)
         load_strictly(module, folder / "model.safetensors")

@@ -304,6 +304,7 @@ class HFVision(VisionEncoder):
         image_std: list[float] | None = None,
         dtype: torch.dtype = torch.float32,
         weights: bool = True,
+        trust_remote_code: bool = False,
     ) -> HFVision:
         """Load from a hub id or a folder; without `weights`, only the architecture.
 
@@ -313,7 +314,8 @@ class HFVision(VisionEncoder):
         from transformers.utils import cached_file
 
         know_blip_towers()
-        config = load_hf_config(path, "vision.path")
+        trust = {"trust_remote_code": trust_remote_code}
+        config = load_hf_config(path, "vision.path", **trust)
         config = getattr(config, "vision_config", config)
         found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
         preprocessor = json.loads(Path(found).read_text()) if found else {}
@@ -326,10 +328,10 @@ class HFVision(VisionEncoder):
         geometry = {"image_size": image_size or _preprocessor_size(preprocessor)}
         geometry |= {"image_mean": list(mean), "image_std": list(std)}
         if weights:
-            return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype), geometry, layer, levels)
+            return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype, **trust), geometry, layer, levels)
         from transformers import AutoModel
 
-        return cls(AutoModel.from_config(config), geometry, layer, levels)
+        return cls(AutoModel.from_config(config, **trust), geometry, layer, levels)
 
     def _resize(self, before: tuple[int, int]) -> None:
         self.geometry = {**self.geometry, "image_size": list(self.image_size)}
@@ -350,9 +352,11 @@ class HFVision(VisionEncoder):
         )
 
     @classmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype) -> HFVision:
+    def from_folder(cls, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> HFVision:
         saved = read_json(folder / "vlmtrain.json")
-        encoder = load_hf_model("AutoModel", str(folder), is_ours=True, dtype=dtype)
+        load_hf_config(str(folder), "vision", trust_remote_code)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        encoder = load_hf_model("AutoModel", str(folder), is_ours=True, **options)
         return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
 
 
@@ -378,7 +382,8 @@ def build_vision(provider: str, dtype: torch.dtype = torch.float32, weights: boo
     return OpenClipVision.build(**options).to(dtype)
 
 
-def load_vision(folder: Path, dtype: torch.dtype = torch.float32) -> VisionEncoder:
+def load_vision(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> VisionEncoder:
     """Load an encoder that `VisionEncoder.save` wrote."""
-    provider = HFVision if (folder / "vlmtrain.json").exists() else OpenClipVision
-    return provider.from_folder(folder, dtype)
+    if (folder / "vlmtrain.json").exists():
+        return HFVision.from_folder(folder, dtype, trust_remote_code)
+    return OpenClipVision.from_folder(folder, dtype)

@@ -48,7 +48,7 @@ def build_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
     elif settings.llm.provider == "tiny":
         tokenizer = build_tiny_tokenizer(VOCABULARY)
     else:
-        tokenizer = load_tokenizer(settings.llm.path)
+        tokenizer = load_tokenizer(settings.llm.path, trust_remote_code=settings.llm.trust_remote_code)
     add_tokens(tokenizer, settings.llm.new_tokens)
     return tokenizer
 
@@ -69,7 +69,7 @@ def build_parts(
     for part in (p for p in BUILD_ORDER if p in stage.parts):
         seed_for(settings.seed, part)
         if part in PARTS and part in saved and part not in stage.fresh:
-            parts[part] = load_part(part, previous, dtype)
+            parts[part] = load_part(part, previous, dtype, bool(settings[part].get("trust_remote_code")))
             if part == "connector" and builds_anew(stage):
                 handed_on = parts.pop(part)
                 parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
@@ -174,8 +174,10 @@ def _build(
         if settings.llm.provider == "tiny":
             return build_random_llm(options["config"], tokenizer, dtype)
         if not weights:
-            return build_llm_skeleton(options["path"], dtype, published_llm(options["path"]))
-        return build_llm(options["path"], dtype, options["attn_implementation"])
+            return build_llm_skeleton(
+                options["path"], dtype, published_llm(options["path"]), options["trust_remote_code"]
+            )
+        return build_llm(options["path"], dtype, options["attn_implementation"], options["trust_remote_code"])
     bert = settings.stages[stage].connector_text.bert if weights else None
     if part == "connector":
         options = _connector_options(settings, stage)

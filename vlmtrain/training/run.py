@@ -119,6 +119,9 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
             f"The recipe's stages: {', '.join(settings.stages)}"
         )
     _check_switch(settings, "bad_steps.skip_spikes")
+    for part in ("vision", "llm"):
+        if "trust_remote_code" in settings[part]:
+            _check_switch(settings, f"{part}.trust_remote_code")
     for name, stage in settings.stages.items():
         check_numbers(stage, STAGE, f"stages.{name}.")
         _check_switch(settings, f"stages.{name}.keep_best")
