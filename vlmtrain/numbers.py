@@ -20,6 +20,7 @@ RUN = {
     "workers": Rule(True, 0),
     "bad_sample_limit.share": Rule(False, 0, 1),
     "bad_sample_limit.in_a_row": Rule(True, 1),
+    "collective_timeout": Rule(False, 1),
     "bad_steps.in_a_row": Rule(True, 1),
     "bad_steps.spike": Rule(False, 1, optional=True),
     "features.max_gb": Rule(False, 0),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import hydra
 from omegaconf import DictConfig
 
+from .numbers import RUN, check_numbers
 from .paths import CONFIGS
 from .processes import die_with_launcher, launched_rank
 from .settings import finish, prepare_line, shown_settings
@@ -39,9 +40,11 @@ def users_errors() -> Iterator[None]:
 
 def train(settings: DictConfig) -> None:
     """Train by settings that are complete, as one of the ranks that torchrun started, or alone."""
-    from .world import Stopped, join_world, leave_world
+    from .world import OUTSIDE_STEPS, Stopped, join_world, leave_world
 
-    world = join_world()
+    check_numbers(settings, {"collective_timeout": RUN["collective_timeout"]})
+    # the watch of a run speaks first: it knows what a rank was doing
+    world = join_world(OUTSIDE_STEPS * settings.collective_timeout + 60)
     from .training.run import train_run  # its imports read what joining has set
 
     try:

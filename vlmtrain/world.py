@@ -6,10 +6,13 @@ import os
 import signal
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+OUTSIDE_STEPS = 10  # times as long as in a step, ranks may wait for each other: starting, saving, validating
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,11 @@ def prepare_process() -> bool:
     return has_gpu
 
 
-def join_world() -> World:
-    """Join the process group that torchrun describes; without torchrun, a group of one."""
+def join_world(timeout: float = 3600.0) -> World:
+    """Join the process group that torchrun describes; without torchrun, a group of one.
+
+    timeout: seconds that a rank waits for the others, at most.
+    """
     has_gpu = prepare_process()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -89,12 +95,13 @@ def join_world() -> World:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    _rejoin_behind_a_restart("nccl" if has_gpu else "gloo", device)
-    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
+    limit = timedelta(seconds=timeout)
+    _rejoin_behind_a_restart("nccl" if has_gpu else "gloo", device, limit)
+    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False, timeout=limit)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _rejoin_behind_a_restart(backend: str, device: torch.device) -> None:
+def _rejoin_behind_a_restart(backend: str, device: torch.device, timeout: timedelta) -> None:
     """Where torchrun has replaced the ranks of its one node, form their group apart from what the dead ones left.
 
     torchrun keeps its store over restarts, and with it the addresses of dead ranks (PyTorch issue 135712). Of several
@@ -108,7 +115,7 @@ def _rejoin_behind_a_restart(backend: str, device: torch.device) -> None:
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
     store = dist.PrefixStore(f"attempt-{attempt}", store)
     options = {"device_id": device} if device.type == "cuda" and size > 1 else {}
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, **options)
 
 
 def leave_world() -> None:

@@ -57,11 +57,14 @@ class Moments:
 
     def reached(self, name: str) -> tuple[Callable[[], bool], float]:
         """The condition of a kind of moment, from now on, and the seconds to wait behind it."""
-        stage, before, left, steps = self.stage(), self.progress(), self.unfinished(), self.dice.randint(1, 5)
+        stage, before, left = self.stage(), self.progress(), self.unfinished()
+        steps = self.saved(stage) + self.dice.randint(1, 5)
         first = self.run_dir / self.stages[0] / "summary.json"
         conditions = {
             "starting": lambda: True,
-            "step": lambda: self.progress() != before and self.made(stage) >= steps,
+            "step": lambda: (
+                self.progress() != before and (self.stage() != stage or steps_of(self.run_dir, stage) >= steps)
+            ),
             "saving": lambda: any(path.parent.name == "checkpoints" for path, _ in self.unfinished() - left),
             "validating": lambda: self.progress() != before and self.validates(),
             "writing the model": lambda: any(path.name == "model.partial" for path, _ in self.unfinished() - left),
@@ -82,10 +85,10 @@ class Moments:
                     found.add((path, path.stat().st_ino))
         return found
 
-    def made(self, stage: str) -> int:
-        """Steps made since the stage's last checkpoint, or since it began."""
-        saved = [int(path.name[5:]) for path in self.run_dir.glob(f"{stage}/checkpoints/step-??????")]
-        return steps_of(self.run_dir, stage) - max(saved, default=0) if self.stage() == stage else 99
+    def saved(self, stage: str) -> int:
+        """The step behind which a stage goes on."""
+        found = [int(path.name[5:]) for path in self.run_dir.glob(f"{stage}/checkpoints/step-??????")]
+        return max(found, default=0)
 
     def validates(self) -> bool:
         steps = steps_of(self.run_dir, self.stage())

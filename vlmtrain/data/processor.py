@@ -294,7 +294,7 @@ class Processor:
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder / 'tokenizer.json'} is missing: the model folder has no tokenizer")
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def picture_key(view: Tensor) -> str:

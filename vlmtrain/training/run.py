@@ -33,6 +33,7 @@ from .provenance import provenance
 from .run_folder import RunFolder
 from .stage import train_stage
 from .trainable import trained_groups, training_rates
+from .watch import Watch
 
 
 def train_run(settings: DictConfig, world: World) -> None:
@@ -50,13 +51,21 @@ def train_run(settings: DictConfig, world: World) -> None:
     set_up_logging(folder.root / "train.log" if world.is_main else None)
     for difference in changed:
         logger.warning(f"not as when the run was here last, so further steps may differ: {difference}")
-    stop = StopSignal()
     wandb = WandB(
         settings.wandb if world.is_main else "disabled",
         settings.wandb_project,
         folder.root,
         OmegaConf.to_container(settings),
     )
+    with Watch(settings.collective_timeout, world.rank, world.size) as watch:
+        _train_stages(settings, folder, world, wandb, watch)
+    wandb.close()
+    if world.is_main:
+        logger.info(f"report: {write_report(folder.root)}")
+
+
+def _train_stages(settings: DictConfig, folder: RunFolder, world: World, wandb: WandB, watch: Watch) -> None:
+    stop = StopSignal()
     previous = Path(settings.init_from) if settings.init_from is not None else None
     for name in settings.stages:
         wanted = settings.stage in (None, name)
@@ -67,7 +76,7 @@ def train_run(settings: DictConfig, world: World) -> None:
         elif wanted:
             if world.max([float(stop.received)])[0]:
                 raise Stopped(f"stopped before stage {name}; the same line goes on from here")
-            summary = train_stage(settings, name, previous, folder, world, stop, wandb)
+            summary = train_stage(settings, name, previous, folder, world, stop, wandb, watch)
             if world.is_main:
                 logger.info(_result(summary))
                 write_card(folder.root, name, folder.model(name))
@@ -76,9 +85,6 @@ def train_run(settings: DictConfig, world: World) -> None:
         if folder.is_finished(name):
             previous = folder.model(name)
             wandb.steps_before += folder.summary(name)["steps"]
-    wandb.close()
-    if world.is_main:
-        logger.info(f"report: {write_report(folder.root)}")
 
 
 def take_in(settings: DictConfig, folder: RunFolder) -> DictConfig:

@@ -28,7 +28,7 @@ from .provenance import KEYS, differences
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
 FREE = (
     *("run_dir", "stage", "workers", "compile", "modules", "validation", "bad_sample_limit", "features"),
-    *("wandb", "wandb_project", "wandb_model"),
+    *("wandb", "wandb_project", "wandb_model", "collective_timeout"),
 )
 FREE_IN_STAGE = (
     *("expected", "save_every", "save_every_minutes", "keep_last", "keep_best"),

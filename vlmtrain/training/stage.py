@@ -44,6 +44,7 @@ from .optimizer import Schedule
 from .run_folder import RunFolder, write_json
 from .skips import Skips
 from .trainable import freeze, full_shape, trained_groups
+from .watch import Watch
 
 SHOWN_SAMPLES = 48
 
@@ -64,6 +65,7 @@ def train_stage(
     world: World,
     stop: StopSignal,
     wandb: WandB,
+    watch: Watch,
 ) -> dict:
     """Train stage `name` from the model folder `previous`, to its end. Returns its summary.
 
@@ -73,12 +75,22 @@ def train_stage(
     """
     summary = None
     while summary is None:
-        summary = _Stage(settings, name, previous, folder, world).run(stop, wandb)
+        watch.doing(f"stage {name}: building", outside=True)
+        summary = _Stage(settings, name, previous, folder, world, watch).run(stop, wandb)
     return summary
 
 
 class _Stage:
-    def __init__(self, settings: DictConfig, name: str, previous: Path | None, folder: RunFolder, world: World):
+    def __init__(
+        self,
+        settings: DictConfig,
+        name: str,
+        previous: Path | None,
+        folder: RunFolder,
+        world: World,
+        watch: Watch,
+    ):
+        self.watch = watch
         self.settings, self.name, self.previous, self.folder, self.world = settings, name, previous, folder, world
         self.config = settings.stages[name]
         tokenizer = build_tokenizer(settings)
@@ -145,6 +157,7 @@ class _Stage:
             with engine.evaluating():
                 record["validation_at_start"] = validator.loss(engine.model, self.settings.validation.samples)
         self._train(engine, validator, stop, wandb)
+        self.watch.doing(f"stage {self.name}: its last validation and its model", outside=True)
         summary = None
         if self.end == self.total_steps:
             summary = self._finish(engine, validator, before)
@@ -179,8 +192,11 @@ class _Stage:
         self._validate(engine, validator, scores, wandb)
         for step in range(first, self.end):
             started = time.perf_counter()
+            self.watch.doing(f"{self.name} step {step + 1}: waiting for data")
             data = next(steps)
             waited = time.perf_counter() - started
+            ids = [sample for batch in data.micro_batches for sample in batch.ids]
+            self.watch.doing(f"{self.name} step {step + 1}: its totals over ranks", ids)
             values, stopping = self._step(engine, step, data, stop)
             values = {"step": step + 1, **values, **self._speed(values, time.perf_counter() - started, waited)}
             record["seconds"] += values["step_seconds"]
@@ -190,6 +206,7 @@ class _Stage:
                 progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             record["bad_steps"] = self.bad_steps.state
+            self.watch.doing(f"{self.name} behind step {step + 1}: validating, saving", outside=True)
             if not stopping:
                 self._validate(engine, validator, scores, wandb)
             if step + 1 < total and (stopping or step + 1 == self.end or self._is_save_due(step + 1)):
@@ -273,6 +290,8 @@ class _Stage:
         for i, batch in enumerate(data.micro_batches):
             # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
             seed_for(self.settings.seed, self.name, step, i, self.world.rank)
+            where = f"{self.name} step {step + 1}, micro-batch {i + 1} of {len(data.micro_batches)}"
+            self.watch.doing(f"{where}: forward", batch.ids)
             loss = engine.loss(batch.to(self.world.device, engine.dtype))
             losses.append(loss.detach().float())
             if i + 1 == len(data.micro_batches):
@@ -280,6 +299,7 @@ class _Stage:
                 fault = self.bad_steps.judge(mean)
                 if fault and fault.skipped:
                     loss = loss * math.nan  # every engine drops a step whose gradient is not finite on some rank
+            self.watch.doing(f"{where}: backward{' and update' * (i + 1 == len(data.micro_batches))}", batch.ids)
             engine.backward(loss, weight)
         norm = engine.grad_norm()
         if not fault and not math.isfinite(norm):

@@ -1,0 +1,93 @@
+"""Data that differs from rank to rank, everything trained, all in one process group. Run by test_hangs.py:
+
+python hang_runs.py FOLDER ENGINE...                    # every kind of data, under each engine
+python -m torch.distributed.run ... hang_runs.py FOLDER --stuck   # one rank never comes back from a forward pass
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from vlmtrain.objectives.language_modelling import LanguageModelling
+from vlmtrain.processes import launched_rank
+from vlmtrain.settings import compose
+from vlmtrain.train import train
+from vlmtrain.training.run import train_run
+from vlmtrain.world import join_world, leave_world
+
+# pixels of each record's pictures: at two ranks and a micro-batch of one, neighbours stand beside each other
+KINDS = {
+    "text beside pictures": [[], [(60, 40)], [], [(40, 60), (60, 60)], [], [(50, 50)], [], [(60, 40)]],
+    "a text-only step": [[]] * 4 + [[(60, 40)]] * 4,
+    "empty lists": [None, [(60, 40)]] * 4,
+    "uneven tail": [[(60, 40)], [], [(40, 40)], [(40, 60)], []],
+    "tiles": [[(48, 48)], [(200, 48)], [(48, 200)], [], [(96, 96)], [(150, 50), (48, 48)], [(48, 48)], [(48, 300)]],
+}
+
+
+def write_data(folder: Path, kind: str) -> Path:
+    folder.mkdir(parents=True)
+    records = []
+    for index, sizes in enumerate(KINDS[kind]):
+        names = [f"{width}x{height}.png" for width, height in sizes or ()]
+        for name, size in zip(names, sizes or ()):
+            Image.new("RGB", size, (40 * index % 255, 90, 160)).save(folder / name)
+        marks = "<image>\n" * len(names)
+        talk = [
+            {"from": "human", "value": f"{marks}What color is this?"},
+            {"from": "gpt", "value": "red " * (index + 1)},
+        ]
+        image = {"image": names} if names or sizes is None else {}
+        records.append({"id": f"{kind}-{index}", "conversations": talk, **image})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def line(folder: Path, kind: str, engine: str, run_dir: Path) -> list[str]:
+    return [
+        *("recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.fresh=[connector]", "data=llava_json"),
+        *(f"data.images={folder}", f"data.instruct={folder / 'data.json'}", "data.align=null", f"run_dir={run_dir}"),
+        *("stages.instruct.train.vision=1e-3", "stages.instruct.batch_size=4", "stages.instruct.micro_batch_size=1"),
+        *("stages.instruct.max_steps=4", "workers=0", f"engine={engine}", "collective_timeout=60"),
+        f"stages.instruct.image_fit={'tiles' if kind == 'tiles' else 'pad'}",
+        *(["engine.parameter_persistence_threshold=0"] if engine == "zero3" else []),
+    ]
+
+
+def run_all(folder: Path, engines: list[str]) -> None:
+    world = join_world()
+    for number, kind in enumerate(KINDS):
+        data = folder / f"data-{number}"
+        if world.is_main:
+            write_data(data, kind)
+        world.barrier()
+        for engine in engines:
+            train_run(compose(line(data, kind, engine, folder / f"{number}-{engine}")), world)
+    leave_world()
+
+
+def get_stuck(folder: Path) -> None:
+    """Rank 1 stays in its second step's forward pass; rank 0 waits for it."""
+    calls, forward = [], LanguageModelling.forward
+
+    def stuck(self, model, batch, features):
+        calls.append(batch.ids)
+        while launched_rank() == 1 and len(calls) == 3:  # two micro-batches a step
+            time.sleep(1)
+        return forward(self, model, batch, features)
+
+    LanguageModelling.forward = stuck
+    train(compose([*line(folder / "data", "tiles", "zero0", folder / "run"), "collective_timeout=6"]))
+
+
+if __name__ == "__main__":
+    folder, *words = Path(sys.argv[1]), *sys.argv[2:]
+    if words == ["--stuck"]:
+        get_stuck(folder)
+    else:
+        run_all(folder, words)
