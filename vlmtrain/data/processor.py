@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..manifest import check_files
 from ..tiling import Tiles, choose_tiles, tiled_tokens
 from .connector_text import TextReader, pad_texts
 from .images import FITS, cut_tiles, fit_image, to_tensor
@@ -277,6 +278,7 @@ class Processor:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Processor:
         """Load the processor of a model folder. Raises ValueError if it has none."""
+        check_files(Path(folder), "processor")
         folder = Path(folder) / "processor"
         try:
             settings = json.loads((folder / "processor.json").read_text())

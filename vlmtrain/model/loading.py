@@ -87,6 +87,8 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
     trust_remote_code.
     """
     options.setdefault("trust_remote_code", False)
+    if is_ours:
+        options["use_safetensors"] = True  # never a pickle that stands in for it
     import transformers
 
     if auto_class == "AutoModel":

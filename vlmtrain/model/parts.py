@@ -1,6 +1,7 @@
 """The parts of a model on disk: one folder each, safetensors only, and a manifest that says what each is.
 
-MODEL_DIR/vlmtrain.json     {"parts": {"connector": {"sha256": ..., "dtype": ..., "stage": ...}, ...}}
+MODEL_DIR/vlmtrain.json     {"parts": {"connector": {"sha256": ..., "dtype": ..., "stage": ...}, ...},
+                             "files": {"connector/config.json": SHA-256, ...}}
 MODEL_DIR/vision/           an encoder (open_clip) or a Hugging Face folder
 MODEL_DIR/connector/        config.json (name, widths, options), model.safetensors
 MODEL_DIR/llm/              a Hugging Face folder
@@ -18,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..connectors import CONNECTORS, build_connector
+from ..manifest import MANIFEST, check_files, file_hashes
 from .llm import hidden_width, load_llm, save_llm
 from .loading import load_strictly, read_json
 from .tiled import TiledConnector
 from .vision import VisionEncoder, load_vision
 
 PARTS = ("vision", "connector", "llm")
-MANIFEST = "vlmtrain.json"
 
 
 def make_connector(
@@ -109,6 +110,7 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32, trust_
     The weights must have the hash that the manifest names.
     """
     facts, folder = read_manifest(model)[name], model / name
+    check_files(model, name)
     saved_as = getattr(torch, facts["dtype"])
     if name == "vision":
         module = load_vision(folder, saved_as, trust_remote_code)
@@ -129,7 +131,8 @@ def part_facts(state: dict[str, Tensor], sha256: str | None = None) -> dict[str,
 
 
 def write_manifest(folder: Path, parts: dict[str, dict]) -> None:
-    (folder / MANIFEST).write_text(json.dumps({"parts": parts}, indent=2) + "\n")
+    """Write what each part is, and what else the folder holds, for `load_part` to check."""
+    (folder / MANIFEST).write_text(json.dumps({"parts": parts, "files": file_hashes(folder)}, indent=2) + "\n")
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -144,4 +147,13 @@ def read_manifest(folder: Path) -> dict[str, dict]:
         raise ValueError(
             f"{folder} is a Hugging Face folder: 'vlmtrain import {folder} OUT_DIR' makes a model folder of it"
         )
-    return read_json(folder / MANIFEST)["parts"]
+    parts = read_json(folder / MANIFEST)
+    parts = parts.get("parts") if isinstance(parts, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(facts, dict) for facts in parts.values()):
+        raise ValueError(f"{folder / MANIFEST} names no parts: it is not the manifest of a model")
+    for part, facts in parts.items():
+        if not {"sha256", "dtype"} <= facts.keys() or not isinstance(
+            getattr(torch, str(facts["dtype"]), None), torch.dtype
+        ):
+            raise ValueError(f"{folder / MANIFEST} does not say of {part} its hash and its type of numbers")
+    return parts

@@ -1,0 +1,65 @@
+"""A run can be made again from its record; what differs is named, with the step where it began."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from ..conftest import metrics, run, train
+from .test_resume import line
+
+REPRODUCE = (sys.executable, "-m", "vlmtrain.cli", "reproduce")
+
+
+@pytest.fixture(scope="module")
+def first(llava_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    more = ["stages.instruct.max_steps=5", "stages.align.max_steps=2", "stages.instruct.validate_every=2"]
+    more += ["stages.instruct.keep_best=true", "stages.instruct.save_every_minutes=0.1", "engine=zero1"]
+    train(*line(llava_files, folder, *more))
+    return folder
+
+
+def test_the_record_says_what_made_the_run(first, llava_files):
+    config = OmegaConf.to_container(OmegaConf.load(first / "config.yaml"))
+    assert config["machine"]["processes"] == 1 and config["machine"]["threads"] >= 1
+    assert {"python", "torch", "deepspeed", "vlmtrain"} <= set(config["versions"]) and "git" in config
+    assert config["files"][str(llava_files["instruct"])]["bytes"] == llava_files["instruct"].stat().st_size
+    assert config["files"][str(llava_files["images"])]["files"] > 4
+    assert "earlier" not in config
+
+
+def test_the_best_model_so_far_stays(first):
+    scores = [json.loads(text) for text in (first / "instruct" / "validation.jsonl").read_text().splitlines()]
+    assert [score["step"] for score in scores] == [2, 4]
+    best = json.loads((first / "instruct" / "summary.json").read_text())["best"]
+    assert best["loss"] <= min(score["loss"] for score in scores) and best["step"] in (2, 4, 5)
+    ours, theirs = (json.loads((first / "instruct" / name / "vlmtrain.json").read_text()) for name in ("best", "model"))
+    assert ours["parts"]["vision"] == theirs["parts"]["vision"]
+    assert (ours == theirs) == (best["step"] == 5)
+
+
+def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(first, llava_files, tmp_path):
+    done = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), "--json")
+    found = json.loads(done.stdout)
+    assert found["differences"] == []
+    for name, steps in (("align", 2), ("instruct", 5)):
+        assert found["stages"][name] == {"steps": steps, "parting": None, "same_model": True}
+    # as if the first run's third step had gone another way
+    records = metrics(first, "instruct")
+    records[2]["loss"] *= 1.001
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (first / "instruct" / "metrics.jsonl").write_text(lines)
+    config = OmegaConf.load(first / "config.yaml")
+    config.versions.torch = "1.0"
+    OmegaConf.save(config, first / "config.yaml")
+    parted = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), check=False)
+    assert parted.returncode == 1
+    assert "instruct: parts at step 3 of 5: loss was" in parted.stdout
+    assert "align: the 2 steps are the same to the bit, and its weights are the same" in parted.stdout
+    assert "differs: versions.torch: 1.0 -> " in parted.stdout
+    refused = run(*REPRODUCE, str(tmp_path / "nothing"), check=False)
+    assert refused.returncode == 2 and "config.yaml is missing" in refused.stderr
