@@ -39,8 +39,8 @@ def users_errors() -> Iterator[None]:
 
 
 def train(settings: DictConfig) -> None:
-    """Train by settings that are complete, as one of the ranks that torchrun started, or alone."""
-    from .world import OUTSIDE_STEPS, Stopped, join_world, leave_world
+    """Train by settings that are complete, as one of the ranks that torchrun started, or alone; leaves no world."""
+    from .world import OUTSIDE_STEPS, Stopped, join_world
 
     check_numbers(settings, {"collective_timeout": RUN["collective_timeout"]})
     # the watch of a run speaks first: it knows what a rank was doing
@@ -52,8 +52,6 @@ def train(settings: DictConfig) -> None:
     except Stopped as stopped:
         if world.is_main:
             print(stopped)
-    finally:
-        leave_world()
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")

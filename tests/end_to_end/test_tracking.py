@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
+from wandb.proto import wandb_internal_pb2
 
 from vlmtrain.card import fingerprint, wilson
 from vlmtrain.interop.export import export
@@ -20,26 +24,63 @@ METRICS = {
 }
 
 
-@pytest.fixture(scope="module")
-def run_dir(llava_files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tracked"
+def tracked(files, folder, *more: str) -> None:
     train(
-        *("recipe=llava_1_5", "mini=true", *data_overrides(llava_files), f"run_dir={folder}", "wandb=offline"),
+        *("recipe=llava_1_5", "mini=true", *data_overrides(files), f"run_dir={folder}", "wandb=offline"),
         *("stages.align.max_steps=2", "stages.align.batch_size=4", "stages.instruct.batch_size=4"),
         *("stages.instruct.max_steps=4", "stages.instruct.validate_every=2", "validation.final_samples=4"),
         "wandb_model=true",
+        *more,
         env={"WANDB_API_KEY": "", "WANDB_SILENT": "true"},
     )
+
+
+@pytest.fixture(scope="module")
+def run_dir(llava_files, tmp_path_factory):
+    """A run in two lines, the second of which goes on behind the first stage."""
+    folder = tmp_path_factory.mktemp("runs") / "tracked"
+    tracked(llava_files, folder, "stage=align")
+    tracked(llava_files, folder)
     return folder
 
 
-def test_wandb_offline_needs_no_account(run_dir):
-    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+def test_wandb_offline_needs_no_account_and_both_lines_are_one_run_with_one_axis(run_dir):
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1
+    assert (run_dir / "wandb_id.txt").read_text() in files[0].name
+    assert [logged(file) for file in files] == [[1, 2], [3, 4, 4, 5, 6]]
+
+
+def records_of(data: bytes) -> Iterator[bytes]:
+    """Records of LevelDB's log format: behind 7 bytes, blocks of 32 KiB of pieces with checksum, length and type."""
+    position, pieces = 7, []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too small for another piece: filled up
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        pieces.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last of several
+            yield b"".join(pieces)
+            pieces = []
+
+
+def logged(file: Path) -> list[int]:
+    """The total steps of what a file of wandb's tells, in its order."""
+    found = []
+    for data in records_of(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if "total_step" in items:
+            found.append(int(items["total_step"]))
+    return found
 
 
 def test_wandb_gets_pictures_with_answers_and_the_model(run_dir):
     """What an offline run has kept for a later sync."""
-    (folder,) = run_dir.glob("wandb/offline-run-*")
+    folder = sorted(run_dir.glob("wandb/offline-run-*"))[-1]
     (table,) = folder.glob("files/media/table/instruct/answers_*.table.json")
     table = json.loads(table.read_text())
     answers = json.loads((run_dir / "instruct" / "samples.json").read_text())
