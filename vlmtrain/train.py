@@ -31,8 +31,10 @@ def users_errors() -> Iterator[None]:
         if launched_rank() == 0 or isinstance(error, BadSample):
             sys.stderr.write(f"vlmtrain: error: {error}\n")
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        # safetensors has an error of its own for a file that cannot be written
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and type(error).__name__ != "SafetensorError":
             raise
         sys.stderr.write(f"vlmtrain: error: {error}; the same line goes on from the last checkpoint\n")
         raise SystemExit(2) from None

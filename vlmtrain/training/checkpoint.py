@@ -47,7 +47,7 @@ class Checkpoints:
             partial.rename(self.folder / name)
             sync(self.folder)
             for old in self._complete()[: -self.keep_last]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
         self.world.barrier()
         self.saved_at = time.monotonic()
         self.cost["saved"] += 1
