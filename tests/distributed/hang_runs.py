@@ -53,7 +53,7 @@ def line(folder: Path, kind: str, engine: str, run_dir: Path) -> list[str]:
         *("recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.fresh=[connector]", "data=llava_json"),
         *(f"data.images={folder}", f"data.instruct={folder / 'data.json'}", "data.align=null", f"run_dir={run_dir}"),
         *("stages.instruct.train.vision=1e-3", "stages.instruct.batch_size=4", "stages.instruct.micro_batch_size=1"),
-        *("stages.instruct.max_steps=4", "workers=0", f"engine={engine}", "collective_timeout=60"),
+        *("stages.instruct.max_steps=4", "workers=0", f"engine={engine}"),
         f"stages.instruct.image_fit={'tiles' if kind == 'tiles' else 'pad'}",
         *(["engine.parameter_persistence_threshold=0"] if engine == "zero3" else []),
     ]
