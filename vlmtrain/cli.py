@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,117 +54,121 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vlmtrain {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    for name, (summary, add_arguments, command) in COMMANDS.items():
+        own = commands.add_parser(name, help=summary)
+        add_arguments(own)
+        own.add_argument("--json", action="store_true", help="print the same as JSON")
+        own.set_defaults(command=command)
+    return parser
 
-    check = commands.add_parser("check", help="read a recipe's data as training would, and list what is wrong")
-    check.add_argument("overrides", nargs="*", metavar="key=value", help="the line that training would get")
-    check.add_argument(
+
+def _take_overrides(parser: argparse.ArgumentParser, summary: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=summary)
+
+
+def _take_modules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a Python module of your own to import first, which registers connectors; may be repeated",
+    )
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    _take_overrides(parser, "the line that training would get")
+    parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that read (default: one a core)"
     )
-    check.add_argument(
+    parser.add_argument(
         "--clean-list",
         type=Path,
         metavar="FILE",
         help="write which records are bad; data.clean_list=FILE trains without",
     )
-    check.set_defaults(command=_check)
 
-    evaluate = commands.add_parser("evaluate", help="score a model's answers on held-out conversations")
-    evaluate.add_argument("model", metavar="MODEL_DIR", type=Path)
-    evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="data.validation=FILE data.images=DIR validation.samples=N"
-    )
-    evaluate.add_argument("--answers", type=Path, metavar="FILE", help="write every question and answer here, as JSON")
-    evaluate.set_defaults(command=_evaluate)
 
-    chat = commands.add_parser("chat", help="ask a model about a picture")
-    chat.add_argument("model", metavar="MODEL_DIR", type=Path)
-    chat.add_argument(
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    _take_overrides(parser, "data.validation=FILE data.images=DIR validation.samples=N")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="write every question and answer here, as JSON")
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="may be repeated; - is a picture on standard input"
     )
-    chat.add_argument("--prompt", metavar="TEXT", help="ask this and leave; without it, talk")
-    chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    chat.add_argument("--web", action="store_true", help="on a page that this machine's browser shows")
-    chat.add_argument("--port", type=int, default=8000, metavar="N", help="of the page (default: 8000)")
-    chat.set_defaults(command=_chat)
+    parser.add_argument("--prompt", metavar="TEXT", help="ask this and leave; without it, talk")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--web", action="store_true", help="on a page that this machine's browser shows")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="of the page (default: 8000)")
+    _take_modules(parser)
 
-    report = commands.add_parser("report", help="write report.html of a run")
-    report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    report.set_defaults(command=_report)
 
-    again = commands.add_parser("reproduce", help="train a run again from its record, and say where its losses part")
-    again.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    again.add_argument("--out", type=Path, metavar="DIR", help="where to (default: RUN_DIR-again)")
-    again.add_argument("--ranks", type=int, metavar="N", help="processes (default: as many as then)")
-    again.set_defaults(command=_reproduce)
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
 
-    tokens = commands.add_parser("tokens", help="visual tokens of a picture, for any connectors")
-    tokens.add_argument(
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: RUN_DIR-again)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes (default: as many as then)")
+
+
+def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--image-size", nargs="+", type=int, required=True, metavar="PIXELS", help="side, or height width"
     )
-    tokens.add_argument("--patch-size", type=int, required=True, metavar="PIXELS")
-    tokens.add_argument("--tiles", type=int, default=1, metavar="N", help="views of that size a picture is cut into")
-    tokens.add_argument("--thumbnail", action="store_true", help="and one view of the whole picture")
-    tokens.add_argument(
+    parser.add_argument("--patch-size", type=int, required=True, metavar="PIXELS")
+    parser.add_argument("--tiles", type=int, default=1, metavar="N", help="views of that size a picture is cut into")
+    parser.add_argument("--thumbnail", action="store_true", help="and one view of the whole picture")
+    parser.add_argument(
         "--connector",
         nargs="+",
         default=["linear"],
         metavar="NAME",
         help="with options as NAME,key=value,... (default: linear, a token a patch)",
     )
-    tokens.add_argument("--context", type=int, default=4096, metavar="N", help="the LLM's context (default: 4096)")
-    tokens.set_defaults(command=_tokens)
+    parser.add_argument("--context", type=int, default=4096, metavar="N", help="the LLM's context (default: 4096)")
+    _take_modules(parser)
 
-    plan = commands.add_parser("plan", help="what a recipe will take: parameters, tokens, FLOPs, GPU-hours, memory")
-    plan.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="the line that training would get, and gpus=8 gpu_memory_gb=80 gpu_tflops=312 utilisation=0.4",
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _take_overrides(
+        parser, "the line that training would get, and gpus=8 gpu_memory_gb=80 gpu_tflops=312 utilisation=0.4"
     )
-    plan.set_defaults(command=_plan)
 
-    export = commands.add_parser("export", help="write a model for Hugging Face's transformers")
-    export.add_argument("model", metavar="MODEL_DIR", type=Path)
-    export.add_argument("out", metavar="OUT_DIR", type=Path)
-    export.add_argument(
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    parser.add_argument("out", metavar="OUT_DIR", type=Path)
+    parser.add_argument(
         "--format",
         default="hf",
         metavar="FORMAT",
         help="llava, blip2: LLaVA's or BLIP-2's own class, loaded by transformers alone; vlmtrain: a class that needs "
         "'import vlmtrain'; hf (default): the first of them that fits",
     )
-    export.set_defaults(command=_export)
+    _take_modules(parser)
 
-    take = commands.add_parser("import", help="make a model folder of a published LLaVA or BLIP-2, for init_from")
-    take.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder, or mm_projector.bin")
-    take.add_argument("out", metavar="OUT_DIR", type=Path)
-    take.add_argument("--llm", metavar="PATH", help="for mm_projector.bin: the language model, a hub id or folder")
-    take.add_argument("--vision", metavar="PATH", help="for mm_projector.bin: the encoder, a hub id or folder")
-    take.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, ...")
-    take.add_argument("--image-fit", metavar="FIT", help="in place of the source's: squash, pad, crop")
-    take.set_defaults(command=_import)
 
-    ablate = commands.add_parser("ablate", help="train a recipe with several connectors, and say which differ")
-    ablate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2], the rest of training's line, "
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder, or mm_projector.bin")
+    parser.add_argument("out", metavar="OUT_DIR", type=Path)
+    parser.add_argument("--llm", metavar="PATH", help="for mm_projector.bin: the language model, a hub id or folder")
+    parser.add_argument("--vision", metavar="PATH", help="for mm_projector.bin: the encoder, a hub id or folder")
+    parser.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, ...")
+    parser.add_argument("--image-fit", metavar="FIT", help="in place of the source's: squash, pad, crop")
+
+
+def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    _take_overrides(
+        parser,
+        "recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2], the rest of training's line, "
         "and jobs=N at once, ranks=N each, run_dir=DIR",
     )
-    ablate.set_defaults(command=_ablate)
-
-    for command in (chat, tokens, export):
-        command.add_argument(
-            "--module",
-            action="append",
-            default=[],
-            metavar="NAME",
-            help="a Python module of your own to import first, which registers connectors; may be repeated",
-        )
-    for command in (check, evaluate, chat, report, again, tokens, plan, export, take, ablate):
-        command.add_argument("--json", action="store_true", help="print the same as JSON")
-    return parser
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -537,6 +541,22 @@ def _print_table(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
+
+
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
+COMMANDS: dict[str, Command] = {
+    "check": ("read a recipe's data as training would, and list what is wrong", _check_arguments, _check),
+    "evaluate": ("score a model's answers on held-out conversations", _evaluate_arguments, _evaluate),
+    "chat": ("ask a model about a picture", _chat_arguments, _chat),
+    "report": ("write report.html of a run", _report_arguments, _report),
+    "reproduce": ("train a run again from its record, and say where its losses part", _reproduce_arguments, _reproduce),
+    "tokens": ("visual tokens of a picture, for any connectors", _tokens_arguments, _tokens),
+    "plan": ("what a recipe will take: parameters, tokens, FLOPs, GPU-hours, memory", _plan_arguments, _plan),
+    "export": ("write a model for Hugging Face's transformers", _export_arguments, _export),
+    "import": ("make a model folder of a published LLaVA or BLIP-2, for init_from", _import_arguments, _import),
+    "ablate": ("train a recipe with several connectors, and say which differ", _ablate_arguments, _ablate),
+}
+"""Name: what it does, its arguments, and the function that does it."""
 
 
 if __name__ == "__main__":

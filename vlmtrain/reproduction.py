@@ -119,8 +119,13 @@ def main() -> None:
     die_with_launcher()
     from omegaconf import OmegaConf
 
-    with users_errors():
-        train(OmegaConf.load(sys.argv[1]))
+    try:
+        with users_errors():
+            train(OmegaConf.load(sys.argv[1]))
+    finally:
+        from .world import leave_world
+
+        leave_world()
 
 
 if __name__ == "__main__":
