@@ -301,6 +301,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from .data.processor import Processor
     from .data.sources import build_source
+    from .evaluation.metrics import check_metrics, score_rows
     from .evaluation.validation import Validator
     from .model import VLMWrapper
     from .model.parts import read_manifest
@@ -312,15 +313,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     read_manifest(options.model)
     settings = compose_evaluation(options.overrides)
     check_numbers(settings, VALIDATION | {"seed": RUN["seed"]})
+    check_metrics(settings.validation.metrics)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = VLMWrapper.from_pretrained(options.model).to(device)
     size = processor.geometry.size if processor.geometry else (224, 224)
     source = build_source(settings.data, "validation", size, settings.seed)
     limits = settings.validation
-    validator = Validator(
-        source, processor, World(0, 1, device), torch.float32, limits.batch_size, limits.max_new_tokens
-    )
+    world, sizes = World(0, 1, device), (limits.batch_size, limits.max_new_tokens)
+    validator = Validator(source, processor, world, torch.float32, *sizes, metrics=limits.metrics)
     with torch.no_grad():
         scores, answers = validator.scores(model, limits.samples)
     if options.answers:
@@ -328,14 +329,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(scores, indent=2))
         return
-    _print_table(
-        [
-            ("questions", f"{scores['questions']:,}"),
-            ("exact match", f"{scores['exact_match']:.1%}"),
-            ("the same, blind", f"{scores['blind_exact_match']:.1%}"),
-            ("loss", f"{scores['loss']:.4f}"),
-        ]
-    )
+    print(f"{scores['questions']:,} questions")
+    rows = score_rows(scores)
+    width = max(len(name) for name, *_ in rows)
+    for name, seeing, blind in rows:
+        print(f"  {name:<{width}}  {seeing:>8}  {blind:>8}")
 
 
 def _chat(options: argparse.Namespace) -> None:

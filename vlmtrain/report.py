@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .charts import Series, line_chart, smooth
+from .evaluation.metrics import score_rows
 
 MAX_CARDS = 24
 
@@ -90,6 +91,8 @@ def _stage(folder: Path, name: str) -> str:
         parts.append(f'<p class="quiet">not finished: {len(records)} steps so far</p>')
     else:
         parts.append(_facts(summary))
+        if summary["validation"]:
+            parts.append(_scores_table(summary["validation"]))
     parts.append(f'<div class="charts">{_charts(folder, records)}</div>')
     if summary is not None:
         parts.append(_parts_table(summary))
@@ -109,6 +112,16 @@ def _facts(summary: dict) -> str:
             f"{scores['exact_match']:.1%} of {scores['questions']} answers, blind {scores['blind_exact_match']:.1%}"
         )
     return f"<p>{text}</p>"
+
+
+def _scores_table(scores: dict) -> str:
+    head, *rows = score_rows(scores)
+    cells = "".join(f"<th{' class=number' * (i > 0)}>{cell}</th>" for i, cell in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(f"<td{' class=number' * (i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{cells}</tr>{body}</table>"
 
 
 def _charts(folder: Path, records: list[dict]) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
+from dataclasses import replace
 
 from ..errors import printable
-from .records import IMAGE_MARK, BadSample, Turn
+from .records import IMAGE_MARK, UNGRADED, BadSample, Grading, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+GRADING = ("category", "answers", "captions", "choices")
+"""Keys of a record, or of its assistant's turn, that evaluation reads."""
+FEWEST_ANSWERS = 4  # with three, all but one of whom are left to compare with, nothing could be wholly right
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
@@ -49,7 +55,8 @@ def llava_turns(conversations: object, key: str, name: str) -> tuple[Turn, ...]:
 def _llava_turn(turn: object, name: str) -> Turn:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise BadSample(f"{name}: a turn must be an object with 'from' and a 'value' text, got {shown(turn)}")
-    return Turn(role_of(turn.get("from"), "from", name), turn["value"])
+    role = role_of(turn.get("from"), "from", name)
+    return Turn(role, turn["value"], read_grading(turn, name) if role == "assistant" else UNGRADED)
 
 
 def answer_turns(question: object, answer: object, name: str) -> tuple[Turn, Turn]:
@@ -76,3 +83,46 @@ def pictures_in_front(turns: tuple[Turn, ...], pictures: int) -> tuple[Turn, ...
         return turns
     marked = Turn("user", "\n".join([IMAGE_MARK] * pictures + [turns[first].text]))
     return (*turns[:first], marked, *turns[first + 1 :])
+
+
+def read_grading(record: Mapping, name: str) -> Grading:
+    """What a record, or a turn of it, says for evaluation. Raises BadSample, naming the record."""
+    found = {key: record[key] for key in GRADING if record.get(key) is not None}
+    if not found:
+        return UNGRADED
+    category = found.pop("category", None)
+    if category is not None and (isinstance(category, bool) or not isinstance(category, str | int)):
+        raise BadSample(f"{name}: 'category' must be a text, got {shown(category)}")
+    lists = {key: tuple(_text_of(value, key, name) for value in filled_list(found[key], key, name)) for key in found}
+    if 0 < len(lists.get("answers", ())) < FEWEST_ANSWERS:
+        said = shown(found["answers"])
+        raise BadSample(f"{name}: 'answers' are those of {FEWEST_ANSWERS} people or more (VQA has ten), got {said}")
+    return Grading(None if category is None else str(category), **lists)
+
+
+def _text_of(value: object, key: str, name: str) -> str:
+    """A text, also where it stands as VQA's annotations have it, ``{"answer": "red", ...}``."""
+    text = value.get("answer") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise BadSample(f"{name}: '{key}' must be a list of texts, got {shown(value)}")
+    return text
+
+
+def graded(turns: tuple[Turn, ...], record: Mapping, name: str) -> tuple[Turn, ...]:
+    """Turns with what their record says for evaluation. Raises BadSample if it does not say of which turn it speaks."""
+    grading = read_grading(record, name)
+    if grading == UNGRADED:
+        return turns
+    spoken = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if replace(grading, category=None) != UNGRADED and len(spoken) > 1:
+        raise BadSample(
+            f"{name}: answers, captions and choices of a record with {len(spoken)} answers must stand in the turns"
+        )
+    return tuple(
+        replace(turn, grading=_together(turn.grading, grading)) if turn.role == "assistant" else turn for turn in turns
+    )
+
+
+def _together(own: Grading, whole: Grading) -> Grading:
+    """A turn's own, and what is left of its record's."""
+    return Grading(*(mine or theirs for mine, theirs in zip(vars(own).values(), vars(whole).values())))

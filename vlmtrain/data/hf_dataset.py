@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import first_line, nearest
 from .fields import (
+    GRADING,
     answer_turns,
     caption_turns,
     filled_list,
+    graded,
     llava_turns,
     pictures_in_front,
     record_name,
@@ -34,8 +36,9 @@ COLUMNS = {
     "caption": ("caption", "text"),
     "image": ("image", "images", "jpg", "png"),
     "id": ("id",),
+    **{role: () for role in GRADING},
 }
-"""What a column can be for, and the names by which one is recognised."""
+"""What a column can be for, and the names by which one is recognised (none for what only evaluation reads)."""
 FORMS = (("messages",), ("question", "answer"), ("caption",))
 """The ways in which a record's words can be given; a data set has one of them."""
 _END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -94,7 +97,8 @@ class HFDataset:
         record = {role: row[column] for role, column in self.columns.items()}
         name = record_name(where, record.get("id"))
         images = self._pictures(record.get("image"), name)
-        return Conversation(name, self._turns(record, len(images), name), images)
+        turns = graded(self._turns(record, len(images), name), record, name)
+        return Conversation(name, turns, images)
 
     def _row(self, index: int, where: str) -> dict:
         try:
@@ -181,7 +185,7 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
             f"cannot tell which column of {path} holds the pictures; set columns.image to one of "
             f"{', '.join(known['image'])}"
         )
-    return {role: known[role][0] for role in (*forms[0], "image", "id") if known[role]}
+    return {role: known[role][0] for role in (*forms[0], "image", "id", *GRADING) if known[role]}
 
 
 def _rows(messages: object) -> object:

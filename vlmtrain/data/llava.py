@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import nearest
-from .fields import llava_turns, record_name, shown
+from .fields import graded, llava_turns, record_name, shown
 from .images import ImageOnDisk, PictureFolder
 from .indexed_json import IndexedJson
 from .records import BadSample, Conversation, Source
@@ -35,7 +35,8 @@ class LlavaJson:
 
     images: the folder that the records' ``image`` paths start from; None if no record has a picture.
     outside: whether those paths may lead out of that folder.
-    Records without ``image`` are text-only; a list of images serves several marks.
+    Records without ``image`` are text-only; a list of images serves several marks. ``category``, ``answers``,
+    ``captions`` and ``choices`` are for evaluation.
 
     Raises ValueError if the file or the folder is missing, unreadable or empty; a single broken record
     raises BadSample when it is asked for.
@@ -53,7 +54,7 @@ class LlavaJson:
         if not isinstance(record, dict):
             raise BadSample(f"{where}: expected an object, got {type(record).__name__}")
         name = record_name(where, record.get("id"))
-        turns = llava_turns(record.get("conversations"), "conversations", name)
+        turns = graded(llava_turns(record.get("conversations"), "conversations", name), record, name)
         return Conversation(name, turns, self._pictures(record.get("image"), name))
 
     def _pictures(self, image: object, name: str) -> tuple[ImageOnDisk, ...]:

@@ -23,11 +23,29 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Grading:
+    """What a record says of an assistant's turn for evaluation alone; training does not look at it.
+
+    category: a kind of question, reported by itself. answers: of several people (VQA has ten). captions: descriptions
+    that are as good as the text. choices: of which the text is one.
+    """
+
+    category: str | None = None
+    answers: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+
+
+UNGRADED = Grading()
+
+
+@dataclass(frozen=True)
 class Turn:
     """One utterance. `role` is ``system``, ``user`` or ``assistant``."""
 
     role: str
     text: str
+    grading: Grading = UNGRADED
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import first_line, printable
-from .fields import answer_turns, caption_turns, llava_turns, pictures_in_front, record_name
+from .fields import answer_turns, caption_turns, graded, llava_turns, pictures_in_front, record_name
 from .file_index import Index, cached_index, read_span
 from .images import ImageInFile
 from .indexed_json import parse_json
@@ -45,7 +45,8 @@ class WebDataset(Concatenation):
     A record is the members that share a path up to the first dot of its last part. Its pictures are its
     members of picture suffixes (``0001.0.jpg 0001.1.jpg`` in that order); its words are a ``.json`` (LLaVA's
     ``conversations``, or ``question`` and ``answer``, or ``caption``) or a ``.txt`` or ``.caption``. Where the
-    user's words have no ``<image>`` mark, the pictures stand in front.
+    user's words have no ``<image>`` mark, the pictures stand in front. For evaluation a ``.json`` may have
+    ``category``, ``answers``, ``captions`` and ``choices``.
 
     Raises ValueError if a shard is missing, compressed or unreadable, or if there are no records; a broken
     record raises BadSample when it is asked for.
@@ -84,7 +85,9 @@ class _Shard:
         name = record_name(f"{self.path.name} record {index}", _key(members[0].name)[0])
         self._check(members, name)
         pictures = sorted((m for m in members if m.extension.rpartition(".")[2] in PICTURES), key=_natural)
-        turns = self._turns({m.extension: m for m in members if m.extension in WORDS}, len(pictures), name)
+        words = {member.extension: member for member in members if member.extension in WORDS}
+        record = self._json(words["json"], name) if "json" in words else {}
+        turns = graded(self._turns(record, words, len(pictures), name), record, name)
         images = tuple(ImageInFile(self.path, m.offset, m.size, m.name) for m in pictures)
         return Conversation(name, turns, images)
 
@@ -111,8 +114,7 @@ class _Shard:
         if len({member.extension for member in members}) < len(members):
             raise BadSample(f"{name}: two members of one name: {printable(', '.join(m.name for m in members))}")
 
-    def _turns(self, words: dict[str, _Member], pictures: int, name: str) -> tuple[Turn, ...]:
-        record = self._json(words["json"], name) if "json" in words else {}
+    def _turns(self, record: dict, words: dict[str, _Member], pictures: int, name: str) -> tuple[Turn, ...]:
         if "conversations" in record:
             return pictures_in_front(llava_turns(record["conversations"], "conversations", name), pictures)
         if "question" in record:

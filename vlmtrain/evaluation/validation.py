@@ -1,47 +1,35 @@
 """Validation: the loss on held-out conversations, and the answers that the model really gives.
 
-Every answer of a conversation is asked for with the conversation up to it, and compared with the
-reference. The same questions on a blanked picture tell what the words alone give away.
+Every answer of a conversation is asked for with the conversation up to it, and judged (see metrics.py). The same
+questions on a blanked picture tell what the words alone give away.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 from ..data.processor import Batch, Processor, Sample
-from ..data.records import IMAGE_MARK, BadSample, Conversation
+from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendering import IGNORE, Rendered
 from ..data.sources import Source
 from ..model import VLMWrapper
 from ..world import World
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One question put to the model. `conversation` and `turn` say where it stands."""
-
-    conversation: int
-    turn: int
-    question: str
-    reference: str
-    prediction: str
-
-    @property
-    def is_exact(self) -> bool:
-        return self.prediction.strip() == self.reference.strip()
+from .metrics import Answer, Likelihood, grade
 
 
 class Validator:
     """Runs a model over held-out conversations; every rank takes its share and makes the same calls.
 
     sync_generation: keep generating until all ranks are done, as ZeRO-3 needs. skip_bad: leave broken records out.
+    metrics: names of those to compute; None: all that the records carry what they need for.
     Everywhere, `size` is the number of conversations looked at, from the start of the source; None means all.
     """
 
@@ -55,42 +43,51 @@ class Validator:
         max_new_tokens: int,
         sync_generation: bool = False,
         skip_bad: bool = False,
+        metrics: Sequence[str] | None = None,
     ):
         self.source, self.processor, self.world, self.dtype = source, processor, world, dtype
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.sync_generation, self.skip_bad = sync_generation, skip_bad
+        self.sync_generation, self.skip_bad, self.metrics = sync_generation, skip_bad, metrics
 
-    def loss(self, model: VLMWrapper, size: int | None) -> float:
+    def loss(self, model: VLMWrapper, size: int | None, blind: bool = False) -> float:
         """Mean cross-entropy of a target token, over all ranks."""
-        samples = [sample for _, _, sample in self._samples(size)]
+        samples = [_blanked(sample) if blind else sample for _, _, sample in self._samples(size)]
         total, weight = 0.0, 0.0
         for batch in self._batches(samples, self._share(size)):
             keep = batch.weights > 0
-            logits = model(
-                batch.input_ids,
-                batch.images,
-                batch.is_image,
-                keep=keep,
-                tiles=batch.tiles,
-                text_ids=batch.text_ids,
-                text_mask=batch.text_mask,
-            )
-            losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
-            total += float((losses * batch.weights[keep]).sum())
+            total += float((self._losses(model, batch, keep) * batch.weights[keep]).sum())
             weight += float(batch.weights.sum())
         total, weight = self.world.sum([total, weight])
         return total / max(weight, 1e-9)
 
+    def _losses(self, model: VLMWrapper, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each target in `keep`."""
+        logits = model(
+            batch.input_ids,
+            batch.images,
+            batch.is_image,
+            keep=keep,
+            tiles=batch.tiles,
+            text_ids=batch.text_ids,
+            text_mask=batch.text_mask,
+        )
+        return F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
+
     def answers(self, model: VLMWrapper, size: int | None, blind: bool = False) -> list[Answer]:
         """Greedy answers to every question, in order; with `blind`, the pictures are blanked."""
-        asked = []
+        asked, offered = [], []
         for index, conversation, sample in self._samples(size):
-            words = [turn.text for turn in conversation.turns if turn.role != "system"]
+            sample = _blanked(sample) if blind else sample
+            spoken = [turn for turn in conversation.turns if turn.role != "system"]
             for turn, (start, _) in enumerate(sample.tokens.answers):
                 if start == 0:
                     continue  # a bare text under `plain`: there is nothing to go on from
-                question = words[2 * turn].replace(IMAGE_MARK, "").strip()
-                asked.append((_prompt(sample, start, blind), index, turn, question, words[2 * turn + 1].strip()))
+                question, true = spoken[2 * turn].text.replace(IMAGE_MARK, "").strip(), spoken[2 * turn + 1]
+                asked.append((_prompt(sample, start), index, turn, question, true.text.strip(), true.grading))
+                for number, choice in enumerate(true.grading.choices):
+                    tokens = self.processor.render(_answered(conversation, turn, choice))
+                    offered.append((_shown(sample, tokens), index, turn, number))
+        likelihoods = self._likelihoods(model, offered)
         asked.sort(key=lambda item: len(item[0].tokens))
         # ranks may have different numbers of questions, but must generate equally often
         rounds = int(self.world.max([-(-len(asked) // self.batch_size)])[0])
@@ -98,23 +95,61 @@ class Validator:
         for i in range(rounds):
             chunk = asked[i * self.batch_size : (i + 1) * self.batch_size]
             batch = self.processor.collate([item[0] for item in chunk], rows=1)
-            for (_, *where), ids in zip(chunk, self._generate(model, batch)):
-                answers.append(Answer(*where, self.processor.renderer.decode(ids)))
+            for (_, *facts, grading), ids in zip(chunk, self._generate(model, batch)):
+                found = tuple(likelihoods[facts[0], facts[1], number] for number in range(len(grading.choices)))
+                answers.append(Answer(*facts, self.processor.renderer.decode(ids), grading, found))
         everyone = [answer for rank in self.world.gather(answers) for answer in rank]
         return sorted(everyone, key=lambda answer: (answer.conversation, answer.turn))
 
-    def scores(self, model: VLMWrapper, size: int | None) -> tuple[dict[str, float], list[dict]]:
-        """Loss, exact match and blind exact match; and each question with both answers."""
+    def _likelihoods(
+        self, model: VLMWrapper, offered: list[tuple[Sample, int, int, int]]
+    ) -> dict[tuple[int, int, int], Likelihood]:
+        """How likely each choice is as the last answer of its conversation, by conversation, turn and choice."""
+        offered = sorted(offered, key=lambda item: len(item[0].tokens))
+        rounds = int(self.world.max([-(-len(offered) // self.batch_size)])[0])
+        found = {}
+        for i in range(rounds):
+            chunk = offered[i * self.batch_size : (i + 1) * self.batch_size]
+            batch = self.processor.collate([item[0] for item in chunk], rows=1).to(self.world.device, self.dtype)
+            starts = torch.tensor([item[0].tokens.answers[-1][0] for item in chunk] or [0], device=self.world.device)
+            # a target stands one place before its token
+            ahead = torch.arange(batch.input_ids.shape[1], device=self.world.device)[None] >= starts[:, None] - 1
+            keep = ahead & (batch.targets != IGNORE)
+            keep[:, 0] |= not chunk  # a rank without choices makes the same calls
+            rows = keep.nonzero()[:, 0]
+            losses = self._losses(model, batch, keep).double()
+            totals = torch.zeros(len(starts), dtype=torch.double, device=rows.device).index_add_(0, rows, -losses)
+            for (_, *where), total, tokens in zip(chunk, totals.tolist(), keep.sum(1).tolist()):
+                found[tuple(where)] = Likelihood(total, tokens)
+        return found
+
+    def scores(self, model: VLMWrapper, size: int | None) -> tuple[dict, list[dict]]:
+        """Values by name, each with that of blanked pictures beside it; and each question with both answers."""
         seeing, blind = self.answers(model, size), self.answers(model, size, blind=True)
-        scores = {
-            "loss": self.loss(model, size),
-            "exact_match": exact_match(seeing),
-            "blind_exact_match": exact_match(blind),
-            "questions": len(seeing),
-        }
+        grades, blind_grades = grade(seeing, self.metrics), grade(blind, self.metrics)
+        losses = self.loss(model, size), self.loss(model, size, blind=True)
+        totals, blind_totals = (
+            {"loss": loss, "perplexity": perplexity(loss), **grades.total}
+            for loss, grades in zip(losses, (grades, blind_grades))
+        )
+        scores = {**_beside(totals, blind_totals), "questions": len(seeing)}
+        if grades.by_category:
+            scores["by_category"] = {
+                kind: {**_beside(values, blind_grades.by_category[kind]), "questions": values["questions"]}
+                for kind, values in grades.by_category.items()
+            }
         shown = [
-            {**asdict(answer), "blind_prediction": other.prediction, "exact": answer.is_exact}
-            for answer, other in zip(seeing, blind)
+            {
+                **{
+                    key: getattr(answer, key) for key in ("conversation", "turn", "question", "reference", "prediction")
+                },
+                "blind_prediction": other.prediction,
+                "exact": answer.is_exact,
+                "category": answer.grading.category,
+                "scores": values,
+                "blind_scores": blind_values,
+            }
+            for answer, other, values, blind_values in zip(seeing, blind, grades.each, blind_grades.each)
         ]
         return scores, shown
 
@@ -164,18 +199,33 @@ class Validator:
         )
 
 
-def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers that equal their reference, white space at the ends aside."""
-    return sum(answer.is_exact for answer in answers) / max(1, len(answers))
+def perplexity(loss: float) -> float:
+    """What a mean cross-entropy in nats is worth as a number of equally likely tokens."""
+    return math.exp(min(loss, 700.0))  # beyond, a float would overflow
 
 
-def _prompt(sample: Sample, length: int, blind: bool) -> Sample:
-    """The first `length` tokens of a sample, with the pictures that they show (blanked to the mean colour)."""
+def _beside(values: dict[str, float], blind: dict[str, float]) -> dict[str, float]:
+    """Values, each followed by what it is with blanked pictures."""
+    pairs = {key: (value, blind[key]) for key, value in values.items() if key != "questions"}
+    return {name: value for key, pair in pairs.items() for name, value in zip((key, f"blind_{key}"), pair)}
+
+
+def _blanked(sample: Sample) -> Sample:
+    """A sample whose pictures are of the mean colour all over."""
+    return sample._replace(images=torch.zeros_like(sample.images))
+
+
+def _answered(conversation: Conversation, turn: int, words: str) -> Conversation:
+    """A conversation up to an exchange, ending in other words."""
+    first = conversation.turns[0].role == "system"
+    turns = (*conversation.turns[: first + 2 * turn + 1], Turn("assistant", words))
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+    return replace(conversation, turns=turns, images=conversation.images[:marks])
+
+
+def _prompt(sample: Sample, length: int) -> Sample:
+    """The first `length` tokens of a sample, with the pictures that they show."""
     tokens = sample.tokens
-    shown = int(tokens.image_index[:length].max()) + 1 if length else 0
-    tiles = sample.tiles and sample.tiles[:shown]
-    views = shown if tiles is None else sum(cut.views for cut in tiles)
-    images, texts = sample.images[:views], sample.texts[:views]
     prompt = Rendered(
         tokens.input_ids[:length],
         torch.full((length,), IGNORE),
@@ -183,7 +233,15 @@ def _prompt(sample: Sample, length: int, blind: bool) -> Sample:
         tokens.image_index[:length],
         (),
     )
-    return Sample(sample.id, prompt, torch.zeros_like(images) if blind else images, tiles, texts)
+    return _shown(sample, prompt)
+
+
+def _shown(sample: Sample, tokens: Rendered) -> Sample:
+    """Other tokens about a sample's pictures, with those of the pictures that they show."""
+    shown = int(tokens.image_index.max()) + 1 if len(tokens) else 0
+    tiles = sample.tiles and sample.tiles[:shown]
+    views = shown if tiles is None else sum(cut.views for cut in tiles)
+    return Sample(sample.id, tokens, sample.images[:views], tiles, sample.texts[:views])
 
 
 def picture_uri(image: Image.Image, side: int = 160) -> str:

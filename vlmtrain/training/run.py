@@ -12,6 +12,7 @@ from ..data.loader import LAYOUTS, split_batch
 from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
 from ..errors import nearest
+from ..evaluation.metrics import check_metrics
 from ..model.parts import connector_skeleton, is_model_folder, read_manifest
 from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
@@ -119,6 +120,7 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
     if not isinstance(settings.compile, bool):
         raise ValueError(f"compile={settings.compile}: expected true or false")
     check_numbers(settings, RUN | VALIDATION)
+    check_metrics(settings.validation.metrics)
     if settings.stage is not None and settings.stage not in settings.stages:
         raise ValueError(
             f"unknown stage '{settings.stage}'.{nearest(settings.stage, settings.stages)} "

@@ -351,6 +351,7 @@ class _Stage:
             options.max_new_tokens,
             sync_generation=engine.zero_stage == 3 and self.world.size > 1,
             skip_bad=self.settings.on_bad_sample == "skip",
+            metrics=options.metrics,
         )
 
     def _finish(self, engine: StageEngine, validator: Validator | None, before: dict[str, Hashes]) -> dict:

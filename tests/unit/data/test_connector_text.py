@@ -10,7 +10,7 @@ from transformers import BertTokenizerFast
 from vlmtrain.data.connector_text import TextReader, text_vocabulary
 from vlmtrain.data.processor import Geometry, Processor
 from vlmtrain.data.records import IMAGE_MARK, BadSample, Conversation, Turn
-from vlmtrain.evaluation.validation import _prompt
+from vlmtrain.evaluation.validation import _blanked, _prompt
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "what", "color", "and", "now", "[", "]", "sep"]
 GRAY = (0.5, 0.5, 0.5)
@@ -142,10 +142,8 @@ def test_without_a_reader_there_is_no_text(tokenizer):
 def test_a_prompt_brings_the_text_of_the_pictures_that_it_shows(bert, tokenizer):
     make = processor(tokenizer, TextReader(bert, "instruction", 20))
     sample = make(TALK)
-    for blind in (False, True):
-        first, last = (
-            _prompt(sample, start, blind) for start, _ in (sample.tokens.answers[0], sample.tokens.answers[2])
-        )
+    for seen in (sample, _blanked(sample)):
+        first, last = (_prompt(seen, start) for start, _ in (sample.tokens.answers[0], sample.tokens.answers[2]))
         assert len(first.images) == len(first.texts) == 1 and len(last.images) == len(last.texts) == 3
         assert all(one.equal(other) for one, other in zip(last.texts, sample.texts))
     asked = make.prompt(Conversation("asked", TALK.turns[:1], TALK.images[:1]))

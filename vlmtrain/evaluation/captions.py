@@ -1,0 +1,87 @@
+"""CIDEr-D and BLEU-4 of captions, as COCO's caption evaluation computes them, without its Java tokeniser.
+
+Words are split as the Penn Treebank does in plain sentences: lower case, no punctuation, "n't" and "'s" apart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+ORDERS = (1, 2, 3, 4)
+SIGMA = 6.0
+"""Width of the Gaussian penalty for captions of another length, in words."""
+
+Words = Sequence[str]
+_CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))\b")
+_WORD = re.compile(r"n't|'\w+|\w+(?:[-./,]\w+)*")
+
+
+def caption_words(text: str) -> list[str]:
+    return _WORD.findall(_CLITIC.sub(r" \1", text.lower()))
+
+
+def _grams(words: Words, order: int) -> Counter:
+    return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
+
+
+def cider(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """CIDEr-D of each prediction against its references (Vedantam et al., 2015), from 0 to 10.
+
+    How telling an n-gram is comes from the references given here, so scores of few pictures say little; of one, 0.
+    """
+    seen = [
+        Counter(gram for own in references for gram in set().union(*(_grams(words, order) for words in own)))
+        for order in ORDERS
+    ]
+    everything = math.log(max(1, len(references)))
+
+    def weighted(words: Words, order: int) -> dict[tuple, float]:
+        frequency = seen[order - 1]
+        return {g: n * (everything - math.log(max(1, frequency[g]))) for g, n in _grams(words, order).items()}
+
+    scores = []
+    for said, own in zip(predictions, references):
+        total = 0.0
+        for true in own:
+            # lengths are counted in pairs of words, as in COCO's code
+            apart = max(0, len(said) - 1) - max(0, len(true) - 1)
+            alike = sum(_alike(weighted(said, order), weighted(true, order)) for order in ORDERS) / len(ORDERS)
+            total += alike * math.exp(-(apart**2) / (2 * SIGMA**2))
+        scores.append(10 * total / len(own))
+    return scores
+
+
+def _alike(said: dict[tuple, float], true: dict[tuple, float]) -> float:
+    """Cosine of two weighted bags of n-grams, in which none counts for more than the reference has of it."""
+    shared = sum(min(weight, true[gram]) * true[gram] for gram, weight in said.items() if gram in true)
+    norm = math.sqrt(sum(w * w for w in said.values())) * math.sqrt(sum(w * w for w in true.values()))
+    return shared / norm if norm else 0.0
+
+
+def bleu4(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
+    """BLEU-4 of all predictions together (Papineni et al., 2002), not smoothed, from 0 to 1.
+
+    Lengths are held to the reference of closest length, of two as close to the shorter.
+    """
+    said_length = sum(map(len, predictions))
+    true_length = sum(
+        min((abs(len(true) - len(said)), len(true)) for true in own)[1] for said, own in zip(predictions, references)
+    )
+    logs = 0.0
+    for order in ORDERS:
+        hits = total = 0
+        for said, own in zip(predictions, references):
+            most: Counter = Counter()
+            for true in own:
+                most |= _grams(true, order)
+            grams = _grams(said, order)
+            hits += (grams & most).total()
+            total += grams.total()
+        if not hits:
+            return 0.0
+        logs += math.log(hits / total)
+    penalty = min(0.0, 1 - true_length / said_length)
+    return math.exp(penalty + logs / len(ORDERS))

@@ -1,0 +1,235 @@
+"""What answers are worth: metrics by name, over all questions and by category.
+
+answers -> worth of each (exact match, VQA accuracy, choices, CIDEr), and of all together (yes/no, BLEU-4)
+
+Exact match is always computed, another metric where records carry what it needs; `validation.metrics` names those
+that must be, instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..data.records import UNGRADED, Grading
+from ..errors import nearest
+from .captions import bleu4, caption_words, cider
+from .vqa import vqa_accuracy
+
+
+class Likelihood(NamedTuple):
+    """Log-probability of a text as the answer, end of turn included, and its number of tokens."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question put to the model. `conversation` and `turn` say where it stands; likelihoods: of its choices."""
+
+    conversation: int
+    turn: int
+    question: str
+    reference: str
+    prediction: str
+    grading: Grading = UNGRADED
+    likelihoods: tuple[Likelihood, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it equals its reference, white space at the ends aside."""
+        return self.prediction.strip() == self.reference.strip()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.grading.captions or (self.reference,)
+
+
+class Metric(NamedTuple):
+    """A way to judge answers.
+
+    needs: what a record must have, in words. fits: whether an answer can be judged so. recognised: whether it is
+    without being asked to. each: values of answers, in order, by name. together: values of all, by name.
+    """
+
+    needs: str
+    fits: Callable[[Answer], bool]
+    recognised: Callable[[Answer], bool]
+    each: Callable[[Sequence[Answer]], dict[str, list[float]]] = lambda answers: {}
+    together: Callable[[Sequence[Answer]], dict[str, float]] = lambda answers: {}
+
+
+def _exact_match(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    return {"exact_match": [float(answer.is_exact) for answer in answers]}
+
+
+def _vqa_accuracy(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    return {"vqa_accuracy": [vqa_accuracy(answer.prediction, answer.grading.answers) for answer in answers]}
+
+
+def _choice(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """Whether the likeliest choice is the reference, by total log-probability and by its mean over tokens."""
+    plain = [_chosen(answer, [one.total for one in answer.likelihoods]) for answer in answers]
+    normalised = [_chosen(answer, [one.mean for one in answer.likelihoods]) for answer in answers]
+    return {"choice_accuracy": plain, "choice_accuracy_normalised": normalised}
+
+
+def _chosen(answer: Answer, values: list[float]) -> float:
+    choices = answer.grading.choices
+    return float(choices[values.index(max(values))].strip() == answer.reference.strip())
+
+
+def _cider(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    said = [caption_words(answer.prediction) for answer in answers]
+    return {"cider": cider(said, [[caption_words(text) for text in answer.captions] for answer in answers])}
+
+
+def _bleu4(answers: Sequence[Answer]) -> dict[str, float]:
+    said = [caption_words(answer.prediction) for answer in answers]
+    return {"bleu4": bleu4(said, [[caption_words(text) for text in answer.captions] for answer in answers])}
+
+
+def says_yes(text: str) -> bool:
+    """How POPE reads an answer: its first sentence says no if one of its words is no, No or not, else yes."""
+    words = text.split(".")[0].replace(",", "").split()
+    return not {"No", "no", "not"} & set(words)
+
+
+def _yes_no_pairs(answers: Sequence[Answer]) -> list[tuple[bool, bool]]:
+    """Whether an answer says yes, and whether it should."""
+    return [(says_yes(answer.prediction), answer.reference.strip().lower() == "yes") for answer in answers]
+
+
+def _yes_no_accuracy(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    return {"yes_no_accuracy": [float(said == true) for said, true in _yes_no_pairs(answers)]}
+
+
+def _yes_no(answers: Sequence[Answer]) -> dict[str, float]:
+    """As POPE reports it (Li et al., 2023): `yes` is the positive class."""
+    pairs = _yes_no_pairs(answers)
+    hits = sum(said and true for said, true in pairs)
+    said, true = (sum(column) for column in zip(*pairs))
+    precision, recall = hits / max(1, said), hits / max(1, true)
+    return {
+        "yes_no_precision": precision,
+        "yes_no_recall": recall,
+        "yes_no_f1": 2 * precision * recall / max(precision + recall, 1e-12),
+        "yes_share": said / len(pairs),
+    }
+
+
+def _is_yes_no(answer: Answer) -> bool:
+    return answer.reference.strip().lower() in ("yes", "no")
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": Metric("a reference", lambda a: True, lambda a: True, each=_exact_match),
+    "vqa_accuracy": Metric(
+        "'answers'", lambda a: bool(a.grading.answers), lambda a: bool(a.grading.answers), each=_vqa_accuracy
+    ),
+    "choice": Metric("'choices'", lambda a: bool(a.grading.choices), lambda a: bool(a.grading.choices), each=_choice),
+    "yes_no": Metric("yes or no as its answer", _is_yes_no, _is_yes_no, _yes_no_accuracy, _yes_no),
+    "cider": Metric("a caption", lambda a: True, lambda a: bool(a.grading.captions), each=_cider),
+    "bleu4": Metric("a caption", lambda a: True, lambda a: bool(a.grading.captions), together=_bleu4),
+}
+
+
+class Grades(NamedTuple):
+    """total: value by name. by_category: the same for the questions of each category, and their number. each: for
+    every answer, its own values by name."""
+
+    total: dict[str, float]
+    by_category: dict[str, dict[str, float]]
+    each: list[dict[str, float]]
+
+
+def grade(answers: Sequence[Answer], names: Sequence[str] | None = None) -> Grades:
+    """Judge answers by exact match and the metrics `names`; None: all that are recognised from what records carry.
+
+    Raises ValueError for a named metric and a question that it cannot judge.
+    """
+    each: list[dict[str, float]] = [{} for _ in answers]
+    together: list[tuple[Metric, set[int]]] = []
+    for name in METRICS if names is None else dict.fromkeys(("exact_match", *names)):
+        metric = METRICS[name]
+        judged = [
+            i for i, answer in enumerate(answers) if (metric.recognised if names is None else metric.fits)(answer)
+        ]
+        if names is not None and len(judged) < len(answers):
+            missing = next(answer for i, answer in enumerate(answers) if i not in set(judged))
+            raise ValueError(
+                f"validation.metrics names {name}, which needs {metric.needs}, but conversation {missing.conversation} "
+                f"of data.validation has none for {missing.question[:60]!r}"
+            )
+        for key, values in metric.each([answers[i] for i in judged]).items():
+            for i, value in zip(judged, values):
+                each[i][key] = value
+        together.append((metric, set(judged)))
+    everything = range(len(answers))
+    kinds: dict[str, list[int]] = {}
+    for i, answer in enumerate(answers):
+        if answer.grading.category is not None:
+            kinds.setdefault(answer.grading.category, []).append(i)
+    by_category = {
+        kind: {**_totals(answers, each, together, numbers), "questions": len(numbers)}
+        for kind, numbers in sorted(kinds.items())
+    }
+    return Grades(_totals(answers, each, together, everything), by_category, each)
+
+
+def _totals(
+    answers: Sequence[Answer],
+    each: Sequence[dict[str, float]],
+    together: Sequence[tuple[Metric, set[int]]],
+    numbers: Sequence[int],
+) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for i in numbers:
+        for key, value in each[i].items():
+            values.setdefault(key, []).append(value)
+    totals = {key: sum(found) / len(found) for key, found in values.items()}
+    for metric, judged in together:
+        own = [answers[i] for i in numbers if i in judged]
+        totals |= metric.together(own) if own else {}
+    return totals
+
+
+def check_metrics(names: Any) -> None:
+    """Raise ValueError unless `names` is None or a list of metrics."""
+    if names is None:
+        return
+    if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
+        raise ValueError(f"validation.metrics={names}: expected null or a list of {', '.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(
+                f"validation.metrics: unknown metric '{name}'.{nearest(str(name), METRICS)} "
+                f"Available: {', '.join(METRICS)}"
+            )
+
+
+PLAIN = ("loss", "perplexity", "cider", "bleu4")
+"""Values that are not shares of the questions."""
+
+
+def value_text(name: str, value: float) -> str:
+    """A value as people read it: shares in per cent."""
+    return f"{value:.4f}" if name.removeprefix("blind_") in PLAIN else f"{value:.1%}"
+
+
+def score_rows(scores: dict) -> list[tuple[str, ...]]:
+    """Scores as rows of a table: what, its value, and that of blanked pictures; then the categories' exact match."""
+    rows: list[tuple[str, ...]] = [("", "seeing", "blind")]
+    for name in (name for name in scores if f"blind_{name}" in scores):
+        shown = (value_text(name, scores[key]) for key in (name, f"blind_{name}"))
+        rows.append((name.replace("_", " "), *shown))
+    for kind, values in scores.get("by_category", {}).items():
+        shown = (value_text("exact_match", values[key]) for key in ("exact_match", "blind_exact_match"))
+        rows.append((f"  exact match of {kind} ({values['questions']})", *shown))
+    return rows
