@@ -100,14 +100,17 @@ class Picture:
         canvas = Image.new("RGB", (self.side * oversample,) * 2, BACKGROUND)
         draw = ImageDraw.Draw(canvas)
         for item in self.items:
-            _draw(draw, item, canvas.width)
+            draw_item(draw, item, canvas.width)
         return canvas.reduce(oversample)
 
 
-def _draw(draw: ImageDraw.ImageDraw, item: Item, side: int) -> None:
-    """One item with a dark outline: its shape shows in the same ink whatever its colour."""
+def draw_item(draw: ImageDraw.ImageDraw, item: Item, side: int, line: float = LINE) -> None:
+    """One item with a dark outline: its shape shows in the same ink whatever its colour.
+
+    side: of the picture, in pixels; line: width of the outline, as a fraction of it.
+    """
     x, y, radius = item.x * side, item.y * side, item.radius * side
-    color, outline, width = COLORS[item.color], OUTLINES[item.shape], round(LINE * side)
+    color, outline, width = COLORS[item.color], OUTLINES[item.shape], max(1, round(line * side))
     if outline is not None:
         points = [(x + radius * dx, y + radius * dy) for dx, dy in outline]
         draw.polygon(points, fill=color)

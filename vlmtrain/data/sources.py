@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import first_line, nearest
+from . import probes, shapes
 from .fields import pictures_in_front
 from .images import EncodedImage
 from .llava import open_llava
 from .mixture import Mixture
+from .probes import CATEGORIES, Probes
 from .records import BadSample, Conversation, Source
 from .rendering import check_conversation
 from .shapes import Shapes
@@ -99,12 +101,23 @@ def _open_shapes(options: Mapping, image_size: tuple[int, int], seed: int) -> So
     return Shapes(options["split"], options["size"], min(image_size), seed)
 
 
+def _open_probes(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
+    more = (options.get("difficulty", 1), options.get("categories", CATEGORIES))
+    return Probes(options["split"], options["size"], min(image_size), seed, *more)
+
+
+def vocabulary(data: Mapping) -> tuple[str, ...]:
+    """The words that the procedural data of a `data` group is made of; those of the shapes for all other data."""
+    return probes.VOCABULARY if data["format"] == "probes" else shapes.VOCABULARY
+
+
 Opener = Callable[[Mapping, tuple[int, int], int], Source]
 FORMATS: dict[str, tuple[Opener, str, tuple[str, ...]]] = {
     "llava_json": (_open_llava, "path", ("images", "outside_images")),
     "hf": (_open_hf, "path", ("images", "outside_images", "columns", "split", "name")),
     "webdataset": (_open_webdataset, "path", ()),
     "shapes": (_open_shapes, "size", ("split",)),
+    "probes": (_open_probes, "size", ("split", "difficulty", "categories")),
 }
 """Name: how it is opened, the option that says where or how much it is, and its other options."""
 

@@ -119,11 +119,11 @@ class _Vocabulary:
     """As much of a tokenizer as sizes depend on: how many tokens it knows."""
 
     def __init__(self, settings: DictConfig):
-        from ..data.shapes import VOCABULARY
+        from ..data.sources import vocabulary
         from ..model.tiny_tokenizer import build_tiny_tokenizer
 
         if settings.llm.provider == "tiny":
-            self.size = len(build_tiny_tokenizer(VOCABULARY))
+            self.size = len(build_tiny_tokenizer(vocabulary(settings.data)))
         else:
             path = settings.llm.path
             config = published_llm(path) or load_hf_config(path, "llm.path").get_text_config().to_dict()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..connectors import CONNECTORS, Connector
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
-from ..data.shapes import VOCABULARY
+from ..data.sources import vocabulary
 from ..errors import nearest
 from ..model.llm import (
     add_tokens,
@@ -46,7 +46,7 @@ def build_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
         read_manifest(Path(settings.init_from))
         tokenizer = Processor.from_pretrained(settings.init_from).tokenizer
     elif settings.llm.provider == "tiny":
-        tokenizer = build_tiny_tokenizer(VOCABULARY)
+        tokenizer = build_tiny_tokenizer(vocabulary(settings.data))
     else:
         tokenizer = load_tokenizer(settings.llm.path, trust_remote_code=settings.llm.trust_remote_code)
     add_tokens(tokenizer, settings.llm.new_tokens)

@@ -1,0 +1,156 @@
+"""Probes: what they ask is what they show, and nothing that is held out occurs in training."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vlmtrain.data import probes
+from vlmtrain.data.probes import CATEGORIES, LEVELS, Probes
+from vlmtrain.data.records import Conversation
+from vlmtrain.data.shapes import COLORS, HELD_OUT
+from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
+
+MANY = 1500
+TRAINING = ("caption", "instruct")
+
+
+def conversations(split: str, difficulty: int = 1, size: int = MANY) -> list[Conversation]:
+    source = Probes(split, size, difficulty=difficulty)
+    return [source[i] for i in range(size)]
+
+
+def questions(conversation: Conversation) -> list[tuple[str, str, str]]:
+    """Category, question and answer."""
+    turns = conversation.turns
+    return [
+        (said.grading.category, asked.text.split("\n")[-1], said.text) for asked, said in zip(turns[::2], turns[1::2])
+    ]
+
+
+def side_of(first, second) -> str:
+    """Where the first item is from the second, by their centres."""
+    across, down = first.x - second.x, first.y - second.y
+    if abs(across) > abs(down):
+        return "west" if across < 0 else "east"
+    return "north" if down < 0 else "south"
+
+
+def answer_from(picture, question: str) -> str:
+    """What a question's answer is, from the scene that is drawn."""
+    words = question.rstrip("?").split()
+    items = picture.items
+    if question == "What does it say?":
+        return " ".join(picture.writing.text)
+    if words[0] == "How":
+        return probes.NUMBERS[sum(item.color == words[-1] for item in items) - 1]
+    if words[0] == "Which":
+        (first,) = (item for item in items if item.color == words[8])
+        (second,) = (item for item in items if item.color == words[4])
+        return side_of(first, second)
+    if "small" in words:
+        item = min(items, key=lambda item: item.radius)
+    else:
+        (item,) = (item for item in items if words[-1] in (item.color, item.shape))
+    return item.color if words[1] == "color" else item.shape
+
+
+@pytest.mark.parametrize("difficulty", LEVELS)
+@pytest.mark.parametrize("split", ["instruct", "validation"])
+def test_answers_are_what_the_picture_shows(split, difficulty):
+    for conversation in conversations(split, difficulty, 600):
+        (picture,) = conversation.images
+        for _, question, answer in questions(conversation):
+            assert answer == answer_from(picture, question), (conversation.id, question)
+
+
+@pytest.mark.parametrize("difficulty", LEVELS)
+@pytest.mark.parametrize("split", TRAINING)
+def test_nothing_held_out_occurs_in_training(split, difficulty):
+    for conversation in conversations(split, difficulty):
+        (picture,) = conversation.images
+        shown = Counter(item.color for item in picture.items)
+        assert not HELD_OUT & {(item.color, item.shape) for item in picture.items}
+        assert not probes.HELD_OUT_NUMBERS & {(color, probes.NUMBERS[n - 1]) for color, n in shown.items()}
+        if picture.writing:
+            written = {(picture.writing.color, character) for character in picture.writing.text}
+            assert not probes.HELD_OUT_CHARACTERS & written
+        if conversation.turns[1].grading.category == "position":
+            first, second = picture.items
+            sides = {(first.color, side_of(first, second)), (second.color, side_of(second, first))}
+            assert not probes.HELD_OUT_SIDES & sides
+
+
+@pytest.mark.parametrize("difficulty", LEVELS)
+def test_validation_asks_for_held_out_combinations_alone(difficulty):
+    for conversation in conversations("validation", difficulty):
+        ((category, question, answer),) = questions(conversation)
+        (picture,) = conversation.images
+        if category in ("color", "shape", "small"):
+            (item,) = (item for item in picture.items if (item.color, item.shape) in HELD_OUT)
+            assert answer in (item.color, item.shape)
+            assert (item.radius == LEVELS[difficulty].small) == (category == "small")
+        elif category == "count":
+            assert (question.rstrip("?").split()[-1], answer) in probes.HELD_OUT_NUMBERS
+        elif category == "position":
+            assert (question.rstrip("?").split()[8], answer) in probes.HELD_OUT_SIDES
+        else:
+            written = {(picture.writing.color, character) for character in picture.writing.text}
+            assert written <= probes.HELD_OUT_CHARACTERS and len(picture.writing.text) == difficulty
+
+
+def test_every_combination_but_those_is_trained_on():
+    """Else a question of validation would ask for what no training could teach."""
+    scenes = [conversation.images[0] for conversation in conversations("instruct", size=12000)]
+    pairs = {(item.color, item.shape) for scene in scenes for item in scene.items}
+    assert len(pairs) == len(COLORS) * 5 - len(HELD_OUT)
+    written = {(scene.writing.color, c) for scene in scenes if scene.writing for c in scene.writing.text}
+    assert len(written) == len(COLORS) * len(probes.CHARACTERS) - len(probes.HELD_OUT_CHARACTERS)
+
+
+def test_answers_are_balanced():
+    """No answer of a category is much more frequent than others: without the picture there is little to know."""
+    found = {category: Counter() for category in CATEGORIES}
+    for conversation in conversations("validation", 1, 3000):
+        ((category, _, answer),) = questions(conversation)
+        found[category][answer] += 1
+    most = {category: max(counts.values()) / sum(counts.values()) for category, counts in found.items()}
+    assert most["color"] < 0.3 and most["shape"] < 0.3 and most["position"] < 0.35 and most["text"] < 0.1
+    assert most["count"] < 0.6 and most["small"] < 0.2
+
+
+def test_pictures_fit_the_frame_and_differ_in_what_is_asked():
+    for difficulty in LEVELS:
+        for conversation in conversations("instruct", difficulty, 120):
+            pixels = np.asarray(conversation.images[0].load()).astype(int)
+            assert pixels.shape == (48, 48, 3)
+            edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+            assert abs(edge - np.array([246, 246, 242])).max() < 40, conversation.id
+
+
+def test_every_text_is_made_of_known_words():
+    tokenizer = build_tiny_tokenizer(probes.VOCABULARY)
+    known = len(tokenizer.backend_tokenizer.get_vocab())
+    single = {byte for byte, index in tokenizer.get_vocab().items() if index < 256}
+    assert known < 500
+    for split in ("caption", "text", "instruct", "validation"):
+        for conversation in conversations(split, 3, 120):
+            for turn in conversation.turns:
+                tokens = tokenizer.tokenize(turn.text.replace("<image>\n", ""))
+                pieces = [t for t in tokens if t in single and t not in {*probes.CHARACTERS, ".", ",", "?", "Ċ"}]
+                assert not pieces, (turn.text, tokens)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"split": "test"}, "Unknown split 'test'"),
+        ({"split": "text", "difficulty": 4}, "data.difficulty=4: expected one of 1, 2, 3"),
+        ({"split": "text", "categories": ["colour"]}, "expected some of color"),
+    ],
+)
+def test_what_is_not_there_is_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        Probes(size=1, **options)
