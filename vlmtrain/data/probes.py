@@ -4,15 +4,16 @@
 
 | category | asks | combination held out |
 |---|---|---|
-| color | the color of a shape among others | color and shape |
-| shape | the shape of a color among others | color and shape |
-| count | how many shapes have a color | color and number |
-| position | on which side of one shape another is | color and side |
+| color | the color of the shape in a place | color and shape |
+| shape | the shape in a place | color and shape |
+| count | how many shapes have a color | color and shape of what is counted |
+| position | on which side of one shape another is | the two colors |
 | text | the digits and letters that are drawn | color and character |
 | small | color or shape of a small thing among large ones | color and shape |
 
-No picture but those of validation shows a held-out color and shape, number or character; no question but those of
-validation is about a held-out side. `Level` says what difficulty 1, 2 and 3 are.
+No picture but those of validation shows a held-out color and shape, color and character, or, where sides are asked for,
+two colors. No question names a part of a combination whose other part is its answer: a model could learn from the words
+alone that such an answer never comes. `Level` says what difficulty 1, 2 and 3 are.
 """
 
 from __future__ import annotations
@@ -25,21 +26,25 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from .records import IMAGE_MARK, Conversation, Grading, Turn
-from .shapes import BACKGROUND, COLORS, DESCRIBE, HELD_OUT, INK, LINE, SHAPES, SIDES, SPLITS, Item, draw_item
+from .shapes import BACKGROUND, COLORS, DESCRIBE, HELD_OUT, INK, LINE, PLACES, SHAPES, SPLITS, Item, draw_item
 
 CATEGORIES = ("color", "shape", "count", "position", "text", "small")
 NUMBERS = ("one", "two", "three", "four", "five")
-CHARACTERS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
+GRIDS: dict[int, tuple[str, ...]] = {
+    2: PLACES,
+    3: ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast"),
+}
+"""Names of the places in a grid, row by row, by the cells of a side."""
+DIGITS = "0123456789"
+CHARACTERS = DIGITS + "ABCDEFGHJKLMNPQRSTUVWXYZ"
 """Without I and O, which look like 1 and 0."""
 MARGIN = 0.03
 """Around the grid that things stand in, as a share of the picture's side."""
 PITCH = 1.15
 """From one character to the next, in heights."""
 
-HELD_OUT_NUMBERS = frozenset(zip(COLORS, NUMBERS[1:] * 2))
-"""(color, number) pairs; "one" is none of them, for one of each color is in every picture of other categories."""
-HELD_OUT_SIDES = frozenset(zip(COLORS, SIDES * 2))
-"""(color, side) pairs: that color on that side of another."""
+HELD_OUT_COLORS = frozenset(frozenset(pair) for pair in zip(COLORS, [*list(COLORS)[3:], *list(COLORS)[:3]]))
+"""Pairs of colors of which one is never beside the other where sides are asked for: each color is in two."""
 HELD_OUT_CHARACTERS = frozenset(
     (color, character)
     for i, color in enumerate(COLORS)
@@ -49,29 +54,32 @@ HELD_OUT_CHARACTERS = frozenset(
 """(color, character) pairs: a seventh of the characters for each color, and each for one color."""
 
 VOCABULARY: tuple[str, ...] = (
-    *COLORS, *SHAPES, *SIDES, *NUMBERS, *CHARACTERS,
-    "What", "color", "shape", "shapes", "is", "are", "the", "How", "many", "there", "Which", "side", "of", "does", "it",
-    "say", "small", "Describe", "picture", ".", ",", "?",
+    *COLORS, *SHAPES, *GRIDS[3], *NUMBERS, *CHARACTERS,
+    "What", "color", "shape", "shapes", "is", "are", "the", "in", "How", "many", "there", "Which", "side", "of", "does",
+    "it", "say", "small", "Describe", "picture", ".", ",", "?",
 )  # fmt: skip
 """Every word and punctuation mark that the texts are made of."""
 
 
 class Level(NamedTuple):
-    """A difficulty. cells: of the grid that things stand in, a side; objects: things in a picture; most: that are
-    counted; small: radius of the small thing; characters: to read, of this height. Lengths are shares of the side."""
+    """A difficulty. cells: of the grid that things stand in, a side; radius: of a thing, as a share of its cell;
+    objects: things in a picture; most: that are counted; small: radius of the small thing; alphabet, characters: what
+    is to be read, of this height. Small and height are shares of the picture's side."""
 
     cells: int
+    radius: float
     objects: int
     most: int
     small: float
+    alphabet: str
     characters: int
     height: float
 
 
 LEVELS = {
-    1: Level(cells=2, objects=3, most=3, small=0.09, characters=1, height=0.5),
-    2: Level(cells=3, objects=4, most=4, small=0.06, characters=2, height=0.33),
-    3: Level(cells=4, objects=5, most=5, small=0.04, characters=3, height=0.22),
+    1: Level(2, 0.4, objects=3, most=3, small=0.09, alphabet=DIGITS, characters=1, height=0.5),
+    2: Level(3, 0.4, objects=4, most=4, small=0.06, alphabet=CHARACTERS, characters=2, height=0.33),
+    3: Level(3, 0.28, objects=5, most=5, small=0.04, alphabet=CHARACTERS, characters=3, height=0.22),
 }
 
 
@@ -180,58 +188,58 @@ class Probes:
 
 def _color_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
     items = _objects(rng, level, level.objects, held_out)
-    return _scene(rng, items, [(f"What color is the {item.shape}?", item.color) for item in _asked(items, held_out)])
+    asked = _asked(items, held_out)
+    return _scene(
+        rng, level, items, [(f"What color is the {_place(level, item)} shape?", item.color) for item in asked]
+    )
 
 
 def _shape_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
     items = _objects(rng, level, level.objects, held_out)
-    return _scene(rng, items, [(f"What shape is {item.color}?", item.shape) for item in _asked(items, held_out)])
+    asked = _asked(items, held_out)
+    return _scene(rng, level, items, [(f"What shape is in the {_place(level, item)}?", item.shape) for item in asked])
 
 
 def _count_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
-    """One color as often as it is counted, and others once each where there is room."""
-    possible = [
-        (color, NUMBERS[n])
-        for color in COLORS
-        for n in range(level.most)
-        if ((color, NUMBERS[n]) in HELD_OUT_NUMBERS) == held_out
-    ]
-    number = rng.choice(sorted({number for _, number in possible}))  # numbers come equally often
-    color = rng.choice([color for color, own in possible if own == number])
-    times = NUMBERS.index(number) + 1
-    room = min(level.cells**2, level.most + 2) - times
-    others = rng.sample([other for other in COLORS if other != color], rng.randint(0, min(room, 2)))
-    pairs = [(color, _shape_for(rng, color)) for _ in range(times)]
-    pairs += [(other, _shape_for(rng, other)) for other in others]
-    items = _placed(rng, level, pairs)
-    questions = [(f"How many shapes are {color}?", number)]
-    questions += [] if held_out else [(f"How many shapes are {other}?", "one") for other in others]
-    return _scene(rng, items, questions)
+    """One color and shape as often as it is counted, and other colors once each where there is room."""
+    color, *others = rng.sample(list(COLORS), 3)
+    times = rng.randint(1, level.most)
+    if held_out:
+        color, shape = rng.choice(sorted(HELD_OUT))
+        others = [other for other in others if other != color]
+    else:
+        shape = _shape_for(rng, color)
+    others = others[: rng.randint(0, min(level.cells**2 - times, 2))]
+    items = _placed(rng, level, [(color, shape)] * times + [(other, _shape_for(rng, other)) for other in others])
+    questions = [(f"How many {color} shapes are there?", NUMBERS[times - 1])]
+    questions += [] if held_out else [(f"How many {other} shapes are there?", "one") for other in others]
+    return _scene(rng, level, items, questions)
 
 
 def _position_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
-    """Two things side by side. The second is asked for too, in training: neither relation may be held out there."""
+    """Two things in a row or a column."""
     while True:
-        (first, second), side = rng.sample(list(COLORS), 2), rng.choice(SIDES)
-        pair = ((first, side), (second, _opposite(side)))
-        if (pair[0] in HELD_OUT_SIDES) if held_out else not HELD_OUT_SIDES & set(pair):
+        colors = rng.sample(list(COLORS), 2)
+        if (frozenset(colors) in HELD_OUT_COLORS) == held_out:
             break
-    forward = side in ("west", "north")
     apart = rng.randint(1, level.cells - 1)
     line, start = rng.randrange(level.cells), rng.randrange(level.cells - apart)
-    along = (start, start + apart) if forward else (start + apart, start)
-    cells = [(line, at) if side in ("west", "east") else (at, line) for at in along]
-    items = tuple(_item(rng, level, color, _shape_for(rng, color), cell) for color, cell in zip((first, second), cells))
-    question = "Which side of the {} shape is the {} shape?"
-    questions = [(question.format(second, first), side)]
-    questions += [] if held_out else [(question.format(first, second), _opposite(side))]
-    caption = f"{first} {items[0].shape} {side} of {second} {items[1].shape}."
-    return Scene(items, None, caption, tuple(rng.sample(questions, len(questions))))
+    across = rng.random() < 0.5
+    cells = [(line, at) if across else (at, line) for at in (start, start + apart)]
+    sides = ("west", "east") if across else ("north", "south")
+    items = tuple(_item(rng, level, color, _shape_for(rng, color), cell) for color, cell in zip(colors, cells))
+    pairs = [(items[0], sides[0], items[1]), (items[1], sides[1], items[0])]
+    rng.shuffle(pairs)
+    questions = [(f"Which side of the {second.color} shape is the {first.color} shape?", side)
+                 for first, side, second in pairs]  # fmt: skip
+    first, side, second = pairs[0]
+    caption = f"{first.color} {first.shape} {side} of {second.color} {second.shape}."
+    return Scene(items, None, caption, tuple(questions[:1] if held_out else questions))
 
 
 def _text_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
     color = rng.choice(list(COLORS))
-    allowed = [c for c in CHARACTERS if ((color, c) in HELD_OUT_CHARACTERS) == held_out]
+    allowed = [c for c in level.alphabet if ((color, c) in HELD_OUT_CHARACTERS) == held_out]
     text = "".join(rng.choice(allowed) for _ in range(level.characters))
     across, high = PITCH * level.height * level.characters / 2, level.height / 2
     x, y = (rng.uniform(min(0.5, half + 0.04), max(0.5, 0.96 - half)) for half in (across, high))
@@ -284,17 +292,17 @@ def _placed(rng: random.Random, level: Level, pairs: Sequence[tuple[str, str]]) 
 
 
 def _item(rng: random.Random, level: Level, color: str, shape: str, cell: tuple[int, int]) -> Item:
-    """A thing that nearly fills its cell."""
     row, column = cell
     side = (1 - 2 * MARGIN) / level.cells
     x, y = (MARGIN + side * (at + 0.5 + rng.uniform(-0.03, 0.03)) for at in (column, row))
-    return Item(color, shape, row, column, x, y, side * rng.uniform(0.37, 0.43))
+    return Item(color, shape, row, column, x, y, side * level.radius * rng.uniform(0.93, 1.07))
 
 
-def _scene(rng: random.Random, items: tuple[Item, ...], questions: Sequence[tuple[str, str]]) -> Scene:
-    caption = f"{', '.join(f'{item.color} {item.shape}' for item in rng.sample(items, len(items)))}."
-    return Scene(items, None, caption, tuple(rng.sample(list(questions), len(questions))))
+def _place(level: Level, item: Item) -> str:
+    return GRIDS[level.cells][level.cells * item.row + item.column]
 
 
-def _opposite(side: str) -> str:
-    return {"west": "east", "east": "west", "north": "south", "south": "north"}[side]
+def _scene(rng: random.Random, level: Level, items: tuple[Item, ...], questions: Sequence[tuple[str, str]]) -> Scene:
+    """A scene described place by place."""
+    words = [f"{_place(level, item)} {item.color} {item.shape}" for item in rng.sample(items, len(items))]
+    return Scene(items, None, f"{', '.join(words)}.", tuple(rng.sample(list(questions), len(questions))))
