@@ -14,8 +14,12 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 40
 MAX_POINTS = 400
 
 
+DASHES = ("", "6 3", "2 2")
+"""Strokes of lines beyond the first six, which take the colors again."""
+
+
 class Series(NamedTuple):
-    """One line: `faint` ones are drawn behind, without an entry in the legend."""
+    """One line: `faint` ones are drawn behind, without an entry in the legend. band: least and most at each x."""
 
     name: str
     x: Sequence[float]
@@ -23,6 +27,7 @@ class Series(NamedTuple):
     faint: bool = False
     color: int = 0
     dots: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str = "step", legend_below: bool = False) -> str:
@@ -34,31 +39,31 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step", lege
     series = [s for s in series if s.x]
     if not series:
         return ""
+    heights = [y for s in series for values in (s.y, *(s.band or ())) for y in values]
     x_ticks = _ticks(min(min(s.x) for s in series), max(max(s.x) for s in series))
-    y_ticks = _ticks(min(min(s.y) for s in series), max(max(s.y) for s in series))
-
-    def x_at(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * _share(value, x_ticks)
-
-    def y_at(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(value, y_ticks)
-
-    rows = -(-sum(not s.faint and bool(s.name) for s in series) // 3) if legend_below else 0
+    y_ticks = _ticks(min(heights), max(heights))
+    x_at, y_at = _scales(x_ticks, y_ticks)
+    names = [s.name for s in series if s.name and not s.faint]
+    columns = max(1, int((WIDTH - 10) / (40 + CHARACTER * max(map(len, names), default=0))))
+    rows = -(-len(names) // columns) if legend_below else 0
     out = _frame(title, x_ticks, y_ticks, x_at, y_at, x_label, HEIGHT + 18 * rows)
+    for s in series:
+        if s.band:
+            low, high = ([f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, edge)] for edge in s.band)
+            out.append(f'<polygon points="{" ".join(low + high[::-1])}" fill="{_color(s)}" opacity="0.15"/>')
     named = 0
     for s in series:
-        color = COLORS[s.color % len(COLORS)]
+        color = _color(s)
         points = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, s.y))
         opacity, width = (0.25, 1) if s.faint else (1, 2)
-        out.append(
-            f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{width}" opacity="{opacity}"/>'
-        )
+        stroke = f'stroke="{color}" stroke-width="{width}" stroke-dasharray="{_dash(s)}" opacity="{opacity}"'
+        out.append(f'<polyline points="{points}" fill="none" {stroke}/>')
         if s.dots:
             out += [f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5" fill="{color}"/>' for x, y in zip(s.x, s.y)]
         if not s.faint and s.name and legend_below:
-            column, row = named % 3, named // 3
-            x, y = LEFT - 50 + column * 145, HEIGHT + 12 + 18 * row
-            out.append(f'<text class="tick" x="{x}" y="{y}" style="fill:{color}">{escape(s.name[:24])}</text>')
+            x, y = 14 + named % columns * (WIDTH - 10) / columns, HEIGHT + 12 + 18 * (named // columns)
+            out.append(f'<line x1="{x}" x2="{x + 20}" y1="{y - 4}" y2="{y - 4}" {stroke}/>')
+            out.append(f'<text class="tick" x="{x + 25}" y="{y}">{escape(_cut(s.name, 65))}</text>')
             named += 1
         elif not s.faint and s.name:
             # right of the title, from the right edge inwards
@@ -70,13 +75,20 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step", lege
     return "".join([*out, "</svg>"])
 
 
-def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_label: str, front: bool = False) -> str:
-    """An SVG of named points ``(name, x, y)``.
+def _color(series: Series) -> str:
+    return COLORS[series.color % len(COLORS)]
 
-    front: join those that no other beats at less x (the Pareto front), and draw the others hollow.
-    """
-    x_ticks = _ticks(min(x for _, x, _ in points), max(x for _, x, _ in points))
-    y_ticks = _ticks(min(y for *_, y in points), max(y for *_, y in points))
+
+def _dash(series: Series) -> str:
+    return DASHES[series.color // len(COLORS) % len(DASHES)]
+
+
+def _cut(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _scales(x_ticks: Sequence[float], y_ticks: Sequence[float]) -> tuple[Callable, Callable]:
+    """Where values are on the chart, in pixels."""
 
     def x_at(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * _share(value, x_ticks)
@@ -84,25 +96,60 @@ def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_labe
     def y_at(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(value, y_ticks)
 
+    return x_at, y_at
+
+
+def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_label: str, front: bool = False) -> str:
+    """An SVG of named points ``(name, x, y)``.
+
+    front: join those that no other beats at no more x (the Pareto front), and draw the others hollow.
+    """
+    x_ticks = _ticks(min(x for _, x, _ in points), max(x for _, x, _ in points))
+    y_ticks = _ticks(min(y for *_, y in points), max(y for *_, y in points))
+    x_at, y_at = _scales(x_ticks, y_ticks)
     out = _frame(title, x_ticks, y_ticks, x_at, y_at, x_label, HEIGHT)
     best = [p for p in points if not any(x <= p[1] and y >= p[2] and (x, y) != p[1:] for _, x, y in points)]
     if front:
         line = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for _, x, y in sorted(best, key=lambda p: p[1]))
         out.append(f'<polyline points="{line}" fill="none" stroke="{COLORS[0]}" stroke-width="1.5" opacity="0.6"/>')
-    taken: list[tuple[float, float, float]] = []
-    for name, x_value, y_value in sorted(points, key=lambda p: -p[2]):
-        x, y = x_at(x_value), y_at(y_value)
-        fill = COLORS[0] if not front or (name, x_value, y_value) in best else "#fff"
+    places = {p: (x_at(p[1]), y_at(p[2])) for p in points}
+    for p, (x, y) in places.items():
+        fill = COLORS[0] if not front or p in best else "#fff"
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{COLORS[0]}"/>')
-        width = 6.2 * len(name)
-        to_left = x + 8 + width > WIDTH - 2
-        left, below = (x - 8 - width, y + 4) if to_left else (x + 8, y + 4)
-        # move a label down until it covers no other
-        while any(left < end and left + width > start and abs(below - b) < 11 for start, end, b in taken):
-            below += 3
-        taken.append((left, left + width, below))
-        out.append(f'<text class="tick" x="{left:.1f}" y="{below:.1f}">{escape(name)}</text>')
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
+    for (name, *_), (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+        text = _cut(name, 30)
+        left, low = _room(x, y, CHARACTER * len(text), taken)
+        taken.append((left, low - 9, left + CHARACTER * len(text), low + 2))
+        if abs(low - 4 - y) > 8:
+            # far from its point: a line says which it belongs to
+            end = left - 2 if left > x else left + CHARACTER * len(text) + 2
+            out.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{low - 4:.1f}"/>')
+        out.append(f'<text class="tick" x="{left:.1f}" y="{low:.1f}">{escape(text)}</text>')
     return "".join([*out, "</svg>"])
+
+
+CHARACTER = 6.2
+"""Width of a letter of a label, at most, in pixels."""
+
+Box = tuple[float, float, float, float]
+
+
+def _room(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[float, float]:
+    """Where a label of a point may stand, by its left end and base line, with nothing under it: as near as possible."""
+    for far in range(0, HEIGHT, 2):
+        for shift in (far, -far):
+            for left in (x + 9 + min(far, 14), x - 9 - min(far, 14) - width):
+                low = y + 4 + shift
+                box = (left, low - 9, left + width, low + 2)
+                inside = left >= LEFT and box[2] <= WIDTH - 2 and box[1] >= TOP - 6 and low <= HEIGHT - BOTTOM
+                if inside and not any(_overlap(box, other) for other in taken):
+                    return left, low
+    return x + 9, y + 4
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _frame(
@@ -131,24 +178,31 @@ def _frame(
     return out
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start; where there is no value, it stays as it was."""
     out, mean, norm = [], 0.0, 0.0
     for value in values:
-        mean = weight * mean + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        out.append(mean / norm)
+        if value is not None:
+            mean = weight * mean + (1 - weight) * value
+            norm = weight * norm + (1 - weight)
+        out.append(mean / norm if norm else math.nan)
     return out
 
 
 def _finite(series: Series) -> Series:
-    kept = [(x, y) for x, y in zip(series.x, series.y) if math.isfinite(y)]
-    return series._replace(x=[x for x, _ in kept], y=[y for _, y in kept])
+    kept = [i for i, y in enumerate(series.y) if math.isfinite(y)]
+    return _picked(series, kept)
 
 
 def _thin(series: Series) -> Series:
     stride = max(1, math.ceil(len(series.x) / MAX_POINTS))
-    return series._replace(x=series.x[::stride], y=series.y[::stride])
+    return _picked(series, range(0, len(series.x), stride))
+
+
+def _picked(series: Series, numbers: Sequence[int]) -> Series:
+    """Some of a series' points."""
+    band = series.band and tuple([edge[i] for i in numbers] for edge in series.band)
+    return series._replace(x=[series.x[i] for i in numbers], y=[series.y[i] for i in numbers], band=band)
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:

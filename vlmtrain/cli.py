@@ -166,8 +166,9 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     _take_overrides(
         parser,
-        "recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2], the rest of training's line, "
-        "and jobs=N at once, ranks=N each, run_dir=DIR",
+        "recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2], the rest of training's line; "
+        "axis.KEY=[...] for further axes, sweep.KEY=[...] sweep_steps=100 where each is to have its own best, "
+        "budget=steps|samples|flops|wall, metric=exact_match; jobs=N at once, ranks=N each, run_dir=DIR",
     )
 
 
@@ -431,7 +432,7 @@ def _tokens(options: argparse.Namespace) -> None:
 
 def _ablate(options: argparse.Namespace) -> None:
     from .ablation import read_line, read_results, run_ablation
-    from .ablation.show import as_json, note, table, write_results
+    from .ablation.show import as_json, for_terminal, write_results
 
     ablation = read_line(options.overrides)
     run_ablation(ablation, show_progress=sys.stderr.isatty())
@@ -440,7 +441,7 @@ def _ablate(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([as_json(entry) for entry in entries], indent=2))
     else:
-        print(table(entries), note(ablation, entries), f"page: {ablation.folder / 'ablation.html'}", sep="\n\n")
+        print(for_terminal(ablation, entries), f"page: {ablation.folder / 'ablation.html'}", sep="\n\n")
 
 
 def _plan(options: argparse.Namespace) -> None:

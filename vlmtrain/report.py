@@ -26,7 +26,7 @@ th { font-weight: 600; border-bottom: 1px solid #d6d6d0; } td.number, th.number 
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 12px; }
 svg { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; width: 100%; }
 svg .title { font-size: 13px; font-weight: 600; fill: #1b1f24; } svg .tick { font-size: 11px; fill: #5b636d; }
-svg .grid { stroke: #ecece7; }
+svg .grid { stroke: #ecece7; } svg .leader { stroke: #9aa1a9; stroke-width: 0.8; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 12px; }
 .card { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; padding: 10px 12px; }
 .card img { width: 144px; height: 144px; object-fit: contain; display: block; margin: 0 auto 8px; border-radius: 4px; }

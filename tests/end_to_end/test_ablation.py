@@ -37,7 +37,7 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
     with open(tmp_path / "ablation.csv") as file:
         assert len(list(csv.reader(file))) == 3
     page = (tmp_path / "ablation.html").read_text()
-    assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("<svg") == 5 and "http" not in page.replace("http://www.w3.org", "")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
     more = run(*command[:-1], "workers=0", "--json")
     assert {entry["label"] for entry in json.loads(more.stdout)} == set(jobs)

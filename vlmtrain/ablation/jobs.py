@@ -1,199 +1,209 @@
-"""The runs of an ablation: each connector and seed in a folder of its own, in processes of their own.
+"""The runs of an ablation: each choice and seed in a folder of its own, in processes of their own.
 
-OUT/shared/seed-0/         stages that come before any connector, once a seed
-OUT/jobs/mlp/seed-0/       the run of one connector, with links to the shared stages
-OUT/features/              what the frozen encoder made of the pictures, for all of them
+OUT/shared/1f0c.../seed-0/     stages that come before any connector, once a seed, for all choices that agree on them
+OUT/jobs/mlp/seed-0/           the run of one choice, with links to the shared stages
+OUT/sweep/mlp/1/               short runs that choose a learning rate, if asked for
+OUT/timing/mlp/                short runs that measure speed, for budget=wall
+OUT/features/                  what the frozen encoder made of the pictures, for all of them
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..errors import first_line
 from ..paths import link_or_copy
-from ..settings import compose
+from ..settings import compose, flatten
+from ..training.run_folder import replace_text
+from .budget import decide
+from .line import Ablation, Choice
 
-OWN_KEYS = ("connectors", "seeds", "jobs", "ranks", "run_dir")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A connector with its options, as a recipe's line would name them."""
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def label(self) -> str:
-        return "-".join([self.name, *(f"{key}-{value}" for key, value in self.options)])
-
-    @property
-    def line(self) -> list[str]:
-        return [f"connector={self.name}", *(f"connector.{key}={json.dumps(value)}" for key, value in self.options)]
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What is compared. line: what all jobs share; jobs: how many run at once; ranks: processes each."""
-
-    line: tuple[str, ...]
-    choices: tuple[Choice, ...]
-    seeds: tuple[int, ...]
-    folder: Path
-    jobs: int = 1
-    ranks: int = 1
-
-    def settings(self, choice: Choice, seed: int = 0) -> DictConfig:
-        """The settings of one job."""
-        return compose([*self.line, *choice.line, f"seed={seed}", f"run_dir={self.job(choice, seed)}"])
-
-    def job(self, choice: Choice, seed: int) -> Path:
-        return self.folder / "jobs" / choice.label / f"seed-{seed}"
-
-    def shared(self, seed: int) -> Path:
-        return self.folder / "shared" / f"seed-{seed}"
-
-
-def read_line(overrides: Sequence[str]) -> Ablation:
-    """An ablation from its line: ``recipe=... connectors=[linear,{qformer:{num_queries:64}}] seeds=[0,1]``, and
-    ``jobs=N ranks=N run_dir=DIR``. Raises ValueError naming the key."""
-    own: dict[str, Any] = {}
-    line = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key in OWN_KEYS:
-            own[key] = value if key == "run_dir" else _value(override)
-        elif key in ("connector", "seed"):
-            raise ValueError(f"{override}: an ablation takes {key}s=[...]")
-        else:
-            line.append(override)
-    if "connectors" not in own:
-        raise ValueError("connectors=[...] is not set: name the connectors to compare")
-    choices = tuple(_choice(entry) for entry in _list(own["connectors"], "connectors"))
-    if len({choice.label for choice in choices}) < len(choices):
-        raise ValueError(f"connectors={own['connectors']}: one is named twice")
-    seeds = tuple(_whole(seed, "seeds", least=0) for seed in _list(own.get("seeds", [0]), "seeds"))
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={list(seeds)}: one is named twice")
-    name = compose([*line, *choices[0].line]).name
-    folder = Path(own.get("run_dir") or f"runs/ablation-{name}")
-    numbers = {key: _whole(own.get(key, 1), key, least=1) for key in ("jobs", "ranks")}
-    return Ablation(tuple(line), choices, seeds, folder, **numbers)
-
-
-def _value(override: str) -> Any:
-    try:
-        return OverridesParser.create().parse_override(override).value()
-    except Exception as error:  # the parser raises its own kinds
-        raise ValueError(f"{override}: {first_line(error)}") from None
-
-
-def _list(value: Any, key: str) -> list:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{key}={value}: expected a list that is not empty")
-    return value
-
-
-def _whole(value: Any, key: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key}={value}: expected a whole number from {least}")
-    return value
-
-
-def _choice(entry: Any) -> Choice:
-    if isinstance(entry, str):
-        return Choice(entry)
-    if isinstance(entry, dict) and len(entry) == 1:
-        ((name, options),) = entry.items()
-        if isinstance(options, dict):
-            return Choice(str(name), tuple(sorted((str(key), value) for key, value in options.items())))
-    raise ValueError(f"connectors: expected a name or {{name: {{option: value}}}}, got {entry}")
+REFRESH_SECONDS = 1.0
 
 
 def run_ablation(ablation: Ablation, show_progress: bool = True) -> None:
     """Run what is not finished. Raises ValueError for what cannot work, before anything runs, or for a failed job."""
-    settings = {choice: ablation.settings(choice) for choice in ablation.choices}
+    for choice in ablation.choices:
+        ablation.settings(choice)
     _check_same(ablation)
-    shared = _shared_stages(settings[ablation.choices[0]])
-    work = [(choice, seed) for seed in ablation.seeds for choice in ablation.choices]
-    with tqdm(total=len(work), unit="job", disable=not show_progress) as bar:
-        for seed in ablation.seeds:
-            for stage in shared:
-                bar.set_postfix_str(f"shared {stage}, seed {seed}", refresh=True)
-                line = ["connector=linear", f"stage={stage}"]  # any would do: these stages have none
-                _run(ablation, line, seed, ablation.shared(seed))
-        with ThreadPoolExecutor(ablation.jobs) as pool:
-            for choice, seed in pool.map(lambda job: _run_job(ablation, *job, shared), work):
-                bar.set_postfix_str(f"{choice.label}, seed {seed}", refresh=False)
-                bar.update()
+    with Runner(ablation, show_progress) as runner:
+        runner.share()
+        for choice in ablation.choices:
+            if choice.label not in ablation.decisions():
+                decisions = ablation.decisions() | {choice.label: decide(ablation, choice, runner)}
+                replace_text(ablation.decisions_file, json.dumps(decisions, indent=2) + "\n")
+        jobs = [(choice, seed) for seed in ablation.seeds for choice in ablation.choices]
+        runner.at_once(lambda job: runner.run(*job, ablation.job(*job), ablation.line_of(job[0]), count=True), jobs)
 
 
 def _check_same(ablation: Ablation) -> None:
     """Hold the folder to the line it began with; more connectors and seeds may come."""
     file = ablation.folder / "ablation.json"
-    line = sorted(ablation.line)
+    facts = {
+        "line": sorted(ablation.line),
+        "budget": ablation.budget,
+        "reference": None if ablation.budget == "steps" else ablation.choices[0].label,
+        "sweep": [[key, list(values)] for key, values in ablation.sweep],
+        "sweep_steps": ablation.sweep_steps if ablation.sweep else None,
+    }
     if file.exists():
-        began = json.loads(file.read_text())["line"]
-        if began != line:
-            changed = sorted(set(began) ^ set(line))
+        began = json.loads(file.read_text())
+        changed = sorted(set(began["line"]) ^ set(facts["line"]))
+        changed += [f"{key}={began[key]}" for key in facts if key != "line" and began[key] != facts[key]]
+        if changed:
             raise ValueError(f"{ablation.folder} began with another line ({', '.join(changed)}); set another run_dir")
     ablation.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"line": line}, indent=2) + "\n")
+    replace_text(file, json.dumps(facts, indent=2) + "\n")
 
 
-def _shared_stages(settings: DictConfig) -> list[str]:
-    """The stages before the first that has a connector: they are the same for all."""
-    shared = []
-    for name, stage in settings.stages.items():
-        if "connector" in stage.parts:
-            break
-        shared.append(name)
-    return shared
-
-
-def _run_job(ablation: Ablation, choice: Choice, seed: int, shared: Sequence[str]) -> tuple[Choice, int]:
-    folder = ablation.job(choice, seed)
-    for stage in shared:
-        if not (folder / stage).exists():
-            partial = folder / f"{stage}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(ablation.shared(seed) / stage, partial, copy_function=link_or_copy)
-            partial.rename(folder / stage)
-    _run(ablation, choice.line, seed, folder)
-    return choice, seed
-
-
-def _run(ablation: Ablation, line: Sequence[str], seed: int, folder: Path) -> None:
-    """One training process, or several under torchrun. Raises ValueError with its last words if it fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-m", "vlmtrain.processes"]
-    if ablation.ranks > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ablation.ranks), "-m"]
-    cache = (
-        [] if any(o.startswith("features.") for o in ablation.line) else [f"features.cache={ablation.folder}/features"]
-    )
-    command = [*launcher, "vlmtrain.train", *ablation.line, *line, f"seed={seed}", f"run_dir={folder}", *cache]
-    with open(folder / "output.log", "ab") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    finished = all((folder / stage / "summary.json").exists() for stage in _wanted(line, ablation, seed))
-    if code or not finished:
-        words = (folder / "output.log").read_text(errors="replace").strip().splitlines()
-        said = next((w for w in reversed(words) if "error" in w.lower()), words[-1] if words else "nothing")
-        raise ValueError(f"a job did not finish (exit {code}): {said} ({folder / 'output.log'})")
-
-
-def _wanted(line: Sequence[str], ablation: Ablation, seed: int) -> list[str]:
-    settings = compose([*ablation.line, *line, f"seed={seed}"])
+def wanted_stages(settings: DictConfig) -> list[str]:
     return [name for name in settings.stages if settings.stage in (None, name)]
+
+
+def shared_stages(settings: DictConfig) -> list[str]:
+    """The stages before the first that has a connector."""
+    has_none = takewhile(lambda name: "connector" not in settings.stages[name].parts, settings.stages)
+    return [name for name in has_none if name in wanted_stages(settings)]
+
+
+class Runner:
+    """Starts the processes of jobs, at most ``ablation.jobs`` at once, and says how far they are."""
+
+    def __init__(self, ablation: Ablation, show_progress: bool):
+        self.ablation = ablation
+        total = len(ablation.seeds) * len(ablation.choices)
+        self.bar = tqdm(total=total, unit="job", disable=not show_progress)
+        self.running: dict[Path, str] = {}
+        self.slots: SimpleQueue[str | None] = SimpleQueue()
+        for devices in device_slots(_visible_devices(), ablation.jobs, ablation.ranks):
+            self.slots.put(devices)
+        self.ended = threading.Event()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Runner:
+        if not self.bar.disable:
+            self.watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self.bar.close()
+
+    def at_once(self, function: Callable, items: Iterable) -> list:
+        """A function of each item, as many at once as there are to be jobs. Raises the first error."""
+        with ThreadPoolExecutor(self.ablation.jobs) as pool:
+            try:
+                return list(pool.map(function, items))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def share(self) -> None:
+        """Run the stages that come before any connector."""
+        folders: dict[Path, tuple[Choice, int]] = {}
+        for seed in self.ablation.seeds:
+            for choice in self.ablation.choices:
+                folders.setdefault(self.shared(choice, seed), (choice, seed))
+
+        def run(item: tuple[Path, tuple[Choice, int]]) -> None:
+            folder, (choice, seed) = item
+            for stage in shared_stages(self.ablation.settings(choice, seed)):
+                self._start([*self.ablation.line, *choice.line, f"stage={stage}"], seed, folder, "shared", [stage])
+
+        self.at_once(run, folders.items())
+
+    def shared(self, choice: Choice, seed: int) -> Path:
+        """Where the shared stages of a choice are: those that agree on all they depend on have one folder."""
+        settings = compose([*self.ablation.line, *choice.line])
+        stages = shared_stages(settings)
+        plain = OmegaConf.to_container(settings)
+        plain["stages"] = {name: plain["stages"][name] for name in stages}
+        matters = {key: value for key, value in plain.items() if key not in ("connector", "run_dir", "seed")}
+        digest = hashlib.sha256(json.dumps(sorted(flatten(matters)), default=str).encode()).hexdigest()
+        return self.ablation.folder / "shared" / digest[:12] / f"seed-{seed}"
+
+    def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str], count: bool = False) -> None:
+        """One run of all stages, from the shared ones on. Raises ValueError if it fails."""
+        settings = self.ablation.settings(choice, seed)
+        stages = shared_stages(settings)
+        for stage in stages:
+            if not (folder / stage).exists():
+                partial = folder / f"{stage}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(self.shared(choice, seed) / stage, partial, copy_function=link_or_copy)
+                partial.rename(folder / stage)
+        self._start(line, seed, folder, choice.label, wanted_stages(settings))
+        if count:
+            self.bar.update()
+
+    def _start(self, line: Sequence[str], seed: int, folder: Path, name: str, stages: Sequence[str]) -> None:
+        """One training process, or several under torchrun. Raises ValueError with its last words if it fails."""
+        if all((folder / stage / "summary.json").exists() for stage in stages):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        launcher = [sys.executable, "-m", "vlmtrain.processes"]
+        if self.ablation.ranks > 1:
+            ranks = ["--nproc_per_node", str(self.ablation.ranks)]
+            launcher += ["torch.distributed.run", "--standalone", *ranks, "-m"]
+        own_cache = any(override.startswith("features.") for override in line)
+        cache = [] if own_cache else [f"features.cache={self.ablation.folder}/features"]
+        command = [*launcher, "vlmtrain.train", *line, f"seed={seed}", f"run_dir={folder}", *cache]
+        with self._slot(folder, f"{name} seed {seed}") as environment, open(folder / "output.log", "ab") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        if code or not all((folder / stage / "summary.json").exists() for stage in stages):
+            words = (folder / "output.log").read_text(errors="replace").strip().splitlines()
+            said = next((w for w in reversed(words) if "error" in w.lower()), words[-1] if words else "nothing")
+            raise ValueError(f"a job did not finish (exit {code}): {said} ({folder / 'output.log'})")
+
+    @contextlib.contextmanager
+    def _slot(self, folder: Path, name: str) -> Iterator[dict[str, str]]:
+        """A place to run in: the environment with its share of the devices."""
+        devices = self.slots.get()
+        self.running[folder] = name
+        try:
+            yield os.environ | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+        finally:
+            del self.running[folder]
+            self.slots.put(devices)
+
+    def _watch(self) -> None:
+        while not self.ended.wait(REFRESH_SECONDS):
+            self.bar.set_postfix_str(" | ".join(f"{name} {_where(path)}" for path, name in list(self.running.items())))
+
+
+def _where(folder: Path) -> str:
+    """The stage and step that a run has come to."""
+    files = sorted(folder.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        return ""
+    steps = files[-1].read_bytes().count(b"\n")
+    return f"{files[-1].parent.name} {steps}"
+
+
+def _visible_devices() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [device for device in named.split(",") if device]
+    return [str(device) for device in range(torch.cuda.device_count())]
+
+
+def device_slots(devices: Sequence[str], jobs: int, ranks: int) -> list[str | None]:
+    """Devices for each of the jobs that run at once; None (all of them) where there are too few for one a process."""
+    if len(devices) < jobs * ranks:
+        return [None] * jobs
+    return [",".join(devices[job * ranks : (job + 1) * ranks]) for job in range(jobs)]

@@ -1,149 +1,153 @@
-"""An ablation's table: for the terminal, and as Markdown, CSV, JSON and one self-contained page."""
+"""An ablation's tables: for the terminal, and as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Sequence
-from html import escape
 
-from ..charts import Series, line_chart, scatter_chart, smooth
-from ..report import STYLE
-from .jobs import Ablation
+from ..evaluation.metrics import value_text
+from .line import Ablation
+from .page import write_page
 from .results import FEW_SEEDS, Entry
 
-HEAD = ("connector", "exact match", "95 % interval", "blind", "loss", "tokens", "parameters", "samples/s",
-        "train FLOPs", "peak memory", "against the best")  # fmt: skip
-SHOWN = 12
+Table = list[tuple[str, ...]]
 
 
 def write_results(ablation: Ablation, entries: Sequence[Entry]) -> None:
-    """Write ``ablation.md``, ``.csv``, ``.json`` and ``.html`` into the ablation's folder."""
+    """Write ``ablation.md``, ``.csv``, ``.html`` and ``results.json`` into the ablation's folder."""
     folder = ablation.folder
     (folder / "ablation.md").write_text(markdown(ablation, entries))
     with open(folder / "ablation.csv", "w", newline="") as file:
-        csv.writer(file).writerows([HEAD, *map(_row, entries)])
+        csv.writer(file).writerows(main_table(ablation, entries))
     (folder / "results.json").write_text(json.dumps([as_json(entry) for entry in entries], indent=2) + "\n")
-    (folder / "ablation.html").write_text(_page(ablation, entries), encoding="utf-8")
+    write_page(ablation, tables(ablation, entries), note(ablation, entries), entries)
 
 
 def as_json(entry: Entry) -> dict:
     """An entry's numbers."""
-    left_out = ("exact", "conversation")
-    facts = {key: value for key, value in vars(entry).items() if key not in left_out}
-    return {**facts, "told_apart_from_the_best": entry.is_told_apart, "seeds": len(entry.exact)}
+    facts = {key: value for key, value in vars(entry).items() if key != "measured"}
+    verdict = {"runs_differ_from_the_best": entry.runs_differ, "told_apart_from_the_best": entry.is_told_apart}
+    return {**facts, **verdict, "seeds": len(entry.measured)}
 
 
-def table(entries: Sequence[Entry]) -> str:
-    """For a terminal."""
-    rows = [HEAD, *map(_row, entries)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+def tables(ablation: Ablation, entries: Sequence[Entry]) -> dict[str, Table]:
+    """By title: the table, what each category scored, and the other scores."""
+    found = {"": main_table(ablation, entries)}
+    kinds = sorted({kind for entry in entries for kind in entry.by_category})
+    if kinds:
+        rows = [(entry.label, *(_with_interval(ablation, *entry.by_category[k]) for k in kinds)) for entry in entries]
+        found[f"{_words(ablation.metric)} by category"] = [("", *kinds), *rows]
+    shown = ("loss", "exact_match", "perplexity", ablation.metric)
+    others = [n for n in entries[0].scores if n not in shown and not n.startswith("blind_") and n != "loss_at_start"]
+    if others:
+        rows = [
+            (entry.label, *(f"{value_text(n, entry.scores[n])} ({_blind(entry, n)})" for n in others))
+            for entry in entries
+        ]
+        found["Other scores (blind)"] = [("", *map(_words, others)), *rows]
+    return found
+
+
+def _blind(entry: Entry, name: str) -> str:
+    return value_text(name, entry.scores[f"blind_{name}"])
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _with_interval(ablation: Ablation, score: float, interval: tuple[float, float]) -> str:
+    return f"{value_text(ablation.metric, score)} ± {value_text(ablation.metric, (interval[1] - interval[0]) / 2)}"
+
+
+def text(table: Table) -> str:
+    """A table for a terminal."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join(
         "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
+        for row in table
     )
 
 
+def for_terminal(ablation: Ablation, entries: Sequence[Entry]) -> str:
+    shown = [f"{title}\n{text(table)}" if title else text(table) for title, table in tables(ablation, entries).items()]
+    return "\n\n".join([*shown, note(ablation, entries)])
+
+
 def markdown(ablation: Ablation, entries: Sequence[Entry]) -> str:
-    lines = [f"| {' | '.join(HEAD)} |", f"|---|{'--:|' * (len(HEAD) - 1)}"]
-    lines += [f"| {' | '.join(_row(entry))} |" for entry in entries]
-    return "\n".join([*lines, "", note(ablation, entries), ""])
+    parts = []
+    for title, (head, *rows) in tables(ablation, entries).items():
+        parts += [f"{title}\n"] if title else []
+        parts += [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
+        parts += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+    return "\n".join([*parts, note(ablation, entries), ""])
 
 
 def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     """What was held equal, and how far the table can be trusted."""
     seeds = len(ablation.seeds)
     plural = "s" if seeds > 1 else ""
-    questions = sum(map(len, entries[0].exact))
-    text = (
-        "Equal for all: steps and samples, their order, all first weights but the connector's, and the questions. "
-        f"{seeds} seed{plural}, {questions:,} questions; intervals and p-values by a bootstrap over seeds and "
-        "conversations; p-values are paired, and corrected for the number of comparisons (Holm)."
-    )
+    first = ablation.choices[0].label
+    equal = {
+        "steps": "steps and samples",
+        "samples": f"samples, as many as {first} takes",
+        "flops": f"training FLOPs of each stage, by plan, as many as {first} takes (so steps differ)",
+        "wall": f"seconds of training, by the speed of short runs, as many as {first} takes (so steps differ)",
+    }[ablation.budget]
+    told = [
+        f"Equal for all: {equal}; the order of samples, all first weights but the connector's, and the questions.",
+        f"{seeds} seed{plural}; intervals (95 %) and p-values by a bootstrap over seeds and conversations"
+        + (", p-values not below a paired t-test's over seeds" if seeds >= FEW_SEEDS else "")
+        + "; p-values are paired, against the best, and corrected for the number of comparisons (Holm).",
+    ]
+    if ablation.sweep:
+        keys = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in ablation.sweep)
+        told.append(
+            f"Each has its own best {keys}: that of the lowest validation loss after {ablation.sweep_steps} steps a "
+            f"stage at most, with seed {ablation.seeds[0]}."
+        )
     if seeds < FEW_SEEDS:
-        text += (
-            f" With {seeds} seed{plural}, how much a connector differs from itself in another run "
-            "cannot be told: small differences may be that."
+        told.append(
+            f"With {seeds} seed{plural}, how much a connector differs from itself in another run cannot be told: "
+            '"runs differ" is said of these runs alone, and small differences may be chance.'
         )
-    return text
+    return " ".join(told)
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def main_table(ablation: Ablation, entries: Sequence[Entry]) -> Table:
+    swept = [key for key, _ in ablation.sweep]
+    by_steps = len({tuple(entry.steps.items()) for entry in entries}) > 1
+    head = (
+        *("connector", _words(ablation.metric), "95 % interval", "blind", "loss", "tokens", "parameters"),
+        *(("steps",) if by_steps else ()),
+        *("samples/s", "train FLOPs", "peak memory"),
+        *(f"chosen {key.removeprefix('stages.').replace('.train.', '.')}" for key in swept),
+        "against the best",
+    )
+    rows = [
+        (
+            entry.label,
+            value_text(ablation.metric, entry.score),
+            " to ".join(value_text(ablation.metric, end) for end in entry.interval),
+            value_text(ablation.metric, entry.blind),
+            f"{entry.loss:.3f} ± {(entry.loss_interval[1] - entry.loss_interval[0]) / 2:.3f}",
+            f"{entry.tokens:,}",
+            f"{entry.parameters:,}",
+            *((" + ".join(f"{steps:,}" for steps in entry.steps.values()),) if by_steps else ()),
+            f"{entry.samples_per_second:.1f}",
+            "not known" if entry.train_flops is None else f"{entry.train_flops:.2e}",
+            f"{entry.peak_memory_bytes / 2**30:.2f} GiB",
+            *(entry.chosen.get(key, "") for key in swept),
+            _verdict(entry),
+        )
+        for entry in entries
+    ]
+    return [head, *rows]
+
+
+def _verdict(entry: Entry) -> str:
     if entry.p_value is None:
-        against = "the best"
-    else:
-        against = f"p = {entry.p_value:.3f}" + (", differs" if entry.is_told_apart else ", cannot tell")
-    flops = "not known" if entry.train_flops is None else f"{entry.train_flops:.2e}"
-    return (
-        entry.label,
-        f"{entry.score:.1%}",
-        f"{entry.interval[0]:.1%} to {entry.interval[1]:.1%}",
-        f"{entry.blind:.1%}",
-        f"{entry.loss:.4f}",
-        f"{entry.tokens:,}",
-        f"{entry.parameters:,}",
-        f"{entry.samples_per_second:.1f}",
-        flops,
-        f"{entry.peak_memory_bytes / 2**30:.2f} GiB",
-        against,
-    )
-
-
-def _page(ablation: Ablation, entries: Sequence[Entry]) -> str:
-    head = "".join(f"<th{' class=number' * (i > 0)}>{escape(name)}</th>" for i, name in enumerate(HEAD))
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=number' * (i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(_row(e)))
-        + "</tr>"
-        for e in entries
-    )
-    charts = scatter_chart("exact match by visual tokens", [(e.label, e.tokens, e.score) for e in entries], "tokens")
-    if all(entry.train_flops for entry in entries):
-        points = [(entry.label, entry.train_flops, entry.score) for entry in entries]
-        charts += scatter_chart("exact match by training FLOPs", points, "FLOPs", front=True)
-    charts += _losses(ablation)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(ablation.folder.name)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-        f"<h1>{escape(ablation.folder.name)}</h1><p class=quiet>{escape(' '.join(ablation.line))}</p>"
-        f"<table><tr>{head}</tr>{rows}</table><p class=quiet>{escape(note(ablation, entries))}</p>"
-        f'<div class="charts">{charts}</div>{_side_by_side(ablation)}</html>\n'
-    )
-
-
-def _losses(ablation: Ablation) -> str:
-    """Loss curves of the first seed, by stage."""
-    settings = ablation.settings(ablation.choices[0])
-    charts = ""
-    for stage in (name for name, config in settings.stages.items() if "connector" in config.parts):
-        series = []
-        for number, choice in enumerate(ablation.choices):
-            file = ablation.job(choice, ablation.seeds[0]) / stage / "metrics.jsonl"
-            records = [json.loads(line) for line in file.read_text().splitlines()]
-            records = [record for record in records if record["loss"] is not None]
-            losses = smooth([record["loss"] for record in records], 0.95)
-            series.append(Series(choice.label, [record["step"] for record in records], losses, color=number))
-        charts += line_chart(f"{stage}: loss", series, legend_below=True)
-    return charts
-
-
-def _side_by_side(ablation: Ablation) -> str:
-    """A few pictures, with what each connector answered."""
-    last = list(ablation.settings(ablation.choices[0]).stages)[-1]
-    samples = {
-        choice.label: json.loads((ablation.job(choice, ablation.seeds[0]) / last / "samples.json").read_text())
-        for choice in ablation.choices
-    }
-    first = next(iter(samples.values()))
-    cards = []
-    for i, sample in enumerate(first[:SHOWN]):
-        pictures = "".join(f'<img src="{uri}" alt="">' for uri in sample["pictures"])
-        answers = ""
-        for label, own in samples.items():
-            verdict = "right" if own[i]["exact"] else "wrong"
-            answers += f'<dd class="{verdict}">{escape(label)}: {escape(own[i]["prediction"])}</dd>'
-        question = (
-            f"<dt>{escape(sample['question'] or 'caption')}</dt><dd class=quiet>{escape(sample['reference'])}</dd>"
-        )
-        cards.append(f'<div class="card">{pictures}<dl>{question}{answers}</dl></div>')
-    return f"<h2>Side by side</h2><div class=cards>{''.join(cards)}</div>" if cards else ""
+        return "the best"
+    said = "differs" if entry.is_told_apart else "runs differ" if entry.runs_differ else "cannot tell"
+    return f"p = {entry.p_value:.3f}, {said}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,14 +51,22 @@ class Validator:
 
     def loss(self, model: VLMWrapper, size: int | None, blind: bool = False) -> float:
         """Mean cross-entropy of a target token, over all ranks."""
-        samples = [_blanked(sample) if blind else sample for _, _, sample in self._samples(size)]
-        total, weight = 0.0, 0.0
-        for batch in self._batches(samples, self._share(size)):
+        return mean_loss(self.losses(model, size, blind))
+
+    def losses(self, model: VLMWrapper, size: int | None, blind: bool = False) -> dict[int, tuple[float, float]]:
+        """Each conversation's cross-entropy, summed, and the weight of its targets; on every rank, those of all."""
+        samples = sorted(self._samples(size), key=lambda item: len(item[2].tokens))
+        found = {}
+        for i in range(0, self._share(size), self.batch_size):
+            chunk = samples[i : i + self.batch_size]
+            rows = [_blanked(sample) if blind else sample for *_, sample in chunk]
+            batch = self.processor.collate(rows, rows=1).to(self.world.device, self.dtype)
             keep = batch.weights > 0
-            total += float((self._losses(model, batch, keep) * batch.weights[keep]).sum())
-            weight += float(batch.weights.sum())
-        total, weight = self.world.sum([total, weight])
-        return total / max(weight, 1e-9)
+            weighted = torch.zeros(batch.weights.shape, dtype=torch.double, device=self.world.device)
+            weighted[keep] = (self._losses(model, batch, keep) * batch.weights[keep]).double()
+            sums = zip(weighted.sum(1).tolist(), batch.weights.sum(1).tolist())
+            found |= {index: pair for (index, *_), pair in zip(chunk, sums)}
+        return dict(sorted(item for rank in self.world.gather(found) for item in rank.items()))
 
     def _losses(self, model: VLMWrapper, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each target in `keep`."""
@@ -124,13 +132,14 @@ class Validator:
         return found
 
     def scores(self, model: VLMWrapper, size: int | None) -> tuple[dict, list[dict]]:
-        """Values by name, each with that of blanked pictures beside it; and each question with both answers."""
+        """Values by name, each with that of blanked pictures beside it; and each question with both answers, what they
+        are worth, and its conversation's loss and weight."""
         seeing, blind = self.answers(model, size), self.answers(model, size, blind=True)
         grades, blind_grades = grade(seeing, self.metrics), grade(blind, self.metrics)
-        losses = self.loss(model, size), self.loss(model, size, blind=True)
+        losses, blind_losses = self.losses(model, size), self.losses(model, size, blind=True)
         totals, blind_totals = (
-            {"loss": loss, "perplexity": perplexity(loss), **grades.total}
-            for loss, grades in zip(losses, (grades, blind_grades))
+            {"loss": mean_loss(own), "perplexity": perplexity(mean_loss(own)), **judged.total}
+            for own, judged in ((losses, grades), (blind_losses, blind_grades))
         )
         scores = {**_beside(totals, blind_totals), "questions": len(seeing)}
         if grades.by_category:
@@ -148,6 +157,7 @@ class Validator:
                 "category": answer.grading.category,
                 "scores": values,
                 "blind_scores": blind_values,
+                "conversation_loss": losses[answer.conversation],
             }
             for answer, other, values, blind_values in zip(seeing, blind, grades.each, blind_grades.each)
         ]
@@ -173,14 +183,6 @@ class Validator:
                     raise BadSample(f"data.validation: {error}") from None
         return samples
 
-    def _batches(self, samples: Sequence[Sample], share: int) -> list[Batch]:
-        ordered = sorted(samples, key=lambda sample: len(sample.tokens))
-        size = self.batch_size
-        return [
-            self.processor.collate(ordered[i : i + size], rows=1).to(self.world.device, self.dtype)
-            for i in range(0, share, size)
-        ]
-
     def _generate(self, model: VLMWrapper, batch: Batch) -> torch.Tensor:
         batch = batch.to(self.world.device, self.dtype)
         return model.generate(
@@ -197,6 +199,11 @@ class Validator:
             pad_token_id=self.processor.filler,
             synced_gpus=self.sync_generation,
         )
+
+
+def mean_loss(losses: Mapping[int, tuple[float, float]]) -> float:
+    """Of a target token, given the sums and weights of conversations."""
+    return sum(total for total, _ in losses.values()) / max(sum(weight for _, weight in losses.values()), 1e-9)
 
 
 def perplexity(loss: float) -> float:

@@ -1,0 +1,116 @@
+"""What is held equal: steps, samples, FLOPs or seconds; and learning rates that each choice may have for itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..planning.plan import Machine, StagePlan, plan_run
+from ..settings import compose
+from .line import Ablation, Choice
+
+if TYPE_CHECKING:
+    from .jobs import Runner
+
+TIMED_STEPS, LEFT_OUT = 24, 8
+"""Steps that a timing takes, and how many of them it does not count."""
+
+
+def decide(ablation: Ablation, choice: Choice, runner: Runner) -> dict:
+    """What a choice's line gets beside its own: ``{"line": overrides, "sweep": {values: validation loss}}``."""
+    steps = _equal_steps(ablation, choice, runner)
+    line = [f"stages.{stage}.max_steps={number}" for stage, number in steps.items()]
+    if not ablation.sweep:
+        return {"line": line, "sweep": {}}
+    combinations = ablation.sweep_lines()
+    losses = _sweep(ablation, choice, runner, line, combinations)
+    best = int(np.argmin(losses))
+    if not math.isfinite(losses[best]):
+        raise ValueError(f"{choice.label}: no run of the sweep finished; see {ablation.folder / 'sweep'}")
+    found = {" ".join(values): loss for values, loss in zip(combinations, losses) if math.isfinite(loss)}
+    return {"line": [*line, *combinations[best]], "sweep": found}
+
+
+def _equal_steps(ablation: Ablation, choice: Choice, runner: Runner) -> dict[str, int]:
+    """Steps of each stage with a connector that take what the first choice takes by the recipe; {} under `steps`."""
+    first = ablation.choices[0]
+    if ablation.budget == "steps" or choice == first:
+        return {}
+    own, reference = _plans(ablation, choice), _plans(ablation, first)
+    for name, plan in reference.items():
+        if plan.steps is None:
+            raise ValueError(f"budget={ablation.budget} needs the steps of stage {name}: set stages.{name}.max_steps")
+    if ablation.budget == "samples":
+        return {name: _whole(reference[name].steps * reference[name].batch_size / own[name].batch_size) for name in own}
+    if ablation.budget == "flops":
+        return {
+            name: _whole(reference[name].flops / (own[name].flops_per_sample * own[name].batch_size)) for name in own
+        }
+    timed, timed_first = (_seconds_per_step(ablation, each, runner) for each in (choice, first))
+    return {name: _whole(reference[name].steps * timed_first[name] / timed[name]) for name in own}
+
+
+def _plans(ablation: Ablation, choice: Choice) -> Mapping[str, StagePlan]:
+    settings = compose([*ablation.line, *choice.line])
+    plans = plan_run(settings, Machine())
+    return {plan.name: plan for plan in plans if "connector" in plan.parts}
+
+
+def _whole(steps: float) -> int:
+    return max(1, round(steps))
+
+
+def _seconds_per_step(ablation: Ablation, choice: Choice, runner: Runner) -> dict[str, float]:
+    """Median seconds of a step, by stage, measured in a short run of its own with nothing beside it.
+
+    The first choice runs once before, so that all find the frozen features kept.
+    """
+    for number, who in enumerate((ablation.choices[0], choice)):
+        folder = ablation.folder / "timing" / (who.folder if number else "warm-up")
+        _short_run(ablation, who, runner, folder, [], TIMED_STEPS)
+    seconds = {}
+    for name in _plans(ablation, choice):
+        records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        seconds[name] = float(np.median([record["step_seconds"] for record in records[LEFT_OUT:] or records]))
+    return seconds
+
+
+def _sweep(
+    ablation: Ablation, choice: Choice, runner: Runner, line: list[str], combinations: list[list[str]]
+) -> list[float]:
+    """Validation loss of a short run for each combination of values; infinite for one that fails."""
+
+    def loss(item: tuple[int, list[str]]) -> float:
+        number, values = item
+        folder = ablation.folder / "sweep" / choice.folder / str(number)
+        try:
+            _short_run(ablation, choice, runner, folder, [*line, *values], ablation.sweep_steps)
+        except ValueError:
+            return math.inf
+        return _last_loss(folder, list(ablation.settings(choice).stages)[-1])
+
+    return runner.at_once(loss, enumerate(combinations))
+
+
+def _last_loss(folder: Path, stage: str) -> float:
+    validation = json.loads((folder / stage / "summary.json").read_text())["validation"]
+    if validation is None:
+        raise ValueError(f"a sweep needs a validation loss, and stage {stage} has no validation: set data.validation")
+    return validation["loss"]
+
+
+def _short_run(ablation: Ablation, choice: Choice, runner: Runner, folder: Path, line: list[str], steps: int) -> None:
+    """A run of the first seed in which no stage with a connector takes more than `steps` steps."""
+    planned = {name: plan.steps for name, plan in _plans(ablation, choice).items()}
+    for override in line:
+        key, _, value = override.partition("=")
+        if key.endswith(".max_steps"):
+            planned[key.split(".")[1]] = int(value)
+    kept = [override for override in line if not override.partition("=")[0].endswith(".max_steps")]
+    short = [f"stages.{name}.max_steps={min(steps, own or steps)}" for name, own in planned.items()]
+    runner.run(choice, ablation.seeds[0], folder, [*ablation.line, *choice.line, *kept, *short])

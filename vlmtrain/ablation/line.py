@@ -1,0 +1,197 @@
+"""The line of an ablation: what is compared, and what all have in common."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from ..errors import first_line, nearest
+from ..settings import compose
+
+OWN_KEYS = ("connectors", "seeds", "jobs", "ranks", "run_dir", "budget", "metric", "sweep_steps")
+BUDGETS = ("steps", "samples", "flops", "wall")
+_PLAIN = re.compile(r"[\w./:@-]+")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One entry of the table: a connector with its options, and a value of each further axis."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    axes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        connector = "-".join([self.name, *(f"{key}-{value}" for key, value in self.options)])
+        return ", ".join([connector, *(f"{_short(key)}={_text(value)}" for key, value in self.axes)])
+
+    @property
+    def folder(self) -> str:
+        """The label as a file's name."""
+        return re.sub(r"[^\w.-]+", "-", self.label)
+
+    @property
+    def line(self) -> list[str]:
+        connector = [f"connector={self.name}", *(f"connector.{key}={json.dumps(value)}" for key, value in self.options)]
+        return connector + [f"{key}={_text(value)}" for key, value in self.axes]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is compared, and how.
+
+    line: what all jobs share. jobs: how many run at once; ranks: processes each. budget: what is held equal, one of
+    `BUDGETS`. metric: what the table is ordered by. sweep: keys and their values, of which each choice gets its best
+    by short runs of `sweep_steps` steps a stage.
+    """
+
+    line: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    seeds: tuple[int, ...]
+    folder: Path
+    jobs: int = 1
+    ranks: int = 1
+    budget: str = "steps"
+    metric: str = "exact_match"
+    sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    sweep_steps: int = 100
+
+    def settings(self, choice: Choice, seed: int = 0) -> DictConfig:
+        """The settings of one job, with what the budget and the sweep decided, as far as they have."""
+        return compose([*self.line_of(choice), f"seed={seed}", f"run_dir={self.job(choice, seed)}"])
+
+    def line_of(self, choice: Choice) -> list[str]:
+        """A job's line, but for its seed and folder."""
+        return [*self.line, *choice.line, *self.decisions().get(choice.label, {}).get("line", [])]
+
+    def job(self, choice: Choice, seed: int) -> Path:
+        return self.folder / "jobs" / choice.folder / f"seed-{seed}"
+
+    @property
+    def decisions_file(self) -> Path:
+        return self.folder / "decisions.json"
+
+    def decisions(self) -> dict[str, dict]:
+        """By label, what the budget and the sweep decided."""
+        return json.loads(self.decisions_file.read_text()) if self.decisions_file.exists() else {}
+
+    def sweep_lines(self) -> list[list[str]]:
+        """Each combination of the sweep's values, as overrides."""
+        named = [[f"{key}={_text(value)}" for value in values] for key, values in self.sweep]
+        return [list(combination) for combination in itertools.product(*named)]
+
+
+def read_line(overrides: Sequence[str]) -> Ablation:
+    """An ablation from its line; raises ValueError naming the key.
+
+    ``recipe=... connectors=[linear,{qformer:{num_queries:64}}] seeds=[0,1] axis.KEY=[...] sweep.KEY=[...]
+    sweep_steps=N budget=steps|samples|flops|wall metric=NAME jobs=N ranks=N run_dir=DIR`` and the rest of training's.
+    """
+    own: dict[str, Any] = {}
+    by_key: dict[str, dict[str, tuple]] = {"axis": {}, "sweep": {}}
+    line = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        kind, _, rest = key.partition(".")
+        if key in OWN_KEYS:
+            own[key] = value if key in ("run_dir", "budget", "metric") else _value(override)
+        elif kind in by_key and rest:
+            by_key[kind][rest] = tuple(_list(_value(f"values={value}"), key))
+        elif key in ("connector", "seed"):
+            raise ValueError(f"{override}: an ablation takes {key}s=[...]")
+        else:
+            line.append(override)
+    _check_keys(by_key, line)
+    choices = _choices(own, by_key["axis"])
+    seeds = tuple(_whole(seed, "seeds", least=0) for seed in _list(own.get("seeds", [0]), "seeds"))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}: one is named twice")
+    budget = own.get("budget", "steps")
+    if budget not in BUDGETS:
+        raise ValueError(f"budget={budget}: expected one of {', '.join(BUDGETS)}.{nearest(budget, BUDGETS)}")
+    name = compose([*line, *choices[0].line]).name
+    folder = Path(own.get("run_dir") or f"runs/ablation-{name}")
+    numbers = {key: _whole(own.get(key, 1), key, least=1) for key in ("jobs", "ranks")}
+    numbers["sweep_steps"] = _whole(own.get("sweep_steps", 100), "sweep_steps", least=1)
+    metric = own.get("metric", "exact_match")
+    return Ablation(
+        tuple(line),
+        choices,
+        seeds,
+        folder,
+        budget=budget,
+        metric=metric,
+        sweep=tuple(by_key["sweep"].items()),
+        **numbers,
+    )
+
+
+def _check_keys(by_key: dict[str, dict[str, tuple]], line: Sequence[str]) -> None:
+    taken = {override.partition("=")[0] for override in line}
+    for kind, named in by_key.items():
+        for key in named:
+            if key in taken or key in ("connector", "seed", "run_dir"):
+                raise ValueError(f"{kind}.{key}: {key} is set by the line itself")
+            taken.add(key)
+
+
+def _choices(own: dict[str, Any], axes: dict[str, tuple]) -> tuple[Choice, ...]:
+    if "connectors" not in own:
+        raise ValueError("connectors=[...] is not set: name the connectors to compare")
+    named = [_choice(entry) for entry in _list(own["connectors"], "connectors")]
+    choices = tuple(
+        Choice(choice.name, choice.options, tuple(zip(axes, values)))
+        for choice in named
+        for values in itertools.product(*axes.values())
+    )
+    if len({choice.folder for choice in choices}) < len(choices):
+        raise ValueError(f"connectors={own['connectors']}: one is named twice")
+    return choices
+
+
+def _value(override: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except Exception as error:  # the parser raises its own kinds
+        raise ValueError(f"{override}: {first_line(error)}") from None
+
+
+def _list(value: Any, key: str) -> list:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key}={value}: expected a list that is not empty")
+    return value
+
+
+def _whole(value: Any, key: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{key}={value}: expected a whole number from {least}")
+    return value
+
+
+def _choice(entry: Any) -> Choice:
+    if isinstance(entry, str):
+        return Choice(entry)
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((name, options),) = entry.items()
+        if isinstance(options, dict):
+            return Choice(str(name), tuple(sorted((str(key), value) for key, value in options.items())))
+    raise ValueError(f"connectors: expected a name or {{name: {{option: value}}}}, got {entry}")
+
+
+def _text(value: Any) -> str:
+    """A value as a line has it."""
+    return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value)
+
+
+def _short(key: str) -> str:
+    """A key without what all keys of its kind have."""
+    return key.removeprefix("stages.").replace(".train.", ".")

@@ -1,0 +1,110 @@
+"""``ablation.html``: one self-contained page with the tables, charts, and answers side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from ..charts import Series, line_chart, scatter_chart, smooth
+from ..report import STYLE
+from .jobs import wanted_stages
+from .line import Ablation, Choice
+from .results import Entry
+
+SHOWN = 12
+SMOOTHED = 0.95
+
+_STYLE = """
+body { max-width: 1280px; } table { font-size: 13px; } .wide { overflow-x: auto; }
+"""
+
+
+def write_page(
+    ablation: Ablation, tables: Mapping[str, list[tuple[str, ...]]], note: str, entries: Sequence[Entry]
+) -> None:
+    main, *others = tables.items()
+    shown = "".join(f"<h2>{escape(title.capitalize())}</h2>{_table(table)}" for title, table in others)
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(ablation.folder.name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{_STYLE}</style>'
+        f"<h1>{escape(ablation.folder.name)}</h1><p class=quiet>{escape(' '.join(ablation.line))}</p>"
+        f"{_table(main[1])}<p class=quiet>{escape(note)}</p>{shown}"
+        f'<h2>Score by cost</h2><div class="charts">{_scores(ablation, entries)}</div>'
+        f'<h2>Training loss</h2><div class="charts">{_losses(ablation)}</div>{_side_by_side(ablation)}</html>\n'
+    )
+    (ablation.folder / "ablation.html").write_text(page, encoding="utf-8")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    head, *body = rows
+    cells = "".join(f"<th{' class=number' * (i > 0)}>{escape(name)}</th>" for i, name in enumerate(head))
+    lines = "".join(
+        "<tr>" + "".join(f"<td{' class=number' * (i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+        for row in body
+    )
+    return f'<div class="wide"><table><tr>{cells}</tr>{lines}</table></div>'
+
+
+def _scores(ablation: Ablation, entries: Sequence[Entry]) -> str:
+    """Score against what it takes, with the Pareto front marked."""
+    metric = ablation.metric.replace("_", " ")
+    costs = {
+        "visual tokens": [entry.tokens for entry in entries],
+        "training FLOPs": [entry.train_flops for entry in entries],
+        "parameters of the connector": [entry.parameters for entry in entries],
+    }
+    return "".join(
+        scatter_chart(f"{metric} by {cost}", [(e.label, x, e.score) for e, x in zip(entries, values)], cost, front=True)
+        for cost, values in costs.items()
+        if None not in values
+    )
+
+
+def _losses(ablation: Ablation) -> str:
+    """Loss curves by stage: means over seeds, and what lies between the least and the most of them."""
+    settings = ablation.settings(ablation.choices[0])
+    charts = ""
+    for stage in (name for name in wanted_stages(settings) if "connector" in settings.stages[name].parts):
+        series = []
+        for number, choice in enumerate(ablation.choices):
+            files = [ablation.job(choice, seed) / stage / "metrics.jsonl" for seed in ablation.seeds]
+            records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+            curves = np.array([smooth([record["loss"] for record in seed], SMOOTHED) for seed in records])
+            steps = [record["step"] for record in records[0]]
+            band = (curves.min(0).tolist(), curves.max(0).tolist()) if len(curves) > 1 else None
+            series.append(Series(choice.label, steps, curves.mean(0).tolist(), color=number, band=band))
+        seeds = f", mean and range of {len(ablation.seeds)} seeds" if len(ablation.seeds) > 1 else ""
+        charts += line_chart(f"{stage}: loss{seeds}", series, legend_below=True)
+    return charts
+
+
+def _side_by_side(ablation: Ablation) -> str:
+    """A few pictures, with what each answered: questions of the first seed, as they come."""
+    samples = {
+        choice.label: json.loads((_last_stage(ablation, choice) / "samples.json").read_text())
+        for choice in ablation.choices
+    }
+    first = next(iter(samples.values()))
+    cards = []
+    for i, sample in enumerate(first[:SHOWN]):
+        pictures = "".join(f'<img src="{uri}" alt="">' for uri in sample["pictures"])
+        answers = ""
+        for label, own in samples.items():
+            verdict = "right" if own[i]["exact"] else "wrong"
+            answers += f'<dd class="{verdict}">{escape(label)}: {escape(own[i]["prediction"] or "(nothing)")}</dd>'
+        kind = f"{sample['category']}: " if sample["category"] else ""
+        question = (
+            f"<dt>{escape(kind + (sample['question'] or 'caption'))}</dt>"
+            f"<dd class=quiet>{escape(sample['reference'])}</dd>"
+        )
+        cards.append(f'<div class="card">{pictures}<dl>{question}{answers}</dl></div>')
+    title = f"Side by side, seed {ablation.seeds[0]}"
+    return f"<h2>{title}</h2><div class=cards>{''.join(cards)}</div>" if cards else ""
+
+
+def _last_stage(ablation: Ablation, choice: Choice) -> Path:
+    return ablation.job(choice, ablation.seeds[0]) / wanted_stages(ablation.settings(choice))[-1]
