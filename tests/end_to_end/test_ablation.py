@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import random
+import signal
+import subprocess
 import sys
+import time
+
+import pytest
 
 from ..conftest import metrics, run
 
@@ -44,3 +50,36 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == before
     refused = run(*command, "stages.instruct.max_steps=7", check=False)
     assert refused.returncode == 2 and "began with another line" in refused.stderr
+
+
+@pytest.mark.slow
+def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
+    """Killed with no warning at moments of any kind, and started again: the jobs end too, and nothing else changes."""
+    line = ["recipe=quickstart", "connectors=[linear,avgpool]", "validation.samples=2", "validation.final_samples=6"]
+    line += [f"stages.{stage}.max_steps={steps}" for stage, steps in STAGES.items()]
+    line += ["validation.max_new_tokens=2", "workers=0", "stages.instruct.save_every=2"]
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "vlmtrain.cli", "ablate", *line, f"run_dir={tmp_path / name}"]
+
+    started = time.monotonic()
+    run(*command("whole"))
+    seconds = time.monotonic() - started
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.1, 0.5) * seconds)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it finished before it was killed"
+    run(*command("killed"))
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
+    for entries in found:
+        for entry in entries:  # what no two runs agree on
+            del entry["samples_per_second"], entry["peak_memory_bytes"]
+    assert found[0] == found[1]
+    for connector in ("linear", "avgpool"):
+        losses = [
+            [record["loss"] for record in metrics(tmp_path / name / "jobs" / connector / "seed-0", "instruct")]
+            for name in ("whole", "killed")
+        ]
+        assert losses[0] == losses[1] and len(losses[0]) == STAGES["instruct"]

@@ -14,6 +14,7 @@ from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn
 from ..data.rendering import Renderer
 from ..model import VLMWrapper
+from .asking import generate
 
 
 class Chat:
@@ -49,20 +50,8 @@ class Chat:
         renderer = self.processor.renderer
         prompt = self.processor.prompt(Conversation("chat", asked, self.images))
         batch = self.processor.collate([prompt]).to(self.device, self.dtype)
-        ids = self.model.generate(
-            batch.input_ids,
-            batch.images,
-            batch.is_image,
-            batch.lengths,
-            batch.tiles,
-            batch.text_ids,
-            batch.text_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=renderer.stop_ids,
-            pad_token_id=self.processor.filler,
-            streamer=on_text and Pieces(renderer, on_text),
-        )
+        streamer = on_text and Pieces(renderer, on_text)
+        ids = generate(self.model, self.processor, batch, max_new_tokens=max_new_tokens, streamer=streamer)
         answer = renderer.decode(ids[0])
         # a caption model (template plain) knows one exchange only
         self.turns = () if renderer.template == "plain" else (*asked, Turn("assistant", answer))

@@ -14,19 +14,9 @@ from typing import Any, NamedTuple
 
 from ..data.records import UNGRADED, Grading
 from ..errors import nearest
+from .asking import Likelihood
 from .captions import bleu4, caption_words, cider
 from .vqa import vqa_accuracy
-
-
-class Likelihood(NamedTuple):
-    """Log-probability of a text as the answer, end of turn included, and its number of tokens."""
-
-    total: float
-    tokens: int
-
-    @property
-    def mean(self) -> float:
-        return self.total / max(1, self.tokens)
 
 
 @dataclass(frozen=True)

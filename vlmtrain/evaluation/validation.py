@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..data.processor import Batch, Processor, Sample
+from ..data.processor import Processor, Sample
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendering import IGNORE, Rendered
 from ..data.sources import Source
 from ..model import VLMWrapper
 from ..world import World
-from .metrics import Answer, Likelihood, grade
+from .asking import Likelihood, generate, likelihoods, target_logits
+from .metrics import Answer, grade
 
 
 class Validator:
@@ -63,23 +64,11 @@ class Validator:
             batch = self.processor.collate(rows, rows=1).to(self.world.device, self.dtype)
             keep = batch.weights > 0
             weighted = torch.zeros(batch.weights.shape, dtype=torch.double, device=self.world.device)
-            weighted[keep] = (self._losses(model, batch, keep) * batch.weights[keep]).double()
+            losses = F.cross_entropy(target_logits(model, batch, keep), batch.targets[keep], reduction="none")
+            weighted[keep] = (losses * batch.weights[keep]).double()
             sums = zip(weighted.sum(1).tolist(), batch.weights.sum(1).tolist())
             found |= {index: pair for (index, *_), pair in zip(chunk, sums)}
         return dict(sorted(item for rank in self.world.gather(found) for item in rank.items()))
-
-    def _losses(self, model: VLMWrapper, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each target in `keep`."""
-        logits = model(
-            batch.input_ids,
-            batch.images,
-            batch.is_image,
-            keep=keep,
-            tiles=batch.tiles,
-            text_ids=batch.text_ids,
-            text_mask=batch.text_mask,
-        )
-        return F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
 
     def answers(self, model: VLMWrapper, size: int | None, blind: bool = False) -> list[Answer]:
         """Greedy answers to every question, in order; with `blind`, the pictures are blanked."""
@@ -95,16 +84,17 @@ class Validator:
                 for number, choice in enumerate(true.grading.choices):
                     tokens = self.processor.render(_answered(conversation, turn, choice))
                     offered.append((_shown(sample, tokens), index, turn, number))
-        likelihoods = self._likelihoods(model, offered)
+        likely = self._likelihoods(model, offered)
         asked.sort(key=lambda item: len(item[0].tokens))
         # ranks may have different numbers of questions, but must generate equally often
         rounds = int(self.world.max([-(-len(asked) // self.batch_size)])[0])
         answers = []
         for i in range(rounds):
             chunk = asked[i * self.batch_size : (i + 1) * self.batch_size]
-            batch = self.processor.collate([item[0] for item in chunk], rows=1)
-            for (_, *facts, grading), ids in zip(chunk, self._generate(model, batch)):
-                found = tuple(likelihoods[facts[0], facts[1], number] for number in range(len(grading.choices)))
+            batch = self.processor.collate([item[0] for item in chunk], rows=1).to(self.world.device, self.dtype)
+            options = {"max_new_tokens": self.max_new_tokens, "synced_gpus": self.sync_generation}
+            for (_, *facts, grading), ids in zip(chunk, generate(model, self.processor, batch, **options)):
+                found = tuple(likely[facts[0], facts[1], number] for number in range(len(grading.choices)))
                 answers.append(Answer(*facts, self.processor.renderer.decode(ids), grading, found))
         everyone = [answer for rank in self.world.gather(answers) for answer in rank]
         return sorted(everyone, key=lambda answer: (answer.conversation, answer.turn))
@@ -118,17 +108,9 @@ class Validator:
         found = {}
         for i in range(rounds):
             chunk = offered[i * self.batch_size : (i + 1) * self.batch_size]
-            batch = self.processor.collate([item[0] for item in chunk], rows=1).to(self.world.device, self.dtype)
-            starts = torch.tensor([item[0].tokens.answers[-1][0] for item in chunk] or [0], device=self.world.device)
-            # a target stands one place before its token
-            ahead = torch.arange(batch.input_ids.shape[1], device=self.world.device)[None] >= starts[:, None] - 1
-            keep = ahead & (batch.targets != IGNORE)
-            keep[:, 0] |= not chunk  # a rank without choices makes the same calls
-            rows = keep.nonzero()[:, 0]
-            losses = self._losses(model, batch, keep).double()
-            totals = torch.zeros(len(starts), dtype=torch.double, device=rows.device).index_add_(0, rows, -losses)
-            for (_, *where), total, tokens in zip(chunk, totals.tolist(), keep.sum(1).tolist()):
-                found[tuple(where)] = Likelihood(total, tokens)
+            samples = [item[0] for item in chunk]
+            batch = likelihoods(model, self.processor, samples, self.world.device, self.dtype)
+            found |= {tuple(where): likelihood for (_, *where), likelihood in zip(chunk, batch)}
         return found
 
     def scores(self, model: VLMWrapper, size: int | None) -> tuple[dict, list[dict]]:
@@ -182,23 +164,6 @@ class Validator:
                 if not self.skip_bad:
                     raise BadSample(f"data.validation: {error}") from None
         return samples
-
-    def _generate(self, model: VLMWrapper, batch: Batch) -> torch.Tensor:
-        batch = batch.to(self.world.device, self.dtype)
-        return model.generate(
-            batch.input_ids,
-            batch.images,
-            batch.is_image,
-            batch.lengths,
-            batch.tiles,
-            batch.text_ids,
-            batch.text_mask,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.processor.renderer.stop_ids,
-            pad_token_id=self.processor.filler,
-            synced_gpus=self.sync_generation,
-        )
 
 
 def mean_loss(losses: Mapping[int, tuple[float, float]]) -> float:

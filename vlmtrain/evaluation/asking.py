@@ -1,0 +1,77 @@
+"""A model's answers to prompts, and how likely it takes given answers to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.processor import Batch, Processor, Sample
+from ..data.rendering import IGNORE
+from ..model import VLMWrapper
+
+
+class Likelihood(NamedTuple):
+    """Log-probability of an answer, end of turn included; its tokens; whether each of them is the likeliest."""
+
+    total: float
+    tokens: int
+    is_greedy: bool = False
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.tokens)
+
+
+def generate(model: VLMWrapper, processor: Processor, batch: Batch, **options) -> Tensor:
+    """New tokens behind each row of a batch; greedy unless the options of transformers' ``generate`` say otherwise."""
+    return model.generate(
+        batch.input_ids,
+        batch.images,
+        batch.is_image,
+        batch.lengths,
+        batch.tiles,
+        batch.text_ids,
+        batch.text_mask,
+        eos_token_id=processor.renderer.stop_ids,
+        pad_token_id=processor.filler,
+        **{"do_sample": False, **options},
+    )
+
+
+def target_logits(model: VLMWrapper, batch: Batch, keep: Tensor) -> Tensor:
+    """Logits at the positions in `keep`, as float32."""
+    return model(
+        batch.input_ids,
+        batch.images,
+        batch.is_image,
+        keep=keep,
+        tiles=batch.tiles,
+        text_ids=batch.text_ids,
+        text_mask=batch.text_mask,
+    ).float()
+
+
+@torch.no_grad()
+def likelihoods(
+    model: VLMWrapper, processor: Processor, samples: Sequence[Sample], device: torch.device, dtype: torch.dtype
+) -> list[Likelihood]:
+    """Of each sample's last answer, in one batch. Without samples the same calls are made, and the list is empty."""
+    batch = processor.collate(list(samples), rows=1).to(device, dtype)
+    starts = torch.tensor([sample.tokens.answers[-1][0] for sample in samples] or [0], device=device)
+    # a target stands one place before its token
+    ahead = torch.arange(batch.input_ids.shape[1], device=device)[None] >= starts[:, None] - 1
+    keep = ahead & (batch.targets != IGNORE)
+    keep[:, 0] |= not samples
+    rows = keep.nonzero()[:, 0]
+    logits, targets = target_logits(model, batch, keep), batch.targets[keep]
+    losses = F.cross_entropy(logits, targets, reduction="none").double()
+    totals = torch.zeros(len(starts), dtype=torch.double, device=device).index_add_(0, rows, -losses)
+    missed = torch.zeros(len(starts), device=device).index_add_(0, rows, (logits.argmax(-1) != targets).float())
+    return [
+        Likelihood(total, tokens, not wrong)
+        for _, total, tokens, wrong in zip(samples, totals.tolist(), keep.sum(1).tolist(), missed.tolist())
+    ]

@@ -1,0 +1,171 @@
+"""vlmtrain's models in lmms-eval, for its benchmarks:
+
+    python -m lmms_eval --model vlmtrain --model_args pretrained=MODEL_DIR --tasks mme,pope --batch_size 16
+
+lmms-eval finds `manifest` under the entry point ``lmms_eval.models``. This module imports lmms-eval, and nothing of
+vlmtrain imports this module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from PIL import Image
+from tqdm import tqdm
+
+from ..data.processor import Processor, Sample
+from ..data.records import IMAGE_MARK, Conversation, Turn
+from ..evaluation.asking import generate, likelihoods
+from ..model import VLMWrapper
+
+MAX_NEW_TOKENS = 128
+
+
+class Picture:
+    """A picture of lmms-eval's as a conversation has it."""
+
+    def __init__(self, image: Image.Image):
+        self.image = image.convert("RGB")
+
+    def size(self) -> tuple[int, int]:
+        return self.image.height, self.image.width
+
+    def load(self) -> Image.Image:
+        return self.image
+
+
+class Model(lmms):
+    """A model folder, answering greedily unless a task asks for a temperature; one process a device.
+
+    pretrained: the folder; dtype: float32 or bfloat16. `of` makes one of a model that is in memory, as in training.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, pretrained: str, batch_size: int | str = 1, device: str | None = None, dtype: str = "float32", **options
+    ):
+        if options:
+            raise ValueError(
+                f"model_args: unknown {', '.join(options)}; known are pretrained, batch_size, device, dtype"
+            )
+        processor = Processor.from_pretrained(pretrained)
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        place = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        model = VLMWrapper.from_pretrained(pretrained, getattr(torch, dtype)).to(place)
+        self._take(model, processor, int(batch_size))
+
+    @classmethod
+    def of(cls, model: VLMWrapper, processor: Processor, batch_size: int = 1) -> Model:
+        """For ``lmms_eval.evaluator.simple_evaluate(model=Model.of(...), tasks=[...])`` within a process."""
+        self = cls.__new__(cls)
+        self._take(model, processor, batch_size)
+        return self
+
+    def _take(self, model: VLMWrapper, processor: Processor, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        embeddings = model.llm.get_input_embeddings().weight
+        self.device, self.dtype = embeddings.device, embeddings.dtype
+        self._rank, self._world_size = (
+            int(os.environ.get(key, alone)) for key, alone in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        prompts = [
+            self.processor.prompt(self._conversation(*request.args[:1], *request.args[2:])) for request in requests
+        ]
+        answers: dict[int, str] = {}
+        for numbers in self._batches(prompts, [str(request.args[1]) for request in requests]):
+            options = dict(requests[numbers[0]].args[1])
+            until = options.get("until") or []
+            batch = self.processor.collate([prompts[i] for i in numbers]).to(self.device, self.dtype)
+            ids = generate(self.model, self.processor, batch, **_generation(options))
+            for i, row in zip(numbers, ids):
+                answers[i] = _up_to(self.processor.renderer.decode(row), [until] if isinstance(until, str) else until)
+        return [answers[i] for i in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Of each continuation as the assistant's answer, its end included."""
+        samples = []
+        for request in requests:
+            context, target, *where = request.args
+            said = target(self._document(*where[1:])) if callable(target) else target
+            asked = self._conversation(context, *where)
+            turns = (*asked.turns, Turn("assistant", str(said).strip()))
+            samples.append(self.processor(Conversation(asked.id, turns, asked.images)))
+        found: dict[int, tuple[float, bool]] = {}
+        for numbers in self._batches(samples):
+            for i, one in zip(
+                numbers,
+                likelihoods(self.model, self.processor, [samples[i] for i in numbers], self.device, self.dtype),
+            ):
+                found[i] = (one.total, one.is_greedy)
+        return [found[i] for i in range(len(requests))]
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        raise NotImplementedError("vlmtrain answers tasks of one round")
+
+    def _document(self, number: int, task: str, split: str):
+        return self.task_dict[task][split][number]
+
+    def _conversation(self, context: str, to_visual: Callable, number: int, task: str, split: str) -> Conversation:
+        """The context as the user's words, with its pictures in front unless it says where they stand."""
+        pictures = [Picture(image) for image in _pictures(to_visual(self._document(number, task, split)))]
+        missing = len(pictures) - context.count(IMAGE_MARK)
+        words = "\n".join([IMAGE_MARK] * missing + [context])
+        return Conversation(f"{task} {split} {number}", (Turn("user", words),), tuple(pictures))
+
+    def _batches(self, samples: Sequence[Sample], kinds: Sequence[str] | None = None) -> Iterable[list[int]]:
+        """Numbers of samples of like length, and of one kind."""
+        kinds = kinds or [""] * len(samples)
+        order = sorted(range(len(samples)), key=lambda i: (kinds[i], len(samples[i].tokens)))
+        with tqdm(total=len(order), desc="vlmtrain", disable=self.rank != 0) as bar:
+            while order:
+                same = [i for i in order[: self.batch_size] if kinds[i] == kinds[order[0]]]
+                yield same
+                order = order[len(same) :]
+                bar.update(len(same))
+
+
+def _pictures(visual: object) -> list[Image.Image]:
+    """Pictures, however lists of them are nested. Raises ValueError for anything else (sound, film)."""
+    if visual is None:
+        return []
+    if isinstance(visual, list | tuple):
+        return [image for one in visual for image in _pictures(one)]
+    if not isinstance(visual, Image.Image):
+        raise ValueError(f"vlmtrain's models look at pictures, and the task shows {type(visual).__name__}")
+    return [visual]
+
+
+def _generation(options: dict) -> dict:
+    """A task's options as transformers has them."""
+    temperature = float(options.get("temperature") or 0)
+    chosen = {"max_new_tokens": int(options.get("max_new_tokens") or MAX_NEW_TOKENS)}
+    if temperature > 0:
+        chosen |= {"do_sample": True, "temperature": temperature, "top_p": float(options.get("top_p") or 1)}
+    if options.get("num_beams"):
+        chosen["num_beams"] = int(options["num_beams"])
+    return chosen
+
+
+def _up_to(text: str, ends: Sequence[str]) -> str:
+    for end in filter(None, ends):
+        text = text.split(end)[0]
+    return text.strip()
+
+
+def manifest():
+    """What lmms-eval's registry is told."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest("vlmtrain", simple_class_path="vlmtrain.interop.lmms.Model")
