@@ -109,14 +109,17 @@ def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_labe
     x_at, y_at = _scales(x_ticks, y_ticks)
     out = _frame(title, x_ticks, y_ticks, x_at, y_at, x_label, HEIGHT)
     best = [p for p in points if not any(x <= p[1] and y >= p[2] and (x, y) != p[1:] for _, x, y in points)]
+    taken: list[Box] = []
     if front:
-        line = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for _, x, y in sorted(best, key=lambda p: p[1]))
+        corners = [(x_at(x), y_at(y)) for _, x, y in sorted(best, key=lambda p: p[1])]
+        taken += [box for pair in zip(corners, corners[1:]) for box in _along(*pair)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
         out.append(f'<polyline points="{line}" fill="none" stroke="{COLORS[0]}" stroke-width="1.5" opacity="0.6"/>')
     places = {p: (x_at(p[1]), y_at(p[2])) for p in points}
     for p, (x, y) in places.items():
         fill = COLORS[0] if not front or p in best else "#fff"
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{COLORS[0]}"/>')
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
+    taken += [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
     for (name, *_), (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
         text = _cut(name, 30)
         left, low = _room(x, y, CHARACTER * len(text), taken)
@@ -142,10 +145,17 @@ def _room(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[float
             for left in (x + 9 + min(far, 14), x - 9 - min(far, 14) - width):
                 low = y + 4 + shift
                 box = (left, low - 9, left + width, low + 2)
-                inside = left >= LEFT and box[2] <= WIDTH - 2 and box[1] >= TOP - 6 and low <= HEIGHT - BOTTOM
+                inside = left >= LEFT and box[2] <= WIDTH - 2 and box[1] >= TOP - 6 and low <= HEIGHT - BOTTOM + 5
                 if inside and not any(_overlap(box, other) for other in taken):
                     return left, low
     return x + 9, y + 4
+
+
+def _along(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
+    """Boxes that cover a line."""
+    pieces = max(1, math.ceil(math.dist(start, end) / 4))
+    middles = [[a + (b - a) * i / pieces for a, b in zip(start, end)] for i in range(pieces + 1)]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in middles]
 
 
 def _overlap(a: Box, b: Box) -> bool:
@@ -169,10 +179,9 @@ def _frame(
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
     for tick in x_ticks:
-        out.append(
-            f'<text class="tick" x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-            f"{_label(tick)}</text>"
-        )
+        label = _label(tick)
+        x = min(x_at(tick), WIDTH - 4 - CHARACTER * len(label) / 2)  # the last one stays within the frame
+        out.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     out.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     return out
@@ -220,5 +229,5 @@ def _share(value: float, ticks: Sequence[float]) -> float:
 
 def _label(value: float) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     return f"{value:.6g}"

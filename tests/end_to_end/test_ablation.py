@@ -55,9 +55,10 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
 @pytest.mark.slow
 def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
     """Killed with no warning at moments of any kind, and started again: the jobs end too, and nothing else changes."""
-    line = ["recipe=quickstart", "connectors=[linear,avgpool]", "validation.samples=2", "validation.final_samples=6"]
-    line += [f"stages.{stage}.max_steps={steps}" for stage, steps in STAGES.items()]
-    line += ["validation.max_new_tokens=2", "workers=0", "stages.instruct.save_every=2"]
+    line = ["recipe=llava_1_5", "mini=true", "connectors=[linear,avgpool]", "workers=0"]
+    line += ["stages.align.max_steps=3", "stages.instruct.max_steps=6", "stages.instruct.save_every=2"]
+    line += ["stages.align.batch_size=4", "stages.instruct.batch_size=4"]
+    line += ["validation.samples=2", "validation.final_samples=6", "validation.max_new_tokens=2"]
 
     def command(name: str) -> list[str]:
         return [sys.executable, "-m", "vlmtrain.cli", "ablate", *line, f"run_dir={tmp_path / name}"]
@@ -82,4 +83,4 @@ def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
             [record["loss"] for record in metrics(tmp_path / name / "jobs" / connector / "seed-0", "instruct")]
             for name in ("whole", "killed")
         ]
-        assert losses[0] == losses[1] and len(losses[0]) == STAGES["instruct"]
+        assert losses[0] == losses[1] and len(losses[0]) == 6

@@ -126,9 +126,9 @@ def test_a_task_of_ones_own_runs_on_a_model_in_memory(folder, tmp_path):
     model = Model.of(live.model, live.processor, batch_size=4)
     manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
     done = simple_evaluate(model=model, tasks=["own_probes"], task_manager=manager, batch_size=4, bootstrap_iters=0)
-    validator = Validator(source, model.processor, World(0, 1, model.device), torch.float32, 4, 4)
+    validator = Validator(source, live.processor, World(0, 1, live.device), torch.float32, 4, 4)
     with torch.no_grad():
-        answers = validator.answers(model.model, None)
+        answers = validator.answers(live.model, None)
     right = sum(answer.is_exact for answer in answers) / 12
     assert done["results"]["own_probes"]["right,none"] == pytest.approx(right)
     assert [s["filtered_resps"][0] for s in done["samples"]["own_probes"]] == [a.prediction.strip() for a in answers]
