@@ -6,7 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("lmms_eval.api.model", reason="pip install vlmtrain[lmms-eval]", exc_type=ImportError)
+pytest.importorskip(
+    "lmms_eval.api.model",
+    reason="pip install vlmtrain[lmms-eval]; pip install --no-deps lmms-eval",
+    exc_type=ImportError,
+)
 
 from lmms_eval.api.instance import Instance
 
