@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -21,7 +20,7 @@ from ..data.mixture import Mixture
 from ..data.sources import build_source
 from ..evaluation.validation import Validator, picture_uri
 from ..model.attention import attend_in_segments
-from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, state_hash, write_manifest
+from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, write_manifest
 from ..objectives import Objective, build_objective
 from ..paths import link_or_copy, sync
 from ..world import Stopped, StopSignal, World
@@ -41,20 +40,13 @@ from .engine import StageEngine
 from .feature_cache import FeatureCache
 from .metrics import Metrics, Progress, WandB, logger
 from .optimizer import Schedule
+from .proof import Hashes, part_hashes, part_summary
 from .run_folder import RunFolder, write_json
 from .skips import Skips
-from .trainable import freeze, full_shape, trained_groups
+from .trainable import Group, freeze, trained_groups
 from .watch import Watch
 
 SHOWN_SAMPLES = 48
-
-
-class Hashes(NamedTuple):
-    """SHA-256 of a part's state, and of the halves of it that a stage trains and leaves alone."""
-
-    whole: str
-    trained: str
-    frozen: str
 
 
 def train_stage(
@@ -130,7 +122,10 @@ class _Stage:
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict | None:
         """Train until the stage ends, or until more of it begins to train: then there is no summary yet."""
-        before = {part: self._hashes(part, module_state(module)) for part, module in self.parts.items()}
+        before = {
+            part: part_hashes(module, module_state(module), self._part_groups(part))
+            for part, module in self.parts.items()
+        }
         if self.world.is_main:
             logger.info(self._table())
         engine = StageEngine(
@@ -378,7 +373,10 @@ class _Stage:
             "data": self._shares(self.record["drawn"]),
             "world_size": self.world.size,
             "validation": scores,
-            "parts": {part: self._part_summary(part, before[part], after[part]) for part in self.parts},
+            "parts": {
+                part: part_summary(part, module, self._part_groups(part), before[part], after[part])
+                for part, module in self.parts.items()
+            },
         }
         for kind in ("trainable", "frozen"):
             summary[f"{kind}_parameters"] = sum(part[f"{kind}_parameters"] for part in summary["parts"].values())
@@ -401,44 +399,8 @@ class _Stage:
         total = max(1, sum(drawn))
         return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
 
-    def _hashes(self, part: str, state: dict[str, Tensor]) -> Hashes:
-        """Hashes of a part's state: whole, of what trains (with the part's buffers, if any does), of what is frozen."""
-        rows = {name: group.rows for group in self.groups if group.part == part for name in group.names}
-        parameters = {name for name, _ in self.parts[part].named_parameters()}
-        moves = {name for name in state if name in rows or (rows and name not in parameters)}
-        whole = state_hash(merged(self.parts[part], state))
-        if not moves:
-            return Hashes(whole, trained="", frozen=whole)
-        if len(moves) == len(state) and not any(rows.values()):
-            return Hashes(whole, trained=whole, frozen="")
-        trained_half = {name: state[name] for name in moves}
-        frozen_half = {name: state[name] for name in state.keys() - moves}
-        for name in (name for name, chosen in rows.items() if chosen is not None):
-            chosen = torch.zeros(len(state[name]), dtype=torch.bool)
-            chosen[list(rows[name])] = True
-            trained_half[name], frozen_half[name] = state[name][chosen], state[name][~chosen]
-        return Hashes(whole, state_hash(trained_half), state_hash(frozen_half))
-
-    def _part_summary(self, part: str, before: Hashes, after: Hashes) -> dict:
-        """A part's numbers and hashes. Raises RuntimeError unless what trained moved and what is frozen did not."""
-        groups = [group for group in self.groups if group.part == part]
-        module = self.parts[part]
-        size = sum(math.prod(full_shape(parameter)) for parameter in module.parameters())
-        trained = sum(group.size(module) for group in groups)
-        if before.frozen != after.frozen:
-            raise RuntimeError(f"{self.name}: {part} is frozen but changed")
-        if groups and before.trained == after.trained:
-            raise RuntimeError(f"{self.name}: {part} is trained but unchanged")
-        rates = {group.label: group.lr for group in groups}
-        return {
-            "parameters": size,
-            "trainable_parameters": trained,
-            "frozen_parameters": size - trained,
-            "trained": bool(groups),
-            "learning_rate": rates.get(part) if set(rates) <= {part} else rates,
-            "sha256_before": before.whole,
-            "sha256_after": after.whole,
-        }
+    def _part_groups(self, part: str) -> list[Group]:
+        return [group for group in self.groups if group.part == part]
 
     def _save_model(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
         """Write a model folder, whole or not at all; returns the parts' hashes."""
@@ -451,10 +413,10 @@ class _Stage:
             state = engine.state(module, keep=self.world.is_main)
             if not self.world.is_main:
                 continue
-            hashes[part] = self._hashes(part, state)
+            hashes[part] = part_hashes(module, state, self._part_groups(part))
             if part in PARTS:
                 whole = merged(module, state)
-                trained = any(group.part == part for group in self.groups)
+                trained = bool(self._part_groups(part))
                 if trained or not (target / part).is_dir():
                     save_part(part, module, partial / part, whole)
                 else:  # it was frozen when the folder was written last

@@ -1,0 +1,62 @@
+"""Proof of what a stage trained: hashes of its parts before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..model.parts import state_hash
+from .adapters import merged
+from .trainable import Group, full_shape
+
+
+class Hashes(NamedTuple):
+    """SHA-256 of a part's state, and of the halves of it that a stage trains and leaves alone."""
+
+    whole: str
+    trained: str
+    frozen: str
+
+
+def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group]) -> Hashes:
+    """Hashes of a part's state: whole, of what its `groups` train (with the part's buffers, if any do), of the rest."""
+    rows = {name: group.rows for group in groups for name in group.names}
+    parameters = {name for name, _ in module.named_parameters()}
+    moves = {name for name in state if name in rows or (rows and name not in parameters)}
+    whole = state_hash(merged(module, state))
+    if not moves:
+        return Hashes(whole, trained="", frozen=whole)
+    if len(moves) == len(state) and not any(rows.values()):
+        return Hashes(whole, trained=whole, frozen="")
+    trained = {name: state[name] for name in moves}
+    frozen = {name: state[name] for name in state.keys() - moves}
+    for name, few in rows.items():
+        if few is not None:
+            chosen = torch.zeros(len(state[name]), dtype=torch.bool)
+            chosen[list(few)] = True
+            trained[name], frozen[name] = state[name][chosen], state[name][~chosen]
+    return Hashes(whole, state_hash(trained), state_hash(frozen))
+
+
+def part_summary(name: str, module: nn.Module, groups: Sequence[Group], before: Hashes, after: Hashes) -> dict:
+    """Numbers and hashes of the part `name`. Raises RuntimeError unless what trained moved and the rest did not."""
+    if before.frozen != after.frozen:
+        raise RuntimeError(f"{name} is frozen but changed")
+    if groups and before.trained == after.trained:
+        raise RuntimeError(f"{name} is trained but unchanged")
+    size = sum(math.prod(full_shape(parameter)) for parameter in module.parameters())
+    trained = sum(group.size(module) for group in groups)
+    rates = {group.label: group.lr for group in groups}
+    return {
+        "parameters": size,
+        "trainable_parameters": trained,
+        "frozen_parameters": size - trained,
+        "trained": bool(groups),
+        "learning_rate": rates.get(name) if set(rates) <= {name} else rates,
+        "sha256_before": before.whole,
+        "sha256_after": after.whole,
+    }
