@@ -71,7 +71,6 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(llava_files, small_disk, w
 
 
 def test_a_checkpoint_that_cannot_be_written_harms_nothing(llava_files, tmp_path, whole):
-    """The checkpoint's files are larger than those of a connector, so the first stage can end."""
     command = line(llava_files, tmp_path, "stages.align.save_every=1", "workers=0")
     failed = train(*command, check=False, preexec_fn=limited(MEGABYTE // 8))
     assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
