@@ -26,6 +26,7 @@ NOT_RUN = {
     r"make demo": "five minutes: the quickstart's line, which runs here with few steps",
     r"make (test|table)": "this suite, and the measurement that tests/unit/connectors repeats",
     r"source |pip ": "the environment is there already",
+    r"python -m lmms_eval ": "another project's command; tests/integration/test_lmms_eval.py answers its tasks",
     r"sbatch ": "there is no SLURM; what it starts is the line of launch/nodes.sh, which runs here",
     r"vlmtrain chat .*--web": "serves until interrupted; tests/integration/test_chat.py has a browser talk with it",
 }
