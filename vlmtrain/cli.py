@@ -311,10 +311,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .world import World
 
     _check_writable(options.answers)
-    read_manifest(options.model)
     settings = compose_evaluation(options.overrides)
     check_numbers(settings, VALIDATION | {"seed": RUN["seed"]})
     check_metrics(settings.validation.metrics)
+    read_manifest(options.model)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = VLMWrapper.from_pretrained(options.model).to(device)
