@@ -416,7 +416,7 @@ def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictu
     processor.reader = TextReader(tokenizer, "instruction", 16)
     processor.save_pretrained(tmp_path / "model")
     done = export(tmp_path / "model", tmp_path / "out")
-    assert done.model_class == "VLMTrainForConditionalGeneration" and "connector=qformer" in done.remarks[0]
+    assert done.model_class == "VLMTrainForConditionalGeneration" and "connector.vision_norm=false" in done.remarks[0]
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     theirs = AutoProcessor.from_pretrained(tmp_path / "out")
     ((turns, files), *_) = talks(case, pictures)
