@@ -4,4 +4,6 @@
 set -euo pipefail
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or restarted ranks would look for the dead ones
 NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}"
-exec torchrun --standalone --nproc_per_node "$NPROC" --max_restarts "${RESTARTS:-0}" -m vlmtrain.train "$@"
+exec torchrun --standalone --nproc_per_node "$NPROC" --max_restarts "${RESTARTS:-0}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown_timeout "${GRACE:-240}" \
+  -m vlmtrain.train "$@"

@@ -9,4 +9,5 @@ NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)
 exec torchrun --nnodes "$NODES" --node_rank "$NODE" --nproc_per_node "$NPROC" \
   --rdzv_backend c10d --rdzv_endpoint "$HEAD:${PORT:-29500}" --rdzv_id "${RUN_ID:-vlmtrain}" \
   --max_restarts "${RESTARTS:-0}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown_timeout "${GRACE:-240}" \
   -m vlmtrain.train "$@"

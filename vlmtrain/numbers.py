@@ -48,6 +48,10 @@ STAGE = {
     "schedule.warmup_ratio": Rule(False, 0, 1),
     "schedule.warmup_steps": Rule(True, 0, optional=True),
     "schedule.min_lr": Rule(False, 0),
+    "expected.samples": Rule(True, 1, optional=True),
+    "expected.images": Rule(False, 0),
+    "expected.text_tokens": Rule(False, 0),
+    "expected.answer_share": Rule(False, 0, 1),
 }
 
 

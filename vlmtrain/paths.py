@@ -40,3 +40,28 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Put the folder `partial` in the place of `target`, which is there whole, old or new, whatever happens.
+
+    `restore_folder` mends what a kill between the two renames leaves.
+    """
+    old = _aside(target)
+    restore_folder(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(target: Path) -> None:
+    """Give `target` its place back if a kill came just as it was being replaced."""
+    if _aside(target).exists() and not target.exists():
+        _aside(target).rename(target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.old")

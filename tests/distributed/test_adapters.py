@@ -158,6 +158,17 @@ def test_merging_is_exact_for_transposed_weights_and_leaves_the_rest(tokenizer):
     torch.testing.assert_close(other(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_and_new_tokens_train_beside_adapters(llava_files, tmp_path):
+    groups = "stages.instruct.groups=[{match: llm.new_tokens, lr: 1e-2}, {match: 'llm.*norm*', lr: 1e-3}]"
+    train(*line(llava_files, tmp_path, groups, "llm.new_tokens=[boxed]"))
+    before, after = (module_state(load_part("llm", tmp_path / s / "model")) for s in ("align", "instruct"))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    norms = {name for name in after if "norm" in name}
+    linear = {name for name in after if name.endswith("_proj.weight")}
+    assert changed == norms | linear | {"model.embed_tokens.weight"}
+    assert torch.equal(after["model.embed_tokens.weight"][:-1], before["model.embed_tokens.weight"][:-1])
+
+
 @pytest.mark.parametrize(
     "lora, said",
     [
@@ -167,6 +178,8 @@ def test_merging_is_exact_for_transposed_weights_and_leaves_the_rest(tokenizer):
         ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected 0 to below 1"),
         ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
         ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),
+        ("{llm: 8}", "stages.instruct.lora={'llm': 8}: expected null or {part: {rank: 16, ...}}"),
+        ("{llm: {targets: 5}}", "lora.llm.targets=5: expected all, or a list of names"),
         ("{llm: {init_from: nowhere}}", "init_from=nowhere holds no adapters"),
     ],
 )

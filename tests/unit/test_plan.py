@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -63,6 +64,38 @@ def test_an_encoder_of_the_library_is_counted_before_any_other(tmp_path):
     done = run(sys.executable, "-m", "vlmtrain.cli", "plan", *line)
     align, _ = json.loads(done.stdout)["stages"]
     assert align["picture_tokens"] == [16, 16] and align["flops_per_sample"] > 0
+
+
+def test_suggestions_are_what_training_takes():
+    (clip,) = plan("recipe=clip", gpus=8).values()
+    assert clip.suggested_micro_batch_size in (None, clip.batch_size // 8)  # compared samples are one micro-batch
+    small = plan("recipe=clip", "stages.contrast.batch_size=64", gpus=8)["contrast"]
+    assert small.suggested_micro_batch_size == 8
+    align = plan("recipe=llava_1_5", gpus=3)["align"]
+    assert align.suggested_micro_batch_size is None and "not a multiple of 3 GPUs" in align.obstacle
+    packed, padded = (
+        plan("recipe=qwen_vl", "stage=multitask", *more)["multitask"]
+        for more in ([], ["stages.multitask.layout=padded", "stages.multitask.pack_by=null"])
+    )
+    assert packed.memory[2] < padded.memory[2] and packed.fits[2] > padded.fits[2]
+
+
+@pytest.mark.parametrize(
+    "line, machine, said",
+    [
+        (["stages.align.batch_size=0"], {}, "stages.align.batch_size=0"),
+        (["precision=fp64"], {}, "precision=fp64"),
+        (["stage=nope"], {}, "unknown stage 'nope'"),
+        (["stages.align.max_length=100"], {}, "stages.align.max_length=100 leaves no room"),
+        (["stages.align.max_length=100000"], {}, "4096 positions"),
+        (["stages.align.expected.images=-3"], {}, "stages.align.expected.images=-3"),
+        ([], {"utilisation": 2}, "utilisation=2"),
+        ([], {"gpu_memory_gb": float("inf")}, "gpu_memory_gb=inf"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(line, machine, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan("recipe=llava_1_5", *line, **machine)
 
 
 def test_flops_of_a_language_model_by_hand():

@@ -74,10 +74,7 @@ def load_tokenizer(path: str, key: str = "llm.path", trust_remote_code: bool = F
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
-    """Make each of `words` one token, where it is none yet. Raises ValueError for what cannot be a token."""
-    for word in words:
-        if not isinstance(word, str) or not word.strip():
-            raise ValueError(f"llm.new_tokens has {word!r}: expected words")
+    """Make each of `words` one token, where it is none yet."""
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([word for word in words if word not in known])
 
@@ -90,6 +87,16 @@ def give_tokens(llm: nn.Module, tokenizer: PreTrainedTokenizerBase, words: Seque
     if words and len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=not llm.get_input_embeddings().weight.is_meta)
     llm.new_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(words)))
+
+
+def check_vocabulary(llm: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if the tokenizer makes ids that the model has no embeddings for."""
+    rows = llm.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"llm.path: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}: they do not belong "
+            "together"
+        )
 
 
 def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:

@@ -16,7 +16,8 @@ from ..data.sources import build_source
 from ..model.llm import hidden_width
 from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
-from ..training.assembly import DTYPES, build_geometry, build_skeleton, picture_size, published_llm
+from ..training.assembly import DTYPES, build_geometry, build_skeleton, check_lengths, picture_size, published_llm
+from ..training.run import check_settings
 from ..training.trainable import Group, block_list, freeze, trained_groups
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
@@ -61,6 +62,7 @@ class StagePlan:
     fits: dict[int, int] = field(default_factory=dict)
     suggested_zero_stage: int | None = None
     suggested_micro_batch_size: int | None = None
+    obstacle: str | None = None
 
     @property
     def trainable(self) -> int:
@@ -74,8 +76,11 @@ class StagePlan:
 def plan_run(settings: DictConfig, machine: Machine) -> list[StagePlan]:
     """The plans of a run's stages. Raises ValueError for settings that cannot work."""
     for name, value in vars(machine).items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}: must be positive")
+        if not 0 < value < math.inf or (name == "gpus" and value != int(value)):
+            raise ValueError(f"{name}={value}: expected a positive {'whole ' * (name == 'gpus')}number")
+    if machine.utilisation > 1:
+        raise ValueError(f"utilisation={machine.utilisation}: expected a share, up to 1")
+    check_settings(settings, 1)
     return [_plan_stage(settings, name, machine) for name in settings.stages if settings.stage in (None, name)]
 
 
@@ -85,6 +90,7 @@ def _plan_stage(settings: DictConfig, name: str, machine: Machine) -> StagePlan:
     groups = trained_groups(stage, name, parts)
     freeze(parts, groups, checkpointing=False)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
+    check_lengths(stage, name, geometry, parts)
     expected = stage.expected
     views = 1 if geometry is None else _views(geometry)
     tokens = min(stage.max_length, _tokens(expected, geometry))
@@ -253,10 +259,18 @@ def _plan_memory(
     sample = _kept(costs, settings.stages[plan.name].gradient_checkpointing)
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
+    stage = settings.stages[plan.name]
+    # a packed row holds several samples; objectives that compare samples need all of a rank's at once
+    in_a_row = max(1.0, stage.max_length / plan.tokens_per_sample) if stage.layout == "packed" else 1.0
+    least = most if OBJECTIVES[stage.objective].compares_samples else 1
+    if stage.layout == "padded" and plan.batch_size % machine.gpus:
+        plan.obstacle = f"nothing: batch_size={plan.batch_size} is not a multiple of {machine.gpus} GPUs"
     for zero_stage in ZERO_STAGES:
         kept = states.bytes(zero_stage, machine.gpus)
-        plan.memory[zero_stage] = kept + sample * plan.micro_batch_size + RESERVED_BYTES
-        plan.fits[zero_stage] = max(0, min(most, int((room - kept) // max(1, sample))))
+        rows = math.ceil(plan.micro_batch_size / in_a_row)
+        plan.memory[zero_stage] = kept + sample * rows + RESERVED_BYTES
+        largest = max(0, min(most, int((room - kept) // max(1, sample) * in_a_row)))
+        plan.fits[zero_stage] = largest if largest >= least and not plan.obstacle else 0
         if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
             plan.suggested_zero_stage = zero_stage
             plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])

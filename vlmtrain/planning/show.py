@@ -45,7 +45,8 @@ def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
     memory = ", ".join(f"ZeRO-{stage} {size / 2**30:.1f} GiB" for stage, size in plan.memory.items())
     facts.append((f"memory a GPU, micro-batch {plan.micro_batch_size}", memory))
     if plan.suggested_zero_stage is None:
-        facts.append(("fits", "no ZeRO stage: more GPUs, gradient_checkpointing, a shorter max_length, or offloading"))
+        none = "no ZeRO stage: more GPUs, gradient_checkpointing, a shorter max_length, or offloading"
+        facts.append(("fits", plan.obstacle or none))
     else:
         facts.append(
             ("fits", f"engine=zero{plan.suggested_zero_stage} "

@@ -9,7 +9,7 @@ When the stage ends they are merged into the weights, ``W + alpha / rank * B A``
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ def check_adapters(stage: Mapping, name: str) -> None:
             if not wanted or value < 0 or (value == 0 and most is None) or (most is not None and value >= most):
                 kind = "a positive whole number" if whole else "a positive number" if most is None else "0 to below 1"
                 raise ValueError(f"{key}.{option}={value}: expected {kind}")
+        targets = options["targets"]
+        if not isinstance(targets, str) and not (
+            isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets)
+        ):
+            raise ValueError(f"{key}.targets={targets}: expected all, or a list of names")
         trains = stage["train"].get(part) is not None or any(
             str(group["match"]).split(".")[0] == part and group["lr"] is not None for group in stage["groups"]
         )
@@ -69,7 +74,10 @@ def add_adapters(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> N
             target_modules=targets,
             fan_in_fan_out=any(isinstance(module.get_submodule(target), Conv1D) for target in targets),
         )
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         peft.inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+        for parameter in trainable:  # peft freezes them; here groups may still choose some
+            parameter.requires_grad_(True)
         for layer in _layers(module).values():
             layer.to(dtype)
         if options["init_from"] is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -214,6 +214,20 @@ def build_processor(
     """What turns conversations into this stage's batches. Raises ValueError if lengths cannot work."""
     stage = settings.stages[name]
     geometry = build_geometry(stage, parts, objective)
+    check_lengths(stage, name, geometry, parts)
+    return Processor(
+        tokenizer,
+        geometry,
+        stage.template,
+        stage.max_length,
+        settings.llm.chat_template,
+        _build_reader(settings, name, parts, tokenizer),
+        in_pairs=objective.compares_samples,
+    )
+
+
+def check_lengths(stage: DictConfig, name: str, geometry: Geometry | None, parts: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a picture leaves no room for words, or a sample is longer than the model's positions."""
     if geometry is not None and geometry.most_tokens >= stage.max_length:
         raise ValueError(
             f"stages.{name}.max_length={stage.max_length} leaves no room for text: a picture takes up to "
@@ -224,15 +238,6 @@ def build_processor(
         raise ValueError(
             f"stages.{name}.max_length={stage.max_length} is longer than the {limit} positions of the language model"
         )
-    return Processor(
-        tokenizer,
-        geometry,
-        stage.template,
-        stage.max_length,
-        settings.llm.chat_template,
-        _build_reader(settings, name, parts, tokenizer),
-        in_pairs=objective.compares_samples,
-    )
 
 
 def _build_reader(

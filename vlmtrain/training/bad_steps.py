@@ -72,5 +72,6 @@ class BadSteps:
             raise ValueError(
                 f"{self.stage}: {self.in_a_row} steps in a row made no update (bad_steps.in_a_row={self.limit}); at "
                 f"step {step} {fault.problem}, with the samples {', '.join(samples[:8])}; bad_steps.jsonl has all. The "
-                f"checkpoint before them is kept: lower stages.{self.stage}.train.<part>, or look at these samples"
+                f"checkpoint before them is kept: look at these samples, or begin another run_dir with lower rates in "
+                f"stages.{self.stage}.train"
             )

@@ -121,11 +121,17 @@ class Checkpoints:
 
     def _newest_sound(self) -> dict:
         complete = self._complete()
+        damaged: list[Path] = []
         for folder in reversed(complete):
             try:
-                return _checked(folder)
+                record = _checked(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning(f"{folder} is damaged and not used: {error}")
+                damaged.append(folder)
+                continue
+            for newer in damaged:  # or `keep_last` would keep it in place of sound ones
+                newer.replace(newer.with_name(f"{newer.name}.damaged"))
+            return record
         if complete:
             return {
                 "problem": f"every checkpoint in {self.folder} is damaged: delete the folder to begin the stage anew"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import some
 from ..model.tiled import TiledConnector
+from .trainable import ALL_PARTS
 
 PART = "connector"
 
@@ -29,10 +30,12 @@ def builds_anew(stage: Mapping) -> bool:
 
 
 def check_names(stage: Mapping, name: str) -> None:
-    """Raise ValueError if `fresh` or `drops` name something within another part."""
+    """Raise ValueError if `fresh` or `drops` name what is no part, or something within another than the connector."""
     for key in ("fresh", "drops"):
         for entry in stage[key]:
             part, dot, _ = entry.partition(".")
+            if part not in ALL_PARTS:
+                raise ValueError(f"stages.{name}.{key} names {entry}; the parts are {', '.join(ALL_PARTS)}")
             if dot and part != PART:
                 raise ValueError(f"stages.{name}.{key} names {entry}: only what is within the {PART} can be named")
 

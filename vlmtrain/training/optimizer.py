@@ -28,13 +28,15 @@ class Schedule:
     min_lr: float
 
     @classmethod
-    def from_config(cls, config: Mapping, total_steps: int, peaks: Mapping[str, float]) -> Schedule:
-        """Read a stage's `schedule`; `peaks` are the learning rates by label, for checking."""
+    def from_config(cls, config: Mapping, total_steps: int, peaks: Mapping[str, float], prefix: str = "") -> Schedule:
+        """Read a stage's `schedule`; `peaks` are the learning rates by label, for checking, `prefix` for its errors."""
         if config["name"] not in SCHEDULES:
-            raise ValueError(f"schedule.name={config['name']}: expected one of {', '.join(SCHEDULES)}")
+            raise ValueError(f"{prefix}schedule.name={config['name']}: expected one of {', '.join(SCHEDULES)}")
         too_low = [part for part, lr in peaks.items() if lr < config["min_lr"]]
         if too_low:
-            raise ValueError(f"schedule.min_lr={config['min_lr']} is above the learning rate of {', '.join(too_low)}")
+            raise ValueError(
+                f"{prefix}schedule.min_lr={config['min_lr']} is above the learning rate of {', '.join(too_low)}"
+            )
         warmup = config["warmup_steps"]
         if warmup is None:
             warmup = math.ceil(config["warmup_ratio"] * total_steps)

@@ -13,6 +13,8 @@ from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
 from ..errors import nearest
 from ..evaluation.metrics import check_metrics
+from ..kinds import check_stage_kinds, check_words
+from ..model.llm import check_vocabulary
 from ..model.parts import connector_skeleton, is_model_folder, read_manifest
 from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
@@ -27,7 +29,7 @@ from .assembly import (
     check_origins,
     picture_size,
 )
-from .handover import builds_anew, tensors_taken
+from .handover import builds_anew, check_names, tensors_taken
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
 from .provenance import provenance
@@ -73,7 +75,10 @@ def _train_stages(settings: DictConfig, folder: RunFolder, world: World, wandb: 
         if folder.is_finished(name):
             if wanted and world.is_main:
                 logger.info(f"stage {name} is finished: {folder.model(name)}")
-                shutil.rmtree(folder.checkpoints(name), ignore_errors=True)  # of a run that was killed just then
+                # what a run that was killed just then has left, and left out
+                shutil.rmtree(folder.checkpoints(name), ignore_errors=True)
+                if not (folder.model(name) / "README.md").exists():
+                    write_card(folder.root, name, folder.model(name))
         elif wanted:
             if world.max([float(stop.received)])[0]:
                 raise Stopped(f"stopped before stage {name}; the same line goes on from here")
@@ -127,12 +132,13 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
             f"The recipe's stages: {', '.join(settings.stages)}"
         )
     _check_switch(settings, "bad_steps.skip_spikes")
+    check_words(settings.llm.new_tokens, "llm.new_tokens")
     for part in ("vision", "llm"):
         if "trust_remote_code" in settings[part]:
             _check_switch(settings, f"{part}.trust_remote_code")
     for name, stage in settings.stages.items():
+        check_stage_kinds(stage, f"stages.{name}.")
         check_numbers(stage, STAGE, f"stages.{name}.")
-        _check_switch(settings, f"stages.{name}.keep_best")
         if stage.keep_best and (stage.validate_every is None or stage.validation is None):
             raise ValueError(f"stages.{name}.keep_best=true needs stages.{name}.validate_every and validation")
         betas = stage.optimizer.betas
@@ -147,7 +153,9 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
             )
         rates = training_rates(stage, name)
         check_adapters(stage, name)
-        Schedule.from_config(stage.schedule, 1, rates)
+        check_names(stage, name)
+        rates |= {group["match"]: float(group["lr"]) for group in stage.groups if group["lr"] is not None}
+        Schedule.from_config(stage.schedule, 1, rates, f"stages.{name}.")
         _check_layout(stage, name, world_size)
 
 
@@ -199,6 +207,8 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
                     parts["connector"] = connector
             connector = parts.get("connector", connector)
             trained_groups(stage, name, parts)
+            if "llm" in parts and (settings.init_from is None or "llm" in stage.fresh):
+                check_vocabulary(parts["llm"], tokenizer)
             build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
             for split in filter(None, (stage.data, stage.validation)):
                 if split == stage.data or settings.data.get(split) is not None:

@@ -27,7 +27,8 @@ from .provenance import KEYS, differences
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
 FREE = (
-    *("run_dir", "stage", "workers", "compile", "modules", "validation", "bad_sample_limit", "features"),
+    *("run_dir", "stage", "workers", "compile", "modules", "validation", "features"),
+    *("on_bad_sample", "bad_sample_limit"),  # nothing has been skipped yet where a bad sample stopped the run
     *("wandb", "wandb_project", "wandb_model", "collective_timeout"),
 )
 FREE_IN_STAGE = (
@@ -121,6 +122,7 @@ class RunFolder:
 def _binding(config: dict, began: list[str]) -> dict:
     """The settings that must not change: all but the free ones and those of stages that have not begun."""
     config = {key: value for key, value in config.items() if key not in (*FREE, *KEYS)}
+    config["bad_steps"] = {key: value for key, value in config.get("bad_steps", {}).items() if key != "in_a_row"}
     config["stages"] = {
         name: {key: value for key, value in stage.items() if key not in FREE_IN_STAGE}
         for name, stage in config.get("stages", {}).items()

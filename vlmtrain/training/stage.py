@@ -22,7 +22,7 @@ from ..evaluation.validation import Validator, picture_uri
 from ..model.attention import attend_in_segments
 from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, write_manifest
 from ..objectives import Objective, build_objective
-from ..paths import link_or_copy, sync
+from ..paths import link_or_copy, replace_folder, restore_folder, sync
 from ..world import Stopped, StopSignal, World
 from .adapters import FOLDER as ADAPTERS
 from .adapters import merged, save_adapters
@@ -122,6 +122,8 @@ class _Stage:
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict | None:
         """Train until the stage ends, or until more of it begins to train: then there is no summary yet."""
+        if self.world.is_main:
+            restore_folder(self.folder.stage(self.name) / "best")
         before = {
             part: part_hashes(module, module_state(module), self._part_groups(part))
             for part, module in self.parts.items()
@@ -430,8 +432,7 @@ class _Stage:
             self.processor.save_pretrained(partial)
             write_manifest(partial, manifest)
             sync(*partial.rglob("*"), partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            replace_folder(partial, target)
         self.world.barrier()
         return self.world.from_main(hashes)
 

@@ -86,10 +86,10 @@ def _check_group(group: Mapping, stage: Mapping, key: str) -> None:
         raise ValueError(f"{key}.match={group['match']}: the stage has the parts {', '.join(stage['parts'])}")
     _rate(group["lr"], f"{key}.lr")
     decay = group.get("layer_decay")
-    if decay is not None and not 0 < decay <= 1:
+    if decay is not None and not (isinstance(decay, int | float) and 0 < decay <= 1):
         raise ValueError(f"{key}.layer_decay={decay}: expected a number above 0 and up to 1")
     start, last = group.get("from_step", 0), stage["max_steps"]
-    if not isinstance(start, int) or start < 0 or (last is not None and start >= last):
+    if not isinstance(start, int) or isinstance(start, bool) or start < 0 or (last is not None and start >= last):
         raise ValueError(
             f"{key}.from_step={start}: expected a number of steps{'' if last is None else f' below max_steps={last}'}"
         )
@@ -102,7 +102,7 @@ def _rate(rate: object, key: str) -> float | None:
         value = float(rate)
     except (TypeError, ValueError):
         value = 0.0
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"{key}={rate}: a learning rate is positive, null freezes")
     return value
 
