@@ -236,7 +236,7 @@ class _Stage:
 
     def _keep_best(self, engine: StageEngine, step: int, loss: float) -> None:
         best = self.record.get("best")
-        if self.config.keep_best and (best is None or loss < best["loss"]):
+        if self.config.keep_best and math.isfinite(loss) and (best is None or loss < best["loss"]):
             self._save_model(engine, self.folder.stage(self.name) / "best")
             self.record["best"] = {"step": step, "loss": loss}
 
