@@ -107,3 +107,20 @@ def test_every_byte_of_the_record_counts(tmp_path):
         file.write_bytes(changed)
         found = checkpoints.newest()
         assert found == whole or found == json.loads(sound)["record"], position
+        if found == whole:  # the damaged one was put aside
+            file.parent.with_name("step-000008.damaged").rename(file.parent)
+
+
+def test_a_damaged_checkpoint_takes_no_sound_ones_place(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    for step in (6, 12):
+        checkpoints.save(State(), step, {})
+    record = tmp_path / "step-000012" / RECORD
+    for again in range(2):  # the same step may be damaged a second time
+        record.write_bytes(record.read_bytes()[:-1])
+        assert checkpoints.newest()["step"] == 6
+        if not again:
+            checkpoints.save(State(), 12, {})
+    for step in (7, 8, 9):
+        checkpoints.save(State(), step, {})
+    assert sorted(path.name for path in tmp_path.glob("step-*[0-9]")) == ["step-000008", "step-000009"]

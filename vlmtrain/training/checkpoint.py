@@ -130,7 +130,9 @@ class Checkpoints:
                 damaged.append(folder)
                 continue
             for newer in damaged:  # or `keep_last` would keep it in place of sound ones
-                newer.replace(newer.with_name(f"{newer.name}.damaged"))
+                aside = newer.with_name(f"{newer.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                newer.rename(aside)
             return record
         if complete:
             return {
