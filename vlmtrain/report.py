@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _stage(folder: Path, name: str) -> str:
     else:
         parts.append(_facts(summary))
         if summary["validation"]:
-            parts.append(_scores_table(summary["validation"]))
+            parts.append(html_table(score_rows(summary["validation"])))
     parts.append(f'<div class="charts">{_charts(folder, records)}</div>')
     if summary is not None:
         parts.append(_parts_table(summary))
@@ -114,14 +115,15 @@ def _facts(summary: dict) -> str:
     return f"<p>{text}</p>"
 
 
-def _scores_table(scores: dict) -> str:
-    head, *rows = score_rows(scores)
-    cells = "".join(f"<th{' class=number' * (i > 0)}>{cell}</th>" for i, cell in enumerate(head))
-    body = "".join(
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head and whose first column has no numbers."""
+    head, *body = rows
+    cells = "".join(f"<th{' class=number' * (i > 0)}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    lines = "".join(
         "<tr>" + "".join(f"<td{' class=number' * (i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
-        for row in rows
+        for row in body
     )
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    return f"<table><tr>{cells}</tr>{lines}</table>"
 
 
 def _charts(folder: Path, records: list[dict]) -> str:

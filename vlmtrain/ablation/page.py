@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..charts import Series, line_chart, scatter_chart, smooth
-from ..report import STYLE
+from ..report import STYLE, html_table
 from .jobs import wanted_stages
 from .line import Ablation, Choice
 from .results import Entry
@@ -40,13 +40,7 @@ def write_page(
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    head, *body = rows
-    cells = "".join(f"<th{' class=number' * (i > 0)}>{escape(name)}</th>" for i, name in enumerate(head))
-    lines = "".join(
-        "<tr>" + "".join(f"<td{' class=number' * (i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
-        for row in body
-    )
-    return f'<div class="wide"><table><tr>{cells}</tr>{lines}</table></div>'
+    return f'<div class="wide">{html_table(rows)}</div>'
 
 
 def _scores(ablation: Ablation, entries: Sequence[Entry]) -> str:

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont
 
 from .records import IMAGE_MARK, Conversation, Grading, Turn
-from .shapes import BACKGROUND, COLORS, DESCRIBE, HELD_OUT, INK, LINE, PLACES, SHAPES, SPLITS, Item, draw_item
+from .shapes import COLORS, DESCRIBE, HELD_OUT, INK, LINE, PLACES, SHAPES, SPLITS, Item, Picture, draw_item
 
 CATEGORIES = ("color", "shape", "count", "position", "text", "small")
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -95,25 +95,16 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class ProbePicture:
-    """A scene that is drawn when it is loaded: ``side x side`` pixels, antialiased, RGB."""
+class ProbePicture(Picture):
+    """A picture in which something may be written; its outlines are thinner on small items."""
 
-    items: tuple[Item, ...]
-    writing: Writing | None
-    side: int
+    writing: Writing | None = None
 
-    def size(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    def load(self) -> Image.Image:
-        oversample = 4
-        canvas = Image.new("RGB", (self.side * oversample,) * 2, BACKGROUND)
-        draw = ImageDraw.Draw(canvas)
+    def draw(self, draw: ImageDraw.ImageDraw, side: int) -> None:
         for item in self.items:
-            draw_item(draw, item, canvas.width, line=min(LINE, item.radius / 6))
+            draw_item(draw, item, side, line=min(LINE, item.radius / 6))
         if self.writing:
-            _write(draw, self.writing, canvas.width)
-        return canvas.reduce(oversample)
+            _write(draw, self.writing, side)
 
 
 def _write(draw: ImageDraw.ImageDraw, writing: Writing, side: int) -> None:
@@ -182,7 +173,7 @@ class Probes:
         for question, answer in exchanges:
             text = question if turns else f"{opening}\n{question}"
             turns += [Turn("user", text), Turn("assistant", answer, Grading(category))]
-        picture = ProbePicture(scene.items, scene.writing, self.image_size)
+        picture = ProbePicture(scene.items, self.image_size, scene.writing)
         return Conversation(f"{self.split}-{index}", tuple(turns), () if self.split == "text" else (picture,))
 
 

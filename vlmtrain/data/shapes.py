@@ -99,9 +99,13 @@ class Picture:
         oversample = 4
         canvas = Image.new("RGB", (self.side * oversample,) * 2, BACKGROUND)
         draw = ImageDraw.Draw(canvas)
-        for item in self.items:
-            draw_item(draw, item, canvas.width)
+        self.draw(draw, canvas.width)
         return canvas.reduce(oversample)
+
+    def draw(self, draw: ImageDraw.ImageDraw, side: int) -> None:
+        """Draw the scene on a canvas of `side` pixels."""
+        for item in self.items:
+            draw_item(draw, item, side)
 
 
 def draw_item(draw: ImageDraw.ImageDraw, item: Item, side: int, line: float = LINE) -> None:
