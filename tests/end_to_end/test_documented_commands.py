@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, run
 from vlmtrain.cli import _parse
+from vlmtrain.connectors import CONNECTORS
 from vlmtrain.settings import compose, load_modules
 
 PAGES = ("README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")))
@@ -102,8 +104,16 @@ def test_the_pages_have_commands():
     assert len(NOT_RUN) == len({pattern for pattern in NOT_RUN if any(re.match(pattern, c) for _, c in COMMANDS)})
 
 
+@pytest.fixture
+def own_modules(monkeypatch):
+    """What the pages' modules register is there for one test, and no other test sees it."""
+    monkeypatch.delitem(sys.modules, "my_connectors", raising=False)
+    with mock.patch.dict(CONNECTORS):
+        yield
+
+
 @pytest.mark.parametrize("page, line", RUN, ids=lambda value: value[:60])
-def test_every_command_is_understood(page, line, tmp_path, monkeypatch):
+def test_every_command_is_understood(page, line, tmp_path, monkeypatch, own_modules):
     """Its options parse and its keys exist, before anything is loaded."""
     monkeypatch.chdir(tmp_path)
     write_own(tmp_path)
