@@ -89,6 +89,10 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _features_arguments(parser: argparse.ArgumentParser) -> None:
+    _take_overrides(parser, "the line that training would get, with features.cache=DIR")
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     _take_overrides(parser, "data.validation=FILE data.images=DIR validation.samples=N")
@@ -295,6 +299,22 @@ def _print_sources(result: dict) -> None:
             print(f"    {problem}")
         if len(report["problems"]) > MAX_PROBLEMS:
             print(f"    and {len(report['problems']) - MAX_PROBLEMS:,} more: --json lists all")
+
+
+def _features(options: argparse.Namespace) -> None:
+    from .settings import compose
+    from .training.feature_filling import fill_cache
+
+    filled = fill_cache(compose(options.overrides), show_progress=sys.stderr.isatty())
+    if options.json:
+        print(json.dumps({name: asdict(done) for name, done in filled.items()}, indent=2))
+    else:
+        for name, done in filled.items():
+            print(f"stage {name}: {done.computed:,} pictures computed, {done.known:,} known already")
+            for problem in done.problems[:MAX_PROBLEMS]:
+                print(f"    {problem}")
+    if any(done.problems for done in filled.values()):
+        raise SystemExit(1)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -545,6 +565,7 @@ def _print_table(rows: Sequence[tuple[str, str]]) -> None:
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 COMMANDS: dict[str, Command] = {
     "check": ("read a recipe's data as training would, and list what is wrong", _check_arguments, _check),
+    "features": ("look at a recipe's pictures ahead of training, for features.cache", _features_arguments, _features),
     "evaluate": ("score a model's answers on held-out conversations", _evaluate_arguments, _evaluate),
     "chat": ("ask a model about a picture", _chat_arguments, _chat),
     "report": ("write report.html of a run", _report_arguments, _report),

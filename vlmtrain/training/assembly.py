@@ -112,7 +112,7 @@ def build_skeleton(
     with torch.device("meta"):
         for part in (p for p in BUILD_ORDER if p in settings.stages[name].parts):
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
-            if part == "vision" and (size := _image_size(settings, name)) is not None:
+            if part == "vision" and (size := encoder_size(settings, name)) is not None:
                 parts[part].resize(_pixels(size))
             if part == "llm":
                 give_tokens(parts[part], tokenizer, settings.llm.new_tokens)
@@ -120,7 +120,7 @@ def build_skeleton(
     return parts
 
 
-def _image_size(settings: DictConfig, name: str) -> int | ListConfig | None:
+def encoder_size(settings: DictConfig, name: str) -> int | ListConfig | None:
     """What a stage's encoder has been resized to, by it or by a stage before; None for the size it was built with."""
     names = list(settings.stages)
     sizes = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..connectors import VisionFeatures
 from ..model.vision import VisionEncoder
+from .assembly import DTYPES
 from .metrics import logger
 
 
@@ -26,12 +27,18 @@ class FeatureCache:
     """Features of one encoder, read where they are known and computed and written where they are not.
 
     encoder_hash: of its weights. limit: bytes that may be written below `folder`, by all runs that share it.
-    Several processes may share a folder: a file is written under another name first. One that is damaged is
-    computed again.
+    stored: what features are rounded to, those that were just computed too, so that a picture looks the same each
+    time; None for the encoder's own dtype. Several processes may share a folder: a file is written under another
+    name first. One that is damaged is computed again.
     """
 
-    def __init__(self, folder: Path, encoder: VisionEncoder, encoder_hash: str, limit: int):
-        facts = (encoder_hash, encoder.layer, encoder.levels, encoder.image_size, next(encoder.parameters()).dtype)
+    def __init__(
+        self, folder: Path, encoder: VisionEncoder, encoder_hash: str, limit: int, stored: torch.dtype | None = None
+    ):
+        self.dtype = next(encoder.parameters()).dtype
+        self.stored = stored or self.dtype
+        facts = (encoder_hash, encoder.layer, encoder.levels, encoder.image_size, self.dtype)
+        facts += (self.stored,) if self.stored != self.dtype else ()
         self.encoder = encoder
         self.root = folder
         self.folder = folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
@@ -42,18 +49,25 @@ class FeatureCache:
         self.left = limit - sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         self.hits = self.misses = 0
 
+    @classmethod
+    def from_options(cls, options: Mapping, encoder: VisionEncoder, encoder_hash: str) -> FeatureCache:
+        """The cache that the settings `features` speak of."""
+        stored = DTYPES[options["dtype"]] if options["dtype"] else None
+        return cls(Path(options["cache"]), encoder, encoder_hash, int(options["max_gb"] * 2**30), stored)
+
     def __call__(self, images: Tensor, keys: Sequence[str]) -> VisionFeatures:
         """Features of views ``(V, 3, H, W)`` with their `keys`, on the views' device."""
-        found = [self._read(key) for key in keys]
-        missing = [number for number, features in enumerate(found) if features is None]
+        found = {key: self._read(key) for key in keys}
+        missing = {key: number for number, key in enumerate(keys) if found[key] is None}
         if missing:
-            computed = self.encoder(images[missing])
-            for place, number in enumerate(missing):
-                found[number] = _tensors(computed, place)
-                self._write(keys[number], found[number])
-        self.hits += len(found) - len(missing)
+            computed = self.encoder(images[list(missing.values())])
+            for place, key in enumerate(missing):
+                found[key] = {name: tensor.to(self.stored) for name, tensor in _tensors(computed, place).items()}
+                self._write(key, found[key])
+        self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        stacked = {name: torch.stack([one[name].to(images.device) for one in found]) for name in found[0]}
+        rows = [found[key] for key in keys]
+        stacked = {name: torch.stack([row[name].to(images.device, self.dtype) for row in rows]) for name in rows[0]}
         levels = tuple(stacked[f"level{i}"] for i in range(len(self.encoder.levels)))
         return VisionFeatures(stacked["patches"], stacked.get("prefix"), levels)
 

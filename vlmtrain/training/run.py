@@ -122,6 +122,8 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
     ):
         if settings[key] not in allowed:
             raise ValueError(f"{key}={settings[key]}: expected one of {', '.join(allowed)}")
+    if settings.features.dtype not in (None, "bf16"):
+        raise ValueError(f"features.dtype={settings.features.dtype}: expected null or bf16")
     if not isinstance(settings.compile, bool):
         raise ValueError(f"compile={settings.compile}: expected true or false")
     check_numbers(settings, RUN | VALIDATION)

@@ -27,7 +27,7 @@ from .provenance import KEYS, differences
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
 FREE = (
-    *("run_dir", "stage", "workers", "compile", "modules", "validation", "features"),
+    *("run_dir", "stage", "workers", "compile", "modules", "validation"),
     *("on_bad_sample", "bad_sample_limit"),  # nothing has been skipped yet where a bad sample stopped the run
     *("wandb", "wandb_project", "wandb_model", "collective_timeout"),
 )
@@ -123,6 +123,8 @@ def _binding(config: dict, began: list[str]) -> dict:
     """The settings that must not change: all but the free ones and those of stages that have not begun."""
     config = {key: value for key, value in config.items() if key not in (*FREE, *KEYS)}
     config["bad_steps"] = {key: value for key, value in config.get("bad_steps", {}).items() if key != "in_a_row"}
+    features = config.pop("features", {})
+    config["features"] = {"dtype": features.get("dtype") if features.get("cache", "off") != "off" else None}
     config["stages"] = {
         name: {key: value for key, value in stage.items() if key not in FREE_IN_STAGE}
         for name, stage in config.get("stages", {}).items()

@@ -168,8 +168,7 @@ class _Stage:
         if options.cache == "off" or "vision" not in self.parts or any(g.part == "vision" for g in self.groups):
             return None
         self.processor.names_pictures = True
-        limit = int(options.max_gb * 2**30)
-        return FeatureCache(Path(options.cache), self.parts["vision"], hashes["vision"].whole, limit)
+        return FeatureCache.from_options(options, self.parts["vision"], hashes["vision"].whole)
 
     def _train(
         self,
