@@ -1,4 +1,4 @@
-"""The other side of `training_speed.py`: Hugging Face's Trainer with LlavaForConditionalGeneration.
+"""The other side of `training_speed.py`: Hugging Face's Trainer, or TRL's, with LlavaForConditionalGeneration.
 
     python benchmarks/hf_trainer.py JOB.json
 
@@ -71,6 +71,20 @@ class Clock(TrainerCallback):
         self.file.flush()
 
 
+def build_trainer(name: str, options: dict, samples: Samples, processor, shared: dict) -> Trainer:
+    """Hugging Face's own, or TRL's SFTTrainer on the same tokens: it neither prepares nor packs pictures' samples."""
+    if name == "trainer":
+        return Trainer(args=TrainingArguments(**options), train_dataset=samples, **shared)
+    from datasets import Dataset as Table
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        **options, gradient_checkpointing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    table = Table.from_list(samples.records)
+    return SFTTrainer(args=arguments, train_dataset=table, processing_class=processor, **shared)
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.manual_seed(0)
@@ -89,7 +103,7 @@ def main() -> None:
         logits[..., model.config.image_token_index] = -torch.inf  # a word that the export adds, and our side lacks
         first = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
     out = Path(job["out"])
-    arguments = TrainingArguments(
+    options = dict(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=job["batch_size"],
         max_steps=job["steps"],
@@ -109,13 +123,8 @@ def main() -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    Trainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=samples,
-        callbacks=[Clock(out / "clock.jsonl")],
-    ).train()
+    shared = {"model": model, "data_collator": collator, "callbacks": [Clock(out / "clock.jsonl")]}
+    build_trainer(job["trainer"], options, samples, processor, shared).train()
     (out / "first.json").write_text(json.dumps({"loss": first}))
 
 

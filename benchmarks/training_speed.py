@@ -4,11 +4,12 @@
     python benchmarks/training_speed.py --vision DIR --llm DIR --data DIR   # published parts, LLaVA JSON with pictures
     python benchmarks/training_speed.py --workload align --precision bf16 --repeats 3 --write speed.md
 
-Each job is a process of its own. Both sides run in turn, `--repeats` times; the table has medians. The clock runs from
+Each job is a process of its own. All sides run in turn, `--repeats` times; the table has medians. The clock runs from
 the end of step `--warmup` to the end of the last. Losses on the first batch must agree within 1e-4 (bf16: 2 %; packed
 rows hold other samples), or the comparison is void and says so. The share of the machine's rate counts the arithmetic
 that the update needs (no padding, no logits that nothing is trained on), over the rate of large matrix products,
-measured between the jobs.
+measured between the jobs. Sides: `ours`, `cached` (a warm feature cache), `packed`, `trainer`, `trl` (TRL's SFTTrainer,
+where it is installed), `ranks` and `ranks-zero2` (two ranks, half the threads each, plain and under ZeRO-2).
 
 Workloads: `align` trains the connector on captions. `instruct` trains connector and language model on talks like those
 of LLaVA-1.5's mixture: 6 % without a picture (40,688 of its 665,298 are), 1 to 6 questions (geometric, mean 2.2), half
@@ -36,6 +37,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOADS = ("align", "instruct", "quickstart")
 TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart": ["connector", "llm"]}
+SIDES = ("ours", "cached", "packed", "ranks", "ranks-zero2", "trainer", "trl")
+THEIRS = ("trainer", "trl")
+BASES = {"ranks": None, "ranks-zero2": "ranks", "trainer": None}  # what a side is a ratio of; all others: trainer
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # in bf16 the two sides round at other places
 
 
@@ -61,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--sides", nargs="+", help="of ours, cached, packed, trainer; default: those of the workload")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: those of the workload")
     parser.add_argument("--vision", help="folder of a Hugging Face vision encoder")
     parser.add_argument("--llm", help="folder of a Hugging Face language model")
     parser.add_argument("--data", help="folder with images/, align.json and instruct.json")
@@ -95,7 +99,7 @@ def run_case(workload: str, precision: str, folder: Path, options: argparse.Name
         for side in sides:
             case.rates.append(matrix_rate(precision, options.threads))
             out = folder / f"{side}-{repeat}"
-            run = run_trainer(case, out) if side == "trainer" else run_ours(case, side, out)
+            run = run_trainer(case, side, out) if side in THEIRS else run_ours(case, side, out)
             case.sides.setdefault(side, []).append(run)
             print(f"{workload} {precision} {side}: {run['samples_per_second']:.2f} samples/s", file=sys.stderr)
     return case
@@ -273,8 +277,15 @@ def run_ours(case: Case, side: str, out: Path) -> dict:
         more = [f"features.cache={case.folder / 'cache'}"]
         if not (case.folder / "cache").exists() and out.name != "filling":
             run_ours(case, side, case.folder / "filling")
-    command = [sys.executable, "-m", "vlmtrain.train", *case.line, *more, f"run_dir={out}"]
-    records, ends = watch(command, out / case.stage / "metrics.jsonl", case.options.threads)
+    launcher, threads = ["-m"], case.options.threads
+    if side.startswith("ranks"):
+        launcher, threads = [*"-m torch.distributed.run --standalone --nproc_per_node 2 -m".split()], threads // 2
+        more = [
+            f"engine={'zero2' if side == 'ranks-zero2' else 'zero0'}",
+            f"stages.{case.stage}.micro_batch_size={case.options.batch_size // 2}",
+        ]
+    command = [sys.executable, *launcher, "vlmtrain.train", *case.line, *more, f"run_dir={out}"]
+    records, ends = watch(command, out / case.stage / "metrics.jsonl", threads)
     case.first.setdefault(side, records[0]["loss"])
     timed = records[case.options.warmup :]
     seconds = ends[-1] - ends[case.options.warmup - 1]
@@ -289,10 +300,11 @@ def run_ours(case: Case, side: str, out: Path) -> dict:
     }
 
 
-def run_trainer(case: Case, out: Path) -> dict:
+def run_trainer(case: Case, side: str, out: Path) -> dict:
     out.mkdir()
     options = case.options
     job = {
+        "trainer": side,
         "model": str(case.folder / "export"),
         "samples": str(case.folder / "samples.jsonl"),
         "images": str(case.folder / "images"),
@@ -306,7 +318,7 @@ def run_trainer(case: Case, out: Path) -> dict:
     (out / "job.json").write_text(json.dumps(job))
     command = [sys.executable, str(ROOT / "benchmarks" / "hf_trainer.py"), str(out / "job.json")]
     records, _ = watch(command, out / "clock.jsonl", options.threads)
-    case.first.setdefault("trainer", json.loads((out / "first.json").read_text())["loss"])
+    case.first.setdefault(side, json.loads((out / "first.json").read_text())["loss"])
     seconds = records[-1]["time"] - records[options.warmup]["time"]
     samples = options.batch_size * (options.steps - options.warmup)
     return {"samples_per_second": samples / seconds, "peak": records[-1]["peak"]}
@@ -385,14 +397,15 @@ def case_rows(case: Case) -> Iterator[str]:
     title = f"{case.workload} {case.precision}"
     for side, runs in case.sides.items():
         speed, memory = median(side, "samples_per_second"), median(side, "peak")
-        ratio = "1" if side == "trainer" else "-"
-        if "trainer" in case.sides and side != "trainer":
-            first = case.first["ours" if side == "packed" else side], case.first["trainer"]
+        base = BASES.get(side, "trainer")
+        ratio = "-" if base else "1"
+        if base in case.sides:
+            first = case.first["ours" if side == "packed" else side], case.first[base]
             agrees = abs(first[0] / first[1] - 1) <= AGREEMENT[case.precision]
-            other = median("trainer", "samples_per_second")
+            other = median(base, "samples_per_second")
             ratio = f"{speed / other:.2f}" if agrees else f"void: first losses {first[0]:.5f}, {first[1]:.5f}"
         cells = [title, side, f"{speed:.2f}", ratio]
-        if side == "trainer":
+        if side in THEIRS:
             cells += ["", "", ""]
         else:
             share = speed * useful_flops(case, runs[0], side == "cached") / statistics.median(case.rates)
