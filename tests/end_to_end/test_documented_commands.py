@@ -29,6 +29,7 @@ NOT_RUN = {
     r"make (test|table)": "this suite, and the measurement that tests/unit/connectors repeats",
     r"source |pip ": "the environment is there already",
     r"python -m lmms_eval ": "another project's command; tests/integration/test_lmms_eval.py answers its tasks",
+    r"python benchmarks/": "minutes of measuring on a machine that does nothing else",
     r"sbatch ": "there is no SLURM; what it starts is the line of launch/nodes.sh, which runs here",
     r"vlmtrain chat .*--web": "serves until interrupted; tests/integration/test_chat.py has a browser talk with it",
 }
@@ -78,7 +79,7 @@ def in_small(line: str, number: int = 0) -> str:
         line = re.sub(pattern, place, line)
     line = re.sub(r"\b(OUT_DIR|EXPORTED|IMPORTED)\b", f"out-{number}", line)
     is_training = "vlmtrain.train" in line or line.startswith(("launch/", "HEAD="))
-    if not (is_training or re.match(r"(\.venv/bin/)?vlmtrain (check|ablate)", line)) or "--cfg" in line:
+    if not (is_training or re.match(r"(\.venv/bin/)?vlmtrain (check|features|ablate)", line)) or "--cfg" in line:
         return line
     if "recipe=" in line and "recipe=quickstart" not in line and "mini=true" not in line:
         line += " mini=true"
