@@ -6,11 +6,13 @@ import csv
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 
 from ..conftest import metrics, run
 
@@ -84,3 +86,30 @@ def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
             for name in ("whole", "killed")
         ]
         assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+@pytest.mark.slow
+def test_equal_seconds_a_rate_for_each_and_two_ranks_a_job(tmp_path):
+    """`budget=wall` gives steps by measured seconds, `sweep` the value of the lowest loss; jobs have their ranks."""
+    rates = "sweep.stages.instruct.train.llm=[1e-9,3e-3]"
+    line = ["recipe=llava_1_5", "mini=true", "connectors=[linear,avgpool]", "ranks=2", "budget=wall", rates]
+    line += ["sweep_steps=12", "stages.align.max_steps=4", "stages.instruct.max_steps=16", "workers=0"]
+    line += ["stages.align.batch_size=4", "stages.instruct.batch_size=4"]
+    line += ["validation.samples=2", "validation.final_samples=6", "validation.max_new_tokens=2"]
+    done = run(sys.executable, "-m", "vlmtrain.cli", "ablate", *line, f"run_dir={tmp_path}")
+    assert "wall" in done.stdout
+    lines = {
+        name: yaml.safe_load((tmp_path / f"jobs/{name}/seed-0/config.yaml").read_text())
+        for name in ("linear", "avgpool")
+    }
+    for name, settings in lines.items():
+        assert settings["stages"]["instruct"]["train"]["llm"] == 3e-3
+        assert json.loads((tmp_path / f"jobs/{name}/seed-0/instruct/summary.json").read_text())["world_size"] == 2
+    seconds = {}
+    for name in lines:
+        (file,) = [file for file in tmp_path.glob(f"timing/{name}*/instruct/metrics.jsonl")]
+        steps = [json.loads(record)["step_seconds"] for record in file.read_text().splitlines()]
+        seconds[name] = statistics.median(steps[8:])
+    assert lines["linear"]["stages"]["instruct"]["max_steps"] == 16
+    wanted = max(1, round(16 * seconds["linear"] / seconds["avgpool"]))
+    assert lines["avgpool"]["stages"]["instruct"]["max_steps"] == wanted
