@@ -1,0 +1,32 @@
+"""``vlmtrain ablate``: train a recipe with several connectors, and say which differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from .common import take_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    take_overrides(
+        parser,
+        "recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2], the rest of training's line; "
+        "axis.KEY=[...] for further axes, sweep.KEY=[...] sweep_steps=100 where each is to have its own best, "
+        "budget=steps|samples|flops|wall, metric=exact_match; jobs=N at once, ranks=N each, run_dir=DIR",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..ablation import read_line, read_results, run_ablation
+    from ..ablation.show import as_json, for_terminal, write_results
+
+    ablation = read_line(options.overrides)
+    run_ablation(ablation, show_progress=sys.stderr.isatty())
+    entries = read_results(ablation)
+    write_results(ablation, entries)
+    if options.json:
+        print(json.dumps([as_json(entry) for entry in entries], indent=2))
+    else:
+        print(for_terminal(ablation, entries), f"page: {ablation.folder / 'ablation.html'}", sep="\n\n")

@@ -1,0 +1,153 @@
+"""``vlmtrain check``: read a recipe's data as training would, and list what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from .common import MAX_PROBLEMS, check_writable, print_table, take_overrides
+
+SHOWN = 3
+"""Samples that are printed of each stage."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    take_overrides(parser, "the line that training would get")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that read (default: one a core)"
+    )
+    parser.add_argument(
+        "--clean-list",
+        type=Path,
+        metavar="FILE",
+        help="write which records are bad; data.clean_list=FILE trains without",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..data.checking import write_clean_list
+    from ..settings import compose
+    from ..training.assembly import build_tokenizer
+
+    check_writable(options.clean_list)
+    settings = compose(options.overrides)
+    tokenizer = build_tokenizer(settings)
+    results, by_split = {}, {}
+    for name in settings.stages:
+        if settings.stage in (None, name):
+            results[name], checked = _check_stage(settings, name, tokenizer, options)
+            for split, reports in checked.items():
+                for source, report in reports.items():
+                    by_split.setdefault(split, {}).setdefault(source, report).add_bad(report)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    if options.clean_list:
+        write_clean_list(options.clean_list, by_split)
+    if any(result["problems"] or (result["validation"] or {}).get("problems") for result in results.values()):
+        raise SystemExit(1)
+
+
+def _check_stage(settings, name: str, tokenizer, options: argparse.Namespace) -> tuple[dict, dict]:
+    """What is in a stage's data, printed unless it is wanted as JSON; and the reports of its splits."""
+    from ..data.checking import check_data, show_targets
+    from ..data.loader import build_plan
+    from ..data.sources import build_source
+    from ..objectives import OBJECTIVES
+    from ..training.assembly import build_processor, build_skeleton, picture_size
+
+    stage = settings.stages[name]
+    parts = build_skeleton(settings, name, tokenizer)
+    processor = build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
+    splits = [stage.data]
+    if stage.validation not in (None, stage.data) and settings.data.get(stage.validation) is not None:
+        splits.append(stage.validation)
+    mixtures = {split: build_source(settings.data, split, picture_size(parts), settings.seed) for split in splits}
+    progress = sys.stderr.isatty()
+    checked = {
+        split: check_data(mixture, processor, options.workers, progress, held_out=split != stage.data)
+        for split, mixture in mixtures.items()
+    }
+    result, held_out = _summed(stage.data, checked), _summed(stage.validation, checked)
+    good = sum(report.samples for report in checked[stage.data].values())
+    tokens = sum(report.tokens for report in checked[stage.data].values())
+    steps = 0
+    if good:
+        plan = build_plan(mixtures[stage.data], processor, stage, name, world_size=1)
+        steps = stage.max_steps or plan.steps_per_epoch * stage.epochs
+    result["steps"] = steps
+    result["tokens_trained_on"] = round(steps * stage.batch_size * tokens / good) if good else 0
+    result["validation"] = held_out if stage.validation != stage.data else None
+    if not options.json:
+        _print_check(name, result, _first_samples(mixtures[stage.data], processor, show_targets))
+    return result, checked
+
+
+def _summed(split: str | None, checked: dict) -> dict | None:
+    if split not in checked:
+        return None
+    reports = checked[split]
+    return {
+        "data": split,
+        "sources": {source: asdict(report) for source, report in reports.items()},
+        "problems": [problem for report in reports.values() for problem in report.problems],
+    }
+
+
+def _first_samples(source, processor, show_targets) -> list[str]:
+    from ..data.records import BadSample
+
+    texts = []
+    for index in range(min(len(source), 100)):
+        if len(texts) == SHOWN:
+            break
+        try:
+            texts.append(show_targets(processor(source[index]).tokens, processor, sys.stdout.isatty()))
+        except BadSample:
+            continue
+    return texts
+
+
+def _print_check(name: str, result: dict, samples: list[str]) -> None:
+    print(f"stage {name} (data.{result['data']}): about {result['steps']:,} steps, "
+          f"{result['tokens_trained_on']:,} tokens")  # fmt: skip
+    _print_sources(result)
+    if result["validation"]:
+        print(f"  validation (data.{result['validation']['data']})")
+        _print_sources(result["validation"])
+    for text in samples:
+        print("  ---\n  " + text.rstrip().replace("\n", "\n  "))
+    print(flush=True)
+
+
+def _print_sources(result: dict) -> None:
+    from ..data.checking import text_histogram
+
+    for source, report in result["sources"].items():
+        print(f"  {source}")
+        print_table(
+            [
+                ("  records", f"{report['records']:,}"),
+                ("  samples", f"{report['samples']:,} ({report['text_only']:,} text-only, "
+                              f"{report['duplicates']:,} duplicates)"),
+                ("  pictures", f"{report['images']:,}"),
+                ("  answers", f"{report['answers']:,}"),
+                ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of pictures, "
+                             f"{report['target_tokens']:,} trained)"),
+                ("  problems", f"{len(report['problems']):,}"),
+            ]
+        )  # fmt: skip
+        for title, key in (("tokens a sample", "length"), ("tokens of its pictures", "image_tokens_each")):
+            if report[key]:
+                spread = ", ".join(f"{which} {value:g}" for which, value in report[key].items())
+                print(f"    {title}: {spread}")
+                bins = report["length_histogram" if key == "length" else "image_tokens_histogram"]
+                for line in text_histogram(bins) if len(bins) > 1 else ():
+                    print(f"      {line}")
+        for problem in report["problems"][:MAX_PROBLEMS]:
+            print(f"    {problem}")
+        if len(report["problems"]) > MAX_PROBLEMS:
+            print(f"    and {len(report['problems']) - MAX_PROBLEMS:,} more: --json lists all")

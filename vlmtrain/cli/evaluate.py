@@ -1,0 +1,55 @@
+"""``vlmtrain evaluate``: score a model's answers on held-out conversations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .common import check_writable, take_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    take_overrides(parser, "data.validation=FILE data.images=DIR validation.samples=N")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="write every question and answer here, as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..data.processor import Processor
+    from ..data.sources import build_source
+    from ..evaluation.metrics import check_metrics, score_rows
+    from ..evaluation.validation import Validator
+    from ..model import VLMWrapper
+    from ..model.parts import read_manifest
+    from ..numbers import RUN, VALIDATION, check_numbers
+    from ..settings import compose_evaluation
+    from ..world import World
+
+    check_writable(options.answers)
+    settings = compose_evaluation(options.overrides)
+    check_numbers(settings, VALIDATION | {"seed": RUN["seed"]})
+    check_metrics(settings.validation.metrics)
+    read_manifest(options.model)
+    processor = Processor.from_pretrained(options.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = VLMWrapper.from_pretrained(options.model).to(device)
+    size = processor.geometry.size if processor.geometry else (224, 224)
+    source = build_source(settings.data, "validation", size, settings.seed)
+    limits = settings.validation
+    world, sizes = World(0, 1, device), (limits.batch_size, limits.max_new_tokens)
+    validator = Validator(source, processor, world, torch.float32, *sizes, metrics=limits.metrics)
+    with torch.no_grad():
+        scores, answers = validator.scores(model, limits.samples)
+    if options.answers:
+        options.answers.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+    if options.json:
+        print(json.dumps(scores, indent=2))
+        return
+    print(f"{scores['questions']:,} questions")
+    rows = score_rows(scores)
+    width = max(len(name) for name, *_ in rows)
+    for name, seeing, blind in rows:
+        print(f"  {name:<{width}}  {seeing:>8}  {blind:>8}")

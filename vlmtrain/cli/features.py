@@ -1,0 +1,30 @@
+"""``vlmtrain features``: look at a recipe's pictures ahead of training, for features.cache."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from .common import MAX_PROBLEMS, take_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    take_overrides(parser, "the line that training would get, with features.cache=DIR")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..settings import compose
+    from ..training.feature_filling import fill_cache
+
+    filled = fill_cache(compose(options.overrides), show_progress=sys.stderr.isatty())
+    if options.json:
+        print(json.dumps({name: asdict(done) for name, done in filled.items()}, indent=2))
+    else:
+        for name, done in filled.items():
+            print(f"stage {name}: {done.computed:,} pictures computed, {done.known:,} known already")
+            for problem in done.problems[:MAX_PROBLEMS]:
+                print(f"    {problem}")
+    if any(done.problems for done in filled.values()):
+        raise SystemExit(1)

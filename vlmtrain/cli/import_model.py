@@ -1,0 +1,28 @@
+"""``vlmtrain import``: make a model folder of a published LLaVA or BLIP-2, for init_from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder, or mm_projector.bin")
+    parser.add_argument("out", metavar="OUT_DIR", type=Path)
+    parser.add_argument("--llm", metavar="PATH", help="for mm_projector.bin: the language model, a hub id or folder")
+    parser.add_argument("--vision", metavar="PATH", help="for mm_projector.bin: the encoder, a hub id or folder")
+    parser.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, ...")
+    parser.add_argument("--image-fit", metavar="FIT", help="in place of the source's: squash, pad, crop")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..interop.importing import import_model
+
+    done = import_model(options.source, options.out, options.llm, options.vision, options.template, options.image_fit)
+    if options.json:
+        print(json.dumps(done._asdict(), indent=2))
+        return
+    print(f"{done.folder}: connector={done.connector}, template={done.template}, image_fit={done.image_fit}")
+    if done.largest_relative_difference is not None:
+        print(f"  logits within {done.largest_relative_difference:.1g} of the source's")

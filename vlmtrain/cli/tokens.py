@@ -1,0 +1,57 @@
+"""``vlmtrain tokens``: visual tokens of a picture, for any connectors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from .common import take_modules
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-size", nargs="+", type=int, required=True, metavar="PIXELS", help="side, or height width"
+    )
+    parser.add_argument("--patch-size", type=int, required=True, metavar="PIXELS")
+    parser.add_argument("--tiles", type=int, default=1, metavar="N", help="views of that size a picture is cut into")
+    parser.add_argument("--thumbnail", action="store_true", help="and one view of the whole picture")
+    parser.add_argument(
+        "--connector",
+        nargs="+",
+        default=["linear"],
+        metavar="NAME",
+        help="with options as NAME,key=value,... (default: linear, a token a patch)",
+    )
+    parser.add_argument("--context", type=int, default=4096, metavar="N", help="the LLM's context (default: 4096)")
+    take_modules(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from omegaconf import OmegaConf
+
+    from ..planning import visual_tokens
+
+    if len(options.image_size) > 2:
+        raise ValueError(f"--image-size takes a side, or height and width, got {len(options.image_size)} numbers")
+    size = (options.image_size[0], options.image_size[-1])
+    found = []
+    for choice in options.connector:
+        name, *settings = choice.split(",")
+        chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+        more = (options.tiles, options.thumbnail, options.context)
+        found.append(visual_tokens(size, options.patch_size, name, chosen, *more))
+    if options.json:
+        print(json.dumps([asdict(each) for each in found], indent=2))
+        return
+    rows = [("connector", "tokens", "a view", "views", f"of {options.context:,}")]
+    rows += [
+        (each.connector, f"{each.tokens:,}", f"{each.tokens_per_view:,}", f"{each.views}", f"{each.context_share:.1%}")
+        for each in found
+    ]
+    print(f"{size[0]}x{size[1]} pixels, {found[0].grid[0]}x{found[0].grid[1]} patches a view")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "  ".join([f"  {row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))])
+        )
