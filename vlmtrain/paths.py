@@ -5,6 +5,7 @@ And files: links, whole ones, and those that are on the disk for certain.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -16,12 +17,23 @@ CONFIGS = _HOME / "configs"
 RECIPES = _HOME / "recipes"
 
 
+def make_folder(folder: Path, named: str) -> None:
+    """Make a folder unless it is there. Raises ValueError, saying how the line named it, if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        raise ValueError(f"{named} is no folder that can be written to: {error}") from None
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a whole file or nothing of it, on the disk when this returns."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(file)
+    sync(file.parent)
 
 
 def sync(*paths: Path) -> None:
@@ -61,6 +73,7 @@ def restore_folder(target: Path) -> None:
     """Give `target` its place back if a kill came just as it was being replaced."""
     if _aside(target).exists() and not target.exists():
         _aside(target).rename(target)
+        sync(target.parent)
 
 
 def _aside(target: Path) -> Path:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from .charts import Series, line_chart, smooth
 from .evaluation.metrics import score_rows
+from .paths import make_folder, replace_text
+from .run_files import read_config, read_json, read_records, read_summary
 
 MAX_CARDS = 24
 
@@ -38,12 +37,10 @@ svg .grid { stroke: #ecece7; } svg .leader { stroke: #9aa1a9; stroke-width: 0.8;
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run folder and return its path. Raises ValueError if it is no run folder."""
+    """Write ``report.html`` into a run folder and return its path. Raises ValueError naming a file that is broken."""
     run_dir = Path(run_dir)
-    config_file = run_dir / "config.yaml"
-    if not config_file.exists():
-        raise ValueError(f"{run_dir} is not a run folder: config.yaml is missing")
-    config = OmegaConf.to_container(OmegaConf.load(config_file))
+    config = read_config(run_dir)
+    make_folder(run_dir, str(run_dir))
     stages = [name for name in config["stages"] if (run_dir / name / "metrics.jsonl").exists()]
     body = [_head(config, run_dir), _figures(run_dir, stages)]
     body += [_stage(run_dir / name, name) for name in stages]
@@ -52,9 +49,7 @@ def write_report(run_dir: str | Path) -> Path:
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>{"".join(body)}</html>\n'
     )
     target = run_dir / "report.html"
-    partial = target.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    replace_text(target, page)
     return target
 
 
@@ -69,11 +64,12 @@ def _head(config: dict, run_dir: Path) -> str:
 
 def _figures(run_dir: Path, stages: list[str]) -> str:
     """The last stage's scores, large."""
-    scored = [name for name in stages if (_json(run_dir / name / "summary.json") or {}).get("validation")]
+    summaries = {name: read_summary(run_dir / name) or {} for name in stages}
+    scored = [name for name in stages if summaries[name].get("validation")]
     if not scored:
         return ""
-    scores = _json(run_dir / scored[-1] / "summary.json")["validation"]
-    seconds = sum((_json(run_dir / name / "summary.json") or {}).get("seconds", 0) for name in stages)
+    scores = summaries[scored[-1]]["validation"]
+    seconds = sum(summary.get("seconds", 0) for summary in summaries.values())
     boxes = (
         (f"{scores['exact_match']:.1%}", f"exact match, {scores['questions']} held-out questions"),
         (f"{scores['blind_exact_match']:.1%}", "the same with the picture blanked"),
@@ -84,9 +80,8 @@ def _figures(run_dir: Path, stages: list[str]) -> str:
 
 
 def _stage(folder: Path, name: str) -> str:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    records = [record for record in records if record["loss"] is not None]
-    summary = _json(folder / "summary.json")
+    records = [record for record in read_records(folder / "metrics.jsonl") if record["loss"] is not None]
+    summary = read_summary(folder)
     parts = [f"<h2>{escape(name)}</h2>"]
     if summary is None:
         parts.append(f'<p class="quiet">not finished: {len(records)} steps so far</p>')
@@ -96,8 +91,9 @@ def _stage(folder: Path, name: str) -> str:
             parts.append(html_table(score_rows(summary["validation"])))
     parts.append(f'<div class="charts">{_charts(folder, records)}</div>')
     if summary is not None:
+        samples = folder / "samples.json"
         parts.append(_parts_table(summary))
-        parts.append(_cards(_json(folder / "samples.json") or []))
+        parts.append(_cards(read_json(samples) if samples.exists() else []))
     return "".join(parts)
 
 
@@ -131,8 +127,7 @@ def _charts(folder: Path, records: list[dict]) -> str:
         return ""
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     loss = [Series("", steps, losses, faint=True), Series("training", steps, smooth(losses))]
-    file = folder / "validation.jsonl"
-    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    found = read_records(folder / "validation.jsonl")
     if found:
         points = [r["step"] for r in found], [r["loss"] for r in found]
         loss.append(Series("validation", *points, color=1, dots=True))
@@ -182,7 +177,3 @@ def _cards(samples: list[dict]) -> str:
             )
         cards.append(f'<div class="card">{pictures}<dl>{"".join(lines)}</dl></div>')
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
-
-
-def _json(file: Path) -> dict | list | None:
-    return json.loads(file.read_text()) if file.exists() else None

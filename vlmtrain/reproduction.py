@@ -5,18 +5,18 @@ python -m vlmtrain.reproduction SETTINGS.yaml      # trains by settings that are
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
+from .paths import make_folder, replace_text
 from .processes import die_with_launcher
+from .run_files import read_config, read_json, read_records, read_summary
 from .train import train, users_errors
 
+SETTINGS = "reproduced.yaml"
 COMPARED = ("loss", "grad_norm", "samples", "tokens")
 
 
@@ -46,9 +46,10 @@ class Reproduction(NamedTuple):
 def reproduce(run_dir: Path, out: Path | None = None, ranks: int | None = None) -> Reproduction:
     """Train by the record of `run_dir` into `out`, on as many processes as it says, and compare.
 
-    Raises ValueError if there is no record, or if the run fails.
+    A rerun of the same record that was interrupted goes on. Raises ValueError if there is no record, if `out` holds
+    anything else, or if the run fails.
     """
-    config = _config(run_dir)
+    config = read_config(run_dir)
     out = out or run_dir.with_name(f"{run_dir.name}-again")
     if out.resolve() == run_dir.resolve():
         raise ValueError(f"{out} is the run itself: name another folder")
@@ -58,45 +59,49 @@ def reproduce(run_dir: Path, out: Path | None = None, ranks: int | None = None) 
         raise ValueError(f"{run_dir} holds no steps to compare with, or no record of what made them")
     everything = began == list(config["stages"])
     config |= {"run_dir": str(out), "wandb": "disabled", "stage": None if everything else config["stage"]}
-    _run(config, out, ranks or record["machine"]["processes"], record["machine"]["threads"])
+    if _is_finished(config, out):
+        # what it found is not what would be found now: code, libraries and machine may have changed
+        raise ValueError(f"{out} holds a finished rerun already: remove it, or name another folder with --out")
+    _take_folder(config, out)
+    _run(out, ranks or record["machine"]["processes"], record["machine"]["threads"])
+    if not _is_finished(config, out):
+        raise ValueError(f"the run in {out} was stopped; the same line goes on from there")
     from .training.provenance import differences
 
     return Reproduction(
-        str(out), {name: _compare(run_dir / name, out / name) for name in began}, differences(record, _config(out))
+        str(out), {name: _compare(run_dir / name, out / name) for name in began}, differences(record, read_config(out))
     )
 
 
-def _config(run_dir: Path) -> dict:
+def _is_finished(config: dict, out: Path) -> bool:
+    wanted = [config["stage"]] if config["stage"] else config["stages"]
+    return (out / SETTINGS).is_file() and all(read_summary(out / name) for name in wanted)
+
+
+def _take_folder(config: dict, out: Path) -> None:
+    """Write the settings into `out`, which must be empty or hold a rerun by the same settings."""
     from omegaconf import OmegaConf
 
-    file = run_dir / "config.yaml"
-    if not file.exists():
-        raise ValueError(f"{run_dir} is not a run folder: config.yaml is missing")
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
-        dict(config)["stages"].items()
-    except (yaml.YAMLError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not a run's record: {error}") from None
-    return config
+    text = OmegaConf.to_yaml(OmegaConf.create(config))
+    settings = out / SETTINGS
+    if out.is_dir() and any(out.iterdir()) and not (settings.is_file() and settings.read_text() == text):
+        raise ValueError(f"{out} holds something else already: name another folder with --out")
+    make_folder(out, f"--out {out}")
+    replace_text(settings, text)
 
 
-def _run(config: dict, out: Path, ranks: int, threads: int) -> None:
-    from omegaconf import OmegaConf
-
-    out.mkdir(parents=True, exist_ok=True)
-    settings = out / "reproduced.yaml"
-    settings.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+def _run(out: Path, ranks: int, threads: int) -> None:
     command = [sys.executable, "-m", "vlmtrain.processes"]
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    command += ["vlmtrain.reproduction", str(settings)]
+    command += ["vlmtrain.reproduction", str(out / SETTINGS)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=sys.stderr)
     if done.returncode:
         raise ValueError(f"the run in {out} failed (exit {done.returncode}); its last words are above")
 
 
 def _compare(first: Path, again: Path) -> StageResult:
-    pairs = list(zip(_records(first / "metrics.jsonl"), _records(again / "metrics.jsonl")))
+    pairs = list(zip(read_records(first / "metrics.jsonl"), read_records(again / "metrics.jsonl")))
     partings = (
         Parting(one["step"], key, one[key], two[key]) for one, two in pairs for key in COMPARED if one[key] != two[key]
     )
@@ -107,12 +112,8 @@ def _compare(first: Path, again: Path) -> StageResult:
     )
 
 
-def _records(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def _hashes(manifest: Path) -> dict[str, str]:
-    return {part: facts["sha256"] for part, facts in json.loads(manifest.read_text())["parts"].items()}
+    return {part: facts["sha256"] for part, facts in read_json(manifest)["parts"].items()}
 
 
 def main() -> None:

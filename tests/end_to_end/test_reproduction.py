@@ -57,6 +57,12 @@ def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(firs
     config = OmegaConf.load(first / "config.yaml")
     config.versions.torch = "1.0"
     OmegaConf.save(config, first / "config.yaml")
+    refused = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), check=False)
+    assert refused.returncode == 2 and f"{tmp_path / 'again'} holds a finished rerun already" in refused.stderr
+    # as if the rerun had been killed in its second stage, in the middle of a line
+    (tmp_path / "again" / "instruct" / "summary.json").unlink()
+    with open(first / "instruct" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
     parted = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), check=False)
     assert parted.returncode == 1
     assert "instruct: parts at step 3 of 5: loss was" in parted.stdout

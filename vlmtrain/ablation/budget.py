@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..planning.plan import Machine, StagePlan, plan_run
+from ..run_files import read_records, read_summary
 from ..settings import compose
 from .line import Ablation, Choice
 
@@ -75,7 +75,7 @@ def _seconds_per_step(ablation: Ablation, choice: Choice, runner: Runner) -> dic
         _short_run(ablation, who, runner, folder, [], TIMED_STEPS)
     seconds = {}
     for name in _plans(ablation, choice):
-        records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        records = read_records(folder / name / "metrics.jsonl")
         seconds[name] = float(np.median([record["step_seconds"] for record in records[LEFT_OUT:] or records]))
     return seconds
 
@@ -98,7 +98,7 @@ def _sweep(
 
 
 def _last_loss(folder: Path, stage: str) -> float:
-    validation = json.loads((folder / stage / "summary.json").read_text())["validation"]
+    validation = read_summary(folder / stage)["validation"]
     if validation is None:
         raise ValueError(f"a sweep needs a validation loss, and stage {stage} has no validation: set data.validation")
     return validation["loss"]

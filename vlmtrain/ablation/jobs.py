@@ -27,9 +27,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..paths import link_or_copy
+from ..paths import link_or_copy, make_folder, replace_text
+from ..run_files import read_json
 from ..settings import compose, flatten
-from ..training.run_folder import replace_text
 from .budget import decide
 from .line import Ablation, Choice
 
@@ -62,12 +62,12 @@ def _check_same(ablation: Ablation) -> None:
         "sweep_steps": ablation.sweep_steps if ablation.sweep else None,
     }
     if file.exists():
-        began = json.loads(file.read_text())
+        began = read_json(file)
         changed = sorted(set(began["line"]) ^ set(facts["line"]))
         changed += [f"{key}={began[key]}" for key in facts if key != "line" and began[key] != facts[key]]
         if changed:
             raise ValueError(f"{ablation.folder} began with another line ({', '.join(changed)}); set another run_dir")
-    ablation.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(ablation.folder, f"run_dir={ablation.folder}")
     replace_text(file, json.dumps(facts, indent=2) + "\n")
 
 

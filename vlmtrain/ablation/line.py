@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from ..errors import first_line, nearest
+from ..run_files import read_json
 from ..settings import compose
 
 OWN_KEYS = ("connectors", "seeds", "jobs", "ranks", "run_dir", "budget", "metric", "sweep_steps")
@@ -82,7 +83,7 @@ class Ablation:
 
     def decisions(self) -> dict[str, dict]:
         """By label, what the budget and the sweep decided."""
-        return json.loads(self.decisions_file.read_text()) if self.decisions_file.exists() else {}
+        return read_json(self.decisions_file) if self.decisions_file.exists() else {}
 
     def sweep_lines(self) -> list[list[str]]:
         """Each combination of the sweep's values, as overrides."""

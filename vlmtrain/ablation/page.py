@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from ..charts import Series, line_chart, scatter_chart, smooth
 from ..report import STYLE, html_table
+from ..run_files import read_json, read_records
 from .jobs import wanted_stages
 from .line import Ablation, Choice
 from .results import Entry
@@ -66,7 +66,7 @@ def _losses(ablation: Ablation) -> str:
         series = []
         for number, choice in enumerate(ablation.choices):
             files = [ablation.job(choice, seed) / stage / "metrics.jsonl" for seed in ablation.seeds]
-            records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+            records = [read_records(file) for file in files]
             curves = np.array([smooth([record["loss"] for record in seed], SMOOTHED) for seed in records])
             steps = [record["step"] for record in records[0]]
             band = (curves.min(0).tolist(), curves.max(0).tolist()) if len(curves) > 1 else None
@@ -78,10 +78,7 @@ def _losses(ablation: Ablation) -> str:
 
 def _side_by_side(ablation: Ablation) -> str:
     """A few pictures, with what each answered: questions of the first seed, as they come."""
-    samples = {
-        choice.label: json.loads((_last_stage(ablation, choice) / "samples.json").read_text())
-        for choice in ablation.choices
-    }
+    samples = {choice.label: read_json(_last_stage(ablation, choice) / "samples.json") for choice in ablation.choices}
     first = next(iter(samples.values()))
     cards = []
     for i, sample in enumerate(first[:SHOWN]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..planning.plan import Machine, plan_run
+from ..run_files import read_json, read_records, read_summary
 from .jobs import wanted_stages
 from .line import Ablation, Choice
 
@@ -89,14 +89,14 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
     settings = ablation.settings(choice, ablation.seeds[0])
     last = wanted_stages(settings)[-1]
     folders = [ablation.job(choice, seed) / last for seed in ablation.seeds]
-    summaries = [_read(folder / "summary.json") for folder in folders]
+    summaries = [_finished(folder) for folder in folders]
     validations = [summary["validation"] for summary in summaries]
     if None in validations:
         raise ValueError(f"stage {last} has no validation, so there is nothing to compare: set data.validation")
-    answers = [_read(folder / "answers.json") for folder in folders]
+    answers = [read_json(folder / "answers.json") for folder in folders]
     plans = {plan.name: plan for plan in plan_run(settings, Machine()) if "connector" in plan.parts}
     flops = [plan.flops for plan in plans.values()]
-    steps = [json.loads(line) for folder in folders for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for folder in folders for step in read_records(folder / "metrics.jsonl")]
     measured = [_measured(seed, ablation.metric, folder) for seed, folder in zip(answers, folders)]
     names = [name for name in validations[0] if isinstance(validations[0][name], float)]
     sweep = {key for key, _ in ablation.sweep}
@@ -212,8 +212,8 @@ def t_test(values: Sequence[float]) -> float:
     return float(1 - np.interp(math.atan(statistic / math.sqrt(degrees)), angles, below) / below[-1])
 
 
-def _read(file: Path) -> dict | list:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing: the job has not finished; run the same line again") from None
+def _finished(stage: Path) -> dict:
+    summary = read_summary(stage)
+    if summary is None:
+        raise ValueError(f"{stage} has no summary.json: the job has not finished; run the same line again")
+    return summary

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..errors import first_line
 from ..manifest import check_files
 from ..tiling import Tiles, choose_tiles, tiled_tokens
 from .connector_text import TextReader, pad_texts
@@ -280,11 +281,14 @@ class Processor:
         """Load the processor of a model folder. Raises ValueError if it has none."""
         check_files(Path(folder), "processor")
         folder = Path(folder) / "processor"
+        file = folder / "processor.json"
         try:
-            settings = json.loads((folder / "processor.json").read_text())
+            settings = json.loads(file.read_text())
+            saved, reader = settings.pop("geometry"), settings.pop("reader", None)
         except FileNotFoundError:
             raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
-        saved, reader = settings.pop("geometry"), settings.pop("reader", None)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is not what a processor was saved as: {first_line(error)}") from None
         geometry = saved and Geometry(**{key: _as_tuple(value) for key, value in saved.items()})
         tokenizer = _saved_tokenizer(folder)
         if reader:

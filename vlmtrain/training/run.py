@@ -42,18 +42,20 @@ from .watch import Watch
 def train_run(settings: DictConfig, world: World) -> None:
     """Train all stages that are not finished, or only ``settings.stage``. Raises ValueError for users' mistakes."""
     check_settings(settings, world.size)
-    folder, changed = RunFolder(settings.run_dir), []
+    folder, warnings = RunFolder(settings.run_dir), []
     if world.is_main:
-        folder.lock()
+        unlocked = folder.lock()
         folder.check_same(settings)
         start = take_in(settings, folder)
         check_stages(start, folder)
         changed = folder.write_config(settings, provenance(settings, world))
+        warnings = [f"not as when the run was here last, so further steps may differ: {each}" for each in changed]
+        warnings += [unlocked] if unlocked else []
     world.barrier()
     settings = take_in(settings, folder)
     set_up_logging(folder.root / "train.log" if world.is_main else None)
-    for difference in changed:
-        logger.warning(f"not as when the run was here last, so further steps may differ: {difference}")
+    for warning in warnings:
+        logger.warning(warning)
     wandb = WandB(
         settings.wandb if world.is_main else "disabled",
         settings.wandb_project,
@@ -216,6 +218,7 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
                 if split == stage.data or settings.data.get(split) is not None:
                     _check_source(settings, split, picture_size(parts))
         elif folder.is_finished(name):
+            folder.summary(name)  # raises if it is broken, before anything is trained
             connector = connector_skeleton(folder.model(name))
         else:
             continue

@@ -11,6 +11,7 @@ run_dir/report.html
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,7 +22,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..paths import replace_text
+from ..paths import make_folder, replace_text
+from ..run_files import CONFIG, SUMMARY, read_config, read_summary
 from ..settings import flatten
 from .provenance import KEYS, differences
 
@@ -35,6 +37,7 @@ FREE_IN_STAGE = (
     *("expected", "save_every", "save_every_minutes", "keep_last", "keep_best"),
     *("micro_batch_size", "validate_every", "validation"),
 )
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class RunFolder:
@@ -54,19 +57,32 @@ class RunFolder:
 
     def summary(self, name: str) -> dict:
         """What a finished stage says of itself."""
-        return json.loads((self.stage(name) / "summary.json").read_text())
+        return read_summary(self.stage(name))
 
     def is_finished(self, name: str) -> bool:
         """A stage is finished when its summary is there: it is written last."""
-        return (self.stage(name) / "summary.json").exists()
+        return (self.stage(name) / SUMMARY).exists()
 
-    def lock(self, patience: float = 5.0) -> None:
-        """Hold the folder for this process's life. Raises ValueError if another run still does after `patience` s.
+    def lock(self, patience: float = 5.0) -> str | None:
+        """Hold the folder for this process's life; returns a warning where its file system knows no locks.
 
-        The system's lock ends with the process that took it, whatever the file says.
+        The system's lock ends with the process that took it, whatever the file says. Raises ValueError if another run
+        still holds it after `patience` s, or if the folder cannot be written to.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root, f"run_dir={self.root}")
         self._lock = open(self.root / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        try:
+            self._wait_for_lock(patience)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return (
+                f"run_dir={self.root} is on a file system without locks ({error.strerror}): nothing keeps a second run "
+                "off this folder, and two at once destroy each other's files"
+            )
+        return None
+
+    def _wait_for_lock(self, patience: float) -> None:
         deadline = time.monotonic() + patience
         while not self._take_lock():
             if time.monotonic() > deadline:
@@ -89,10 +105,10 @@ class RunFolder:
 
     def check_same(self, settings: DictConfig) -> None:
         """Raise ValueError, naming the key, if these settings would change what the folder already holds."""
-        file = self.root / "config.yaml"
+        file = self.root / CONFIG
         if not file.exists():
             return
-        old = OmegaConf.to_container(OmegaConf.load(file))
+        old = read_config(self.root)
         began = [name for name in old.get("stages", {}) if (self.stage(name) / "metrics.jsonl").exists()]
         before, now = (_binding(c, began) for c in (old, OmegaConf.to_container(settings)))
         for key in sorted(before.keys() | now.keys()):
@@ -108,8 +124,8 @@ class RunFolder:
         What differs is kept, the latest last, as ``earlier``.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        file = self.root / "config.yaml"
-        before = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
+        file = self.root / CONFIG
+        before = read_config(self.root) if file.exists() else {}
         changed = differences(before, record) if before else []
         earlier = list(before.get("earlier", []))
         if changed:

@@ -1,0 +1,67 @@
+"""What a run's folder says, read back: each file whole and of its kind, or an error in one line that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from .errors import first_line
+
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+
+
+def read_config(run_dir: Path) -> dict:
+    """A run's settings and provenance. Raises ValueError if the folder is no run's, or its record is broken."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    file = run_dir / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{run_dir} is not a run folder: {CONFIG} is missing")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a run's record: {first_line(error)}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
+        raise ValueError(f"{file} is not a run's record: it names no stages")
+    return config
+
+
+def read_summary(stage: Path) -> dict | None:
+    """What a finished stage says of itself; None where it is not finished."""
+    file = stage / SUMMARY
+    if not file.exists():
+        return None
+    summary = read_json(file)
+    if not isinstance(summary, dict) or not {"steps", "parts", "validation"} <= summary.keys():
+        raise ValueError(
+            f"{file} is not a finished stage's summary: put it back, or remove {stage} to train the stage again"
+        )
+    return summary
+
+
+def read_json(file: Path) -> dict | list:
+    """The content of a JSON file. Raises ValueError if it is missing or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: what writes it has not come to its end") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not the JSON that a run wrote: {first_line(error)}") from None
+
+
+def read_records(file: Path) -> list[dict]:
+    """The objects of a file with one a line, none if it is missing, without a last line that a kill cut short."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (TypeError, ValueError):
+            if number < len(lines):
+                raise ValueError(f"{file}, line {number}: not a JSON object") from None
+    return records
