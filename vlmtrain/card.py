@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,21 +9,20 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from . import __version__
+from .fingerprints import shown
+from .paths import replace_text
+from .run_files import read_config, read_summary
 
-END = 2**20  # bytes at either end of a file that its fingerprint sees
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"
 
 
 def write_card(run_dir: Path, stage: str, model: Path) -> Path:
     """Write README.md into the model folder of a finished stage; the licence is left to the user."""
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    config = read_config(run_dir)
     names = list(config["stages"])
-    done = {}
-    for name in names[: names.index(stage) + 1]:
-        file = run_dir / name / "summary.json"
-        if file.exists():
-            done[name] = json.loads(file.read_text())
+    summaries = {name: read_summary(run_dir / name) for name in names[: names.index(stage) + 1]}
+    done = {name: summary for name, summary in summaries.items() if summary}
     parts = {part: _part_name(config, part) for part in ("vision", "connector", "llm")}
     bases = [config[part][key] for part, key in (("vision", "path"), ("llm", "path")) if config[part].get(key)]
     text = "\n".join(
@@ -41,7 +39,8 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             _started(config),
             "## Data\n",
             _table(("stage", "source", "samples drawn", "fingerprint"), _data_rows(config, done)),
-            "A fingerprint is a SHA-256 over names, sizes, and the first and last MiB of each file.\n",
+            "The beginning of a SHA-256: of a file, of both ends of a large one, or of names and sizes in a folder "
+            "(and the ends of its files, up to 10,000). As the run's config.yaml has it.\n",
             "## Scores\n",
             _table(("stage", "questions", "exact match (95 %)", "without the picture", "loss"), _score_rows(done)),
             "On `data.validation` of the run, greedy answers. Wilson intervals.\n",
@@ -56,7 +55,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
         ]
     )
     card = model / "README.md"
-    card.write_text(text)
+    replace_text(card, text)
     return card
 
 
@@ -80,20 +79,6 @@ def write_export_card(source: Path, out: Path, model_class: str, difference: flo
         f"## Licence and limits\n\nLicence: {OPEN}. Intended use: {OPEN}. Known limits: {OPEN}.\n",
     ]
     (out / "README.md").write_text("\n".join(lines))
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 over names, sizes, and both ends of a file, or of all files of a folder."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
-        size = file.stat().st_size
-        name = file.name if file == path else str(file.relative_to(path))
-        digest.update(f"{name} {size}\n".encode())
-        with open(file, "rb") as data:
-            digest.update(data.read(END))
-            data.seek(max(END, size - END))
-            digest.update(data.read(END))
-    return digest.hexdigest()
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -156,8 +141,9 @@ def _data_rows(config: Mapping, done: Mapping[str, Mapping]) -> Iterator[tuple]:
         for source, drawn in summary["data"].items():
             entry = split.get(source, split) if isinstance(split, Mapping) else split
             path = entry.get("path") if isinstance(entry, Mapping) else entry
-            if isinstance(path, str) and Path(path).exists():
-                yield name, f"{source}: {Path(path).name}", f"{drawn['samples']:,}", fingerprint(Path(path))[:16]
+            record = config.get("files", {}).get(str(Path(path))) if isinstance(path, str) else None
+            if record:
+                yield name, f"{source}: {Path(path).name}", f"{drawn['samples']:,}", shown(record)
             else:
                 yield name, f"{source}: {path or config['data']['format']}", f"{drawn['samples']:,}", "none: not a file"
 

@@ -8,9 +8,11 @@ import subprocess
 
 import pytest
 
+from vlmtrain import fingerprints
+from vlmtrain.fingerprints import fingerprint
 from vlmtrain.settings import compose
 from vlmtrain.training import provenance as module
-from vlmtrain.training.provenance import differences, fingerprint, git_state
+from vlmtrain.training.provenance import differences, git_state
 
 
 def git(folder, *words):
@@ -46,7 +48,7 @@ def test_a_small_file_is_known_by_its_bytes_and_a_large_one_by_size_and_time(tmp
     file.write_text("[2]")
     (line,) = differences({"files": {"x": first}}, {"files": {"x": fingerprint(file)}})
     assert line.startswith("files.x: ")
-    monkeypatch.setattr(module, "HASHED_WHOLE", 2)
+    monkeypatch.setattr(fingerprints, "HASHED_WHOLE", 2)
     large = fingerprint(file)
     os.utime(file, (5, 5))
     assert "sha256" not in large and differences({"files": {"x": large}}, {"files": {"x": fingerprint(file)}})
@@ -60,6 +62,20 @@ def test_a_folder_is_known_by_names_and_sizes(tmp_path):
     assert (first["files"], first["bytes"]) == (2, 6)
     (tmp_path / "a/1.png").rename(tmp_path / "a/3.png")
     assert fingerprint(tmp_path)["sha256"] != first["sha256"]
+
+
+def test_a_large_file_and_the_files_of_a_folder_are_known_by_their_ends_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "HASHED_WHOLE", 2)
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode() * 3_000_000)
+    found = [fingerprint(tmp_path), fingerprint(tmp_path / "b")]
+    (tmp_path / "b").write_bytes(b"b" * 2_999_999 + b"a")
+    again = [fingerprint(tmp_path), fingerprint(tmp_path / "b")]
+    assert found[0]["sha256"] != again[0]["sha256"] and found[1]["ends_sha256"] != again[1]["ends_sha256"]
+    monkeypatch.setattr(fingerprints, "FEW_FILES", 1)
+    many = fingerprint(tmp_path)
+    (tmp_path / "b").write_bytes(b"c" * 3_000_000)
+    assert fingerprint(tmp_path)["sha256"] == many["sha256"], "of many files only names and sizes"
 
 
 def test_files_that_the_settings_read_are_found_and_others_are_not(tmp_path, monkeypatch):

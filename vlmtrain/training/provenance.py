@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -13,12 +12,11 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ..fingerprints import fingerprint
 from ..settings import flatten
 from ..world import World
 
 LIBRARIES = ("vlmtrain", "torch", "transformers", "deepspeed", "open_clip_torch", "hydra-core", "safetensors")
-HASHED_WHOLE = 2**26  # bytes up to which a file is read for its hash
-MOST_FILES = 100_000  # of a folder, that are looked at
 KEYS = ("versions", "git", "machine", "files", "earlier")
 
 
@@ -54,33 +52,6 @@ def git_state(folder: Path) -> dict | None:
         return {"commit": git("rev-parse", "HEAD").strip(), "changes": digest}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def fingerprint(path: Path) -> dict:
-    """Size, time of change, and a hash: of a small file's bytes, or of the names and sizes in a folder."""
-    if path.is_file():
-        facts = path.stat()
-        found = {"bytes": facts.st_size, "modified": facts.st_mtime}
-        if facts.st_size <= HASHED_WHOLE:
-            found["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return found
-    digest, count, size, modified = hashlib.sha256(), 0, 0, 0.0
-    for file in _files(path):
-        facts = file.stat()
-        digest.update(f"{file.relative_to(path)} {facts.st_size}\n".encode(errors="replace"))
-        count, size, modified = count + 1, size + facts.st_size, max(modified, facts.st_mtime)
-        if count == MOST_FILES:
-            break
-    return {"files": count, "bytes": size, "modified": modified, "sha256": digest.hexdigest()}
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            file = Path(parent, name)
-            if file.is_file():
-                yield file
 
 
 def _read_paths(settings: DictConfig) -> Iterator[Path]:

@@ -1,0 +1,62 @@
+"""What a file or folder that a run reads is known by, in the run's record and on its models' cards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+HASHED_WHOLE = 2**26  # bytes up to which a file is read for its hash
+END = 2**20  # bytes at either end of a larger file, or of one in a folder, that are read
+FEW_FILES = 10_000  # of a folder, whose ends are read: shards, but not each of a million pictures
+MOST_FILES = 100_000  # of a folder, that are looked at
+
+
+def fingerprint(path: Path) -> dict:
+    """Size, time of change, and a hash.
+
+    That of a file is over its bytes, ``sha256``, or of a large one over both ends, ``ends_sha256``. That of a folder is
+    over the names and sizes of its files, and where they are few over both ends of each.
+    """
+    if path.is_file():
+        facts = path.stat()
+        found = {"bytes": facts.st_size, "modified": facts.st_mtime}
+        if facts.st_size <= HASHED_WHOLE:
+            return {**found, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return {**found, "ends_sha256": hashlib.sha256(b"".join(_ends(path, facts.st_size))).hexdigest()}
+    digest, count, size, modified = hashlib.sha256(), 0, 0, 0.0
+    few: list[tuple[Path, int]] = []
+    for file in _files(path):
+        facts = file.stat()
+        digest.update(f"{file.relative_to(path)} {facts.st_size}\n".encode(errors="replace"))
+        count, size, modified = count + 1, size + facts.st_size, max(modified, facts.st_mtime)
+        if count <= FEW_FILES:
+            few.append((file, facts.st_size))
+        if count == MOST_FILES:
+            break
+    for file, bytes_in_it in few if count <= FEW_FILES else ():
+        for end in _ends(file, bytes_in_it):
+            digest.update(end)
+    return {"files": count, "bytes": size, "modified": modified, "sha256": digest.hexdigest()}
+
+
+def shown(record: Mapping) -> str:
+    """A record's hash, short enough to be read."""
+    return (record.get("sha256") or record["ends_sha256"])[:16]
+
+
+def _ends(file: Path, size: int) -> Iterator[bytes]:
+    with open(file, "rb") as data:
+        yield data.read(END)
+        data.seek(max(END, size - END))
+        yield data.read(END)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(parent, name)
+            if file.is_file():
+                yield file
