@@ -32,8 +32,8 @@ class Checkpoints:
         self.cost = {"saved": 0, "seconds": 0.0, "bytes": 0}
         self.saved_at = time.monotonic()
 
-    def save(self, state: TrainingState, step: int, record: dict) -> None:
-        """Write the state behind optimiser step `step`, then drop the oldest beyond `keep_last`.
+    def save(self, state: TrainingState, step: int, record: dict, prune: bool = True) -> None:
+        """Write the state behind optimiser step `step`, then drop the oldest beyond `keep_last`, if they are to go.
 
         Raises ValueError on every rank if one of them cannot write; the checkpoints before stay as they are.
         """
@@ -46,7 +46,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             partial.rename(self.folder / name)
             sync(self.folder)
-            for old in self._complete()[: -self.keep_last]:
+            for old in self._complete()[: -self.keep_last] if prune else ():
                 shutil.rmtree(old, ignore_errors=True)
         self.world.barrier()
         self.saved_at = time.monotonic()
@@ -65,6 +65,7 @@ class Checkpoints:
             shutil.rmtree(left, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
+            sync(*self.folder.parents[:2])  # the folder may be new
         except OSError as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -85,6 +86,7 @@ class Checkpoints:
         problem, facts = None, {}
         try:
             save_file(tensors, file, metadata={"format": "pt"})
+            sync(file)
             facts = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
         except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
@@ -95,7 +97,7 @@ class Checkpoints:
             try:
                 whole = {**record, "step": step, "updates": state.updates, "files": files}
                 (partial / RECORD).write_text(json.dumps({"record": whole, "sha256": _record_hash(whole)}))
-                sync(*partial.iterdir(), partial)
+                sync(partial / RECORD, partial)
             except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
         if self.world.is_main and problem:

@@ -6,6 +6,8 @@ import base64
 import json
 import logging
 import math
+import os
+import secrets
 import sys
 import time
 from io import BytesIO
@@ -48,6 +50,10 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         finite = {key: _finite(value) for key, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """Have what was written on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -111,11 +117,13 @@ class WandB:
         import wandb
 
         record = folder / "wandb_id.txt"
-        known = (record.read_text().strip() or None) if record.exists() else None
+        run_id = record.read_text().strip() if record.exists() else ""
+        if not run_id:  # chosen and kept before wandb knows it: a kill between must not make two runs of one
+            run_id = secrets.token_hex(4)
+            replace_text(record, run_id)
         self.run = wandb.init(
-            project=project, name=folder.name, dir=folder, mode=mode, config=config, id=known, resume="allow"
+            project=project, name=folder.name, dir=folder, mode=mode, config=config, id=run_id, resume="allow"
         )
-        replace_text(record, self.run.id)
         # a resumed run tells of some steps again: its axis is what we count, not how often it has logged
         self.run.define_metric("*", step_metric="total_step")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -20,12 +19,10 @@ from ..data.mixture import Mixture
 from ..data.sources import build_source
 from ..evaluation.validation import Validator, picture_uri
 from ..model.attention import attend_in_segments
-from ..model.parts import PARTS, module_state, part_facts, read_manifest, save_part, write_manifest
+from ..model.parts import module_state
 from ..objectives import Objective, build_objective
-from ..paths import link_or_copy, replace_folder, restore_folder, sync
+from ..paths import restore_folder
 from ..world import Stopped, StopSignal, World
-from .adapters import FOLDER as ADAPTERS
-from .adapters import merged, save_adapters
 from .assembly import (
     build_parts,
     build_processor,
@@ -39,11 +36,12 @@ from .compiling import compile_blocks
 from .engine import StageEngine
 from .feature_cache import FeatureCache
 from .metrics import Metrics, Progress, WandB, logger
+from .model_folder import ModelWriter
 from .optimizer import Schedule
 from .proof import Hashes, part_hashes, part_summary
 from .run_folder import RunFolder, write_json
 from .skips import Skips
-from .trainable import Group, freeze, trained_groups
+from .trainable import freeze, groups_of, trained_groups
 from .watch import Watch
 
 SHOWN_SAMPLES = 48
@@ -83,7 +81,7 @@ class _Stage:
         watch: Watch,
     ):
         self.watch = watch
-        self.settings, self.name, self.previous, self.folder, self.world = settings, name, previous, folder, world
+        self.settings, self.name, self.folder, self.world = settings, name, folder, world
         self.config = settings.stages[name]
         tokenizer = build_tokenizer(settings)
         self.parts = build_parts(settings, name, previous, tokenizer)
@@ -104,6 +102,7 @@ class _Stage:
                 f"stages.{name}.groups: {late[0].label} has from_step={late[0].from_step}, but the stage has only "
                 f"{self.total_steps} steps"
             )
+        self.models = ModelWriter(settings, name, self.parts, self.groups, self.processor, previous, world)
         freeze(self.parts, self.groups, self.config.gradient_checkpointing)
         if self.config.layout == "packed":
             attend_in_segments(self.parts["llm"])
@@ -125,7 +124,7 @@ class _Stage:
         if self.world.is_main:
             restore_folder(self.folder.stage(self.name) / "best")
         before = {
-            part: part_hashes(module, module_state(module), self._part_groups(part))
+            part: part_hashes(module, module_state(module), groups_of(part, self.groups))
             for part, module in self.parts.items()
         }
         if self.world.is_main:
@@ -178,9 +177,11 @@ class _Stage:
         wandb: WandB,
     ) -> None:
         first, total, record = self.record["step"], self.total_steps, self.record
+        # a stop comes before its step's validation, so that one may be told of and not be in the checkpoint
+        kept = {"metrics": first, "validation": record.get("validated", 0), "bad_steps": first}
         metrics, scores, bad_steps = (
-            Metrics(self.folder.stage(self.name) / f"{name}.jsonl", first) if self.world.is_main else None
-            for name in ("metrics", "validation", "bad_steps")
+            Metrics(self.folder.stage(self.name) / f"{name}.jsonl", last) if self.world.is_main else None
+            for name, last in kept.items()
         )
         progress = Progress(self.name, total, first) if self.world.is_main else None
         self.bad_steps = BadSteps(self.name, self.settings.bad_steps, bad_steps, record.get("bad_steps"))
@@ -205,9 +206,11 @@ class _Stage:
             self.watch.doing(f"{self.name} behind step {step + 1}: validating, saving", outside=True)
             if not stopping:
                 self._validate(engine, validator, scores, wandb)
-            if step + 1 < total and (stopping or step + 1 == self.end or self._is_save_due(step + 1)):
-                self.checkpoints.save(engine.training_state, step + 1, record)
-            if stopping and step + 1 < total:
+            if stopping or step + 1 == self.end or self._is_save_due(step + 1):
+                for file in filter(None, (metrics, scores, bad_steps)):
+                    file.sync()
+                self.checkpoints.save(engine.training_state, step + 1, record, prune=not self.bad_steps.in_a_row)
+            if stopping:
                 raise Stopped(
                     f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"
                 )
@@ -236,7 +239,7 @@ class _Stage:
     def _keep_best(self, engine: StageEngine, step: int, loss: float) -> None:
         best = self.record.get("best")
         if self.config.keep_best and math.isfinite(loss) and (best is None or loss < best["loss"]):
-            self._save_model(engine, self.folder.stage(self.name) / "best")
+            self.models.write(engine, self.folder.stage(self.name) / "best")
             self.record["best"] = {"step": step, "loss": loss}
 
     def _steps(self, first: int, cursor: dict | None) -> Iterator[StepData]:
@@ -360,7 +363,7 @@ class _Stage:
                 with engine.evaluating():
                     loss = validator.loss(engine.model, self.settings.validation.samples)
                 self._keep_best(engine, self.total_steps, loss)
-        after = self._save_model(engine, self.folder.model(self.name))
+        after = self.models.write(engine, self.folder.model(self.name))
         summary = {
             "stage": self.name,
             "steps": self.total_steps,
@@ -375,7 +378,7 @@ class _Stage:
             "world_size": self.world.size,
             "validation": scores,
             "parts": {
-                part: part_summary(part, module, self._part_groups(part), before[part], after[part])
+                part: part_summary(part, module, groups_of(part, self.groups), before[part], after[part])
                 for part, module in self.parts.items()
             },
         }
@@ -399,52 +402,6 @@ class _Stage:
         """Samples trained on, by source."""
         total = max(1, sum(drawn))
         return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
-
-    def _part_groups(self, part: str) -> list[Group]:
-        return [group for group in self.groups if group.part == part]
-
-    def _save_model(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
-        """Write a model folder, whole or not at all; returns the parts' hashes."""
-        partial = target.with_name(f"{target.name}.partial")
-        manifest, hashes = {}, {}
-        if self.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        for part, module in self.parts.items():
-            state = engine.state(module, keep=self.world.is_main)
-            if not self.world.is_main:
-                continue
-            hashes[part] = part_hashes(module, state, self._part_groups(part))
-            if part in PARTS:
-                whole = merged(module, state)
-                trained = bool(self._part_groups(part))
-                if trained or not (target / part).is_dir():
-                    save_part(part, module, partial / part, whole)
-                else:  # it was frozen when the folder was written last
-                    shutil.copytree(target / part, partial / part, copy_function=link_or_copy)
-                manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.name if trained else None}
-                if whole.keys() != state.keys():
-                    base = self.settings[part].get("path")
-                    save_adapters(module, state, partial / ADAPTERS / part, base)
-        if self.world.is_main:
-            self._hand_on(partial, manifest)
-            self.processor.save_pretrained(partial)
-            write_manifest(partial, manifest)
-            sync(*partial.rglob("*"), partial)
-            replace_folder(partial, target)
-        self.world.barrier()
-        return self.world.from_main(hashes)
-
-    def _hand_on(self, folder: Path, manifest: dict[str, dict]) -> None:
-        """Parts that this stage did without stay in the model, as links to the same files where possible."""
-        if self.previous is None:
-            return
-        for part, facts in read_manifest(self.previous).items():
-            if part in manifest:
-                manifest[part]["stage"] = manifest[part]["stage"] or facts.get("stage")
-            elif part not in self.config.drops:
-                shutil.copytree(self.previous / part, folder / part, copy_function=link_or_copy)
-                manifest[part] = facts
 
     def _shown(self, validator: Validator | None, answers: list[dict]) -> list[dict]:
         """A few answers with their pictures, for the report."""

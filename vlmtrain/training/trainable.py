@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +49,11 @@ class Group:
         if self.rows is not None:
             shapes = [(len(self.rows), *shape[1:]) for shape in shapes]
         return sum(math.prod(shape) for shape in shapes)
+
+
+def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
+    """Those of a part."""
+    return [group for group in groups if group.part == part]
 
 
 def training_rates(stage: Mapping, name: str) -> dict[str, float]:

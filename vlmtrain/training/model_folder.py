@@ -1,0 +1,84 @@
+"""The model folders that a stage leaves: its last model, and its best."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torch import nn
+
+from ..data.processor import Processor
+from ..model.parts import PARTS, part_facts, read_manifest, save_part, write_manifest
+from ..paths import link_or_copy, replace_folder, sync
+from ..world import World
+from .adapters import FOLDER as ADAPTERS
+from .adapters import merged, save_adapters
+from .engine import StageEngine
+from .proof import Hashes, part_hashes
+from .trainable import Group, groups_of
+
+
+class ModelWriter:
+    """Writes model folders of one stage, each whole or not at all.
+
+    groups: what the stage trains; previous: the model folder that it started from, if any.
+    """
+
+    def __init__(
+        self,
+        settings: DictConfig,
+        stage: str,
+        parts: Mapping[str, nn.Module],
+        groups: Sequence[Group],
+        processor: Processor,
+        previous: Path | None,
+        world: World,
+    ):
+        self.settings, self.stage, self.drops = settings, stage, settings.stages[stage].drops
+        self.parts, self.groups, self.processor = parts, groups, processor
+        self.previous, self.world = previous, world
+
+    def write(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
+        """Write a folder in the place of `target`, on the main rank; every rank gets the parts' hashes."""
+        partial = target.with_name(f"{target.name}.partial")
+        manifest, hashes = {}, {}
+        if self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        for part, module in self.parts.items():
+            state = engine.state(module, keep=self.world.is_main)  # gathered from all ranks
+            if not self.world.is_main:
+                continue
+            groups = groups_of(part, self.groups)
+            hashes[part] = part_hashes(module, state, groups)
+            if part in PARTS:
+                whole = merged(module, state)
+                if groups or not (target / part).is_dir():
+                    save_part(part, module, partial / part, whole)
+                else:  # it was frozen when the folder was written last
+                    shutil.copytree(target / part, partial / part, copy_function=link_or_copy)
+                manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.stage if groups else None}
+                if whole.keys() != state.keys():
+                    base = self.settings[part].get("path")
+                    save_adapters(module, state, partial / ADAPTERS / part, base)
+        if self.world.is_main:
+            self._hand_on(partial, manifest)
+            self.processor.save_pretrained(partial)
+            write_manifest(partial, manifest)
+            sync(*partial.rglob("*"), partial)
+            replace_folder(partial, target)
+        self.world.barrier()
+        return self.world.from_main(hashes)
+
+    def _hand_on(self, folder: Path, manifest: dict[str, dict]) -> None:
+        """Parts that this stage did without stay in the model, as links to the same files where possible."""
+        if self.previous is None:
+            return
+        for part, facts in read_manifest(self.previous).items():
+            if part in manifest:
+                manifest[part]["stage"] = manifest[part]["stage"] or facts.get("stage")
+            elif part not in self.drops:
+                shutil.copytree(self.previous / part, folder / part, copy_function=link_or_copy)
+                manifest[part] = facts
