@@ -140,6 +140,13 @@ if __name__ == "__main__":
     if world.size > 1:
         interrupt_at_bad_steps()
         train(folder / "interrupted", world, "engine=zero1", "precision=bf16")
+        # another engine, among bad steps
+        later = (
+            "stages.instruct.train.vision=null",
+            "stages.instruct.groups=[{match: vision, lr: 1e-3, from_step: 6}]",
+        )
+        wrong.everywhere, wrong.behind, wrong.calls = True, 3, 0
+        report["stopped in between"] = train(folder / "between", world, "bad_steps.in_a_row=4", *later, *keep)
     if world.is_main:
         (folder / "report.json").write_text(json.dumps(report))
     leave_world()

@@ -1,5 +1,6 @@
 """Data that differs from rank to rank, everything trained, all in one process group. Run by test_hangs.py:
 
+python -m tests.distributed.hang_runs                   # prints how far two ranks are from one, as Markdown
 python hang_runs.py FOLDER ENGINE...                    # every kind of data, under each engine
 python -m torch.distributed.run ... hang_runs.py FOLDER --stuck   # one rank never comes back from a forward pass
 """
@@ -7,7 +8,9 @@ python -m torch.distributed.run ... hang_runs.py FOLDER --stuck   # one rank nev
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from PIL import Image
 
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.processes import launched_rank
+from vlmtrain.run_files import read_records
 from vlmtrain.settings import compose
 from vlmtrain.train import train
 from vlmtrain.training.run import train_run
@@ -28,6 +32,38 @@ KINDS = {
     "uneven tail": [[(60, 40)], [], [(40, 40)], [(40, 60)], []],
     "tiles": [[(48, 48)], [(200, 48)], [(48, 200)], [], [(96, 96)], [(150, 50), (48, 48)], [(48, 48)], [(48, 300)]],
 }
+ENGINES = ("zero0", "zero1", "zero2", "zero3")
+Table = dict[tuple[str, str], float]
+
+
+def launch(ranks: int, *words: str, **options) -> subprocess.CompletedProcess:
+    """This module as ranks of torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run([*launcher, __file__, *words], capture_output=True, text=True, timeout=900, **options)
+
+
+def measure(folder: Path) -> Table:
+    """The largest relative difference, of losses and of the first gradient norm, between two ranks and one."""
+    alone, together = folder / "alone", folder / "together"
+    for ranks, place, engines in ((1, alone, ENGINES[:1]), (2, together, ENGINES)):
+        done = launch(ranks, str(place), *engines)
+        assert done.returncode == 0, done.stderr[-6000:]
+    found = {}
+    for number, kind in enumerate(KINDS):
+        wanted = read_records(alone / f"{number}-zero0" / "instruct" / "metrics.jsonl")
+        for engine in ENGINES:
+            records = read_records(together / f"{number}-{engine}" / "instruct" / "metrics.jsonl")
+            assert len(records) == len(wanted) == 4
+            pairs = [(record["loss"], other["loss"]) for record, other in zip(records, wanted)]
+            pairs.append((records[0]["grad_norm"], wanted[0]["grad_norm"]))
+            found[kind, engine] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    return found
+
+
+def as_markdown(found: Table) -> str:
+    rows = [("data", *ENGINES), ("---", *("---:" for _ in ENGINES))]
+    rows += [(kind, *(f"{found[kind, engine]:.0e}" for engine in ENGINES)) for kind in KINDS]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def write_data(folder: Path, kind: str) -> Path:
@@ -86,8 +122,10 @@ def get_stuck(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder, *words = Path(sys.argv[1]), *sys.argv[2:]
-    if words == ["--stuck"]:
-        get_stuck(folder)
+    if len(sys.argv) == 1:
+        with tempfile.TemporaryDirectory() as place:
+            print(as_markdown(measure(Path(place))))
+    elif sys.argv[2:] == ["--stuck"]:
+        get_stuck(Path(sys.argv[1]))
     else:
-        run_all(folder, words)
+        run_all(Path(sys.argv[1]), sys.argv[2:])

@@ -1,46 +1,21 @@
 """Ranks whose data differ do not wait for each other for ever, and make the update that one rank makes.
 
-The table is printed with ``pytest -s``.
+``python -m tests.distributed.hang_runs`` prints the table.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-from ..conftest import metrics, run
-from .hang_runs import KINDS, write_data
-
-WORKER = str(Path(__file__).with_name("hang_runs.py"))
-ENGINES = ("zero0", "zero1", "zero2", "zero3")
-
-
-def launched(ranks: int, *words: str, **options):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return run(*launcher, WORKER, *words, **options)
+from .hang_runs import ENGINES, KINDS, Table, as_markdown, launch, measure, write_data
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> dict[tuple[str, str], float]:
-    """The largest relative difference, of losses and of the first gradient norm, between two ranks and one."""
-    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    launched(1, str(alone), "zero0")
-    launched(2, str(together), *ENGINES)
-    found = {}
-    for number, kind in enumerate(KINDS):
-        wanted = metrics(alone / f"{number}-zero0", "instruct")
-        for engine in ENGINES:
-            records = metrics(together / f"{number}-{engine}", "instruct")
-            assert len(records) == len(wanted) == 4
-            pairs = [(record["loss"], other["loss"]) for record, other in zip(records, wanted)]
-            pairs.append((records[0]["grad_norm"], wanted[0]["grad_norm"]))
-            found[kind, engine] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
-    print("\n" + " " * 24 + "".join(f"{engine:>10}" for engine in ENGINES))
-    for kind in KINDS:
-        print(f"{kind:24}" + "".join(f"{found[kind, engine]:10.0e}" for engine in ENGINES))
+def table(tmp_path_factory) -> Table:
+    found = measure(tmp_path_factory.mktemp("runs"))
+    print(f"\n{as_markdown(found)}")
     return found
 
 
@@ -52,7 +27,7 @@ def test_two_ranks_with_different_data_do_as_one(kind, engine, table):
 
 def test_ranks_that_hang_say_what_they_do_and_end(tmp_path):
     write_data(tmp_path / "data", "tiles")
-    done = launched(2, str(tmp_path), "--stuck", check=False)
+    done = launch(2, str(tmp_path), "--stuck")
     assert done.returncode != 0
     assert len(re.findall(r"^\[rank 1\] hangs: nothing new for \d+ s", done.stderr, re.MULTILINE)) == 1
     said = done.stderr[done.stderr.index("[rank 1] hangs") :]
