@@ -12,6 +12,7 @@ from . import __version__
 from .fingerprints import shown
 from .paths import replace_text
 from .run_files import read_config, read_summary
+from .training.handover import FIXED
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"
@@ -20,6 +21,9 @@ OPEN = "to be filled in"
 def write_card(run_dir: Path, stage: str, model: Path) -> Path:
     """Write README.md into the model folder of a finished stage; the licence is left to the user."""
     config = read_config(run_dir)
+    held = model / "connector" / "config.json"
+    if held.exists():  # with init_from, not always what the settings name
+        config["connector"] = {key: value for key, value in json.loads(held.read_text()).items() if key not in FIXED}
     names = list(config["stages"])
     summaries = {name: read_summary(run_dir / name) for name in names[: names.index(stage) + 1]}
     done = {name: summary for name, summary in summaries.items() if summary}

@@ -29,6 +29,7 @@ from .errors import first_line, nearest
 from .paths import CONFIGS, RECIPES
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
+OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
 MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
 
 
@@ -79,6 +80,11 @@ def with_mini(overrides: Sequence[str]) -> list[str]:
     return [f"{group}={choice}" for group, choice in MINI_CHOICES.items() if group not in named] + list(overrides)
 
 
+def _with_open_mappings(overrides: Sequence[str]) -> list[str]:
+    """The overrides, of which those of a mapping that may have any keys can add some: Hydra's ``++``."""
+    return [f"++{override}" if OPEN_MAPPINGS.match(override) else override for override in overrides]
+
+
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     """The settings that a line of Hydra overrides means. Raises ValueError naming the key and the nearest one."""
     config = _compose("train", with_mini(overrides), config_dir)
@@ -93,6 +99,7 @@ def compose_evaluation(overrides: Sequence[str]) -> DictConfig:
 
 
 def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    overrides = _with_open_mappings(overrides)
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     load_modules(overrides)
     register_recipes()
@@ -121,7 +128,7 @@ def prepare_line(line: Sequence[str]) -> list[str]:
     asks = arguments.help or arguments.hydra_help or arguments.info
     if not (arguments.multirun or asks or arguments.cfg):
         compose(overrides, arguments.config_dir)
-    return [*options, *overrides]
+    return [*options, *_with_open_mappings(overrides)]
 
 
 def shown_settings(line: Sequence[str]) -> str | None:
@@ -158,6 +165,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
                     _lay_over(settings, {group: options}, named)
         if settings.mini:
             _lay_over(settings, mini, named)
+        settings.named = sorted(_named_of_connector(hydra))
         if settings.run_dir is None:
             suffix = "-mini" if settings.mini else ""
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{_swept(hydra)}"
@@ -169,6 +177,12 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
     if missing and must_be_complete:
         raise ValueError(f"set {', '.join(missing)}: the recipe leaves {'it' if len(missing) == 1 else 'them'} open")
     return settings
+
+
+def _named_of_connector(hydra: DictConfig) -> set[str]:
+    """``connector`` and its options, as far as the line names them."""
+    keys = (override.split("=")[0].lstrip("+") for override in hydra.overrides.task)
+    return {key for key in keys if key.split(".")[0] == "connector"}
 
 
 def _swept(hydra: DictConfig) -> str:

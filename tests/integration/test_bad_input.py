@@ -8,8 +8,13 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from transformers import BertConfig, BertTokenizer, RobertaConfig
 
+from vlmtrain.connectors import build_connector
+from vlmtrain.model.llm import build_random_llm
+from vlmtrain.model.vision import build_vision
 from vlmtrain.settings import compose
+from vlmtrain.training.assembly import check_widths
 from vlmtrain.training.run import train_run
 from vlmtrain.world import World
 
@@ -65,7 +70,14 @@ def test_a_line_that_does_not_compose_names_the_nearest(line, words):
         (["stages.instruct.max_length=100000"], ["stages.instruct.max_length=100000", "512 positions"]),
         (["stages.instruct.max_length=16"], ["max_length=16", "16 tokens"]),
         (["stages.instruct.template=vicuna"], ["unknown template 'vicuna'", "Did you mean 'vicuna_v1'"]),
-        (["stages.instruct.image_fit=stretch"], ["image_fit=stretch", "squash"]),
+        (["stages.instruct.image_fit=stretch"], ["stages.instruct.image_fit=stretch", "squash"]),
+        (["stages.instruct.image_size=50"], ["stages.instruct.image_size=50", "patch size 12"]),
+        (["llm.chat_template=nope"], ["llm.chat_template=nope", "vicuna_v1, chatml, bare, blip"]),
+        (["llm.config.model_type=bert"], ["llm.config.model_type=bert", "causal language model"]),
+        (
+            ["stages.instruct.max_steps=null", "stages.instruct.groups=[{match: vision, lr: 1e-4, from_step: 1}]"],
+            ["from_step=1", "only 1 steps"],  # 24 samples, 32 a step
+        ),
         (["stages.align.fresh=[]"], ["stage align needs weights for its connector", "stages.align.fresh"]),
         (["stage=instruct"], ["stage instruct needs weights for its connector", "init_from"]),
         (["stage=instruckt"], ["unknown stage 'instruckt'", "Did you mean 'instruct'"]),
@@ -105,6 +117,57 @@ def test_settings_that_cannot_work_name_the_key(more, words, llava_files, tmp_pa
         assert word in str(error.value), str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def bert(folder, **shape) -> str:
+    """A BERT's folder without weights."""
+    config = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertConfig(**config | {"intermediate_size": 64} | shape).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))})
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_that_sees_both_directions_is_no_language_model(llava_files, tmp_path):
+    path = bert(tmp_path / "bert")
+    with pytest.raises(ValueError, match=f"llm.path={path} is no causal language model") as error:
+        start(tmp_path / "run", llava_files, "llm=hf", f"llm.path={path}", "llm.chat_template=bare")
+    assert "\n" not in str(error.value)
+
+
+def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
+    def refused(path: str) -> str:
+        with pytest.raises(ValueError) as error:
+            start(
+                *(tmp_path / "run", llava_files, "connector=qformer", "connector.hidden_size=32", "connector.depth=2"),
+                *("connector.num_heads=2", "connector.intermediate_size=64", "connector.text_vocab=61"),
+                *("stages.align.connector_text.read=instruction", f"stages.align.connector_text.bert={path}"),
+            )
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    key = "stages.align.connector_text.bert="
+    wide = refused(bert(tmp_path / "wide", hidden_size=48))
+    assert f"{key}{tmp_path / 'wide'}: this BERT does not fit the Q-Former" in wide and "(60, 48)" in wide
+    RobertaConfig().save_pretrained(tmp_path / "wide")
+    assert f"{key}{tmp_path / 'wide'} is a roberta: expected a BERT" in refused(str(tmp_path / "wide"))
+    assert f"{key}{tmp_path / 'none'}" in refused(str(tmp_path / "none"))
+
+
+def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, tokenizer):
+    with torch.device("meta"):
+        encoder = build_vision("open_clip", model_config=compose(["recipe=quickstart"]).vision.model_config, layer=-1)
+        parts = {"vision": encoder, "connector": build_connector("linear", 128, 64)}
+        config = {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+        parts["llm"] = build_random_llm(config, tokenizer)
+    settings = compose(["recipe=llava_1_5", "llm.path=mine", f"init_from={tmp_path}"])
+    check_widths(settings, "instruct", parts, {"connector", "vision", "llm"})  # the folder's own fit
+    with pytest.raises(ValueError, match=r"64 wide, the language model of llm.path=mine reads them 128 wide") as error:
+        check_widths(settings, "instruct", parts, {"connector", "vision"})
+    assert f"init_from={tmp_path}" in str(error.value)
+    parts["connector"] = build_connector("linear", 100, 128)
+    with pytest.raises(ValueError, match=r"100 wide, the encoder of vision.name=ViT-L-14-336 makes them 128 wide"):
+        check_widths(settings, "instruct", parts, {"connector"})
 
 
 def test_a_missing_picture_folder_is_named(llava_files, tmp_path):

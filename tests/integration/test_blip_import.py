@@ -156,6 +156,21 @@ def test_what_was_taken_in_trains_on(tmp_path, llava_files):
     assert trained.connector.reads_text and trained.vision.width == 16, done.stderr
 
 
+def test_its_connector_is_used_whatever_the_recipe_names(tmp_path, llava_files):
+    build(tmp_path / "hf", "instructblip", llm="llama")
+    line = [f"init_from={tmp_path / 'hf'}", "recipe=llava_1_5", "stage=instruct", "mini=true", "engine=zero0"]
+    small = ["max_steps=1", "batch_size=4", "max_length=400", "template=blip"]
+    done = train(
+        *(*line, *data_overrides(llava_files), *(f"stages.instruct.{each}" for each in small)),
+        *("data.validation=null", "on_bad_sample=skip", "bad_sample_limit.share=1", f"run_dir={tmp_path / 'run'}"),
+    )
+    assert "connector=mlp (qformer is used)" in done.stdout + done.stderr
+    assert "| connector | `qformer`" in (tmp_path / "run" / "instruct" / "model" / "README.md").read_text()
+    assert Processor.from_pretrained(tmp_path / "run" / "instruct" / "model").reader.reads == "instruction"
+    again = train(*line, f"run_dir={tmp_path / 'run2'}", "connector=mlp", check=False)
+    assert again.returncode == 2 and "connector=mlp, but init_from=" in again.stderr
+
+
 def test_bad_folders_are_named(tmp_path):
     def refused(words: str, change=lambda folder: None, kind: str = "blip-2", **options) -> None:
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from vlmtrain.connectors import build_connector
 from vlmtrain.model.tiled import TiledConnector
 from vlmtrain.settings import compose
-from vlmtrain.training.handover import builds_anew, check_names, take_over, tensors_taken
+from vlmtrain.training.handover import adopt_connector, builds_anew, check_names, take_over, tensors_taken
 
 SIZES = {"num_queries": 3, "hidden_size": 8, "depth": 3, "num_heads": 2, "intermediate_size": 12, "vision_norm": True}
 STAGES = {
@@ -99,3 +101,43 @@ def test_only_names_within_the_connector_can_be_given():
     check_names(GENERATE, "generate")
     assert builds_anew(GENERATE) and builds_anew(INSTRUCT)
     assert not builds_anew(STAGES["blip2", "represent"]) and not builds_anew(STAGES["blip2", "finetune"])
+
+
+# a run that starts from a model folder
+
+INSTRUCT_ON = ("recipe=llava_1_5", "mini=true", "stage=instruct")
+
+
+def held(folder, **config):
+    (folder / "connector").mkdir()
+    (folder / "connector" / "config.json").write_text(json.dumps({"in_dim": 8, "out_dim": 8, **config}))
+    return f"init_from={folder}"
+
+
+def test_a_model_folders_connector_is_gone_on_with(tmp_path):
+    start = held(tmp_path, name="qformer", num_queries=3, newline=True)
+    settings, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])
+    assert (settings.connector.name, settings.connector.num_queries, settings.connector.dropout) == ("qformer", 3, 0.1)
+    assert "connector=mlp (qformer is used)" in said[0] and start in said[0]
+    named = compose([*INSTRUCT_ON, start, "connector=qformer"])
+    assert adopt_connector(named, [])[0].connector.num_queries == 3
+
+
+def test_a_line_that_names_another_connector_than_the_folders_is_refused(tmp_path):
+    start = held(tmp_path, name="mlp", depth=3)
+    with pytest.raises(ValueError, match=f"connector=qformer, but {start} holds the connector mlp"):
+        adopt_connector(compose([*INSTRUCT_ON, start, "connector=qformer"]), [])
+    with pytest.raises(ValueError, match=rf"connector\.depth=2, but the connector in {start} has 3"):
+        adopt_connector(compose([*INSTRUCT_ON, start, "connector.depth=2"]), [])
+    _, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])  # the recipe's, not the line's
+    assert "connector.depth=2 (3 is used)" in said[0]
+    assert adopt_connector(compose([*INSTRUCT_ON, start, "connector.depth=3"]), [])[1] == []
+
+
+def test_a_connector_that_is_built_anew_is_the_lines(tmp_path):
+    start = held(tmp_path, name="mlp")
+    for line in (["recipe=llava_1_5", "mini=true"], [*INSTRUCT_ON, "stages.instruct.fresh=[connector]"]):
+        settings = compose([*line, start, "connector=qformer"])
+        assert adopt_connector(settings, []) == (settings, [])
+    with pytest.raises(ValueError, match=f"connector=qformer, but {start} holds the connector mlp"):
+        adopt_connector(compose(["recipe=instructblip", "stage=instruct", start]), [])

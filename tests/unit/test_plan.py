@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 
 from vlmtrain.cli import main
@@ -16,6 +17,7 @@ from vlmtrain.planning.measuring import Meter, use_counted_attention
 from vlmtrain.planning.memory import States
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.settings import compose
+from vlmtrain.training.trainable import freeze, trained_groups
 
 from ..conftest import run
 
@@ -118,6 +120,51 @@ def test_flops_of_a_language_model_by_hand():
     )  # the first keeps the rotary table
     assert found.block_input == tokens * width * 4
     assert found.kept_checkpointed < found.kept
+
+
+@pytest.mark.parametrize("match", ["llm.layers[-1:]", "llm.layers[-1:].mlp", "llm"])
+def test_gradients_are_counted_where_they_flow_by_hand(match):
+    """Nothing flows below the lowest thing that trains; attention's two products have two gradients each."""
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, tie_word_embeddings=False))
+    use_counted_attention(llm)
+    stage = OmegaConf.merge(compose(["recipe=llava_1_5"]).stages.instruct, {"train": {"connector": None, "llm": None}})
+    stage.groups = [{"match": match, "lr": 1e-3}]
+    freeze({"llm": llm}, trained_groups(stage, "instruct", {"llm": llm}), checkpointing=False)
+    tokens, kept, width, inner, layers = 20, 5, 64, 160, 3
+    meter, row = Meter(), torch.empty(1, tokens, width, device="meta")
+    with meter.part("llm", llm, "model.layers"):
+        logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=torch.arange(kept, device="meta")).logits
+        meter.backward("llm", (logits,))
+    head, matrix, attention = 2 * kept * width * 50, 2 * tokens * width * inner, 2 * tokens**2 * width
+    layer = 2 * tokens * 4 * width**2 + 3 * matrix
+    by_hand = {
+        "llm.layers[-1:]": head + 2 * layer + 2 * attention,  # its first norm trains, so all of the layer passes on
+        "llm.layers[-1:].mlp": head + 2 * matrix + 2 * matrix,  # down: both gradients; gate and up: their weights'
+        "llm": 2 * head + layers * (2 * layer + 2 * attention),
+    }
+    assert meter.costs["llm"].backward_flops == pytest.approx(by_hand[match], rel=1e-3)
+    assert set(meter.costs["llm"].blocks) == ({0, 1, 2} if match == "llm" else {2})
+    forward = layer + attention
+    assert meter.costs["llm"].recomputed_flops == pytest.approx((3 if match == "llm" else 1) * forward, rel=1e-3)
+
+
+def test_what_begins_to_train_later_costs_its_gradients_from_then_on():
+    line = ["recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.train.llm=null"]
+    few = plan(*line)["instruct"].flops
+    group = "stages.instruct.groups=[{match: llm, lr: 1e-3, from_step: %s}]"
+    more = plan(*line, group % 0)["instruct"].flops
+    assert plan(*line, group % 15)["instruct"].flops == pytest.approx(few * 15 / 60 + more * 45 / 60)
+    with pytest.raises(ValueError, match=r"from_step=14, but the stage has only 14 steps"):
+        plan(*line, group % 14, "stages.instruct.max_steps=null", "data.instruct.size=420")  # 32 a step
+
+
+def test_a_stage_without_a_language_model_shows_what_it_handles(capsys):
+    (stage,) = plan("recipe=blip2", "mini=true", "stage=represent").values()
+    assert stage.view_tokens == {"vision": 17, "connector": 16} and stage.picture_tokens == (0, 0)  # 4 x 4 and CLS
+    main(["plan", "recipe=blip2", "mini=true", "stage=represent"])
+    shown = capsys.readouterr().out
+    assert "17 of vision, 16 of connector" in shown and "none in a language model's sequence" in shown
 
 
 def test_frozen_weights_keep_fewer_activations():

@@ -26,6 +26,12 @@ def test_a_recipes_mini_options_apply_to_the_choice_they_speak_of_only():
     assert "num_queries" not in compose(["recipe=blip2", "mini=true", "connector=mlp"]).connector
 
 
+@pytest.mark.parametrize("line", ["lora.vision={rank: 8}", "lora={vision: {rank: 8}}"])
+def test_a_line_adds_to_what_a_recipe_maps(line):
+    lora = compose(["recipe=llava_1_5_lora", f"stages.instruct.{line}"]).stages.instruct.lora
+    assert (lora.vision.rank, lora.llm.rank) == (8, 128)
+
+
 def test_mini_swaps_groups_except_those_that_the_line_names():
     small = compose(["recipe=llava_1_5", "mini=true"])
     assert (small.vision.provider, small.llm.provider, small.data.format) == ("open_clip", "tiny", "shapes")

@@ -133,7 +133,7 @@ class Runner:
         stages = shared_stages(settings)
         plain = OmegaConf.to_container(settings)
         plain["stages"] = {name: plain["stages"][name] for name in stages}
-        matters = {key: value for key, value in plain.items() if key not in ("connector", "run_dir", "seed")}
+        matters = {key: value for key, value in plain.items() if key not in ("connector", "named", "run_dir", "seed")}
         digest = hashlib.sha256(json.dumps(sorted(flatten(matters)), default=str).encode()).hexdigest()
         return self.ablation.folder / "shared" / digest[:12] / f"seed-{seed}"
 

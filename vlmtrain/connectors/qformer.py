@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import some
 from .base import Connector, VisionFeatures
 from .checks import require_divisible, require_fraction, require_grid, require_positive
 from .layers import Attention, init_linears
@@ -293,7 +294,7 @@ class QFormer(Connector):
         state_dict: that of Hugging Face's ``BertForMaskedLM``. Queries and cross-attention have no counterpart there,
         nor have rows of a larger vocabulary: these stay as they are. Raises ValueError naming what does not fit.
         """
-        problems, found = [], []
+        missing, shapes, found = set(), set(), []  # a layer's feed-forward is looked for twice
         for name, own in self.core.state_dict().items():
             theirs = f"core.{name}"
             for pattern, replacement in _LAVIS:
@@ -303,14 +304,14 @@ class QFormer(Connector):
                 continue
             tensor = state_dict.get(theirs)
             if tensor is None:
-                problems.append(f"missing: {theirs}")
+                missing.add(theirs)
             elif tensor.shape != own.shape and (name != "embedding.words.weight" or not _is_start(tensor, own)):
-                problems.append(f"shape of {theirs}: expected {tuple(own.shape)}, got {tuple(tensor.shape)}")
+                shapes.add(f"{theirs} (expected {tuple(own.shape)}, got {tuple(tensor.shape)})")
             else:
                 found.append((own, tensor))
+        problems = [f"{what}: {some(names)}" for what, names in (("shape", shapes), ("missing", missing)) if names]
         if problems:
-            listed = "\n  ".join(dict.fromkeys(problems))  # a layer's feed-forward is looked for twice
-            raise ValueError(f"This BERT does not fit the Q-Former; nothing was loaded.\n  {listed}")
+            raise ValueError(f"this BERT does not fit the Q-Former, and nothing was loaded: {'; '.join(problems)}")
         with torch.no_grad():
             for own, tensor in found:
                 own[: len(tensor)].copy_(tensor)

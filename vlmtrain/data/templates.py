@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import nearest
@@ -50,7 +52,7 @@ NAMES = ("plain", "chat", *TEMPLATES)
 def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str | None) -> str:
     """The Jinja template that `name` means for a tokenizer.
 
-    ``chat`` is the tokenizer's own, or else the one called `fallback`; other names are forced.
+    ``chat`` is the tokenizer's own, or else `fallback`, a name or a template itself; other names are forced.
     """
     if name == "chat":
         if tokenizer.chat_template:
@@ -60,7 +62,18 @@ def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str |
                 "template=chat, but the tokenizer has no chat template: set llm.chat_template to one of "
                 f"{', '.join(TEMPLATES)}, or the stage's template"
             )
-        name = fallback
+        check_fallback(fallback, "llm.chat_template")
+        return TEMPLATES.get(fallback, fallback)
     if name not in TEMPLATES:
         raise ValueError(f"unknown template '{name}'.{nearest(name, NAMES)} Available: {', '.join(NAMES)}")
     return TEMPLATES[name]
+
+
+def check_fallback(template: object, key: str) -> None:
+    """Raise ValueError unless `template` is None, one of `TEMPLATES`, or a Jinja template."""
+    if template is None or (isinstance(template, str) and (template in TEMPLATES or re.search(r"{[{%]", template))):
+        return
+    raise ValueError(
+        f"{key}={template}: unknown template.{nearest(str(template), TEMPLATES)} Available: {', '.join(TEMPLATES)}, or "
+        "a Jinja template itself"
+    )

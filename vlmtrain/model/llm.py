@@ -23,7 +23,7 @@ def build_llm(
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a causal language model from a hub id or a folder."""
-    load_hf_config(path, "llm.path", trust_remote_code)
+    _check_causal(load_hf_config(path, "llm.path", trust_remote_code), f"llm.path={path}")
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, **options)
 
@@ -38,6 +38,7 @@ def build_llm_skeleton(
         known = load_hf_config(path, "llm.path", trust_remote_code)
     else:
         known = AutoConfig.for_model(**config)
+    _check_causal(known, f"llm.path={path}")
     return AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code).to(dtype)
 
 
@@ -55,7 +56,29 @@ def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: to
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    _check_causal(full, f"llm.config.model_type={full.model_type}")
     return AutoModelForCausalLM.from_config(full).to(dtype)
+
+
+def _check_causal(config, given: str) -> None:
+    """Raise ValueError for a configuration of a model that does not go from left to right; `given` is key and value.
+
+    Of BERT's kind, whose library class only decodes where ``is_decoder`` says so, or one with no such class.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    sees_both_sides = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
+    if not own_code and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or sees_both_sides):
+        raise ValueError(
+            f"{given} is no causal language model ({kind}{', which sees both directions' if sees_both_sides else ''}): "
+            "expected one that goes from left to right, such as llama, qwen2, opt"
+        )
 
 
 def load_tokenizer(path: str, key: str = "llm.path", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -46,23 +46,26 @@ class VisionEncoder(nn.Module):
     def grid(self) -> tuple[int, int]:
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
-    def _check_geometry(self) -> None:
-        """Raise ValueError for a size that patches do not fill: of an encoder's own size, an edge may go unseen."""
+    def _check_geometry(self, key: str = "vision.image_size") -> None:
+        """Raise ValueError, naming `key`, for a size that patches do not fill.
+
+        Of an encoder's own size, an edge may go unseen.
+        """
         for side, patch in zip(self.image_size, self.patch_size):
             if side < patch or side % patch:
                 raise ValueError(
-                    f"vision.image_size={self.image_size[0]}x{self.image_size[1]} is not a multiple of the "
+                    f"{key}={self.image_size[0]}x{self.image_size[1]} is not a multiple of the "
                     f"encoder's patch size {patch}: use for example {max(1, round(side / patch)) * patch}"
                 )
 
-    def resize(self, image_size: int | tuple[int, int]) -> None:
+    def resize(self, image_size: int | tuple[int, int], key: str = "vision.image_size") -> None:
         """Take pictures of another size from now on; a learned position table is interpolated, bicubically.
 
-        Raises ValueError for a size that is not a multiple of the patches.
+        Raises ValueError, naming `key`, for a size that is not a multiple of the patches.
         """
         before, self.image_size = self.image_size, _pair(image_size)
         if self.image_size != before:
-            self._check_geometry()
+            self._check_geometry(key)
             self._resize(before)
 
     def _resize(self, before: tuple[int, int]) -> None:

@@ -151,14 +151,13 @@ class QFormerPretraining(Objective):
         logits = self.text_head(states[keep], core.embedding.words)
         return _cross_entropy(logits.float(), pairs.ids[:, 1:][keep])
 
-    def rehearse(self, connector: nn.Module, features: VisionFeatures, ids: Tensor) -> None:
-        """All passes of pairs, with texts `ids` ``(B, T)``, for what they take alone: also without data or weights."""
+    def rehearse(self, connector: nn.Module, features: VisionFeatures, ids: Tensor) -> tuple[Tensor, ...]:
+        """What all passes of pairs make, with texts `ids` ``(B, T)``: for what they take, without data or weights."""
         core, vision = connector.core, connector.read(features)
-        core(vision)
-        core(None, ids)
-        core(vision.repeat(3, 1, 1), ids.repeat(3, 1))
+        apart = core(vision), core(None, ids)
+        matched = core(vision.repeat(3, 1, 1), ids.repeat(3, 1))
         states = core(vision, ids)[:, core.num_queries : -1]
-        self.text_head(states.flatten(0, 1), core.embedding.words)
+        return *apart, matched, self.text_head(states.flatten(0, 1), core.embedding.words)
 
     def load_bert(self, state_dict: Mapping[str, Tensor]) -> None:
         """Start the text head as a BERT's, Hugging Face's ``BertForMaskedLM``. Raises ValueError if it differs."""

@@ -1,13 +1,14 @@
 """Arithmetic and activations of a model's parts, counted by running them on the meta device, where nothing is computed.
 
-Attention is counted as fused kernels do it: half of a causal square, and nothing of it kept for the backward pass but
-its inputs and its output.
+The backward pass runs there too, so that gradients are counted where they flow: through what is frozen no further
+than something that trains. Attention is counted as fused kernels do it: half of a causal square, twice that for its
+gradients, and nothing of it kept for the backward pass but its inputs and its output.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,15 +22,24 @@ NAME = "vlmtrain_planning"
 
 @dataclass
 class PartCost:
-    """One pass of a part over one sample: forward FLOPs, and bytes that the backward pass needs, by block.
+    """One pass of a part over one sample: FLOPs, and bytes that the backward pass needs, by block.
 
-    outside: what is kept outside the blocks; block: the largest of them; block_input: what one of them reads.
+    flops, backward_flops: of the two passes; block_flops: of the forward pass, by block. outside: what is kept outside
+    the blocks; block_input: what one of them reads. tokens: what it makes of one view of a picture.
     """
 
     flops: float = 0.0
+    backward_flops: float = 0.0
+    block_flops: dict[int, float] = field(default_factory=dict)
     blocks: dict[int, int] = field(default_factory=dict)
     outside: int = 0
     block_input: int = 0
+    tokens: int = 0
+
+    @property
+    def recomputed_flops(self) -> float:
+        """FLOPs of the blocks whose activations are computed again: of those that gradients flow through."""
+        return sum(self.block_flops[block] for block in self.blocks)
 
     @property
     def kept(self) -> int:
@@ -43,27 +53,37 @@ class PartCost:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention's memory without its arithmetic."""
+    """Attention's memory without its arithmetic; `count` is called with that of the backward pass."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, flops: float, count) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)
+        ctx.flops, ctx.count = flops, count
         return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.count(2 * ctx.flops)
+        query, key, value, _ = ctx.saved_tensors
+        return *(torch.empty_like(tensor) for tensor in (query, key, value)), None, None
 
 
 class Meter:
-    """Counts what runs inside `part`."""
+    """Counts what runs inside `part`, and there the backward pass that `backward` runs."""
 
     def __init__(self) -> None:
         self.costs: dict[str, PartCost] = {}
-        self._cost = PartCost()
+        self._attention = 0.0
+        self._counter = FlopCounterMode(display=False)
         self._block: int | None = None
+        self._before = 0.0
 
     @contextmanager
     def part(self, name: str, module: nn.Module, blocks: str | None) -> Iterator[None]:
         """Count as `name` what `module` does; `blocks` is the path of its list of transformer blocks."""
-        cost = self._cost = self.costs.setdefault(name, PartCost())
+        cost = self.costs.setdefault(name, PartCost())
+        self._attention = 0.0
         known = {p.untyped_storage()._cdata for p in module.parameters()}
         kept: list[Tensor] = []  # alive until the end, or a new tensor could take a seen one's place
 
@@ -79,7 +99,7 @@ class Meter:
             return tensor
 
         hooks = self._watch(module, blocks, cost)
-        counter = FlopCounterMode(display=False)
+        counter = self._counter = FlopCounterMode(display=False)
         try:
             with (
                 _attention_counted(self._attend),
@@ -90,7 +110,21 @@ class Meter:
         finally:
             for hook in hooks:
                 hook.remove()
-        cost.flops += counter.get_total_flops()
+        cost.flops += self._flops() - cost.backward_flops
+
+    def backward(self, name: str, outputs: Iterable[Tensor | None]) -> None:
+        """Run the backward pass from what `part` has made, as far as anything in it trains, and count it."""
+        wanted = [tensor for tensor in outputs if tensor is not None and tensor.requires_grad]
+        before = self._flops()
+        if wanted:
+            torch.autograd.backward(wanted, [torch.empty_like(tensor) for tensor in wanted])
+        self.costs[name].backward_flops += self._flops() - before
+
+    def _flops(self) -> float:
+        return self._counter.get_total_flops() + self._attention
+
+    def _count(self, flops: float) -> None:
+        self._attention += flops
 
     def _watch(self, module: nn.Module, blocks: str | None, cost: PartCost) -> list:
         hooks = []
@@ -98,26 +132,31 @@ class Meter:
             found = blocks and re.fullmatch(rf"{re.escape(blocks)}\.(\d+)", name)
             if found:
                 hooks.append(child.register_forward_pre_hook(self._enter(int(found.group(1)), cost), with_kwargs=True))
-                hooks.append(child.register_forward_hook(self._leave))
+                hooks.append(child.register_forward_hook(self._leave(cost)))
         return hooks
 
     def _enter(self, number: int, cost: PartCost):
         def enter(module: nn.Module, arguments: tuple, options: Mapping) -> None:
-            self._block = number
+            self._block, self._before = number, self._flops()
             states = next((a for a in (*arguments, *options.values()) if isinstance(a, Tensor)), None)
             if states is not None and torch.is_grad_enabled():
                 cost.block_input = states.numel() * states.element_size()
 
         return enter
 
-    def _leave(self, *_) -> None:
-        self._block = None
+    def _leave(self, cost: PartCost):
+        def leave(*_) -> None:
+            cost.block_flops[self._block] = cost.block_flops.get(self._block, 0.0) + self._flops() - self._before
+            self._block = None
+
+        return leave
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         rows, columns = query.shape[-2], key.shape[-2]
         products = query.shape[:-1].numel() * columns * (query.shape[-1] + value.shape[-1]) * 2
-        self._cost.flops += products / 2 if causal and rows == columns else products
-        return _FusedAttention.apply(query, key, value)
+        flops = products / 2 if causal and rows == columns else products
+        self._count(flops)
+        return _FusedAttention.apply(query, key, value, flops, self._count)
 
 
 @contextmanager

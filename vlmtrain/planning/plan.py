@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
+from ..connectors import VisionFeatures
 from ..data.processor import Geometry
 from ..data.sources import build_source
 from ..model.llm import hidden_width
@@ -18,7 +19,7 @@ from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
 from ..training.assembly import DTYPES, build_geometry, build_skeleton, check_lengths, picture_size, published_llm
 from ..training.run import check_settings
-from ..training.trainable import Group, block_list, freeze, trained_groups
+from ..training.trainable import Group, block_list, check_starts, freeze, trained_groups
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
 
@@ -40,13 +41,15 @@ class Machine:
 class StagePlan:
     """One stage. Sizes are in parameters, tokens, FLOPs and bytes.
 
-    parts: part -> its trainable and frozen parameters. picture_tokens: least and most of one picture. flops: of the
+    parts: part -> its trainable and frozen parameters. view_tokens: what encoder and connector make of one view.
+    picture_tokens: least and most of one picture in the language model's sequence. flops: of the
     arithmetic that the update needs; hardware_flops: with what gradient checkpointing computes again. memory: ZeRO
     stage -> bytes a GPU at `micro_batch_size`. fits: ZeRO stage -> the largest micro-batch that fits, 0 if none does.
     """
 
     name: str
     parts: dict[str, dict[str, int]]
+    view_tokens: dict[str, int]
     picture_tokens: tuple[int, int]
     max_length: int
     samples: int | None
@@ -88,23 +91,31 @@ def _plan_stage(settings: DictConfig, name: str, machine: Machine) -> StagePlan:
     stage = settings.stages[name]
     parts = build_skeleton(settings, name, _Vocabulary(settings), DTYPES[settings.precision])
     groups = trained_groups(stage, name, parts)
-    freeze(parts, groups, checkpointing=False)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
     check_lengths(stage, name, geometry, parts)
     expected = stage.expected
     views = 1 if geometry is None else _views(geometry)
     tokens = min(stage.max_length, _tokens(expected, geometry))
-    mean = _measure(parts, groups, stage, expected, views, tokens, _answer_tokens(expected, tokens))
-    longest = _measure(parts, groups, stage, expected, views, stage.max_length, stage.max_length // 2)
-    needed, computed = _training_flops(parts, groups, mean, stage.gradient_checkpointing)
     samples = expected.samples
     if settings.data.get(stage.data) is not None:
         samples = build_source(settings.data, stage.data, picture_size(parts), settings.seed).epoch_size
     steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
+    check_starts(groups, name, steps)
+    needed = computed = 0.0
+    for share, training in _phases(groups, steps):
+        freeze(parts, training, checkpointing=False)
+        mean = _measure(parts, training, stage, expected, views, tokens, _answer_tokens(expected, tokens))
+        flops = sum(cost.flops + cost.backward_flops for cost in mean.values())
+        needed += share * flops
+        recomputes = stage.gradient_checkpointing and "llm" in mean
+        computed += share * (flops + (mean["llm"].recomputed_flops if recomputes else 0.0))
+    freeze(parts, groups, checkpointing=False)
+    longest = _measure(parts, groups, stage, expected, views, stage.max_length, stage.max_length // 2)
     trained_on = steps and steps * stage.batch_size
     plan = StagePlan(
         name,
         {part: _sizes(part, module, groups) for part, module in parts.items()},
+        {part: cost.tokens for part, cost in longest.items() if cost.tokens},
         (0, 0) if geometry is None else (geometry.tokens, geometry.most_tokens),
         stage.max_length,
         samples,
@@ -167,6 +178,18 @@ def _sizes(part: str, module: nn.Module, groups: list[Group]) -> dict[str, int]:
     return {"trainable": trained, "frozen": sum(parameter.numel() for parameter in module.parameters()) - trained}
 
 
+def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Group]]]:
+    """Shares of a stage's steps, and what trains in each: more and more of the groups, as their `from_step` comes."""
+    starts = sorted({0, *(group.from_step for group in groups)})
+    if steps is None or len(starts) == 1:
+        return [(1.0, groups)]
+    ends = [*starts[1:], steps]
+    return [
+        ((end - start) / steps, [group for group in groups if group.from_step <= start])
+        for start, end in zip(starts, ends)
+    ]
+
+
 def _measure(
     parts: Mapping[str, nn.Module],
     groups: list[Group],
@@ -187,6 +210,10 @@ def _measure(
         pictures = torch.empty(views, 3, *vision.image_size, device="meta", dtype=dtype)
         with meter.part("vision", vision, block_list(vision)[0]), _gradients("vision" in trains):
             features = vision(pictures)
+            meter.backward("vision", (features.patches, features.prefix, *features.levels))
+        prefix = 0 if features.prefix is None else features.prefix.shape[1]
+        meter.costs["vision"].tokens = math.prod(vision.grid) + prefix
+        features = _cut_off(features, "vision" in trains)
     if "connector" in parts:
         connector = parts["connector"]
         use_counted_attention(connector)
@@ -197,8 +224,11 @@ def _measure(
         with meter.part("connector", connector, None):
             if "llm" in parts:
                 visual = connector(features, **text)
+                made = visual if isinstance(visual, tuple) else (visual,)
             else:
-                parts["objective"].rehearse(connector, features, text["text_ids"])
+                made = parts["objective"].rehearse(connector, features, text["text_ids"])
+            meter.backward("connector", made)
+        meter.costs["connector"].tokens = connector.num_tokens(*vision.grid)
     if "llm" in parts:
         llm = parts["llm"]
         use_counted_attention(llm)
@@ -208,41 +238,32 @@ def _measure(
         kept = torch.arange(targets, device="meta")
         with meter.part("llm", llm, block_list(llm)[0]), _gradients(gradient or "llm" in trains):
             logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
-            torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), kept)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), kept)
+            meter.backward("llm", (loss,))
     if hasattr(parts.get("objective"), "text"):
         text = parts["objective"].text
         words = torch.zeros(1, parts["objective"].context_length, device="meta", dtype=torch.long)
         with meter.part("objective", text, None):
-            text(words)
+            meter.backward("objective", (text(words),))
     for part in ("vision", "connector"):
         if part in meter.costs:
             cost = meter.costs[part]
             cost.flops *= expected["images"]
+            cost.backward_flops *= expected["images"]
     return meter.costs
+
+
+def _cut_off(features: VisionFeatures, trains: bool) -> VisionFeatures:
+    """Features for the connector alone, whose gradient is wanted where the encoder trains."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().requires_grad_(trains)
+
+    return VisionFeatures(cut(features.patches), cut(features.prefix), tuple(map(cut, features.levels)))
 
 
 def _gradients(wanted: bool):
     return nullcontext() if wanted else torch.no_grad()
-
-
-def _training_flops(
-    parts: Mapping[str, nn.Module], groups: list[Group], costs: Mapping[str, PartCost], checkpointing: bool
-) -> tuple[float, float]:
-    """FLOPs of training on one sample: what the update needs, and with recomputation.
-
-    A part costs its forward pass; once more for the gradients of its activations, where they flow to something that
-    trains; and the trained share once more for the gradients of its weights.
-    """
-    trains = {group.part for group in groups}
-    needed = again = 0.0
-    for part, cost in costs.items():
-        sizes = _sizes(part, parts[part], groups)
-        share = sizes["trainable"] / max(1, sizes["trainable"] + sizes["frozen"])
-        upstream = {"vision": {"vision"}, "connector": {"vision", "connector"}}.get(part, {*trains})
-        flows = bool(upstream & trains)
-        needed += cost.flops * (1 + flows + share)
-        again += cost.flops if checkpointing and part == "llm" and flows else 0.0
-    return needed, needed + again
 
 
 def _plan_memory(

@@ -21,6 +21,9 @@ def show_plan(settings: DictConfig, plans: Sequence[StagePlan], machine: Machine
 def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
     least, most = plan.picture_tokens
     picture = f"{least:,}" if least == most else f"{least:,} a view, up to {most:,}"
+    if not most:
+        picture = "none in a language model's sequence"
+    view = ", ".join(f"{tokens:,} of {part}" for part, tokens in plan.view_tokens.items())
     rows = [("", "trained", "frozen")]
     rows += [(part, f"{sizes['trainable']:,}", f"{sizes['frozen']:,}") for part, sizes in plan.parts.items()]
     rows.append(("together", f"{plan.trainable:,}", f"{plan.frozen:,}"))
@@ -28,6 +31,7 @@ def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
     lines = [f"stage {plan.name}"]
     lines += [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
     facts = [
+        *([("tokens of a view", view)] if view else []),
         ("tokens of a picture", picture),
         ("tokens of a sample", f"{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
         ("samples", "not known: give data, or stages.<name>.expected.samples" if plan.samples is None

@@ -22,10 +22,11 @@ from ..model.llm import (
     build_llm_skeleton,
     build_random_llm,
     give_tokens,
+    hidden_width,
     load_tokenizer,
     max_positions,
 )
-from ..model.loading import load_hf_model
+from ..model.loading import load_hf_config, load_hf_model
 from ..model.parts import PARTS, load_part, make_connector, read_manifest
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
@@ -79,7 +80,7 @@ def build_parts(
         else:
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype)
         if part == "vision" and stage.image_size is not None:
-            parts[part].resize(_pixels(stage.image_size))
+            parts[part].resize(_pixels(stage.image_size), f"stages.{name}.image_size")
         if part == "llm":
             give_tokens(parts[part], tokenizer, settings.llm.new_tokens)
     seed_for(settings.seed, "adapters")
@@ -112,21 +113,22 @@ def build_skeleton(
     with torch.device("meta"):
         for part in (p for p in BUILD_ORDER if p in settings.stages[name].parts):
             parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
-            if part == "vision" and (size := encoder_size(settings, name)) is not None:
-                parts[part].resize(_pixels(size))
+            resized = resized_by(settings, name)
+            if part == "vision" and resized is not None:
+                parts[part].resize(_pixels(settings.stages[resized].image_size), f"stages.{resized}.image_size")
             if part == "llm":
                 give_tokens(parts[part], tokenizer, settings.llm.new_tokens)
         add_adapters(settings.stages[name], name, parts)
     return parts
 
 
-def encoder_size(settings: DictConfig, name: str) -> int | ListConfig | None:
-    """What a stage's encoder has been resized to, by it or by a stage before; None for the size it was built with."""
+def resized_by(settings: DictConfig, name: str) -> str | None:
+    """The stage that gave the encoder of stage `name` its size: that, or one before; None for the size it came with."""
     names = list(settings.stages)
-    sizes = [
-        settings.stages[n].image_size for n in names[: names.index(name) + 1] if "vision" in settings.stages[n].parts
-    ]
-    return next((size for size in reversed(sizes) if size is not None), None)
+    for each in reversed(names[: names.index(name) + 1]):
+        if "vision" in settings.stages[each].parts and settings.stages[each].image_size is not None:
+            return each
+    return None
 
 
 def _connector_options(settings: DictConfig, name: str) -> dict:
@@ -192,6 +194,63 @@ def _build(
     return built
 
 
+def check_bert(settings: DictConfig, name: str, parts: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError, naming the key, if the BERT that stage `name` begins with does not fit its parts' skeletons.
+
+    None of its weights are read.
+    """
+    bert, key = settings.stages[name].connector_text.bert, f"stages.{name}.connector_text.bert"
+    starting = [module for module in parts.values() if hasattr(module, "load_bert")]
+    if bert is None or not starting or not _builds_connector(settings.stages[name]):
+        return
+    config = load_hf_config(bert, key)
+    if config.model_type != "bert":
+        raise ValueError(f"{key}={bert} is a {config.model_type}: expected a BERT")
+    from transformers import AutoModelForMaskedLM
+
+    with torch.device("meta"):
+        state = AutoModelForMaskedLM.from_config(config).state_dict()
+    for module in starting:
+        try:
+            module.load_bert(state)
+        except ValueError as error:
+            raise ValueError(f"{key}={bert}: {error}") from None
+
+
+def _builds_connector(stage: DictConfig) -> bool:
+    return "connector" in stage.fresh or builds_anew(stage)
+
+
+def check_widths(settings: DictConfig, name: str, parts: Mapping[str, nn.Module], given: Collection[str]) -> None:
+    """Raise ValueError if the connector of `init_from` does not fit an encoder or language model of the settings.
+
+    given: the parts that come from `init_from` too, which fit each other.
+    """
+    connector, source = parts["connector"], f"init_from={settings.init_from}"
+    advice = f"give it the one it was trained with, or list connector in stages.{name}.fresh"
+    if "connector" not in given:
+        return
+    if "vision" not in given and connector.in_dim not in (parts["vision"].width, (parts["vision"].width,)):
+        raise ValueError(
+            f"the connector of {source} reads features {connector.in_dim} wide, the encoder of {_key(settings.vision)} "
+            f"makes them {parts['vision'].width} wide: {advice}"
+        )
+    if "llm" in parts and "llm" not in given and connector.out_dim != hidden_width(parts["llm"]):
+        raise ValueError(
+            f"the connector of {source} makes tokens {connector.out_dim} wide, the language model of "
+            f"{_key(settings.llm)} reads them {hidden_width(parts['llm'])} wide: {advice}"
+        )
+
+
+def _key(part: DictConfig) -> str:
+    """Key and value that choose an encoder or a language model."""
+    group = part._key()
+    for key in ("path", "name"):
+        if part.get(key) is not None:
+            return f"{group}.{key}={part[key]}"
+    return group
+
+
 def _text_vocab(options: dict, stage: DictConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many words a stage's connector knows; None where it reads none."""
     if stage.connector_text.read is None:
@@ -247,6 +306,8 @@ def _build_reader(
     if "connector" not in parts or not parts["connector"].reads_text:
         return None
     stage, key = settings.stages[name], f"stages.{name}.connector_text"
+    if stage.connector_text.read is None and settings.init_from is not None:
+        return Processor.from_pretrained(settings.init_from).reader  # what its connector has read so far
     reader = TextReader(_text_tokenizer(stage, tokenizer), stage.connector_text.read, stage.connector_text.max_length)
     if reader.reads == "answer" and "llm" in parts:
         raise ValueError(f"{key}.read=answer would show the connector what the language model is to say")

@@ -15,7 +15,7 @@ from ..data.sources import build_source
 from ..model.parts import module_state, state_hash
 from ..model.vision import VisionEncoder
 from ..objectives import OBJECTIVES
-from .assembly import build_parts, build_processor, build_skeleton, build_tokenizer, encoder_size, picture_size
+from .assembly import build_parts, build_processor, build_skeleton, build_tokenizer, picture_size, resized_by
 from .feature_cache import FeatureCache
 from .trainable import training_rates
 
@@ -87,7 +87,9 @@ def _fill(settings: DictConfig, name: str, show_progress: bool) -> Filled:
 
 def _encoder(settings: DictConfig, name: str, tokenizer) -> VisionEncoder:
     """The encoder that the stage starts from, alone."""
-    of_stage = {"parts": ["vision"], "lora": None, "image_size": encoder_size(settings, name)}
+    resized = resized_by(settings, name)
+    size = settings.stages[resized].image_size if resized else None
+    of_stage = {"parts": ["vision"], "lora": None, "image_size": size}
     alone = OmegaConf.merge(settings, {"stages": {name: of_stage}})
     previous = Path(settings.init_from) if settings.init_from else None
     encoder = build_parts(alone, name, previous, tokenizer)["vision"].eval()

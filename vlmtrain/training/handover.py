@@ -1,4 +1,4 @@
-"""What a stage takes over of a connector that it builds anew.
+"""Which connector a run goes on with, and what a stage takes over of one that it builds anew.
 
     fresh: [connector.proj]
     drops: [connector.core.embedding, connector.core.layers.*.text_ffn]
@@ -11,16 +11,57 @@ All others must agree in name and shape.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ..connectors import connector_options
 from ..errors import some
+from ..model.loading import read_json
 from ..model.tiled import TiledConnector
 from .trainable import ALL_PARTS
 
 PART = "connector"
+FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
+
+
+def adopt_connector(settings: DictConfig, finished: Collection[str]) -> tuple[DictConfig, list[str]]:
+    """The settings with the connector that `init_from` holds, where the run goes on with it; and what that overrules.
+
+    finished: stages that the run has behind it. Raises ValueError, naming the keys, where the line itself, or a stage
+    that builds its connector anew, says something else.
+    """
+    ahead = (name for name in settings.stages if settings.stage in (None, name) or name in finished)
+    name = next((name for name in ahead if PART in settings.stages[name].parts), None)
+    file = Path(settings.init_from or "", PART, "config.json")
+    if settings.init_from is None or name is None or PART in settings.stages[name].fresh or not file.exists():
+        return settings, []
+    held = {key: value for key, value in read_json(file).items() if key not in FIXED}
+    kind, chosen = held["name"], OmegaConf.to_container(settings.connector)
+    anew = builds_anew(settings.stages[name])
+    if chosen["name"] != kind and (anew or PART in settings.get("named", ())):
+        raise ValueError(
+            f"connector={chosen['name']}, but init_from={settings.init_from} holds the connector {kind}: set "
+            f"connector={kind}, or list {PART} in stages.{name}.fresh to start another from random weights"
+        )
+    if anew:
+        return settings, []
+    held = {"name": kind, **connector_options(kind), **held}
+    differing = [key for key in held if key in chosen and chosen[key] != held[key]] if chosen["name"] == kind else []
+    for key in differing:
+        if f"{PART}.{key}" in settings.get("named", ()):
+            raise ValueError(
+                f"{PART}.{key}={chosen[key]}, but the connector in init_from={settings.init_from} has {held[key]}: it "
+                "is trained already"
+            )
+    said = [f"connector={chosen['name']} ({kind} is used)"] if chosen["name"] != kind else []
+    said += [f"{PART}.{key}={chosen[key]} ({held[key]} is used)" for key in differing]
+    settings = settings.copy()
+    settings.connector = held
+    return settings, [f"init_from={settings.init_from} overrules {', '.join(said)}"] if said else []
 
 
 def builds_anew(stage: Mapping) -> bool:

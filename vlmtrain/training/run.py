@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..card import write_card
+from ..data.images import FITS
 from ..data.loader import LAYOUTS, split_batch
+from ..data.mixture import Mixture
 from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
+from ..data.templates import check_fallback
 from ..errors import nearest
 from ..evaluation.metrics import check_metrics
 from ..kinds import check_stage_kinds, check_words
@@ -26,16 +30,18 @@ from .assembly import (
     build_processor,
     build_skeleton,
     build_tokenizer,
+    check_bert,
     check_origins,
+    check_widths,
     picture_size,
 )
-from .handover import builds_anew, check_names, tensors_taken
+from .handover import adopt_connector, builds_anew, check_names, tensors_taken
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
 from .provenance import provenance
 from .run_folder import RunFolder
 from .stage import train_stage
-from .trainable import trained_groups, training_rates
+from .trainable import check_starts, trained_groups, training_rates
 from .watch import Watch
 
 
@@ -46,15 +52,15 @@ def train_run(settings: DictConfig, world: World) -> None:
     if world.is_main:
         unlocked = folder.lock()
         folder.check_same(settings)
-        start = take_in(settings, folder)
+        start, _ = take_in(settings, folder)
         check_stages(start, folder)
         changed = folder.write_config(settings, provenance(settings, world))
         warnings = [f"not as when the run was here last, so further steps may differ: {each}" for each in changed]
         warnings += [unlocked] if unlocked else []
     world.barrier()
-    settings = take_in(settings, folder)
+    settings, overruled = take_in(settings, folder)
     set_up_logging(folder.root / "train.log" if world.is_main else None)
-    for warning in warnings:
+    for warning in [*warnings, *(overruled if world.is_main else ())]:
         logger.warning(warning)
     wandb = WandB(
         settings.wandb if world.is_main else "disabled",
@@ -95,11 +101,17 @@ def _train_stages(settings: DictConfig, folder: RunFolder, world: World, wandb: 
             wandb.steps_before += folder.summary(name)["steps"]
 
 
-def take_in(settings: DictConfig, folder: RunFolder) -> DictConfig:
-    """The settings, starting from a model folder in the run's own where `init_from` is a published model.
+def take_in(settings: DictConfig, folder: RunFolder) -> tuple[DictConfig, list[str]]:
+    """The settings with what `init_from` decides, and what of them that overrules (see `adopt_connector`).
 
-    The first call imports it (see `vlmtrain.interop.importing`). Raises ValueError naming file, tensor and expectation.
+    A published model becomes a model folder in the run's own: the first call imports it (see
+    `vlmtrain.interop.importing`). Raises ValueError naming file, tensor and expectation.
     """
+    finished = [name for name in settings.stages if folder.is_finished(name)]
+    return adopt_connector(_imported(settings, folder), finished)
+
+
+def _imported(settings: DictConfig, folder: RunFolder) -> DictConfig:
     source = settings.init_from and Path(settings.init_from)
     if not source or not (source.is_file() or ((source / "config.json").exists() and not is_model_folder(source))):
         return settings
@@ -137,6 +149,7 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
         )
     _check_switch(settings, "bad_steps.skip_spikes")
     check_words(settings.llm.new_tokens, "llm.new_tokens")
+    check_fallback(settings.llm.chat_template, "llm.chat_template")
     for part in ("vision", "llm"):
         if "trust_remote_code" in settings[part]:
             _check_switch(settings, f"{part}.trust_remote_code")
@@ -145,6 +158,8 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
         check_numbers(stage, STAGE, f"stages.{name}.")
         if stage.keep_best and (stage.validate_every is None or stage.validation is None):
             raise ValueError(f"stages.{name}.keep_best=true needs stages.{name}.validate_every and validation")
+        if stage.image_fit not in FITS:
+            raise ValueError(f"stages.{name}.image_fit={stage.image_fit}: expected one of {', '.join(FITS)}")
         betas = stage.optimizer.betas
         if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"stages.{name}.optimizer.betas={betas}: expected two numbers from 0, below 1")
@@ -199,6 +214,7 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
     """Raise ValueError for a stage ahead whose parts, lengths or data cannot work; no weights are loaded."""
     tokenizer = build_tokenizer(settings)
     handed_on = set(read_manifest(Path(settings.init_from))) if settings.init_from is not None else set()
+    given = set(handed_on)  # parts as `init_from` has them, not as the settings do
     connector = connector_skeleton(Path(settings.init_from)) if settings.init_from is not None else None
     for name, stage in settings.stages.items():
         if settings.stage in (None, name) and not folder.is_finished(name):
@@ -209,14 +225,20 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
                     tensors_taken(parts["connector"], connector, stage, name)
                 else:
                     parts["connector"] = connector
+                    check_widths(settings, name, parts, given - set(stage.fresh))
+            given -= set(stage.fresh)
             connector = parts.get("connector", connector)
-            trained_groups(stage, name, parts)
+            groups = trained_groups(stage, name, parts)
+            check_bert(settings, name, parts)
             if "llm" in parts and (settings.init_from is None or "llm" in stage.fresh):
                 check_vocabulary(parts["llm"], tokenizer)
             build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
             for split in filter(None, (stage.data, stage.validation)):
                 if split == stage.data or settings.data.get(split) is not None:
-                    _check_source(settings, split, picture_size(parts))
+                    source = _check_source(settings, split, picture_size(parts))
+                if split == stage.data and stage.layout == "padded":  # packed rows are counted when the stage begins
+                    steps = stage.max_steps or math.ceil(source.epoch_size / stage.batch_size) * stage.epochs
+                    check_starts(groups, name, steps)
         elif folder.is_finished(name):
             folder.summary(name)  # raises if it is broken, before anything is trained
             connector = connector_skeleton(folder.model(name))
@@ -225,11 +247,12 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
         handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
 
 
-def _check_source(settings: DictConfig, split: str, size: tuple[int, int]) -> None:
+def _check_source(settings: DictConfig, split: str, size: tuple[int, int]) -> Mixture:
     source = build_source(settings.data, split, size, settings.seed)
     problems = first_problems(source) if settings.on_bad_sample == "raise" else []
     if problems:
         raise BadSample(f"{problems[0]} (data.{split}; on_bad_sample=skip trains without it)")
+    return source
 
 
 def _result(summary: dict) -> str:

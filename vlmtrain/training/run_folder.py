@@ -29,7 +29,7 @@ from .provenance import KEYS, differences
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
 FREE = (
-    *("run_dir", "stage", "workers", "compile", "modules", "validation"),
+    *("run_dir", "stage", "workers", "compile", "modules", "validation", "named"),
     *("on_bad_sample", "bad_sample_limit"),  # nothing has been skipped yet where a bad sample stopped the run
     *("wandb", "wandb_project", "wandb_model", "collective_timeout"),
 )

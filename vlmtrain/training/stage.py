@@ -41,7 +41,7 @@ from .optimizer import Schedule
 from .proof import Hashes, part_hashes, part_summary
 from .run_folder import RunFolder, write_json
 from .skips import Skips
-from .trainable import freeze, groups_of, trained_groups
+from .trainable import check_starts, freeze, groups_of, trained_groups
 from .watch import Watch
 
 SHOWN_SAMPLES = 48
@@ -96,12 +96,7 @@ class _Stage:
         self.groups = [group for group in groups if group.from_step <= self.record["step"]]
         self.waiting = [group for group in groups if group.from_step > self.record["step"]]
         self.end = min([self.total_steps, *(group.from_step for group in self.waiting)])
-        late = [group for group in groups if group.from_step >= self.total_steps]
-        if late:
-            raise ValueError(
-                f"stages.{name}.groups: {late[0].label} has from_step={late[0].from_step}, but the stage has only "
-                f"{self.total_steps} steps"
-            )
+        check_starts(groups, name, self.total_steps)
         self.models = ModelWriter(settings, name, self.parts, self.groups, self.processor, previous, world)
         freeze(self.parts, self.groups, self.config.gradient_checkpointing)
         if self.config.layout == "packed":

@@ -149,6 +149,16 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
     return groups
 
 
+def check_starts(groups: Sequence[Group], name: str, steps: int | None) -> None:
+    """Raise ValueError for a group of stage `name` that would begin to train when its `steps`, if known, are over."""
+    for group in groups:
+        if steps is not None and group.from_step >= steps:
+            raise ValueError(
+                f"stages.{name}.groups: {group.label} has from_step={group.from_step}, but the stage has only "
+                f"{steps} steps"
+            )
+
+
 def _new_tokens(llm: nn.Module, entry: Mapping, left: list[str], key: str) -> Group:
     """The rows of the new tokens in the embeddings, in and out."""
     if not getattr(llm, "new_token_ids", ()):
