@@ -30,6 +30,7 @@ from .paths import CONFIGS, RECIPES
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
+SPLIT = re.compile(r"data\.\w+")
 MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
 
 
@@ -208,15 +209,19 @@ def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> N
     for key, value in _settable(options, known):
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
             continue
-        if key not in known:
+        if key not in known and not any(each.startswith(f"{key}.") for each in known):
             raise ValueError(f"the recipe sets {key}, which does not exist.{nearest(key, known)}")
         OmegaConf.update(settings, key, value, merge=False)
 
 
 def _settable(options: Mapping, known: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options down to the keys that are known; one that is null so far may become a whole mapping."""
+    """Options down to the keys that are known; one that is null so far may become a whole mapping.
+
+    A split of the data is replaced as a whole: it may name other sources.
+    """
     for key, value in options.items():
-        if isinstance(value, Mapping) and value and f"{prefix}{key}" not in known:
+        is_split = SPLIT.fullmatch(f"{prefix}{key}")
+        if isinstance(value, Mapping) and value and f"{prefix}{key}" not in known and not is_split:
             yield from _settable(value, known, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

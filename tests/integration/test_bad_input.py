@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from transformers import BertConfig, BertTokenizer, RobertaConfig
 
@@ -139,7 +140,7 @@ def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
     def refused(path: str) -> str:
         with pytest.raises(ValueError) as error:
             start(
-                *(tmp_path / "run", llava_files, "connector=qformer", "connector.hidden_size=32", "connector.depth=2"),
+                *(f"{path}-run", llava_files, "connector=qformer", "connector.hidden_size=32", "connector.depth=2"),
                 *("connector.num_heads=2", "connector.intermediate_size=64", "connector.text_vocab=61"),
                 *("stages.align.connector_text.read=instruction", f"stages.align.connector_text.bert={path}"),
             )
@@ -149,14 +150,15 @@ def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
     key = "stages.align.connector_text.bert="
     wide = refused(bert(tmp_path / "wide", hidden_size=48))
     assert f"{key}{tmp_path / 'wide'}: this BERT does not fit the Q-Former" in wide and "(60, 48)" in wide
-    RobertaConfig().save_pretrained(tmp_path / "wide")
-    assert f"{key}{tmp_path / 'wide'} is a roberta: expected a BERT" in refused(str(tmp_path / "wide"))
+    other = bert(tmp_path / "other")
+    RobertaConfig().save_pretrained(other)
+    assert f"{key}{other} is a roberta: expected a BERT" in refused(other)
     assert f"{key}{tmp_path / 'none'}" in refused(str(tmp_path / "none"))
 
 
 def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, tokenizer):
     with torch.device("meta"):
-        encoder = build_vision("open_clip", model_config=compose(["recipe=quickstart"]).vision.model_config, layer=-1)
+        encoder = build_vision(**OmegaConf.to_container(compose(["recipe=quickstart"]).vision))
         parts = {"vision": encoder, "connector": build_connector("linear", 128, 64)}
         config = {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
         parts["llm"] = build_random_llm(config, tokenizer)

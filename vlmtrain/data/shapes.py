@@ -57,7 +57,7 @@ CAPTION_OBJECTS = (1, 1, 2, 3, 4)
 """The same for a captioned one. Pictures of one shape push a contrastive model to look at shapes: among
 fuller pictures, colours and places alone tell most captions apart."""
 
-SPLITS = ("caption", "text", "instruct", "validation")
+SPLITS = ("caption", "text", "instruct", "validation", "grounding")
 DESCRIBE = "Describe the picture."
 
 VOCABULARY: tuple[str, ...] = (
@@ -79,6 +79,20 @@ class Item:
     x: float
     y: float
     radius: float
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what is drawn, its outline included, as fractions of the picture's side."""
+        outline = OUTLINES[self.shape]
+        if outline is None:  # its line is drawn within
+            return self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius
+        across, down = zip(*outline)
+        return (
+            self.x + self.radius * min(across) - LINE / 2,
+            self.y + self.radius * min(down) - LINE / 2,
+            self.x + self.radius * max(across) + LINE / 2,
+            self.y + self.radius * max(down) + LINE / 2,
+        )
 
     @property
     def place(self) -> str:
@@ -130,7 +144,8 @@ class Shapes:
     """One split as a sequence of conversations.
 
     split: ``caption`` (picture and caption), ``text`` (a scene in words and questions about it, no
-    picture), ``instruct`` (picture and questions) or ``validation`` (the same, with `HELD_OUT` pairs).
+    picture), ``instruct`` (picture and questions), ``validation`` (the same, with `HELD_OUT` pairs) or ``grounding``
+    (picture, and where things are in it, as boxes).
     size: number of conversations. image_size: side of the pictures in pixels.
 
     Raises ValueError for an unknown split.
@@ -155,6 +170,8 @@ class Shapes:
         elif self.split == "text":
             exchanges = _questions(rng, items, counted)
             opening = describe(rng.sample(items, len(items)))
+        elif self.split == "grounding":
+            exchanges, opening = [_grounding(item) for item in rng.sample(items, 2)], IMAGE_MARK
         else:
             exchanges, opening = _questions(rng, items, counted), IMAGE_MARK
         turns = []
@@ -211,6 +228,16 @@ def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[
     things = f"{counted}s" if counted in SHAPES else f"{counted} shapes"
     questions.append((f"How many {things} are there?", COUNTS[(colors + shapes).count(counted) - 1]))
     return rng.sample(questions, len(questions))
+
+
+def _grounding(item: Item) -> tuple[str, str]:
+    """Where an item is, which its colour and shape name: Qwen-VL's box, in thousandths of width and height.
+
+    Numbers are in [0, 1000) (Qwen-VL, section 3.2.1; from memory: unverified).
+    """
+    left, top, right, bottom = (min(999, max(0, int(1000 * side))) for side in item.box)
+    thing = f"{item.color} {item.shape}"
+    return f"Where is the {thing}?", f"<ref>{thing}</ref><box>({left},{top}),({right},{bottom})</box>"
 
 
 def _neighbors(items: Sequence[Item]) -> Iterator[tuple[Item, str, Item]]:
