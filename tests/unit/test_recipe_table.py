@@ -1,0 +1,52 @@
+"""The README's table of recipes, against the recipes themselves."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vlmtrain.paths import RECIPES
+from vlmtrain.settings import compose
+
+from ..conftest import ROOT
+
+# What the table calls the parts.
+PARTS = {
+    "vision": ("ViT",),
+    "connector": ("linear", "MLP", "C-Abstractor", "LDPv2", "resampler", "Q-Former"),
+    "llm": ("LLM", "adapters of the LLM"),
+    "objective": ("heads", "text tower"),
+}
+PART = {word: part for part, words in PARTS.items() for word in words} | {"adapters": "llm"}
+ROWS = {
+    cells[0].strip("`"): cells[1:]
+    for line in (ROOT / "README.md").read_text().partition("| recipe | stages |")[2].splitlines()
+    if len(cells := [cell.strip() for cell in line.strip("|").split(" | ")]) == 5
+}
+
+
+def rates(words: str) -> dict[str | None, float]:
+    """``1e-5, ViT 2e-6``: the rate of a part that is named, and under None that of all others."""
+    entries = (re.fullmatch(r"(?:(\S+) )?(\S+)", entry).groups() for entry in words.split(", "))
+    return {part and PART[part]: float(rate) for part, rate in entries}
+
+
+def test_the_table_has_every_recipe():
+    assert set(ROWS) == {file.stem for file in RECIPES.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_the_table_says_what_the_recipe_does(recipe):
+    stages, trained, learning_rates, source = (cell.split("; ") for cell in ROWS[recipe])
+    settings = compose([f"recipe={recipe}"])
+    assert stages == list(settings.stages) and source != [""]
+    for name, words, rate in zip(stages, trained, learning_rates, strict=True):
+        stage = settings.stages[name]
+        found = {part: value for part, value in stage.train.items() if value is not None}
+        found |= {group.match.split(".")[0]: group.lr for group in stage.groups}
+        named = set(stage.parts) if words.startswith("all") else {PART[word] for word in words.split(" + ")}
+        said = rates(rate)
+        assert found == {part: said.get(part, said.get(None)) for part in named}, name
+        assert ("on tiles" in words) == (stage.image_fit == "tiles")
+        assert ("adapters" in words) == (stage.lora is not None)
