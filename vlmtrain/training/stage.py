@@ -279,7 +279,10 @@ class _Stage:
         return values, stopping > 0
 
     def _update(self, engine: StageEngine, step: int, data: StepData, weight: float) -> tuple[float, float]:
-        """Run a step's micro-batches and update the weights, unless the numbers are wrong: loss, and gradient norm."""
+        """Run a step's micro-batches and update the weights, unless the numbers are wrong: loss, and gradient norm.
+
+        Every engine drops a step whose gradient is not finite on some rank.
+        """
         losses: list[Tensor] = []
         for i, batch in enumerate(data.micro_batches):
             # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
@@ -288,18 +291,22 @@ class _Stage:
             self.watch.doing(f"{where}: forward", batch.ids)
             loss = engine.loss(batch.to(self.world.device, engine.dtype))
             losses.append(loss.detach().float())
-            if i + 1 == len(data.micro_batches):
-                mean = self.world.sum([float(torch.stack(losses).sum())])[0] / weight
-                fault = self.bad_steps.judge(mean)
-                if fault and fault.skipped:
-                    loss = loss * math.nan  # every engine drops a step whose gradient is not finite on some rank
+            loss = loss * (1 + 0 * loss.detach())  # NaN, and with it every gradient, where the loss is not finite
+            if self.bad_steps.skip_spikes and i + 1 == len(data.micro_batches):  # waits for the device
+                fault = self.bad_steps.judge(self._mean_loss(losses, weight))
+                loss = loss * math.nan if fault else loss
             self.watch.doing(f"{where}: backward{' and update' * (i + 1 == len(data.micro_batches))}", batch.ids)
             engine.backward(loss, weight)
-        norm = engine.grad_norm()
+        mean, norm = self._mean_loss(losses, weight), engine.grad_norm()
+        fault = self.bad_steps.judge(mean)
         if not fault and not math.isfinite(norm):
             fault = Fault("the gradient is not finite", True)
         self.bad_steps.count(step + 1, mean, fault, self._suspects(data, losses) if fault else ())
         return mean, norm
+
+    def _mean_loss(self, losses: list[Tensor], weight: float) -> float:
+        """A step's loss over all ranks, from the summed losses of this rank's micro-batches."""
+        return self.world.sum([float(torch.stack(losses).sum())])[0] / weight
 
     def _suspects(self, data: StepData, losses: list[Tensor]) -> list[str]:
         """Ids, over all ranks, of the samples of micro-batches whose loss is not finite, or else of the whole step."""
