@@ -15,6 +15,8 @@ def show_plan(settings: DictConfig, plans: Sequence[StagePlan], machine: Machine
         f"{settings.name}, connector {settings.connector.name}, {settings.precision}, on {machine.gpus} GPUs of "
         f"{machine.gpu_memory_gb:g} GB, {machine.gpu_tflops:g} TFLOP/s at {machine.utilisation:.0%}"
     )
+    if settings.init_from is not None:
+        head += f"\nThe parts are those that the line names: a plan does not look into init_from={settings.init_from}"
     return "\n\n".join([head, *(_show_stage(plan, settings, machine) for plan in plans)])
 
 
