@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests at once: a file's go one after the other. Most start one process, some two.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint table clean
 
@@ -14,10 +17,10 @@ demo: $(BIN)/.installed  ## train the quickstart's four stages, and question the
 	$(BIN)/python -m vlmtrain.train recipe=quickstart $(ARGS)
 
 test: $(BIN)/.installed  ## all tests but the slow ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(BIN)/.installed  ## all tests
-	$(BIN)/python -m pytest --slow
+	$(PYTEST) --slow
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
