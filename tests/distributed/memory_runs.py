@@ -1,6 +1,6 @@
 """Trains a few steps and prints what memory grew by, and what the plan says. Run by test_memory_plan.py:
 
-python memory_runs.py FOLDER ENGINE PRECISION PARTS
+python memory_runs.py FOLDER ENGINE PRECISION PARTS BATCH_SIZE
 """
 
 from __future__ import annotations
@@ -11,30 +11,35 @@ import json
 import sys
 from pathlib import Path
 
+import deepspeed
+import torch
+from torch.nn import functional as F
+
 from vlmtrain.planning.memory import States
 from vlmtrain.planning.plan import kept_by_sample
 from vlmtrain.settings import compose
 from vlmtrain.training import stage as stages
+from vlmtrain.training.assembly import DTYPES
 from vlmtrain.training.run import train_run
 from vlmtrain.world import join_world, leave_world
 
-WIDTH, LAYERS, BATCH = 768, 6, 4
+WIDTH, LAYERS, HEADS = 768, 6, 12
 
 
-def line(folder: str, engine: str, precision: str, trained: str) -> list[str]:
+def line(folder: str, engine: str, precision: str, trained: str, batch: int) -> list[str]:
     rates = {part: "1e-4" if part in trained.split("+") else "null" for part in ("connector", "llm")}
     return [
         "recipe=quickstart",
         "stage=instruct",
         "stages.instruct.fresh=[vision,connector,llm]",
         "stages.instruct.max_steps=3",
-        f"stages.instruct.batch_size={BATCH}",
+        f"stages.instruct.batch_size={batch}",
         *(f"stages.instruct.train.{part}={rate}" for part, rate in rates.items()),
         f"llm.config.hidden_size={WIDTH}",
         f"llm.config.intermediate_size={4 * WIDTH}",
         f"llm.config.num_hidden_layers={LAYERS}",
-        "llm.config.num_attention_heads=12",
-        "llm.config.num_key_value_heads=12",
+        f"llm.config.num_attention_heads={HEADS}",
+        f"llm.config.num_key_value_heads={HEADS}",
         "data.validation=null",
         "workers=0",
         f"engine={engine}",
@@ -55,12 +60,34 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def main(folder: str, engine: str, precision: str, trained: str) -> None:
-    settings, world = compose(line(folder, engine, precision, trained)), join_world()
+def warm_up(engine: str, dtype: torch.dtype) -> None:
+    """What libraries take once, whatever they are used for: a step of a small engine, and attention and products."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": int(engine[4])},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+    }
+    small = torch.nn.Linear(HEADS, HEADS, dtype=dtype)
+    runner, *_ = deepspeed.initialize(model=small, optimizer=torch.optim.AdamW(small.parameters()), config=config)
+    runner.backward(runner(torch.ones(1, HEADS, dtype=dtype)).sum())
+    runner.step()
+    runner.destroy()
+    states = torch.randn(1024, WIDTH, dtype=dtype, requires_grad=True)
+    weight = torch.randn(WIDTH, 4 * WIDTH, dtype=dtype)
+    heads = states.view(1, 1024, HEADS, -1).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+    (F.silu(attended @ weight) @ weight.T).sum().backward()
+
+
+def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> None:
+    settings, world = compose(line(folder, engine, precision, trained, int(batch))), join_world()
     found = {"peak": 0}
 
     class Watched(stages.StageEngine):
         def __init__(self, settings, stage, parts, objective, groups, *more):
+            warm_up(engine, DTYPES[precision])
             settle()
             found["before"] = status("VmRSS")
             sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
@@ -81,10 +108,11 @@ def main(folder: str, engine: str, precision: str, trained: str) -> None:
     train_run(settings, world)
     states = found["states"]
     weights = (2 if precision == "bf16" else 4) * (states.trained + states.frozen_inside + states.frozen_outside)
-    tokens = json.loads(Path(folder, "instruct", "metrics.jsonl").read_text().splitlines()[-1])["tokens"] / BATCH
-    activations = kept_by_sample(settings, "instruct", round(tokens)) * BATCH // world.size
+    steps = [json.loads(step) for step in Path(folder, "instruct", "metrics.jsonl").read_text().splitlines()]
+    positions = max(step["tokens"] / (1 - step["padding_fraction"]) for step in steps) / int(batch)
+    activations = kept_by_sample(settings, "instruct", round(positions)) * int(batch) // world.size
     if world.is_main:
-        planned = states.bytes(int(engine[4]), world.size) - weights + activations
+        planned = states.bytes(int(engine[4]), world.size, activations) - weights
         print(json.dumps({"grown": found["peak"] - found["before"], "planned": planned, "activations": activations}))
     leave_world()
 

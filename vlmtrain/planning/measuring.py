@@ -47,6 +47,14 @@ class PartCost:
         return self.outside + sum(self.blocks.values())
 
     @property
+    def at_work(self) -> int:
+        """Bytes of gradients that are alive at once in the backward pass: as much as is kept of one block, or outside.
+
+        Behind the blocks are the logits, whose gradient is as large as they are.
+        """
+        return max(self.outside, *self.blocks.values(), 0)
+
+    @property
     def kept_checkpointed(self) -> int:
         """Bytes kept where each block's activations are computed again: their inputs, and one block at a time."""
         return self.outside + self.block_input * len(self.blocks) + max(self.blocks.values(), default=0)

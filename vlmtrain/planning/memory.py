@@ -21,24 +21,30 @@ class States:
     frozen_outside: int
     bf16: bool
 
-    def bytes(self, zero_stage: int, world_size: int) -> int:
-        """Weights, gradients, optimiser states and DeepSpeed's buffers on one of `world_size` GPUs, at their peak."""
+    def bytes(self, zero_stage: int, world_size: int, activations: int = 0) -> int:
+        """Weights, gradients, optimiser states, DeepSpeed's buffers and `activations` on one of `world_size` GPUs.
+
+        At their peak: gradients on their way, in fp32, fill a bucket while the backward pass frees activations.
+        """
         weight = 2 if self.bf16 else 4
         inside = self.trained + self.frozen_inside
-        bucket = 4 * min(self.trained, BUCKET)  # gradients on their way, in fp32
+        bucket = 4 * min(self.trained, BUCKET)
+        # a bucket that holds everything is sent last, and without ZeRO all of them are
+        left = 0.0 if zero_stage == 0 and not self.bf16 else 1 - min(1.0, BUCKET / max(1, self.trained))
+        passing = max(activations, bucket + left * activations)
         if zero_stage == 3:
             # weights, an fp32 copy, two moments and gradients are sharded; what is at work is whole
             sharded = weight * inside + 16 * self.trained
-            whole = weight * (min(inside, LIVE) + 2 * min(self.trained, BUCKET)) + bucket
+            whole = weight * (min(inside, LIVE) + 2 * min(self.trained, BUCKET))
         elif self.bf16 and zero_stage < 2:
             # DeepSpeed's bf16 optimizer keeps a step's gradients in fp32, whole, and copies them once
             sharded = 12 * self.trained
-            whole = weight * (inside + self.trained) + 8 * self.trained + bucket
+            whole = weight * (inside + self.trained) + 8 * self.trained
         elif zero_stage == 0:
             sharded = 0
-            whole = weight * inside + 12 * self.trained + bucket
+            whole = weight * inside + 12 * self.trained
         else:
             gradients = self.trained if zero_stage == 1 else min(self.trained, BUCKET)
             sharded = 16 * self.trained
-            whole = weight * (inside + gradients) + bucket
-        return round(sharded / world_size + whole + weight * self.frozen_outside)
+            whole = weight * (inside + gradients)
+        return round(sharded / world_size + whole + weight * self.frozen_outside + passing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -287,10 +288,13 @@ def _plan_memory(
     if stage.layout == "padded" and plan.batch_size % machine.gpus:
         plan.obstacle = f"nothing: batch_size={plan.batch_size} is not a multiple of {machine.gpus} GPUs"
     for zero_stage in ZERO_STAGES:
-        kept = states.bytes(zero_stage, machine.gpus)
-        rows = math.ceil(plan.micro_batch_size / in_a_row)
-        plan.memory[zero_stage] = kept + sample * rows + RESERVED_BYTES
-        largest = max(0, min(most, int((room - kept) // max(1, sample) * in_a_row)))
+
+        def needed(rows: int, zero_stage: int = zero_stage) -> int:
+            return states.bytes(zero_stage, machine.gpus, sample * rows)
+
+        plan.memory[zero_stage] = needed(math.ceil(plan.micro_batch_size / in_a_row)) + RESERVED_BYTES
+        rows = bisect_right(range(math.ceil(most / in_a_row) + 1), room, key=needed) - 1
+        largest = max(0, min(most, int(rows * in_a_row)))
         plan.fits[zero_stage] = largest if largest >= least and not plan.obstacle else 0
         if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
             plan.suggested_zero_stage = zero_stage
@@ -298,12 +302,13 @@ def _plan_memory(
 
 
 def _kept(costs: Mapping[str, PartCost], checkpointing: bool) -> int:
-    """Bytes of activations that one sample's backward pass needs."""
-    return sum(cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept for part, cost in costs.items())
+    """Bytes of activations that one sample's backward pass needs, and of gradients at work there."""
+    kept = sum(cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept for part, cost in costs.items())
+    return kept + max(cost.at_work for cost in costs.values())
 
 
 def kept_by_sample(settings: DictConfig, name: str, tokens: int) -> int:
-    """Bytes of activations that a sample of `tokens` tokens keeps for the backward pass of stage `name`."""
+    """Bytes that a sample of `tokens` tokens takes in the backward pass of stage `name`."""
     stage = settings.stages[name]
     parts = build_skeleton(settings, name, _Vocabulary(settings), DTYPES[settings.precision])
     groups = trained_groups(stage, name, parts)
