@@ -188,6 +188,17 @@ def test_zero_3_shards_weights_their_copy_moments_and_gradients(bf16, sharded):
     assert large.bytes(3, 64) < large.bytes(2, 64) < large.bytes(1, 64)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_gradients_on_their_way_fill_the_place_of_freed_activations(zero_stage):
+    small = States(trained=10**8, frozen_inside=0, frozen_outside=0, bf16=False)
+    bucket = 4 * 10**8
+    assert small.bytes(zero_stage, 8, bucket) == small.bytes(zero_stage, 8)
+    assert small.bytes(zero_stage, 8, bucket + 7) == small.bytes(zero_stage, 8) + 7
+    if zero_stage:  # a bucket of half of the gradients is full when half of the activations are left
+        large = States(trained=10**9, frozen_inside=0, frozen_outside=0, bf16=False)
+        assert large.bytes(zero_stage, 8, 10**8) == large.bytes(zero_stage, 8) + 10**8 // 2
+
+
 def test_what_trains_decides_the_arithmetic():
     few = plan("recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.train.llm=null")["instruct"]
     more = plan("recipe=llava_1_5", "mini=true", "stage=instruct")["instruct"]
