@@ -335,8 +335,11 @@ def test_no_chat_template_is_an_error_that_says_what_to_set():
     tokenizer = copy.deepcopy(all_tokenizers()["llama_bpe"])
     with pytest.raises(ValueError, match=r"no chat template: set llm\.chat_template"):
         Renderer(tokenizer, "chat", 100)
-    fallen_back = render(Renderer(tokenizer, "chat", 1000, fallback="vicuna_v1"), talk(*LONG))
-    assert fallen_back.input_ids.equal(render(renderer("llama_bpe", "vicuna_v1"), talk(*LONG)).input_ids)
+    for fallback in ("vicuna_v1", VICUNA_V1):  # a name, or a template itself
+        fallen_back = render(Renderer(tokenizer, "chat", 1000, fallback=fallback), talk(*LONG))
+        assert fallen_back.input_ids.equal(render(renderer("llama_bpe", "vicuna_v1"), talk(*LONG)).input_ids)
+    with pytest.raises(ValueError, match=r"llm\.chat_template=vicuna: unknown template\. Did you mean 'vicuna_v1'"):
+        Renderer(tokenizer, "chat", 1000, fallback="vicuna")
 
 
 def test_an_unknown_template_is_an_error_that_names_the_nearest(tokenizer):
