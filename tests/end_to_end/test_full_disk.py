@@ -37,10 +37,14 @@ def limited(size: int):
 
 
 @pytest.fixture(scope="module")
-def whole(llava_files, tmp_path_factory) -> list[dict]:
+def whole(llava_files, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     train(*line(llava_files, folder))
-    return metrics(folder, "instruct")
+    return folder
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_dir, "instruct")]
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(llava_files, small_disk, w
     subprocess.run(["mount", "-o", "remount,size=400m", small_disk], check=True)
     done = train(*command)
     assert f"going on behind step {int(saved[-1][5:])}" in done.stdout
-    assert [record["loss"] for record in metrics(small_disk / "run", "instruct")] == [r["loss"] for r in whole]
+    assert losses(small_disk / "run") == losses(whole)
 
 
 def test_a_checkpoint_that_cannot_be_written_harms_nothing(llava_files, tmp_path, whole):
@@ -76,7 +80,17 @@ def test_a_checkpoint_that_cannot_be_written_harms_nothing(llava_files, tmp_path
     assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
     assert not list(tmp_path.rglob("*.partial/*"))
     train(*command)
-    assert [record["loss"] for record in metrics(tmp_path, "instruct")] == [r["loss"] for r in whole]
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_stage_whose_last_checkpoint_finds_no_room_leaves_its_model(llava_files, tmp_path, whole):
+    largest = max(file.stat().st_size for file in (whole / "instruct" / "model").rglob("*"))
+    command = line(llava_files, tmp_path, "stages.instruct.save_every=null", "workers=0")
+    done = train(*command, preexec_fn=limited(largest + MEGABYTE // 8))
+    assert "could not be written" in done.stdout + done.stderr and "goes on to its model" in done.stdout + done.stderr
+    model = Path("instruct", "model", "vlmtrain.json")
+    assert (tmp_path / model).read_bytes() == (whole / model).read_bytes()
+    assert losses(tmp_path) == losses(whole)
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink])

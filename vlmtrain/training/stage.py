@@ -204,13 +204,27 @@ class _Stage:
             if stopping or step + 1 == self.end or self._is_save_due(step + 1):
                 for file in filter(None, (metrics, scores, bad_steps)):
                     file.sync()
-                self.checkpoints.save(engine.training_state, step + 1, record, prune=not self.bad_steps.in_a_row)
+                self._save(engine, is_needed=stopping or step + 1 < total)
             if stopping:
                 raise Stopped(
                     f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"
                 )
         for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
+
+    def _save(self, engine: StageEngine, is_needed: bool) -> None:
+        """Write a checkpoint. Raises ValueError if one that is needed cannot be written.
+
+        That behind the last step saves a kill's victims the steps since the one before; the model takes less room.
+        """
+        try:
+            prune = not self.bad_steps.in_a_row
+            self.checkpoints.save(engine.training_state, self.record["step"], self.record, prune)
+        except ValueError as error:
+            if is_needed:
+                raise
+            if self.world.is_main:
+                logger.warning(f"{error}; the stage has its weights, and goes on to its model")
 
     def _is_save_due(self, step: int) -> bool:
         """Not among steps that make no update, or the checkpoints from before them would be dropped."""
