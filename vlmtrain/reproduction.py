@@ -1,6 +1,6 @@
 """A run once more, from its own record: where its losses part from the first time's, and what else differs.
 
-python -m vlmtrain.reproduction SETTINGS.yaml      # trains by settings that are resolved already
+python -m vlmtrain.reproduction SETTINGS.yaml [STAGE]     # trains by settings that are resolved already
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ def reproduce(run_dir: Path, out: Path | None = None, ranks: int | None = None) 
     if not began or "machine" not in record:
         raise ValueError(f"{run_dir} holds no steps to compare with, or no record of what made them")
     everything = began == list(config["stages"])
-    config |= {"run_dir": str(out), "wandb": "disabled", "stage": None if everything else config["stage"]}
-    if _is_finished(config, out):
+    config |= {"run_dir": str(out), "wandb": "disabled", "stage": None}
+    if _is_finished(out, began):
         # what it found is not what would be found now: code, libraries and machine may have changed
         raise ValueError(f"{out} holds a finished rerun already: remove it, or name another folder with --out")
     _take_folder(config, out)
-    _run(out, ranks or record["machine"]["processes"], record["machine"]["threads"])
-    if not _is_finished(config, out):
+    for stage in [None] if everything else began:
+        _run(out, stage, ranks or record["machine"]["processes"], record["machine"]["threads"])
+    if not _is_finished(out, began):
         raise ValueError(f"the run in {out} was stopped; the same line goes on from there")
     from .training.provenance import differences
 
     return Reproduction(
-        str(out), {name: _compare(run_dir / name, out / name) for name in began}, differences(record, read_config(out))
+        str(out), {name: compare(run_dir / name, out / name) for name in began}, differences(record, read_config(out))
     )
 
 
-def _is_finished(config: dict, out: Path) -> bool:
-    wanted = [config["stage"]] if config["stage"] else config["stages"]
-    return (out / SETTINGS).is_file() and all(read_summary(out / name) for name in wanted)
+def _is_finished(out: Path, stages: list[str]) -> bool:
+    return (out / SETTINGS).is_file() and all(read_summary(out / name) for name in stages)
 
 
 def _take_folder(config: dict, out: Path) -> None:
@@ -84,31 +84,36 @@ def _take_folder(config: dict, out: Path) -> None:
 
     text = OmegaConf.to_yaml(OmegaConf.create(config))
     settings = out / SETTINGS
-    if out.is_dir() and any(out.iterdir()) and not (settings.is_file() and settings.read_text() == text):
+    others = [file for file in out.iterdir() if file.suffix != ".partial"] if out.is_dir() else []
+    if others and not (settings.is_file() and settings.read_text() == text):
         raise ValueError(f"{out} holds something else already: name another folder with --out")
     make_folder(out, f"--out {out}")
     replace_text(settings, text)
 
 
-def _run(out: Path, ranks: int, threads: int) -> None:
+def _run(out: Path, stage: str | None, ranks: int, threads: int) -> None:
     command = [sys.executable, "-m", "vlmtrain.processes"]
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    command += ["vlmtrain.reproduction", str(out / SETTINGS)]
+    command += ["vlmtrain.reproduction", str(out / SETTINGS), *([stage] if stage else [])]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=sys.stderr)
     if done.returncode:
         raise ValueError(f"the run in {out} failed (exit {done.returncode}); its last words are above")
 
 
-def _compare(first: Path, again: Path) -> StageResult:
-    pairs = list(zip(read_records(first / "metrics.jsonl"), read_records(again / "metrics.jsonl")))
-    partings = (
+def compare(first: Path, again: Path) -> StageResult:
+    """A stage's folder, and that of its rerun."""
+    then, now = (read_records(folder / "metrics.jsonl") for folder in (first, again))
+    pairs = list(zip(then, now))
+    partings = [
         Parting(one["step"], key, one[key], two[key]) for one, two in pairs for key in COMPARED if one[key] != two[key]
-    )
+    ]
+    if len(now) < len(then):  # more are no parting: the first run may have been cut short
+        partings.append(Parting(len(now) + 1, "steps", len(then), len(now)))
     manifests = [folder / "model" / "vlmtrain.json" for folder in (first, again)]
     both = all(file.exists() for file in manifests)
     return StageResult(
-        len(pairs), next(partings, None), _hashes(manifests[0]) == _hashes(manifests[1]) if both else None
+        len(pairs), next(iter(partings), None), _hashes(manifests[0]) == _hashes(manifests[1]) if both else None
     )
 
 
@@ -122,7 +127,9 @@ def main() -> None:
 
     try:
         with users_errors():
-            train(OmegaConf.load(sys.argv[1]))
+            settings = OmegaConf.load(sys.argv[1])
+            settings.stage = sys.argv[2] if len(sys.argv) > 2 else None
+            train(settings)
     finally:
         from .world import leave_world
 

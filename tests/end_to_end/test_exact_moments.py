@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vlmtrain.data import Processor
+from vlmtrain.model import VLMWrapper
 
 from ..conftest import metrics, run, train
 from .test_resume import line
@@ -73,3 +78,17 @@ def test_checkpoints_by_the_clock(llava_files, tmp_path):
     done = struck("clock", "SIGKILL@metrics.jsonl:17", line=command(llava_files, tmp_path, *more))
     assert done.returncode == -signal.SIGKILL
     assert saved(tmp_path) == ["step-000005", "step-000010", "step-000015"]
+
+
+def test_a_frozen_part_that_changed_under_the_run_is_named(llava_files, tmp_path, whole):
+    start = shutil.copytree(whole / "align" / "model", tmp_path / "start")
+    free = [*command(llava_files, tmp_path / "run"), "stage=instruct", f"init_from={start}"]
+    assert struck("SIGKILL@metrics.jsonl:4", line=free).returncode == -signal.SIGKILL
+    model, processor = VLMWrapper.from_pretrained(start), Processor.from_pretrained(start)
+    with torch.no_grad():
+        next(model.vision.parameters()).add_(0.01)
+    shutil.rmtree(start)
+    model.save_pretrained(start)
+    processor.save_pretrained(start)
+    refused = train(*free, check=False)
+    assert refused.returncode == 2 and "stage instruct began with other weights of its vision" in refused.stderr

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 from omegaconf import OmegaConf
+
+from vlmtrain.reproduction import compare
 
 from ..conftest import metrics, run, train
 from .test_resume import line
@@ -70,3 +73,21 @@ def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(firs
     assert "differs: versions.torch: 1.0 -> " in parted.stdout
     refused = run(*REPRODUCE, str(tmp_path / "nothing"), check=False)
     assert refused.returncode == 2 and "config.yaml is missing" in refused.stderr
+
+
+def test_stages_that_were_run_one_by_one_are_all_run_again(tmp_path):
+    more = [f"run_dir={tmp_path / 'run'}", "validation.samples=2", "validation.final_samples=2", "workers=0"]
+    more += ["stages.clip.max_steps=2", "stages.text.max_steps=2"]
+    for stage in ("clip", "text"):
+        train("recipe=quickstart", f"stage={stage}", *more)
+    found = json.loads(run(*REPRODUCE, str(tmp_path / "run"), "--json").stdout)
+    for stage in ("clip", "text"):
+        assert found["stages"][stage] == {"steps": 2, "parting": None, "same_model": True}
+
+
+def test_a_rerun_with_fewer_steps_is_not_the_same(first, tmp_path):
+    short = shutil.copytree(first / "align", tmp_path / "align")
+    lines = (short / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (short / "metrics.jsonl").write_text("".join(lines[:-1]))
+    parting = compare(first / "align", short).parting
+    assert (parting.step, parting.key) == (len(lines), "steps")

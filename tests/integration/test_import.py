@@ -35,6 +35,10 @@ from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
+from vlmtrain.model.parts import load_part
+from vlmtrain.settings import compose
+from vlmtrain.training.run import take_in as imported
+from vlmtrain.training.run_folder import RunFolder
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 LOOK = {"image_mean": MEAN, "image_std": STD, "resample": 3}
@@ -222,6 +226,25 @@ def test_what_was_taken_in_trains_on(published, llava_files, tmp_path):
     done = train(*line, *small, "data.validation=null", f"run_dir={tmp_path / 'run'}", "engine=zero0")
     trained = VLMWrapper.from_pretrained(tmp_path / "run" / "instruct" / "model")
     assert type(trained.llm).__name__ == "LlamaForCausalLM" and trained.vision.width == 16, done.stderr
+
+
+def test_another_source_takes_the_place_of_what_was_imported_before(published, tmp_path):
+    file = published / "llava" / "mm_projector.bin"
+    line = ["recipe=llava_1_5", "stage=instruct", "llm=hf", f"llm.path={published / 'vicuna'}"]
+    line += ["llm.chat_template=vicuna_v1", f"init_from={file}", f"run_dir={tmp_path / 'run'}"]
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+
+    def bias() -> torch.Tensor:
+        settings, _ = imported(compose(line), folder)
+        return load_part("connector", Path(settings.init_from)).state_dict()["layers.0.bias"]
+
+    state = torch.load(file, weights_only=True)
+    first = bias()
+    kept = (folder.root / "imported" / "vlmtrain.json").stat().st_mtime_ns
+    assert first.equal(bias()) and (folder.root / "imported" / "vlmtrain.json").stat().st_mtime_ns == kept
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, file)
+    torch.testing.assert_close(bias(), first + 1, rtol=1e-2, atol=1e-2)
 
 
 # bad input

@@ -43,8 +43,9 @@ class ModelWriter:
     def write(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
         """Write a folder in the place of `target`, on the main rank; every rank gets the parts' hashes."""
         partial = target.with_name(f"{target.name}.partial")
-        manifest, hashes = {}, {}
+        manifest, hashes, before = {}, {}, {}
         if self.world.is_main:
+            before = _known_parts(target)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         for part, module in self.parts.items():
@@ -55,9 +56,9 @@ class ModelWriter:
             hashes[part] = part_hashes(module, state, groups)
             if part in PARTS:
                 whole = merged(module, state)
-                if groups or not (target / part).is_dir():
+                if before.get(part, {}).get("sha256") != hashes[part].whole:
                     save_part(part, module, partial / part, whole)
-                else:  # it was frozen when the folder was written last
+                else:  # frozen since the folder was written last
                     shutil.copytree(target / part, partial / part, copy_function=link_or_copy)
                 manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.stage if groups else None}
                 if whole.keys() != state.keys():
@@ -82,3 +83,11 @@ class ModelWriter:
             elif part not in self.drops:
                 shutil.copytree(self.previous / part, folder / part, copy_function=link_or_copy)
                 manifest[part] = facts
+
+
+def _known_parts(folder: Path) -> dict[str, dict]:
+    """The parts of a folder that is to be replaced; none if there is no sound one."""
+    try:
+        return read_manifest(folder)
+    except ValueError:
+        return {}

@@ -17,12 +17,14 @@ from ..data.sources import build_source, first_problems
 from ..data.templates import check_fallback
 from ..errors import nearest
 from ..evaluation.metrics import check_metrics
+from ..fingerprints import fingerprint
 from ..kinds import check_stage_kinds, check_words
 from ..model.llm import check_vocabulary
 from ..model.parts import connector_skeleton, is_model_folder, read_manifest
 from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
 from ..report import write_report
+from ..run_files import read_json
 from ..world import Stopped, StopSignal, World
 from .adapters import check_adapters
 from .assembly import (
@@ -39,7 +41,7 @@ from .handover import adopt_connector, builds_anew, check_names, tensors_taken
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
 from .provenance import provenance
-from .run_folder import RunFolder
+from .run_folder import RunFolder, write_json
 from .stage import train_stage
 from .trainable import check_starts, trained_groups, training_rates
 from .watch import Watch
@@ -115,15 +117,19 @@ def _imported(settings: DictConfig, folder: RunFolder) -> DictConfig:
     source = settings.init_from and Path(settings.init_from)
     if not source or not (source.is_file() or ((source / "config.json").exists() and not is_model_folder(source))):
         return settings
-    target = folder.root / "imported"
-    if not target.exists():
+    parts = {}
+    if source.is_file():  # a projector alone: the line names what it was trained with
+        parts = {"llm": settings.llm.get("path"), "template": settings.llm.get("chat_template")}
+        parts["vision"] = settings.vision.path if settings.vision.provider == "hf" else None
+    target, record = folder.root / "imported", folder.root / "imported.json"
+    wanted = {"source": str(source.resolve()), **parts, "fingerprint": fingerprint(source)}
+    if not (target.exists() and record.exists() and read_json(record) == wanted):
         from ..interop.importing import import_model
 
-        parts = {}
-        if source.is_file():  # a projector alone: the line names what it was trained with
-            parts = {"llm": settings.llm.get("path"), "template": settings.llm.get("chat_template")}
-            parts["vision"] = settings.vision.path if settings.vision.provider == "hf" else None
+        record.unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
         import_model(source, target, **parts)
+        write_json(record, wanted)
     return OmegaConf.merge(settings, {"init_from": str(target)})
 
 

@@ -136,6 +136,7 @@ class _Stage:
         )
         engine.feature_cache = self._feature_cache(before)
         record = self.record
+        self._check_start({part: found.whole for part, found in before.items()})
         self.checkpoints.load(record, engine.training_state)
         if record["step"] and self.world.is_main:
             logger.info(f"{self.name}: going on behind step {record['step']}")
@@ -155,6 +156,15 @@ class _Stage:
             self.checkpoints.clear()
         engine.close()
         return summary
+
+    def _check_start(self, now: dict[str, str]) -> None:
+        """Raise ValueError if a part is not what the stage began with: a checkpoint has only what is trained."""
+        for part, known in self.record.setdefault("began_with", now).items():
+            if now[part] != known:
+                raise ValueError(
+                    f"stage {self.name} began with other weights of its {part} (SHA-256 {known[:16]}, now "
+                    f"{now[part][:16]}): put them back where they came from, or begin another run_dir"
+                )
 
     def _feature_cache(self, hashes: dict[str, Hashes]) -> FeatureCache | None:
         """The cache that is asked for, where the stage has an encoder and leaves it frozen."""

@@ -1,0 +1,39 @@
+"""Model folders are what their parts are now, whatever stood in their place before."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import OmegaConf
+
+from vlmtrain.data.processor import Processor
+from vlmtrain.model.parts import load_part, module_state
+from vlmtrain.model.vision import build_vision
+from vlmtrain.training.model_folder import ModelWriter
+from vlmtrain.world import World
+
+VISION = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 24, "head_width": 12, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+class Engine:
+    """One process, and nothing sharded."""
+
+    def state(self, module, keep):
+        return {name: tensor.clone() for name, tensor in module_state(module).items()}
+
+
+def test_a_frozen_part_is_not_taken_from_a_folder_that_holds_other_weights(tmp_path, tokenizer):
+    vision = build_vision("open_clip", model_config=VISION)
+    settings = OmegaConf.create({"stages": {"s": {"drops": []}}, "vision": {}})
+    processor = Processor(tokenizer, None, "plain", 64)
+    writer = ModelWriter(settings, "s", {"vision": vision}, [], processor, None, World(0, 1, torch.device("cpu")))
+    writer.write(Engine(), tmp_path / "best")
+    with torch.no_grad():
+        for parameter in vision.parameters():
+            parameter.mul_(0.5)
+    writer.write(Engine(), tmp_path / "best")
+    found = module_state(load_part("vision", tmp_path / "best"))
+    assert all(tensor.equal(found[name]) for name, tensor in module_state(vision).items())
