@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 40
 MAX_POINTS = 400
 
 
-DASHES = ("", "6 3", "2 2")
+DASHES = ("", "6 3", "2 2", "9 3 2 3")
 """Strokes of lines beyond the first six, which take the colors again."""
 
 

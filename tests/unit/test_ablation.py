@@ -180,11 +180,11 @@ def test_labels_of_points_in_one_place_stand_apart():
 
 def test_lines_beyond_six_differ_by_their_strokes():
     series = [
-        Series(f"line {i}", [0.0, 1.0], [0.0, float(i)], color=i, band=([0.0, 0.0], [1.0, 9.0])) for i in range(8)
+        Series(f"line {i}", [0.0, 1.0], [0.0, float(i)], color=i, band=([0.0, 0.0], [1.0, 9.0])) for i in range(24)
     ]
     chart = line_chart("t", series, legend_below=True)
     strokes = re.findall(r'<polyline points="[^"]*" fill="none" stroke="([^"]*)" [^>]*dasharray="([^"]*)"', chart)
-    assert len(set(strokes)) == 8 and chart.count("<polygon") == 8
+    assert len(set(strokes)) == 24 and chart.count("<polygon") == 24
 
 
 def planned(ablation, choice) -> dict[str, tuple[float, float]]:
