@@ -199,6 +199,47 @@ def test_gradients_on_their_way_fill_the_place_of_freed_activations(zero_stage):
         assert large.bytes(zero_stage, 8, 10**8) == large.bytes(zero_stage, 8) + 10**8 // 2
 
 
+def test_memory_holds_every_picture_of_a_row_by_hand():
+    """A linear connector that trains keeps what it reads: a CLS and 4 x 4 patches, 128 wide, in fp32."""
+    line = ["recipe=llava_1_5", "mini=true", "connector=linear", "stage=align", "stages.align.micro_batch_size=1"]
+    picture = (1 + 4 * 4) * 128 * 4
+    one, four = (plan(*line, f"stages.align.expected.images={n}")["align"].memory[0] for n in (1, 4))
+    assert four - one == 3 * picture
+    packed = plan(*line, "stages.align.layout=packed")["align"].memory[0]
+    assert packed - one == pytest.approx((256 / (16 + 20) - 1) * picture, abs=1)  # a row of samples of 36 tokens
+    line += ["stages.align.train.vision=1e-4"]
+    one, three, five = (plan(*line, f"stages.align.expected.images={n}")["align"].memory[0] for n in (1, 3, 5))
+    assert five - one == 2 * (three - one) > 2 * 2 * 4 * picture  # an encoder keeps more than its output
+
+
+def test_a_micro_batch_is_no_more_than_a_gpus_share(capsys):
+    line = ["recipe=llava_1_5", "mini=true", "stage=align", "stages.align.micro_batch_size=32"]
+    assert plan(*line)["align"].micro_batch_size == 4  # 32 on 8 GPUs
+    main(["plan", *line, "gpus=64"])
+    shown = capsys.readouterr().out
+    assert "batch_size=32 is not a multiple of 64 GPUs" in shown and "memory a GPU" not in shown
+
+
+def test_what_would_help_is_named(capsys):
+    main(["plan", "recipe=clip", "mini=true", "gpu_memory_gb=1"])
+    shown = capsys.readouterr().out
+    assert "more GPUs, a smaller batch_size" in shown
+    assert "gradient_checkpointing" not in shown and "max_length" not in shown
+    main(["plan", "recipe=llava_1_5", "mini=true", "stage=align", "gpu_memory_gb=1"])
+    assert "gradient_checkpointing, a shorter max_length" in capsys.readouterr().out
+
+
+def test_what_tiles_make_at_most_is_shown_as_such(capsys):
+    line = ["plan", "recipe=llava_1_5", "mini=true", "stage=align"]
+    bounded = ("tokens of a sample", "tokens trained on", "training FLOPs", "GPU-hours")
+    for more, bound in ([], False), (["stages.align.image_fit=tiles"], True):
+        main([*line, *more])
+        facts = [fact.strip() for fact in capsys.readouterr().out.splitlines()]
+        for name in bounded:
+            (fact,) = (fact.removeprefix(name).strip() for fact in facts if fact.startswith(name))
+            assert fact.startswith("at most ") == bound, fact
+
+
 def test_what_trains_decides_the_arithmetic():
     few = plan("recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.train.llm=null")["instruct"]
     more = plan("recipe=llava_1_5", "mini=true", "stage=instruct")["instruct"]

@@ -43,7 +43,8 @@ class StagePlan:
     """One stage. Sizes are in parameters, tokens, FLOPs and bytes.
 
     parts: part -> its trainable and frozen parameters. view_tokens: what encoder and connector make of one view.
-    picture_tokens: least and most of one picture in the language model's sequence. flops: of the
+    picture_tokens: least and most of one picture in the language model's sequence; where these differ, with tiles,
+    every picture counts as the most, and tokens_per_sample, FLOPs and hours are upper bounds. flops: of the
     arithmetic that the update needs; hardware_flops: with what gradient checkpointing computes again. memory: ZeRO
     stage -> bytes a GPU at `micro_batch_size`. fits: ZeRO stage -> the largest micro-batch that fits, 0 if none does.
     """
@@ -113,6 +114,7 @@ def _plan_stage(settings: DictConfig, name: str, machine: Machine) -> StagePlan:
     freeze(parts, groups, checkpointing=False)
     longest = _measure(parts, groups, stage, expected, views, stage.max_length, stage.max_length // 2)
     trained_on = steps and steps * stage.batch_size
+    most = max(1, stage.batch_size // machine.gpus)
     plan = StagePlan(
         name,
         {part: _sizes(part, module, groups) for part, module in parts.items()},
@@ -123,7 +125,7 @@ def _plan_stage(settings: DictConfig, name: str, machine: Machine) -> StagePlan:
         tokens,
         steps,
         stage.batch_size,
-        stage.micro_batch_size or max(1, stage.batch_size // machine.gpus),
+        min(stage.micro_batch_size or most, most),
         needed,
         trained_on and needed * trained_on,
         trained_on and computed * trained_on,
@@ -278,19 +280,19 @@ def _plan_memory(
     trains = {group.part for group in groups}
     outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
     states = States(plan.trainable, plan.frozen - outside, outside, settings.precision == "bf16")
-    sample = _kept(costs, settings.stages[plan.name].gradient_checkpointing)
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
     stage = settings.stages[plan.name]
     # a packed row holds several samples; objectives that compare samples need all of a rank's at once
     in_a_row = max(1.0, stage.max_length / plan.tokens_per_sample) if stage.layout == "packed" else 1.0
+    row = _kept(costs, stage.gradient_checkpointing, in_a_row * stage.expected.images)
     least = most if OBJECTIVES[stage.objective].compares_samples else 1
     if stage.layout == "padded" and plan.batch_size % machine.gpus:
         plan.obstacle = f"nothing: batch_size={plan.batch_size} is not a multiple of {machine.gpus} GPUs"
     for zero_stage in ZERO_STAGES:
 
         def needed(rows: int, zero_stage: int = zero_stage) -> int:
-            return states.bytes(zero_stage, machine.gpus, sample * rows)
+            return states.bytes(zero_stage, machine.gpus, row * rows)
 
         plan.memory[zero_stage] = needed(math.ceil(plan.micro_batch_size / in_a_row)) + RESERVED_BYTES
         rows = bisect_right(range(math.ceil(most / in_a_row) + 1), room, key=needed) - 1
@@ -301,10 +303,17 @@ def _plan_memory(
             plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])
 
 
-def _kept(costs: Mapping[str, PartCost], checkpointing: bool) -> int:
-    """Bytes of activations that one sample's backward pass needs, and of gradients at work there."""
-    kept = sum(cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept for part, cost in costs.items())
-    return kept + max(cost.at_work for cost in costs.values())
+def _kept(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -> int:
+    """Bytes of activations that the backward pass of a row with so many pictures needs, and of gradients at work there.
+
+    What encoder and connector keep is `pictures` times that of one; without any they run on a stand-in.
+    """
+    times = {part: max(1.0, pictures) if part in ("vision", "connector") else 1.0 for part in costs}
+    kept = sum(
+        times[part] * (cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept)
+        for part, cost in costs.items()
+    )
+    return round(kept + max(times[part] * cost.at_work for part, cost in costs.items()))
 
 
 def kept_by_sample(settings: DictConfig, name: str, tokens: int) -> int:
@@ -314,7 +323,7 @@ def kept_by_sample(settings: DictConfig, name: str, tokens: int) -> int:
     groups = trained_groups(stage, name, parts)
     freeze(parts, groups, checkpointing=False)
     costs = _measure(parts, groups, stage, stage.expected, 1, tokens, _answer_tokens(stage.expected, tokens))
-    return _kept(costs, stage.gradient_checkpointing)
+    return _kept(costs, stage.gradient_checkpointing, stage.expected.images)
 
 
 def _divisor(number: int, limit: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from ..objectives import OBJECTIVES
 from .plan import Machine, StagePlan
 
 
@@ -25,6 +26,7 @@ def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
     picture = f"{least:,}" if least == most else f"{least:,} a view, up to {most:,}"
     if not most:
         picture = "none in a language model's sequence"
+    bound = "at most " if least != most else ""
     view = ", ".join(f"{tokens:,} of {part}" for part, tokens in plan.view_tokens.items())
     rows = [("", "trained", "frozen")]
     rows += [(part, f"{sizes['trainable']:,}", f"{sizes['frozen']:,}") for part, sizes in plan.parts.items()]
@@ -35,24 +37,27 @@ def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
     facts = [
         *([("tokens of a view", view)] if view else []),
         ("tokens of a picture", picture),
-        ("tokens of a sample", f"{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
+        ("tokens of a sample", f"{bound}{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
         ("samples", "not known: give data, or stages.<name>.expected.samples" if plan.samples is None
          else f"{plan.samples:,}"),
     ]  # fmt: skip
     if plan.steps is not None:
         facts += [
             ("steps", f"{plan.steps:,} of {plan.batch_size:,} samples"),
-            ("tokens trained on", f"{plan.steps * plan.batch_size * plan.tokens_per_sample:,}"),
-            ("training FLOPs", f"{plan.flops:.3g} ({plan.hardware_flops:.3g} with recomputation)"),
-            ("GPU-hours", f"{plan.gpu_hours:,.1f} ({plan.gpu_hours / machine.gpus:,.1f} h on {machine.gpus})"),
+            ("tokens trained on", f"{bound}{plan.steps * plan.batch_size * plan.tokens_per_sample:,}"),
+            ("training FLOPs", f"{bound}{plan.flops:.3g} ({plan.hardware_flops:.3g} with recomputation)"),
+            ("GPU-hours", f"{bound}{plan.gpu_hours:,.1f} ({plan.gpu_hours / machine.gpus:,.1f} h on {machine.gpus})"),
         ]
     else:
-        facts.append(("training FLOPs a sample", f"{plan.flops_per_sample:.3g}"))
-    memory = ", ".join(f"ZeRO-{stage} {size / 2**30:.1f} GiB" for stage, size in plan.memory.items())
-    facts.append((f"memory a GPU, micro-batch {plan.micro_batch_size}", memory))
+        facts.append(("training FLOPs a sample", f"{bound}{plan.flops_per_sample:.3g}"))
+    if not plan.obstacle or plan.batch_size >= machine.gpus:
+        memory = ", ".join(f"ZeRO-{stage} {size / 2**30:.1f} GiB" for stage, size in plan.memory.items())
+        facts.append((f"memory a GPU, micro-batch {plan.micro_batch_size}", memory))
     if plan.suggested_zero_stage is None:
-        none = "no ZeRO stage: more GPUs, gradient_checkpointing, a shorter max_length, or offloading"
-        facts.append(("fits", plan.obstacle or none))
+        less = "gradient_checkpointing, a shorter max_length"
+        if OBJECTIVES[settings.stages[plan.name].objective].compares_samples:  # all of a rank's at once
+            less = "a smaller batch_size"
+        facts.append(("fits", plan.obstacle or f"no ZeRO stage: more GPUs, {less}, or offloading"))
     else:
         facts.append(
             ("fits", f"engine=zero{plan.suggested_zero_stage} "
