@@ -89,6 +89,18 @@ def test_a_line_that_does_not_compose_names_the_nearest(line, words):
         (["vision.layer=-9"], ["vision.layer=-9", "4 blocks"]),
         (["init_from=/nowhere"], ["/nowhere"]),
         (["connector=pixel_shuffle", "connector.factor=3"], ["4x4", "factor"]),
+        (
+            ["connector=c_abstractor", "connector.grid=4", "connector.hidden_size=32", "stages.instruct.image_size=72"],
+            ["stages.instruct.image_size=72: grid 6x6", "built for input_grid 4x4"],
+        ),
+        (
+            ["connector=pixel_shuffle", "stages.instruct.image_size=60"],
+            ["stages.instruct.image_size=60: grid 5x5", "connector.factor=2"],
+        ),
+        (
+            ["stages.instruct.lora={llm: {targets: []}}"],
+            ["stages.instruct.lora.llm.targets=[]: expected all, or a list of at least one name"],
+        ),
         (["stages.instruct.schedule.name=cosin"], ["schedule.name=cosin", "cosine"]),
         (["stages.instruct.schedule.min_lr=1"], ["stages.instruct.schedule.min_lr=1", "llm"]),
         (

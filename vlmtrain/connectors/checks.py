@@ -9,6 +9,10 @@ from torch import Tensor
 from ..errors import nearest
 
 
+class GridError(ValueError):
+    """A connector cannot take a grid of patches."""
+
+
 def require_positive(**options: int) -> None:
     """Each option is a whole number above zero."""
     for name, value in options.items():
@@ -50,14 +54,14 @@ def require_grid(height: int, width: int) -> None:
     """A grid of patches has at least one row and one column."""
     for side in (height, width):
         if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-            raise ValueError(f"grid {height}x{width}: expected at least one row and one column of patches")
+            raise GridError(f"grid {height}x{width}: expected at least one row and one column of patches")
 
 
 def require_window(height: int, width: int, window: int, option: str) -> None:
     """A window fits into the grid at least once."""
     require_grid(height, width)
     if window > min(height, width):
-        raise ValueError(
+        raise GridError(
             f"grid {height}x{width} is smaller than connector.{option}={window}: "
             f"expected at least {window}x{window}; lower connector.{option} or raise the image size"
         )
@@ -67,7 +71,7 @@ def require_multiple(height: int, width: int, factor: int, option: str) -> None:
     """Both sides of the grid are multiples of a factor."""
     require_grid(height, width)
     if height % factor or width % factor:
-        raise ValueError(
+        raise GridError(
             f"grid {height}x{width}: expected both sides to be multiples of connector.{option}={factor}; "
             f"change connector.{option} or the image size (vision.image_size)"
         )
@@ -116,7 +120,7 @@ def require_fixed_grid(
         )
     require_grid(*grid)
     if tuple(grid) != tuple(input_grid):
-        raise ValueError(
+        raise GridError(
             f"grid {grid[0]}x{grid[1]}: {connector} was built for input_grid {input_grid[0]}x{input_grid[1]} and its "
             "position tables are not resized; build it with another input_grid or change the image size"
         )

@@ -46,9 +46,9 @@ def check_adapters(stage: Mapping, name: str) -> None:
                 raise ValueError(f"{key}.{option}={value}: expected {kind}")
         targets = options["targets"]
         if not isinstance(targets, str) and not (
-            isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets)
+            isinstance(targets, Sequence) and targets and all(isinstance(t, str) for t in targets)
         ):
-            raise ValueError(f"{key}.targets={targets}: expected all, or a list of names")
+            raise ValueError(f"{key}.targets={targets}: expected all, or a list of at least one name")
         trains = stage["train"].get(part) is not None or any(
             str(group["match"]).split(".")[0] == part and group["lr"] is not None for group in stage["groups"]
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..connectors import CONNECTORS, Connector
+from ..connectors.checks import GridError
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
 from ..data.sources import vocabulary
@@ -112,7 +114,8 @@ def build_skeleton(
     parts: dict[str, nn.Module] = {}
     with torch.device("meta"):
         for part in (p for p in BUILD_ORDER if p in settings.stages[name].parts):
-            parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
+            with _naming_size(settings, name):
+                parts[part] = _build(settings, name, part, parts, tokenizer, dtype, weights=False)
             resized = resized_by(settings, name)
             if part == "vision" and resized is not None:
                 parts[part].resize(_pixels(settings.stages[resized].image_size), f"stages.{resized}.image_size")
@@ -129,6 +132,18 @@ def resized_by(settings: DictConfig, name: str) -> str | None:
         if "vision" in settings.stages[each].parts and settings.stages[each].image_size is not None:
             return each
     return None
+
+
+@contextmanager
+def _naming_size(settings: DictConfig, name: str) -> Iterator[None]:
+    """Say which stage's image_size makes a grid that the connector of stage `name` cannot take."""
+    try:
+        yield
+    except GridError as error:
+        resized = resized_by(settings, name)
+        if resized is None:
+            raise
+        raise GridError(f"stages.{resized}.image_size={settings.stages[resized].image_size}: {error}") from None
 
 
 def _connector_options(settings: DictConfig, name: str) -> dict:
@@ -272,7 +287,8 @@ def build_processor(
 ) -> Processor:
     """What turns conversations into this stage's batches. Raises ValueError if lengths cannot work."""
     stage = settings.stages[name]
-    geometry = build_geometry(stage, parts, objective)
+    with _naming_size(settings, name):
+        geometry = build_geometry(stage, parts, objective)
     check_lengths(stage, name, geometry, parts)
     return Processor(
         tokenizer,
