@@ -48,7 +48,7 @@ class Contrastive(Objective):
         if config is None:
             raise ValueError("objective=contrastive needs vision.model_config, with a text_cfg for the text tower")
         end = tokenizer.eos_token_id
-        text = {**config["text_cfg"], "vocab_size": len(tokenizer), "pool_type": "eos", "eos_id": end}
+        text = {**config["text_cfg"], "vocab_size": len(tokenizer), "pool_type": "none"}
         return cls(_build_text_tower(config["embed_dim"], text), end, text["context_length"])
 
     @staticmethod
@@ -58,7 +58,7 @@ class Contrastive(Objective):
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
         rows = int((batch.weights.sum(1) > 0).sum())  # rows topped up without weight come last
         images = F.normalize(model.vision.pooled(batch.images)[:rows], dim=-1)
-        texts = F.normalize(self.text(self._with_end(batch))[:rows], dim=-1)
+        texts = F.normalize(self._embed(batch)[:rows], dim=-1)
         share = Share.of([count for (count,) in all_numbers([rows], images.device)])
         all_images, all_texts, labels = share.gather(images), share.gather(texts), share.mine(images.device)
         scale = self.temperature()
@@ -66,11 +66,17 @@ class Contrastive(Objective):
         to_image = F.cross_entropy(scale * texts @ all_images.T, labels, reduction="sum")
         return (to_text + to_image) / 2
 
-    def _with_end(self, batch: Batch) -> Tensor:
-        """Captions with the end token behind each, as long as the text tower's mask wants them."""
+    def _embed(self, batch: Batch) -> Tensor:
+        """Captions ``(B, embed_dim)``: the text tower at the end token that stands behind each.
+
+        By its place, as a tokenizer may have the same token in front too. As in CLIP's published code it takes the
+        place of the last token of a caption that fills the context.
+        """
         ids = F.pad(batch.input_ids, (0, self.context_length))[:, : self.context_length]
         ends = batch.lengths.clamp(max=self.context_length - 1).unsqueeze(1)
-        return ids.scatter(1, ends, self.end_token)
+        texts = self.text(ids.scatter(1, ends, self.end_token))
+        # a tower that pools by a token of its own has done so
+        return texts if texts.ndim == 2 else texts[torch.arange(len(ids), device=ids.device), ends[:, 0]]
 
 
 class Temperature(nn.Module):

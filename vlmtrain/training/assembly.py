@@ -302,7 +302,7 @@ def build_processor(
 
 
 def check_lengths(stage: DictConfig, name: str, geometry: Geometry | None, parts: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if a picture leaves no room for words, or a sample is longer than the model's positions."""
+    """Raise ValueError if a picture leaves no room for words, or a sample is longer than a model's positions."""
     if geometry is not None and geometry.most_tokens >= stage.max_length:
         raise ValueError(
             f"stages.{name}.max_length={stage.max_length} leaves no room for text: a picture takes up to "
@@ -312,6 +312,12 @@ def check_lengths(stage: DictConfig, name: str, geometry: Geometry | None, parts
     if limit is not None and stage.max_length > limit:
         raise ValueError(
             f"stages.{name}.max_length={stage.max_length} is longer than the {limit} positions of the language model"
+        )
+    limit = getattr(parts.get("objective"), "context_length", None)
+    if limit is not None and stage.max_length > limit:
+        raise ValueError(
+            f"stages.{name}.max_length={stage.max_length} is longer than the text tower's positions, "
+            f"vision.model_config.text_cfg.context_length={limit}"
         )
 
 
