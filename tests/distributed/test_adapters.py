@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from vlmtrain.model.parts import load_part, module_state
 
@@ -167,6 +168,59 @@ def test_norms_and_new_tokens_train_beside_adapters(llava_files, tmp_path):
     linear = {name for name in after if name.endswith("_proj.weight")}
     assert changed == norms | linear | {"model.embed_tokens.weight"}
     assert torch.equal(after["model.embed_tokens.weight"][:-1], before["model.embed_tokens.weight"][:-1])
+
+
+def plain_llm(tokenizer) -> nn.Module:
+    from vlmtrain.model.llm import build_random_llm
+
+    torch.manual_seed(0)
+    return build_random_llm({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, tokenizer).eval()
+
+
+def small_llm(tokenizer, options: dict) -> nn.Module:
+    from vlmtrain.training.adapters import add_adapters
+
+    llm = plain_llm(tokenizer)
+    for weights in options.pop("weights", ()):
+        llm.load_state_dict(weights, strict=False)
+    dtype = options.pop("dtype", torch.float32)
+    stage = {"lora": {"llm": {"rank": 2, "alpha": 6, "targets": ["c_attn"], **options}}, "parts": ["llm"]}
+    add_adapters(stage, "s", {"llm": llm.to(dtype)})
+    return llm
+
+
+def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer, tmp_path):
+    from peft import PeftModel
+
+    from vlmtrain.training.adapters import merged, save_adapters
+
+    llm = small_llm(tokenizer, {})
+    torch.nn.init.normal_(llm.get_parameter("transformer.h.0.attn.c_attn.lora_B.default.weight"))
+    state = module_state(llm)
+    save_adapters(llm, state, tmp_path / "made", None)
+    whole, begun = merged(llm, state), {"init_from": str(tmp_path / "made")}
+    ids = torch.arange(12)[None]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 5e-2)):
+        again = small_llm(tokenizer, {**begun, "dtype": dtype})(ids).logits.float()
+        torch.testing.assert_close(again, llm(ids).logits, rtol=tolerance, atol=tolerance)
+    with pytest.raises(
+        ValueError, match=r"stages\.s\.lora\.llm\.init_from=.*made .* set init_from to the model"
+    ) as error:
+        small_llm(tokenizer, {**begun, "weights": [whole]})
+    assert "\n" not in str(error.value)
+    peft_alone = PeftModel.from_pretrained(plain_llm(tokenizer), tmp_path / "made").eval()
+    torch.testing.assert_close(peft_alone(ids).logits, llm(ids).logits, rtol=1e-5, atol=1e-6)
+    # what peft has written says nothing of its base, and is taken as it is
+    peft_alone.save_pretrained(tmp_path / "theirs")
+    small_llm(tokenizer, {"init_from": str(tmp_path / "theirs"), "weights": [whole]})
+    config = json.loads((tmp_path / "made" / "adapter_config.json").read_text())
+    for option, value in (
+        *(("use_rslora", True), ("use_dora", True), ("alpha_pattern", {"c_attn": 1}), ("bias", "all")),
+        *(("init_lora_weights", "pissa"), ("peft_type", "VERA"), ("modules_to_save", ["lm_head"])),
+    ):
+        (tmp_path / "made" / "adapter_config.json").write_text(json.dumps({**config, option: value}))
+        with pytest.raises(ValueError, match=rf"adapter_config\.json has {option}=.*expected plain LoRA"):
+            small_llm(tokenizer, dict(begun))
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import nearest, some
 from ..model.loading import read_json, read_tensors
+from ..model.parts import state_hash
 
 OPTIONS = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all", "init_from": None}
 FOLDER = "adapters"  # within a model folder, a folder a part
 _ADAPTER = "default"
 _BASE = ".base_layer."
+_UNDER = f"{_BASE}weight"
+_BELONGS_TO = "base_sha256"  # in the metadata of the adapters' tensors, where peft passes it by
+
+# options of peft that change neither how adapters are scaled nor what they are added to
+_HARMLESS = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "eva_config"),
+    *("layers_to_transform", "layers_pattern", "runtime_config", "megatron_config", "megatron_core"),
+    *("ensure_weight_tying", "qalora_group_size"),
+)
+_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others take something off the base's weights
+_IDLE = (None, False, "none", [], {})
 
 
 def check_adapters(stage: Mapping, name: str) -> None:
@@ -88,7 +102,7 @@ def _peft(key: str) -> Any:
     try:
         import peft
     except ImportError:
-        raise ValueError(f"{key} needs peft: pip install 'vlmtrain[lora]'") from None
+        raise ValueError(f"{key} needs peft: pip install -e '.[lora]'") from None
     return peft
 
 
@@ -154,13 +168,31 @@ def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, 
         for name, tensor in state.items()
         if is_adapter(name)
     }
-    save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    said = {"format": "pt", _BELONGS_TO: _base_hash(state)}
+    save_file(adapters, folder / "adapter_model.safetensors", metadata=said)
     config = {**module.peft_config[_ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=_plain) + "\n")
 
 
+def _base_hash(state: Mapping[str, Tensor]) -> str:
+    """Hash of the weights under a part's adapters, rounded to bf16: the same in either compute dtype."""
+    return state_hash({name: tensor.to(torch.bfloat16) for name, tensor in state.items() if name.endswith(_UNDER)})
+
+
 def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _check_options(config: Mapping, file: Path, key: str) -> None:
+    """Raise ValueError for adapters that peft would scale or apply otherwise than plain LoRA."""
+    kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
+    others = {"peft_type": kind} if kind != "LORA" else {}
+    others |= {"init_lora_weights": start} if start not in _HARMLESS_STARTS else {}
+    known = (*_HARMLESS, "peft_type", "init_lora_weights")
+    others |= {option: value for option, value in config.items() if option not in known and value not in _IDLE}
+    if others:
+        said = ", ".join(f"{option}={value}" for option, value in others.items())
+        raise ValueError(f"{key}.init_from: {file} has {said}: expected plain LoRA (W + alpha / rank * B A)")
 
 
 def _load(module: nn.Module, folder: Path, options: Mapping, key: str) -> None:
@@ -171,7 +203,9 @@ def _load(module: nn.Module, folder: Path, options: Mapping, key: str) -> None:
     for option, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
         if config.get(theirs) != options[option]:
             raise ValueError(f"{key}.{option}={options[option]}, but {folder} has {theirs}={config.get(theirs)}")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
+    _check_options(config, folder / "adapter_config.json", key)
+    file = folder / "adapter_model.safetensors"
+    tensors = read_tensors(file)
     own = {name: p for name, p in module.named_parameters() if is_adapter(name)}
     given = {
         name.removeprefix("base_model.model.").replace(".weight", f".{_ADAPTER}.weight"): tensor
@@ -188,6 +222,14 @@ def _load(module: nn.Module, folder: Path, options: Mapping, key: str) -> None:
     ]
     if problems:
         raise ValueError(f"{key}.init_from={folder} does not fit: {'; '.join(problems)}")
+    with safe_open(file, framework="pt") as opened:
+        belongs_to = (opened.metadata() or {}).get(_BELONGS_TO)  # adapters that peft has saved do not say
+    under = {name: parameter for name, parameter in module.named_parameters() if name.endswith(_UNDER)}
+    if belongs_to and not any(weight.is_meta for weight in under.values()) and _base_hash(under) != belongs_to:
+        raise ValueError(
+            f"{key}.init_from={folder} was trained on other weights than init_from gives the stage: set init_from to "
+            "the model that these adapters began with, before they were merged (merged again, they would count twice)"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             if not parameter.is_meta:
