@@ -30,7 +30,7 @@ from transformers import (
 from tests.conftest import train
 from tests.integration.test_export import HF_VISION, LLMS, SIDE, byte_tokenizer, difference, stir, typed
 from vlmtrain.cli import main
-from vlmtrain.data.images import ImageOnDisk
+from vlmtrain.data.images import ImageOnDisk, to_tensor
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.interop.importing import import_model
@@ -154,6 +154,40 @@ def test_a_template_that_ends_no_answer_becomes_vicunas(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"end-of-turn token.*--template"):
         import_model(tmp_path / "other", tmp_path / "none")
     assert import_model(tmp_path / "other", tmp_path / "named", template="bare").template == "bare"
+
+
+def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path, pictures):
+    build(tmp_path / "hf", vision="siglip", llm="qwen2", fit="squash")
+    said = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
+    said.pop("image_processor")
+    (tmp_path / "hf" / "processor_config.json").write_text(json.dumps(said))
+
+    def told(**settings) -> Path:
+        (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({**LOOK, **settings}))
+        return tmp_path / "hf"
+
+    # as SigLIP's is written: it has no do_center_crop, and never crops
+    told(image_processor_type="SiglipImageProcessor", size=SQUARE)
+    assert import_model(tmp_path / "hf", tmp_path / "model").image_fit == "squash"
+    theirs = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil").image_processor
+    geometry = Processor.from_pretrained(tmp_path / "model").geometry
+    for file in pictures:
+        expected = theirs(images=[Image.open(file)], return_tensors="pt")["pixel_values"][0]
+        found = to_tensor(geometry.views(Image.open(file), None)[0], geometry.mean, geometry.std)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    clip = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "crop_size": SQUARE}
+    edge = {"size": {"shortest_edge": SIDE}}
+    for words, settings in (
+        (r"size=.*'shortest_edge': 44.*pixels differ from image_fit=crop", {"size": {"shortest_edge": 44}}),
+        (r"resample=2, expected 3", {**edge, "resample": 2}),
+        (r"do_rescale=False.*pixels differ", {**edge, "do_rescale": False}),
+        (r"pictures of 1 x 24 x 24 pixels, expected 1 x 32 x 32", {**edge, "crop_size": {"height": 24, "width": 24}}),
+    ):
+        with pytest.raises(ValueError, match=r"preprocessor_config\.json: .*" + words) as error:
+            import_model(told(**{**clip, **settings}), tmp_path / "none")
+        assert "--image-fit" in str(error.value) and "\n" not in str(error.value)
+    told(**clip, size={"shortest_edge": 44})
+    assert import_model(tmp_path / "hf", tmp_path / "named", image_fit="crop").image_fit == "crop"
 
 
 # LLaVA's own projector

@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    ImageProcessingMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..connectors.layers import ACTIVATIONS
 from ..data.connector_text import TextReader
+from ..data.images import to_tensor
 from ..data.processor import Geometry, Processor
 from ..data.rendering import Renderer
 from ..data.templates import BLIP
@@ -37,6 +45,7 @@ logger = logging.getLogger(__name__)
 LLAVA_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 MODEL_CLASSES = {**LLAVA_CLASSES, **BLIP_CLASSES}
 DEFAULT_LENGTH = 2048
+_TOLD = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_rescale", "rescale_factor", "do_normalize")
 
 # Templates of processors take items; here words are strings, in which pictures have their marks already.
 _ITEMS = (
@@ -111,33 +120,28 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
     # the classes of BLIP-2 keep their Q-Former in fp32 whatever the rest is
     dtype = torch.float32 if is_blip else "auto"
     source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype=dtype).eval()
-    pictures = _picture_settings(folder)
-    if not is_blip:
-        model, processor = _from_llava(folder, source, tokenizer, pictures, template, fit)
-        return model, processor, _compared(source, model, processor)
-    model = blip_parts(source, {key: pictures[key] for key in ("image_mean", "image_std")})
-    end_answers(tokenizer, source)
-    stretched = "crop" if pictures.get("do_center_crop") else "squash"
-    processor = _processor(folder, tokenizer, model, fit or stretched, (), template or BLIP, reader_of(folder, config))
+    file, preparation = _preparation(folder)
+    look = {key: getattr(preparation, key) for key in ("image_mean", "image_std")}
+    if is_blip:
+        model = blip_parts(source, look)
+        end_answers(tokenizer, source)
+        fitting, reader = fit or _fit(preparation), reader_of(folder, config)
+        processor = _processor(folder, tokenizer, model, fitting, (), template or BLIP, reader)
+    else:
+        model, grids = _from_llava(folder, source, look)
+        fitting = fit or ("tiles" if grids else _fit(preparation))
+        processor = _processor(folder, tokenizer, model, fitting, grids, template)
+    if fit is None:
+        _check_pixels(file, preparation, processor.geometry)
     return model, processor, _compared(source, model, processor)
 
 
-def _from_llava(
-    folder: Path,
-    source: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pictures: dict,
-    template: str | None,
-    fit: str | None,
-) -> tuple[VLMWrapper, Processor]:
-    config = source.config
-    vision = _encoder(folder, source, pictures)
+def _from_llava(folder: Path, source: PreTrainedModel, look: dict) -> tuple[VLMWrapper, tuple[tuple[int, int], ...]]:
+    """The parts, and the grids of tiles that pictures are cut into."""
+    vision = _encoder(folder, source, look)
     llm = _language_model(source)
-    connector = _connector(folder, source, vision, llm)
-    model = VLMWrapper(vision, connector, llm).eval()
-    grids = _tile_grids(folder, config, vision) if config.model_type == "llava_next" else ()
-    fitting = fit or ("tiles" if grids else _fit(pictures))
-    return model, _processor(folder, tokenizer, model, fitting, grids, template)
+    model = VLMWrapper(vision, _connector(folder, source, vision, llm), llm).eval()
+    return model, _tile_grids(folder, source.config, vision) if source.config.model_type == "llava_next" else ()
 
 
 @torch.no_grad()
@@ -158,31 +162,67 @@ def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) 
     return difference
 
 
-def _picture_settings(folder: Path) -> dict:
-    """What the source's image processor is told."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            settings = read_json(folder / name)
+def _preparation(folder: Path) -> tuple[Path, ImageProcessingMixin]:
+    """The source's image processor, and the file that it is told by."""
+    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        if file.exists():
+            settings = read_json(file)
             settings = settings.get("image_processor", settings)
             if settings.get("image_mean") and settings.get("image_std"):
-                return settings
+                try:
+                    return file, AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+                except (ValueError, OSError, ImportError, TypeError) as error:
+                    raise ValueError(f"{file} makes no image processor: {first_line(error)}") from None
     raise ValueError(f"{folder / 'preprocessor_config.json'} is missing, or has no image_mean and image_std")
 
 
-def _fit(settings: dict) -> str:
-    if settings.get("do_pad"):
+def _fit(preparation: ImageProcessingMixin) -> str:
+    if getattr(preparation, "do_pad", False):
         return "pad"
-    return "crop" if settings.get("do_center_crop", True) else "squash"
+    return "crop" if getattr(preparation, "do_center_crop", False) else "squash"
 
 
-def _encoder(folder: Path, source: PreTrainedModel, settings: dict) -> HFVision:
+def _check_pixels(file: Path, preparation: ImageProcessingMixin, geometry: Geometry) -> None:
+    """Raise ValueError unless a smooth, wide picture reaches the encoder as the source prepares it.
+
+    Where a picture ends on a padded canvas the resampling differs, and by up to a pixel in its place.
+    """
+    height, width = geometry.size
+    across, down = torch.linspace(0, 255, 2 * width), torch.linspace(0, 255, height + height // 4)
+    x, y = torch.meshgrid(across, down, indexing="xy")
+    picture = Image.fromarray(torch.stack([x, y, 255 - x], dim=-1).to(torch.uint8).numpy())
+    cut = geometry.tiles((picture.height, picture.width), 1)
+    ours = torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in geometry.views(picture, cut)])
+    problem = f"resample={int(preparation.resample)}, expected 3 (bicubic)" if preparation.resample != 3 else None
+    if problem is None:
+        try:
+            theirs = preparation(images=[picture], return_tensors="pt")["pixel_values"].flatten(0, -4)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{file} prepares no picture: {first_line(error)}") from None
+        if theirs.shape != ours.shape:
+            problem = f"pictures of {_by(theirs)} pixels, expected {_by(ours)} as the encoder takes"
+        else:
+            levels = (theirs - ours).abs() * torch.tensor(geometry.std)[:, None, None] * 255
+            worst = float(levels.flatten().sort().values[int(0.7 * levels.numel())])
+            if worst > max(1.5, 255 / width):
+                told = preparation.to_dict()
+                said = ", ".join(f"{key}={told[key]}" for key in _TOLD if told.get(key) is not None)
+                problem = f"{said}: pixels differ from image_fit={geometry.fit} here, by {worst:.0f} of 255 levels"
+    if problem:
+        raise ValueError(f"{file}: {problem} (vlmtrain import with --image-fit takes the model all the same)")
+
+
+def _by(views: Tensor) -> str:
+    return " x ".join(str(side) for side in (len(views), *views.shape[-2:]))
+
+
+def _encoder(folder: Path, source: PreTrainedModel, look: dict) -> HFVision:
     config, layer = source.config, source.config.vision_feature_layer
     if not isinstance(layer, int):
         raise ValueError(
             f"{folder / 'config.json'}: vision_feature_layer={list(layer)} joins several layers, expected one number"
         )
     tower = source.model.vision_tower
-    look = {"image_mean": settings["image_mean"], "image_std": settings["image_std"]}
     vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer).eval()
     with torch.no_grad():
         parameter = next(vision.parameters())
