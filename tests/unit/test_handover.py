@@ -10,7 +10,14 @@ import torch
 from vlmtrain.connectors import build_connector
 from vlmtrain.model.tiled import TiledConnector
 from vlmtrain.settings import compose
-from vlmtrain.training.handover import adopt_connector, builds_anew, check_names, take_over, tensors_taken
+from vlmtrain.training.handover import (
+    adopt_connector,
+    builds_anew,
+    check_names,
+    overruled_fit,
+    take_over,
+    tensors_taken,
+)
 
 SIZES = {"num_queries": 3, "hidden_size": 8, "depth": 3, "num_heads": 2, "intermediate_size": 12, "vision_norm": True}
 STAGES = {
@@ -132,6 +139,18 @@ def test_a_line_that_names_another_connector_than_the_folders_is_refused(tmp_pat
     _, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])  # the recipe's, not the line's
     assert "connector.depth=2 (3 is used)" in said[0]
     assert adopt_connector(compose([*INSTRUCT_ON, start, "connector.depth=3"]), [])[1] == []
+
+
+def test_pictures_that_are_prepared_otherwise_than_before_are_said(tmp_path):
+    start = held(tmp_path, name="mlp")
+    (tmp_path / "processor").mkdir()
+    (tmp_path / "processor" / "processor.json").write_text(json.dumps({"geometry": {"fit": "crop"}}))
+    line = [*INSTRUCT_ON, start, "stages.instruct.image_fit=pad"]
+    (said,) = overruled_fit(compose(line), [])
+    assert f"stages.instruct.image_fit=pad, but {start} has crop: stages.instruct.image_fit=crop keeps it" in said
+    assert overruled_fit(compose([*line[:-1], "stages.instruct.image_fit=crop"]), []) == []
+    assert overruled_fit(compose(line), ["align"]) == []  # what went before is then the run's own
+    assert overruled_fit(compose(["recipe=llava_1_5", "mini=true"]), []) == []
 
 
 def test_a_connector_that_is_built_anew_is_the_lines(tmp_path):

@@ -64,6 +64,18 @@ def adopt_connector(settings: DictConfig, finished: Collection[str]) -> tuple[Di
     return settings, [f"init_from={settings.init_from} overrules {', '.join(said)}"] if said else []
 
 
+def overruled_fit(settings: DictConfig, finished: Collection[str]) -> list[str]:
+    """What the next stage prepares pictures by otherwise than the model in `init_from` has seen them, as a warning."""
+    ahead = (name for name in settings.stages if settings.stage in (None, name) and name not in finished)
+    name = next((name for name in ahead if "vision" in settings.stages[name].parts), None)
+    file = Path(settings.init_from or "", "processor", "processor.json")
+    if settings.init_from is None or finished or name is None or not file.exists():
+        return []
+    chosen, key = settings.stages[name].image_fit, f"stages.{name}.image_fit"
+    held = (read_json(file).get("geometry") or {}).get("fit", chosen)
+    return [f"{key}={chosen}, but init_from={settings.init_from} has {held}: {key}={held} keeps it"] * (held != chosen)
+
+
 def builds_anew(stage: Mapping) -> bool:
     """Whether a stage builds its connector anew, though one is handed on to it."""
     within = any(entry.startswith(f"{PART}.") for entry in (*stage["fresh"], *stage["drops"]))
