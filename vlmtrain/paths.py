@@ -27,6 +27,13 @@ def make_folder(folder: Path, named: str) -> None:
         raise ValueError(f"{named} is no folder that can be written to: {error}") from None
 
 
+def check_new_folder(folder: Path, named: str) -> None:
+    """Raise ValueError unless `folder` can be written: it is empty or not there, and what it stands in can be."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: choose another folder")
+    make_folder(folder.parent, f"{named} {folder}: {folder.parent}")
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a whole file or nothing of it, on the disk when this returns."""
     partial = file.with_name(file.name + ".partial")

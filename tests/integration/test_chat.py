@@ -139,6 +139,8 @@ def test_several_turns_and_a_further_picture(home, monkeypatch, capsys):
         (["--image", "-", "--prompt", "What?"], b"", "image standard input is no picture: it is empty"),
         (["--image", "-"], b"x", "--image - takes one picture from standard input (< FILE), and the question from"),
         (["--image", "-", "--image", "-", "--prompt", "What?"], b"x", "--image - takes one picture"),
+        (["--web", "--port", "70000"], b"", "--port 70000: expected 0 (any that is free) to 65535"),
+        (["--web", "--port", "-1"], b"", "--port -1: expected 0"),
         (["--web", "--prompt", "What?"], b"", "--web takes pictures and questions on its page"),
     ],
 )

@@ -27,6 +27,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     Gemma2Config,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -392,6 +393,8 @@ def test_bad_folders_are_named(tmp_path, tokenizer, capsys):
     (tmp_path / "full" / "file").touch()
     for arguments, words in (
         (["export", str(tmp_path / "model"), str(tmp_path / "full")], "full exists already"),
+        (["export", "none", str(tmp_path / "full" / "file" / "out")], "full/file is no folder that can be written to"),
+        (["import", "none", str(tmp_path / "full" / "file" / "out")], "full/file is no folder that can be written to"),
         (["export", str(tmp_path / "none"), str(tmp_path / "out")], "none is not a model folder"),
     ):
         with pytest.raises(SystemExit):
@@ -433,6 +436,25 @@ def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictu
         theirs(shown, text)
     with pytest.raises(ValueError, match="1 <image> tokens in the text, 2 pictures"):
         theirs(shown * 2, text)
+
+
+def test_the_own_class_generates_what_transformers_callers_ask_for(tmp_path, tokenizer, pictures):
+    case = Case(connector="avgpool", options={"window": 2})
+    build(case, tmp_path / "model", tokenizer)
+    export(tmp_path / "model", tmp_path / "out", "vlmtrain")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    theirs = AutoProcessor.from_pretrained(tmp_path / "out")
+    ((turns, files), *_) = talks(case, pictures)
+    text = theirs.apply_chat_template([typed(turn) for turn in turns], add_generation_prompt=True, tokenize=False)
+    inputs = theirs([Image.open(file) for file in files], text)
+    plain = model.generate(**inputs, max_new_tokens=4)
+    found = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
+    assert found.sequences.equal(plain) and len(found.scores) == plain.shape[1] - inputs["input_ids"].shape[1]
+    settings = GenerationConfig(max_new_tokens=4, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0)
+    assert model.generate(**inputs, generation_config=settings)[0, : plain.shape[1]].equal(plain[0])
+    # the exported settings hold: an end of turn there ends the answer
+    model.generation_config.eos_token_id = int(plain[0, inputs["input_ids"].shape[1]])
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 1
 
 
 def test_importing_vlmtrain_loads_nothing():

@@ -247,6 +247,40 @@ def test_a_projector_joins_what_it_was_trained_with(published, depth, capsys):
         assert model.llm(ids).logits.equal(llm(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["internvl", "nanovlm"])
+def test_others_projectors_are_the_connectors_that_they_are(kind, published, caplog):
+    """Against the published arithmetic, with squares of patches put together by hand."""
+    file, wide = published / "llava" / "mm_projector.safetensors", 4 * 16
+    shapes = {"MP.proj.weight": (32, wide)}
+    if kind == "internvl":
+        shapes = {"0.weight": (wide,), "0.bias": (wide,), "1.weight": (32, wide), "1.bias": (32,)}
+        shapes = {f"mlp1.{n}": s for n, s in {**shapes, "3.weight": (32, 32), "3.bias": (32,)}.items()}
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    save_file(state, file)
+    (file.parent / "config.json").unlink()
+    parts = {"llm": str(published / "vicuna"), "vision": str(published / "clip"), "template": "vicuna_v1"}
+    assert import_model(file, published / "model", **parts).connector == "pixel_shuffle"
+    assert ("train on" in caplog.text) == (kind == "nanovlm")
+    model = VLMWrapper.from_pretrained(published / "model")
+    images = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        hidden = HF_VISION["clip"]().from_pretrained(published / "clip")(images, output_hidden_states=True)
+        grid = hidden.hidden_states[-1][:, 1:].unflatten(1, (4, 4))
+        tokens = [grid[:, r : r + 2, c : c + 2].flatten(1) for r in (0, 2) for c in (0, 2)]
+        expected = torch.stack(tokens, 1)
+        if kind == "nanovlm":
+            expected = expected @ state["MP.proj.weight"].T
+        else:
+            expected = nn.functional.layer_norm(expected, (wide,), state["mlp1.0.weight"], state["mlp1.0.bias"])
+            expected = nn.functional.gelu(expected @ state["mlp1.1.weight"].T + state["mlp1.1.bias"])
+            expected = expected @ state["mlp1.3.weight"].T + state["mlp1.3.bias"]
+        torch.testing.assert_close(model.connector(model.vision(images)), expected, rtol=1e-4, atol=1e-4)
+    first = next(iter(state))
+    save_file({**state, first: torch.randn(32, 40) if kind == "nanovlm" else torch.randn(40)}, file)
+    with pytest.raises(ValueError, match=rf"{first} takes 40 channels, expected 4 .* times the 16 of .*clip"):
+        import_model(file, published / "none", **parts)
+
+
 def test_what_was_taken_in_trains_on(published, llava_files, tmp_path):
     assert take_in(published) == 0
     line = [f"init_from={published / 'model'}", "recipe=llava_1_5", "stage=instruct", "mini=true", "data=llava_json"]
@@ -294,7 +328,7 @@ def test_bad_projectors_are_named(published, capsys):
         (wide, r"mm_projector\.bin: model\.mm_projector\.0\.weight takes 24 channels, expected 16 of .*clip"),
         (deep, r"mm_projector\.bin: model\.mm_projector\.2\.weight makes 40 channels, expected 32 of .*vicuna"),
         (lacking, r"mm_projector\.bin: .*missing: model\.mm_projector\.2\.bias"),
-        ({"other": torch.zeros(2)}, r"mm_projector\.bin has no tensor mm_projector"),
+        ({"other": torch.zeros(2)}, r"mm_projector\.bin has no tensor mm_projector.*connector\.load_published"),
     ):
         torch.save(bad, file)
         assert take_in(published) == 2
@@ -302,6 +336,15 @@ def test_bad_projectors_are_named(published, capsys):
         assert re.search(words, said) and said.count("\n") == 1, said
     file.write_bytes(b"not a pickle")
     assert take_in(published) == 2 and "is no file of tensors" in capsys.readouterr().err
+    torch.save(state, file)
+    config = json.loads((published / "llava" / "config.json").read_text())
+    for key, value in (
+        ("mm_vision_select_feature", "cls_patch"),
+        ("mm_use_im_start_end", True),
+        ("image_aspect_ratio", "anyres"),
+    ):
+        (published / "llava" / "config.json").write_text(json.dumps({**config, key: value}))
+        assert take_in(published) == 2 and f"config.json: {key}={value}, expected" in capsys.readouterr().err
     assert not (published / "model").exists()
 
 
@@ -334,6 +377,9 @@ def test_bad_folders_are_named(tmp_path, published):
     refused(r"has no chat template: name one with --template", forget("chat_template.jinja"))
     refused(r"vision_feature_layer=\[-2, -1\] joins several layers", vision_feature_layer=[-2, -1])
     refused(r"select_strategy=full leaves out 0 tokens, the encoder has 1", vision_feature_select_strategy="full")
+    build(tmp_path / "next", kind="llava_next")
+    with pytest.raises(ValueError, match=r"--image-fit pad: .*takes pictures in tiles alone"):
+        import_model(tmp_path / "next", tmp_path / "out", image_fit="pad")
     with pytest.raises(ValueError, match="model_type is llama, expected llava or llava_next"):
         import_model(published / "vicuna", tmp_path / "out")
     with pytest.raises(ValueError, match="is a Hugging Face folder: 'vlmtrain import"):

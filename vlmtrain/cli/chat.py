@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> None:
     from ..model.parts import read_manifest
 
     pictures = _pictures(options)
+    if options.web and not 0 <= options.port < 2**16:
+        raise ValueError(f"--port {options.port}: expected 0 (any that is free) to {2**16 - 1}")
     read_manifest(options.model)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

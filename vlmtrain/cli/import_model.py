@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder, or mm_projector.bin")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder, or a projector's file")
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
-    parser.add_argument("--llm", metavar="PATH", help="for mm_projector.bin: the language model, a hub id or folder")
-    parser.add_argument("--vision", metavar="PATH", help="for mm_projector.bin: the encoder, a hub id or folder")
+    parser.add_argument("--llm", metavar="PATH", help="for a projector: the language model, a hub id or folder")
+    parser.add_argument("--vision", metavar="PATH", help="for a projector: the encoder, a hub id or folder")
     parser.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, ...")
     parser.add_argument("--image-fit", metavar="FIT", help="in place of the source's: squash, pad, crop")
 

@@ -16,6 +16,7 @@ from ..connectors.qformer import QFormer
 from ..data.processor import Batch, Processor
 from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..model import VLMWrapper
+from ..paths import check_new_folder
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported, as_llava
@@ -41,14 +42,12 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already: choose another folder")
+    check_new_folder(out, "OUT_DIR")
     model, processor = VLMWrapper.from_pretrained(source), Processor.from_pretrained(source)
     exported, difference = _chosen(model, processor, form)
     transformers.utils.logging.disable_progress_bar()
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
     exported.model.save_pretrained(partial)
     exported.processor.save_pretrained(partial)
     write_export_card(source, partial, type(exported.model).__name__, difference, exported.remarks)

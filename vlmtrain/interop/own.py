@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import ModelOutput
 
 from ..data.connector_text import TextReader, pad_texts
 from ..data.images import to_rgb, to_tensor
@@ -126,17 +127,27 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text_mask: Tensor | None = None,
         generation_config=None,
         **options,
-    ) -> Tensor:
-        """Prompts, padded on the left, and what follows them, ``(B, T + new)``."""
+    ) -> Tensor | ModelOutput:
+        """Prompts, padded on the left, and what follows them, ``(B, T + new)``.
+
+        With return_dict_in_generate these are ``sequences`` of what the language model's own `generate` returns.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        new = self.vlm.llm.generate(
+        self.vlm.llm.generation_config = self.generation_config
+        if generation_config is not None:
+            options["generation_config"] = generation_config
+        found = self.vlm.llm.generate(
             inputs_embeds=self.embed(input_ids, pixel_values, image_cuts, text_ids, text_mask),
             attention_mask=attention_mask,
-            generation_config=generation_config or self.generation_config,
             **options,
         )
-        return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+        new = found if isinstance(found, Tensor) else found.sequences
+        whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+        if isinstance(found, Tensor):
+            return whole
+        found.sequences = whole
+        return found
 
 
 def _vision_config(vision: VisionEncoder) -> dict:
