@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip(
     "lmms_eval.api.model",
-    reason="pip install vlmtrain[lmms-eval]; pip install --no-deps lmms-eval",
+    reason="pip install -e .[lmms-eval]; pip install --no-deps lmms-eval",
     exc_type=ImportError,
 )
 
