@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from safetensors import safe_open
 
 from . import __version__
+from .evaluation.metrics import value_text
 from .fingerprints import shown
+from .model.parts import PARTS
 from .paths import replace_text
 from .run_files import read_config, read_summary
 from .training.handover import FIXED
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"
+SHARES = (
+    "exact_match",
+    "choice_accuracy",
+    "choice_accuracy_normalised",
+    "yes_no_accuracy",
+)  # of questions that are right
+
+_COUNTED = ("running_mean", "running_var", "num_batches_tracked")
+_USE = (
+    "## Use\n\n```python\nfrom vlmtrain.data import Processor\nfrom vlmtrain.evaluation import Chat\n"
+    "from vlmtrain.model import VLMWrapper\n\n"
+    "chat = Chat(VLMWrapper.from_pretrained(FOLDER), Processor.from_pretrained(FOLDER), images=[FILE])\n"
+    "print(chat.say(WORDS))\n```\n"
+)
 
 
 def write_card(run_dir: Path, stage: str, model: Path) -> Path:
@@ -27,15 +46,16 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
     names = list(config["stages"])
     summaries = {name: read_summary(run_dir / name) for name in names[: names.index(stage) + 1]}
     done = {name: summary for name, summary in summaries.items() if summary}
-    parts = {part: _part_name(config, part) for part in ("vision", "connector", "llm")}
-    bases = [config[part][key] for part, key in (("vision", "path"), ("llm", "path")) if config[part].get(key)]
+    start = config.get("init_from")  # the parts are then the folder's, whatever the settings name
+    bases = [start] if start else [config[part]["path"] for part in ("vision", "llm") if config[part].get("path")]
     text = "\n".join(
         [
             _front("vlmtrain", bases, config["connector"]["name"]),
             f"# {config['name']}, stage {stage}\n",
             "A vision-language model: image encoder, connector and language model, joined by token concatenation. "
             "Written from the files of its run; what they do not know is left open.\n",
-            _table(("part", "what it is", "parameters"), _part_rows(parts, done[stage])),
+            _table(("part", "what it is", "parameters"), _part_rows(config, model)),
+            *(_adapters(folder) for folder in sorted(model.glob("adapters/*"))),
             "## Training\n",
             _table(
                 ("stage", "objective", "trained (learning rate)", "frozen", "steps x batch"), _stage_rows(config, done)
@@ -46,13 +66,9 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             "The beginning of a SHA-256: of a file, of both ends of a large one, or of names and sizes in a folder "
             "(and the ends of its files, up to 10,000). As the run's config.yaml has it.\n",
             "## Scores\n",
-            _table(("stage", "questions", "exact match (95 %)", "without the picture", "loss"), _score_rows(done)),
-            "On `data.validation` of the run, greedy answers. Wilson intervals.\n",
-            "## Use\n",
-            "```python\nfrom vlmtrain.data import Processor\nfrom vlmtrain.evaluation import Chat\n"
-            "from vlmtrain.model import VLMWrapper\n\n"
-            "chat = Chat(VLMWrapper.from_pretrained(FOLDER), Processor.from_pretrained(FOLDER), images=[FILE])\n"
-            "print(chat.say(WORDS))\n```\n",
+            _table(("stage", "score", "questions", "value (95 %)", "without the picture"), _score_rows(run_dir, done)),
+            "On `data.validation` of the run, greedy answers. Wilson intervals, for shares of the questions.\n",
+            _USE,
             "## Licence and limits\n",
             f"Licence: {OPEN}; the terms of the parts and of the data hold too. Intended use: {OPEN}. Known limits: "
             f"{OPEN}.\n",
@@ -61,6 +77,29 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
     card = model / "README.md"
     replace_text(card, text)
     return card
+
+
+def write_import_card(folder: Path, facts: Mapping, classes: Mapping[str, str]) -> None:
+    """Write README.md into a model folder made of a published model.
+
+    facts: the fields of `vlmtrain.interop.importing.Import`. classes: the source's, by what they are.
+    """
+    difference = facts["largest_relative_difference"]
+    same = "not compared: the source is a projector alone"
+    same = same if difference is None else f"within {difference:.1g} of the source's, relative to the largest"
+    rows = [*((f"source's {part}", name) for part, name in classes.items()), ("connector", f"`{facts['connector']}`")]
+    rows += [("template", facts["template"]), ("image_fit", facts["image_fit"]), ("logits", same)]
+    parts = [(part, _held_name(folder / part), f"{_size(folder / part):,}") for part in PARTS]
+    lines = [
+        _front("vlmtrain", [facts["source"]], facts["connector"]),
+        f"# Imported from {facts['source']}\n",
+        f"A published model as a model folder, by vlmtrain {__version__}.\n",
+        _table(("", "what it is"), rows),
+        _table(("part", "what it is", "parameters"), parts),
+        _USE,
+        f"## Licence and limits\n\nLicence: {OPEN}; the source's terms hold. Intended use and limits: {OPEN}.\n",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
 
 
 def write_export_card(source: Path, out: Path, model_class: str, difference: float, remarks: tuple[str, ...]) -> None:
@@ -105,20 +144,60 @@ def _listed(card: Path, key: str) -> list[str]:
     return OmegaConf.to_container(OmegaConf.create(front or "{}")).get(key, [])
 
 
-def _part_name(config: Mapping, part: str) -> str:
-    options = config[part]
-    if part == "connector":
-        given = ", ".join(f"{key}={value}" for key, value in options.items() if key != "name")
-        return f"`{options['name']}`" + (f" ({given})" if given else "")
+def _part_rows(config: Mapping, model: Path) -> Iterator[tuple]:
+    for part in PARTS:
+        if (model / part).is_dir():
+            held = config.get("init_from") or part == "connector"
+            what = _held_name(model / part) if held else _chosen_name(config[part])
+            yield part, what, f"{_size(model / part):,}"
+
+
+def _chosen_name(options: Mapping) -> str:
+    """What the settings call an encoder or a language model."""
     name = options.get("path") or options.get("name") or "a small one, from random weights"
     pretrained = options.get("pretrained")
     return f"{options['provider']}: {name}" + (f", {pretrained}" if pretrained else "")
 
 
-def _part_rows(parts: Mapping[str, str], summary: Mapping) -> Iterator[tuple]:
-    for part, what in parts.items():
-        if part in summary["parts"]:
-            yield part, what, f"{summary['parts'][part]['parameters']:,}"
+def _held_name(folder: Path) -> str:
+    """What the folder of a part holds: a connector, a class of transformers, or a tower of open_clip."""
+    config = json.loads((folder / "config.json").read_text())
+    if folder.name == "connector":
+        given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", *FIXED))
+        return f"`{config['name']}`" + (f" ({given})" if given else "")
+    tower = config.get("model_config", {}).get("vision_cfg")
+    name = (
+        "open_clip: " + tower.get("timm_model_name", "ViT")
+        if tower
+        else ", ".join(config.get("architectures") or [config["model_type"]])
+    )
+    sizes = tower or config
+    layers, width = (_first(sizes, keys) for keys in (("num_hidden_layers", "layers"), ("hidden_size", "width")))
+    return f"{name}, {layers} layers of {width}" if layers and width else name
+
+
+def _first(options: Mapping, keys: tuple[str, ...]) -> object:
+    return next((options[key] for key in keys if options.get(key)), None)
+
+
+def _size(folder: Path) -> int:
+    """How many numbers the weights in a folder are; what batch norms count is not trained."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            shapes = (opened.get_slice(name).get_shape() for name in names if not name.endswith(_COUNTED))
+            total += sum(map(math.prod, shapes))
+    return total
+
+
+def _adapters(folder: Path) -> str:
+    told = json.loads((folder / "adapter_config.json").read_text())
+    targets = ", ".join(told["target_modules"])
+    return (
+        f"Adapters of {folder.name}: rank {told['r']}, alpha {told['lora_alpha']}, on {targets}; {_size(folder):,} "
+        f"parameters, merged into the weights, and alone in `adapters/{folder.name}`.\n"
+    )
 
 
 def _stage_rows(config: Mapping, done: Mapping[str, Mapping]) -> Iterator[tuple]:
@@ -152,13 +231,31 @@ def _data_rows(config: Mapping, done: Mapping[str, Mapping]) -> Iterator[tuple]:
                 yield name, f"{source}: {path or config['data']['format']}", f"{drawn['samples']:,}", "none: not a file"
 
 
-def _score_rows(done: Mapping[str, Mapping]) -> Iterator[tuple]:
-    for name, summary in done.items():
-        scores = summary["validation"]
-        if scores and scores.get("questions"):
-            low, high = wilson(scores["exact_match"], scores["questions"])
-            exact = f"{scores['exact_match']:.1%} ({low:.1%} to {high:.1%})"
-            yield name, f"{scores['questions']:,}", exact, f"{scores['blind_exact_match']:.1%}", f"{scores['loss']:.4f}"
+def _score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
+    for stage, summary in done.items():
+        scores = summary["validation"] or {}
+        judged = _judged(run_dir / stage / "answers.json")
+        for name in (name for name in scores if f"blind_{name}" in scores):
+            count, seeing, blind = judged.get(name), scores[name], scores[f"blind_{name}"]
+            shown = f"{count or scores['questions']:,}", _with_interval(name, seeing, count), value_text(name, blind)
+            yield stage, name.replace("_", " "), *shown
+        for kind, values in scores.get("by_category", {}).items():
+            exact = _with_interval("exact_match", values["exact_match"], values["questions"])
+            blind = value_text("exact_match", values["blind_exact_match"])
+            yield stage, f"exact match of {kind}", f"{values['questions']:,}", exact, blind
+
+
+def _judged(file: Path) -> dict[str, int]:
+    """How many questions each of `SHARES` judged."""
+    answers = json.loads(file.read_text()) if file.exists() else []
+    return Counter(name for answer in answers for name in answer["scores"] if name in SHARES)
+
+
+def _with_interval(name: str, value: float, count: int | None) -> str:
+    if not count:
+        return value_text(name, value)
+    low, high = wilson(value, count)
+    return f"{value_text(name, value)} ({low:.1%} to {high:.1%})"
 
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple]) -> str:

@@ -13,6 +13,7 @@ import yaml
 from wandb.proto import wandb_internal_pb2
 
 from vlmtrain.card import wilson
+from vlmtrain.evaluation.metrics import value_text
 from vlmtrain.fingerprints import fingerprint
 from vlmtrain.interop.export import export
 
@@ -109,6 +110,9 @@ def test_every_stage_has_a_card_of_its_facts(run_dir, llava_files, tmp_path):
     scores = summary["validation"]
     low, high = wilson(scores["exact_match"], scores["questions"])
     assert f"{scores['exact_match']:.1%} ({low:.1%} to {high:.1%})" in card and f"{scores['loss']:.4f}" in card
+    for name in (name for name in scores if f"blind_{name}" in scores):
+        blind = value_text(name, scores[f"blind_{name}"])
+        assert re.search(rf"\| instruct \| {name.replace('_', ' ')} \| .* \| {re.escape(blind)} \|", card), name
     assert "| instruct |" not in (run_dir / "align" / "model" / "README.md").read_text()
     done = export(run_dir / "instruct" / "model", tmp_path / "out", "vlmtrain")
     exported = (tmp_path / "out" / "README.md").read_text()

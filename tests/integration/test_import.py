@@ -129,6 +129,10 @@ def test_what_is_taken_in_says_what_the_source_says(name, tmp_path, pictures):
     assert done.largest_relative_difference <= 1e-4 and done.template == "chat"
     assert done.image_fit == ("tiles" if "next" in name else SOURCES[name].get("fit", "crop"))
     assert done.connector == ("linear" if name == "one layer" else "mlp")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"# Imported from {tmp_path / 'hf'}" in card and f"| source's class | {type(source).__name__} |" in card
+    assert f"| image_fit | {done.image_fit} |" in card and "of the source's, relative to the largest |" in card
+    assert f"| llm | {type(source.model.language_model).__name__.removesuffix('Model')}ForCausalLM, " in card
     model, processor = VLMWrapper.from_pretrained(tmp_path / "model"), Processor.from_pretrained(tmp_path / "model")
     theirs = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
     talk = (Turn("user", f"{IMAGE_MARK}\n{IMAGE_MARK}\nWhich?"), Turn("assistant", "The 2nd"), Turn("user", "Sure?"))
@@ -293,6 +297,9 @@ def test_what_was_taken_in_trains_on(published, llava_files, tmp_path):
     ]
     done = train(*line, *small, "data.validation=null", f"run_dir={tmp_path / 'run'}", "engine=zero0")
     trained = VLMWrapper.from_pretrained(tmp_path / "run" / "instruct" / "model")
+    card = (tmp_path / "run" / "instruct" / "model" / "README.md").read_text()
+    assert "| vision | CLIPVisionModel, 3 layers of 16 |" in card and "| llm | LlamaForCausalLM, " in card
+    assert f"base_model:\n- {json.dumps(str(published / 'model'))}\n" in card
     assert type(trained.llm).__name__ == "LlamaForCausalLM" and trained.vision.width == 16, done.stderr
 
 

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..card import write_import_card
 from ..connectors.layers import ACTIVATIONS
 from ..data.connector_text import TextReader
 from ..data.images import to_tensor
@@ -105,22 +106,23 @@ def import_model(
         if llm or vision:
             raise ValueError(f"{source} has its own encoder and language model: leave out --llm and --vision")
         model, processor, difference = _from_folder(source, template, image_fit)
+        classes = {"class": MODEL_CLASSES[load_hf_config(str(source), "SOURCE").model_type]}
     elif source.is_file():
         model, processor = _from_projector(source, llm, vision, template, image_fit)
-        difference = None
+        difference, classes = None, {}
     else:
         raise ValueError(f"{source} does not exist: expected a Hugging Face folder or a projector's file")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
+    fitted, name = processor.geometry.fit, model.connector.config["name"]
+    done = Import(str(out), str(source), name, processor.renderer.template, fitted, difference)
+    write_import_card(partial, done._asdict(), classes)
     if out.exists():
         out.rmdir()
     os.replace(partial, out)
-    geometry = processor.geometry
-    return Import(
-        str(out), str(source), model.connector.config["name"], processor.renderer.template, geometry.fit, difference
-    )
+    return done
 
 
 def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[VLMWrapper, Processor, float]:
