@@ -37,7 +37,7 @@ from .assembly import (
     check_widths,
     picture_size,
 )
-from .handover import adopt_connector, builds_anew, check_names, tensors_taken
+from .handover import adopt_connector, builds_anew, check_names, overruled_fit, tensors_taken
 from .metrics import WandB, logger, set_up_logging
 from .optimizer import Schedule
 from .provenance import provenance
@@ -110,7 +110,8 @@ def take_in(settings: DictConfig, folder: RunFolder) -> tuple[DictConfig, list[s
     `vlmtrain.interop.importing`). Raises ValueError naming file, tensor and expectation.
     """
     finished = [name for name in settings.stages if folder.is_finished(name)]
-    return adopt_connector(_imported(settings, folder), finished)
+    settings, overruled = adopt_connector(_imported(settings, folder), finished)
+    return settings, [*overruled, *overruled_fit(settings, finished)]
 
 
 def _imported(settings: DictConfig, folder: RunFolder) -> DictConfig:
