@@ -66,7 +66,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             "The beginning of a SHA-256: of a file, of both ends of a large one, or of names and sizes in a folder "
             "(and the ends of its files, up to 10,000). As the run's config.yaml has it.\n",
             "## Scores\n",
-            _table(("stage", "score", "questions", "value (95 %)", "without the picture"), _score_rows(run_dir, done)),
+            _table(("stage", "score", "questions", "value (95 %)", "without the picture"), score_rows(run_dir, done)),
             "On `data.validation` of the run, greedy answers. Wilson intervals, for shares of the questions.\n",
             _USE,
             "## Licence and limits\n",
@@ -231,7 +231,8 @@ def _data_rows(config: Mapping, done: Mapping[str, Mapping]) -> Iterator[tuple]:
                 yield name, f"{source}: {path or config['data']['format']}", f"{drawn['samples']:,}", "none: not a file"
 
 
-def _score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
+def score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
+    """A row a score of each finished stage: with its interval, and beside it what blanked pictures give."""
     for stage, summary in done.items():
         scores = summary["validation"] or {}
         judged = _judged(run_dir / stage / "answers.json")
@@ -246,13 +247,13 @@ def _score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
 
 
 def _judged(file: Path) -> dict[str, int]:
-    """How many questions each of `SHARES` judged."""
+    """How many questions each score judged, of those that judge questions one by one."""
     answers = json.loads(file.read_text()) if file.exists() else []
-    return Counter(name for answer in answers for name in answer["scores"] if name in SHARES)
+    return Counter(name for answer in answers for name in answer["scores"])
 
 
 def _with_interval(name: str, value: float, count: int | None) -> str:
-    if not count:
+    if not count or name not in SHARES:
         return value_text(name, value)
     low, high = wilson(value, count)
     return f"{value_text(name, value)} ({low:.1%} to {high:.1%})"
