@@ -236,7 +236,7 @@ def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer
         ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
         ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),
         ("{llm: 8}", "stages.instruct.lora={'llm': 8}: expected null or {part: {rank: 16, ...}}"),
-        ("{llm: {targets: 5}}", "lora.llm.targets=5: expected all, or a list of names"),
+        ("{llm: {targets: 5}}", "lora.llm.targets=5: expected all, or a list of at least one name"),
         ("{llm: {init_from: nowhere}}", "init_from=nowhere holds no adapters"),
     ],
 )
