@@ -129,6 +129,12 @@ def test_nothing_can_be_filled_where_the_encoder_trains(llava_files, tmp_path):
     assert "features.cache=off" in fill("recipe=llava_1_5", "mini=true", check=False).stderr
 
 
+@pytest.mark.parametrize("wrong", ["features.dtype=fp8", "stage=allign"])
+def test_what_training_would_refuse_is_refused(wrong, llava_files, tmp_path):
+    done = fill(*line_of(llava_files), f"features.cache={tmp_path / 'cache'}", wrong, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and wrong.split("=")[1] in done.stderr
+
+
 def test_a_run_keeps_to_its_rounding(llava_files, tmp_path):
     line = [*line_of(llava_files), "stage=align", f"run_dir={tmp_path / 'run'}", f"features.cache={tmp_path / 'cache'}"]
     train(*line, "features.dtype=bf16")

@@ -17,6 +17,7 @@ from ..model.vision import VisionEncoder
 from ..objectives import OBJECTIVES
 from .assembly import build_parts, build_processor, build_skeleton, build_tokenizer, picture_size, resized_by
 from .feature_cache import FeatureCache
+from .run import check_settings
 from .trainable import training_rates
 
 
@@ -35,6 +36,7 @@ def fill_cache(settings: DictConfig, show_progress: bool) -> dict[str, Filled]:
     Stages that train their encoder have nothing to keep, and neither has one whose encoder an earlier stage of the
     same run is going to train. Raises ValueError if that leaves none.
     """
+    check_settings(settings, world_size=1)
     if settings.features.cache == "off":
         raise ValueError("features.cache=off: expected a folder for the features")
     names = [settings.stage] if settings.stage else list(settings.stages)
