@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..connectors import VisionFeatures
 from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
 from .base import Objective
+from .token_losses import token_losses
 
 
 class LanguageModelling(Objective):
@@ -35,5 +35,4 @@ class LanguageModelling(Objective):
             text_ids=batch.text_ids,
             text_mask=batch.text_mask,
         )
-        losses = F.cross_entropy(logits.float(), batch.targets[keep], reduction="none")
-        return (losses * batch.weights[keep]).sum()
+        return (token_losses(logits, batch.targets[keep]) * batch.weights[keep]).sum()

@@ -18,6 +18,7 @@ from ..data.sources import build_source
 from ..model.llm import hidden_width
 from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
+from ..objectives.token_losses import token_losses
 from ..training.assembly import DTYPES, build_geometry, build_skeleton, check_lengths, picture_size, published_llm
 from ..training.run import check_settings
 from ..training.trainable import Group, block_list, check_starts, freeze, trained_groups
@@ -241,8 +242,7 @@ def _measure(
         kept = torch.arange(targets, device="meta")
         with meter.part("llm", llm, block_list(llm)[0]), _gradients(gradient or "llm" in trains):
             logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), kept)
-            meter.backward("llm", (loss,))
+            meter.backward("llm", (token_losses(logits.flatten(0, 1), kept),))
     if hasattr(parts.get("objective"), "text"):
         text = parts["objective"].text
         words = torch.zeros(1, parts["objective"].context_length, device="meta", dtype=torch.long)
