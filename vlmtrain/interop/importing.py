@@ -1,12 +1,10 @@
 """Published checkpoints as model folders of ours: LLaVA-1.5, LLaVA-NeXT, BLIP-2 and InstructBLIP of Hugging Face, and
-projectors alone: LLaVA's own, InternVL's and nanoVLM's."""
+projectors alone."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -29,18 +27,19 @@ from ..data.images import to_tensor
 from ..data.processor import Geometry, Processor
 from ..data.rendering import Renderer
 from ..data.templates import BLIP
-from ..errors import first_line, some
+from ..errors import first_line
 from ..model import VLMWrapper
-from ..model.llm import build_llm, hidden_width, load_tokenizer, max_positions
-from ..model.loading import load_hf_config, load_hf_model, read_json, read_tensors
+from ..model.llm import load_tokenizer, max_positions
+from ..model.loading import load_hf_config, load_hf_model, read_json
 from ..model.parts import make_connector
 from ..model.tiled import TiledConnector
-from ..model.vision import HFVision, VisionEncoder, build_vision
+from ..model.vision import HFVision, VisionEncoder
 from ..paths import check_new_folder
 from .export import hf_logits, probe
 from .fitting import relative_difference, tolerance
 from .importing_blip import MODEL_CLASSES as BLIP_CLASSES
 from .importing_blip import blip_parts, check_blip, end_answers, reader_of
+from .importing_projectors import projector_parts
 from .llava import Exported
 
 logger = logging.getLogger(__name__)
@@ -49,19 +48,6 @@ LLAVA_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaN
 MODEL_CLASSES = {**LLAVA_CLASSES, **BLIP_CLASSES}
 DEFAULT_LENGTH = 2048
 
-# a tensor that tells whose a projector is
-_PROJECTORS = {
-    "llava": r"mm_projector\.(?:\d+\.)?weight$",
-    "nanovlm": r"(?:MP|modality_projection)\.proj\.weight$",
-    "internvl": r"(?:mlp1\.0|multi_modal_projector\.layer_norm)\.weight$",
-}
-# settings of LLaVA beside its projector and their values that are taken, the default first
-_ASPECTS = {"pad": "pad", "square": "crop", None: "crop"}
-_PROJECTOR_KEYS = {
-    "mm_vision_select_feature": ("patch",),
-    "mm_use_im_start_end": (False,),
-    "image_aspect_ratio": tuple(_ASPECTS),
-}
 _TOLD = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_rescale", "rescale_factor", "do_normalize")
 
 # Templates of processors take items; here words are strings, in which pictures have their marks already.
@@ -108,7 +94,8 @@ def import_model(
         model, processor, difference = _from_folder(source, template, image_fit)
         classes = {"class": MODEL_CLASSES[load_hf_config(str(source), "SOURCE").model_type]}
     elif source.is_file():
-        model, processor = _from_projector(source, llm, vision, template, image_fit)
+        model, tokenizer, fitting = projector_parts(source, llm, vision)
+        processor = _processor(source, tokenizer, model, image_fit or fitting, (), template)
         difference, classes = None, {}
     else:
         raise ValueError(f"{source} does not exist: expected a Hugging Face folder or a projector's file")
@@ -311,86 +298,6 @@ def _tile_grids(folder: Path, config, vision: VisionEncoder) -> tuple[tuple[int,
             f"encoder's {side} pixels"
         )
     return tuple((height // side, width // side) for height, width in config.image_grid_pinpoints)
-
-
-def _from_projector(
-    file: Path, llm_path: str | None, vision_path: str | None, template: str | None, fit: str | None
-) -> tuple[VLMWrapper, Processor]:
-    """A projector between an encoder and a language model that are published elsewhere."""
-    state = _tensors(file)
-    beside = file.with_name("config.json")
-    said = read_json(beside) if beside.exists() else {}
-    llm_path, vision_path = llm_path or said.get("_name_or_path"), vision_path or said.get("mm_vision_tower")
-    for key, taken in _PROJECTOR_KEYS.items():
-        if said.get(key, taken[0]) not in taken:
-            raise ValueError(f"{beside}: {key}={said[key]}, expected {' or '.join(map(str, taken))}")
-    for key, path in (("--llm", llm_path), ("--vision", vision_path)):
-        if not path:
-            raise ValueError(f"{file} is a projector alone: say with {key} what it was trained with")
-    kind = next((kind for kind, names in _PROJECTORS.items() if any(re.search(names, str(n)) for n in state)), None)
-    if kind is None:
-        raise ValueError(
-            f"{file} has no tensor mm_projector.*.weight, MP.proj.weight or mlp1.*.weight, but "
-            f"{some(map(str, state))} (other connectors take theirs in Python: connector.load_published)"
-        )
-    layer = said.get("mm_vision_select_layer", -2) if kind == "llava" else said.get("select_layer", -1)
-    tokenizer = load_tokenizer(llm_path, "--llm")
-    vision = build_vision("hf", path=vision_path, layer=layer)
-    llm = build_llm(llm_path)
-    if kind == "llava":
-        _check_widths(file, state, vision, llm, vision_path, llm_path)
-        layers = [name for name in state if re.search(_PROJECTORS[kind], name)]
-        name, options = ("linear", {}) if len(layers) == 1 else ("mlp", {"depth": len(layers)})
-    else:
-        name, options = "pixel_shuffle", _shuffle(file, state, kind, vision, vision_path)
-    connector = make_connector(name, vision, llm, options)
-    try:
-        connector.num_tokens(*vision.grid)
-        connector.load_published({name: tensor.float() for name, tensor in state.items()})
-    except ValueError as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
-    model = VLMWrapper(vision, connector, llm).eval()
-    fitting = fit or ("squash" if kind != "llava" else _ASPECTS[said.get("image_aspect_ratio", "pad")])
-    return model, _processor(file, tokenizer, model, fitting, (), template)
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch or safetensors; no code in it is run."""
-    if file.suffix == ".safetensors":
-        return read_tensors(file)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling fails in any way
-        raise ValueError(f"{file} is no file of tensors: {first_line(error).partition('. ')[0]}") from None
-
-
-def _shuffle(file: Path, state: dict[str, Tensor], kind: str, vision: VisionEncoder, vision_path: str) -> dict:
-    """Options of the `pixel_shuffle` that a projector is."""
-    name = next(name for name in state if re.search(_PROJECTORS[kind], name))
-    width = state[name].shape[-1]
-    factor = math.isqrt(width // vision.width)
-    if factor < 1 or factor**2 * vision.width != width:
-        raise ValueError(
-            f"{file}: {name} takes {width} channels, expected 4 (or another square) times the {vision.width} of "
-            f"{vision_path}"
-        )
-    if kind == "nanovlm":
-        logger.warning("%s: nanoVLM's encoder norms what its projector reads, which is not done here: train on", file)
-    return {"factor": factor, "head": "linear" if kind == "nanovlm" else "internvl"}
-
-
-def _check_widths(
-    file: Path, state: dict[str, Tensor], vision: VisionEncoder, llm: nn.Module, vision_path: str, llm_path: str
-) -> None:
-    weights = sorted(
-        (name for name in state if name.endswith("weight")), key=lambda name: [int(n) for n in re.findall(r"\d+", name)]
-    )
-    for name, side, got, expected, whose in (
-        (weights[0], "takes", state[weights[0]].shape[1], vision.width, vision_path),
-        (weights[-1], "makes", state[weights[-1]].shape[0], hidden_width(llm), llm_path),
-    ):
-        if got != expected:
-            raise ValueError(f"{file}: {name} {side} {got} channels, expected {expected} of {whose}")
 
 
 def _processor(
