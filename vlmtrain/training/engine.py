@@ -82,6 +82,8 @@ class StageEngine:
                 model=module, optimizer=optimizer, config=self._config(zero, accumulation)
             )
         self.world_size = self._engine.dp_world_size
+        if self._clips_itself and self.world_size == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients, for a sum over one rank
 
     @property
     def model(self) -> VLMWrapper:
@@ -116,6 +118,9 @@ class StageEngine:
         # the engine averages over ranks what should be summed
         self._engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
         if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
+            for parameter in self._trained:
+                if parameter.grad is None:  # as the sum over ranks has it: momentum goes on
+                    parameter.grad = torch.zeros_like(parameter)
             self._own_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
             if not torch.isfinite(self._own_norm):
                 self._engine.zero_grad()  # AdamW leaves alone what has no gradient; the other engines look themselves
