@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 
 from vlmtrain.cli import main
+from vlmtrain.model.vision import build_vision
 from vlmtrain.paths import RECIPES
 from vlmtrain.planning.measuring import Meter, use_counted_attention
 from vlmtrain.planning.memory import States
@@ -66,6 +67,15 @@ def test_an_encoder_of_the_library_is_counted_before_any_other(tmp_path):
     done = run(sys.executable, "-m", "vlmtrain.cli", "plan", *line)
     align, _ = json.loads(done.stdout)["stages"]
     assert align["picture_tokens"] == [16, 16] and align["flops_per_sample"] > 0
+
+
+def test_an_encoder_of_the_library_is_planned_in_the_precision_that_it_runs_in(tmp_path):
+    config = SiglipVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    SiglipVisionModel(config).save_pretrained(tmp_path)
+    options = {"path": str(tmp_path), "image_size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for precision in (torch.float32, torch.bfloat16):
+        built, planned = (build_vision("hf", precision, weights, **options) for weights in (True, False))
+        assert {p.dtype for p in built.parameters()} == {p.dtype for p in planned.parameters()} == {precision}
 
 
 def test_suggestions_are_what_training_takes():

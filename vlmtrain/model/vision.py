@@ -334,7 +334,7 @@ class HFVision(VisionEncoder):
             return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype, **trust), geometry, layer, levels)
         from transformers import AutoModel
 
-        return cls(AutoModel.from_config(config, **trust), geometry, layer, levels)
+        return cls(AutoModel.from_config(config, **trust).to(dtype), geometry, layer, levels)
 
     def _resize(self, before: tuple[int, int]) -> None:
         self.geometry = {**self.geometry, "image_size": list(self.image_size)}
