@@ -88,10 +88,24 @@ def segment_attention(
             window_size=window,
         )
         return out[None], None
-    sizes = cu_seq_lens_q.diff().tolist()
-    pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
-    out = torch.cat([_attend(*piece, None, sliding_window, softcap, options) for piece in pieces], dim=2)
+    out = _attend_each(query, key, value, cu_seq_lens_q, sliding_window, softcap, options)
     return out.transpose(1, 2), None
+
+
+@torch.compiler.disable  # it would be compiled again for every number of segments
+def _attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    window: int | None,
+    softcap: float | None,
+    options: dict,
+) -> Tensor:
+    """Causal attention within each segment, one after the other; ``(B, H, T, d)``."""
+    sizes = boundaries.diff().tolist()
+    pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
+    return torch.cat([_attend(*piece, None, window, softcap, options) for piece in pieces], dim=2)
 
 
 def _attend(
