@@ -8,8 +8,9 @@ Each job is a process of its own. All sides run in turn, `--repeats` times; the 
 the end of step `--warmup` to the end of the last. Losses on the first batch must agree within 1e-4 (bf16: 2 %; packed
 rows hold other samples), or the comparison is void and says so. The share of the machine's rate counts the arithmetic
 that the update needs (no padding, no logits that nothing is trained on), over the rate of large matrix products, the
-best that was measured between the jobs. Sides: `ours`, `cached` (a warm feature cache), `packed`, `trainer`, `trl` (TRL's SFTTrainer,
-where it is installed), `ranks` and `ranks-zero2` (two ranks, half the threads each, plain and under ZeRO-2).
+best that was measured between the jobs. Sides: `ours`, `cached` (a warm feature cache), `packed`, `trainer`, `trl`
+(TRL's SFTTrainer, where it is installed), `ranks` and `ranks-zero2` (two ranks, half the threads each, plain and under
+ZeRO-2).
 
 Workloads: `align` trains the connector on captions. `instruct` trains connector and language model on talks like those
 of LLaVA-1.5's mixture: 6 % without a picture (40,688 of its 665,298 are), 1 to 6 questions (geometric, mean 2.2), half
