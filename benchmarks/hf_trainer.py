@@ -3,7 +3,8 @@
     python benchmarks/hf_trainer.py JOB.json
 
 It gets its best settings: conversations tokenised beforehand, frozen parts without gradients, rows of about one length
-together where lengths differ, pictures decoded in a worker, its own bf16 autocast, and no saving or logging.
+together where lengths differ, pictures decoded in a worker, its own bf16 autocast, and no saving or logging. Its
+`torch_compile` is left out: over varying lengths it was slower.
 """
 
 from __future__ import annotations
