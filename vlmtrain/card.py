@@ -55,7 +55,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             "A vision-language model: image encoder, connector and language model, joined by token concatenation. "
             "Written from the files of its run; what they do not know is left open.\n",
             _table(("part", "what it is", "parameters"), _part_rows(config, model)),
-            *(_adapters(folder) for folder in sorted(model.glob("adapters/*"))),
+            *(_adapters(folder, config["stages"][stage]) for folder in sorted(model.glob("adapters/*"))),
             "## Training\n",
             _table(
                 ("stage", "objective", "trained (learning rate)", "frozen", "steps x batch"), _stage_rows(config, done)
@@ -191,12 +191,13 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _adapters(folder: Path) -> str:
+def _adapters(folder: Path, stage: Mapping) -> str:
     told = json.loads((folder / "adapter_config.json").read_text())
-    targets = ", ".join(told["target_modules"])
+    targets, bits = ", ".join(told["target_modules"]), stage["lora"][folder.name].get("quantize")
+    under = f" The weights under them are what {bits} makes of those that the stage began with." if bits else ""
     return (
         f"Adapters of {folder.name}: rank {told['r']}, alpha {told['lora_alpha']}, on {targets}; {_size(folder):,} "
-        f"parameters, merged into the weights, and alone in `adapters/{folder.name}`.\n"
+        f"parameters, merged into the weights, and alone in `adapters/{folder.name}`.{under}\n"
     )
 
 

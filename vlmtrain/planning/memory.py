@@ -14,12 +14,19 @@ LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 
 @dataclass(frozen=True)
 class States:
-    """Parameters of a stage by what happens to them. A frozen encoder stays outside the engine, whole on every GPU."""
+    """Parameters of a stage by what happens to them. A frozen encoder stays outside the engine, whole on every GPU.
+
+    quantized: those of `frozen_inside` that are held in 4 bits. packed: the bytes of these; unpacked: how many of them
+    are at work at once, in full.
+    """
 
     trained: int
     frozen_inside: int
     frozen_outside: int
     bf16: bool
+    quantized: int = 0
+    packed: int = 0
+    unpacked: int = 0
 
     def bytes(self, zero_stage: int, world_size: int, activations: int = 0) -> int:
         """Weights, gradients, optimiser states, DeepSpeed's buffers and `activations` on one of `world_size` GPUs.
@@ -27,24 +34,25 @@ class States:
         At their peak: gradients on their way, in fp32, fill a bucket while the backward pass frees activations.
         """
         weight = 2 if self.bf16 else 4
-        inside = self.trained + self.frozen_inside
+        inside = self.trained + self.frozen_inside - self.quantized
+        held = weight * inside + self.packed
         bucket = 4 * min(self.trained, BUCKET)
         # a bucket that holds everything is sent last, and without ZeRO all of them are
         left = 0.0 if zero_stage == 0 and not self.bf16 else 1 - min(1.0, BUCKET / max(1, self.trained))
         passing = max(activations, bucket + left * activations)
         if zero_stage == 3:
             # weights, an fp32 copy, two moments and gradients are sharded; what is at work is whole
-            sharded = weight * inside + 16 * self.trained
-            whole = weight * (min(inside, LIVE) + 2 * min(self.trained, BUCKET))
+            sharded = held + 16 * self.trained
+            whole = min(held, weight * LIVE) + weight * 2 * min(self.trained, BUCKET)
         elif self.bf16 and zero_stage < 2:
             # DeepSpeed's bf16 optimizer keeps a step's gradients in fp32, whole, and copies them once
             sharded = 12 * self.trained
-            whole = weight * (inside + self.trained) + 8 * self.trained
+            whole = held + weight * self.trained + 8 * self.trained
         elif zero_stage == 0:
             sharded = 0
-            whole = weight * inside + 12 * self.trained
+            whole = held + 12 * self.trained
         else:
             gradients = self.trained if zero_stage == 1 else min(self.trained, BUCKET)
             sharded = 16 * self.trained
-            whole = weight * (inside + gradients)
-        return round(sharded / world_size + whole + weight * self.frozen_outside + passing)
+            whole = held + weight * gradients
+        return round(sharded / world_size + whole + weight * (self.frozen_outside + self.unpacked) + passing)

@@ -20,8 +20,9 @@ from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
 from ..objectives.token_losses import token_losses
 from ..training.assembly import DTYPES, build_geometry, build_skeleton, check_lengths, picture_size, published_llm
+from ..training.quantized import quantized_layers
 from ..training.run import check_settings
-from ..training.trainable import Group, block_list, check_starts, freeze, trained_groups
+from ..training.trainable import Group, block_list, check_starts, freeze, part_size, trained_groups
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
 
@@ -179,7 +180,7 @@ def _answer_tokens(expected: Mapping, tokens: int) -> int:
 
 def _sizes(part: str, module: nn.Module, groups: list[Group]) -> dict[str, int]:
     trained = sum(group.size(module) for group in groups if group.part == part)
-    return {"trainable": trained, "frozen": sum(parameter.numel() for parameter in module.parameters()) - trained}
+    return {"trainable": trained, "frozen": part_size(module) - trained}
 
 
 def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Group]]]:
@@ -279,7 +280,8 @@ def _plan_memory(
 ) -> None:
     trains = {group.part for group in groups}
     outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
-    states = States(plan.trainable, plan.frozen - outside, outside, settings.precision == "bf16")
+    in_bf16 = settings.precision == "bf16"
+    states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *_quantized(parts))
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
     stage = settings.stages[plan.name]
@@ -301,6 +303,13 @@ def _plan_memory(
         if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
             plan.suggested_zero_stage = zero_stage
             plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])
+
+
+def _quantized(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
+    """Of weights held in 4 bits: how many there are, their bytes, and how many the largest layer has."""
+    layers = [layer for module in parts.values() for layer in quantized_layers(module).values()]
+    sizes = [math.prod(layer.shape) for layer in layers]
+    return sum(sizes), sum(bits.numel() for layer in layers for bits in layer.packed), max(sizes, default=0)
 
 
 def _kept(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -> int:

@@ -4,13 +4,17 @@
 
 A part with adapters trains these alone, at the part's learning rate (`groups` may name weights of its own beside them).
 When the stage ends they are merged into the weights, ``W + alpha / rank * B A``, and kept beside them in peft's form.
+With ``quantize: nf4`` the weights under the adapters are held in 4 bits (see `vlmtrain.training.quantized`): W is then
+what these 4 bits stand for, in training, when it is merged, and as the base that the adapters fit.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import nearest, some
 from ..model.loading import read_json, read_tensors
 from ..model.parts import state_hash
+from .quantized import KINDS, PACKED, QuantizedLinear, quantized_layers
 
-OPTIONS = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all", "init_from": None}
+OPTIONS = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all", "init_from": None, "quantize": None}
 FOLDER = "adapters"  # within a model folder, a folder a part
 _ADAPTER = "default"
 _BASE = ".base_layer."
@@ -63,6 +68,8 @@ def check_adapters(stage: Mapping, name: str) -> None:
             isinstance(targets, Sequence) and targets and all(isinstance(t, str) for t in targets)
         ):
             raise ValueError(f"{key}.targets={targets}: expected all, or a list of at least one name")
+        if options["quantize"] not in (None, *KINDS):
+            raise ValueError(f"{key}.quantize={options['quantize']}: expected null or {' or '.join(KINDS)}")
         trains = stage["train"].get(part) is not None or any(
             str(group["match"]).split(".")[0] == part and group["lr"] is not None for group in stage["groups"]
         )
@@ -77,7 +84,7 @@ def add_adapters(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> N
     """
     for part, given in (stage["lora"] or {}).items():
         options, key = {**OPTIONS, **given}, f"stages.{name}.lora.{part}"
-        peft = _peft(key)
+        peft = _peft(key, options["quantize"])
         module = parts[part]
         dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
         targets = _targets(module, options["targets"], key)
@@ -94,11 +101,16 @@ def add_adapters(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> N
             parameter.requires_grad_(True)
         for layer in _layers(module).values():
             layer.to(dtype)
+            if options["quantize"]:
+                layer.base_layer = QuantizedLinear(layer.base_layer)
         if options["init_from"] is not None:
             _load(module, Path(options["init_from"]), options, key)
 
 
-def _peft(key: str) -> Any:
+def _peft(key: str, quantize: str | None) -> Any:
+    if quantize and not find_spec("bitsandbytes"):
+        raise ValueError(f"{key}.quantize={quantize} needs bitsandbytes: pip install -e '.[qlora]'")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
     try:
         import peft
     except ImportError:
@@ -145,10 +157,19 @@ def is_adapter(parameter: str) -> bool:
     return ".lora_" in parameter
 
 
+def _unpacked(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's `state` with the weights that are held in 4 bits as these stand for them, under their usual names."""
+    packed = {f"{path}.": layer for path, layer in quantized_layers(module).items()}
+    whole = {f"{prefix}weight": layer.unpacked(state, prefix) for prefix, layer in packed.items()}
+    bits = {prefix + name for prefix in packed for name in PACKED}
+    return {name: tensor for name, tensor in state.items() if name not in bits} | whole
+
+
 def merged(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A part's `state` as it is without adapters: merged into the weights, under their own names."""
     layers = _layers(module)
-    found = {name.replace(_BASE, "."): tensor for name, tensor in state.items() if not is_adapter(name)}
+    plain = _unpacked(module, state)
+    found = {name.replace(_BASE, "."): tensor for name, tensor in plain.items() if not is_adapter(name)}
     for path, layer in layers.items():
         a, b = (state[f"{path}.lora_{half}.{_ADAPTER}.weight"].float() for half in "AB")
         change = layer.scaling[_ADAPTER] * (b @ a)
@@ -168,15 +189,19 @@ def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, 
         for name, tensor in state.items()
         if is_adapter(name)
     }
-    said = {"format": "pt", _BELONGS_TO: _base_hash(state)}
+    said = {"format": "pt", _BELONGS_TO: _base_hash(module, state)}
     save_file(adapters, folder / "adapter_model.safetensors", metadata=said)
     config = {**module.peft_config[_ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=_plain) + "\n")
 
 
-def _base_hash(state: Mapping[str, Tensor]) -> str:
-    """Hash of the weights under a part's adapters, rounded to bf16: the same in either compute dtype."""
-    return state_hash({name: tensor.to(torch.bfloat16) for name, tensor in state.items() if name.endswith(_UNDER)})
+def _base_hash(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Hash of the weights under a part's adapters, rounded to bf16: the same in either compute dtype.
+
+    Of those held in 4 bits it is that of what these stand for.
+    """
+    under = {name: tensor for name, tensor in _unpacked(module, state).items() if name.endswith(_UNDER)}
+    return state_hash({name: tensor.detach().to(torch.bfloat16) for name, tensor in under.items()})
 
 
 def _plain(value: object) -> object:
@@ -224,11 +249,13 @@ def _load(module: nn.Module, folder: Path, options: Mapping, key: str) -> None:
         raise ValueError(f"{key}.init_from={folder} does not fit: {'; '.join(problems)}")
     with safe_open(file, framework="pt") as opened:
         belongs_to = (opened.metadata() or {}).get(_BELONGS_TO)  # adapters that peft has saved do not say
-    under = {name: parameter for name, parameter in module.named_parameters() if name.endswith(_UNDER)}
-    if belongs_to and not any(weight.is_meta for weight in under.values()) and _base_hash(under) != belongs_to:
+    parameters = dict(module.named_parameters())
+    is_known = not any(parameter.is_meta for parameter in parameters.values())
+    if belongs_to and is_known and _base_hash(module, parameters) != belongs_to:
         raise ValueError(
             f"{key}.init_from={folder} was trained on other weights than init_from gives the stage: set init_from to "
-            "the model that these adapters began with, before they were merged (merged again, they would count twice)"
+            "the model that these adapters began with, before they were merged (merged again, they would count twice), "
+            "and quantize as it was then"
         )
     with torch.no_grad():
         for name, parameter in own.items():

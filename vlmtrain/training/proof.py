@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..model.parts import state_hash
 from .adapters import merged
-from .trainable import Group, full_shape
+from .trainable import Group, part_size
 
 
 class Hashes(NamedTuple):
@@ -48,7 +47,7 @@ def part_summary(name: str, module: nn.Module, groups: Sequence[Group], before: 
         raise RuntimeError(f"{name} is frozen but changed")
     if groups and before.trained == after.trained:
         raise RuntimeError(f"{name} is trained but unchanged")
-    size = sum(math.prod(full_shape(parameter)) for parameter in module.parameters())
+    size = part_size(module)
     trained = sum(group.size(module) for group in groups)
     rates = {group.label: group.lr for group in groups}
     return {

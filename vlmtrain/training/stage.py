@@ -41,7 +41,7 @@ from .optimizer import Schedule
 from .proof import Hashes, part_hashes, part_summary
 from .run_folder import RunFolder, write_json
 from .skips import Skips
-from .trainable import check_starts, freeze, groups_of, trained_groups
+from .trainable import check_starts, freeze, groups_of, part_size, trained_groups
 from .watch import Watch
 
 SHOWN_SAMPLES = 48
@@ -440,7 +440,7 @@ class _Stage:
     def _table(self) -> str:
         rows = [("part", "parameters", "learning rate")]
         for part, module in self.parts.items():
-            left = sum(parameter.numel() for parameter in module.parameters())
+            left = part_size(module)
             everything = [group for group in (*self.groups, *self.waiting) if group.part == part]
             for label in dict.fromkeys(group.label for group in everything):
                 groups = [group for group in everything if group.label == label]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import nearest, some
 from ..model.parts import PARTS
 from .adapters import is_adapter
+from .quantized import quantized_layers
 
 ALL_PARTS = (*PARTS, "objective")
 NEW_TOKENS = "llm.new_tokens"
@@ -121,6 +122,7 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
     groups: list[Group] = []
     for part in (part for part in ALL_PARTS if part in parts):
         left = [n for n, parameter in parts[part].named_parameters() if parameter.requires_grad]
+        packed = [f"{path}.weight" for path in quantized_layers(parts[part])]
         for i, entry in enumerate(stage["groups"]):
             if str(entry["match"]).split(".")[0] != part:
                 continue
@@ -131,6 +133,13 @@ def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) ->
                 continue
             pattern = re.compile(_pattern(str(entry["match"]), parts[part], key))
             matched = [n for n in (_own(left) if entry["match"] == part else left) if pattern.fullmatch(n)]
+            in_bits = [n for n in packed if pattern.fullmatch(n)] if entry["match"] != part else []
+            if in_bits and entry["lr"] is not None:
+                raise ValueError(
+                    f"{key}.match={entry['match']} would train {some(in_bits)}, held in 4 bits by "
+                    f"stages.{name}.lora.{part}.quantize: let it match less, like {part}.*lora_* or {part}.*norm*"
+                )
+            packed = [n for n in packed if n not in in_bits]
             if not matched:
                 everything = [n for n, _ in parts[part].named_parameters()]
                 raise ValueError(
@@ -268,6 +277,14 @@ def _train_rows(parameter: nn.Parameter, rows: tuple[int, ...]) -> None:
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of a parameter, of which under ZeRO-3 a rank holds only its share."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def part_size(module: nn.Module) -> int:
+    """How many numbers a part has, those held in 4 bits among them."""
+    packed = quantized_layers(module).values()
+    bits = {id(parameter) for layer in packed for parameter in layer.packed}
+    plain = (math.prod(full_shape(parameter)) for parameter in module.parameters() if id(parameter) not in bits)
+    return sum(plain) + sum(math.prod(layer.shape) for layer in packed)
 
 
 def _drops_out(llm: nn.Module) -> bool:
