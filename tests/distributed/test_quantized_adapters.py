@@ -18,12 +18,10 @@ from ..conftest import metrics, train
 from ..end_to_end.test_resume import interrupt
 from .test_adapters import line as plain_line
 
-STEPS = 16
 
-
-def line(files, run_dir, base: Path, quantize: str, *more: str) -> list[str]:
+def line(files, run_dir, base: Path, quantize: str, steps: int, *more: str) -> list[str]:
     lora = f"stages.instruct.lora={{llm: {{rank: 4, alpha: 12, dropout: 0.05, quantize: {quantize}}}}}"
-    begun = ["stage=instruct", f"init_from={base}", f"stages.instruct.max_steps={STEPS}"]
+    begun = ["stage=instruct", f"init_from={base}", f"stages.instruct.max_steps={steps}"]
     return [*plain_line(files, run_dir), lora, *begun, *more]
 
 
@@ -64,8 +62,8 @@ def test_a_stage_equals_plain_adapters_on_the_unpacked_weights(engine, precision
     base, unpacked = bases
     more = [f"engine={engine}", f"precision={precision}"]
     more += ["engine.parameter_persistence_threshold=0"] if engine.startswith("zero3") else []
-    train(*line(llava_files, tmp_path / "held", base, "nf4", *more), ranks=ranks)
-    train(*line(llava_files, tmp_path / "plain", unpacked, "null", *more), ranks=ranks)
+    train(*line(llava_files, tmp_path / "held", base, "nf4", 6, *more), ranks=ranks)
+    train(*line(llava_files, tmp_path / "plain", unpacked, "null", 6, *more), ranks=ranks)
     held, plain = ([step["loss"] for step in metrics(tmp_path / run, "instruct")] for run in ("held", "plain"))
     assert held == pytest.approx(plain, rel=1e-5)
     assert held[-1] < 0.8 * held[0]
@@ -80,10 +78,10 @@ def test_a_stage_equals_plain_adapters_on_the_unpacked_weights(engine, precision
 
 
 def test_a_stopped_stage_goes_on_bit_for_bit(bases, llava_files, tmp_path):
-    whole, stopped = (line(llava_files, tmp_path / run, bases[0], "nf4") for run in ("whole", "stopped"))
+    whole, stopped = (line(llava_files, tmp_path / run, bases[0], "nf4", 16) for run in ("whole", "stopped"))
     train(*whole)
     interrupt(stopped, tmp_path / "stopped", 1, 3, signal.SIGTERM)
-    assert len(metrics(tmp_path / "stopped", "instruct")) < STEPS
+    assert len(metrics(tmp_path / "stopped", "instruct")) < 16
     train(*stopped)
     losses = [[step["loss"] for step in metrics(tmp_path / run, "instruct")] for run in ("whole", "stopped")]
     assert losses[0] == losses[1]
