@@ -1,6 +1,8 @@
 """Trains a few steps and prints what memory grew by, and what the plan says. Run by test_memory_plan.py:
 
 python memory_runs.py FOLDER ENGINE PRECISION PARTS BATCH_SIZE
+
+PARTS: those that train, like connector+llm; llm:nf4 trains adapters over weights of 4 bits.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,18 +19,20 @@ import torch
 from torch.nn import functional as F
 
 from vlmtrain.planning.memory import States
-from vlmtrain.planning.plan import kept_by_sample
+from vlmtrain.planning.plan import kept_by_sample, quantized_sizes
 from vlmtrain.settings import compose
 from vlmtrain.training import stage as stages
 from vlmtrain.training.assembly import DTYPES
 from vlmtrain.training.run import train_run
+from vlmtrain.training.trainable import part_size
 from vlmtrain.world import join_world, leave_world
 
 WIDTH, LAYERS, HEADS = 768, 6, 12
 
 
 def line(folder: str, engine: str, precision: str, trained: str, batch: int) -> list[str]:
-    rates = {part: "1e-4" if part in trained.split("+") else "null" for part in ("connector", "llm")}
+    rates = {part: "1e-4" if part in re.split(r"\W", trained) else "null" for part in ("connector", "llm")}
+    lora = "{llm: {rank: 16, quantize: nf4}}" if "llm:nf4" in trained else "null"
     return [
         "recipe=quickstart",
         "stage=instruct",
@@ -35,6 +40,7 @@ def line(folder: str, engine: str, precision: str, trained: str, batch: int) -> 
         "stages.instruct.max_steps=3",
         f"stages.instruct.batch_size={batch}",
         *(f"stages.instruct.train.{part}={rate}" for part, rate in rates.items()),
+        f"stages.instruct.lora={lora}",
         f"llm.config.hidden_size={WIDTH}",
         f"llm.config.intermediate_size={4 * WIDTH}",
         f"llm.config.num_hidden_layers={LAYERS}",
@@ -90,10 +96,13 @@ def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> 
             warm_up(engine, DTYPES[precision])
             settle()
             found["before"] = status("VmRSS")
-            sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+            sizes = {part: part_size(module) for part, module in parts.items()}
+            held = (p for module in parts.values() for p in module.parameters())
+            found["weights"] = sum(p.numel() * p.element_size() for p in held)
             number = sum(parts[g.part].get_parameter(name).numel() for g in groups for name in g.names)
             inside = sizes["llm"] + sizes["connector"]
-            found["states"] = States(number, inside - number, sizes["vision"], precision == "bf16")
+            in_bits = quantized_sizes(parts)
+            found["states"] = States(number, inside - number, sizes["vision"], precision == "bf16", *in_bits)
             super().__init__(settings, stage, parts, objective, groups, *more)
 
         def loss(self, batch):
@@ -106,13 +115,11 @@ def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> 
 
     stages.StageEngine = Watched
     train_run(settings, world)
-    states = found["states"]
-    weights = (2 if precision == "bf16" else 4) * (states.trained + states.frozen_inside + states.frozen_outside)
     steps = [json.loads(step) for step in Path(folder, "instruct", "metrics.jsonl").read_text().splitlines()]
     positions = max(step["tokens"] / (1 - step["padding_fraction"]) for step in steps) / int(batch)
     activations = kept_by_sample(settings, "instruct", round(positions)) * int(batch) // world.size
     if world.is_main:
-        planned = states.bytes(int(engine[4]), world.size, activations) - weights
+        planned = found["states"].bytes(int(engine[4]), world.size, activations) - found["weights"]
         print(json.dumps({"grown": found["peak"] - found["before"], "planned": planned, "activations": activations}))
     leave_world()
 

@@ -281,7 +281,7 @@ def _plan_memory(
     trains = {group.part for group in groups}
     outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
     in_bf16 = settings.precision == "bf16"
-    states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *_quantized(parts))
+    states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts))
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
     stage = settings.stages[plan.name]
@@ -305,7 +305,7 @@ def _plan_memory(
             plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])
 
 
-def _quantized(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
+def quantized_sizes(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
     """Of weights held in 4 bits: how many there are, their bytes, and how many the largest layer has."""
     layers = [layer for module in parts.values() for layer in quantized_layers(module).values()]
     sizes = [math.prod(layer.shape) for layer in layers]
