@@ -204,6 +204,8 @@ def test_gradients_on_their_way_fill_the_place_of_freed_activations(zero_stage):
     bucket = 4 * 10**8
     assert small.bytes(zero_stage, 8, bucket) == small.bytes(zero_stage, 8)
     assert small.bytes(zero_stage, 8, bucket + 7) == small.bytes(zero_stage, 8) + 7
+    alone = small.bytes(0, 1)  # where nothing is sent, gradients do so themselves
+    assert small.bytes(0, 1, bucket) == alone and small.bytes(0, 1, bucket + 7) == alone + 7
     if zero_stage:  # a bucket of half of the gradients is full when half of the activations are left
         large = States(trained=10**9, frozen_inside=0, frozen_outside=0, bf16=False)
         assert large.bytes(zero_stage, 8, 10**8) == large.bytes(zero_stage, 8) + 10**8 // 2

@@ -40,6 +40,8 @@ class States:
         # a bucket that holds everything is sent last, and without ZeRO all of them are
         left = 0.0 if zero_stage == 0 and not self.bf16 else 1 - min(1.0, BUCKET / max(1, self.trained))
         passing = max(activations, bucket + left * activations)
+        if zero_stage == 0 and not self.bf16 and world_size == 1:
+            passing = max(0, activations - 4 * self.trained)  # nothing is sent: gradients take the place of activations
         if zero_stage == 3:
             # weights, an fp32 copy, two moments and gradients are sharded; what is at work is whole
             sharded = held + 16 * self.trained
