@@ -457,5 +457,46 @@ def test_the_own_class_generates_what_transformers_callers_ask_for(tmp_path, tok
     assert model.generate(**inputs, max_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 1
 
 
+@pytest.fixture(scope="module")
+def own_class(tmp_path_factory, tokenizer) -> tuple:
+    """A model of the own class, and its processor."""
+    folder = tmp_path_factory.mktemp("own_class")
+    build(Case(connector="avgpool", options={"window": 2}), folder / "model", tokenizer)
+    export(folder / "model", folder / "out", "vlmtrain")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "out")
+    return model.eval(), AutoProcessor.from_pretrained(folder / "out")
+
+
+def test_the_own_class_takes_no_loss_at_pictures(own_class, pictures):
+    """Labels that are the ids, as transformers' collators have them: image tokens are nothing to predict."""
+    model, theirs = own_class
+    inputs = theirs(Image.open(pictures / "wide.png"), f"{IMAGE_MARK}what is this", return_tensors="pt")
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        done = model(**inputs, labels=ids)
+    targets = ids[0, 1:]
+    words = targets != theirs.image_token_id
+    assert 0 < words.sum() < len(words)
+    expected = nn.functional.cross_entropy(done.logits[0, :-1][words], targets[words])
+    torch.testing.assert_close(done.loss, expected)
+
+
+def test_the_own_processor_takes_files(own_class, pictures):
+    _, theirs = own_class
+    file, text = pictures / "large.png", f"{IMAGE_MARK}what is this"
+    expected = theirs(Image.open(file), text)["pixel_values"]
+    for given in (file, str(file), [[str(file)]]):
+        assert theirs(given, text)["pixel_values"].equal(expected)
+    content = [{"type": "image", "path": str(file)}, {"type": "text", "text": "what is this"}]
+    talk = [{"role": "user", "content": content}]
+    rendered = theirs.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt")
+    assert rendered["pixel_values"].equal(expected)
+    with pytest.raises(ValueError, match=r"none\.png does not exist"):
+        theirs("none.png", text)
+    with pytest.raises(ValueError, match="images: got a Tensor, expected PIL pictures or paths") as error:
+        theirs(torch.zeros(3, 8, 8), text)
+    assert "\n" not in str(error.value)
+
+
 def test_importing_vlmtrain_loads_nothing():
     run(sys.executable, "-c", "import vlmtrain, sys; assert not {'torch', 'transformers'} & set(sys.modules)")

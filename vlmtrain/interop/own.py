@@ -23,9 +23,10 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..data.connector_text import TextReader, pad_texts
-from ..data.images import to_rgb, to_tensor
+from ..data.images import ImageOnDisk, to_rgb, to_tensor
 from ..data.processor import OWN_TOKENIZER, Geometry, Processor
 from ..data.records import IMAGE_MARK
+from ..data.rendering import IGNORE
 from ..model import VLMWrapper
 from ..model.loading import know_blip_towers
 from ..model.parts import connector_from
@@ -107,11 +108,17 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_cuts: Tensor | None = None,
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         **options,
     ):
-        """The language model's output; options (labels, logits_to_keep, past_key_values, ...) are its own."""
+        """The language model's output; options (logits_to_keep, past_key_values, ...) are its own.
+
+        labels ``(B, T)``: targets, of which -100 and image tokens are none.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_cuts, text_ids, text_mask)
+        if labels is not None:
+            options["labels"] = labels.masked_fill(labels == self.config.image_token_id, IGNORE)
         return self.vlm.llm(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **options
         )
@@ -201,13 +208,13 @@ class VLMTrainProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **options,
     ) -> BatchFeature:
-        """Texts, whose image tokens stand for `images` in their order.
+        """Texts, whose image tokens stand for `images` (PIL pictures or files' paths) in their order.
 
         instructions: for a connector that reads text, the user's words about each picture. Raises ValueError where
         texts, pictures and instructions do not agree in number.
         """
         geometry = Geometry(**{key: _as_tuple(value) for key, value in self.geometry.items()})
-        pictures = [to_rgb(picture) for picture in _flat(images)]
+        pictures = [_opened(picture) for picture in _flat(images)]
         texts = [text] if isinstance(text, str) else list(text or ())
         marks = sum(one.count(self.image_token) for one in texts)
         if marks != len(pictures):
@@ -261,7 +268,16 @@ def _views(picture: Image.Image, geometry: Geometry, tiles: Tiles | None) -> Ten
     return torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in geometry.views(picture, tiles)])
 
 
-def _flat(images: object) -> list[Image.Image]:
+def _opened(image: object) -> Image.Image:
+    """A picture or a file as RGB, as training sees it. Raises ValueError for anything else."""
+    if isinstance(image, str | Path):
+        return ImageOnDisk(Path(image)).load()
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"images: got a {type(image).__name__}, expected PIL pictures or paths of files")
+    return to_rgb(image)
+
+
+def _flat(images: object) -> list:
     if images is None:
         return []
     return [one for each in images for one in _flat(each)] if isinstance(images, list | tuple) else [images]
