@@ -148,9 +148,8 @@ def home(tmp_path_factory, llava_files, tokenizer) -> Path:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    from tests.integration.test_export import HF_VISION, LLMS
-    from tests.integration.test_import import PROCESSORS
-    from tests.integration.test_import import build as build_llava
+    from tests.integration.published_models import PROCESSORS, build_llava
+    from tests.integration.tiny_parts import HF_VISION, LLMS
 
     folder = tmp_path_factory.mktemp("home")
     (folder / "pictures").symlink_to(llava_files["images"])

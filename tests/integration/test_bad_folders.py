@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import data_overrides, train
-from tests.integration.test_export import LLMS, Case, build
-from tests.integration.test_import import build as build_llava
+from tests.integration.model_parity import Case, build
+from tests.integration.published_models import build_llava
+from tests.integration.tiny_parts import LLMS
 from vlmtrain.cli import main
 from vlmtrain.data.processor import Processor
 from vlmtrain.model import VLMWrapper
@@ -30,8 +31,8 @@ def refused(capsys, *line: str) -> str:
 
 
 @pytest.fixture
-def model(tmp_path, tokenizer) -> Path:
-    build(Case(), tmp_path / "model", tokenizer)
+def model(tmp_path) -> Path:
+    build(Case(), tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tests.integration.browser import CHROMIUM, Browser
-from tests.integration.test_export import Case, build
+from tests.integration.model_parity import Case, build
 from vlmtrain.cli import main
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.data.processor import Processor
@@ -30,10 +30,10 @@ NEW = 12
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tokenizer) -> Path:
+def home(tmp_path_factory) -> Path:
     """A model folder, and two pictures."""
     folder = tmp_path_factory.mktemp("chat")
-    build(Case(), folder / "model", tokenizer)
+    build(Case(), folder / "model")
     for number, name in enumerate(("one.png", "other.png")):
         pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(number)).to(torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / name)

@@ -2,363 +2,77 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.models import register_model, vision_transformer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    Gemma2Config,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from tests.conftest import run
+from tests.integration.model_parity import (
+    LLAVA_CASES,
+    ONE,
+    OWN_CASES,
+    READING,
+    Case,
+    build,
+    check,
+    difference,
+    draw_pictures,
+    export_all,
+    job,
+    measure,
+    run_outside,
+    typed,
+)
 from vlmtrain.cli import main
 from vlmtrain.data.connector_text import TextReader
 from vlmtrain.data.images import ImageOnDisk
-from vlmtrain.data.processor import Geometry, Processor
-from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
+from vlmtrain.data.processor import Processor
+from vlmtrain.data.records import IMAGE_MARK, Conversation
 from vlmtrain.interop.export import export
 from vlmtrain.model import VLMWrapper
-from vlmtrain.model.parts import make_connector
-from vlmtrain.model.vision import VisionEncoder, build_vision
-
-SIDE, PATCH, NEW = 32, 8, 12
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
-LLMS = {
-    "llama": lambda **o: LlamaConfig(**GROUPED, **o),
-    "llama, tied": lambda **o: LlamaConfig(**GROUPED, tie_word_embeddings=True, **o),
-    "qwen2": lambda **o: Qwen2Config(**GROUPED, **o),
-    "qwen2, rows to spare": lambda **o: Qwen2Config(**GROUPED, **{**o, "vocab_size": o["vocab_size"] + 7}),
-    "phi3": lambda **o: Phi3Config(**GROUPED, **o),
-    "gemma2, no cap": lambda **o: Gemma2Config(**GROUPED, final_logit_softcapping=None, **o),
-    "gemma2": lambda **o: Gemma2Config(**GROUPED, final_logit_softcapping=3.0, **o),
-    "opt": lambda **o: OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, **o),
-    "gpt2": lambda **o: GPT2Config(n_embd=32, n_layer=2, n_head=4, **o),
-}
-COMMON = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH}
-DINO = {**COMMON, "mlp_ratio": 2}
-HF_VISION = {
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**COMMON, intermediate_size=32)),
-    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**COMMON, intermediate_size=32)),
-    "dinov2": lambda: Dinov2Model(Dinov2Config(**DINO)),
-    "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO, num_register_tokens=4)),
-}
-OPEN_CLIP = {
-    "embed_dim": 12,
-    "vision_cfg": {"image_size": SIDE, "layers": 3, "width": 16, "head_width": 8, "patch_size": PATCH},
-    "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
-}
-TOWERS = {
-    "openai": {**OPEN_CLIP, "quick_gelu": True},
-    "laion": OPEN_CLIP,
-    "layer scale": {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "ls_init_value": 0.3}},
-    "coca": {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2}},
-    "no pre-norm": {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "no_ln_pre": True}},
-    "timm vit": {
-        "embed_dim": 12,
-        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": SIDE},
-        "text_cfg": OPEN_CLIP["text_cfg"],
-    },
-    "timm siglip": {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "timm_model_name": "tiny_siglip",
-            "timm_pool": "map",
-            "timm_proj": "none",
-            "image_size": SIDE,
-        },
-        "text_cfg": OPEN_CLIP["text_cfg"],
-    },
-}
-
-
-@register_model
-def tiny_siglip(pretrained: bool = False, **options) -> nn.Module:
-    """SigLIP's image tower as timm builds it, small."""
-    shape = {"patch_size": PATCH, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
-    shape |= {"class_token": False, "act_layer": "gelu_tanh"}
-    return vision_transformer._create_vision_transformer("tiny_siglip", pretrained, **{**shape, **options})
-
-
-class Case(NamedTuple):
-    """What is exported, and the class that it should become."""
-
-    vision: str = "clip"
-    llm: str = "llama"
-    connector: str = "mlp"
-    options: dict = {}  # noqa: RUF012
-    fit: str = "squash"
-    template: str = "chat"
-    tokenizer: str = "tiny"
-    image_size: int | None = None
-    layer: int = -2
-    form: str = "hf"
-    becomes: str = "LlavaForConditionalGeneration"
-
-
-NEXT = {"fit": "tiles", "becomes": "LlavaNextForConditionalGeneration"}
-UNFIT = ("registers", "no pre-norm", "timm vit")
-CASES = {
-    **{vision: Case(vision=vision) for vision in (*HF_VISION, *TOWERS) if vision not in UNFIT},
-    **{llm: Case(llm=llm) for llm in LLMS if llm != "gemma2"},
-    "linear": Case(connector="linear", layer=-1),
-    "narrow mlp": Case(options={"hidden_dim": 20, "activation": "relu"}, layer=1),
-    "silu": Case(options={"activation": "silu"}),
-    "another size": Case(image_size=48),
-    "another size, siglip": Case(vision="siglip", image_size=48, layer=3),
-    "another size, dinov2": Case(vision="dinov2", image_size=48),
-    "vicuna, space first": Case(template="vicuna_v1", tokenizer="space first"),
-    "vicuna, space always": Case(template="vicuna_v1", tokenizer="space always"),
-    "vicuna": Case(template="vicuna_v1"),
-    "chatml": Case(template="chatml", tokenizer="marks", llm="qwen2"),
-    "bare": Case(template="bare"),
-    "plain": Case(template="plain", tokenizer="space first"),
-    "crop": Case(fit="crop"),
-    "tiles": Case(**NEXT),
-    "tiles, siglip, linear": Case(vision="siglip", connector="linear", **NEXT),
-    "tiles, openai": Case(vision="openai", llm="qwen2", **NEXT),
-    "tiles, another size": Case(vision="dinov2", image_size=48, **NEXT),
-}
-OWN = {"becomes": "VLMTrainForConditionalGeneration"}
-READING = {"num_queries": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
-OWN_CASES = {
-    "gemma2": Case(llm="gemma2", **OWN),
-    "registers": Case(vision="registers", **OWN),
-    "no pre-norm": Case(vision="no pre-norm", **OWN),
-    "avgpool": Case(connector="avgpool", options={"window": 2}, fit="pad", **OWN),
-    "token_packer": Case(connector="token_packer", options={"hidden_size": 16, "levels": 3}, **OWN),
-    "perceiver, tiles": Case(
-        connector="perceiver_resampler",
-        options={"num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 4},
-        vision="timm vit",
-        fit="tiles",
-        **OWN,
-    ),
-    "d_abstractor": Case(
-        connector="d_abstractor",
-        options={"grid": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0},
-        vision="siglip",
-        image_size=48,
-        **OWN,
-    ),
-    "qformer": Case(connector="qformer", options=READING, llm="opt", template="bare", **OWN),
-    "layer scale": Case(vision="layer scale", llm="gpt2", form="vlmtrain", **OWN),
-    "tied": Case(llm="llama, tied", form="vlmtrain", template="vicuna_v1", tokenizer="space first", **OWN),
-    "avgpool, tiles": Case(connector="avgpool", options={"window": 2}, fit="tiles", **OWN),
-}
-PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
-TALKS = (
-    ((Turn("user", f"{IMAGE_MARK}\nWhat is this?"),), ("wide.png",)),
-    ((Turn("user", f"{IMAGE_MARK}\n{IMAGE_MARK}\nWhich is red, 1 or 2?"),), ("square.png", "tall.png")),
-    (
-        (
-            Turn("user", f"What is in\n{IMAGE_MARK}"),
-            Turn("assistant", "a red circle"),
-            Turn("user", f"{IMAGE_MARK}\nand in this one, which is larger by far?"),
-        ),
-        ("large.png", "wide.png"),
-    ),
-)
-
-
-def stir(module: nn.Module) -> nn.Module:
-    """Far from where all outputs are alike."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn(parameter.shape))
-    return module.eval()
-
-
-def byte_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
-    """Like Llama-2's: spaces shown as a sign of their own, one before the first word, and a BOS of its own accord."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "\u2581"])}
-    for code in range(32, 127):
-        vocabulary.setdefault(chr(code), len(vocabulary))
-    for token in ("\n", "\u00e9"):
-        vocabulary[token] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def build_encoder(case: Case, folder: Path) -> VisionEncoder:
-    if case.vision in TOWERS:
-        return build_vision("open_clip", model_config=TOWERS[case.vision], image_size=case.image_size, layer=case.layer)
-    stir(HF_VISION[case.vision]()).save_pretrained(folder)
-    look = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
-    return build_vision("hf", path=str(folder), image_size=case.image_size, layer=case.layer, **look)
-
-
-def build(case: Case, folder: Path, tiny) -> None:
-    """Write a model folder."""
-    torch.manual_seed(0)
-    vision = build_encoder(case, folder / "encoder")
-    if case.vision in TOWERS:
-        stir(vision)
-    tokenizer = copy.deepcopy(tiny) if "space" not in case.tokenizer else byte_tokenizer(case.tokenizer.split()[-1])
-    if case.tokenizer == "marks":
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = LLMS[case.llm](vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids)
-    llm = stir(AutoModelForCausalLM.from_config(config))
-    tiled = case.fit == "tiles"
-    connector = stir(make_connector(case.connector, vision, llm, case.options, newline=tiled))
-    tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
-    grids = ((1, 2), (2, 1), (2, 2)) if tiled else ()
-    look = (vision.image_mean, vision.image_std)
-    geometry = Geometry(vision.image_size, case.fit, *look, tokens, grid, grids)
-    VLMWrapper(vision, connector, llm).save_pretrained(folder)
-    Processor(tokenizer, geometry, case.template, 1000).save_pretrained(folder)
-
-
-def talks(case: Case, pictures: Path) -> list[tuple[tuple[Turn, ...], list[Path]]]:
-    chosen = [talk for talk in TALKS if case.template != "plain" or len(talk[0]) == 1]
-    return [(turns, [pictures / name for name in names]) for turns, names in chosen]
-
-
-def typed(turn: Turn) -> dict:
-    """A turn as Hugging Face's processors are told of it."""
-    content = []
-    for line in turn.text.split("\n"):
-        content.append({"type": "image"} if line == IMAGE_MARK else {"type": "text", "text": line})
-    return {"role": turn.role, "content": content}
-
-
-def run_exports(folder: Path, jobs: list[dict], *own: str) -> list[dict]:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("transformers_only.py")
-    run(sys.executable, str(script), str(folder / "jobs.json"), str(folder / "found.pt"), *own, cwd=folder)
-    return torch.load(folder / "found.pt", weights_only=True)
-
-
-def job(case: Case, folder: Path, pictures: Path, backend: str | None = "pil") -> dict:
-    asked = talks(case, pictures)
-    return {
-        "backend": backend,
-        "folder": str(folder),
-        "questions": [[typed(turn) for turn in turns] for turns, _ in asked],
-        "pictures": [[str(file) for file in files] for _, files in asked],
-    }
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for name, size in PICTURES.items():
-        Image.fromarray(generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / name)
-    return folder
+    return draw_pictures(tmp_path_factory.mktemp("home") / "pictures")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, tokenizer, pictures) -> dict[str, dict]:
-    """What transformers alone makes of every case."""
-    home = tmp_path_factory.mktemp("exports")
-    for name, case in CASES.items():
-        build(case, home / name / "model", tokenizer)
-        export(home / name / "model", home / name / "out", case.form)
-    found = run_exports(home, [job(case, home / name / "out", pictures) for name, case in CASES.items()])
-    return {name: {**each, "home": home / name} for name, each in zip(CASES, found)}
+def exported(tmp_path_factory) -> dict[str, dict]:
+    return export_all(LLAVA_CASES, tmp_path_factory.mktemp("exports"))
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory, tokenizer, pictures) -> dict[str, dict]:
-    """What transformers makes of every case that needs vlmtrain."""
-    home = tmp_path_factory.mktemp("own")
-    for name, case in OWN_CASES.items():
-        build(case, home / name / "model", tokenizer)
-        export(home / name / "model", home / name / "out", case.form)
-    jobs = [job(case, home / name / "out", pictures, None) for name, case in OWN_CASES.items()]
-    return {name: {**each, "home": home / name} for name, each in zip(OWN_CASES, run_exports(home, jobs, "own"))}
+def own(tmp_path_factory) -> dict[str, dict]:
+    return export_all(OWN_CASES, tmp_path_factory.mktemp("own"), "own")
 
 
-def ours(home: Path, case: Case, pictures: Path) -> list[dict]:
-    model, processor = VLMWrapper.from_pretrained(home / "model"), Processor.from_pretrained(home / "model")
-    answers = []
-    for turns, files in talks(case, pictures):
-        prompt = processor.prompt(Conversation("asked", turns, tuple(map(ImageOnDisk, files))))
-        batch = processor.collate([prompt])
-        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": processor.renderer.stop_ids}
-        with torch.no_grad():
-            logits = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles)[0]
-            ids = model.generate(
-                batch.input_ids, batch.images, batch.is_image, batch.lengths, batch.tiles, pad_token_id=0, **options
-            )
-        text = processor.tokenizer.decode(ids[0], skip_special_tokens=True)
-        answers.append({"tokens": prompt.tokens, "logits": logits, "answer": text, "images": batch.images})
-    return answers
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    return float((found[..., : expected.shape[-1]] - expected).abs().max() / expected.abs().max())
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_transformers_alone_gives_the_same(name, exported, pictures):
-    assert exported[name]["module"] == "transformers"
-    check(CASES[name], exported[name], pictures)
+@pytest.mark.parametrize("name", LLAVA_CASES)
+def test_transformers_alone_gives_the_same(name, exported):
+    parity = exported[name]["parity"]
+    assert (parity.model_class, parity.module) == (LLAVA_CASES[name].becomes, "transformers")
+    check(parity, 1e-4)
 
 
 @pytest.mark.parametrize("name", OWN_CASES)
-def test_whatever_else_loads_once_vlmtrain_is_imported(name, own, pictures):
-    check(OWN_CASES[name], own[name], pictures)
-
-
-def check(case: Case, found: dict, pictures: Path) -> None:
-    assert found["class"] == case.becomes
-    answers = ours(found["home"], case, pictures)
-    ends = torch.stack([each["logits"][-1] for each in answers])
-    assert ends.std(0).max() > 0.01 * ends.abs().max()  # the pictures matter
-    for which in ("alone", "batch"):
-        for expected, got in zip(answers, found[which], strict=True):
-            text, ids = expected["tokens"].image_index < 0, torch.tensor(got["ids"])
-            assert len(ids) == len(text) and ids[text].equal(expected["tokens"].input_ids[text])
-            assert len(ids[~text].unique()) == 1 and not torch.isin(ids[text], ids[~text]).any()
-            assert difference(got["logits"], expected["logits"]) <= 1e-4, which
-            assert got["answer"] == expected["answer"], which
+def test_whatever_else_loads_once_vlmtrain_is_imported(name, own):
+    assert own[name]["parity"].model_class == OWN_CASES[name].becomes
+    check(own[name]["parity"], 1e-4)
 
 
 def test_the_quicker_scaling_is_off_by_rounding_only(exported, pictures):
     """Not on pictures of the encoder's size, which nothing scales."""
-    case, folder = CASES["clip"], exported["clip"]["home"]
-    (found,) = run_exports(folder, [job(case, folder / "out", pictures, backend=None)])
-    answers = ours(folder, case, pictures)
-    std = min(Processor.from_pretrained(folder / "model").geometry.std)
-    for expected, got in zip(answers, found["alone"], strict=True):
-        assert float((got["pixels"] - expected["images"]).abs().max()) <= 1.01 / 255 / std
-        assert difference(got["logits"], expected["logits"]) <= 0.02
+    folder, talks = exported["clip"]["home"], LLAVA_CASES["clip"].talks
+    (found,) = run_outside(folder, [job(folder / "out", talks, pictures, backend=None)])
+    parity = measure(found, folder / "model", talks, pictures)
+    assert parity.prompts and parity.pixels <= 1.01 and parity.logits <= 0.02
 
 
 # what does not fit
@@ -379,16 +93,16 @@ def test_the_quicker_scaling_is_off_by_rounding_only(exported, pictures):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_llava_cannot_hold_is_refused_with_what_works(case, words, tmp_path, tokenizer):
-    build(case, tmp_path / "model", tokenizer)
+def test_what_llava_cannot_hold_is_refused_with_what_works(case, words, tmp_path):
+    build(case, tmp_path / "model")
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         export(tmp_path / "model", tmp_path / "out", "llava")
     assert "--format vlmtrain takes any" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_folders_are_named(tmp_path, tokenizer, capsys):
-    build(Case(), tmp_path / "model", tokenizer)
+def test_bad_folders_are_named(tmp_path, capsys):
+    build(Case(), tmp_path / "model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, words in (
@@ -402,8 +116,8 @@ def test_bad_folders_are_named(tmp_path, tokenizer, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_the_command_says_what_it_wrote(tmp_path, tokenizer, capsys):
-    build(Case(fit="pad"), tmp_path / "model", tokenizer)
+def test_the_command_says_what_it_wrote(tmp_path, capsys):
+    build(Case(fit="pad"), tmp_path / "model")
     main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "hf", "--json"])
     said = json.loads(capsys.readouterr().out)
     assert said["model_class"] == "LlavaForConditionalGeneration" and said["largest_relative_difference"] < 1e-4
@@ -414,7 +128,7 @@ def test_the_command_says_what_it_wrote(tmp_path, tokenizer, capsys):
 
 def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictures):
     case = Case(connector="qformer", options={**READING, "text_vocab": 400})
-    build(case, tmp_path / "model", tokenizer)
+    build(case, tmp_path / "model")
     processor = Processor.from_pretrained(tmp_path / "model")
     processor.reader = TextReader(tokenizer, "instruction", 16)
     processor.save_pretrained(tmp_path / "model")
@@ -422,7 +136,7 @@ def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictu
     assert done.model_class == "VLMTrainForConditionalGeneration" and "connector.vision_norm=false" in done.remarks[0]
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     theirs = AutoProcessor.from_pretrained(tmp_path / "out")
-    ((turns, files), *_) = talks(case, pictures)
+    turns, files = ONE[0], [pictures / name for name in ONE[1]]
     shown = [Image.open(file) for file in files]
     text = theirs.apply_chat_template([typed(turn) for turn in turns], add_generation_prompt=True, tokenize=False)
     batch = processor.collate([processor.prompt(Conversation("one", turns, tuple(map(ImageOnDisk, files))))])
@@ -438,13 +152,13 @@ def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictu
         theirs(shown * 2, text)
 
 
-def test_the_own_class_generates_what_transformers_callers_ask_for(tmp_path, tokenizer, pictures):
+def test_the_own_class_generates_what_transformers_callers_ask_for(tmp_path, pictures):
     case = Case(connector="avgpool", options={"window": 2})
-    build(case, tmp_path / "model", tokenizer)
+    build(case, tmp_path / "model")
     export(tmp_path / "model", tmp_path / "out", "vlmtrain")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     theirs = AutoProcessor.from_pretrained(tmp_path / "out")
-    ((turns, files), *_) = talks(case, pictures)
+    turns, files = ONE[0], [pictures / name for name in ONE[1]]
     text = theirs.apply_chat_template([typed(turn) for turn in turns], add_generation_prompt=True, tokenize=False)
     inputs = theirs([Image.open(file) for file in files], text)
     plain = model.generate(**inputs, max_new_tokens=4)
@@ -458,10 +172,10 @@ def test_the_own_class_generates_what_transformers_callers_ask_for(tmp_path, tok
 
 
 @pytest.fixture(scope="module")
-def own_class(tmp_path_factory, tokenizer) -> tuple:
+def own_class(tmp_path_factory) -> tuple:
     """A model of the own class, and its processor."""
     folder = tmp_path_factory.mktemp("own_class")
-    build(Case(connector="avgpool", options={"window": 2}), folder / "model", tokenizer)
+    build(Case(connector="avgpool", options={"window": 2}), folder / "model")
     export(folder / "model", folder / "out", "vlmtrain")
     model = AutoModelForImageTextToText.from_pretrained(folder / "out")
     return model.eval(), AutoProcessor.from_pretrained(folder / "out")

@@ -11,163 +11,75 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
-)
+from transformers import AutoProcessor
 
 from tests.conftest import train
-from tests.integration.test_export import HF_VISION, LLMS, SIDE, byte_tokenizer, difference, stir, typed
+from tests.integration.model_parity import LLAVA_SOURCES, check, draw_pictures, import_all
+from tests.integration.published_models import (
+    BICUBIC,
+    ITEMS,
+    SQUARE,
+    build_llava,
+    build_parts,
+    build_shuffling,
+    shuffling_difference,
+)
+from tests.integration.tiny_parts import SIDE
 from vlmtrain.cli import main
-from vlmtrain.data.images import ImageOnDisk, to_tensor
+from vlmtrain.data.images import to_tensor
 from vlmtrain.data.processor import Processor
-from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import load_part
 from vlmtrain.settings import compose
-from vlmtrain.training.run import take_in as imported
+from vlmtrain.training.run import take_in as imported_for
 from vlmtrain.training.run_folder import RunFolder
 
-MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-LOOK = {"image_mean": MEAN, "image_std": STD, "resample": 3}
-SQUARE = {"height": SIDE, "width": SIDE}
-PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-PROCESSORS = {
-    "crop": lambda: CLIPImageProcessorPil(**LOOK, size={"shortest_edge": SIDE}, crop_size=SQUARE),
-    "squash": lambda: CLIPImageProcessorPil(**LOOK, size=SQUARE, do_center_crop=False),
-    "pad": lambda: LlavaImageProcessorPil(**LOOK, size=SQUARE, do_center_crop=False, do_pad=True),
-    "tiles": lambda: LlavaNextImageProcessorPil(
-        **LOOK, size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
-    ),
-}
-# as the published ones are written: pictures first, then words, from items alone
-ITEMS = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' }}{% else %}{{ 'A: ' }}{% endif %}"
-    "{% for item in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for item in message['content'] | selectattr('type', 'equalto', 'text') %}{{ item['text'] }}{% endfor %}"
-    "{% if message['role'] == 'user' %}{{ '\n' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
-)
 ENDLESS = ITEMS.replace("Q: ", "USER: ").replace("A:", "ASSISTANT:").replace("eos_token", "' '")
 
 
-def build(
-    folder: Path, kind: str = "llava", vision: str = "clip", llm: str = "llama", fit: str = "crop", **options
-) -> nn.Module:
-    """Write a random LLaVA as Hugging Face would."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer("always")
-    tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
-    tokenizer.pad_token = "<pad>"
-    template = options.pop("template", ITEMS)
-    config = LLMS[llm](vocab_size=len(tokenizer) + 3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    strategy = "full" if vision == "siglip" else "default"
-    model_class, config_class, processor_class = {
-        "llava": (LlavaForConditionalGeneration, LlavaConfig, LlavaProcessor),
-        "llava_next": (LlavaNextForConditionalGeneration, LlavaNextConfig, LlavaNextProcessor),
-    }[kind]
-    more = {"image_grid_pinpoints": PINPOINTS} if kind == "llava_next" else {}
-    given = {
-        "vision_config": HF_VISION[vision]().config,
-        "text_config": config,
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_MARK),
-        "image_seq_length": 16,
-        "vision_feature_select_strategy": strategy,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-    model = stir(model_class(config_class(**{**given, **more, **options})))
-    model.save_pretrained(folder)
-    processor_class(
-        PROCESSORS["tiles" if kind == "llava_next" else fit](),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(strategy == "default"),
-        chat_template=template,
-    ).save_pretrained(folder)
-    return model
-
-
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = torch.Generator().manual_seed(0)
-    for name, size in (("wide.png", (40, 64, 3)), ("square.png", (32, 32, 3))):
-        pixels = torch.randint(0, 256, size, generator=generator).to(torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / name)
-    return [folder / "wide.png", folder / "square.png"]
+def imported(tmp_path_factory) -> dict[str, dict]:
+    return import_all(LLAVA_SOURCES, tmp_path_factory.mktemp("imports"))
 
 
-SOURCES = {
-    "clip, llama": {},
-    "siglip, qwen2": {"vision": "siglip", "llm": "qwen2", "fit": "squash"},
-    "dinov2, tied": {"vision": "dinov2", "llm": "llama, tied", "vision_feature_layer": -1},
-    "phi3, relu": {"llm": "phi3", "projector_hidden_act": "relu", "vision_feature_layer": 1},
-    "no bias": {"multimodal_projector_bias": False},
-    "one layer": {"projector_hidden_act": "linear"},
-    "next": {"kind": "llava_next"},
-    "next, siglip, qwen2": {"kind": "llava_next", "vision": "siglip", "llm": "qwen2"},
-}
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_what_is_taken_in_says_what_the_source_says(name, tmp_path, pictures):
-    source = build(tmp_path / "hf", **SOURCES[name])
-    done = import_model(tmp_path / "hf", tmp_path / "model")
-    assert done.largest_relative_difference <= 1e-4 and done.template == "chat"
-    assert done.image_fit == ("tiles" if "next" in name else SOURCES[name].get("fit", "crop"))
-    assert done.connector == ("linear" if name == "one layer" else "mlp")
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert f"# Imported from {tmp_path / 'hf'}" in card and f"| source's class | {type(source).__name__} |" in card
-    assert f"| image_fit | {done.image_fit} |" in card and "of the source's, relative to the largest |" in card
-    assert f"| llm | {type(source.model.language_model).__name__.removesuffix('Model')}ForCausalLM, " in card
-    model, processor = VLMWrapper.from_pretrained(tmp_path / "model"), Processor.from_pretrained(tmp_path / "model")
-    theirs = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
-    talk = (Turn("user", f"{IMAGE_MARK}\n{IMAGE_MARK}\nWhich?"), Turn("assistant", "The 2nd"), Turn("user", "Sure?"))
-    batch = processor.collate([processor.prompt(Conversation("asked", talk, tuple(map(ImageOnDisk, pictures))))])
-    text = theirs.apply_chat_template([typed(turn) for turn in talk], add_generation_prompt=True, tokenize=False)
-    inputs = theirs(images=[Image.open(file) for file in pictures], text=text, return_tensors="pt")
-    shown = inputs["input_ids"][0] != source.config.image_token_id
-    assert inputs["input_ids"][0][shown].equal(batch.input_ids[0][~batch.is_image[0]])
-    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": processor.renderer.stop_ids}
-    with torch.no_grad():
-        expected = source(**inputs).logits
-        assert difference(model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles), expected) <= 1e-4
-        ids = model.generate(batch.input_ids, batch.images, batch.is_image, batch.lengths, batch.tiles, **greedy)
-        assert ids.equal(source.generate(**inputs, **greedy)[:, inputs["input_ids"].shape[1] :])
+@pytest.mark.parametrize("name", LLAVA_SOURCES)
+def test_what_is_taken_in_says_what_the_source_says(name, imported):
+    check(imported[name]["parity"], 1e-4)
+    done = imported[name]["import"]
+    assert done.template == "chat" and done.connector == ("linear" if "one layer" in name else "mlp")
+    card = (imported[name]["home"] / "model" / "README.md").read_text()
+    assert f"# Imported from {done.source}" in card and f"| image_fit | {done.image_fit} |" in card
+    if "projector" in name:
+        assert done.largest_relative_difference is None and done.image_fit == "crop"
+        return
+    assert done.largest_relative_difference <= 1e-4
+    assert done.image_fit == ("tiles" if "next" in name else "squash" if "siglip" in name else "crop")
+    assert f"| source's class | {imported[name]['parity'].model_class} |" in card
+    assert "of the source's, relative to the largest |" in card
+    assert f"| llm | {LLAVA_SOURCES[name].llm.partition(',')[0].capitalize()}ForCausalLM, " in card
 
 
 def test_a_template_that_ends_no_answer_becomes_vicunas(tmp_path, caplog):
-    build(tmp_path / "hf", template=ENDLESS, fit="pad")
+    build_llava(tmp_path / "hf", template=ENDLESS, fit="pad")
     done = import_model(tmp_path / "hf", tmp_path / "model")
     assert (done.template, done.image_fit) == ("vicuna_v1", "pad")
     assert "vicuna_v1" in caplog.text
-    build(tmp_path / "other", template=ENDLESS.replace("USER: ", "Human: "))
+    build_llava(tmp_path / "other", template=ENDLESS.replace("USER: ", "Human: "))
     with pytest.raises(ValueError, match=r"end-of-turn token.*--template"):
         import_model(tmp_path / "other", tmp_path / "none")
     assert import_model(tmp_path / "other", tmp_path / "named", template="bare").template == "bare"
 
 
-def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path, pictures):
-    build(tmp_path / "hf", vision="siglip", llm="qwen2", fit="squash")
+def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path):
+    pictures = sorted(draw_pictures(tmp_path / "pictures").iterdir())
+    build_llava(tmp_path / "hf", vision="siglip", llm="qwen2", fit="squash")
     said = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
     said.pop("image_processor")
     (tmp_path / "hf" / "processor_config.json").write_text(json.dumps(said))
 
     def told(**settings) -> Path:
-        (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({**LOOK, **settings}))
+        (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({**BICUBIC, **settings}))
         return tmp_path / "hf"
 
     # as SigLIP's is written: it has no do_center_crop, and never crops
@@ -194,26 +106,13 @@ def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path, pictur
     assert import_model(tmp_path / "hf", tmp_path / "named", image_fit="crop").image_fit == "crop"
 
 
-# LLaVA's own projector
+# projectors alone
 
 
 @pytest.fixture
 def published(tmp_path) -> Path:
     """A folder with an encoder, a language model and a projector between them."""
-    torch.manual_seed(0)
-    encoder = stir(HF_VISION["clip"]())
-    encoder.save_pretrained(tmp_path / "clip")
-    PROCESSORS["crop"]().save_pretrained(tmp_path / "clip")
-    tokenizer = byte_tokenizer("first")
-    llm = stir(AutoModelForCausalLM.from_config(LLMS["llama"](vocab_size=len(tokenizer))))
-    llm.save_pretrained(tmp_path / "vicuna")
-    tokenizer.save_pretrained(tmp_path / "vicuna")
-    (tmp_path / "llava").mkdir()
-    weights = {"0.weight": (32, 16), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
-    state = {f"model.mm_projector.{name}": torch.randn(shape).half() for name, shape in weights.items()}
-    torch.save(state, tmp_path / "llava" / "mm_projector.bin")
-    said = {"mm_vision_tower": str(tmp_path / "clip"), "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
-    (tmp_path / "llava" / "config.json").write_text(json.dumps(said))
+    build_parts(tmp_path)
     return tmp_path
 
 
@@ -227,62 +126,24 @@ def take_in(home: Path, *options: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_projector_joins_what_it_was_trained_with(published, depth, capsys):
-    file = published / "llava" / "mm_projector.bin"
-    state = torch.load(file, weights_only=True)
-    if depth == 1:
-        state = {f"model.mm_projector.{each}": state[f"model.mm_projector.0.{each}"] for each in ("weight", "bias")}
-        torch.save(state, file)
+def test_a_projector_is_taken_with_its_picture_preparation(published, capsys):
+    config = published / "llava" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "image_aspect_ratio": "pad"}))
     assert take_in(published) == 0
     assert "image_fit=pad" in capsys.readouterr().out
-    model = VLMWrapper.from_pretrained(published / "model")
-    images = torch.randn(2, 3, SIDE, SIDE)
-    with torch.no_grad():
-        hidden = HF_VISION["clip"]().from_pretrained(published / "clip")(images, output_hidden_states=True)
-        seen = hidden.hidden_states[-2][:, 1:]
-        weights = [tensor.float() for tensor in state.values()]
-        expected = seen @ weights[0].T + weights[1]
-        if depth == 2:
-            expected = nn.functional.gelu(expected) @ weights[2].T + weights[3]
-        torch.testing.assert_close(model.connector(model.vision(images)), expected, rtol=1e-4, atol=1e-4)
-        ids = torch.randint(5, 90, (1, 6))
-        llm = AutoModelForCausalLM.from_pretrained(published / "vicuna")
-        assert model.llm(ids).logits.equal(llm(ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["internvl", "nanovlm"])
-def test_others_projectors_are_the_connectors_that_they_are(kind, published, caplog):
-    """Against the published arithmetic, with squares of patches put together by hand."""
-    file, wide = published / "llava" / "mm_projector.safetensors", 4 * 16
-    shapes = {"MP.proj.weight": (32, wide)}
-    if kind == "internvl":
-        shapes = {"0.weight": (wide,), "0.bias": (wide,), "1.weight": (32, wide), "1.bias": (32,)}
-        shapes = {f"mlp1.{n}": s for n, s in {**shapes, "3.weight": (32, 32), "3.bias": (32,)}.items()}
-    state = {name: torch.randn(shape) for name, shape in shapes.items()}
-    save_file(state, file)
-    (file.parent / "config.json").unlink()
-    parts = {"llm": str(published / "vicuna"), "vision": str(published / "clip"), "template": "vicuna_v1"}
-    assert import_model(file, published / "model", **parts).connector == "pixel_shuffle"
+def test_others_projectors_are_the_connectors_that_they_are(kind, tmp_path, caplog):
+    told = build_shuffling(tmp_path, kind)
+    assert import_model(out=tmp_path / "model", **told).connector == "pixel_shuffle"
     assert ("train on" in caplog.text) == (kind == "nanovlm")
-    model = VLMWrapper.from_pretrained(published / "model")
-    images = torch.randn(2, 3, SIDE, SIDE)
-    with torch.no_grad():
-        hidden = HF_VISION["clip"]().from_pretrained(published / "clip")(images, output_hidden_states=True)
-        grid = hidden.hidden_states[-1][:, 1:].unflatten(1, (4, 4))
-        tokens = [grid[:, r : r + 2, c : c + 2].flatten(1) for r in (0, 2) for c in (0, 2)]
-        expected = torch.stack(tokens, 1)
-        if kind == "nanovlm":
-            expected = expected @ state["MP.proj.weight"].T
-        else:
-            expected = nn.functional.layer_norm(expected, (wide,), state["mlp1.0.weight"], state["mlp1.0.bias"])
-            expected = nn.functional.gelu(expected @ state["mlp1.1.weight"].T + state["mlp1.1.bias"])
-            expected = expected @ state["mlp1.3.weight"].T + state["mlp1.3.bias"]
-        torch.testing.assert_close(model.connector(model.vision(images)), expected, rtol=1e-4, atol=1e-4)
-    first = next(iter(state))
-    save_file({**state, first: torch.randn(32, 40) if kind == "nanovlm" else torch.randn(40)}, file)
+    assert shuffling_difference(tmp_path, told, kind) <= 1e-5
+    state = load_file(told["source"])
+    first = "MP.proj.weight" if kind == "nanovlm" else "mlp1.0.weight"
+    save_file({**state, first: torch.randn(32, 40) if kind == "nanovlm" else torch.randn(40)}, told["source"])
     with pytest.raises(ValueError, match=rf"{first} takes 40 channels, expected 4 .* times the 16 of .*clip"):
-        import_model(file, published / "none", **parts)
+        import_model(out=tmp_path / "none", **told)
 
 
 def test_what_was_taken_in_trains_on(published, llava_files, tmp_path):
@@ -311,7 +172,7 @@ def test_another_source_takes_the_place_of_what_was_imported_before(published, t
     folder.root.mkdir()
 
     def bias() -> torch.Tensor:
-        settings, _ = imported(compose(line), folder)
+        settings, _ = imported_for(compose(line), folder)
         return load_part("connector", Path(settings.init_from)).state_dict()["layers.0.bias"]
 
     state = torch.load(file, weights_only=True)
@@ -358,7 +219,7 @@ def test_bad_projectors_are_named(published, capsys):
 def test_bad_folders_are_named(tmp_path, published):
     def refused(words: str, change=lambda folder: None, **options) -> None:
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
-        build(tmp_path / "hf", **options)
+        build_llava(tmp_path / "hf", **options)
         change(tmp_path / "hf")
         with pytest.raises(ValueError, match=words) as error:
             import_model(tmp_path / "hf", tmp_path / "out")
@@ -384,7 +245,7 @@ def test_bad_folders_are_named(tmp_path, published):
     refused(r"has no chat template: name one with --template", forget("chat_template.jinja"))
     refused(r"vision_feature_layer=\[-2, -1\] joins several layers", vision_feature_layer=[-2, -1])
     refused(r"select_strategy=full leaves out 0 tokens, the encoder has 1", vision_feature_select_strategy="full")
-    build(tmp_path / "next", kind="llava_next")
+    build_llava(tmp_path / "next", kind="llava_next")
     with pytest.raises(ValueError, match=r"--image-fit pad: .*takes pictures in tiles alone"):
         import_model(tmp_path / "next", tmp_path / "out", image_fit="pad")
     with pytest.raises(ValueError, match="model_type is llama, expected llava or llava_next"):

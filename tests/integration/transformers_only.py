@@ -27,10 +27,17 @@ transformers.logging.set_verbosity_error()
 NEW = 12
 
 
+def prompt(processor, question: list) -> str:
+    """BLIP-2's processors keep no template; published ones are told the words alone."""
+    speaker = processor if processor.chat_template else processor.tokenizer
+    if speaker.chat_template is None:
+        return "".join(item.get("text", "") for item in question[-1]["content"])
+    return speaker.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+
+
 def inputs(processor, questions: list, pictures: list):
     images = [[Image.open(file) for file in files] for files in pictures]
-    speaker = processor if processor.chat_template else processor.tokenizer  # BLIP-2's processors keep no template
-    text = [speaker.apply_chat_template(q, add_generation_prompt=True, tokenize=False) for q in questions]
+    text = [prompt(processor, question) for question in questions]
     seen = {"images": [one for each in images for one in each]} if any(images) else {}
     return processor(text=text, **seen, padding=True, return_tensors="pt")
 

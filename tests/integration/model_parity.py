@@ -1,0 +1,414 @@
+"""Models here beside the same as Hugging Face's classes: the cases that tests check and the parity table reports.
+
+An export's case is a model folder of ours and what `export` makes of it; an import's a random published model and what
+`import_model` makes of that. Either way both answer the same questions about the same pictures, Hugging Face's in a
+process of its own (transformers_only.py), alone and in one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from tests.conftest import run
+from tests.integration.published_models import build_blip, build_llava, build_parts
+from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, TOWERS, byte_tokenizer, stir
+from vlmtrain.data.connector_text import TextReader
+from vlmtrain.data.images import ImageOnDisk
+from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
+from vlmtrain.data.shapes import VOCABULARY
+from vlmtrain.interop.export import export
+from vlmtrain.interop.fitting import relative_difference
+from vlmtrain.interop.importing import MODEL_CLASSES, import_model
+from vlmtrain.model import VLMWrapper
+from vlmtrain.model.parts import make_connector
+from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
+from vlmtrain.model.vision import VisionEncoder, build_vision
+
+NEW = 12
+SCRIPT = Path(__file__).with_name("transformers_only.py")
+PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
+Talk = tuple[tuple[Turn, ...], tuple[str, ...]]
+
+
+def user(words: str) -> Turn:
+    return Turn("user", words)
+
+
+ONE: Talk = (user(f"{IMAGE_MARK}\nWhat is this?"),), ("wide.png",)
+TWO: Talk = (user(f"{IMAGE_MARK}\n{IMAGE_MARK}\nWhich is red, 1 or 2?"),), ("square.png", "tall.png")
+LONG: Talk = (
+    (
+        user(f"What is in\n{IMAGE_MARK}"),
+        Turn("assistant", "a red circle"),
+        user(f"{IMAGE_MARK}\nand in this one, which is larger by far?"),
+    ),
+    ("large.png", "wide.png"),
+)
+AGAIN: Talk = (user(f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "a red circle"), user("Sure?")), ("large.png",)
+OTHER: Talk = (user(f"{IMAGE_MARK}\nWhich of them is red, 1 or 2?"),), ("square.png",)
+# InstructBLIP's processor pads instructions on the left, where positions begin: so they are equally long
+EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
+
+
+class Parity(NamedTuple):
+    """How two models agree on the same talks, alone and in one batch.
+
+    logits: largest difference, relative to the largest; pixels: in grey levels of 255. spread: how far the answers'
+    first logits lie apart, which says whether pictures and words matter.
+    """
+
+    model_class: str
+    module: str
+    prompts: bool
+    logits: float
+    answers: bool
+    pixels: float
+    spread: float
+
+
+def check(parity: Parity, tolerance: float) -> None:
+    assert parity.prompts and parity.answers, parity
+    assert parity.logits <= tolerance and parity.pixels <= 0.01, parity
+    assert parity.spread > 0.01, parity
+
+
+def draw_pictures(folder: Path) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, size in PICTURES.items():
+        Image.fromarray(generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def typed(turn: Turn) -> dict:
+    """A turn as Hugging Face's processors are told of it."""
+    content = []
+    for line in turn.text.split("\n"):
+        content.append({"type": "image"} if line == IMAGE_MARK else {"type": "text", "text": line})
+    return {"role": turn.role, "content": content}
+
+
+def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "pil") -> dict:
+    """What transformers_only.py is told."""
+    return {
+        "backend": backend,
+        "folder": str(folder),
+        "questions": [[typed(turn) for turn in turns] for turns, _ in talks],
+        "pictures": [[str(pictures / name) for name in names] for _, names in talks],
+    }
+
+
+def run_outside(home: Path, jobs: list[dict], *own: str) -> list[dict]:
+    """What transformers makes of some folders; own: with vlmtrain imported."""
+    (home / "jobs.json").write_text(json.dumps(jobs))
+    run(sys.executable, str(SCRIPT), str(home / "jobs.json"), str(home / "found.pt"), *own, cwd=home)
+    return torch.load(home / "found.pt", weights_only=True)
+
+
+def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
+    """What a model folder makes of them."""
+    model, processor = VLMWrapper.from_pretrained(folder), Processor.from_pretrained(folder)
+    answers = []
+    for turns, names in talks:
+        shown = tuple(ImageOnDisk(pictures / name) for name in names)
+        batch = processor.collate([processor.prompt(Conversation("asked", turns, shown))])
+        options = {"tiles": batch.tiles, "text_ids": batch.text_ids, "text_mask": batch.text_mask}
+        greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": processor.renderer.stop_ids}
+        with torch.no_grad():
+            logits = model(batch.input_ids, batch.images, batch.is_image, **options)[0]
+            ids = model.generate(
+                batch.input_ids, batch.images, batch.is_image, batch.lengths, pad_token_id=0, **options, **greedy
+            )
+        text = processor.tokenizer.decode(ids[0], skip_special_tokens=True)
+        answers.append({"batch": batch, "logits": logits, "answer": text, "std": processor.geometry.std})
+    return answers
+
+
+def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Parity:
+    """`found` outside, against the model folder."""
+    answers = run_here(folder, talks, pictures)
+    pairs = [pair for which in ("alone", "batch") for pair in zip(answers, found[which], strict=True)]
+    ends = torch.stack([each["logits"][-1] for each in answers])
+    return Parity(
+        found["class"],
+        found["module"],
+        all(_same_prompt(ours["batch"], theirs["ids"]) for ours, theirs in pairs),
+        max(difference(theirs["logits"], ours["logits"]) for ours, theirs in pairs),
+        all(ours["answer"] == theirs["answer"] for ours, theirs in pairs),
+        max(grey_levels(theirs["pixels"], ours) for ours, theirs in zip(answers, found["alone"])),
+        float(ends.std(0).max() / ends.abs().max()),
+    )
+
+
+def _same_prompt(batch, ids: list[int]) -> bool:
+    """The same words, and one other id at all places of pictures."""
+    found, is_text = torch.tensor(ids), ~batch.is_image[0]
+    if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0][is_text]):
+        return False
+    return len(found[~is_text].unique()) == 1 and not torch.isin(found[is_text], found[~is_text]).any()
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return relative_difference(found[..., : expected.shape[-1]], expected)
+
+
+def grey_levels(pixels: Tensor, ours: dict) -> float:
+    """The largest difference of pixels, of 255 levels. LLaVA-NeXT's come padded to equally many views a picture."""
+    batch = ours["batch"]
+    expected = batch.images
+    if pixels.dim() == 5:
+        views = list(expected.split([tiles.views for tiles in batch.tiles]))
+        expected = torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
+    return float(((pixels - expected).abs() * torch.tensor(ours["std"])[:, None, None]).max()) * 255
+
+
+# out
+
+
+class Case(NamedTuple):
+    """What is exported, and the class that it should become."""
+
+    vision: str = "clip"
+    llm: str = "llama"
+    connector: str = "mlp"
+    options: dict = {}  # noqa: RUF012
+    fit: str = "squash"
+    template: str = "chat"
+    tokenizer: str = "tiny"
+    image_size: int | None = None
+    layer: int = -2
+    form: str = "hf"
+    becomes: str = "LlavaForConditionalGeneration"
+    reads: bool = False
+
+    @property
+    def talks(self) -> list[Talk]:
+        if self.reads:
+            return [ONE, EQUAL]
+        talks = [ONE, OTHER, AGAIN] if self.becomes.startswith("Blip2") else [ONE, TWO, LONG]
+        return [talk for talk in talks if self.template != "plain" or len(talk[0]) == 1]
+
+
+NEXT = {"fit": "tiles", "becomes": "LlavaNextForConditionalGeneration"}
+LLAVA_CASES = {
+    **{name: Case(vision=name) for name in ("clip", "siglip", "dinov2")},
+    **{name: Case(vision=name) for name in ("openai", "laion", "layer scale", "coca", "timm siglip")},
+    **{name: Case(llm=name) for name in LLMS if name != "gemma2"},
+    "linear": Case(connector="linear", layer=-1),
+    "narrow mlp": Case(options={"hidden_dim": 20, "activation": "relu"}, layer=1),
+    "silu": Case(options={"activation": "silu"}),
+    "another size": Case(image_size=48),
+    "another size, siglip": Case(vision="siglip", image_size=48, layer=3),
+    "another size, dinov2": Case(vision="dinov2", image_size=48),
+    "vicuna, space first": Case(template="vicuna_v1", tokenizer="space first"),
+    "vicuna, space always": Case(template="vicuna_v1", tokenizer="space always"),
+    "vicuna": Case(template="vicuna_v1"),
+    "chatml": Case(template="chatml", tokenizer="marks", llm="qwen2"),
+    "bare": Case(template="bare"),
+    "plain": Case(template="plain", tokenizer="space first"),
+    "crop": Case(fit="crop"),
+    "tiles": Case(**NEXT),
+    "tiles, siglip, linear": Case(vision="siglip", connector="linear", **NEXT),
+    "tiles, openai": Case(vision="openai", llm="qwen2", **NEXT),
+    "tiles, another size": Case(vision="dinov2", image_size=48, **NEXT),
+}
+READING = {"num_queries": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
+OWN = {"becomes": "VLMTrainForConditionalGeneration"}
+OWN_CASES = {
+    "gemma2": Case(llm="gemma2", **OWN),
+    "registers": Case(vision="registers", **OWN),
+    "no pre-norm": Case(vision="no pre-norm", **OWN),
+    "avgpool": Case(connector="avgpool", options={"window": 2}, fit="pad", **OWN),
+    "token_packer": Case(connector="token_packer", options={"hidden_size": 16, "levels": 3}, **OWN),
+    "perceiver, tiles": Case(
+        connector="perceiver_resampler",
+        options={"num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 4},
+        vision="timm vit",
+        fit="tiles",
+        **OWN,
+    ),
+    "d_abstractor": Case(
+        connector="d_abstractor",
+        options={"grid": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0},
+        vision="siglip",
+        image_size=48,
+        **OWN,
+    ),
+    "qformer": Case(connector="qformer", options=READING, llm="opt", template="bare", **OWN),
+    "layer scale": Case(vision="layer scale", llm="gpt2", form="vlmtrain", **OWN),
+    "tied": Case(llm="llama, tied", form="vlmtrain", template="vicuna_v1", tokenizer="space first", **OWN),
+    "avgpool, tiles": Case(connector="avgpool", options={"window": 2}, fit="tiles", **OWN),
+}
+QFORMER = {"num_queries": 3, "hidden_size": 16, "depth": 3, "num_heads": 2, "intermediate_size": 24, "dropout": 0.1}
+QFORMER |= {"vision_norm": True, "vision_norm_eps": 1e-6}
+BLIP2 = Case(
+    "eva", "opt", "qformer", QFORMER, template="blip", tokenizer="space first", becomes="Blip2ForConditionalGeneration"
+)
+READS = {"reads": True, "becomes": "InstructBlipForConditionalGeneration"}
+
+
+def blip2(options: dict | None = None, **fields) -> Case:
+    return BLIP2._replace(options={**QFORMER, **(options or {})}, **fields)
+
+
+BLIP_CASES = {
+    "eva, opt": blip2(),
+    "eva, scales": blip2(vision="scaled eva", llm="llama", layer=-1),
+    "its own tower": blip2(vision="blip2", layer=2),
+    "its own tower, another size": blip2(vision="instructblip", image_size=48, layer=-1),
+    "no pre-norm, tied": blip2({"vision_norm_eps": 1e-5}, vision="no pre-norm", llm="llama, tied"),
+    "every layer crosses": blip2({"cross_every": 1}),
+    "one layer crosses": blip2({"cross_every": 5}),
+    "prompts of a template": blip2(template="bare", llm="qwen2, rows to spare"),
+    "captions": blip2(template="plain"),
+    "reads": blip2(llm="llama", **READS),
+    "reads, its own tower": blip2(vision="instructblip", llm="opt", layer=-1, **READS),
+}
+EXPORTS = {"llava": LLAVA_CASES, "blip2": BLIP_CASES, "vlmtrain": OWN_CASES}
+"""Cases by what they are for; those of ``vlmtrain`` load only where it is imported."""
+
+
+def export_all(cases: dict[str, Case], home: Path, *own: str) -> dict[str, dict]:
+    """What transformers makes of the exports of some cases; own: with vlmtrain imported."""
+    pictures, jobs = draw_pictures(home / "pictures"), []
+    for name, case in cases.items():
+        build(case, home / name / "model")
+        export(home / name / "model", home / name / "out", case.form)
+        jobs.append(job(home / name / "out", case.talks, pictures, None if own else "pil"))
+    found = dict(zip(cases, run_outside(home, jobs, *own)))
+    return {
+        name: {"home": home / name, "parity": measure(found[name], home / name / "model", case.talks, pictures)}
+        for name, case in cases.items()
+    }
+
+
+def build(case: Case, folder: Path) -> None:
+    """Write a model folder."""
+    torch.manual_seed(0)
+    vision = build_encoder(case, folder / "encoder")
+    tokenizer = build_tokenizer(case)
+    ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    llm = stir(AutoModelForCausalLM.from_config(LLMS[case.llm](vocab_size=len(tokenizer), **ids)))
+    reader = TextReader(frameless_tokenizer(), "instruction", 40) if case.reads else None
+    words = {"text_vocab": reader.vocabulary.size, "text_positions": 40} if reader else {}
+    tiled = case.fit == "tiles"
+    connector = stir(make_connector(case.connector, vision, llm, {**case.options, **words}, newline=tiled))
+    tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
+    grids = ((1, 2), (2, 1), (2, 2)) if tiled else ()
+    geometry = Geometry(vision.image_size, case.fit, vision.image_mean, vision.image_std, tokens, grid, grids)
+    VLMWrapper(vision, connector, llm).save_pretrained(folder)
+    Processor(tokenizer, geometry, case.template, 1000, reader=reader).save_pretrained(folder)
+
+
+def build_encoder(case: Case, folder: Path) -> VisionEncoder:
+    if case.vision in TOWERS:
+        config = TOWERS[case.vision]
+        return stir(build_vision("open_clip", model_config=config, image_size=case.image_size, layer=case.layer))
+    stir(HF_VISION[case.vision]()).save_pretrained(folder)
+    return build_vision("hf", path=str(folder), image_size=case.image_size, layer=case.layer, **LOOK)
+
+
+def build_tokenizer(case: Case) -> PreTrainedTokenizerBase:
+    if "space" in case.tokenizer:
+        return byte_tokenizer(case.tokenizer.split()[-1])
+    tokenizer = build_tiny_tokenizer(VOCABULARY)
+    if case.tokenizer == "marks":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def frameless_tokenizer() -> PreTrainedTokenizerBase:
+    """For a Q-Former to read with: another than the language model's, which frames nothing by itself."""
+    tokenizer = byte_tokenizer("first")
+    tokenizer.backend_tokenizer.post_processor = None
+    return tokenizer
+
+
+# in
+
+CHATTING = [ONE, TWO, ((*TWO[0], Turn("assistant", "The 2nd"), user("Sure?")), TWO[1])]
+
+
+class Source(NamedTuple):
+    """What is taken in, what it is, and what is asked of it.
+
+    write: writes the model as Hugging Face's class to ``hf`` in a folder; returns what `import_model` is told, where
+    that is not the model itself. kind: the class, or whose a projector is.
+    """
+
+    write: Callable[[Path], dict | None]
+    kind: str
+    talks: list[Talk]
+    vision: str
+    llm: str
+
+
+def llava(kind: str = "llava", vision: str = "clip", llm: str = "llama", **options) -> Source:
+    def write(folder: Path) -> None:
+        build_llava(folder / "hf", kind, vision, llm, **options)
+
+    return Source(write, MODEL_CLASSES[kind], CHATTING, vision, llm)
+
+
+def blip(kind: str, llm: str = "opt", **options) -> Source:
+    def write(folder: Path) -> None:
+        build_blip(folder / "hf", kind, llm, **options)
+
+    talks = [ONE, EQUAL] if kind == "instructblip" else [ONE, OTHER]
+    return Source(write, MODEL_CLASSES[kind], talks, "blip2" if kind == "blip-2" else kind, llm)
+
+
+def projector(depth: int) -> Source:
+    return Source(partial(build_parts, depth=depth), "llava", CHATTING, "clip", "llama")
+
+
+LLAVA_SOURCES = {
+    "clip, llama": llava(),
+    "siglip, qwen2": llava(vision="siglip", llm="qwen2", fit="squash"),
+    "dinov2, tied": llava(vision="dinov2", llm="llama, tied", vision_feature_layer=-1),
+    "phi3, relu": llava(llm="phi3", projector_hidden_act="relu", vision_feature_layer=1),
+    "no bias": llava(multimodal_projector_bias=False),
+    "one layer": llava(projector_hidden_act="linear"),
+    "next": llava(kind="llava_next"),
+    "next, siglip, qwen2": llava(kind="llava_next", vision="siglip", llm="qwen2"),
+    "projector": projector(2),
+    "projector, one layer": projector(1),
+}
+BLIP_SOURCES = {
+    "blip2, opt": blip("blip-2"),
+    "blip2, an end of its own": blip("blip-2", end=40),
+    "blip2, llama tied": blip("blip-2", llm="llama, tied", cross_attention_frequency=1),
+    "instructblip, llama": blip("instructblip", llm="llama"),
+    "instructblip, opt": blip("instructblip", cross_attention_frequency=3),
+}
+IMPORTS = {"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES}
+
+
+def import_all(sources: dict[str, Source], home: Path) -> dict[str, dict]:
+    """What some published models make of talks, against the model folders that they are imported to."""
+    pictures, jobs, done = draw_pictures(home / "pictures"), [], {}
+    for name, source in sources.items():
+        told = source.write(home / name) or {"source": home / name / "hf"}
+        done[name] = import_model(out=home / name / "model", **told)
+        jobs.append(job(home / name / "hf", source.talks, pictures))
+    found = dict(zip(sources, run_outside(home, jobs)))
+    return {
+        name: {
+            "home": home / name,
+            "import": done[name],
+            "parity": measure(found[name], home / name / "model", source.talks, pictures),
+        }
+        for name, source in sources.items()
+    }
