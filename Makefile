@@ -26,8 +26,9 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-table: $(BIN)/.installed  ## measure the connectors against their references, into the README
+table: $(BIN)/.installed  ## measure connectors, exports and imports against their references, into the pages
 	$(BIN)/python benchmarks/connector_table.py --write README.md
+	$(BIN)/python benchmarks/parity_table.py --write docs/recipes.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

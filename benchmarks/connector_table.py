@@ -8,23 +8,20 @@ Everything is measured anew: tokens and parameters on the meta device, errors by
 
 from __future__ import annotations
 
-import argparse
-import logging
-import re
 import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit" / "connectors")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "unit" / "connectors")]
 
 from connector_parity import CASES, measure  # noqa: E402
+from tables import error_cell, print_or_write  # noqa: E402
 
 from vlmtrain.connectors import CONNECTORS, build_connector  # noqa: E402
 
 GRID, IN_DIM, OUT_DIM = (24, 24), 1024, 4096
-BEGIN, END = "<!-- connectors:begin -->", "<!-- connectors:end -->"
 
 PAPERS = {
     "linear": "LLaVA, 2023",
@@ -66,26 +63,10 @@ def table() -> str:
         error = max(max(measure(case, grid)) for case in cases for grid in case.grids)
         lines.append(
             f"| `{name}` | {PAPERS[name]} | {connector.num_tokens(*GRID)} | {size:.1f}M | {references} "
-            f"| {'0' if error == 0 else f'{error:.0e}'} |"
+            f"| {error_cell(error)} |"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the block between the markers of FILE")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    text = arguments.write.read_text() if arguments.write else ""
-    if arguments.write and not (BEGIN in text and END in text):
-        raise SystemExit(f"{arguments.write} has no block between {BEGIN} and {END}")
-    result = table()
-    print(result)
-    if arguments.write:
-        block = f"{BEGIN}\n{result}\n{END}"
-        arguments.write.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL))
-
-
 if __name__ == "__main__":
-    main()
+    print_or_write(table, "connectors", __doc__.splitlines()[0])

@@ -102,7 +102,7 @@ def build_llava(
 
 def reading_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer = byte_tokenizer("always")
-    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "<pad>"})
     frame = [("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=frame)
     return tokenizer

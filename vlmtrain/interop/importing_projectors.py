@@ -21,7 +21,7 @@ from ..model.vision import VisionEncoder, build_vision
 logger = logging.getLogger(__name__)
 
 # a tensor that tells whose a projector is
-_PROJECTORS = {
+PROJECTORS = {
     "llava": r"mm_projector\.(?:\d+\.)?weight$",
     "nanovlm": r"(?:MP|modality_projection)\.proj\.weight$",
     "internvl": r"(?:mlp1\.0|multi_modal_projector\.layer_norm)\.weight$",
@@ -53,7 +53,7 @@ def projector_parts(
     for key, path in (("--llm", llm_path), ("--vision", vision_path)):
         if not path:
             raise ValueError(f"{file} is a projector alone: say with {key} what it was trained with")
-    kind = next((kind for kind, names in _PROJECTORS.items() if any(re.search(names, str(n)) for n in state)), None)
+    kind = next((kind for kind, names in PROJECTORS.items() if any(re.search(names, str(n)) for n in state)), None)
     if kind is None:
         raise ValueError(
             f"{file} has no tensor mm_projector.*.weight, MP.proj.weight or mlp1.*.weight, but "
@@ -65,7 +65,7 @@ def projector_parts(
     llm = build_llm(llm_path)
     if kind == "llava":
         _check_widths(file, state, vision, llm, vision_path, llm_path)
-        layers = [name for name in state if re.search(_PROJECTORS[kind], name)]
+        layers = [name for name in state if re.search(PROJECTORS[kind], name)]
         name, options = ("linear", {}) if len(layers) == 1 else ("mlp", {"depth": len(layers)})
     else:
         name, options = "pixel_shuffle", _shuffle(file, state, kind, vision, vision_path)
@@ -91,7 +91,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _shuffle(file: Path, state: dict[str, Tensor], kind: str, vision: VisionEncoder, vision_path: str) -> dict:
     """Options of the `pixel_shuffle` that a projector is."""
-    name = next(name for name in state if re.search(_PROJECTORS[kind], name))
+    name = next(name for name in state if re.search(PROJECTORS[kind], name))
     width = state[name].shape[-1]
     factor = math.isqrt(width // vision.width)
     if factor < 1 or factor**2 * vision.width != width:
