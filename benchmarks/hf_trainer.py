@@ -10,7 +10,6 @@ together where lengths differ, pictures decoded in a worker, its own bf16 autoca
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+
+from vlmtrain.processes import peak_resident_bytes
 
 
 class Samples(Dataset):
@@ -67,8 +68,7 @@ class Clock(TrainerCallback):
         self._write(state.global_step)
 
     def _write(self, step: int) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.file.write(json.dumps({"step": step, "time": time.time(), "peak": peak}) + "\n")
+        self.file.write(json.dumps({"step": step, "time": time.time(), "peak": peak_resident_bytes()}) + "\n")
         self.file.flush()
 
 

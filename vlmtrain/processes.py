@@ -1,4 +1,5 @@
-"""Processes that end with the one that started them, however it ended, so that nothing of a dead run goes on.
+"""Processes that end with the one that started them, however it ended, so that nothing of a dead run goes on; and what
+a process knows of itself.
 
 python -m vlmtrain.processes MODULE [ARGUMENT ...]      # runs a module so
 """
@@ -7,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import runpy
 import signal
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -36,6 +39,18 @@ def die_with_launcher() -> None:
 def launched_rank() -> int:
     """This process's rank as torchrun tells it, before any group exists; 0 in a single process."""
     return int(os.environ.get("RANK", 0))
+
+
+def peak_resident_bytes() -> int:
+    """The most host memory that this process has held.
+
+    Not by getrusage where Linux says it better: there it begins with what the parent held when it started this one.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ..conftest import metrics, train
+from ..conftest import metrics, run, train
 from ..process_tools import alive, assert_gone, kill, ranks_of, started, steps_of, tree, wait_for
 from .test_resume import line
 
@@ -52,3 +52,10 @@ def test_a_second_run_on_a_folder_is_refused_and_harms_nothing(llava_files, tmp_
         wait_for(lambda: steps_of(tmp_path / "run", "instruct") > before, 60, "the first run stopped")
         assert alive(process)
         kill(tree(process))
+
+
+def test_a_processs_peak_is_its_own_and_not_what_its_parent_held():
+    own = "from vlmtrain.processes import peak_resident_bytes as peak; held = bytearray(2 * 10**8); print(peak())"
+    parent = f"import subprocess, sys; held = bytearray(10**9); subprocess.run([sys.executable, '-c', {own!r}])"
+    found = int(run(sys.executable, "-c", parent).stdout)
+    assert 2 * 10**8 < found < 8 * 10**8

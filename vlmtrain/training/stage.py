@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from ..model.attention import attend_in_segments
 from ..model.parts import module_state
 from ..objectives import Objective, build_objective
 from ..paths import restore_folder
+from ..processes import peak_resident_bytes
 from ..world import Stopped, StopSignal, World
 from .assembly import (
     build_parts,
@@ -349,17 +348,13 @@ class _Stage:
         self.skips.add(found)
 
     def _speed(self, values: dict, seconds: float, waited: float) -> dict:
-        memory = (
-            torch.cuda.max_memory_allocated()
-            if self.world.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        )
+        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else peak_resident_bytes()
         return {
             "step_seconds": seconds,
             "data_seconds": waited,
             "samples_per_second": values["samples"] / seconds,
             "tokens_per_second": values["tokens"] / seconds,
-            "peak_memory_bytes": int(memory),
+            "peak_memory_bytes": memory,
         }
 
     def _validator(self, engine: StageEngine) -> Validator | None:
