@@ -50,7 +50,7 @@ class Row(NamedTuple):
 def rows() -> Iterator[Row]:
     """The rows whose logits are compared."""
     for case_of, way, groups in ((_becomes, "out", EXPORTS), (_is, "in", IMPORTS)):
-        named = {name: case for cases in groups.values() for name, case in cases.items()}
+        named = {f"{group}, {name}": case for group, cases in groups.items() for name, case in cases.items()}
         for what in dict.fromkeys(map(case_of, named.values())):
             yield Row(way, what, {name: case for name, case in named.items() if case_of(case) == what})
 
