@@ -1,0 +1,49 @@
+"""When the benchmark of training speed compares, and when it says that it cannot."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.training_speed import Case, case_rows, disagreement
+
+
+def case(precision: str = "fp32", **firsts: list[float | None]) -> Case:
+    """Sides with the first losses of their runs."""
+    made = Case("align", precision, Path(), Namespace())
+    run = {"samples_per_second": 2.0, "targets_per_second": 9.0, "peak": 2**30}
+    made.sides = {side: [{**run, "first": loss} for loss in losses] for side, losses in firsts.items()}
+    return made
+
+
+@pytest.mark.parametrize("side", ["ours", "packed"])
+def test_the_same_first_loss_is_compared(side):
+    assert disagreement(case(ours=[2.0, 2.0001], packed=[7.0], trainer=[2.0, 2.0]), side, "trainer") is None
+
+
+@pytest.mark.parametrize(
+    "ours, trainer",
+    [([2.0, 2.001], [2.0]), ([2.0], [2.0, 2.001]), ([None], [2.0]), ([2.0], [None]), ([2.0, None], [2.0])],
+)
+def test_another_first_loss_in_any_run_is_void(ours, trainer):
+    assert "void: first losses" in disagreement(case(ours=ours, trainer=trainer), "ours", "trainer")
+    assert "void: first losses" in disagreement(case(ours=ours, trainer=trainer, packed=[9.0]), "packed", "trainer")
+
+
+def test_bf16_may_round_elsewhere():
+    assert disagreement(case("bf16", ours=[2.03], trainer=[2.0]), "ours", "trainer") is None
+    assert "void" in disagreement(case("bf16", ours=[2.05], trainer=[2.0]), "ours", "trainer")
+
+
+def test_packed_rows_need_padded_ones_beside_them():
+    assert "void: packed needs ours" in disagreement(case(packed=[2.0], trainer=[2.0]), "packed", "trainer")
+
+
+def test_a_row_has_ratios_of_speed_and_memory():
+    made = case(trl=[2.0], trainer=[2.0])
+    made.sides["trainer"][0].update(samples_per_second=4.0, peak=2**31)
+    trl, trainer = case_rows(made)
+    assert trl == "| align fp32 | trl | 2.00 | 0.50 | 9 |  |  | 1.00 GiB (0.50) |"
+    assert trainer == "| align fp32 | trainer | 4.00 | 1 | 9 |  |  | 2.00 GiB |"
