@@ -337,14 +337,16 @@ def run_trainer(case: Case, side: str, out: Path) -> dict:
 def watch(command: list[str], file: Path, threads: int) -> tuple[list[dict], list[float]]:
     """Run a command; the JSON lines of a file that it writes, and when each of them appeared."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     ends: list[float] = []
-    while process.poll() is None:
-        if file.exists():
-            ends += [time.time()] * (file.read_bytes().count(b"\n") - len(ends))
-        time.sleep(0.002)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{process.stderr.read().decode()[-3000:]}")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            if file.exists():
+                ends += [time.time()] * (file.read_bytes().count(b"\n") - len(ends))
+            time.sleep(0.002)
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command)}\n{errors.read().decode()[-3000:]}")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     return records, ends + [time.time()] * (len(records) - len(ends))
 
