@@ -10,7 +10,7 @@ import pytest
 from vlmtrain.ablation import Entry, compare, read_line
 from vlmtrain.ablation.budget import _equal_steps
 from vlmtrain.ablation.jobs import Runner, device_slots
-from vlmtrain.ablation.results import Clusters, _interval, t_test
+from vlmtrain.ablation.results import Clusters, _interval, studentized_range
 from vlmtrain.ablation.show import main_table, note
 from vlmtrain.charts import Series, line_chart, scatter_chart
 from vlmtrain.planning.plan import Machine, plan_run
@@ -124,12 +124,51 @@ def test_seeds_that_differ_by_themselves_are_not_taken_for_connectors_that_do():
     assert called <= 6  # 3 are expected of 60 at a level of 5 %; more than 6, one time in thirty
 
 
-@pytest.mark.parametrize("statistic, degrees", [(4.303, 2), (2.776, 4), (2.262, 9)])
-def test_students_t_is_that_of_the_tables(statistic, degrees):
-    """Two-sided 5 % points of Student's distribution."""
-    values = np.arange(degrees + 1.0)
-    values += statistic * values.std(ddof=1) / np.sqrt(degrees + 1) - values.mean()
-    assert t_test(list(values)) == pytest.approx(0.05, abs=2e-4)
+@pytest.mark.parametrize(
+    "value, choices, degrees", [(6.085, 2, 2), (3.877, 3, 10), (4.199, 4, 12), (4.232, 5, 20), (5.008, 10, 20)]
+)
+def test_the_studentized_range_is_that_of_the_tables(value, choices, degrees):
+    """5 % points of Tukey's distribution; of two choices, Student's times the root of two."""
+    assert studentized_range(np.array([value]), choices, degrees) == pytest.approx(0.05, abs=0.0025)
+
+
+def questions_of_their_own(rng, choices: int, seeds: int, conversations: int = 40) -> list[Entry]:
+    """Equal choices, each of which is good at some conversations, whatever the seed."""
+    rates = np.clip(0.5 + 0.25 * rng.standard_normal((choices, conversations)), 0, 1).repeat(5, axis=1)
+    return [
+        entry(str(i), [(rng.random(len(own)) < own).astype(float) for _ in range(seeds)]) for i, own in enumerate(rates)
+    ]
+
+
+def test_a_seed_counted_ten_times_says_no_more_than_once():
+    rng = np.random.default_rng(6)
+    once = questions_of_their_own(rng, 3, seeds=1)
+    often = [entry(e.label, [e.measured[0].sums.repeat(5) / 5] * 10) for e in once]
+    compare(once)
+    compare(often)
+    for a, b in zip(once, often):
+        assert b.p_value == pytest.approx(a.p_value, abs=0.01)
+        assert _interval(b.measured) == pytest.approx(_interval(a.measured), abs=1e-9)
+    assert any(e.p_value and 0.01 < e.p_value < 0.9 for e in once)
+
+
+@pytest.mark.parametrize("choices, seeds", [(2, 10), (6, 3), (6, 2)])
+def test_the_best_of_equals_is_rarely_told_from_any(choices, seeds):
+    """Seeds that answer the same questions, and a best that is chosen among several: 5 % at most are called one."""
+    rng, called = np.random.default_rng(7), 0
+    for _ in range(60):
+        entries = questions_of_their_own(rng, choices, seeds)
+        compare(entries)
+        called += any(e.runs_differ for e in entries)
+    assert called <= 6  # more, of 60 at a level of 5 %, one time in thirty
+
+
+def test_among_many_choices_a_bad_one_is_told_apart():
+    rng = np.random.default_rng(8)
+    rates = [0.6] * 59 + [0.1]
+    entries = [entry(str(i), answers(rng, rate, questions=200)) for i, rate in enumerate(rates)]
+    compare(entries)
+    assert entries[-1].is_told_apart and sum(e.is_told_apart for e in entries) == 1
 
 
 def test_with_few_seeds_it_says_that_it_cannot_tell():

@@ -97,9 +97,9 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     }[ablation.budget]
     told = [
         f"Equal for all: {equal}; the order of samples, all first weights but the connector's, and the questions.",
-        f"{seeds} seed{plural}; intervals (95 %) and p-values by a bootstrap over seeds and conversations"
-        + (", p-values not below a paired t-test's over seeds" if seeds >= FEW_SEEDS else "")
-        + "; p-values are paired, against the best, and corrected for the number of comparisons (Holm).",
+        f"{seeds} seed{plural}; intervals (95 %) and p-values by a bootstrap over seeds and, the same for all seeds, "
+        "conversations; p-values are paired, against the best, and corrected for its being chosen among all pairs "
+        "(max-statistic)" + (", not below those of Tukey's range over seeds." if seeds >= FEW_SEEDS else "."),
     ]
     if ablation.sweep:
         keys = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in ablation.sweep)
