@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from vlmtrain.ablation import Entry, compare, read_line
+from vlmtrain.ablation import Entry, compare, read_line, run_ablation
 from vlmtrain.ablation.budget import _equal_steps
 from vlmtrain.ablation.jobs import Runner, device_slots
 from vlmtrain.ablation.results import Clusters, _interval, studentized_range
@@ -90,6 +90,43 @@ def test_what_cannot_be_meant_is_named(line, said):
     with pytest.raises(ValueError, match=said):
         ablation = read_line(line)
         ablation.settings(ablation.choices[0])
+
+
+QUICKSTART = ["recipe=quickstart", "connectors=[linear,mlp]"]
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (["data.validation=null"], r"^data\.validation=null: expected questions"),
+        (["stages.instruct.validation=null"], r"^stages\.instruct\.validation=null: expected questions"),
+        (["stage=clip"], "^stage=clip: it has no connector to compare; expected one of align, instruct$"),
+        (["stage=instuct"], "unknown stage 'instuct'"),
+        (["metric=exact_mach"], "^metric=exact_mach: expected one .* exact_match, .*Did you mean 'exact_match'"),
+        (["metric=bleu4"], "^metric=bleu4: expected one that each answer has of its own: exact_match, .*cider"),
+        (["metric=yes_no_f1"], "^metric=yes_no_f1: expected one"),
+        (["metric=cider", "validation.metrics=[yes_no]"], "^metric=cider: .*: exact_match, yes_no_accuracy"),
+        (
+            ["sweep.stages.clip.train.vision=[1e-3,2e-3]"],
+            "^sweep.stages.clip.train.vision: stage clip comes before the connector and is shared; "
+            "expected a key of one of align, instruct$",
+        ),
+        (["stage=instruct", "sweep.stages.align.train.connector=[1e-3,2e-3]"], "stage align does not run"),
+        (["sweep.stages.instruct.train.llm=[1e-3,fast]"], "fast"),
+    ],
+)
+def test_what_could_not_be_compared_is_refused_before_anything_runs(line, said, tmp_path):
+    ablation = read_line([*QUICKSTART, *line, f"run_dir={tmp_path / 'ablation'}"])
+    with pytest.raises(ValueError, match=said):
+        run_ablation(ablation, show_progress=False)
+    assert not (tmp_path / "ablation").exists()
+
+
+def test_mappings_may_be_values_of_an_axis():
+    ablation = read_line([*QUICKSTART, "axis.stages.instruct.lora=[{llm:{rank:8,targets:['q proj',up]}},null]"])
+    with_lora, without = (ablation.settings(choice).stages.instruct.lora for choice in ablation.choices[:2])
+    assert with_lora == {"llm": {"rank": 8, "targets": ["q proj", "up"]}} and without is None
+    assert len({choice.folder for choice in ablation.choices}) == 4
 
 
 def test_equal_connectors_are_not_told_apart_and_different_ones_are():

@@ -27,9 +27,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from ..errors import nearest
+from ..evaluation.metrics import METRICS
 from ..paths import link_or_copy, make_folder, replace_text
 from ..run_files import read_json
 from ..settings import compose, flatten
+from ..training.run import check_settings
 from .budget import decide
 from .line import Ablation, Choice
 
@@ -39,7 +42,7 @@ REFRESH_SECONDS = 1.0
 def run_ablation(ablation: Ablation, show_progress: bool = True) -> None:
     """Run what is not finished. Raises ValueError for what cannot work, before anything runs, or for a failed job."""
     for choice in ablation.choices:
-        ablation.settings(choice)
+        _check_choice(ablation, choice)
     _check_same(ablation)
     with Runner(ablation, show_progress) as runner:
         runner.share()
@@ -49,6 +52,45 @@ def run_ablation(ablation: Ablation, show_progress: bool = True) -> None:
                 replace_text(ablation.decisions_file, json.dumps(decisions, indent=2) + "\n")
         jobs = [(choice, seed) for seed in ablation.seeds for choice in ablation.choices]
         runner.at_once(lambda job: runner.run(*job, ablation.job(*job), ablation.line_of(job[0]), count=True), jobs)
+
+
+def _check_choice(ablation: Ablation, choice: Choice) -> None:
+    """Raise ValueError for a choice whose jobs could not be compared, or whose sweep could find nothing."""
+    settings = ablation.settings(choice)
+    check_settings(settings, ablation.ranks)
+    last = wanted_stages(settings)[-1]
+    compared = [name for name in settings.stages if "connector" in settings.stages[name].parts]
+    if last not in compared:
+        key = f"stages of recipe {settings.name}, the last" if settings.stage is None else "stage"
+        raise ValueError(f"{key}={last}: it has no connector to compare; expected one of {', '.join(compared)}")
+    split = settings.stages[last].validation
+    if split is None or settings.data.get(split) is None:
+        key = f"stages.{last}.validation" if split is None else f"data.{split}"
+        raise ValueError(f"{key}=null: expected questions, whose answers an ablation compares after stage {last}")
+    _check_metric(ablation.metric, settings)
+    _check_sweep(ablation, choice, settings)
+
+
+def _check_metric(metric: str, settings: DictConfig) -> None:
+    computed = METRICS if settings.validation.metrics is None else ["exact_match", *settings.validation.metrics]
+    known = list(dict.fromkeys(name for key in computed for name in METRICS[key].each([])))
+    if metric not in known:
+        names = ", ".join(known)
+        raise ValueError(
+            f"metric={metric}: expected one that each answer has of its own: {names}.{nearest(metric, known)}"
+        )
+
+
+def _check_sweep(ablation: Ablation, choice: Choice, settings: DictConfig) -> None:
+    own = [name for name in wanted_stages(settings) if name not in shared_stages(settings)]
+    for key, _ in ablation.sweep:
+        top, _, rest = key.partition(".")
+        stage = rest.partition(".")[0]
+        if top == "stages" and stage not in own:
+            why = "comes before the connector and is shared" if stage in shared_stages(settings) else "does not run"
+            raise ValueError(f"sweep.{key}: stage {stage} {why}; expected a key of one of {', '.join(own)}")
+    for values in ablation.sweep_lines():
+        check_settings(compose([*ablation.line, *choice.line, *values]), ablation.ranks)
 
 
 def _check_same(ablation: Ablation) -> None:

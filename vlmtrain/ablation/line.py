@@ -42,7 +42,7 @@ class Choice:
 
     @property
     def line(self) -> list[str]:
-        connector = [f"connector={self.name}", *(f"connector.{key}={json.dumps(value)}" for key, value in self.options)]
+        connector = [f"connector={self.name}", *(f"connector.{key}={_text(value)}" for key, value in self.options)]
         return connector + [f"{key}={_text(value)}" for key, value in self.axes]
 
 
@@ -189,8 +189,12 @@ def _choice(entry: Any) -> Choice:
 
 
 def _text(value: Any) -> str:
-    """A value as a line has it."""
-    return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value)
+    """A value as a line has it: in Hydra's grammar, whose mappings have plain keys."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_text(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
 def _short(key: str) -> str:
