@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from vlmtrain.ablation.jobs import Runner, device_slots
 from vlmtrain.ablation.results import Clusters, _interval, studentized_range
 from vlmtrain.ablation.show import main_table, note
 from vlmtrain.charts import Series, line_chart, scatter_chart
+from vlmtrain.cli import ablate
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.settings import compose
 
@@ -120,6 +126,43 @@ def test_what_could_not_be_compared_is_refused_before_anything_runs(line, said, 
     with pytest.raises(ValueError, match=said):
         run_ablation(ablation, show_progress=False)
     assert not (tmp_path / "ablation").exists()
+
+
+def finished_job(folder: Path, rng: np.random.Generator) -> None:
+    """What a job leaves that has trained the stage `instruct`."""
+    folder.mkdir(parents=True)
+    answers = [
+        {
+            "conversation": i // 5,
+            "category": None,
+            "scores": {"exact_match": float(rng.random() < 0.5)},
+            "blind_scores": {"exact_match": 0.0},
+            "conversation_loss": [1.0, 2.0],
+        }
+        for i in range(50)
+    ]
+    score = float(np.mean([answer["scores"]["exact_match"] for answer in answers]))
+    summary = {"steps": 1, "parts": {"connector": {"parameters": 7}}, "validation": {"exact_match": score, "loss": 0.5}}
+    record = {"step": 1, "loss": 1.0, "samples_per_second": 1.0, "peak_memory_bytes": 1}
+    for name, content in (("answers", answers), ("summary", summary), ("samples", [])):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_a_failed_job_stops_no_other_and_the_finished_are_told_of(tmp_path, monkeypatch, capsys):
+    """Jobs whose process ends at once with status 1: each is begun, and the table has what had finished before."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    rng = np.random.default_rng(9)
+    for name in ("linear", "avgpool"):
+        finished_job(tmp_path / "jobs" / name / "seed-0" / "instruct", rng)
+    line = ["recipe=quickstart", "connectors=[mlp,linear,pixel_shuffle,avgpool]", "stage=instruct"]
+    with pytest.raises(ValueError, match=r"2 of 4 jobs failed: mlp seed 0: .*exit 1.*; pixel_shuffle seed 0: ") as said:
+        ablate.run(Namespace(overrides=[*line, f"run_dir={tmp_path}"], json=False))
+    assert str(tmp_path / "jobs/pixel_shuffle/seed-0/output.log") in str(said.value)
+    printed = capsys.readouterr().out
+    assert "Left out, as a job failed: mlp; pixel_shuffle." in printed and "samples/s is the last stage's" in printed
+    assert [entry["label"] for entry in json.loads((tmp_path / "results.json").read_text())].count("linear") == 1
+    assert "avgpool" in (tmp_path / "ablation.html").read_text()
 
 
 def test_mappings_may_be_values_of_an_axis():

@@ -39,8 +39,11 @@ from .line import Ablation, Choice
 REFRESH_SECONDS = 1.0
 
 
-def run_ablation(ablation: Ablation, show_progress: bool = True) -> None:
-    """Run what is not finished. Raises ValueError for what cannot work, before anything runs, or for a failed job."""
+def run_ablation(ablation: Ablation, show_progress: bool = True) -> list[tuple[Choice, str]]:
+    """Run what is not finished. Returns the choices of which a job failed, and what it said; the others go on.
+
+    Raises ValueError for what cannot work, before anything runs, and where what several jobs need has failed.
+    """
     for choice in ablation.choices:
         _check_choice(ablation, choice)
     _check_same(ablation)
@@ -51,7 +54,7 @@ def run_ablation(ablation: Ablation, show_progress: bool = True) -> None:
                 decisions = ablation.decisions() | {choice.label: decide(ablation, choice, runner)}
                 replace_text(ablation.decisions_file, json.dumps(decisions, indent=2) + "\n")
         jobs = [(choice, seed) for seed in ablation.seeds for choice in ablation.choices]
-        runner.at_once(lambda job: runner.run(*job, ablation.job(*job), ablation.line_of(job[0]), count=True), jobs)
+        return [failure for failure in runner.at_once(runner.job, jobs) if failure]
 
 
 def _check_choice(ablation: Ablation, choice: Choice) -> None:
@@ -179,7 +182,17 @@ class Runner:
         digest = hashlib.sha256(json.dumps(sorted(flatten(matters)), default=str).encode()).hexdigest()
         return self.ablation.folder / "shared" / digest[:12] / f"seed-{seed}"
 
-    def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str], count: bool = False) -> None:
+    def job(self, job: tuple[Choice, int]) -> tuple[Choice, str] | None:
+        """One of the runs that are compared; if it fails, its choice and why."""
+        choice, seed = job
+        try:
+            self.run(choice, seed, self.ablation.job(choice, seed), self.ablation.line_of(choice))
+        except ValueError as error:
+            return choice, f"{choice.label} seed {seed}: {error}"
+        finally:
+            self.bar.update()
+
+    def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str]) -> None:
         """One run of all stages, from the shared ones on. Raises ValueError if it fails."""
         settings = self.ablation.settings(choice, seed)
         stages = shared_stages(settings)
@@ -190,8 +203,6 @@ class Runner:
                 shutil.copytree(self.shared(choice, seed) / stage, partial, copy_function=link_or_copy)
                 partial.rename(folder / stage)
         self._start(line, seed, folder, choice.label, wanted_stages(settings))
-        if count:
-            self.bar.update()
 
     def _start(self, line: Sequence[str], seed: int, folder: Path, name: str, stages: Sequence[str]) -> None:
         """One training process, or several under torchrun. Raises ValueError with its last words if it fails."""

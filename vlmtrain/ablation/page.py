@@ -26,6 +26,7 @@ body { max-width: 1280px; } table { font-size: 13px; } .wide { overflow-x: auto;
 def write_page(
     ablation: Ablation, tables: Mapping[str, list[tuple[str, ...]]], note: str, entries: Sequence[Entry]
 ) -> None:
+    choices = [choice for choice in ablation.choices if choice.label in {entry.label for entry in entries}]
     main, *others = tables.items()
     shown = "".join(f"<h2>{escape(title.capitalize())}</h2>{_table(table)}" for title, table in others)
     page = (
@@ -34,7 +35,8 @@ def write_page(
         f"<h1>{escape(ablation.folder.name)}</h1><p class=quiet>{escape(' '.join(ablation.line))}</p>"
         f"{_table(main[1])}<p class=quiet>{escape(note)}</p>{shown}"
         f'<h2>Score by cost</h2><div class="charts">{_scores(ablation, entries)}</div>'
-        f'<h2>Training loss</h2><div class="charts">{_losses(ablation)}</div>{_side_by_side(ablation)}</html>\n'
+        f'<h2>Training loss</h2><div class="charts">{_losses(ablation, choices)}</div>'
+        f"{_side_by_side(ablation, choices)}</html>\n"
     )
     (ablation.folder / "ablation.html").write_text(page, encoding="utf-8")
 
@@ -58,13 +60,13 @@ def _scores(ablation: Ablation, entries: Sequence[Entry]) -> str:
     )
 
 
-def _losses(ablation: Ablation) -> str:
+def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
     """Loss curves by stage: means over seeds, and what lies between the least and the most of them."""
-    settings = ablation.settings(ablation.choices[0])
+    settings = ablation.settings(choices[0])
     charts = ""
     for stage in (name for name in wanted_stages(settings) if "connector" in settings.stages[name].parts):
         series = []
-        for number, choice in enumerate(ablation.choices):
+        for number, choice in enumerate(choices):
             files = [ablation.job(choice, seed) / stage / "metrics.jsonl" for seed in ablation.seeds]
             records = [read_records(file) for file in files]
             curves = np.array([smooth([record["loss"] for record in seed], SMOOTHED) for seed in records])
@@ -76,9 +78,9 @@ def _losses(ablation: Ablation) -> str:
     return charts
 
 
-def _side_by_side(ablation: Ablation) -> str:
+def _side_by_side(ablation: Ablation, choices: Sequence[Choice]) -> str:
     """A few pictures, with what each answered: questions of the first seed, as they come."""
-    samples = {choice.label: read_json(_last_stage(ablation, choice) / "samples.json") for choice in ablation.choices}
+    samples = {choice.label: read_json(_last_stage(ablation, choice) / "samples.json") for choice in choices}
     first = next(iter(samples.values()))
     cards = []
     for i, sample in enumerate(first[:SHOWN]):

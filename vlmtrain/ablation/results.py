@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -80,13 +80,14 @@ class Entry:
         return self.runs_differ and len(self.measured) >= FEW_SEEDS
 
 
-def read_results(ablation: Ablation) -> list[Entry]:
-    """The results of all jobs, best first. Raises ValueError for a job without validation, or without the metric."""
-    entries = [_entry(ablation, choice) for choice in ablation.choices]
+def read_results(ablation: Ablation, without: Collection[Choice] = ()) -> list[Entry]:
+    """The results of all choices but some, best first. Raises ValueError for a job without the metric."""
+    entries = [_entry(ablation, choice) for choice in ablation.choices if choice not in without]
     sizes = {tuple(tuple(seed.counts) for seed in entry.measured) for entry in entries}
     if len(sizes) > 1:
         raise ValueError(f"{ablation.folder}: the jobs answered different questions, so they cannot be compared")
-    compare(entries)
+    if entries:
+        compare(entries)
     return sorted(entries, key=lambda entry: -entry.score)
 
 
@@ -96,8 +97,6 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
     folders = [ablation.job(choice, seed) / last for seed in ablation.seeds]
     summaries = [_finished(folder) for folder in folders]
     validations = [summary["validation"] for summary in summaries]
-    if None in validations:
-        raise ValueError(f"stage {last} has no validation, so there is nothing to compare: set data.validation")
     answers = [read_json(folder / "answers.json") for folder in folders]
     plans = {plan.name: plan for plan in plan_run(settings, Machine()) if "connector" in plan.parts}
     flops = [plan.flops for plan in plans.values()]
@@ -166,6 +165,8 @@ def compare(entries: Sequence[Entry]) -> None:
     """
     best = max(entries, key=lambda entry: entry.score)
     others = [entry for entry in entries if entry is not best]
+    if not others:
+        return
     p_values = _by_bootstrap(best, others)
     if len(best.measured) >= FEW_SEEDS:
         p_values = np.maximum(p_values, _by_seeds(best, others))
@@ -200,7 +201,7 @@ def _by_seeds(best: Entry, others: Sequence[Entry]) -> np.ndarray:
     own = means.mean(1)
     residuals = means - own[:, None] - means.mean(0) + means.mean()
     degrees = (choices - 1) * (seeds - 1)
-    error = math.sqrt((residuals**2).sum() / degrees / seeds) if degrees else 0.0
+    error = math.sqrt((residuals**2).sum() / degrees / seeds)
     apart = own[0] - own[1:]
     return studentized_range(np.where(apart > ROUNDING, apart / max(error, ROUNDING), 0.0), choices, degrees)
 
@@ -210,8 +211,8 @@ def studentized_range(values: np.ndarray, choices: int, degrees: int) -> np.ndar
 
     By simulation: to 0.002 where the chance is 0.05. Tukey (1953).
     """
-    reached = len(_ranges(choices, degrees)) - np.searchsorted(_ranges(choices, degrees), values)
-    return (1 + reached) / (1 + len(_ranges(choices, degrees)))
+    reached = RANGES - np.searchsorted(_ranges(choices, degrees), values)
+    return (1 + reached) / (1 + RANGES)
 
 
 @lru_cache
@@ -225,9 +226,10 @@ def _ranges(choices: int, degrees: int) -> np.ndarray:
 def _draws(measured: Sequence[Clusters]) -> np.ndarray:
     """Means of seeds drawn again and of conversations drawn again, the same for all seeds, `DRAWS` times.
 
-    The draws are those of any other entry with as many seeds and conversations. Seeds mostly answer the same
-    questions, so more seeds make nothing of the questions' share of the error (Owen, 2007, calls this pigeonhole
-    bootstrap: it errs on the side of width).
+    The draws are those of any other entry with as many seeds and conversations. Seeds answer the same questions of
+    recorded data, so more seeds leave the questions' share of the error as it is (Owen, 2007, calls this the
+    pigeonhole bootstrap: it errs on the side of width). Of data made from the seed, a number is another conversation
+    in each; drawn together, what these differ by still averages out.
     """
     sums, counts = _side_by_side(measured)
     seeds, conversations = sums.shape

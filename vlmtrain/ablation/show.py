@@ -107,6 +107,14 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
             f"Each has its own best {keys}: that of the lowest validation loss after {ablation.sweep_steps} steps a "
             f"stage at most, with seed {ablation.seeds[0]}."
         )
+    absent = [choice.label for choice in ablation.choices if choice.label not in {entry.label for entry in entries}]
+    if absent:
+        told.append(f"Left out, as a job failed: {'; '.join(absent)}.")
+    at_once = f"{ablation.jobs} job{'s' if ablation.jobs > 1 else ''} at once"
+    told.append(
+        f"samples/s is the last stage's as it ran, with {at_once} and whatever else the machine did, and with the "
+        "frozen encoder's features still to be made for the first job that needs them: it is no benchmark."
+    )
     if seeds < FEW_SEEDS:
         told.append(
             f"With {seeds} seed{plural}, how much a connector differs from itself in another run cannot be told: "
@@ -150,4 +158,5 @@ def _verdict(entry: Entry) -> str:
     if entry.p_value is None:
         return "the best"
     said = "differs" if entry.is_told_apart else "runs differ" if entry.runs_differ else "cannot tell"
-    return f"p = {entry.p_value:.3f}, {said}"
+    least = "p < 0.001" if entry.p_value < 0.001 else f"p = {entry.p_value:.3f}"
+    return f"{least}, {said}"

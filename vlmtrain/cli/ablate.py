@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .common import take_overrides
+
+if TYPE_CHECKING:
+    from ..ablation import Ablation, Entry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..ablation import read_line, read_results, run_ablation
-    from ..ablation.show import as_json, for_terminal, write_results
 
     ablation = read_line(options.overrides)
-    run_ablation(ablation, show_progress=sys.stderr.isatty())
-    entries = read_results(ablation)
+    failed = run_ablation(ablation, show_progress=sys.stderr.isatty())
+    entries = read_results(ablation, without=[choice for choice, _ in failed])
+    if entries:
+        _tell(ablation, entries, options.json)
+    if failed:
+        number = len(ablation.choices) * len(ablation.seeds)
+        raise ValueError(f"{len(failed)} of {number} jobs failed: {'; '.join(said for _, said in failed)}")
+
+
+def _tell(ablation: Ablation, entries: Sequence[Entry], as_json_text: bool) -> None:
+    """Write the tables, and print them."""
+    from ..ablation.show import as_json, for_terminal, write_results
+
     write_results(ablation, entries)
-    if options.json:
+    if as_json_text:
         print(json.dumps([as_json(entry) for entry in entries], indent=2))
     else:
         print(for_terminal(ablation, entries), f"page: {ablation.folder / 'ablation.html'}", sep="\n\n")
