@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vlmtrain.data.processor import picture_key
-from vlmtrain.model.vision import build_vision
+from vlmtrain.model.vision import HFVision, build_vision, load_vision
 from vlmtrain.training.feature_cache import FeatureCache
 
 from ..conftest import data_overrides, metrics, run, train
@@ -72,6 +73,48 @@ def test_another_encoder_layer_or_size_has_entries_of_its_own(tmp_path, encoder)
     for changed in (FeatureCache(tmp_path, encoder, "other weights", 10**9), cache(tmp_path, other)):
         features(changed, images)
         assert (changed.hits, changed.misses) == (0, 1)
+
+
+def open_clip_tower(**changes):
+    return build_vision("open_clip", model_config=VISION | changes)
+
+
+def hf_tower(**changes):
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "image_size": 16, "patch_size": 8}
+    config = CLIPVisionConfig(**{**sizes, "num_attention_heads": 2, **changes})
+    geometry = {"image_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return HFVision(CLIPVisionModel(config), geometry, layer=-2)
+
+
+@pytest.mark.parametrize(
+    "build, change",
+    [
+        (open_clip_tower, {"quick_gelu": True}),
+        (open_clip_tower, {"vision_cfg": VISION["vision_cfg"] | {"head_width": 6}}),
+        (hf_tower, {"hidden_act": "gelu"}),
+        (hf_tower, {"num_attention_heads": 4}),
+        (hf_tower, {"layer_norm_eps": 1e-2}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@torch.no_grad()
+def test_equal_weights_in_another_architecture_have_entries_of_their_own(build, change, tmp_path):
+    plain, changed = build().eval(), build(**change).eval()
+    changed.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    features(cache(tmp_path, plain), images)
+    assert torch.equal(features(cache(tmp_path, changed), images).patches, changed(images).patches)
+    assert not torch.equal(plain(images).patches, changed(images).patches)
+
+
+@pytest.mark.parametrize("build", [open_clip_tower, hf_tower])
+def test_a_saved_encoder_knows_the_entries_of_the_one_it_was(build, tmp_path):
+    plain = build().eval()
+    plain.save(tmp_path / "once", plain.state_dict())
+    once = load_vision(tmp_path / "once").eval()
+    once.save(tmp_path / "twice", once.state_dict())
+    twice = load_vision(tmp_path / "twice").eval()
+    assert len({cache(tmp_path, each).folder for each in (plain, once, twice)}) == 1
 
 
 def test_a_full_cache_goes_on_without_writing(tmp_path, encoder):

@@ -113,6 +113,11 @@ class VisionEncoder(nn.Module):
         """Normalised pictures ``(B, 3, H, W)`` to features."""
         raise NotImplementedError
 
+    @property
+    def architecture(self) -> dict:
+        """What, beside weights, picture size and layers, says which function this is; plain values, kept by `save`."""
+        raise NotImplementedError
+
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the architecture and the weights `state` (this module's full state dict) into `folder`."""
         raise NotImplementedError
@@ -263,6 +268,11 @@ class OpenClipVision(VisionEncoder):
         final, _ = self.visual.trunk(images, indices=[self.num_blocks - 1])
         return self.visual.head(self.visual.trunk.forward_head(final))
 
+    @property
+    def architecture(self) -> dict:
+        tower = {key: value for key, value in self.config["vision_cfg"].items() if key != "image_size"}
+        return {"open_clip": tower, "quick_gelu": bool(self.config.get("quick_gelu"))}
+
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = {"layer": self.layer, "levels": self.levels, "model_config": self.config}
@@ -276,6 +286,10 @@ class OpenClipVision(VisionEncoder):
         encoder = cls(visual, saved["model_config"], saved["layer"], saved["levels"])
         load_strictly(encoder, folder / "model.safetensors")
         return encoder.to(dtype)
+
+
+# Of a Hugging Face configuration: who wrote it, and when. The dtype is that of the weights.
+_PROVENANCE = ("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
 
 
 class HFVision(VisionEncoder):
@@ -346,6 +360,11 @@ class HFVision(VisionEncoder):
     def forward(self, images: Tensor) -> VisionFeatures:
         out = self.encoder(images, output_hidden_states=True, **self._options)
         return self._as_features(lambda layer: out.hidden_states[layer])
+
+    @property
+    def architecture(self) -> dict:
+        config = json.loads(self.encoder.config.to_json_string(use_diff=False))
+        return {"hf": {key: value for key, value in config.items() if key not in _PROVENANCE}}
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}

@@ -1,12 +1,13 @@
 """Features of a frozen encoder on disk, so that it looks at each picture once.
 
 DIR/<encoder>/<ab>/<picture>.safetensors, one file a view: the name of the folder is the hash of the encoder's weights,
-layers and picture size, that of the file the hash of the pixels as the encoder sees them.
+architecture, layers and picture size, that of the file the hash of the pixels as the encoder sees them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,8 @@ class FeatureCache:
     ):
         self.dtype = next(encoder.parameters()).dtype
         self.stored = stored or self.dtype
-        facts = (encoder_hash, encoder.layer, encoder.levels, encoder.image_size, self.dtype)
+        architecture = json.dumps(encoder.architecture, sort_keys=True)
+        facts = (encoder_hash, architecture, encoder.layer, encoder.levels, encoder.image_size, self.dtype)
         facts += (self.stored,) if self.stored != self.dtype else ()
         self.encoder = encoder
         self.root = folder
