@@ -66,6 +66,34 @@ def test_a_damaged_entry_is_computed_again(tmp_path, encoder, damage):
     assert cache(tmp_path, encoder)._read(picture_key(images[1])) is not None
 
 
+def test_no_flipped_bit_of_an_entry_is_an_error_or_other_features(tmp_path, encoder):
+    images = torch.randn(1, 3, 16, 16)
+    wanted = features(cache(tmp_path, encoder), images)
+    file = next(tmp_path.rglob("*.safetensors"))
+    intact, again = file.read_bytes(), cache(tmp_path, encoder)
+    header = 8 + int.from_bytes(intact[:8], "little")
+    for bit in (*range(8 * header), *range(8 * header, 8 * len(intact), 61)):
+        flipped = bytearray(intact)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        tensors = again._read(picture_key(images[0]))
+        if tensors is not None:
+            assert tensors.keys() == {"patches", "prefix", "level0", "level1"}
+            found = (tensors["patches"], tensors["prefix"], tensors["level0"], tensors["level1"])
+            assert all(map(torch.equal, found, (own[0] for own in (wanted.patches, wanted.prefix, *wanted.levels))))
+
+
+def test_an_entry_without_its_prefix_is_computed_again(tmp_path, encoder):
+    images = torch.randn(1, 3, 16, 16)
+    wanted = features(cache(tmp_path, encoder), images)
+    file = next(tmp_path.rglob("*.safetensors"))
+    intact = file.read_bytes()
+    for name in (b'"patches"', b'"prefix"'):
+        file.write_bytes(intact.replace(name, name[:-2] + b'_"'))
+        again = cache(tmp_path, encoder)
+        assert torch.equal(features(again, images).prefix, wanted.prefix) and again.misses == 1
+
+
 def test_another_encoder_layer_or_size_has_entries_of_its_own(tmp_path, encoder):
     images = torch.randn(1, 3, 16, 16)
     features(cache(tmp_path, encoder), images)

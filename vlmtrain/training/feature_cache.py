@@ -49,6 +49,7 @@ class FeatureCache:
         except OSError as error:
             raise ValueError(f"features.cache={folder} cannot be written: {error}") from None
         self.left = limit - sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        self.names = {"patches", *(f"level{i}" for i in range(len(encoder.levels)))}
         self.hits = self.misses = 0
 
     @classmethod
@@ -83,7 +84,7 @@ class FeatureCache:
                 intact = (file.metadata() or {}).get("crc") == _checksum(tensors)
         except (OSError, SafetensorError):
             return None
-        return tensors if intact else None
+        return tensors if intact and tensors.keys() - {"prefix"} == self.names else None
 
     def _write(self, key: str, tensors: dict[str, Tensor]) -> None:
         tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}  # two may be one layer
@@ -115,7 +116,10 @@ def _tensors(features: VisionFeatures, row: int) -> dict[str, Tensor]:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over names, shapes, dtypes and bytes: a flipped bit in a file's header may change each of them."""
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), crc)
-    return str(crc)
+        tensor = tensors[name].contiguous()
+        crc = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
