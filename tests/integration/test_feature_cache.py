@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,74 @@ def test_a_full_cache_goes_on_without_writing(tmp_path, encoder):
     assert torch.equal(features(small, images).patches, features(cache(tmp_path / "b", encoder), images).patches)
     files = list(tmp_path.glob("[!b]*/*/*.safetensors"))
     assert 0 < len(files) < 6 and sum(file.stat().st_size for file in files) <= 9000
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def test_the_limit_holds_for_all_that_write_at_once(tmp_path, encoder):
+    images = torch.randn(48, 3, 16, 16)
+    features(cache(tmp_path / "one", encoder), images[:1])
+    entry = size_of(tmp_path / "one")
+    limit = 10 * entry
+    several = [cache(tmp_path / "all", encoder, limit) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda each, own: [features(each, image[None]) for image in own], several, images.chunk(4)))
+    assert size_of(tmp_path / "all") == limit  # none of it is left unused either
+    del several
+    features(cache(tmp_path / "all", encoder, limit), images)
+    assert size_of(tmp_path / "all") == limit
+
+
+def test_what_was_deleted_may_be_written_again(tmp_path, encoder):
+    images = torch.randn(3, 3, 16, 16)
+    features(cache(tmp_path, encoder), images)
+    before = size_of(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    features(cache(tmp_path, encoder, before), images)
+    assert size_of(tmp_path) == before
+
+
+def test_the_same_pictures_written_by_two_count_once(tmp_path, encoder):
+    images = torch.randn(6, 3, 16, 16)
+    features(cache(tmp_path / "one", encoder), images)
+    limit = size_of(tmp_path / "one")
+    two = [cache(tmp_path / "two", encoder, limit) for _ in range(2)]
+    tensors = {"patches": torch.zeros(2, 2, 24), "prefix": torch.zeros(1, 24)}
+    tensors |= {"level0": torch.zeros(2, 2, 24), "level1": torch.zeros(2, 2, 24)}
+    for image in images:
+        for each in two:
+            each._write(picture_key(image), tensors)
+    assert size_of(tmp_path / "two") == limit
+
+
+def test_what_a_killed_run_left_half_written_counts_and_goes(tmp_path, encoder):
+    images = torch.randn(4, 3, 16, 16)
+    features(cache(tmp_path, encoder), images)
+    size = size_of(tmp_path)
+    file = next(tmp_path.rglob("*.safetensors"))
+    old, young = file.with_suffix(".0123abcd.partial"), file.with_suffix(".4567abcd.partial")
+    for partial in (old, young):
+        partial.write_bytes(bytes(size))
+    os.utime(old, (0, 0))
+    features(cache(tmp_path, encoder, 2 * size), torch.randn(4, 3, 16, 16))
+    assert not old.exists() and young.exists() and size_of(tmp_path) == size
+    os.utime(young, (0, 0))
+    features(cache(tmp_path, encoder, 2 * size), torch.randn(4, 3, 16, 16))
+    assert not young.exists() and size_of(tmp_path) == 2 * size
+
+
+def test_a_folder_that_may_only_be_read_is_read(tmp_path, encoder):
+    images = torch.randn(2, 3, 16, 16)
+    wanted = features(cache(tmp_path, encoder), images[:1])
+    for file in (path for path in tmp_path.iterdir() if path.is_file()):
+        file.unlink()
+        file.mkdir()  # a root user may write to a read-only folder, but to no folder as to a file
+    again = cache(tmp_path, encoder)
+    assert torch.equal(features(again, images).patches[:1], wanted.patches)
+    assert (again.hits, again.misses) == (1, 1)
 
 
 @torch.no_grad()

@@ -6,9 +6,14 @@ architecture, layers and picture size, that of the file the hash of the pixels a
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import secrets
+import time
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,14 +28,17 @@ from ..model.vision import VisionEncoder
 from .assembly import DTYPES
 from .metrics import logger
 
+PARTIAL = ".partial"
+STALE_SECONDS = 3600
+
 
 class FeatureCache:
     """Features of one encoder, read where they are known and computed and written where they are not.
 
-    encoder_hash: of its weights. limit: bytes that may be written below `folder`, by all runs that share it.
+    encoder_hash: of its weights. limit: bytes that there may be below `folder`, of all runs that share it.
     stored: what features are rounded to, those that were just computed too, so that a picture looks the same each
     time; None for the encoder's own dtype. Several processes may share a folder: a file is written under another
-    name first. One that is damaged is computed again.
+    name first. One that is damaged is computed again. A folder that cannot be written is only read.
     """
 
     def __init__(
@@ -48,7 +56,11 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"features.cache={folder} cannot be written: {error}") from None
-        self.left = limit - sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        try:
+            self.budget = _Budget(folder, limit)
+        except OSError as error:
+            logger.warning(f"features.cache={folder} is only read, as it cannot be written: {error}")
+            self.budget = None
         self.names = {"patches", *(f"level{i}" for i in range(len(encoder.levels)))}
         self.hits = self.misses = 0
 
@@ -87,25 +99,84 @@ class FeatureCache:
         return tensors if intact and tensors.keys() - {"prefix"} == self.names else None
 
     def _write(self, key: str, tensors: dict[str, Tensor]) -> None:
+        if self.budget is None:
+            return
         tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}  # two may be one layer
         data = save(tensors, metadata={"crc": _checksum(tensors)})
-        if len(data) > self.left:
-            if self.left >= 0:
-                logger.warning(f"{self.root} is full (features.max_gb): other pictures are looked at each time")
-            self.left = -1
-            return
         file = self._file(key)
-        partial = file.with_suffix(f".{os.getpid()}")
+        partial = file.with_suffix(f".{secrets.token_hex(8)}{PARTIAL}")
         try:
             file.parent.mkdir(exist_ok=True)
+            replaced = file.stat().st_size if file.exists() else 0
+            if not self.budget.take(len(data) - replaced):
+                logger.warning(f"{self.root} is full (features.max_gb): other pictures are looked at each time")
+                self.budget = None
+                return
             partial.write_bytes(data)
             partial.replace(file)
         except OSError as error:
             logger.warning(f"{file} cannot be written, so nothing more is cached: {error}")
-            partial.unlink(missing_ok=True)
-            self.left = -1
-            return
-        self.left -= len(data)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            self.budget = None
+
+
+class _Budget:
+    """Bytes that may be written below `folder`, by all processes that hold one of these at the same time.
+
+    ``.bytes`` there has how many there are, under a lock. ``.users`` is locked by all holders: who comes first counts
+    the files, for some may have been deleted or left half-written since, and removes what is half-written for
+    `STALE_SECONDS`. A process that dies while it writes an entry leaves it counted until then. On a file system
+    without locks the limit holds roughly. Raises OSError where nothing can be written.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit = folder, limit
+        users, self.counter = self._open(".users"), self._open(".bytes")
+        try:
+            _lock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.counter, 0)
+        except BlockingIOError:
+            pass
+        _lock(users, fcntl.LOCK_SH)
+        self.take(0)
+
+    def take(self, size: int) -> bool:
+        """Whether `size` more bytes may be written; they are counted then."""
+        _lock(self.counter, fcntl.LOCK_EX)
+        try:
+            known = os.pread(self.counter, 32, 0)
+            total = int(known) if known.isdigit() else self._count()
+            fits = total + size <= self.limit
+            os.pwrite(self.counter, b"%020d" % (total + size * fits), 0)
+        finally:
+            _lock(self.counter, fcntl.LOCK_UN)
+        return fits
+
+    def _count(self) -> int:
+        total = 0
+        for file in self.folder.glob("*/*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                if file.suffix == PARTIAL and time.time() - status.st_mtime > STALE_SECONDS:
+                    file.unlink()
+                elif file.suffix in (PARTIAL, ".safetensors"):
+                    total += status.st_size
+        return total
+
+    def _open(self, name: str) -> int:
+        file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, file)  # which gives its lock back
+        return file
+
+
+def _lock(file: int, how: int) -> None:
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some network file systems have no locks
 
 
 def _tensors(features: VisionFeatures, row: int) -> dict[str, Tensor]:
