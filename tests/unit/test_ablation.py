@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vlmtrain.ablation import Entry, compare, read_line, run_ablation
 from vlmtrain.ablation.budget import _equal_steps
@@ -64,6 +65,18 @@ def test_stages_are_shared_by_the_choices_that_agree_on_them(tmp_path):
         ablation = read_line([*line, f"axis.{axis}"])
         runner = Runner(ablation, show_progress=False)
         assert len({runner.shared(choice, 0) for choice in ablation.choices}) == shared
+
+
+@pytest.mark.parametrize(("jobs", "ranks", "threads"), [(1, 1, "8"), (2, 1, "4"), (2, 2, "2"), (16, 1, "1")])
+def test_jobs_share_the_threads_and_never_have_more_than_there_are(jobs, ranks, threads, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ablation = read_line(["recipe=quickstart", "connectors=[linear]", f"jobs={jobs}", f"ranks={ranks}"])
+    with Runner(ablation, False)._slot(tmp_path, "linear seed 0") as environment:
+        assert environment["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with Runner(ablation, False)._slot(tmp_path, "linear seed 0") as environment:
+        assert environment["OMP_NUM_THREADS"] == "3", "as the user has it"
 
 
 def test_jobs_get_devices_of_their_own_where_there_are_enough():

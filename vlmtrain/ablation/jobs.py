@@ -225,11 +225,16 @@ class Runner:
 
     @contextlib.contextmanager
     def _slot(self, folder: Path, name: str) -> Iterator[dict[str, str]]:
-        """A place to run in: the environment with its share of the devices."""
+        """A place to run in: the environment with its share of devices and threads."""
         devices = self.slots.get()
         self.running[folder] = name
+        environment = dict(os.environ)
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
+        # more threads than cores wait for each other in every operation
+        environment.setdefault("OMP_NUM_THREADS", threads_each(self.ablation.jobs * self.ablation.ranks))
         try:
-            yield os.environ | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+            yield environment
         finally:
             del self.running[folder]
             self.slots.put(devices)
@@ -253,6 +258,11 @@ def _visible_devices() -> list[str]:
     if named is not None:
         return [device for device in named.split(",") if device]
     return [str(device) for device in range(torch.cuda.device_count())]
+
+
+def threads_each(processes: int) -> str:
+    """Of torch's threads here, how many each of some processes has."""
+    return str(max(1, torch.get_num_threads() // processes))
 
 
 def device_slots(devices: Sequence[str], jobs: int, ranks: int) -> list[str | None]:
