@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from .charts import Series, line_chart, smooth
-from .evaluation.metrics import score_rows
+from .evaluation.metrics import benchmark_rows, score_rows
 from .paths import make_folder, replace_text
 from .run_files import read_config, read_json, read_records, read_summary
 
@@ -89,6 +89,8 @@ def _stage(folder: Path, name: str) -> str:
         parts.append(_facts(summary))
         if summary["validation"]:
             parts.append(html_table(score_rows(summary["validation"])))
+        if summary.get("lmms_eval"):
+            parts.append(html_table(benchmark_rows(summary["lmms_eval"])))
     parts.append(f'<div class="charts">{_charts(folder, records)}</div>')
     if summary is not None:
         samples = folder / "samples.json"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 pytest.importorskip(
@@ -13,10 +18,13 @@ pytest.importorskip(
 )
 
 from lmms_eval.api.instance import Instance
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
 
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.data.sources import build_source
 from vlmtrain.evaluation import Chat
+from vlmtrain.evaluation.benchmarks import Benchmarks
 from vlmtrain.evaluation.validation import Validator
 from vlmtrain.interop.lmms import Model, Picture, manifest
 from vlmtrain.model import VLMWrapper
@@ -24,6 +32,8 @@ from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer
 from vlmtrain.world import World
+
+from ..conftest import train
 
 COLORS = {"red": (220, 40, 40), "blue": (40, 90, 230), "green": (40, 160, 70)}
 DOCUMENTS = [
@@ -97,42 +107,93 @@ def test_it_finds_choices_as_likely_as_validation_does(folder):
     assert not any(greedy for _, greedy in found)  # random weights
 
 
-def test_a_task_of_ones_own_runs_on_a_model_in_memory(folder, tmp_path):
-    """From lmms-eval's own evaluator, without a hub: a task file, and probes as its documents."""
-    from datasets import Dataset, DatasetDict, Features, Value
-    from datasets import Image as Picture_
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
-    data = {"format": "probes", "validation": {"split": "validation", "size": 12}}
-    source = build_source(data, "validation", (48, 48), 0)
-    talks = [source[i] for i in range(12)]
+@pytest.fixture(scope="module")
+def own_task(tmp_path_factory) -> Path:
+    """The YAML file of a task of twelve probes: how many are answered right, and how much is said."""
+    folder = tmp_path_factory.mktemp("task")
+    source = probes()
+    talks = [source[i] for i in range(len(source))]
     rows = {
         "image": [talk.images[0].load() for talk in talks],
         "question": [talk.turns[0].text.split("\n")[-1] for talk in talks],
         "answer": [talk.turns[1].text for talk in talks],
     }
-    features = Features({"image": Picture_(), "question": Value("string"), "answer": Value("string")})
-    DatasetDict({"test": Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "data")
-    (tmp_path / "utils.py").write_text(
+    features = Features({"image": datasets.Image(), "question": Value("string"), "answer": Value("string")})
+    DatasetDict({"test": Dataset.from_dict(rows, features=features)}).save_to_disk(folder / "data")
+    (folder / "utils.py").write_text(
         "def visual(doc):\n    return [doc['image'].convert('RGB')]\n\n"
         "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n\n"
-        "def score(doc, results):\n    return {'right': float(results[0].strip() == doc['answer'])}\n"
+        "def score(doc, results):\n"
+        "    return {'right': float(results[0].strip() == doc['answer']), 'said': float(len(results[0]))}\n"
     )
-    (tmp_path / "own_probes.yaml").write_text(
-        f"task: own_probes\ndataset_path: {tmp_path / 'data'}\ndataset_kwargs: {{load_from_disk: true}}\n"
+    file = folder / "own_probes.yaml"
+    file.write_text(
+        f"task: own_probes\ndataset_path: {folder / 'data'}\ndataset_kwargs: {{load_from_disk: true}}\n"
         "test_split: test\noutput_type: generate_until\ndoc_to_visual: !function utils.visual\n"
         "doc_to_text: !function utils.text\ndoc_to_target: answer\nprocess_results: !function utils.score\n"
-        "generation_kwargs: {max_new_tokens: 4, do_sample: false}\n"
-        "metric_list:\n  - {metric: right, aggregation: mean, higher_is_better: true}\n"
+        "generation_kwargs: {max_new_tokens: 4, do_sample: false}\nmetric_list:\n"
+        "  - {metric: right, aggregation: mean, higher_is_better: true}\n"
+        "  - {metric: said, aggregation: mean, higher_is_better: true}\n"
     )
+    return file
+
+
+def probes():
+    return build_source(
+        {"format": "probes", "validation": {"split": "validation", "size": 12}}, "validation", (48, 48), 0
+    )
+
+
+def evaluated(model: Model, task: Path) -> dict:
+    """By lmms-eval's own evaluator, without a hub."""
+    manager = TaskManager("ERROR", include_path=str(task.parent), include_defaults=False)
+    return simple_evaluate(model=model, tasks=["own_probes"], task_manager=manager, batch_size=4, bootstrap_iters=0)
+
+
+def test_a_task_of_ones_own_runs_on_a_model_in_memory(folder, own_task):
     live = Model(folder)
-    model = Model.of(live.model, live.processor, batch_size=4)
-    manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
-    done = simple_evaluate(model=model, tasks=["own_probes"], task_manager=manager, batch_size=4, bootstrap_iters=0)
-    validator = Validator(source, live.processor, World(0, 1, live.device), torch.float32, 4, 4)
+    done = evaluated(Model.of(live.model, live.processor, batch_size=4), own_task)
+    validator = Validator(probes(), live.processor, World(0, 1, torch.device("cpu")), torch.float32, 4, 4)
     with torch.no_grad():
         answers = validator.answers(live.model, None)
     right = sum(answer.is_exact for answer in answers) / 12
     assert done["results"]["own_probes"]["right,none"] == pytest.approx(right)
     assert [s["filtered_resps"][0] for s in done["samples"]["own_probes"]] == [a.prediction.strip() for a in answers]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_asks_tasks_behind_its_stages(ranks, own_task, tmp_path):
+    done = train(
+        *("recipe=quickstart", "stage=instruct", "stages.instruct.fresh=[vision,connector,llm]", f"run_dir={tmp_path}"),
+        *("stages.instruct.max_steps=2", "data.instruct.size=64", "data.validation.size=4", "workers=0"),
+        f"validation.lmms_eval=[{own_task}]",
+        ranks=ranks,
+    )
+    found = json.loads((tmp_path / "instruct" / "summary.json").read_text())["lmms_eval"]
+    alone = evaluated(Model(str(tmp_path / "instruct" / "model"), batch_size=4), own_task)["results"]["own_probes"]
+    assert found == {"own_probes": {name: pytest.approx(alone[f"{name},none"]) for name in ("right", "said")}}
+    assert alone["said,none"] > 0
+    assert f"own_probes: right {found['own_probes']['right']:.4g}" in done.stdout + done.stderr
+    assert "<td>own_probes</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_unknown_tasks_are_refused_before_training(own_task, tmp_path):
+    with pytest.raises(ValueError, match=r"lmms-eval knows no task 'own_prob'. Did you mean 'own_probes'"):
+        Benchmarks([str(own_task), "own_prob"], 4, None)
+    with pytest.raises(ValueError, match=r"absent.yaml is no file"):
+        Benchmarks([str(tmp_path / "absent.yaml")], 4, None)
+    (tmp_path / "nameless.yaml").write_text("dataset_path: nowhere\n")
+    with pytest.raises(ValueError, match=r"nameless.yaml has no 'task'"):
+        Benchmarks([str(tmp_path / "nameless.yaml")], 4, None)
+    (tmp_path / "gone.yaml").write_text(own_task.read_text().replace("own_probes", "gone").replace("/data", "/absent"))
+    (tmp_path / "utils.py").write_bytes((own_task.parent / "utils.py").read_bytes())
+    with pytest.raises(ValueError, match=r"the data of gone cannot be loaded"):
+        Benchmarks([str(tmp_path / "gone.yaml")], 4, None).load()
+
+
+def test_model_args_that_cannot_be_are_named(folder):
+    with pytest.raises(ValueError, match="dtype='half', expected float32, fp32"):
+        Model(folder, dtype="half")
+    with pytest.raises(ValueError, match="batch_size='auto', expected a number"):
+        Model(folder, batch_size="auto")
+    assert Model(folder, dtype="bf16").dtype == torch.bfloat16

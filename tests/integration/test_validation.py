@@ -104,3 +104,21 @@ def test_blind_values_are_those_of_grey_pictures(model, questions):
     for key in ("choice_accuracy", "blind_choice_accuracy", "blind_exact_match", "choice_accuracy_normalised"):
         assert 0 <= scores[key] <= 1
     assert shown[1]["scores"].keys() == {"exact_match", "choice_accuracy", "choice_accuracy_normalised"}
+
+
+def said(function, *values) -> str | None:
+    try:
+        function(*values)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name, conversation", [("choice", 0), ("vqa_accuracy", 0), ("yes_no", 0), ("cider", None)])
+@torch.no_grad()
+def test_metrics_that_cannot_judge_a_question_are_refused_before_it_is_asked(name, conversation, model, questions):
+    named = validator(model, questions, metrics=[name])
+    before = said(named.check_metrics, None)
+    assert before == said(named.scores, model[0], None)
+    assert (before and f"names {name}" in before and f"conversation {conversation}" in before) or conversation is None
+    assert said(validator(model, [questions[2]], metrics=["choice"]).check_metrics, None) is None

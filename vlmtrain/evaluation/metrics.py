@@ -8,7 +8,7 @@ that must be, instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -144,6 +144,8 @@ def grade(answers: Sequence[Answer], names: Sequence[str] | None = None) -> Grad
 
     Raises ValueError for a named metric and a question that it cannot judge.
     """
+    if names is not None:
+        check_fits(answers, names)
     each: list[dict[str, float]] = [{} for _ in answers]
     together: list[tuple[Metric, set[int]]] = []
     for name in METRICS if names is None else dict.fromkeys(("exact_match", *names)):
@@ -151,12 +153,6 @@ def grade(answers: Sequence[Answer], names: Sequence[str] | None = None) -> Grad
         judged = [
             i for i, answer in enumerate(answers) if (metric.recognised if names is None else metric.fits)(answer)
         ]
-        if names is not None and len(judged) < len(answers):
-            missing = next(answer for i, answer in enumerate(answers) if i not in set(judged))
-            raise ValueError(
-                f"validation.metrics names {name}, which needs {metric.needs}, but conversation {missing.conversation} "
-                f"of data.validation has none for {missing.question[:60]!r}"
-            )
         for key, values in metric.each([answers[i] for i in judged]).items():
             for i, value in zip(judged, values):
                 each[i][key] = value
@@ -171,6 +167,17 @@ def grade(answers: Sequence[Answer], names: Sequence[str] | None = None) -> Grad
         for kind, numbers in sorted(kinds.items())
     }
     return Grades(_totals(answers, each, together, everything), by_category, each)
+
+
+def check_fits(answers: Iterable[Answer], names: Sequence[str]) -> None:
+    """Raise ValueError for a named metric and a question that it cannot judge, whatever is answered."""
+    for answer in answers:
+        for name in names:
+            if not METRICS[name].fits(answer):
+                raise ValueError(
+                    f"validation.metrics names {name}, which needs {METRICS[name].needs}, but conversation "
+                    f"{answer.conversation} of data.validation has none for {answer.question[:60]!r}"
+                )
 
 
 def _totals(
@@ -223,3 +230,9 @@ def score_rows(scores: dict) -> list[tuple[str, ...]]:
         shown = (value_text("exact_match", values[key]) for key in ("exact_match", "blind_exact_match"))
         rows.append((f"  exact match of {kind} ({values['questions']})", *shown))
     return rows
+
+
+def benchmark_rows(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
+    """A table of lmms-eval's tasks and metrics, its head first."""
+    rows = [(task, name, f"{value:.4g}") for task, values in scores.items() for name, value in values.items()]
+    return [("lmms-eval task", "metric", "value"), *rows]

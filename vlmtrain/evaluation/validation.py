@@ -7,9 +7,10 @@ questions on a blanked picture tell what the words alone give away.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ from ..data.sources import Source
 from ..model import VLMWrapper
 from ..world import World
 from .asking import Likelihood, generate, likelihoods, target_logits
-from .metrics import Answer, grade
+from .metrics import Answer, check_fits, grade
 
 
 class Validator:
@@ -49,6 +50,21 @@ class Validator:
         self.source, self.processor, self.world, self.dtype = source, processor, world, dtype
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.sync_generation, self.skip_bad, self.metrics = sync_generation, skip_bad, metrics
+
+    def check_metrics(self, size: int | None) -> None:
+        """Raise ValueError, before any model runs, for a named metric and a question that it cannot judge."""
+        if self.metrics is not None:
+            check_fits(self._references(size), self.metrics)
+
+    def _references(self, size: int | None) -> Iterator[Answer]:
+        """Every question with its reference, not answered; broken records are told of where they are used."""
+        for index in self._indices(size):
+            with contextlib.suppress(BadSample):
+                conversation = self.processor.renderer.showable(self.source[index])
+                spoken = [turn for turn in conversation.turns if turn.role != "system"]
+                for turn, (asked, true) in enumerate(zip(spoken[::2], spoken[1::2])):
+                    question = asked.text.replace(IMAGE_MARK, "").strip()
+                    yield Answer(index, turn, question, true.text.strip(), "", true.grading)
 
     def loss(self, model: VLMWrapper, size: int | None, blind: bool = False) -> float:
         """Mean cross-entropy of a target token, over all ranks."""

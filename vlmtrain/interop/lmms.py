@@ -23,6 +23,7 @@ from ..evaluation.asking import generate, likelihoods
 from ..model import VLMWrapper
 
 MAX_NEW_TOKENS = 128
+DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
 class Picture:
@@ -41,7 +42,8 @@ class Picture:
 class Model(lmms):
     """A model folder, answering greedily unless a task asks for a temperature; one process a device.
 
-    pretrained: the folder; dtype: float32 or bfloat16. `of` makes one of a model that is in memory, as in training.
+    pretrained: the folder; dtype: fp32 or bf16, or by their long names. `of` makes one of a model that is in memory, as
+    in training.
     """
 
     is_simple = True
@@ -53,10 +55,14 @@ class Model(lmms):
             raise ValueError(
                 f"model_args: unknown {', '.join(options)}; known are pretrained, batch_size, device, dtype"
             )
+        if dtype not in DTYPES:
+            raise ValueError(f"model_args: dtype={dtype!r}, expected {', '.join(DTYPES)}")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size!r}, expected a number of questions, at least 1")
         processor = Processor.from_pretrained(pretrained)
         local = int(os.environ.get("LOCAL_RANK", 0))
         place = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
-        model = VLMWrapper.from_pretrained(pretrained, getattr(torch, dtype)).to(place)
+        model = VLMWrapper.from_pretrained(pretrained, DTYPES[dtype]).to(place)
         self._take(model, processor, int(batch_size))
 
     @classmethod

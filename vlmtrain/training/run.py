@@ -16,6 +16,7 @@ from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
 from ..data.templates import check_fallback
 from ..errors import nearest
+from ..evaluation.benchmarks import Benchmarks, check_tasks
 from ..evaluation.metrics import check_metrics
 from ..fingerprints import fingerprint
 from ..kinds import check_stage_kinds, check_words
@@ -56,6 +57,8 @@ def train_run(settings: DictConfig, world: World) -> None:
         folder.check_same(settings)
         start, _ = take_in(settings, folder)
         check_stages(start, folder)
+        if settings.validation.lmms_eval:
+            Benchmarks.from_options(settings.validation).load()
         changed = folder.write_config(settings, provenance(settings, world))
         warnings = [f"not as when the run was here last, so further steps may differ: {each}" for each in changed]
         warnings += [unlocked] if unlocked else []
@@ -149,6 +152,7 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
         raise ValueError(f"compile={settings.compile}: expected true or false")
     check_numbers(settings, RUN | VALIDATION)
     check_metrics(settings.validation.metrics)
+    check_tasks(settings.validation.lmms_eval, settings.engine.zero_stage == 3 and world_size > 1)
     if settings.stage is not None and settings.stage not in settings.stages:
         raise ValueError(
             f"unknown stage '{settings.stage}'.{nearest(settings.stage, settings.stages)} "
@@ -270,4 +274,6 @@ def _result(summary: dict) -> str:
             f"; validation loss {scores['loss_at_start']:.3f} -> {scores['loss']:.3f}, exact match "
             f"{scores['exact_match']:.1%} of {scores['questions']} answers ({scores['blind_exact_match']:.1%} blind)"
         )
+    for task, values in summary["lmms_eval"].items():
+        text += f"\n  {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     return text

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.loader import BadRecord, StepData, StepStream, build_plan, step_loader
 from ..data.mixture import Mixture
 from ..data.sources import build_source
+from ..evaluation.benchmarks import Benchmarks
 from ..evaluation.validation import Validator, picture_uri
 from ..model.attention import attend_in_segments
 from ..model.parts import module_state
@@ -140,6 +141,8 @@ class _Stage:
         if record["step"] and self.world.is_main:
             logger.info(f"{self.name}: going on behind step {record['step']}")
         validator = self._validator(engine)
+        if validator:
+            validator.check_metrics(self.settings.validation.final_samples)
         limit = self.settings.bad_sample_limit
         self.skips = Skips(len(self.source), limit.share, limit.in_a_row, record.get("skips"))
         record.setdefault("seconds", 0.0)
@@ -385,6 +388,7 @@ class _Stage:
                     loss = validator.loss(engine.model, self.settings.validation.samples)
                 self._keep_best(engine, self.total_steps, loss)
         after = self.models.write(engine, self.folder.model(self.name))
+        self.watch.doing(f"stage {self.name}: its benchmarks", outside=True)
         summary = {
             "stage": self.name,
             "steps": self.total_steps,
@@ -398,6 +402,7 @@ class _Stage:
             "data": self._shares(self.record["drawn"]),
             "world_size": self.world.size,
             "validation": scores,
+            "lmms_eval": self._benchmark(engine),
             "parts": {
                 part: part_summary(part, module, groups_of(part, self.groups), before[part], after[part])
                 for part, module in self.parts.items()
@@ -411,6 +416,14 @@ class _Stage:
             write_json(self.folder.stage(self.name) / "summary.json", summary)
         self.world.barrier()
         return summary
+
+    def _benchmark(self, engine: StageEngine) -> dict[str, dict[str, float]]:
+        """Each task's metrics, of a model that can be asked about pictures."""
+        options = self.settings.validation
+        if not options.lmms_eval or not {"vision", "connector", "llm"} <= set(self.parts):
+            return {}
+        with engine.evaluating():
+            return Benchmarks.from_options(options).scores(engine.model, self.processor, self.world)
 
     def _cache_use(self, cache: FeatureCache | None) -> dict | None:
         """Pictures that the cache knew and did not, on all ranks."""
