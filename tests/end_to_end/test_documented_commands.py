@@ -62,6 +62,7 @@ PLACES = (
     (r"runs/quickstart-mlp/instruct/model|MODEL_DIR", "model"),
     (r"picture\.png", "pictures/red.png"),
     (r"seeds=\[[\d,]+\]", "seeds=[0]"),
+    (r"max_steps=600", "max_steps=1"),
     (r"(?<=vision\.path=)FOLDER", "encoder"),
     (r"(?<=llm\.path=)FOLDER", "llm"),
     (r"RUN_DIR", "run"),
