@@ -16,8 +16,8 @@ import torch
 from vlmtrain.ablation import Entry, compare, read_line, run_ablation
 from vlmtrain.ablation.budget import _equal_steps
 from vlmtrain.ablation.jobs import Runner, device_slots
-from vlmtrain.ablation.results import Clusters, _interval, studentized_range
-from vlmtrain.ablation.show import main_table, note
+from vlmtrain.ablation.results import Clusters, _by_category, _interval, studentized_range
+from vlmtrain.ablation.show import main_table, note, tables
 from vlmtrain.charts import Series, line_chart, scatter_chart
 from vlmtrain.cli import ablate
 from vlmtrain.planning.plan import Machine, plan_run
@@ -273,6 +273,35 @@ def test_with_few_seeds_it_says_that_it_cannot_tell():
     ablation = read_line(["recipe=quickstart", "connectors=[linear]", "seeds=[0,1]"])
     assert main_table(ablation, two)[2][-1].endswith("runs differ")
     assert "cannot be told" in note(ablation, two)
+
+
+def test_a_category_has_its_own_score_with_the_blind_one_beside():
+    rng = np.random.default_rng(0)
+    seeds = [
+        [
+            {
+                "conversation": i // 2,
+                "category": ("color", "count")[i % 2],
+                "scores": {"exact_match": float(rng.random() < 0.8)},
+                "blind_scores": {"exact_match": float(rng.random() < 0.3)},
+            }
+            for i in range(60)
+        ]
+        for _ in range(2)
+    ]
+    found = _by_category(seeds, "exact_match")
+    assert list(found) == ["color", "count"]
+    for kind, (score, (low, high), blind) in found.items():
+        own = [answer for seed in seeds for answer in seed if answer["category"] == kind]
+        assert score == pytest.approx(np.mean([answer["scores"]["exact_match"] for answer in own]))
+        assert blind == pytest.approx(np.mean([answer["blind_scores"]["exact_match"] for answer in own]))
+        assert low <= score <= high
+    ablation = read_line(["recipe=quickstart", "connectors=[mlp]"])
+    one = Entry("mlp", 0.8, (0.7, 0.9), [], by_category={"color": (0.8, (0.7, 0.9), 0.25)})
+    assert tables(ablation, [one])["exact match by category (blind)"] == [
+        ("", "color"),
+        ("mlp", "80.0% ± 10.0% (25.0%)"),
+    ]
 
 
 def test_the_interval_is_that_of_a_share():

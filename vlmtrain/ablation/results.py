@@ -48,7 +48,8 @@ class Entry:
 
     interval, loss_interval: 95 % over seeds and conversations; p_value: of the difference to the best, corrected for
     all pairs (see `compare`), None for the best itself. scores: all that validation computed, means over seeds.
-    by_category: score and interval. chosen: what the sweep chose. steps: of the stages with a connector.
+    by_category: score, interval, and score with the picture blanked. chosen: what the sweep chose. steps: of the stages
+    with a connector.
     """
 
     label: str
@@ -66,7 +67,7 @@ class Entry:
     steps: dict[str, int] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
-    by_category: dict[str, tuple[float, Interval]] = field(default_factory=dict)
+    by_category: dict[str, tuple[float, Interval, float]] = field(default_factory=dict)
     p_value: float | None = None
 
     @property
@@ -144,14 +145,15 @@ def _losses(answers: list[dict]) -> Clusters:
     return Clusters(np.bincount(list(by_conversation), sums), np.bincount(list(by_conversation), counts))
 
 
-def _by_category(answers: list[list[dict]], metric: str) -> dict[str, tuple[float, Interval]]:
+def _by_category(answers: list[list[dict]], metric: str) -> dict[str, tuple[float, Interval, float]]:
     kinds = sorted({answer["category"] for seed in answers for answer in seed if answer["category"] is not None})
     found = {}
     for kind in kinds:
         own = [[a for a in seed if a["category"] == kind and metric in a["scores"]] for seed in answers]
         if all(own):
             measured = [_measured(seed, metric, Path()) for seed in own]
-            found[kind] = (_mean_of(measured), _interval(measured))
+            blind = [_measured(seed, metric, Path(), "blind_scores") for seed in own]
+            found[kind] = (_mean_of(measured), _interval(measured), _mean_of(blind))
     return found
 
 

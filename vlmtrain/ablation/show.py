@@ -36,8 +36,8 @@ def tables(ablation: Ablation, entries: Sequence[Entry]) -> dict[str, Table]:
     found = {"": main_table(ablation, entries)}
     kinds = sorted({kind for entry in entries for kind in entry.by_category})
     if kinds:
-        rows = [(entry.label, *(_with_interval(ablation, *entry.by_category[k]) for k in kinds)) for entry in entries]
-        found[f"{_words(ablation.metric)} by category"] = [("", *kinds), *rows]
+        rows = [(entry.label, *(_of_category(ablation, *entry.by_category[k]) for k in kinds)) for entry in entries]
+        found[f"{_words(ablation.metric)} by category (blind)"] = [("", *kinds), *rows]
     shown = ("loss", "exact_match", "perplexity", ablation.metric)
     others = [n for n in entries[0].scores if n not in shown and not n.startswith("blind_") and n != "loss_at_start"]
     if others:
@@ -57,8 +57,9 @@ def _words(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def _with_interval(ablation: Ablation, score: float, interval: tuple[float, float]) -> str:
-    return f"{value_text(ablation.metric, score)} ± {value_text(ablation.metric, (interval[1] - interval[0]) / 2)}"
+def _of_category(ablation: Ablation, score: float, interval: tuple[float, float], blind: float) -> str:
+    shown = (value_text(ablation.metric, value) for value in (score, (interval[1] - interval[0]) / 2, blind))
+    return "{} ± {} ({})".format(*shown)
 
 
 def text(table: Table) -> str:
