@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -133,6 +133,7 @@ class Runner:
         self.ablation = ablation
         total = len(ablation.seeds) * len(ablation.choices)
         self.bar = tqdm(total=total, unit="job", disable=not show_progress)
+        self.numbers = count(1)
         self.running: dict[Path, str] = {}
         self.slots: SimpleQueue[str | None] = SimpleQueue()
         for devices in device_slots(_visible_devices(), ablation.jobs, ablation.ranks):
@@ -185,12 +186,16 @@ class Runner:
     def job(self, job: tuple[Choice, int]) -> tuple[Choice, str] | None:
         """One of the runs that are compared; if it fails, its choice and why."""
         choice, seed = job
+        name, failure = f"{choice.label} seed {seed}", None
         try:
             self.run(choice, seed, self.ablation.job(choice, seed), self.ablation.line_of(choice))
         except ValueError as error:
-            return choice, f"{choice.label} seed {seed}: {error}"
-        finally:
-            self.bar.update()
+            failure = choice, f"{name}: {error}"
+        self.bar.update()
+        number = next(self.numbers)
+        if self.bar.disable:  # no terminal: a line a job
+            sys.stderr.write(f"{number} of {self.bar.total} jobs: {name} {'failed' if failure else 'is finished'}\n")
+        return failure
 
     def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str]) -> None:
         """One run of all stages, from the shared ones on. Raises ValueError if it fails."""
