@@ -1,0 +1,33 @@
+"""What a command loads before it begins: what takes seconds to load only where it is used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..conftest import run
+
+LOADED = "import sys; print('loaded', *sorted({name.partition('.')[0] for name in sys.modules}))"
+TRAINING = ("recipe=quickstart", "stage=text", "stages.text.max_steps=1", "data.text.size=32", "data.validation.size=2")
+
+
+def loaded(code: str, folder: Path) -> set[str]:
+    """Packages that are loaded behind some code."""
+    line = next(line for line in run(sys.executable, "-c", code, cwd=folder).stdout.splitlines()[::-1] if line)
+    assert line.startswith("loaded ")
+    return set(line.split()[1:])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ablate", "--help"], ["plan", "--help"]])
+def test_help_loads_no_heavy_library(words, tmp_path):
+    code = f"from vlmtrain.cli import main\ntry:\n    main({words})\nexcept SystemExit:\n    pass\n{LOADED}"
+    assert not {"torch", "transformers", "deepspeed", "hydra", "numpy", "PIL"} & loaded(code, tmp_path)
+
+
+def test_training_loads_only_what_it_uses(tmp_path):
+    code = f"import sys\nsys.argv[1:] = {[*TRAINING, 'workers=0']}\nfrom vlmtrain.train import main\nmain()\n{LOADED}"
+    found = loaded(code, tmp_path)
+    assert "deepspeed" in found
+    assert not {"datasets", "open_clip", "wandb", "peft", "bitsandbytes", "lmms_eval", "gradio", "matplotlib"} & found
