@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from vlmtrain.ablation import Entry, compare, read_line, run_ablation
-from vlmtrain.ablation.budget import _equal_steps
+from vlmtrain.ablation.budget import _equal_steps, decide
 from vlmtrain.ablation.jobs import Runner, device_slots
 from vlmtrain.ablation.results import Clusters, _by_category, _interval, studentized_range
 from vlmtrain.ablation.show import main_table, note, tables
@@ -183,6 +184,28 @@ def test_a_failed_job_stops_no_other_and_the_finished_are_told_of(tmp_path, monk
     assert "Left out, as a job failed: mlp; pixel_shuffle." in printed and "samples/s is the last stage's" in printed
     assert [entry["label"] for entry in json.loads((tmp_path / "results.json").read_text())].count("linear") == 1
     assert "avgpool" in (tmp_path / "ablation.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "line, stage, key",
+    [
+        ([], "instruct", "stages.instruct.train.llm"),
+        (["stage=align"], "align", "stages.align.train.connector"),
+    ],
+)
+def test_a_sweep_takes_the_lowest_finite_loss_of_the_last_stage_that_runs(line, stage, key, tmp_path):
+    """The first rate's run diverges without failing."""
+
+    class Finished(Runner):
+        def run(self, choice, seed, folder, line):
+            loss = 0.5 if f"{key}=0.001" in line else math.nan
+            summary = {"steps": 1, "parts": {}, "validation": {"loss": loss}}
+            (folder / stage).mkdir(parents=True)
+            (folder / stage / "summary.json").write_text(json.dumps(summary))
+
+    ablation = read_line([*QUICKSTART, *line, f"sweep.{key}=[1e9,1e-3]", f"run_dir={tmp_path}"])
+    decided = decide(ablation, ablation.choices[0], Finished(ablation, False))
+    assert decided == {"line": [f"{key}=0.001"], "sweep": {f"{key}=0.001": 0.5}}
 
 
 def test_mappings_may_be_values_of_an_axis():

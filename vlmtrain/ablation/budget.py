@@ -83,7 +83,9 @@ def _seconds_per_step(ablation: Ablation, choice: Choice, runner: Runner) -> dic
 def _sweep(
     ablation: Ablation, choice: Choice, runner: Runner, line: list[str], combinations: list[list[str]]
 ) -> list[float]:
-    """Validation loss of a short run for each combination of values; infinite for one that fails."""
+    """Validation loss of a short run for each combination of values; infinite for one that fails or has none."""
+
+    *_, last = _plans(ablation, choice)
 
     def loss(item: tuple[int, list[str]]) -> float:
         number, values = item
@@ -92,7 +94,8 @@ def _sweep(
             _short_run(ablation, choice, runner, folder, [*line, *values], ablation.sweep_steps)
         except ValueError:
             return math.inf
-        return _last_loss(folder, list(ablation.settings(choice).stages)[-1])
+        found = _last_loss(folder, last)
+        return found if math.isfinite(found) else math.inf
 
     return runner.at_once(loss, enumerate(combinations))
 
