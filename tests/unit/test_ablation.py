@@ -17,6 +17,7 @@ import torch
 from vlmtrain.ablation import Entry, compare, read_line, run_ablation
 from vlmtrain.ablation.budget import _equal_steps, decide
 from vlmtrain.ablation.jobs import Runner, device_slots
+from vlmtrain.ablation.page import _losses, _side_by_side
 from vlmtrain.ablation.results import Clusters, _by_category, _interval, studentized_range
 from vlmtrain.ablation.show import main_table, note, tables
 from vlmtrain.charts import Series, line_chart, scatter_chart
@@ -206,6 +207,37 @@ def test_a_sweep_takes_the_lowest_finite_loss_of_the_last_stage_that_runs(line, 
     ablation = read_line([*QUICKSTART, *line, f"sweep.{key}=[1e9,1e-3]", f"run_dir={tmp_path}"])
     decided = decide(ablation, ablation.choices[0], Finished(ablation, False))
     assert decided == {"line": [f"{key}=0.001"], "sweep": {f"{key}=0.001": 0.5}}
+
+
+def test_seeds_may_have_steps_of_their_own(tmp_path):
+    """As packed rows of an epoch have: the curves go as far as all seeds do."""
+    ablation = read_line([*QUICKSTART, "seeds=[0,1]", "stage=instruct", f"run_dir={tmp_path}"])
+    for choice in ablation.choices:
+        for seed in ablation.seeds:
+            file = ablation.job(choice, seed) / "instruct" / "metrics.jsonl"
+            file.parent.mkdir(parents=True)
+            records = [{"step": step, "loss": 1 / step} for step in range(1, 12 + seed)]
+            file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = re.findall(r'<polyline points="([^"]*)"', _losses(ablation, ablation.choices))
+    assert [len(line.split()) for line in lines] == [11, 11]
+
+
+def test_answers_side_by_side_are_of_several_pictures(tmp_path):
+    """Four questions about each of six pictures: each picture's first two, in their order."""
+    ablation = read_line([*QUICKSTART, f"run_dir={tmp_path}"])
+    asked = {"reference": "red", "prediction": "red", "exact": True, "category": None}
+    samples = [
+        {"turn": turn, "question": f"{turn} of {picture}?", "pictures": [f"data:{picture}"], **asked}
+        for picture in range(6)
+        for turn in range(4)
+    ]
+    for choice in ablation.choices:
+        folder = ablation.job(choice, 0) / "instruct"
+        folder.mkdir(parents=True)
+        (folder / "samples.json").write_text(json.dumps(samples))
+    page = _side_by_side(ablation, ablation.choices)
+    shown = re.findall(r"<dt>(.*?)</dt>", page)
+    assert shown == [f"{turn} of {picture}?" for picture in range(6) for turn in range(2)]
 
 
 def test_mappings_may_be_values_of_an_axis():

@@ -69,8 +69,9 @@ def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
         for number, choice in enumerate(choices):
             files = [ablation.job(choice, seed) / stage / "metrics.jsonl" for seed in ablation.seeds]
             records = [read_records(file) for file in files]
-            curves = np.array([smooth([record["loss"] for record in seed], SMOOTHED) for seed in records])
-            steps = [record["step"] for record in records[0]]
+            length = min(map(len, records))  # an epoch of packed rows has a few steps more or less, by the seed's order
+            curves = np.array([smooth([record["loss"] for record in seed[:length]], SMOOTHED) for seed in records])
+            steps = [record["step"] for record in records[0][:length]]
             band = (curves.min(0).tolist(), curves.max(0).tolist()) if len(curves) > 1 else None
             series.append(Series(choice.label, steps, curves.mean(0).tolist(), color=number, band=band))
         seeds = f", mean and range of {len(ablation.seeds)} seeds" if len(ablation.seeds) > 1 else ""
@@ -79,11 +80,13 @@ def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
 
 
 def _side_by_side(ablation: Ablation, choices: Sequence[Choice]) -> str:
-    """A few pictures, with what each answered: questions of the first seed, as they come."""
+    """A few pictures, with what each answered: of the first seed, each picture's first question before any second."""
     samples = {choice.label: read_json(_last_stage(ablation, choice) / "samples.json") for choice in choices}
     first = next(iter(samples.values()))
+    shown = sorted(range(len(first)), key=lambda i: first[i]["turn"])[:SHOWN]
     cards = []
-    for i, sample in enumerate(first[:SHOWN]):
+    for i in sorted(shown):
+        sample = first[i]
         pictures = "".join(f'<img src="{uri}" alt="">' for uri in sample["pictures"])
         answers = ""
         for label, own in samples.items():
