@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from vlmtrain.ablation import Entry, compare, read_line, run_ablation
+from vlmtrain.ablation import Entry, compare, read_line, read_results, run_ablation
 from vlmtrain.ablation.budget import _equal_steps, decide
 from vlmtrain.ablation.jobs import Runner, device_slots
 from vlmtrain.ablation.page import _losses, _side_by_side
 from vlmtrain.ablation.results import Clusters, _by_category, _interval, studentized_range
-from vlmtrain.ablation.show import main_table, note, tables
+from vlmtrain.ablation.show import main_table, note, tables, write_results
 from vlmtrain.charts import Series, line_chart, scatter_chart
 from vlmtrain.cli import ablate
 from vlmtrain.planning.plan import Machine, plan_run
@@ -143,12 +143,15 @@ def test_what_could_not_be_compared_is_refused_before_anything_runs(line, said, 
     assert not (tmp_path / "ablation").exists()
 
 
-def finished_job(folder: Path, rng: np.random.Generator) -> None:
+def finished_job(folder: Path, rng: np.random.Generator, question: str = "What is", samples: int = 8) -> None:
     """What a job leaves that has trained the stage `instruct`."""
     folder.mkdir(parents=True)
     answers = [
         {
             "conversation": i // 5,
+            "turn": i % 5,
+            "question": f"{question} {i}?",
+            "reference": "red",
             "category": None,
             "scores": {"exact_match": float(rng.random() < 0.5)},
             "blind_scores": {"exact_match": 0.0},
@@ -158,7 +161,7 @@ def finished_job(folder: Path, rng: np.random.Generator) -> None:
     ]
     score = float(np.mean([answer["scores"]["exact_match"] for answer in answers]))
     summary = {"steps": 1, "parts": {"connector": {"parameters": 7}}, "validation": {"exact_match": score, "loss": 0.5}}
-    record = {"step": 1, "loss": 1.0, "samples_per_second": 1.0, "peak_memory_bytes": 1}
+    record = {"step": 1, "loss": 1.0, "samples": samples, "samples_per_second": 1.0, "peak_memory_bytes": 1}
     for name, content in (("answers", answers), ("summary", summary), ("samples", [])):
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
@@ -238,6 +241,47 @@ def test_answers_side_by_side_are_of_several_pictures(tmp_path):
     page = _side_by_side(ablation, ablation.choices)
     shown = re.findall(r"<dt>(.*?)</dt>", page)
     assert shown == [f"{turn} of {picture}?" for picture in range(6) for turn in range(2)]
+
+
+def table_of(folder: Path, line: list[str], jobs: dict[str, dict]) -> tuple[list[Entry], str]:
+    """What is said of finished jobs, by folder, of which each has its questions and samples."""
+    ablation = read_line(["recipe=quickstart", "stage=instruct", *line, f"run_dir={folder}"])
+    for name, facts in jobs.items():
+        finished_job(folder / "jobs" / name / "seed-0" / "instruct", np.random.default_rng(3), **facts)
+    entries = read_results(ablation)
+    write_results(ablation, entries)
+    return entries, (folder / "ablation.md").read_text()
+
+
+def test_the_table_says_what_an_axis_makes_unequal(tmp_path):
+    line = ["connectors=[mlp]", "axis.stages.instruct.batch_size=[8,32]"]
+    jobs = {"mlp-instruct.batch_size-8": {"samples": 8}, "mlp-instruct.batch_size-32": {"samples": 32}}
+    entries, said = table_of(tmp_path, line, jobs)
+    assert {entry.samples for entry in entries} == {8, 32}
+    assert (
+        "| samples |" in said
+        and "Equal for all, but for what stages.instruct.batch_size itself changes: steps (" in said
+    )
+
+
+def test_answers_to_other_questions_are_not_compared(tmp_path):
+    line = ["connectors=[mlp]", "axis.data.difficulty=[1,2,3]", "data=probes"]
+    names = [f"mlp-data.difficulty-{level}" for level in (1, 2, 3)]
+    asked = ["What is", "What is", "Where is"]
+    entries, said = table_of(tmp_path, line, {name: {"question": words} for name, words in zip(names, asked)})
+    told = {entry.label: entry.p_value for entry in entries}
+    assert list(told.values()).count(None) == 2 and told["mlp, data.difficulty=3"] is None
+    assert said.count("other questions") == 1 and said.count("the best |") == 1
+
+
+def test_an_ablation_goes_on_with_other_keys_that_no_result_hangs_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    line = ["recipe=quickstart", "connectors=[mlp]", "stage=instruct", f"run_dir={tmp_path}"]
+    assert run_ablation(read_line(line), False)
+    more = ["workers=0", "stages.instruct.micro_batch_size=1", "collective_timeout=99", "stages.instruct.save_every=5"]
+    assert run_ablation(read_line([*line, *more]), False), "it began its job again"
+    with pytest.raises(ValueError, match=r"began with another line \(stages.instruct.max_length=99\)"):
+        run_ablation(read_line([*line, "stages.instruct.max_length=99"]), False)
 
 
 def test_mappings_may_be_values_of_an_axis():

@@ -37,6 +37,9 @@ from .budget import decide
 from .line import Ablation, Choice
 
 REFRESH_SECONDS = 1.0
+# Keys that change how fast jobs run, or what they keep: a line with others of these goes on with the finished jobs.
+FREE = ("workers", "wandb", "wandb_project", "wandb_model", "collective_timeout")
+FREE_IN_STAGE = ("micro_batch_size", "save_every", "save_every_minutes", "keep_last")
 
 
 def run_ablation(ablation: Ablation, show_progress: bool = True) -> list[tuple[Choice, str]]:
@@ -97,10 +100,10 @@ def _check_sweep(ablation: Ablation, choice: Choice, settings: DictConfig) -> No
 
 
 def _check_same(ablation: Ablation) -> None:
-    """Hold the folder to the line it began with; more connectors and seeds may come."""
+    """Hold the folder to the line it began with; more connectors and seeds may come, and `FREE` keys differ."""
     file = ablation.folder / "ablation.json"
     facts = {
-        "line": sorted(ablation.line),
+        "line": _binding(ablation.line),
         "budget": ablation.budget,
         "reference": None if ablation.budget == "steps" else ablation.choices[0].label,
         "sweep": [[key, list(values)] for key, values in ablation.sweep],
@@ -108,12 +111,22 @@ def _check_same(ablation: Ablation) -> None:
     }
     if file.exists():
         began = read_json(file)
-        changed = sorted(set(began["line"]) ^ set(facts["line"]))
+        changed = sorted(set(_binding(began["line"])) ^ set(facts["line"]))
         changed += [f"{key}={began[key]}" for key in facts if key != "line" and began[key] != facts[key]]
         if changed:
             raise ValueError(f"{ablation.folder} began with another line ({', '.join(changed)}); set another run_dir")
     make_folder(ablation.folder, f"run_dir={ablation.folder}")
     replace_text(file, json.dumps(facts, indent=2) + "\n")
+
+
+def _binding(line: Iterable[str]) -> list[str]:
+    """The overrides that no job of the same ablation may have otherwise."""
+
+    def is_free(override: str) -> bool:
+        first, _, rest = override.partition("=")[0].lstrip("+~").partition(".")
+        return first in FREE or (first == "stages" and rest.partition(".")[2] in FREE_IN_STAGE)
+
+    return sorted(override for override in line if not is_free(override))
 
 
 def wanted_stages(settings: DictConfig) -> list[str]:

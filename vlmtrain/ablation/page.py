@@ -27,6 +27,7 @@ def write_page(
     ablation: Ablation, tables: Mapping[str, list[tuple[str, ...]]], note: str, entries: Sequence[Entry]
 ) -> None:
     choices = [choice for choice in ablation.choices if choice.label in {entry.label for entry in entries}]
+    alike = {entry.label for entry in entries if entry.questions == entries[0].questions}
     main, *others = tables.items()
     shown = "".join(f"<h2>{escape(title.capitalize())}</h2>{_table(table)}" for title, table in others)
     page = (
@@ -36,7 +37,7 @@ def write_page(
         f"{_table(main[1])}<p class=quiet>{escape(note)}</p>{shown}"
         f'<h2>Score by cost</h2><div class="charts">{_scores(ablation, entries)}</div>'
         f'<h2>Training loss</h2><div class="charts">{_losses(ablation, choices)}</div>'
-        f"{_side_by_side(ablation, choices)}</html>\n"
+        f"{_side_by_side(ablation, [choice for choice in choices if choice.label in alike])}</html>\n"
     )
     (ablation.folder / "ablation.html").write_text(page, encoding="utf-8")
 

@@ -49,7 +49,7 @@ class Entry:
     interval, loss_interval: 95 % over seeds and conversations; p_value: of the difference to the best, corrected for
     all pairs (see `compare`), None for the best itself. scores: all that validation computed, means over seeds.
     by_category: score, interval, and score with the picture blanked. chosen: what the sweep chose. steps: of the stages
-    with a connector.
+    with a connector; samples: that the first seed's took. questions: what was asked, and the references.
     """
 
     label: str
@@ -65,6 +65,8 @@ class Entry:
     train_flops: float | None = None
     peak_memory_bytes: int = 0
     steps: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    questions: frozenset = frozenset()
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     by_category: dict[str, tuple[float, Interval, float]] = field(default_factory=dict)
@@ -82,14 +84,15 @@ class Entry:
 
 
 def read_results(ablation: Ablation, without: Collection[Choice] = ()) -> list[Entry]:
-    """The results of all choices but some, best first. Raises ValueError for a job without the metric."""
+    """The results of all choices but some, best first. Raises ValueError for a job without the metric.
+
+    Only what was asked the same questions as the best is compared with it: an axis may change the data.
+    """
     entries = [_entry(ablation, choice) for choice in ablation.choices if choice not in without]
-    sizes = {tuple(tuple(seed.counts) for seed in entry.measured) for entry in entries}
-    if len(sizes) > 1:
-        raise ValueError(f"{ablation.folder}: the jobs answered different questions, so they cannot be compared")
+    entries.sort(key=lambda entry: -entry.score)
     if entries:
-        compare(entries)
-    return sorted(entries, key=lambda entry: -entry.score)
+        compare([entry for entry in entries if entry.questions == entries[0].questions])
+    return entries
 
 
 def _entry(ablation: Ablation, choice: Choice) -> Entry:
@@ -100,6 +103,7 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
     validations = [summary["validation"] for summary in summaries]
     answers = [read_json(folder / "answers.json") for folder in folders]
     plans = {plan.name: plan for plan in plan_run(settings, Machine()) if "connector" in plan.parts}
+    stages = {name: ablation.job(choice, ablation.seeds[0]) / name for name in plans if name in wanted_stages(settings)}
     flops = [plan.flops for plan in plans.values()]
     steps = [step for folder in folders for step in read_records(folder / "metrics.jsonl")]
     measured = [_measured(seed, ablation.metric, folder) for seed, folder in zip(answers, folders)]
@@ -120,7 +124,9 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
         samples_per_second=float(np.median([step["samples_per_second"] for step in steps])),
         train_flops=None if None in flops else sum(flops),
         peak_memory_bytes=max(step["peak_memory_bytes"] for step in steps),
-        steps={name: plan.steps for name, plan in plans.items()},
+        steps={name: _finished(folder)["steps"] for name, folder in stages.items()},
+        samples=sum(step["samples"] for folder in stages.values() for step in read_records(folder / "metrics.jsonl")),
+        questions=_questions(answers),
         chosen={key: value for key, _, value in decided if key in sweep},
         scores={name: float(np.mean([validation[name] for validation in validations])) for name in names},
         by_category=_by_category(answers, ablation.metric),
@@ -137,6 +143,11 @@ def _measured(answers: list[dict], metric: str, folder: Path, kind: str = "score
     return Clusters.of(
         np.array([answer[kind][metric] for answer in judged]), np.array([answer["conversation"] for answer in judged])
     )
+
+
+def _questions(answers: list[list[dict]]) -> frozenset:
+    keys = ("conversation", "turn", "question", "reference")
+    return frozenset((number, *(answer[key] for key in keys)) for number, seed in enumerate(answers) for answer in seed)
 
 
 def _losses(answers: list[dict]) -> Clusters:

@@ -26,7 +26,7 @@ def write_results(ablation: Ablation, entries: Sequence[Entry]) -> None:
 
 def as_json(entry: Entry) -> dict:
     """An entry's numbers."""
-    facts = {key: value for key, value in vars(entry).items() if key != "measured"}
+    facts = {key: value for key, value in vars(entry).items() if key not in ("measured", "questions")}
     verdict = {"runs_differ_from_the_best": entry.runs_differ, "told_apart_from_the_best": entry.is_told_apart}
     return {**facts, **verdict, "seeds": len(entry.measured)}
 
@@ -90,14 +90,18 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     seeds = len(ablation.seeds)
     plural = "s" if seeds > 1 else ""
     first = ablation.choices[0].label
+    counts = {entry.samples for entry in entries}
     equal = {
-        "steps": "steps and samples",
+        "steps": "steps and samples" if len(counts) < 2 else "steps (samples as the table says)",
         "samples": f"samples, as many as {first} takes",
         "flops": f"training FLOPs of each stage, by plan, as many as {first} takes (so steps differ)",
         "wall": f"seconds of training, by the speed of short runs, as many as {first} takes (so steps differ)",
     }[ablation.budget]
+    axes = [key for key, _ in ablation.choices[0].axes]
+    apart = f", but for what {', '.join(axes)} itself changes" if axes else ""
     told = [
-        f"Equal for all: {equal}; the order of samples, all first weights but the connector's, and the questions.",
+        f"Equal for all{apart}: {equal}; the order of samples, all first weights but the connector's, and the "
+        "questions.",
         f"{seeds} seed{plural}; intervals (95 %) and p-values by a bootstrap over seeds and, the same for all seeds, "
         "conversations; p-values are paired, against the best, and corrected for its being chosen among all pairs "
         "(max-statistic)" + (", not below those of Tukey's range over seeds." if seeds >= FEW_SEEDS else "."),
@@ -119,7 +123,7 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     if seeds < FEW_SEEDS:
         told.append(
             f"With {seeds} seed{plural}, how much a connector differs from itself in another run cannot be told: "
-            '"runs differ" is said of these runs alone, and small differences may be chance.'
+            '"runs differ" is said of these runs alone, small differences may be chance, and intervals are too narrow.'
         )
     return " ".join(told)
 
@@ -127,9 +131,11 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
 def main_table(ablation: Ablation, entries: Sequence[Entry]) -> Table:
     swept = [key for key, _ in ablation.sweep]
     by_steps = len({tuple(entry.steps.items()) for entry in entries}) > 1
+    by_samples = len({entry.samples for entry in entries}) > 1
     head = (
         *("connector", _words(ablation.metric), "95 % interval", "blind", "loss", "tokens", "parameters"),
         *(("steps",) if by_steps else ()),
+        *(("samples",) if by_samples else ()),
         *("samples/s", "train FLOPs", "peak memory"),
         *(f"chosen {key.removeprefix('stages.').replace('.train.', '.')}" for key in swept),
         "against the best",
@@ -144,20 +150,21 @@ def main_table(ablation: Ablation, entries: Sequence[Entry]) -> Table:
             f"{entry.tokens:,}",
             f"{entry.parameters:,}",
             *((" + ".join(f"{steps:,}" for steps in entry.steps.values()),) if by_steps else ()),
+            *((f"{entry.samples:,}",) if by_samples else ()),
             f"{entry.samples_per_second:.1f}",
             "not known" if entry.train_flops is None else f"{entry.train_flops:.2e}",
             f"{entry.peak_memory_bytes / 2**30:.2f} GiB",
             *(entry.chosen.get(key, "") for key in swept),
-            _verdict(entry),
+            _verdict(entry, entries[0]),
         )
         for entry in entries
     ]
     return [head, *rows]
 
 
-def _verdict(entry: Entry) -> str:
+def _verdict(entry: Entry, best: Entry) -> str:
     if entry.p_value is None:
-        return "the best"
+        return "the best" if entry is best else "other questions" if entry.questions != best.questions else ""
     said = "differs" if entry.is_told_apart else "runs differ" if entry.runs_differ else "cannot tell"
     least = "p < 0.001" if entry.p_value < 0.001 else f"p = {entry.p_value:.3f}"
     return f"{least}, {said}"
