@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 
 from vlmtrain.data.processor import Processor
-from vlmtrain.model.parts import load_part, module_state
+from vlmtrain.model.parts import load_part, module_state, write_manifest
 from vlmtrain.model.vision import build_vision
 from vlmtrain.training.model_folder import ModelWriter
 from vlmtrain.world import World
@@ -37,3 +38,24 @@ def test_a_frozen_part_is_not_taken_from_a_folder_that_holds_other_weights(tmp_p
     writer.write(Engine(), tmp_path / "best")
     found = module_state(load_part("vision", tmp_path / "best"))
     assert all(tensor.equal(found[name]) for name, tensor in module_state(vision).items())
+
+
+@pytest.mark.parametrize(
+    "start, stage, fresh, expected",
+    [
+        (None, None, [], "hub/id"),  # frozen so far
+        (None, "align", [], "before"),
+        ("imported", None, [], "before"),
+        ("imported", None, ["llm"], "hub/id"),
+    ],
+)
+def test_adapters_name_the_weights_that_they_fit(start, stage, fresh, expected, tmp_path, tokenizer):
+    (tmp_path / "before").mkdir()
+    write_manifest(tmp_path / "before", {"llm": {"sha256": "", "dtype": "float32", "stage": stage}})
+    settings = OmegaConf.create(
+        {"init_from": start, "stages": {"s": {"drops": [], "fresh": fresh}}, "llm": {"path": "hub/id"}}
+    )
+    processor = Processor(tokenizer, None, "plain", 64)
+    world = World(0, 1, torch.device("cpu"))
+    writer = ModelWriter(settings, "s", {}, [], processor, tmp_path / "before", world)
+    assert writer._base("llm") == (expected if "/" in expected else str(tmp_path / expected / "llm"))

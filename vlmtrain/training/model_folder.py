@@ -62,8 +62,7 @@ class ModelWriter:
                     shutil.copytree(target / part, partial / part, copy_function=link_or_copy)
                 manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.stage if groups else None}
                 if whole.keys() != state.keys():
-                    base = self.settings[part].get("path")
-                    save_adapters(module, state, partial / ADAPTERS / part, base)
+                    save_adapters(module, state, partial / ADAPTERS / part, self._base(part))
         if self.world.is_main:
             self._hand_on(partial, manifest)
             self.processor.save_pretrained(partial)
@@ -72,6 +71,17 @@ class ModelWriter:
             replace_folder(partial, target)
         self.world.barrier()
         return self.world.from_main(hashes)
+
+    def _base(self, part: str) -> str | None:
+        """Where the weights are that a part began with: a folder or hub id, None if nowhere.
+
+        The settings' own only where neither `init_from` nor a stage before has put others in their place.
+        """
+        handed_on = {} if self.previous is None else read_manifest(self.previous)
+        is_others = self.settings.get("init_from") is not None or handed_on.get(part, {}).get("stage") is not None
+        if part in handed_on and is_others and part not in self.settings.stages[self.stage].get("fresh", ()):
+            return str(self.previous / part)
+        return self.settings[part].get("path")
 
     def _hand_on(self, folder: Path, manifest: dict[str, dict]) -> None:
         """Parts that this stage did without stay in the model, as links to the same files where possible."""
