@@ -36,6 +36,15 @@ def model(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+def test_a_model_without_a_language_model_answers_nothing(model, capsys):
+    manifest = json.loads((model / "vlmtrain.json").read_text())
+    for part in ("connector", "llm"):
+        del manifest["parts"][part]
+    (model / "vlmtrain.json").write_text(json.dumps(manifest))
+    for line in (["chat", str(model), "--prompt", "What?"], ["evaluate", str(model)]):
+        assert f"{model} has no language model, only vision: expected the model of a stage" in refused(capsys, *line)
+
+
 def test_a_folder_of_the_wrong_class(tmp_path, model, capsys):
     build_llava(tmp_path / "hf")
     hint = (

@@ -118,13 +118,13 @@ def test_a_picture_comes_from_a_file_or_from_standard_input(home, monkeypatch, c
 
 
 def test_several_turns_and_a_further_picture(home, monkeypatch, capsys):
-    lines = f"What is this?\n/image {home / 'none.png'}\n/image {home / 'other.png'}\nAnd this?\n\n"
+    lines = f"What is this?\n/image {home / 'none.png'}\n/image\n/image {home / 'other.png'}\nAnd this?\n\n"
     line = [str(home / "model"), "--image", str(home / "one.png")]
     status, out, _ = talk(monkeypatch, capsys, line, lines.encode())
     first = greedy(home, ["<image>\nWhat is this?"], ["one.png"])
     second = greedy(home, ["<image>\nWhat is this?", first, "<image>\nAnd this?"], ["one.png", "other.png"])
     assert status == 0 and first in out and second in out
-    assert f"image {home / 'none.png'} does not exist" in out
+    assert f"image {home / 'none.png'} does not exist" in out and "/image: expected a file behind it" in out
 
 
 @pytest.mark.parametrize(

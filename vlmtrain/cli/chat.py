@@ -28,12 +28,12 @@ def run(options: argparse.Namespace) -> None:
     from ..data.processor import Processor
     from ..evaluation.chat import Chat
     from ..model import VLMWrapper
-    from ..model.parts import read_manifest
+    from ..model.parts import check_answers
 
     pictures = _pictures(options)
     if options.web and not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port}: expected 0 (any that is free) to {2**16 - 1}")
-    read_manifest(options.model)
+    check_answers(options.model)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chat = Chat(VLMWrapper.from_pretrained(options.model).to(device), processor, pictures)
@@ -54,6 +54,8 @@ def run(options: argparse.Namespace) -> None:
     print("Ask about the picture; /image FILE shows another; an empty line ends.")
     while words := _ask():
         try:
+            if words == "/image":
+                raise ValueError("/image: expected a file behind it")
             if words.startswith("/image "):
                 chat.show(words.removeprefix("/image ").strip())
             else:

@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.metrics import check_metrics, score_rows
     from ..evaluation.validation import Validator
     from ..model import VLMWrapper
-    from ..model.parts import read_manifest
+    from ..model.parts import check_answers
     from ..numbers import RUN, VALIDATION, check_numbers
     from ..settings import compose_evaluation
     from ..world import World
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     settings = compose_evaluation(options.overrides)
     check_numbers(settings, VALIDATION | {"seed": RUN["seed"]})
     check_metrics(settings.validation.metrics)
-    read_manifest(options.model)
+    check_answers(options.model)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = VLMWrapper.from_pretrained(options.model).to(device)

@@ -139,6 +139,15 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def check_answers(folder: Path) -> None:
+    """Raise ValueError unless `folder` is a model folder with a language model, which answers."""
+    parts = read_manifest(folder)
+    if "llm" not in parts:
+        raise ValueError(
+            f"{folder} has no language model, only {', '.join(parts)}: expected the model of a stage that has an llm"
+        )
+
+
 def read_manifest(folder: Path) -> dict[str, dict]:
     """What each part of a model folder is. Raises ValueError if `folder` is no model folder."""
     if not folder.is_dir():
