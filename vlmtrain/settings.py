@@ -169,7 +169,8 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
         settings.named = sorted(_named_of_connector(hydra))
         if settings.run_dir is None:
             suffix = "-mini" if settings.mini else ""
-            settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{_swept(hydra)}"
+            apart = _swept(hydra, settings.name, settings.connector.name)
+            settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{apart}"
     try:
         OmegaConf.resolve(settings)
     except OmegaConfBaseException as error:
@@ -186,12 +187,15 @@ def _named_of_connector(hydra: DictConfig) -> set[str]:
     return {key for key in keys if key.split(".")[0] == "connector"}
 
 
-def _swept(hydra: DictConfig) -> str:
-    """What sets a job of ``--multirun`` apart from the others, for its folder's name; the connector is in it anyway."""
+def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:
+    """What sets a job of ``--multirun`` apart from the others, for its folder's name.
+
+    That has the names of recipe and connector anyway; a choice under another name (a connector's further options) not.
+    """
     if hydra.mode is not RunMode.MULTIRUN:
         return ""
-    swept = [o for o in hydra.overrides.task if o not in sys.argv and not o.startswith(("connector=", "recipe="))]
-    return "".join("-" + re.sub(r"[^\w.=-]+", "_", override) for override in swept)
+    known = (f"recipe={recipe}", f"connector={connector}", *sys.argv)
+    return "".join("-" + re.sub(r"[^\w.=-]+", "_", o) for o in hydra.overrides.task if o not in known)
 
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

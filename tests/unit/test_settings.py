@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from vlmtrain.paths import CONFIGS, RECIPES
-from vlmtrain.settings import compose
+from vlmtrain.settings import _swept, compose
 
 
 def test_a_recipes_options_apply_to_the_choice_they_speak_of_only():
@@ -42,6 +46,14 @@ def test_mini_swaps_groups_except_those_that_the_line_names():
 def test_the_default_folder_carries_recipe_and_connector():
     assert compose(["recipe=llava_1_5", "connector=linear"]).run_dir == "runs/llava_1_5-linear"
     assert compose(["recipe=llava_1_5", "mini=true"]).run_dir != compose(["recipe=llava_1_5"]).run_dir
+
+
+def test_jobs_of_one_line_differ_in_their_folders_by_what_differs(monkeypatch):
+    """Two choices may be the same connector with other options, which its name does not say."""
+    monkeypatch.setattr(sys, "argv", ["train", "--multirun", "recipe=mine", "connector=mine,wide", "seed=0,1"])
+    for choice, expected in (("mine", "-seed=0"), ("wide", "-connector=wide-seed=0")):
+        hydra = {"mode": RunMode.MULTIRUN, "overrides": {"task": ["recipe=mine", f"connector={choice}", "seed=0"]}}
+        assert _swept(OmegaConf.create(hydra), "mine", "mine") == expected
 
 
 def test_quickstart_is_the_default():
