@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..connectors import VisionFeatures
-from ..errors import nearest
+from ..errors import first_line, nearest, some
 from .loading import know_blip_towers, load_hf_config, load_hf_model, load_strictly, read_json
 
 
@@ -212,8 +212,17 @@ class OpenClipVision(VisionEncoder):
         own = _pair(config["vision_cfg"]["image_size"])
         size = image_size if image_size is None or isinstance(image_size, int) else tuple(image_size)
         here = torch.get_default_device()
-        with _without_warnings(pretrained is None):
-            model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size, device=here)
+        try:
+            with _without_warnings(pretrained is None):
+                model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size, device=here)
+        except Exception as error:  # it raises anything for a tag, a download or a file that does not load
+            if pretrained is None:
+                raise
+            raise ValueError(
+                f"vision.pretrained={pretrained}: open_clip cannot load these weights of {name} "
+                f"({first_line(error)}): expected a file, or one of its tags: "
+                f"{some(open_clip.list_pretrained_tags_by_model(name)) or 'it has none'}"
+            ) from None
         config["vision_cfg"]["image_size"] = list(_pair(model.visual.image_size))
         config["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in model.visual.modules())
         preprocess = open_clip.get_model_preprocess_cfg(model)

@@ -347,6 +347,16 @@ def test_open_clip_interpolates_published_positions(named_model):
     assert wide.grid == (4, 8) and run(wide, pictures(32, 64)).patches.shape == (2, 4, 8, WIDTH)
 
 
+def test_weights_that_open_clip_cannot_load_are_named(named_model, tmp_path):
+    name, _ = named_model
+    (tmp_path / "words.pt").write_text("words")
+    torch.save({"visual.proj": torch.zeros(1)}, tmp_path / "other.pt")
+    for given in ("no_such_tag", tmp_path / "words.pt", tmp_path / "other.pt"):
+        with pytest.raises(ValueError, match=f"vision.pretrained={given}: open_clip cannot load .* {name}") as error:
+            build_vision("open_clip", name=name, pretrained=str(given))
+        assert "expected a file, or one of its tags: it has none" in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_open_clip_saved_and_loaded_is_the_same(named_model, tmp_path, by_name):
     name, file = named_model
