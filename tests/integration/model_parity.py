@@ -219,6 +219,7 @@ LLAVA_CASES = {
     "bare": Case(template="bare"),
     "plain": Case(template="plain", tokenizer="space first"),
     "crop": Case(fit="crop"),
+    "pad": Case(fit="pad"),
     "tiles": Case(**NEXT),
     "tiles, siglip, linear": Case(vision="siglip", connector="linear", **NEXT),
     "tiles, openai": Case(vision="openai", llm="qwen2", **NEXT),
@@ -376,6 +377,7 @@ def projector(depth: int) -> Source:
 
 LLAVA_SOURCES = {
     "clip, llama": llava(),
+    "clip, padded": llava(fit="pad"),
     "siglip, qwen2": llava(vision="siglip", llm="qwen2", fit="squash"),
     "dinov2, tied": llava(vision="dinov2", llm="llama, tied", vision_feature_layer=-1),
     "phi3, relu": llava(llm="phi3", projector_hidden_act="relu", vision_feature_layer=1),

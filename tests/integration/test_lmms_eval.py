@@ -105,6 +105,14 @@ def test_it_finds_choices_as_likely_as_validation_does(folder):
         losses = validator.losses(model.model, None)
     assert [total for total, _ in found] == pytest.approx([-losses[i][0] for i in range(len(talks))], abs=1e-4)
     assert not any(greedy for _, greedy in found)  # random weights
+    alone = Instance(
+        request_type="loglikelihood",
+        arguments=("Which?", " red"),
+        idx=0,
+        metadata={"task": "colors", "doc_id": 0, "repeats": 1},
+    )
+    ((likelihood, _),) = model.loglikelihood([alone])  # as for mutual information: words without a document
+    assert likelihood < 0
 
 
 @pytest.fixture(scope="module")

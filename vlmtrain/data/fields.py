@@ -109,18 +109,26 @@ def _text_of(value: object, key: str, name: str) -> str:
 
 
 def graded(turns: tuple[Turn, ...], record: Mapping, name: str) -> tuple[Turn, ...]:
-    """Turns with what their record says for evaluation. Raises BadSample if it does not say of which turn it speaks."""
+    """Turns with what their record says for evaluation.
+
+    Raises BadSample if it does not say of which turn it speaks, or if an answer is none of its choices.
+    """
     grading = read_grading(record, name)
-    if grading == UNGRADED:
-        return turns
-    spoken = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-    if replace(grading, category=None) != UNGRADED and len(spoken) > 1:
-        raise BadSample(
-            f"{name}: answers, captions and choices of a record with {len(spoken)} answers must stand in the turns"
+    if grading != UNGRADED:
+        spoken = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if replace(grading, category=None) != UNGRADED and len(spoken) > 1:
+            raise BadSample(
+                f"{name}: answers, captions and choices of a record with {len(spoken)} answers must stand in the turns"
+            )
+        turns = tuple(
+            replace(turn, grading=_together(turn.grading, grading)) if turn.role == "assistant" else turn
+            for turn in turns
         )
-    return tuple(
-        replace(turn, grading=_together(turn.grading, grading)) if turn.role == "assistant" else turn for turn in turns
-    )
+    for turn in turns:
+        choices = [choice.strip() for choice in turn.grading.choices]
+        if choices and turn.text.strip() not in choices:
+            raise BadSample(f"{name}: the answer {shown(turn.text)} is none of its 'choices', {shown(choices)}")
+    return turns
 
 
 def _together(own: Grading, whole: Grading) -> Grading:

@@ -31,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
 MAX_ASPECT = 200
+BAND_PIXELS = 4_000_000
 BLACK = (0, 0, 0)
 
 _UPRIGHT = {
@@ -258,7 +259,8 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
     """Bring a picture to `size` ``(H, W)``.
 
     squash: stretch. crop: scale until it covers, to whole pixels, and cut the centre (CLIP's own way).
-    pad: scale the longer side, fill the rest with the mean colour (LLaVA-1.5).
+    pad: fill up to the aspect of `size` with the mean colour, cut to whole levels, then scale (LLaVA-1.5, published
+    code).
     """
     height, width = size
     if image.size == (width, height):
@@ -273,13 +275,26 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
         left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
         return image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     assert fit == "pad", fit
-    inner = (
-        min(width, max(1, round(image.width / image.height * height))),
-        min(height, max(1, round(image.height / image.width * width))),
-    )
-    corner = round((width - inner[0]) * 0.5), round((height - inner[1]) * 0.5)
-    color = tuple(round(255 * channel) for channel in mean)
-    return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, color)
+    return _padded_and_scaled(image, size, tuple(int(255 * channel) for channel in mean))
+
+
+def _padded_and_scaled(image: Image.Image, size: tuple[int, int], color: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a canvas of the aspect of `size` ``(H, W)``, scaled to it.
+
+    Pillow scales rows before columns, so bands of rows may go one after another: the canvas of a long picture, which is
+    up to `MAX_ASPECT` times as large as the picture, is never whole in memory.
+    """
+    height, width = size
+    across, down = round(image.height * width / height), round(image.width * height / width)
+    whole = max(image.width, across), max(image.height, down)
+    left, top = (whole[0] - image.width) // 2, (whole[1] - image.height) // 2
+    narrow = Image.new("RGB", (width, whole[1]), color)
+    rows = max(1, BAND_PIXELS // whole[0])
+    for first in range(0, image.height, rows):
+        last = min(image.height, first + rows)
+        band = _on_canvas(image.crop((0, first, image.width, last)), (whole[0], last - first), (left, 0), color)
+        narrow.paste(band.resize((width, last - first), Image.Resampling.BICUBIC), (0, top + first))
+    return narrow.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _on_canvas(

@@ -211,7 +211,4 @@ def _image_processor(geometry: Geometry):
             )
         pinpoints = [[rows * side, columns * side] for rows, columns in geometry.tile_grids]
         return LlavaNextImageProcessorPil(**cropping, image_grid_pinpoints=pinpoints), remarks
-    padding = (
-        "image_fit=pad: Hugging Face pads before it scales, training after it: the picture's edge differs a little"
-    )
-    return LlavaImageProcessorPil(**options, size=square, do_center_crop=False, do_pad=True), (*remarks, padding)
+    return LlavaImageProcessorPil(**options, size=square, do_center_crop=False, do_pad=True), remarks

@@ -123,9 +123,15 @@ class Model(lmms):
     def _document(self, number: int, task: str, split: str):
         return self.task_dict[task][split][number]
 
-    def _conversation(self, context: str, to_visual: Callable, number: int, task: str, split: str) -> Conversation:
-        """The context as the user's words, with its pictures in front unless it says where they stand."""
-        pictures = [Picture(image) for image in _pictures(to_visual(self._document(number, task, split)))]
+    def _conversation(
+        self, context: str, to_visual: Callable | None = None, number: int = 0, task: str = "words", split: str = ""
+    ) -> Conversation:
+        """The context as the user's words, with its pictures in front unless it says where they stand.
+
+        Mutual information of choices asks for them without the document, so with no picture.
+        """
+        document = self._document(number, task, split) if to_visual else None
+        pictures = [Picture(image) for image in _pictures(to_visual(document) if to_visual else None)]
         missing = len(pictures) - context.count(IMAGE_MARK)
         words = "\n".join([IMAGE_MARK] * missing + [context])
         return Conversation(f"{task} {split} {number}", (Turn("user", words),), tuple(pictures))

@@ -142,7 +142,9 @@ class _Stage:
             logger.info(f"{self.name}: going on behind step {record['step']}")
         validator = self._validator(engine)
         if validator:
-            validator.check_metrics(self.settings.validation.final_samples)
+            options = self.settings.validation
+            sizes = options.samples, options.final_samples
+            validator.check_metrics(None if None in sizes else max(sizes))
         limit = self.settings.bad_sample_limit
         self.skips = Skips(len(self.source), limit.share, limit.in_a_row, record.get("skips"))
         record.setdefault("seconds", 0.0)

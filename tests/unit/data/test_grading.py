@@ -23,6 +23,10 @@ def test_a_record_speaks_of_all_its_turns_or_of_its_only_answer():
     with pytest.raises(BadSample, match=r"r: .* of a record with 2 answers must stand in the turns"):
         graded(TALK, {"choices": ["b", "d"]}, "r")
     assert graded(TALK, {}, "r") is TALK
+    with pytest.raises(BadSample, match=r"r: the answer 'b' is none of its 'choices', \['B', 'c'\]"):
+        graded(TALK[:2], {"choices": ["B", "c"]}, "r")
+    with pytest.raises(BadSample, match=r"none of its 'choices'"):
+        graded((TALK[0], Turn("assistant", "b", Grading(choices=("c",)))), {}, "r")
 
 
 def test_vqa_annotations_are_read_as_they_are():

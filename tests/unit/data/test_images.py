@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, features
+from PIL import Image, PngImagePlugin, features
 from torchvision.transforms import v2
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
+from vlmtrain.data import images
 from vlmtrain.data.images import MAX_ASPECT, MAX_SIDE, ImageInFile, ImageInMemory, ImageOnDisk, fit_image, to_tensor
 from vlmtrain.data.records import BadSample
 
@@ -61,32 +62,53 @@ def test_pad_keeps_the_aspect_and_fills_with_the_mean_color(wide):
     size = (40, 20) if wide else (20, 40)
     fitted = pixels(fit_image(Image.new("RGB", size, RED), (16, 16), "pad", MEAN))
     fitted = fitted if wide else fitted.transpose(1, 0, 2)
-    assert (fitted[4:12] == RED).all()
-    fill = [round(255 * channel) for channel in MEAN]
-    assert (fitted[:4] == fill).all() and (fitted[12:] == fill).all()
+    assert (fitted[6:10] == RED).all()
+    fill = [int(255 * channel) for channel in MEAN]
+    assert (fitted[:2] == fill).all() and (fitted[14:] == fill).all()
 
 
 def test_padding_is_nearly_zero_once_normalised():
     fitted = to_tensor(fit_image(Image.new("RGB", (40, 20), RED), (16, 16), "pad", MEAN), MEAN, STD)
-    assert fitted[:, 0].abs().max() < 0.5 / 255 / min(STD) + 1e-6
+    assert fitted[:, 0].abs().max() < 1 / 255 / min(STD) + 1e-6
 
 
-@pytest.mark.parametrize("target", [(16, 16), (12, 30), (336, 336)])
-def test_pad_gives_what_pillow_gives_wherever_a_line_is_left(target):
+@pytest.mark.parametrize("side", [16, 50, 336])
+def test_pad_gives_what_llavas_processor_gives(side):
+    library = LlavaImageProcessorPil(
+        do_pad=True,
+        size={"shortest_edge": side},
+        do_center_crop=False,
+        do_rescale=False,
+        do_normalize=False,
+        image_mean=MEAN,
+        resample=Image.Resampling.BICUBIC,
+    )
     random = np.random.default_rng(1)
-    fill = tuple(round(255 * channel) for channel in MEAN)
-    for width, height in random.integers(1, 90, (60, 2)).tolist():
-        image, size = noise(width, height), target[::-1]
-        if min(round(width / height * size[1]), round(height / width * size[0])) > 0:
-            expected = ImageOps.pad(image, size, Image.Resampling.BICUBIC, color=fill)
-            assert (pixels(fit_image(image, target, "pad", MEAN)) == pixels(expected)).all(), (width, height)
+    for width, height in [(500, 375), (375, 500), (640, 427), *random.integers(1, 90, (40, 2)).tolist()]:
+        theirs = library(noise(width, height), return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+        assert (pixels(fit_image(noise(width, height), (side, side), "pad", MEAN)) == theirs).all(), (width, height)
+
+
+@pytest.mark.parametrize("size", [(70, 33), (33, 70), (200, 1), (1, 200)])
+def test_pad_scales_a_canvas_of_the_targets_aspect(size, monkeypatch):
+    monkeypatch.setattr(images, "BAND_PIXELS", 1000)
+    width, height = size
+    whole = max(width, round(height * 30 / 12)), max(height, round(width * 12 / 30))
+    canvas = Image.new("RGB", whole, tuple(int(255 * channel) for channel in MEAN))
+    canvas.paste(noise(*size), ((whole[0] - width) // 2, (whole[1] - height) // 2))
+    expected = canvas.resize((30, 12), Image.Resampling.BICUBIC)
+    assert (pixels(fit_image(noise(*size), (12, 30), "pad", MEAN)) == pixels(expected)).all()
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
 def test_the_thinnest_picture_that_is_let_in_is_still_seen(fit):
     for size in ((MAX_ASPECT, 1), (1, MAX_ASPECT)):
-        fitted = fit_image(Image.new("RGB", size, RED), (16, 16), fit, MEAN)
-        assert fitted.size == (16, 16) and (pixels(fitted) == RED).all(-1).any()
+        fitted = pixels(fit_image(Image.new("RGB", size, RED), (16, 16), fit, MEAN))
+        assert fitted.shape == (16, 16, 3)
+        if fit == "pad":  # a twelfth of a row of pixels: it shines through
+            assert (fitted[..., 0] > int(255 * MEAN[0]) + 5).any() and (fitted[..., 0] < RED[0]).all()
+        else:
+            assert (fitted == RED).all(-1).any()
 
 
 def test_crop_keeps_the_centre_and_the_aspect():
