@@ -43,7 +43,8 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
         assert entry["score"] == right / sum(map(len, answers))
         assert entry["interval"][0] <= entry["score"] <= entry["interval"][1]
     with open(tmp_path / "ablation.csv") as file:
-        assert len(list(csv.reader(file))) == 3
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert {name: float(row["score"]) for name, row in rows.items()} == {n: e["score"] for n, e in results.items()}
     page = (tmp_path / "ablation.html").read_text()
     assert page.count("<svg") == 5 and "http" not in page.replace("http://www.w3.org", "")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -258,6 +259,11 @@ def test_the_table_says_what_an_axis_makes_unequal(tmp_path):
     jobs = {"mlp-instruct.batch_size-8": {"samples": 8}, "mlp-instruct.batch_size-32": {"samples": 32}}
     entries, said = table_of(tmp_path, line, jobs)
     assert {entry.samples for entry in entries} == {8, 32}
+    with open(tmp_path / "ablation.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in rows] == [entry.score for entry in entries]
+    assert [float(row["interval.high"]) for row in rows] == [entry.interval[1] for entry in entries]
+    assert {row["samples"] for row in rows} == {"8", "32"} and rows[0]["steps.instruct"] == "1"
     assert (
         "| samples |" in said
         and "Equal for all, but for what stages.instruct.batch_size itself changes: steps (" in said

@@ -18,8 +18,11 @@ def write_results(ablation: Ablation, entries: Sequence[Entry]) -> None:
     """Write ``ablation.md``, ``.csv``, ``.html`` and ``results.json`` into the ablation's folder."""
     folder = ablation.folder
     (folder / "ablation.md").write_text(markdown(ablation, entries))
+    rows = [_flat(as_json(entry)) for entry in entries]
     with open(folder / "ablation.csv", "w", newline="") as file:
-        csv.writer(file).writerows(main_table(ablation, entries))
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
     (folder / "results.json").write_text(json.dumps([as_json(entry) for entry in entries], indent=2) + "\n")
     write_page(ablation, tables(ablation, entries), note(ablation, entries), entries)
 
@@ -29,6 +32,18 @@ def as_json(entry: Entry) -> dict:
     facts = {key: value for key, value in vars(entry).items() if key not in ("measured", "questions")}
     verdict = {"runs_differ_from_the_best": entry.runs_differ, "told_apart_from_the_best": entry.is_told_apart}
     return {**facts, **verdict, "seeds": len(entry.measured)}
+
+
+def _flat(facts: dict) -> dict:
+    """Numbers by column: those of a mapping as ``steps.instruct``, an interval's ends as ``interval.low``."""
+    found = {}
+    for key, value in facts.items():
+        if key in ("interval", "loss_interval"):
+            value = dict(zip(("low", "high"), value))
+        if key == "by_category":
+            value = {kind: score for kind, (score, *_) in value.items()}
+        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def tables(ablation: Ablation, entries: Sequence[Entry]) -> dict[str, Table]:
