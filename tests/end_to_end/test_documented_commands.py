@@ -123,7 +123,7 @@ def test_every_command_is_understood(page, line, tmp_path, monkeypatch, own_modu
     words = shlex.split(in_small(line))
     if words[0].removeprefix(".venv/bin/") == "vlmtrain":
         options = _parse(words[1:])
-        own = re.compile(r"gpus=|gpu_|utilisation=|connectors=|seeds=|run_dir=")
+        own = re.compile(r"gpus=|gpu_|utilisation=|connectors=|seeds=|jobs=|run_dir=")
         overrides = [word for word in getattr(options, "overrides", []) if not own.match(word)]
         if overrides and words[1] != "evaluate":
             compose(overrides)
