@@ -54,7 +54,8 @@ def test_what_is_taken_in_says_what_the_source_says(name, imported):
         assert done.largest_relative_difference is None and done.image_fit == "crop"
         return
     assert done.largest_relative_difference <= 1e-4
-    assert done.image_fit == ("tiles" if "next" in name else "squash" if "siglip" in name else "crop")
+    fits = {"next": "tiles", "siglip": "squash", "padded": "pad"}
+    assert done.image_fit == next((fit for word, fit in fits.items() if word in name), "crop")
     assert f"| source's class | {imported[name]['parity'].model_class} |" in card
     assert "of the source's, relative to the largest |" in card
     assert f"| llm | {LLAVA_SOURCES[name].llm.partition(',')[0].capitalize()}ForCausalLM, " in card

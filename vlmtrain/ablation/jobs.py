@@ -199,19 +199,19 @@ class Runner:
     def job(self, job: tuple[Choice, int]) -> tuple[Choice, str] | None:
         """One of the runs that are compared; if it fails, its choice and why."""
         choice, seed = job
-        name, failure = f"{choice.label} seed {seed}", None
+        name, failure, has_run = f"{choice.label} seed {seed}", None, True
         try:
-            self.run(choice, seed, self.ablation.job(choice, seed), self.ablation.line_of(choice))
+            has_run = self.run(choice, seed, self.ablation.job(choice, seed), self.ablation.line_of(choice))
         except ValueError as error:
             failure = choice, f"{name}: {error}"
         self.bar.update()
         number = next(self.numbers)
-        if self.bar.disable:  # no terminal: a line a job
+        if self.bar.disable and has_run:  # no terminal: a line a job
             sys.stderr.write(f"{number} of {self.bar.total} jobs: {name} {'failed' if failure else 'is finished'}\n")
         return failure
 
-    def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str]) -> None:
-        """One run of all stages, from the shared ones on. Raises ValueError if it fails."""
+    def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str]) -> bool:
+        """One run of all stages, from the shared ones on; whether any was left. Raises ValueError if it fails."""
         settings = self.ablation.settings(choice, seed)
         stages = shared_stages(settings)
         for stage in stages:
@@ -220,12 +220,15 @@ class Runner:
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(self.shared(choice, seed) / stage, partial, copy_function=link_or_copy)
                 partial.rename(folder / stage)
-        self._start(line, seed, folder, choice.label, wanted_stages(settings))
+        return self._start(line, seed, folder, choice.label, wanted_stages(settings))
 
-    def _start(self, line: Sequence[str], seed: int, folder: Path, name: str, stages: Sequence[str]) -> None:
-        """One training process, or several under torchrun. Raises ValueError with its last words if it fails."""
+    def _start(self, line: Sequence[str], seed: int, folder: Path, name: str, stages: Sequence[str]) -> bool:
+        """One training process, or several under torchrun, unless it is finished; whether it was not.
+
+        Raises ValueError with its last words if it fails.
+        """
         if all((folder / stage / "summary.json").exists() for stage in stages):
-            return
+            return False
         folder.mkdir(parents=True, exist_ok=True)
         launcher = [sys.executable, "-m", "vlmtrain.processes"]
         if self.ablation.ranks > 1:
@@ -240,6 +243,7 @@ class Runner:
             words = (folder / "output.log").read_text(errors="replace").strip().splitlines()
             said = next((w for w in reversed(words) if "error" in w.lower()), words[-1] if words else "nothing")
             raise ValueError(f"a job did not finish (exit {code}): {said} ({folder / 'output.log'})")
+        return True
 
     @contextlib.contextmanager
     def _slot(self, folder: Path, name: str) -> Iterator[dict[str, str]]:
