@@ -57,7 +57,7 @@ PLACES = (
     (r"llava_v1_5_mix665k\.json|INSTRUCT\.json", "instruct.json"),
     (r"VALIDATION\.json|(?<=data\.validation=)FILE", "validation.json"),
     (r"IMAGES|(?<=data\.images=)DIR", "pictures"),
-    (r"(?<=--image )FILE", "pictures/red.png"),
+    (r"(?<=--image )(FILE|new\.png)", "pictures/red.png"),
     (r"runs/quickstart-my_connector/instruct/model", "own/instruct/model"),
     (r"runs/quickstart-mlp/instruct/model|MODEL_DIR", "model"),
     (r"picture\.png", "pictures/red.png"),

@@ -179,7 +179,7 @@ def main_table(ablation: Ablation, entries: Sequence[Entry]) -> Table:
 
 def _verdict(entry: Entry, best: Entry) -> str:
     if entry.p_value is None:
-        return "the best" if entry is best else "other questions" if entry.questions != best.questions else ""
+        return "the best" if entry is best else "other questions"
     said = "differs" if entry.is_told_apart else "runs differ" if entry.runs_differ else "cannot tell"
     least = "p < 0.001" if entry.p_value < 0.001 else f"p = {entry.p_value:.3f}"
     return f"{least}, {said}"

@@ -390,7 +390,6 @@ class _Stage:
                     loss = validator.loss(engine.model, self.settings.validation.samples)
                 self._keep_best(engine, self.total_steps, loss)
         after = self.models.write(engine, self.folder.model(self.name))
-        self.watch.doing(f"stage {self.name}: its benchmarks", outside=True)
         summary = {
             "stage": self.name,
             "steps": self.total_steps,
@@ -424,6 +423,7 @@ class _Stage:
         options = self.settings.validation
         if not options.lmms_eval or not {"vision", "connector", "llm"} <= set(self.parts):
             return {}
+        self.watch.doing(f"stage {self.name}: its benchmarks", outside=True)
         with engine.evaluating():
             return Benchmarks.from_options(options).scores(engine.model, self.processor, self.world)
 
