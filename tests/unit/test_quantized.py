@@ -176,6 +176,10 @@ def test_adapters_go_on_over_the_same_bits_alone(tokenizer, tmp_path):
         assert all(".lora_" in name for name in load_file(made / "adapter_model.safetensors"))
         base = {n: t.bfloat16() for n, t in dense.state_dict().items() if n.endswith("base_layer.weight")}
         assert file.metadata()["base_sha256"] == state_hash(base)
+    for i in range(8):
+        save_adapters(llm, state, tmp_path / str(i), None)
+        twin = tmp_path / str(i) / "adapter_model.safetensors"
+        assert twin.read_bytes() == (made / "adapter_model.safetensors").read_bytes()
 
 
 def on_merged(llm: nn.Module, tokenizer) -> nn.Module:

@@ -189,7 +189,8 @@ def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, 
         for name, tensor in state.items()
         if is_adapter(name)
     }
-    said = {"format": "pt", _BELONGS_TO: _base_hash(module, state)}
+    # one entry: safetensors writes several in an order of chance, and equal adapters should be equal files
+    said = {_BELONGS_TO: _base_hash(module, state)}
     save_file(adapters, folder / "adapter_model.safetensors", metadata=said)
     config = {**module.peft_config[_ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=_plain) + "\n")
