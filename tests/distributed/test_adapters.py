@@ -16,7 +16,7 @@ from vlmtrain.model.parts import load_part, module_state
 from ..conftest import data_overrides, metrics, run, train
 
 STEPS = 6
-EPS = 1e-6  # or AdamW divides one rounding error by another where a gradient all but vanishes
+EPS = 1e-3  # where a gradient all but vanishes, AdamW with less divides one rounding error by another
 LORA = "{rank: 4, alpha: 12, dropout: 0.0, targets: all}"
 
 
@@ -124,8 +124,11 @@ def test_a_stage_equals_pefts_own(engine, ranks, aligned, adapters, llava_files,
     model = tmp_path / "instruct" / "model"
     found = module_state(load_part("llm", model))
     assert found.keys() == weights.keys()
+    begin = module_state(load_part("llm", base))
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=2e-6, msg=name)
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-6, msg=name)
+        if name.endswith("proj.weight"):
+            assert (tensor - begin[name]).abs().max() > 1e-2, name
     # the adapters alone, by peft on the base that they were trained on, give the merged model
     again = PeftModel.from_pretrained(load_part("llm", base), model / "adapters" / "llm").merge_and_unload()
     for name, tensor in module_state(again).items():
