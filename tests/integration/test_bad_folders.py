@@ -45,6 +45,12 @@ def test_a_model_without_a_language_model_answers_nothing(model, capsys):
         assert f"{model} has no language model, only vision: expected the model of a stage" in refused(capsys, *line)
 
 
+def test_a_metric_without_its_data_is_refused_before_weights_are_read(model, capsys):
+    (model / "llm" / "model.safetensors").unlink()
+    words = "validation.metrics names vqa_accuracy, which needs 'answers', but conversation 0"
+    assert words in refused(capsys, "evaluate", str(model), "data=probes", "validation.metrics=[vqa_accuracy]")
+
+
 def test_a_folder_of_the_wrong_class(tmp_path, model, capsys):
     build_llava(tmp_path / "hf")
     hint = (

@@ -35,12 +35,13 @@ def run(options: argparse.Namespace) -> None:
     check_answers(options.model)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = VLMWrapper.from_pretrained(options.model).to(device)
     size = processor.geometry.size if processor.geometry else (224, 224)
     source = build_source(settings.data, "validation", size, settings.seed)
     limits = settings.validation
     world, sizes = World(0, 1, device), (limits.batch_size, limits.max_new_tokens)
     validator = Validator(source, processor, world, torch.float32, *sizes, metrics=limits.metrics)
+    validator.check_metrics(limits.samples)
+    model = VLMWrapper.from_pretrained(options.model).to(device)
     with torch.no_grad():
         scores, answers = validator.scores(model, limits.samples)
     if options.answers:
