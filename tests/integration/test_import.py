@@ -96,6 +96,7 @@ def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path):
     edge = {"size": {"shortest_edge": SIDE}}
     for words, settings in (
         (r"size=.*'shortest_edge': 44.*pixels differ from image_fit=crop", {"size": {"shortest_edge": 44}}),
+        (r"size=.*'shortest_edge': 33.*pixels differ from image_fit=crop", {"size": {"shortest_edge": 33}}),
         (r"resample=2, expected 3", {**edge, "resample": 2}),
         (r"do_rescale=False.*pixels differ", {**edge, "do_rescale": False}),
         (r"pictures of 1 x 24 x 24 pixels, expected 1 x 32 x 32", {**edge, "crop_size": {"height": 24, "width": 24}}),
