@@ -129,6 +129,14 @@ QUICKSTART = ["recipe=quickstart", "connectors=[linear,mlp]"]
         (["metric=yes_no_f1"], "^metric=yes_no_f1: expected one"),
         (["metric=cider", "validation.metrics=[yes_no]"], "^metric=cider: .*: exact_match, yes_no_accuracy"),
         (
+            ["metric=vqa_accuracy"],
+            "^metric=vqa_accuracy: it needs 'answers', and none of the 80 .* data.validation has",
+        ),
+        (
+            ["metric=cider", "validation.final_samples=3"],
+            r"^metric=cider: it needs a caption, and none of the 3 .*; validation.metrics=\[cider\] takes answers",
+        ),
+        (
             ["sweep.stages.clip.train.vision=[1e-3,2e-3]"],
             "^sweep.stages.clip.train.vision: stage clip comes before the connector and is shared; "
             "expected a key of one of align, instruct$",

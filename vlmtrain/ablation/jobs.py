@@ -27,8 +27,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from ..data.records import BadSample
+from ..data.sources import Source, build_source
 from ..errors import nearest
-from ..evaluation.metrics import METRICS
+from ..evaluation.metrics import METRICS, Answer
 from ..paths import link_or_copy, make_folder, replace_text
 from ..run_files import read_json
 from ..settings import compose, flatten
@@ -73,18 +75,37 @@ def _check_choice(ablation: Ablation, choice: Choice) -> None:
     if split is None or settings.data.get(split) is None:
         key = f"stages.{last}.validation" if split is None else f"data.{split}"
         raise ValueError(f"{key}=null: expected questions, whose answers an ablation compares after stage {last}")
-    _check_metric(ablation.metric, settings)
+    _check_metric(ablation.metric, settings, split)
     _check_sweep(ablation, choice, settings)
 
 
-def _check_metric(metric: str, settings: DictConfig) -> None:
-    computed = METRICS if settings.validation.metrics is None else ["exact_match", *settings.validation.metrics]
-    known = list(dict.fromkeys(name for key in computed for name in METRICS[key].each([])))
+def _check_metric(metric: str, settings: DictConfig, split: str) -> None:
+    """Raise ValueError for a metric that no answer of the jobs will have."""
+    named = settings.validation.metrics
+    computed = METRICS if named is None else ["exact_match", *named]
+    known = {name: key for key in computed for name in METRICS[key].each([])}
     if metric not in known:
         names = ", ".join(known)
         raise ValueError(
             f"metric={metric}: expected one that each answer has of its own: {names}.{nearest(metric, known)}"
         )
+    judge = METRICS[known[metric]]
+    source = build_source(settings.data, split, (224, 224), settings.seed)
+    size = min(len(source), settings.validation.final_samples or len(source))
+    if not any(map(judge.recognised if named is None else judge.fits, _questions(source, size))):
+        said = f"it needs {judge.needs}, and none of the {size} conversations of data.{split} has one"
+        if any(map(judge.fits, _questions(source, size))):
+            said += f"; validation.metrics=[{known[metric]}] takes answers as they are"
+        raise ValueError(f"metric={metric}: {said}")
+
+
+def _questions(source: Source, size: int) -> Iterator[Answer]:
+    """Those of the first `size` conversations, not answered; broken records are told of by the jobs."""
+    for index in range(size):
+        with contextlib.suppress(BadSample):
+            for turn in source[index].turns:
+                if turn.role == "assistant":
+                    yield Answer(index, 0, "", turn.text, "", turn.grading)
 
 
 def _check_sweep(ablation: Ablation, choice: Choice, settings: DictConfig) -> None:
