@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -68,6 +69,25 @@ def test_stages_are_shared_by_the_choices_that_agree_on_them(tmp_path):
         ablation = read_line([*line, f"axis.{axis}"])
         runner = Runner(ablation, show_progress=False)
         assert len({runner.shared(choice, 0) for choice in ablation.choices}) == shared
+
+
+def test_keys_that_no_result_hangs_on_leave_shared_stages_where_they_are():
+    line = ["recipe=quickstart", "connectors=[linear]"]
+    free = ["workers=0", "collective_timeout=99", "wandb=offline", "stages.clip.micro_batch_size=8"]
+    first, other, longer = (
+        Runner(ablation, False).shared(ablation.choices[0], 0)
+        for ablation in map(read_line, (line, [*line, *free, "stages.clip.save_every=5"], [*line, "precision=bf16"]))
+    )
+    assert first == other != longer
+
+
+@pytest.mark.parametrize("more, cached", [(["features.max_gb=5"], True), (["features.cache=off"], False)])
+def test_features_are_shared_unless_the_line_says_otherwise(more, cached, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: begun.append(command) or Namespace(returncode=1))
+    ablation = read_line(["recipe=quickstart", "connectors=[mlp]", "stage=instruct", f"run_dir={tmp_path}", *more])
+    assert run_ablation(ablation, False)
+    assert (f"features.cache={tmp_path}/features" in begun[0]) is cached
 
 
 @pytest.mark.parametrize(("jobs", "ranks", "threads"), [(1, 1, "8"), (2, 1, "4"), (2, 2, "2"), (16, 1, "1")])

@@ -142,12 +142,12 @@ def _check_same(ablation: Ablation) -> None:
 
 def _binding(line: Iterable[str]) -> list[str]:
     """The overrides that no job of the same ablation may have otherwise."""
+    return sorted(override for override in line if not _is_free(override.partition("=")[0].lstrip("+~")))
 
-    def is_free(override: str) -> bool:
-        first, _, rest = override.partition("=")[0].lstrip("+~").partition(".")
-        return first in FREE or (first == "stages" and rest.partition(".")[2] in FREE_IN_STAGE)
 
-    return sorted(override for override in line if not is_free(override))
+def _is_free(key: str) -> bool:
+    first, _, rest = key.partition(".")
+    return first in FREE or (first == "stages" and rest.partition(".")[2] in FREE_IN_STAGE)
 
 
 def wanted_stages(settings: DictConfig) -> list[str]:
@@ -213,8 +213,9 @@ class Runner:
         stages = shared_stages(settings)
         plain = OmegaConf.to_container(settings)
         plain["stages"] = {name: plain["stages"][name] for name in stages}
-        matters = {key: value for key, value in plain.items() if key not in ("connector", "named", "run_dir", "seed")}
-        digest = hashlib.sha256(json.dumps(sorted(flatten(matters)), default=str).encode()).hexdigest()
+        apart = ("connector", "named", "run_dir", "seed")
+        matters = [pair for pair in flatten(plain) if pair[0].partition(".")[0] not in apart and not _is_free(pair[0])]
+        digest = hashlib.sha256(json.dumps(sorted(matters), default=str).encode()).hexdigest()
         return self.ablation.folder / "shared" / digest[:12] / f"seed-{seed}"
 
     def job(self, job: tuple[Choice, int]) -> tuple[Choice, str] | None:
@@ -255,7 +256,7 @@ class Runner:
         if self.ablation.ranks > 1:
             ranks = ["--nproc_per_node", str(self.ablation.ranks)]
             launcher += ["torch.distributed.run", "--standalone", *ranks, "-m"]
-        own_cache = any(override.startswith("features.") for override in line)
+        own_cache = any(override.partition("=")[0].lstrip("+") == "features.cache" for override in line)
         cache = [] if own_cache else [f"features.cache={self.ablation.folder}/features"]
         command = [*launcher, "vlmtrain.train", *line, f"seed={seed}", f"run_dir={folder}", *cache]
         with self._slot(folder, f"{name} seed {seed}") as environment, open(folder / "output.log", "ab") as log:
