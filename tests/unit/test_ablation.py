@@ -172,8 +172,15 @@ def test_what_could_not_be_compared_is_refused_before_anything_runs(line, said, 
     assert not (tmp_path / "ablation").exists()
 
 
-def finished_job(folder: Path, rng: np.random.Generator, question: str = "What is", samples: int = 8) -> None:
-    """What a job leaves that has trained the stage `instruct`."""
+def finished_job(
+    folder: Path,
+    rng: np.random.Generator,
+    question: str = "What is",
+    samples: int = 8,
+    right: float = 0.5,
+    category: str | None = None,
+) -> None:
+    """What a job leaves that has trained the stage `instruct`; one with a category has a score more."""
     folder.mkdir(parents=True)
     answers = [
         {
@@ -181,8 +188,8 @@ def finished_job(folder: Path, rng: np.random.Generator, question: str = "What i
             "turn": i % 5,
             "question": f"{question} {i}?",
             "reference": "red",
-            "category": None,
-            "scores": {"exact_match": float(rng.random() < 0.5)},
+            "category": category,
+            "scores": {"exact_match": float(rng.random() < right)},
             "blind_scores": {"exact_match": 0.0},
             "conversation_loss": [1.0, 2.0],
         }
@@ -190,6 +197,7 @@ def finished_job(folder: Path, rng: np.random.Generator, question: str = "What i
     ]
     score = float(np.mean([answer["scores"]["exact_match"] for answer in answers]))
     summary = {"steps": 1, "parts": {"connector": {"parameters": 7}}, "validation": {"exact_match": score, "loss": 0.5}}
+    summary["validation"] |= {"cider": 1.0, "blind_cider": 0.5} if category else {}
     record = {"step": 1, "loss": 1.0, "samples": samples, "samples_per_second": 1.0, "peak_memory_bytes": 1}
     for name, content in (("answers", answers), ("summary", summary), ("samples", [])):
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -300,6 +308,17 @@ def test_answers_to_other_questions_are_not_compared(tmp_path):
     told = {entry.label: entry.p_value for entry in entries}
     assert list(told.values()).count(None) == 2 and told["mlp, data.difficulty=3"] is None
     assert said.count("other questions") == 1 and said.count("| the best |") == 1
+
+
+@pytest.mark.parametrize("right", [0.9, 0.1])
+def test_what_some_were_not_asked_stays_open_in_the_tables(right, tmp_path):
+    """An axis may change the data, and so which scores and categories there are: of the best alone, or of others."""
+    line = ["connectors=[mlp]", "axis.data=[shapes,probes]"]
+    jobs = {"mlp-data-shapes": {"right": right}, "mlp-data-probes": {"right": 1 - right, "category": "text"}}
+    entries, said = table_of(tmp_path, line, jobs)
+    assert {tuple(entry.by_category) for entry in entries} == {(), ("text",)}
+    assert said.count("| mlp, data=shapes | - |\n") == 2
+    assert "| mlp, data=probes | 1.0000 (0.5000) |\n" in said
 
 
 def test_an_ablation_goes_on_with_other_keys_that_no_result_hangs_on(tmp_path, monkeypatch):

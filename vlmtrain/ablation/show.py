@@ -12,6 +12,8 @@ from .page import write_page
 from .results import FEW_SEEDS, Entry
 
 Table = list[tuple[str, ...]]
+NONE = "-"
+"""Where an entry was not asked what others were: an axis may change the data."""
 
 
 def write_results(ablation: Ablation, entries: Sequence[Entry]) -> None:
@@ -51,28 +53,31 @@ def tables(ablation: Ablation, entries: Sequence[Entry]) -> dict[str, Table]:
     found = {"": main_table(ablation, entries)}
     kinds = sorted({kind for entry in entries for kind in entry.by_category})
     if kinds:
-        rows = [(entry.label, *(_of_category(ablation, *entry.by_category[k]) for k in kinds)) for entry in entries]
+        rows = [(entry.label, *(_of_category(ablation, entry, kind) for kind in kinds)) for entry in entries]
         found[f"{_words(ablation.metric)} by category (blind)"] = [("", *kinds), *rows]
     shown = ("loss", "exact_match", "perplexity", ablation.metric)
-    others = [n for n in entries[0].scores if n not in shown and not n.startswith("blind_") and n != "loss_at_start"]
+    names = dict.fromkeys(name for entry in entries for name in entry.scores)
+    others = [name for name in names if name not in shown and not name.startswith("blind_") and name != "loss_at_start"]
     if others:
-        rows = [
-            (entry.label, *(f"{value_text(n, entry.scores[n])} ({_blind(entry, n)})" for n in others))
-            for entry in entries
-        ]
+        rows = [(entry.label, *(_with_blind(entry, name) for name in others)) for entry in entries]
         found["Other scores (blind)"] = [("", *map(_words, others)), *rows]
     return found
 
 
-def _blind(entry: Entry, name: str) -> str:
-    return value_text(name, entry.scores[f"blind_{name}"])
+def _with_blind(entry: Entry, name: str) -> str:
+    if name not in entry.scores:
+        return NONE
+    return "{} ({})".format(*(value_text(name, entry.scores[key]) for key in (name, f"blind_{name}")))
 
 
 def _words(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def _of_category(ablation: Ablation, score: float, interval: tuple[float, float], blind: float) -> str:
+def _of_category(ablation: Ablation, entry: Entry, kind: str) -> str:
+    if kind not in entry.by_category:
+        return NONE
+    score, interval, blind = entry.by_category[kind]
     shown = (value_text(ablation.metric, value) for value in (score, (interval[1] - interval[0]) / 2, blind))
     return "{} ± {} ({})".format(*shown)
 
