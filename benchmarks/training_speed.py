@@ -14,7 +14,7 @@ between the jobs. Sides: `ours` (no feature cache), `cold` and `cached` (an empt
 each, plain and under ZeRO-2).
 
 Workloads: `align` trains the connector on captions. `instruct` trains connector and language model on talks like those
-of LLaVA-1.5's mixture: 6 % without a picture (40,688 of its 665,298 are), 1 to 6 questions (geometric, mean 2.2), half
+of LLaVA-1.5's mixture: 6 % without a picture (40,688 of its 665,298 are), 1 to 6 questions (geometric, mean 1.8), half
 of the answers of 1 to 5 words and half log-normal around 40 words. `quickstart` is the small model of that recipe.
 """
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.training_speed import Case, case_rows, disagreement
+from benchmarks.training_speed import Case, __doc__, case_rows, disagreement, talks
 
 
 def case(precision: str = "fp32", **firsts: list[float | None]) -> Case:
@@ -47,3 +49,11 @@ def test_a_row_has_ratios_of_speed_and_memory():
     trl, trainer = case_rows(made)
     assert trl == "| align fp32 | trl | 2.00 | 0.50 | 9 |  |  | 1.00 GiB (0.50) |"
     assert trainer == "| align fp32 | trainer | 4.00 | 1 | 9 |  |  | 2.00 GiB |"
+
+
+def test_the_mixture_is_as_the_page_says():
+    words = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a red circle"}]
+    made = list(talks(random.Random(0), [{"image": "a.png", "conversations": words}], 20_000))
+    questions = sum(len(record["conversations"]) // 2 for record in made) / len(made)
+    assert float(re.search(r"geometric, mean (\S+)\)", __doc__)[1]) == round(questions, 1)
+    assert sum("image" not in record for record in made) / len(made) == pytest.approx(0.06, abs=0.01)
