@@ -17,6 +17,9 @@ from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.settings import compose
+from vlmtrain.training.assembly import build_parts, build_tokenizer
+from vlmtrain.training.run import check_stages
+from vlmtrain.training.run_folder import RunFolder
 
 
 def build(prepared: bool) -> tuple[VLMWrapper, Processor]:
@@ -94,3 +97,26 @@ def test_no_token_or_picture_of_a_sample_moves_a_logit_of_another(edited, what):
         after = logits_of(model, processor.pack(some))
     changed = [not torch.equal(one, other) for one, other in zip(before, after)]
     assert changed == [number == edited for number in range(5)]
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["llm.config.model_type=recurrent_gemma"], "layout=packed: RecurrentGemmaForCausalLM has layers of another"),
+        (["llm.attn_implementation=flash"], "llm.attn_implementation=flash: "),
+    ],
+)
+def test_an_attention_that_cannot_be_is_refused_before_anything_trains(more, said, tmp_path):
+    line = ["recipe=llava_1_5", "mini=true", "stages.instruct.layout=packed", "data.validation=null"]
+    with pytest.raises(ValueError, match=said):
+        check_stages(compose([*line, *more]), RunFolder(tmp_path))
+
+
+def test_every_stage_attends_as_the_line_says(tmp_path):
+    settings = compose(["recipe=llava_1_5", "mini=true", "llm.attn_implementation=eager"])
+    tokenizer, previous = build_tokenizer(settings), None
+    for stage in settings.stages:
+        parts = build_parts(settings, stage, previous, tokenizer)
+        assert parts["llm"].config._attn_implementation == "eager"
+        previous = tmp_path / stage
+        VLMWrapper(*(parts[name] for name in ("vision", "connector", "llm"))).save_pretrained(previous)

@@ -6,22 +6,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import some
+
 NAME = "vlmtrain_segments"
+APART = {"full_attention", "sliding_attention", "attention"}  # kinds of layers in which segments stay apart
 
 
 def attend_in_segments(llm: nn.Module) -> None:
     """Let a language model keep the samples of packed rows apart. Rows that are not packed are as before.
 
     Variable-length flash attention, where it is what the model uses, does so by itself. Raises ValueError for a
-    model whose attention cannot be exchanged.
+    model whose attention cannot be exchanged, and for one that does not only attend: convolutions and recurrences
+    go on from one sample into the next.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config = llm.config.get_text_config()
     used = config._attn_implementation
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - APART)
+    if kinds or getattr(llm, "_is_stateful", False):
+        raise ValueError(
+            f"layout=packed: {type(llm).__name__} has layers of another kind than attention "
+            f"({some(kinds) or 'recurrent'}), in which the samples of a row would see each other; use layout=padded"
+        )
     if used.startswith("flash_attention") or used == NAME:
         return
-    if not getattr(llm, "_supports_attention_backend", False) or getattr(config, "attention_chunk_size", None):
+    sinks = any(name.endswith(".sinks") for name, _ in llm.named_parameters())
+    exchangeable = getattr(llm, "_supports_attention_backend", False) and not sinks
+    if not exchangeable or getattr(config, "attention_chunk_size", None):
         raise ValueError(
             f"layout=packed: {type(llm).__name__} has an attention of its own, in which the samples of a row would "
             "see each other; use layout=padded"

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..errors import first_line
 from .loading import load_hf_config, load_hf_model
 
 if TYPE_CHECKING:
@@ -110,6 +111,19 @@ def give_tokens(llm: nn.Module, tokenizer: PreTrainedTokenizerBase, words: Seque
     if words and len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=not llm.get_input_embeddings().weight.is_meta)
     llm.new_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(words)))
+
+
+def choose_attention(llm: nn.Module, name: str | None) -> None:
+    """Let a model attend by the implementation that transformers calls `name`; None leaves it with its own.
+
+    Model folders do not say by which. Raises ValueError for one that is not there.
+    """
+    if name is None:
+        return
+    try:
+        llm.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"llm.attn_implementation={name}: {first_line(error)}") from None
 
 
 def check_vocabulary(llm: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

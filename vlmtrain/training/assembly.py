@@ -23,6 +23,7 @@ from ..model.llm import (
     build_llm,
     build_llm_skeleton,
     build_random_llm,
+    choose_attention,
     give_tokens,
     hidden_width,
     load_tokenizer,
@@ -85,6 +86,7 @@ def build_parts(
             parts[part].resize(_pixels(stage.image_size), f"stages.{name}.image_size")
         if part == "llm":
             give_tokens(parts[part], tokenizer, settings.llm.new_tokens)
+            choose_attention(parts[part], settings.llm.attn_implementation)
     seed_for(settings.seed, "adapters")
     add_adapters(stage, name, parts)
     return parts

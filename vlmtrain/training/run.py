@@ -20,7 +20,8 @@ from ..evaluation.benchmarks import Benchmarks, check_tasks
 from ..evaluation.metrics import check_metrics
 from ..fingerprints import fingerprint
 from ..kinds import check_stage_kinds, check_words
-from ..model.llm import check_vocabulary
+from ..model.attention import attend_in_segments
+from ..model.llm import check_vocabulary, choose_attention
 from ..model.parts import connector_skeleton, is_model_folder, read_manifest
 from ..numbers import RUN, STAGE, VALIDATION, check_numbers
 from ..objectives import OBJECTIVES
@@ -241,8 +242,12 @@ def check_stages(settings: DictConfig, folder: RunFolder) -> None:
             connector = parts.get("connector", connector)
             groups = trained_groups(stage, name, parts)
             check_bert(settings, name, parts)
+            if "llm" in parts:
+                choose_attention(parts["llm"], settings.llm.attn_implementation)
             if "llm" in parts and (settings.init_from is None or "llm" in stage.fresh):
                 check_vocabulary(parts["llm"], tokenizer)
+                if stage.layout == "packed":
+                    attend_in_segments(parts["llm"])
             build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
             for split in filter(None, (stage.data, stage.validation)):
                 if split == stage.data or settings.data.get(split) is not None:

@@ -11,12 +11,17 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
+    MiniMaxConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
 )
 
 from vlmtrain.model.attention import attend_in_segments, segment_arguments
@@ -121,3 +126,29 @@ def test_a_model_whose_attention_is_its_own_is_refused():
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=1, n_head=2)
     with pytest.raises(ValueError, match=r"BloomForCausalLM.*layout=padded"):
         attend_in_segments(AutoModelForCausalLM.from_config(config))
+
+
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+MIXED = {
+    "convolution": Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+    "recurrent": RecurrentGemmaConfig(**IDS, **SHAPE, intermediate_size=48, lru_width=WIDTH),
+    "linear attention": MiniMaxConfig(**GROUPED, **EXPERTS, layer_types=["linear_attention", "full_attention"]),
+    "mamba": GraniteMoeHybridConfig(
+        **GROUPED,
+        **EXPERTS,
+        shared_intermediate_size=16,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        layer_types=["mamba", "attention"],
+    ),
+    "sinks": GptOssConfig(**GROUPED, **EXPERTS),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_model_in_which_samples_would_meet_outside_attention_is_refused(kind):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MIXED[kind])
+    with pytest.raises(ValueError, match=rf"layout=packed: {type(model).__name__} has .*use layout=padded"):
+        attend_in_segments(model)
