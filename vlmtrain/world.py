@@ -64,9 +64,15 @@ class World:
 
 
 def prepare_process() -> bool:
-    """Settings that libraries read when they are imported; call it before they are. Returns whether there is a GPU."""
+    """Settings that libraries read when they are imported; call it before they are. Returns whether there is a GPU.
+
+    Products are the same in every command: features computed ahead are those that training would compute.
+    """
     has_gpu = torch.cuda.is_available()
-    if not has_gpu:
+    if has_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     return has_gpu
@@ -93,8 +99,6 @@ def join_world(timeout: float = 3600.0) -> World:
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     limit = timedelta(seconds=timeout)
     _rejoin_behind_a_restart("nccl" if has_gpu else "gloo", device, limit)
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False, timeout=limit)

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vlmtrain.world import prepare_process
 
 from ..conftest import run
 
@@ -31,3 +34,13 @@ def test_training_loads_only_what_it_uses(tmp_path):
     found = loaded(code, tmp_path)
     assert "deepspeed" in found
     assert not {"datasets", "open_clip", "wandb", "peft", "bitsandbytes", "lmms_eval", "gradio", "matplotlib"} & found
+
+
+def test_every_command_multiplies_on_a_gpu_as_training_does(monkeypatch):
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, False
+    try:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert prepare_process() and products.allow_tf32
+    finally:
+        products.allow_tf32 = before
