@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -42,6 +43,10 @@ WORKLOADS = ("align", "instruct", "quickstart")
 TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart": ["connector", "llm"]}
 SIDES = ("ours", "cold", "cached", "packed", "ranks", "ranks-zero2", "trainer", "trl")
 THEIRS = ("trainer", "trl")
+THEIR_SETTINGS = (
+    "trainer, trl: texts tokenised beforehand, frozen parts without gradients, rows of about one length together, "
+    "pictures decoded in a worker, their own bf16 autocast, no gradient checkpointing (nor ours), no saving or logging."
+)
 BASES = {"ranks": None, "ranks-zero2": "ranks", "trainer": None}  # what a side is a ratio of; all others: trainer
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # in bf16 the two sides round at other places
 
@@ -80,6 +85,10 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings for our side")
     parser.add_argument("--write", type=Path, help="a file for the table")
     options = parser.parse_args()
+    if not 0 < options.warmup < options.steps:
+        parser.error(f"--warmup {options.warmup}: expected from 1 to less than --steps {options.steps}")
+    if "trl" in (options.sides or ()) and find_spec("trl") is None:
+        parser.error("--sides trl needs trl: pip install trl")
     with tempfile.TemporaryDirectory() as folder:
         cases = [
             run_case(workload, precision, Path(folder) / f"{workload}-{precision}", options)
@@ -402,7 +411,7 @@ def table(cases: list[Case], options: argparse.Namespace) -> str:
     ]
     for case in cases:
         lines += case_rows(case)
-    return "\n".join(lines)
+    return "\n".join([*lines, "", THEIR_SETTINGS])
 
 
 def case_rows(case: Case) -> Iterator[str]:

@@ -18,7 +18,7 @@ from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_parts, build_tokenizer
-from vlmtrain.training.run import check_stages
+from vlmtrain.training.run import check_settings, check_stages
 from vlmtrain.training.run_folder import RunFolder
 
 
@@ -110,6 +110,12 @@ def test_an_attention_that_cannot_be_is_refused_before_anything_trains(more, sai
     line = ["recipe=llava_1_5", "mini=true", "stages.instruct.layout=packed", "data.validation=null"]
     with pytest.raises(ValueError, match=said):
         check_stages(compose([*line, *more]), RunFolder(tmp_path))
+
+
+def test_flash_attention_in_fp32_is_refused():
+    settings = compose(["recipe=llava_1_5", "mini=true", "precision=fp32", "llm.attn_implementation=flash_attention_2"])
+    with pytest.raises(ValueError, match="flash_attention_2 has no fp32: set precision=bf16"):
+        check_settings(settings, 1)
 
 
 def test_every_stage_attends_as_the_line_says(tmp_path):

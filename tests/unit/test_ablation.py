@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +108,21 @@ def test_jobs_get_devices_of_their_own_where_there_are_enough():
     assert device_slots(list("01"), jobs=3, ranks=1) == [None] * 3 and device_slots([], 1, 1) == [None]
 
 
+LINEAR = ["recipe=quickstart", "connectors=[linear]"]
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
         (["recipe=quickstart"], r"connectors=\[...\] is not set"),
-        (["recipe=quickstart", "connectors=[linear,linear]"], "named twice"),
+        (["recipe=quickstart", "connectors=[linear,linear]"], r"connectors=\['linear', 'linear'\]: one is named twice"),
+        ([*LINEAR, "axis.precision=[fp32,fp32]"], r"axis.precision=\['fp32', 'fp32'\]: one is named twice"),
+        ([*LINEAR, "axis.precision=[fp32]", "axis.precision=[bf16]"], "axis.precision is on the line twice"),
+        (
+            [*LINEAR, "budget=flops", "axis.stages.instruct.max_steps=[10,40]"],
+            "^axis.stages.instruct.max_steps: budget=flops sets the steps of each choice; expected budget=steps$",
+        ),
+        ([*LINEAR, "budget=samples", "sweep.stages.instruct.batch_size=[8,16]"], "budget=samples sets the steps"),
         (["recipe=quickstart", "connectors=[]"], "not empty"),
         (["recipe=quickstart", "connectors=[linear]", "seeds=[a]"], "seeds=a"),
         (["recipe=quickstart", "connectors=[linear]", "jobs=0"], "jobs=0"),
@@ -143,6 +154,10 @@ QUICKSTART = ["recipe=quickstart", "connectors=[linear,mlp]"]
         (["data.validation=null"], r"^data\.validation=null: expected questions"),
         (["stages.instruct.validation=null"], r"^stages\.instruct\.validation=null: expected questions"),
         (["stage=clip"], "^stage=clip: it has no connector to compare; expected one of align, instruct$"),
+        (
+            ["recipe=clip"],
+            "stages of recipe clip, the last=contrast: it has no connector to compare; nor has any other$",
+        ),
         (["stage=instuct"], "unknown stage 'instuct'"),
         (["metric=exact_mach"], "^metric=exact_mach: expected one .* exact_match, .*Did you mean 'exact_match'"),
         (["metric=bleu4"], "^metric=bleu4: expected one that each answer has of its own: exact_match, .*cider"),
@@ -221,6 +236,17 @@ def test_a_failed_job_stops_no_other_and_the_finished_are_told_of(tmp_path, monk
     assert "avgpool" in (tmp_path / "ablation.html").read_text()
 
 
+def test_a_choice_whose_sweep_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    line = ["recipe=quickstart", "connectors=[mlp,linear]", "seeds=[0,1]", "stage=instruct", f"run_dir={tmp_path}"]
+    for seed in range(2):
+        finished_job(tmp_path / "jobs" / "linear" / f"seed-{seed}" / "instruct", np.random.default_rng(seed))
+    (tmp_path / "decisions.json").write_text(json.dumps({"linear": {"line": [], "sweep": {}}}))
+    with pytest.raises(ValueError, match=r"^2 of 4 jobs failed: mlp: no run of the sweep finished; see [^;]*$"):
+        ablate.run(Namespace(overrides=[*line, "sweep.stages.instruct.train.llm=[1e-3,2e-3]"], json=False))
+    assert "Left out, as a job failed: mlp." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "line, stage, key",
     [
@@ -282,6 +308,15 @@ def table_of(folder: Path, line: list[str], jobs: dict[str, dict]) -> tuple[list
     entries = read_results(ablation)
     write_results(ablation, entries)
     return entries, (folder / "ablation.md").read_text()
+
+
+def test_the_note_names_those_that_do_as_well_without_the_picture(tmp_path):
+    jobs = ["connectors=[mlp,linear]"], {"mlp": {}, "linear": {}}
+    entries, said = table_of(tmp_path, *jobs)
+    assert "Without seeing" not in said
+    ablation = read_line([*QUICKSTART, f"run_dir={tmp_path}"])
+    blinded = [replace(entry, blind=entry.score) if entry.label == "mlp" else entry for entry in entries]
+    assert "Without seeing the picture as good: mlp; " in note(ablation, blinded)
 
 
 def test_the_table_says_what_an_axis_makes_unequal(tmp_path):

@@ -21,8 +21,15 @@ TIMED_STEPS, LEFT_OUT = 24, 8
 """Steps that a timing takes, and how many of them it does not count."""
 
 
+class Undecided(ValueError):
+    """Runs that failed in which a choice's own steps or rates were to be found."""
+
+
 def decide(ablation: Ablation, choice: Choice, runner: Runner) -> dict:
-    """What a choice's line gets beside its own: ``{"line": overrides, "sweep": {values: validation loss}}``."""
+    """What a choice's line gets beside its own: ``{"line": overrides, "sweep": {values: validation loss}}``.
+
+    Raises Undecided.
+    """
     steps = _equal_steps(ablation, choice, runner)
     line = [f"stages.{stage}.max_steps={number}" for stage, number in steps.items()]
     if not ablation.sweep:
@@ -31,7 +38,7 @@ def decide(ablation: Ablation, choice: Choice, runner: Runner) -> dict:
     losses = _sweep(ablation, choice, runner, line, combinations)
     best = int(np.argmin(losses))
     if not math.isfinite(losses[best]):
-        raise ValueError(f"{choice.label}: no run of the sweep finished; see {ablation.folder / 'sweep'}")
+        raise Undecided(f"{choice.label}: no run of the sweep finished; see {ablation.folder / 'sweep'}")
     found = {" ".join(values): loss for values, loss in zip(combinations, losses) if math.isfinite(loss)}
     return {"line": [*line, *combinations[best]], "sweep": found}
 
@@ -51,7 +58,11 @@ def _equal_steps(ablation: Ablation, choice: Choice, runner: Runner) -> dict[str
         return {
             name: _whole(reference[name].flops / (own[name].flops_per_sample * own[name].batch_size)) for name in own
         }
-    timed, timed_first = (_seconds_per_step(ablation, each, runner) for each in (choice, first))
+    timed_first = _seconds_per_step(ablation, first, runner)
+    try:
+        timed = _seconds_per_step(ablation, choice, runner)
+    except ValueError as error:
+        raise Undecided(f"{choice.label}: {error}") from None
     return {name: _whole(reference[name].steps * timed_first[name] / timed[name]) for name in own}
 
 

@@ -35,7 +35,7 @@ from ..paths import link_or_copy, make_folder, replace_text
 from ..run_files import read_json
 from ..settings import compose, flatten
 from ..training.run import check_settings
-from .budget import decide
+from .budget import Undecided, decide
 from .line import Ablation, Choice
 
 REFRESH_SECONDS = 1.0
@@ -54,12 +54,17 @@ def run_ablation(ablation: Ablation, show_progress: bool = True) -> list[tuple[C
     _check_same(ablation)
     with Runner(ablation, show_progress) as runner:
         runner.share()
+        jobs, failed = [], []
         for choice in ablation.choices:
-            if choice.label not in ablation.decisions():
-                decisions = ablation.decisions() | {choice.label: decide(ablation, choice, runner)}
-                replace_text(ablation.decisions_file, json.dumps(decisions, indent=2) + "\n")
-        jobs = [(choice, seed) for seed in ablation.seeds for choice in ablation.choices]
-        return [failure for failure in runner.at_once(runner.job, jobs) if failure]
+            try:
+                if choice.label not in ablation.decisions():
+                    decisions = ablation.decisions() | {choice.label: decide(ablation, choice, runner)}
+                    replace_text(ablation.decisions_file, json.dumps(decisions, indent=2) + "\n")
+                jobs += [(choice, seed) for seed in ablation.seeds]
+            except Undecided as error:
+                failed += [(choice, str(error)) for _ in ablation.seeds]
+        jobs.sort(key=lambda job: ablation.seeds.index(job[1]))
+        return [*failed, *(failure for failure in runner.at_once(runner.job, jobs) if failure)]
 
 
 def _check_choice(ablation: Ablation, choice: Choice) -> None:
@@ -70,7 +75,8 @@ def _check_choice(ablation: Ablation, choice: Choice) -> None:
     compared = [name for name in settings.stages if "connector" in settings.stages[name].parts]
     if last not in compared:
         key = f"stages of recipe {settings.name}, the last" if settings.stage is None else "stage"
-        raise ValueError(f"{key}={last}: it has no connector to compare; expected one of {', '.join(compared)}")
+        others = f"expected one of {', '.join(compared)}" if compared else "nor has any other"
+        raise ValueError(f"{key}={last}: it has no connector to compare; {others}")
     split = settings.stages[last].validation
     if split is None or settings.data.get(split) is None:
         key = f"stages.{last}.validation" if split is None else f"data.{split}"

@@ -106,19 +106,19 @@ def read_line(overrides: Sequence[str]) -> Ablation:
         if key in OWN_KEYS:
             own[key] = value if key in ("run_dir", "budget", "metric") else _value(override)
         elif kind in by_key and rest:
+            if rest in by_key[kind]:
+                raise ValueError(f"{override}: {key} is on the line twice")
             by_key[kind][rest] = tuple(_list(_value(f"values={value}"), key))
         elif key in ("connector", "seed"):
             raise ValueError(f"{override}: an ablation takes {key}s=[...]")
         else:
             line.append(override)
     _check_keys(by_key, line)
+    _check_budget(own.get("budget", "steps"), by_key)
     choices = _choices(own, by_key["axis"])
     seeds = tuple(_whole(seed, "seeds", least=0) for seed in _list(own.get("seeds", [0]), "seeds"))
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: one is named twice")
-    budget = own.get("budget", "steps")
-    if budget not in BUDGETS:
-        raise ValueError(f"budget={budget}: expected one of {', '.join(BUDGETS)}.{nearest(budget, BUDGETS)}")
     name = compose([*line, *choices[0].line]).name
     folder = Path(own.get("run_dir") or f"runs/ablation-{name}")
     numbers = {key: _whole(own.get(key, 1), key, least=1) for key in ("jobs", "ranks")}
@@ -129,7 +129,7 @@ def read_line(overrides: Sequence[str]) -> Ablation:
         choices,
         seeds,
         folder,
-        budget=budget,
+        budget=own.get("budget", "steps"),
         metric=metric,
         sweep=tuple(by_key["sweep"].items()),
         **numbers,
@@ -145,6 +145,17 @@ def _check_keys(by_key: dict[str, dict[str, tuple]], line: Sequence[str]) -> Non
             taken.add(key)
 
 
+def _check_budget(budget: str, by_key: dict[str, dict[str, tuple]]) -> None:
+    """Raise ValueError for an unknown budget, and for keys whose values it would overrule, or they it."""
+    if budget not in BUDGETS:
+        raise ValueError(f"budget={budget}: expected one of {', '.join(BUDGETS)}.{nearest(budget, BUDGETS)}")
+    lengths = {"axis": ("max_steps", "epochs"), "sweep": ("max_steps", "epochs", "batch_size")}
+    for kind, named in by_key.items():
+        for key in named:
+            if budget != "steps" and key.startswith("stages.") and key.rpartition(".")[2] in lengths[kind]:
+                raise ValueError(f"{kind}.{key}: budget={budget} sets the steps of each choice; expected budget=steps")
+
+
 def _choices(own: dict[str, Any], axes: dict[str, tuple]) -> tuple[Choice, ...]:
     if "connectors" not in own:
         raise ValueError("connectors=[...] is not set: name the connectors to compare")
@@ -154,8 +165,9 @@ def _choices(own: dict[str, Any], axes: dict[str, tuple]) -> tuple[Choice, ...]:
         for choice in named
         for values in itertools.product(*axes.values())
     )
-    if len({choice.folder for choice in choices}) < len(choices):
-        raise ValueError(f"connectors={own['connectors']}: one is named twice")
+    for key, values in {"connectors": tuple(named), **{f"axis.{key}": values for key, values in axes.items()}}.items():
+        if any(value in values[:i] for i, value in enumerate(values)):
+            raise ValueError(f"{key}={own.get(key, list(values))}: one is named twice")
     return choices
 
 

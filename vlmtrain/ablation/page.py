@@ -17,6 +17,7 @@ from .results import Entry
 
 SHOWN = 12
 SMOOTHED = 0.95
+_FRONT = "Filled, and joined by a line: none that costs as much or less scores higher (the Pareto front)."
 
 _STYLE = """
 body { max-width: 1280px; } table { font-size: 13px; } .wide { overflow-x: auto; }
@@ -35,7 +36,8 @@ def write_page(
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}{_STYLE}</style>'
         f"<h1>{escape(ablation.folder.name)}</h1><p class=quiet>{escape(' '.join(ablation.line))}</p>"
         f"{_table(main[1])}<p class=quiet>{escape(note)}</p>{shown}"
-        f'<h2>Score by cost</h2><div class="charts">{_scores(ablation, entries)}</div>'
+        f"<h2>Score by cost</h2><p class=quiet>{_FRONT}</p>"
+        f'<div class="charts">{_scores(ablation, entries)}</div>'
         f'<h2>Training loss</h2><div class="charts">{_losses(ablation, choices)}</div>'
         f"{_side_by_side(ablation, [choice for choice in choices if choice.label in alike])}</html>\n"
     )

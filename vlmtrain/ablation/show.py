@@ -135,6 +135,11 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     absent = [choice.label for choice in ablation.choices if choice.label not in {entry.label for entry in entries}]
     if absent:
         told.append(f"Left out, as a job failed: {'; '.join(absent)}.")
+    blind = [entry.label for entry in entries if entry.blind >= entry.score]
+    if blind:
+        told.append(
+            f"Without seeing the picture as good: {'; '.join(blind)}; such a score tells nothing of the picture."
+        )
     at_once = f"{ablation.jobs} job{'s' if ablation.jobs > 1 else ''} at once"
     told.append(
         f"samples/s is the last stage's as it ran, with {at_once} and whatever else the machine did, and with the "

@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
         _tell(ablation, entries, options.json)
     if failed:
         number = len(ablation.choices) * len(ablation.seeds)
-        raise ValueError(f"{len(failed)} of {number} jobs failed: {'; '.join(said for _, said in failed)}")
+        told = "; ".join(dict.fromkeys(said for _, said in failed))
+        raise ValueError(f"{len(failed)} of {number} jobs failed: {told}")
 
 
 def _tell(ablation: Ablation, entries: Sequence[Entry], as_json_text: bool) -> None:

@@ -151,6 +151,9 @@ def check_settings(settings: DictConfig, world_size: int) -> None:
         raise ValueError(f"features.dtype={settings.features.dtype}: expected null or bf16")
     if not isinstance(settings.compile, bool):
         raise ValueError(f"compile={settings.compile}: expected true or false")
+    attention = str(settings.llm.attn_implementation)
+    if attention.startswith("flash_attention") and settings.precision == "fp32":
+        raise ValueError(f"llm.attn_implementation={attention} has no fp32: set precision=bf16")
     check_numbers(settings, RUN | VALIDATION)
     check_metrics(settings.validation.metrics)
     check_tasks(settings.validation.lmms_eval, settings.engine.zero_stage == 3 and world_size > 1)
