@@ -117,6 +117,7 @@ LINEAR = ["recipe=quickstart", "connectors=[linear]"]
         (["recipe=quickstart"], r"connectors=\[...\] is not set"),
         (["recipe=quickstart", "connectors=[linear,linear]"], r"connectors=\['linear', 'linear'\]: one is named twice"),
         ([*LINEAR, "axis.precision=[fp32,fp32]"], r"axis.precision=\['fp32', 'fp32'\]: one is named twice"),
+        ([*LINEAR, "axis.wandb_project=['a+b','a*b']"], "two choices would have the folder linear-wandb_project-a-b-"),
         ([*LINEAR, "axis.precision=[fp32]", "axis.precision=[bf16]"], "axis.precision is on the line twice"),
         (
             [*LINEAR, "budget=flops", "axis.stages.instruct.max_steps=[10,40]"],

@@ -54,16 +54,16 @@ def run_ablation(ablation: Ablation, show_progress: bool = True) -> list[tuple[C
     _check_same(ablation)
     with Runner(ablation, show_progress) as runner:
         runner.share()
-        jobs, failed = [], []
+        decided, failed = [], []
         for choice in ablation.choices:
             try:
                 if choice.label not in ablation.decisions():
                     decisions = ablation.decisions() | {choice.label: decide(ablation, choice, runner)}
                     replace_text(ablation.decisions_file, json.dumps(decisions, indent=2) + "\n")
-                jobs += [(choice, seed) for seed in ablation.seeds]
+                decided.append(choice)
             except Undecided as error:
                 failed += [(choice, str(error)) for _ in ablation.seeds]
-        jobs.sort(key=lambda job: ablation.seeds.index(job[1]))
+        jobs = [(choice, seed) for seed in ablation.seeds for choice in decided]
         return [*failed, *(failure for failure in runner.at_once(runner.job, jobs) if failure)]
 
 
@@ -95,6 +95,8 @@ def _check_metric(metric: str, settings: DictConfig, split: str) -> None:
         raise ValueError(
             f"metric={metric}: expected one that each answer has of its own: {names}.{nearest(metric, known)}"
         )
+    if metric == "exact_match":
+        return  # whatever is asked
     judge = METRICS[known[metric]]
     source = build_source(settings.data, split, (224, 224), settings.seed)
     size = min(len(source), settings.validation.final_samples or len(source))

@@ -168,6 +168,10 @@ def _choices(own: dict[str, Any], axes: dict[str, tuple]) -> tuple[Choice, ...]:
     for key, values in {"connectors": tuple(named), **{f"axis.{key}": values for key, values in axes.items()}}.items():
         if any(value in values[:i] for i, value in enumerate(values)):
             raise ValueError(f"{key}={own.get(key, list(values))}: one is named twice")
+    folders = [choice.folder for choice in choices]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise ValueError(f"two choices would have the folder {folder}: {choices[i].label} is one of them")
     return choices
 
 
