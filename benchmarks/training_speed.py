@@ -248,26 +248,26 @@ def pictures_of(record: dict) -> list[str]:
 
 def build_model(case: Case) -> None:
     """The model that both sides start from, in our form and in Hugging Face's, and the conversations as token ids."""
-    from vlmtrain.data.loader import build_plan
     from vlmtrain.data.sources import build_source
     from vlmtrain.interop.export import export
     from vlmtrain.model import VLMWrapper
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
     from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+    from vlmtrain.training.batching import build_plan
 
     name, folder = case.stage, case.folder
     fresh = "[vision,connector,llm]" if case.workload == "quickstart" else "[connector]"
     settings = compose([*case.line, f"stages.{name}.fresh={fresh}", "precision=fp32"])
     tokenizer = build_tokenizer(settings)
-    parts = build_parts(settings, name, None, tokenizer)
-    processor = build_processor(settings, name, parts, LanguageModelling(), tokenizer)
+    parts = build_parts(settings, settings.stages[name], None, tokenizer)
+    processor = build_processor(settings, settings.stages[name], parts, LanguageModelling(), tokenizer)
     VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     export(folder / "model", folder / "export", "llava")
     image_id = json.loads((folder / "export" / "config.json").read_text())["image_token_index"]
     source = build_source(settings.data, name, picture_size(parts), settings.seed)
-    plan = build_plan(source, processor, settings.stages[name], name, 1)
+    plan = build_plan(source, processor, settings.stages[name], 1)
     records = json.loads((folder / "data.json").read_text())
     with (folder / "samples.jsonl").open("w") as file:
         for position in range(len(source)):
@@ -391,7 +391,7 @@ def useful_flops(case: Case, run: dict, cached: bool) -> float:
     (plan,) = plan_run(settings, Machine())
     if not cached:
         return plan.flops_per_sample
-    vision = build_skeleton(settings, name, build_tokenizer(settings))["vision"]
+    vision = build_skeleton(settings, settings.stages[name], build_tokenizer(settings))["vision"]
     use_counted_attention(vision)
     meter = Meter()
     with meter.part("vision", vision, None), torch.no_grad():

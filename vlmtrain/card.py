@@ -17,7 +17,7 @@ from .fingerprints import shown
 from .model.parts import PARTS
 from .paths import replace_text
 from .run_files import read_config, read_summary
-from .training.handover import FIXED
+from .training.init_from import FIXED
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .paths import make_folder, replace_text
 from .processes import die_with_launcher
 from .run_files import read_config, read_json, read_records, read_summary
+from .settings import read_run
 from .train import train, users_errors
 
 SETTINGS = "reproduced.yaml"
@@ -127,9 +128,8 @@ def main() -> None:
 
     try:
         with users_errors():
-            settings = OmegaConf.load(sys.argv[1])
-            settings.stage = sys.argv[2] if len(sys.argv) > 2 else None
-            train(settings)
+            settings = OmegaConf.to_container(OmegaConf.load(sys.argv[1]))
+            train(read_run({**settings, "stage": sys.argv[2] if len(sys.argv) > 2 else None}))
     finally:
         from .world import leave_world
 

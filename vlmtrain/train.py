@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import hydra
 from omegaconf import DictConfig
 
-from .numbers import RUN, check_numbers
 from .paths import CONFIGS
 from .processes import die_with_launcher, launched_rank
-from .settings import finish, prepare_line, shown_settings
+from .settings import Run, read_run
+from .settings.composition import finish, prepare_line, shown_settings
 
 
 @contextlib.contextmanager
@@ -40,17 +40,16 @@ def users_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def train(settings: DictConfig) -> None:
-    """Train by settings that are complete, as one of the ranks that torchrun started, or alone; leaves no world."""
+def train(run: Run) -> None:
+    """Train a run, as one of the ranks that torchrun started, or alone; leaves no world."""
     from .world import OUTSIDE_STEPS, Stopped, join_world
 
-    check_numbers(settings, {"collective_timeout": RUN["collective_timeout"]})
     # the watch of a run speaks first: it knows what a rank was doing
-    world = join_world(OUTSIDE_STEPS * settings.collective_timeout + 60)
+    world = join_world(OUTSIDE_STEPS * run.collective_timeout + 60)
     from .training.run import train_run  # its imports read what joining has set
 
     try:
-        train_run(settings, world)
+        train_run(run, world)
     except Stopped as stopped:
         if world.is_main:
             print(stopped)
@@ -59,7 +58,7 @@ def train(settings: DictConfig) -> None:
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def _run(config: DictConfig) -> None:
     with users_errors():
-        train(finish(config))
+        train(read_run(finish(config)))
 
 
 def main() -> None:

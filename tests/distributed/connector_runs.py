@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from vlmtrain.data.processor import Processor
@@ -18,7 +17,7 @@ from vlmtrain.data.sources import build_source
 from vlmtrain.evaluation.validation import Validator
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import module_state
-from vlmtrain.settings import compose
+from vlmtrain.settings import Run, compose
 from vlmtrain.training.assembly import build_parts, build_tokenizer
 from vlmtrain.training.run import train_run
 from vlmtrain.world import World, join_world, leave_world
@@ -47,10 +46,10 @@ def line(folder: Path, engine: str, precision: str, name: str) -> list[str]:
     ]
 
 
-def record(folder: Path, settings: DictConfig, world: World) -> None:
+def record(folder: Path, settings: Run, world: World) -> None:
     """Leave beside a run what its tests compare: the first weights, what is trainable, a reloaded model's loss."""
     tokenizer = build_tokenizer(settings)
-    connector = build_parts(settings, "instruct", None, tokenizer)["connector"]
+    connector = build_parts(settings, settings.stages["instruct"], None, tokenizer)["connector"]
     save_file(module_state(connector), folder / "initial_connector.safetensors")
     trained = [key for key, parameter in connector.named_parameters() if parameter.requires_grad]
     (folder / "trained.json").write_text(json.dumps(trained))

@@ -117,7 +117,7 @@ def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> 
     train_run(settings, world)
     steps = [json.loads(step) for step in Path(folder, "instruct", "metrics.jsonl").read_text().splitlines()]
     positions = max(step["tokens"] / (1 - step["padding_fraction"]) for step in steps) / int(batch)
-    activations = kept_by_sample(settings, "instruct", round(positions)) * int(batch) // world.size
+    activations = kept_by_sample(settings, settings.stages["instruct"], round(positions)) * int(batch) // world.size
     if world.is_main:
         planned = found["states"].bytes(int(engine[4]), world.size, activations) - found["weights"]
         print(json.dumps({"grown": found["peak"] - found["before"], "planned": planned, "activations": activations}))

@@ -14,6 +14,7 @@ from torch import nn
 from vlmtrain.model.parts import load_part, module_state
 
 from ..conftest import data_overrides, metrics, run, train
+from ..stages import make_stage
 
 STEPS = 6
 EPS = 1e-3  # where a gradient all but vanishes, AdamW with less divides one rounding error by another
@@ -45,19 +46,20 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     """The same stage with peft's own wrapper and plain torch; its losses, and its merged language model's weights."""
     from peft import LoraConfig, get_peft_model
 
-    from vlmtrain.data.loader import StepStream, build_plan, step_loader
+    from vlmtrain.data.loader import StepStream, step_loader
     from vlmtrain.data.sources import build_source
     from vlmtrain.model import VLMWrapper
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
     from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+    from vlmtrain.training.batching import build_plan
 
     settings = compose([*overrides, "stages.instruct.lora=null"])
-    stage, tokenizer, objective = settings.stages.instruct, build_tokenizer(settings), LanguageModelling()
-    parts = build_parts(settings, "instruct", start, tokenizer)
-    processor = build_processor(settings, "instruct", parts, objective, tokenizer)
+    stage, tokenizer, objective = settings.stages["instruct"], build_tokenizer(settings), LanguageModelling()
+    parts = build_parts(settings, stage, start, tokenizer)
+    processor = build_processor(settings, stage, parts, objective, tokenizer)
     source = build_source(settings.data, "instruct", picture_size(parts), settings.seed)
-    plan = build_plan(source, processor, stage, "instruct", 1)
+    plan = build_plan(source, processor, stage, 1)
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
     rate = 2e-3
@@ -150,8 +152,8 @@ def test_merging_is_exact_for_transposed_weights_and_leaves_the_rest(tokenizer):
     torch.manual_seed(0)
     llm = build_random_llm({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}, tokenizer).eval()
     plain = module_state(llm)
-    stage = {"lora": {"llm": {"rank": 2, "alpha": 6, "targets": ["c_attn", "mlp.c_proj"]}}, "parts": ["llm"]}
-    add_adapters(stage, "s", {"llm": llm})
+    stage = make_stage(train={"llm": 1e-3}, lora={"llm": {"rank": 2, "alpha": 6, "targets": ["c_attn", "mlp.c_proj"]}})
+    add_adapters(stage, {"llm": llm})
     assert all(torch.equal(tensor, plain[name]) for name, tensor in merged(llm, module_state(llm)).items())
     with torch.no_grad():
         for name, parameter in llm.named_parameters():
@@ -194,8 +196,8 @@ def small_llm(tokenizer, options: dict) -> nn.Module:
     for weights in options.pop("weights", ()):
         llm.load_state_dict(weights, strict=False)
     dtype = options.pop("dtype", torch.float32)
-    stage = {"lora": {"llm": {"rank": 2, "alpha": 6, "targets": ["c_attn"], **options}}, "parts": ["llm"]}
-    add_adapters(stage, "s", {"llm": llm.to(dtype)})
+    stage = make_stage(train={"llm": 1e-3}, lora={"llm": {"rank": 2, "alpha": 6, "targets": ["c_attn"], **options}})
+    add_adapters(stage, {"llm": llm.to(dtype)})
     return llm
 
 

@@ -39,19 +39,20 @@ def single_stage(files, run_dir) -> list[str]:
 
 def plain_torch(overrides: list[str]) -> list[float]:
     """The losses of the same stage in a loop of ten lines, with AdamW over what trains, from when it trains."""
-    from vlmtrain.data.loader import StepStream, build_plan, step_loader
+    from vlmtrain.data.loader import StepStream, step_loader
     from vlmtrain.data.sources import build_source
     from vlmtrain.model import VLMWrapper
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
     from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+    from vlmtrain.training.batching import build_plan
 
     settings = compose(overrides)
-    stage, tokenizer, objective = settings.stages.align, build_tokenizer(settings), LanguageModelling()
-    parts = build_parts(settings, "align", None, tokenizer)
-    processor = build_processor(settings, "align", parts, objective, tokenizer)
+    stage, tokenizer, objective = settings.stages["align"], build_tokenizer(settings), LanguageModelling()
+    parts = build_parts(settings, stage, None, tokenizer)
+    processor = build_processor(settings, stage, parts, objective, tokenizer)
     source = build_source(settings.data, "align", picture_size(parts), settings.seed)
-    plan = build_plan(source, processor, stage, "align", 1)
+    plan = build_plan(source, processor, stage, 1)
     model = VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).eval()
     fixed = {parameter for parameter in model.parameters() if not parameter.requires_grad}  # sine and cosine positions
     model.requires_grad_(False)

@@ -7,14 +7,13 @@ import shutil
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from transformers import BertConfig, BertTokenizer, RobertaConfig
 
 from vlmtrain.connectors import build_connector
 from vlmtrain.model.llm import build_random_llm
 from vlmtrain.model.vision import build_vision
-from vlmtrain.settings import compose
+from vlmtrain.settings import compose, options_of
 from vlmtrain.training.assembly import check_widths
 from vlmtrain.training.run import train_run
 from vlmtrain.world import World
@@ -170,7 +169,7 @@ def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
 
 def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, tokenizer):
     with torch.device("meta"):
-        encoder = build_vision(**OmegaConf.to_container(compose(["recipe=quickstart"]).vision))
+        encoder = build_vision(**options_of(compose(["recipe=quickstart"]).vision))
         parts = {"vision": encoder, "connector": build_connector("linear", 128, 64)}
         config = {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
         parts["llm"] = build_random_llm(config, tokenizer)

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.planning.plan import Machine, plan_run
-from vlmtrain.settings import compose
+from vlmtrain.settings import Run, compose, options_of
 from vlmtrain.training.assembly import build_parts, build_processor, build_skeleton, build_tokenizer
-from vlmtrain.training.run import check_settings, check_stages
+from vlmtrain.training.checks import check_run, check_stages
 from vlmtrain.training.run_folder import RunFolder
 from vlmtrain.training.trainable import trained_groups
 
@@ -37,10 +36,10 @@ def test_what_trains_is_what_the_papers_train(recipe, stage, train, batch_size):
     assert {part: rate for part, rate in config.train.items() if rate is not None} == train
     assert (config.batch_size, config.optimizer.weight_decay, config.schedule.name) == (batch_size, 0.05, "cosine")
     small = compose([f"recipe={recipe}", "mini=true"])
-    parts = build_skeleton(small, stage, build_tokenizer(small))
-    assert {group.part for group in trained_groups(small.stages[stage], stage, parts)} == set(train)
+    parts = build_skeleton(small, small.stages[stage], build_tokenizer(small))
+    assert {group.part for group in trained_groups(small.stages[stage], parts)} == set(train)
     if "connector" in train:  # LAVIS's ln_vision, outside its frozen encoder
-        names = {name for group in trained_groups(small.stages[stage], stage, parts) for name in group.names}
+        names = {name for group in trained_groups(small.stages[stage], parts) for name in group.names}
         assert {"ln_vision.weight", "ln_vision.bias"} <= names
 
 
@@ -58,7 +57,7 @@ def test_sizes_are_the_published_ones():
 
 
 def test_the_encoder_gives_257_tokens_of_its_last_layer_but_one():
-    options = OmegaConf.to_container(compose(["recipe=blip2"]).vision)
+    options = options_of(compose(["recipe=blip2"]).vision)
     with torch.device("meta"):
         vision = build_vision(**options, weights=False)
         features = vision(torch.empty(1, 3, *vision.image_size))
@@ -69,13 +68,13 @@ def test_the_encoder_gives_257_tokens_of_its_last_layer_but_one():
 # one stage after the other, without training
 
 
-def small(recipe: str, *more: str) -> DictConfig:
+def small(recipe: str, *more: str) -> Run:
     return compose([f"recipe={recipe}", "mini=true", *more])
 
 
-def hand_on(settings: DictConfig, stage: str, previous: Path | None, folder: Path) -> Path:
+def hand_on(settings: Run, stage: str, previous: Path | None, folder: Path) -> Path:
     """A model folder as the stage would leave it if it learned nothing."""
-    parts = build_parts(settings, stage, previous, build_tokenizer(settings))
+    parts = build_parts(settings, settings.stages[stage], previous, build_tokenizer(settings))
     kept = [parts.get(part) for part in ("vision", "connector", "llm")]
     VLMWrapper(*kept).save_pretrained(folder)
     return folder
@@ -86,7 +85,7 @@ def test_each_stage_starts_from_the_one_before(tmp_path):
     tokenizer = build_tokenizer(settings)
     first = hand_on(settings, "represent", None, tmp_path / "represent")
     second = hand_on(settings, "generate", first, tmp_path / "generate")
-    parts = build_parts(settings, "instruct", second, tokenizer)
+    parts = build_parts(settings, settings.stages["instruct"], second, tokenizer)
     config = json.loads((second / "connector" / "config.json").read_text())
     assert config["out_dim"] == 128 and config["text_vocab"] is None
     before = VLMWrapper.from_pretrained(first).connector.state_dict()
@@ -98,7 +97,7 @@ def test_each_stage_starts_from_the_one_before(tmp_path):
         assert before[name].equal(between[name]) and before[name].equal(after[name]), name
     for name in between:
         assert between[name].equal(after[name]), name
-    again = build_parts(settings, "instruct", second, tokenizer)["connector"].state_dict()
+    again = build_parts(settings, settings.stages["instruct"], second, tokenizer)["connector"].state_dict()
     assert all(after[name].equal(again[name]) for name in after)
 
 
@@ -106,8 +105,9 @@ def test_a_stage_reads_what_it_should():
     settings = small("instructblip")
     tokenizer = build_tokenizer(settings)
     for stage, reads in (("represent", "answer"), ("generate", None), ("instruct", "instruction")):
+        stage = settings.stages[stage]
         parts = build_skeleton(settings, stage, tokenizer)
-        objective = OBJECTIVES[settings.stages[stage].objective]
+        objective = OBJECTIVES[stage.objective]
         processor = build_processor(settings, stage, parts, objective, tokenizer)
         assert (processor.reader and processor.reader.reads) == reads
         assert processor.in_pairs == (stage == "represent")
@@ -116,7 +116,7 @@ def test_a_stage_reads_what_it_should():
 def test_a_connector_that_reads_no_text_ignores_it(tmp_path):
     """So that one word swaps it: the instruction is only for those who read."""
     settings = small("instructblip", "connector=mlp", "stages.instruct.fresh=[connector]")
-    parts = build_skeleton(settings, "instruct", build_tokenizer(settings))
+    parts = build_skeleton(settings, settings.stages["instruct"], build_tokenizer(settings))
     assert not parts["connector"].reads_text
 
 
@@ -145,7 +145,7 @@ def test_a_connector_that_reads_no_text_ignores_it(tmp_path):
 def test_what_cannot_work_is_said_before_anything_trains(recipe, more, said, tmp_path):
     with pytest.raises(ValueError, match=rf"(?s){said}"):
         settings = small(recipe, *more)
-        check_settings(settings, 1)
+        check_run(settings, 1)
         check_stages(settings, RunFolder(tmp_path))
 
 
@@ -155,8 +155,8 @@ def test_what_is_handed_on_is_looked_at_too(tmp_path):
     first = hand_on(settings, "represent", None, tmp_path / "first")
     build_processor(
         settings,
-        "represent",
-        build_skeleton(settings, "represent", build_tokenizer(settings)),
+        settings.stages["represent"],
+        build_skeleton(settings, settings.stages["represent"], build_tokenizer(settings)),
         OBJECTIVES["qformer_pretraining"],
         build_tokenizer(settings),
     ).save_pretrained(first)

@@ -32,7 +32,7 @@ from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import load_part
 from vlmtrain.settings import compose
-from vlmtrain.training.run import take_in as imported_for
+from vlmtrain.training.init_from import take_in as imported_for
 from vlmtrain.training.run_folder import RunFolder
 
 ENDLESS = ITEMS.replace("Q: ", "USER: ").replace("A:", "ASSISTANT:").replace("eos_token", "' '")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from vlmtrain.data.processor import Batch, Geometry, Processor, Sample
@@ -18,12 +17,12 @@ from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_parts, build_tokenizer
-from vlmtrain.training.run import check_settings, check_stages
+from vlmtrain.training.checks import check_stages
 from vlmtrain.training.run_folder import RunFolder
 
 
 def build(prepared: bool) -> tuple[VLMWrapper, Processor]:
-    settings = OmegaConf.to_container(compose(["recipe=quickstart"]))
+    settings = compose(["recipe=quickstart"]).composed
     tokenizer = build_tiny_tokenizer(VOCABULARY)
     torch.manual_seed(0)
     vision = build_vision(**settings["vision"])
@@ -113,15 +112,15 @@ def test_an_attention_that_cannot_be_is_refused_before_anything_trains(more, sai
 
 
 def test_flash_attention_in_fp32_is_refused():
-    settings = compose(["recipe=llava_1_5", "mini=true", "precision=fp32", "llm.attn_implementation=flash_attention_2"])
+    line = ["recipe=llava_1_5", "mini=true", "precision=fp32", "llm.attn_implementation=flash_attention_2"]
     with pytest.raises(ValueError, match="flash_attention_2 has no fp32: set precision=bf16"):
-        check_settings(settings, 1)
+        compose(line)
 
 
 def test_every_stage_attends_as_the_line_says(tmp_path):
     settings = compose(["recipe=llava_1_5", "mini=true", "llm.attn_implementation=eager"])
     tokenizer, previous = build_tokenizer(settings), None
-    for stage in settings.stages:
+    for stage in settings.stages.values():
         parts = build_parts(settings, stage, previous, tokenizer)
         assert parts["llm"].config._attn_implementation == "eager"
         previous = tmp_path / stage

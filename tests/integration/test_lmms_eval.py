@@ -47,8 +47,10 @@ DOCUMENTS = [
 def folder(tmp_path_factory) -> str:
     settings = compose(["recipe=quickstart", "stages.instruct.fresh=[vision,connector,llm]"])
     tokenizer = build_tokenizer(settings)
-    parts = build_parts(settings, "instruct", None, tokenizer)
-    processor = build_processor(settings, "instruct", parts, OBJECTIVES["language_modelling"], tokenizer)
+    parts = build_parts(settings, settings.stages["instruct"], None, tokenizer)
+    processor = build_processor(
+        settings, settings.stages["instruct"], parts, OBJECTIVES["language_modelling"], tokenizer
+    )
     target = tmp_path_factory.mktemp("model")
     VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).save_pretrained(target)
     processor.save_pretrained(target)

@@ -29,10 +29,10 @@ def sound(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "model"
     settings = compose(["recipe=quickstart", "stages.instruct.fresh=[vision,connector,llm]"])
     tokenizer = build_tokenizer(settings)
-    parts = build_parts(settings, "instruct", None, tokenizer)
+    parts = build_parts(settings, settings.stages["instruct"], None, tokenizer)
     VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).save_pretrained(folder)
     objective = OBJECTIVES["language_modelling"]
-    build_processor(settings, "instruct", parts, objective, tokenizer).save_pretrained(folder)
+    build_processor(settings, settings.stages["instruct"], parts, objective, tokenizer).save_pretrained(folder)
     write_manifest(folder, json.loads((folder / "vlmtrain.json").read_text())["parts"])
     return folder
 

@@ -27,10 +27,10 @@ CHOICES = ["red", "the large blue ring", "green square"]
 def model() -> tuple[VLMWrapper, Processor]:
     settings = compose(["recipe=quickstart", "stages.instruct.fresh=[vision,connector,llm]"])
     tokenizer = build_tokenizer(settings)
-    parts = build_parts(settings, "instruct", None, tokenizer)
+    parts = build_parts(settings, settings.stages["instruct"], None, tokenizer)
     objective = OBJECTIVES["language_modelling"]
     wrapper = VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).eval()
-    return wrapper, build_processor(settings, "instruct", parts, objective, tokenizer)
+    return wrapper, build_processor(settings, settings.stages["instruct"], parts, objective, tokenizer)
 
 
 def validator(model, source, batch_size: int = 8, **options) -> Validator:

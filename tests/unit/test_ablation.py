@@ -46,7 +46,7 @@ def test_a_line_becomes_choices_seeds_and_what_all_share():
     )
     assert [choice.label for choice in ablation.choices] == ["linear", "qformer-num_queries-8"]
     assert ablation.seeds == (0, 2) and ablation.jobs == 2 and ablation.line == ("recipe=quickstart", "workers=0")
-    assert ablation.settings(ablation.choices[1]).connector.num_queries == 8
+    assert ablation.settings(ablation.choices[1]).connector.options["num_queries"] == 8
     assert str(ablation.folder) == "runs/ablation-quickstart"
 
 
@@ -60,7 +60,7 @@ def test_axes_multiply_the_choices():
     ]
     assert len({c.folder for c in ablation.choices}) == 4 and all("/" not in c.folder for c in ablation.choices)
     settings = ablation.settings(ablation.choices[1])
-    assert settings.stages.align.train.connector == 2e-3 and settings.connector.name == "linear"
+    assert settings.stages["align"].train["connector"] == 2e-3 and settings.connector.name == "linear"
     assert ablation.sweep_lines() == [["stages.instruct.train.llm=0.001"], ["stages.instruct.train.llm=0.0005"]]
 
 
@@ -369,8 +369,9 @@ def test_an_ablation_goes_on_with_other_keys_that_no_result_hangs_on(tmp_path, m
 
 def test_mappings_may_be_values_of_an_axis():
     ablation = read_line([*QUICKSTART, "axis.stages.instruct.lora=[{llm:{rank:8,targets:['q proj',up]}},null]"])
-    with_lora, without = (ablation.settings(choice).stages.instruct.lora for choice in ablation.choices[:2])
-    assert with_lora == {"llm": {"rank": 8, "targets": ["q proj", "up"]}} and without is None
+    with_lora, without = (ablation.settings(choice).stages["instruct"].lora for choice in ablation.choices[:2])
+    expected = {"rank": 8, "targets": ("q proj", "up")}
+    assert {key: getattr(with_lora["llm"], key) for key in expected} == expected and without is None
     assert len({choice.folder for choice in ablation.choices}) == 4
 
 

@@ -7,13 +7,14 @@ import statistics
 
 import pytest
 
+from vlmtrain.settings.run import BadStepOptions
 from vlmtrain.training.bad_steps import ENOUGH, WINDOW, BadSteps
 
 OPTIONS = {"in_a_row": 3, "spike": 4.0, "skip_spikes": False}
 
 
 def fed(losses, **options) -> BadSteps:
-    steps = BadSteps("instruct", {**OPTIONS, **options}, None)
+    steps = BadSteps("instruct", BadStepOptions(**{**OPTIONS, **options}), None)
     for step, loss in enumerate(losses):
         steps.count(step, loss, steps.judge(loss), ["a"])
     return steps
@@ -53,7 +54,7 @@ def test_only_steps_in_a_row_stop_a_run():
 def test_the_state_survives_a_checkpoint():
     losses = [1 / 3 + 0.01 * i % 0.07 for i in range(50)]
     steps = fed(losses)
-    again = BadSteps("instruct", OPTIONS, None, json.loads(json.dumps(steps.state)))
+    again = BadSteps("instruct", BadStepOptions(**OPTIONS), None, json.loads(json.dumps(steps.state)))
     for loss in (0.4, 0.5, 1.0, float("nan")):
         assert again.judge(loss) == steps.judge(loss)
     assert again.state == steps.state

@@ -8,7 +8,7 @@ import pytest
 
 from vlmtrain.evaluation.benchmarks import Benchmarks
 from vlmtrain.settings import compose
-from vlmtrain.training.run import check_settings
+from vlmtrain.training.checks import check_run
 
 LINE = ["recipe=llava_1_5", "mini=true"]
 
@@ -22,12 +22,12 @@ def test_without_lmms_eval_it_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("tasks", ["pope", "null", "[pope,3]"])
 def test_tasks_are_a_list_of_names(tasks):
     with pytest.raises(ValueError, match=r"validation.lmms_eval=.* expected a list of names"):
-        check_settings(compose([*LINE, f"validation.lmms_eval={tasks}"]), 1)
+        check_run(compose([*LINE, f"validation.lmms_eval={tasks}"]), 1)
 
 
 def test_ranks_that_share_the_weights_cannot_ask_different_questions():
     line = [*LINE, "validation.lmms_eval=[pope]"]
     with pytest.raises(ValueError, match="zero3 on several processes cannot do; train with zero2"):
-        check_settings(compose([*line, "engine=zero3"]), 2)
-    check_settings(compose([*line, "engine=zero3"]), 1)
-    check_settings(compose([*line, "engine=zero2"]), 2)
+        check_run(compose([*line, "engine=zero3"]), 2)
+    check_run(compose([*line, "engine=zero3"]), 1)
+    check_run(compose([*line, "engine=zero2"]), 2)

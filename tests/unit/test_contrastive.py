@@ -5,7 +5,6 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +15,7 @@ from vlmtrain.model import VLMWrapper
 from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives import build_objective
 from vlmtrain.planning.plan import Machine, plan_run
-from vlmtrain.settings import compose
+from vlmtrain.settings import compose, options_of
 from vlmtrain.training.run import check_stages
 from vlmtrain.training.run_folder import RunFolder
 
@@ -25,8 +24,8 @@ from vlmtrain.training.run_folder import RunFolder
 def parts(tokenizer):
     torch.manual_seed(0)
     settings = compose(["recipe=quickstart"])
-    vision = build_vision(**OmegaConf.to_container(settings.vision))
-    return vision, build_objective("contrastive", settings, tokenizer, {})
+    vision = build_vision(**options_of(settings.vision))
+    return vision, build_objective("contrastive", settings.vision, tokenizer, {})
 
 
 def test_loss_equals_open_clips(parts, tokenizer):
@@ -56,7 +55,7 @@ def test_captions_that_begin_with_the_end_token_differ(tokenizer):
     both = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=end, eos_token=end, pad_token=tokenizer.pad_token)
     torch.manual_seed(0)
     settings = compose(["recipe=quickstart"])
-    objective = build_objective("contrastive", settings, both, {})
+    objective = build_objective("contrastive", settings.vision, both, {})
     processor = Processor(both, Geometry((48, 48), "squash", (0.5,) * 3, (0.5,) * 3, tokens=0), "plain", max_length=40)
     data = Shapes("caption", 8)
     first = data[0]

@@ -10,14 +10,10 @@ import torch
 from vlmtrain.connectors import build_connector
 from vlmtrain.model.tiled import TiledConnector
 from vlmtrain.settings import compose
-from vlmtrain.training.handover import (
-    adopt_connector,
-    builds_anew,
-    check_names,
-    overruled_fit,
-    take_over,
-    tensors_taken,
-)
+from vlmtrain.training.handover import take_over, tensors_taken
+from vlmtrain.training.init_from import adopt_connector, overruled_fit
+
+from ..stages import make_stage
 
 SIZES = {"num_queries": 3, "hidden_size": 8, "depth": 3, "num_heads": 2, "intermediate_size": 12, "vision_norm": True}
 STAGES = {
@@ -38,7 +34,7 @@ def qformer(out_dim: int | None, words: int | None, **options):
 def test_the_second_stage_takes_all_but_the_text_path():
     first, second = qformer(None, 20), qformer(10, None)
     fresh = {name: tensor.clone() for name, tensor in second.state_dict().items()}
-    take_over(second, first, GENERATE, "generate")
+    take_over(second, first, GENERATE)
     before, after = first.state_dict(), second.state_dict()
     assert {name for name in before if name not in after} == {name for name in before if name.startswith(DROPPED)}
     for name, tensor in after.items():
@@ -52,7 +48,7 @@ def test_the_second_stage_takes_all_but_the_text_path():
 def test_instructblip_gets_a_text_path_again():
     second, third = qformer(10, None), qformer(10, 20)
     fresh = {name: tensor.clone() for name, tensor in third.state_dict().items()}
-    take_over(third, second, INSTRUCT, "instruct")
+    take_over(third, second, INSTRUCT)
     before = second.state_dict()
     for name, tensor in third.state_dict().items():
         assert tensor.equal(fresh[name] if name.startswith(DROPPED) else before[name]), name
@@ -60,7 +56,7 @@ def test_instructblip_gets_a_text_path_again():
 
 def test_a_fresh_text_path_stays_fresh_where_one_is_handed_on():
     first, second = qformer(10, 20), qformer(10, 20)
-    taken = tensors_taken(second, first, INSTRUCT, "instruct")
+    taken = tensors_taken(second, first, INSTRUCT)
     assert {name for name in second.state_dict() if name not in taken} == {
         name for name in second.state_dict() if name.startswith(DROPPED)
     }
@@ -69,10 +65,10 @@ def test_a_fresh_text_path_stays_fresh_where_one_is_handed_on():
 def test_tiles_change_no_name():
     first, second = qformer(None, 20), TiledConnector(qformer(10, None))
     newline = second.newline.clone()
-    take_over(second, first, GENERATE, "generate")
+    take_over(second, first, GENERATE)
     assert second.connector.core.query_tokens.equal(first.core.query_tokens) and second.newline.equal(newline)
     third = TiledConnector(qformer(10, 20))
-    take_over(third, second, INSTRUCT, "instruct")
+    take_over(third, second, INSTRUCT)
     assert third.newline.equal(newline)
 
 
@@ -89,25 +85,24 @@ def test_tiles_change_no_name():
     ],
 )
 def test_what_does_not_fit_is_named(first, second, stage, said):
-    entries = {"fresh": list(GENERATE.fresh), "drops": list(GENERATE.drops), **stage}
+    entries = make_stage(**{"fresh": GENERATE.fresh, "drops": GENERATE.drops, **stage})
     with torch.device("meta"), pytest.raises(ValueError, match=said):
-        tensors_taken(qformer(10, None, **second), qformer(None, 20, **first), entries, "s")
+        tensors_taken(qformer(10, None, **second), qformer(None, 20, **first), entries)
 
 
 def test_a_name_ends_where_a_name_ends():
     """``connector.proj`` is not the beginning of another name."""
-    entries = {"fresh": ["connector.proj", "connector.core.layers.1"], "drops": []}
-    taken = tensors_taken(qformer(10, None, depth=12), qformer(10, None, depth=12), entries, "s")
+    entries = make_stage(fresh=["connector.proj", "connector.core.layers.1"])
+    taken = tensors_taken(qformer(10, None, depth=12), qformer(10, None, depth=12), entries)
     assert any(name.startswith("core.layers.11.") for name in taken)
     assert not any(name.startswith("core.layers.1.") for name in taken)
 
 
 def test_only_names_within_the_connector_can_be_given():
     with pytest.raises(ValueError, match=r"stages\.s\.drops names llm\.lm_head"):
-        check_names({"fresh": [], "drops": ["llm.lm_head"]}, "s")
-    check_names(GENERATE, "generate")
-    assert builds_anew(GENERATE) and builds_anew(INSTRUCT)
-    assert not builds_anew(STAGES["blip2", "represent"]) and not builds_anew(STAGES["blip2", "finetune"])
+        make_stage(drops=["llm.lm_head"])
+    assert GENERATE.builds_connector and INSTRUCT.builds_connector
+    assert not STAGES["blip2", "represent"].builds_connector and not STAGES["blip2", "finetune"].builds_connector
 
 
 # a run that starts from a model folder
@@ -124,10 +119,11 @@ def held(folder, **config):
 def test_a_model_folders_connector_is_gone_on_with(tmp_path):
     start = held(tmp_path, name="qformer", num_queries=3, newline=True)
     settings, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])
-    assert (settings.connector.name, settings.connector.num_queries, settings.connector.dropout) == ("qformer", 3, 0.1)
+    options = settings.connector.options
+    assert (settings.connector.name, options["num_queries"], options["dropout"]) == ("qformer", 3, 0.1)
     assert "connector=mlp (qformer is used)" in said[0] and start in said[0]
     named = compose([*INSTRUCT_ON, start, "connector=qformer"])
-    assert adopt_connector(named, [])[0].connector.num_queries == 3
+    assert adopt_connector(named, [])[0].connector.options["num_queries"] == 3
 
 
 def test_a_line_that_names_another_connector_than_the_folders_is_refused(tmp_path):

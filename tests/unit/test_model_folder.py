@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from vlmtrain.data.processor import Processor
 from vlmtrain.model.parts import load_part, module_state, write_manifest
 from vlmtrain.model.vision import build_vision
+from vlmtrain.settings import compose
 from vlmtrain.training.model_folder import ModelWriter
 from vlmtrain.world import World
+
+from ..stages import make_stage
 
 VISION = {
     "embed_dim": 12,
@@ -28,9 +30,9 @@ class Engine:
 
 def test_a_frozen_part_is_not_taken_from_a_folder_that_holds_other_weights(tmp_path, tokenizer):
     vision = build_vision("open_clip", model_config=VISION)
-    settings = OmegaConf.create({"stages": {"s": {"drops": []}}, "vision": {}})
+    run = compose(["recipe=quickstart"])
     processor = Processor(tokenizer, None, "plain", 64)
-    writer = ModelWriter(settings, "s", {"vision": vision}, [], processor, None, World(0, 1, torch.device("cpu")))
+    writer = ModelWriter(run, make_stage(), {"vision": vision}, [], processor, None, World(0, 1, torch.device("cpu")))
     writer.write(Engine(), tmp_path / "best")
     with torch.no_grad():
         for parameter in vision.parameters():
@@ -52,10 +54,8 @@ def test_a_frozen_part_is_not_taken_from_a_folder_that_holds_other_weights(tmp_p
 def test_adapters_name_the_weights_that_they_fit(start, stage, fresh, expected, tmp_path, tokenizer):
     (tmp_path / "before").mkdir()
     write_manifest(tmp_path / "before", {"llm": {"sha256": "", "dtype": "float32", "stage": stage}})
-    settings = OmegaConf.create(
-        {"init_from": start, "stages": {"s": {"drops": [], "fresh": fresh}}, "llm": {"path": "hub/id"}}
-    )
+    settings = compose(["recipe=llava_1_5", "llm.path=hub/id", f"init_from={start or 'null'}"])
     processor = Processor(tokenizer, None, "plain", 64)
     world = World(0, 1, torch.device("cpu"))
-    writer = ModelWriter(settings, "s", {}, [], processor, tmp_path / "before", world)
+    writer = ModelWriter(settings, make_stage(fresh=fresh), {}, [], processor, tmp_path / "before", world)
     assert writer._base("llm") == (expected if "/" in expected else str(tmp_path / expected / "llm"))

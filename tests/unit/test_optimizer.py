@@ -7,22 +7,23 @@ import math
 import pytest
 from torch import nn
 
+from vlmtrain.settings.stage import ScheduleOptions
 from vlmtrain.training.optimizer import Schedule, parameter_groups
 from vlmtrain.training.trainable import Group
 
 
-def config(**changes) -> dict:
-    return {"name": "cosine", "warmup_ratio": 0.0, "warmup_steps": None, "min_lr": 0.0, **changes}
+def options(**changes) -> ScheduleOptions:
+    return ScheduleOptions(**{"name": "cosine", "warmup_ratio": 0.0, "warmup_steps": None, "min_lr": 0.0, **changes})
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
-    schedule = Schedule.from_config(config(warmup_steps=4), 100, {"llm": 1.0})
+    schedule = Schedule.of(options(warmup_steps=4), 100)
     assert [schedule.rate(step, 2.0) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
 
 
 def test_warm_up_ratio_counts_steps():
-    assert Schedule.from_config(config(warmup_ratio=0.03), 1000, {}).warmup_steps == 30
-    assert Schedule.from_config(config(warmup_ratio=0.03), 10, {}).warmup_steps == 1
+    assert Schedule.of(options(warmup_ratio=0.03), 1000).warmup_steps == 30
+    assert Schedule.of(options(warmup_ratio=0.03), 10).warmup_steps == 1
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_warm_up_ratio_counts_steps():
     ],
 )
 def test_decay_by_hand(name, expected):
-    schedule = Schedule.from_config(config(name=name, min_lr=0.1), 4, {"llm": 1.0})
+    schedule = Schedule.of(options(name=name, min_lr=0.1), 4)
     assert [schedule.rate(step, 1.0) for step in range(4)] == pytest.approx(expected)
 
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 
 from vlmtrain.cli import main
@@ -21,6 +20,7 @@ from vlmtrain.settings import compose
 from vlmtrain.training.trainable import freeze, trained_groups
 
 from ..conftest import run
+from ..stages import make_stage
 
 LLAMA = {
     "hidden_size": 64,
@@ -138,9 +138,8 @@ def test_gradients_are_counted_where_they_flow_by_hand(match):
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, tie_word_embeddings=False))
     use_counted_attention(llm)
-    stage = OmegaConf.merge(compose(["recipe=llava_1_5"]).stages.instruct, {"train": {"connector": None, "llm": None}})
-    stage.groups = [{"match": match, "lr": 1e-3}]
-    freeze({"llm": llm}, trained_groups(stage, "instruct", {"llm": llm}), checkpointing=False)
+    stage = make_stage(train={}, groups=[{"match": match, "lr": 1e-3}])
+    freeze({"llm": llm}, trained_groups(stage, {"llm": llm}), checkpointing=False)
     tokens, kept, width, inner, layers = 20, 5, 64, 160, 3
     meter, row = Meter(), torch.empty(1, tokens, width, device="meta")
     with meter.part("llm", llm, "model.layers"):

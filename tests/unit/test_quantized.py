@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from vlmtrain.model.parts import module_state, state_hash
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.settings import compose
-from vlmtrain.training.adapters import add_adapters, check_adapters, merged, save_adapters
+from vlmtrain.training.adapters import add_adapters, merged, save_adapters
 from vlmtrain.training.trainable import part_size, trained_groups
+
+from ..stages import make_stage
 
 RANK, ALPHA = 2, 6
 NF4 = {"rank": RANK, "alpha": ALPHA, "quantize": "nf4"}
@@ -39,7 +41,7 @@ def unpacked(weight: torch.Tensor) -> torch.Tensor:
 
 
 def with_adapters(module: nn.Module, **options) -> nn.Module:
-    add_adapters({"lora": {"llm": {**NF4, **options}}, "parts": ["llm"]}, "s", {"llm": module})
+    add_adapters(make_stage(train={"llm": 1e-3}, lora={"llm": {**NF4, **options}}), {"llm": module})
     for name, parameter in module.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.1)
@@ -154,8 +156,8 @@ def test_adapters_go_on_over_the_same_bits_alone(tokenizer, tmp_path):
     save_adapters(llm, state, made, None)
 
     def again(llm: nn.Module, **options) -> torch.Tensor:
-        stage = {"lora": {"llm": {**NF4, "init_from": str(made), **options}}, "parts": ["llm"]}
-        add_adapters(stage, "s", {"llm": llm})
+        stage = make_stage(train={"llm": 1e-3}, lora={"llm": {**NF4, "init_from": str(made), **options}})
+        add_adapters(stage, {"llm": llm})
         return logits(llm).float()
 
     expected = logits(llm)
@@ -189,7 +191,7 @@ def on_merged(llm: nn.Module, tokenizer) -> nn.Module:
 
 
 def stage_of(*overrides: str):
-    return compose(["recipe=llava_1_5_lora", "mini=true", *overrides]).stages.instruct
+    return compose(["recipe=llava_1_5_lora", "mini=true", *overrides]).stages["instruct"]
 
 
 @pytest.mark.parametrize(
@@ -212,18 +214,17 @@ def test_what_is_held_in_bits_cannot_train(group, said, tokenizer):
     stage = stage_of(f"stages.instruct.groups=[{group}]")
     llm = with_adapters(plain_llm(tokenizer))
     if said is None:
-        names = [name for g in trained_groups(stage, "instruct", {"llm": llm}) for name in g.names]
+        names = [name for g in trained_groups(stage, {"llm": llm}) for name in g.names]
         assert all(llm.get_parameter(name).is_floating_point() for name in names)
     else:
         with pytest.raises(ValueError, match=said) as error:
-            trained_groups(stage, "instruct", {"llm": llm})
+            trained_groups(stage, {"llm": llm})
         assert "\n" not in str(error.value)
 
 
 def test_what_cannot_be_meant_is_named(monkeypatch):
-    stage = stage_of("stages.instruct.lora.llm.quantize=int8")
     with pytest.raises(ValueError, match=r"^stages\.instruct\.lora\.llm\.quantize=int8: expected null or nf4$"):
-        check_adapters(stage, "instruct")
+        stage_of("stages.instruct.lora.llm.quantize=int8")
     with pytest.raises(ValueError, match=r"^stages\.s\.lora\.llm: Sequential has no linear layer that could have an"):
         with_adapters(nn.Sequential(nn.LayerNorm(8)))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -9,38 +9,43 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from vlmtrain.paths import CONFIGS, RECIPES
-from vlmtrain.settings import _swept, compose
+from vlmtrain.settings import compose
+from vlmtrain.settings.composition import _swept
 
 
 def test_a_recipes_options_apply_to_the_choice_they_speak_of_only():
-    assert compose(["recipe=quickstart", "connector=qformer"]).connector.num_queries == 16
-    assert "num_queries" not in compose(["recipe=quickstart", "connector=mlp"]).connector
+    assert compose(["recipe=quickstart", "connector=qformer"]).connector.options["num_queries"] == 16
+    assert "num_queries" not in compose(["recipe=quickstart", "connector=mlp"]).connector.options
 
 
 def test_the_line_wins_over_the_recipes_options():
-    assert compose(["recipe=quickstart", "connector=qformer", "connector.num_queries=5"]).connector.num_queries == 5
+    assert (
+        compose(["recipe=quickstart", "connector=qformer", "connector.num_queries=5"]).connector.options["num_queries"]
+        == 5
+    )
     assert compose(["recipe=llava_1_5", "llm.path=mine"]).llm.path == "mine"
     assert compose(["recipe=llava_1_5"]).llm.path == "lmsys/vicuna-7b-v1.5"
 
 
 def test_a_recipes_mini_options_apply_to_the_choice_they_speak_of_only():
-    small = compose(["recipe=blip2", "mini=true", "connector.depth=3"]).connector
-    assert (small.num_queries, small.depth, small.text_vocab) == (16, 3, None)
-    assert compose(["recipe=blip2"]).connector.num_queries == 32
-    assert "num_queries" not in compose(["recipe=blip2", "mini=true", "connector=mlp"]).connector
+    small = compose(["recipe=blip2", "mini=true", "connector.depth=3"]).connector.options
+    assert (small["num_queries"], small["depth"], small["text_vocab"]) == (16, 3, None)
+    assert compose(["recipe=blip2"]).connector.options["num_queries"] == 32
+    assert "num_queries" not in compose(["recipe=blip2", "mini=true", "connector=mlp"]).connector.options
 
 
 @pytest.mark.parametrize("line", ["lora.vision={rank: 8}", "lora={vision: {rank: 8}}"])
 def test_a_line_adds_to_what_a_recipe_maps(line):
-    lora = compose(["recipe=llava_1_5_lora", f"stages.instruct.{line}"]).stages.instruct.lora
-    assert (lora.vision.rank, lora.llm.rank) == (8, 128)
+    run = compose(["recipe=llava_1_5_lora", "stages.instruct.train.vision=1e-5", f"stages.instruct.{line}"])
+    lora = run.stages["instruct"].lora
+    assert (lora["vision"].rank, lora["llm"].rank) == (8, 128)
 
 
 def test_mini_swaps_groups_except_those_that_the_line_names():
     small = compose(["recipe=llava_1_5", "mini=true"])
-    assert (small.vision.provider, small.llm.provider, small.data.format) == ("open_clip", "tiny", "shapes")
+    assert (small.vision.provider, small.llm.provider, small.data["format"]) == ("open_clip", "tiny", "shapes")
     mixed = compose(["recipe=llava_1_5", "mini=true", "llm=hf", "llm.path=mine", "stages.align.max_steps=3"])
-    assert (mixed.llm.provider, mixed.stages.align.max_steps) == ("hf", 3)
+    assert (mixed.llm.provider, mixed.stages["align"].max_steps) == ("hf", 3)
 
 
 def test_the_default_folder_carries_recipe_and_connector():

@@ -19,12 +19,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ..data.records import BadSample
@@ -33,8 +32,8 @@ from ..errors import nearest
 from ..evaluation.metrics import METRICS, Answer
 from ..paths import link_or_copy, make_folder, replace_text
 from ..run_files import read_json
-from ..settings import compose, flatten
-from ..training.run import check_settings
+from ..settings import Run, Stage, compose, flatten
+from ..training.checks import check_run
 from .budget import Undecided, decide
 from .line import Ablation, Choice
 
@@ -69,25 +68,24 @@ def run_ablation(ablation: Ablation, show_progress: bool = True) -> list[tuple[C
 
 def _check_choice(ablation: Ablation, choice: Choice) -> None:
     """Raise ValueError for a choice whose jobs could not be compared, or whose sweep could find nothing."""
-    settings = ablation.settings(choice)
-    check_settings(settings, ablation.ranks)
-    last = wanted_stages(settings)[-1]
-    compared = [name for name in settings.stages if "connector" in settings.stages[name].parts]
-    if last not in compared:
-        key = f"stages of recipe {settings.name}, the last" if settings.stage is None else "stage"
+    run = ablation.settings(choice)
+    check_run(run, ablation.ranks)
+    last = run.wanted[-1]
+    compared = [stage.name for stage in run.stages.values() if "connector" in stage.parts]
+    if last.name not in compared:
+        key = f"stages of recipe {run.name}, the last" if run.stage is None else "stage"
         others = f"expected one of {', '.join(compared)}" if compared else "nor has any other"
-        raise ValueError(f"{key}={last}: it has no connector to compare; {others}")
-    split = settings.stages[last].validation
-    if split is None or settings.data.get(split) is None:
-        key = f"stages.{last}.validation" if split is None else f"data.{split}"
-        raise ValueError(f"{key}=null: expected questions, whose answers an ablation compares after stage {last}")
-    _check_metric(ablation.metric, settings, split)
-    _check_sweep(ablation, choice, settings)
+        raise ValueError(f"{key}={last.name}: it has no connector to compare; {others}")
+    if not run.validates(last):
+        key = f"{last.prefix}.validation" if last.validation is None else f"data.{last.validation}"
+        raise ValueError(f"{key}=null: expected questions, whose answers an ablation compares after stage {last.name}")
+    _check_metric(ablation.metric, run, last.validation)
+    _check_sweep(ablation, choice, run)
 
 
-def _check_metric(metric: str, settings: DictConfig, split: str) -> None:
+def _check_metric(metric: str, run: Run, split: str) -> None:
     """Raise ValueError for a metric that no answer of the jobs will have."""
-    named = settings.validation.metrics
+    named = run.validation.metrics
     computed = METRICS if named is None else ["exact_match", *named]
     known = {name: key for key in computed for name in METRICS[key].each([])}
     if metric not in known:
@@ -98,8 +96,8 @@ def _check_metric(metric: str, settings: DictConfig, split: str) -> None:
     if metric == "exact_match":
         return  # whatever is asked
     judge = METRICS[known[metric]]
-    source = build_source(settings.data, split, (224, 224), settings.seed)
-    size = min(len(source), settings.validation.final_samples or len(source))
+    source = build_source(run.data, split, (224, 224), run.seed)
+    size = min(len(source), run.validation.final_samples or len(source))
     if not any(map(judge.recognised if named is None else judge.fits, _questions(source, size))):
         said = f"it needs {judge.needs}, and none of the {size} conversations of data.{split} has one"
         if any(map(judge.fits, _questions(source, size))):
@@ -116,16 +114,17 @@ def _questions(source: Source, size: int) -> Iterator[Answer]:
                     yield Answer(index, 0, "", turn.text, "", turn.grading)
 
 
-def _check_sweep(ablation: Ablation, choice: Choice, settings: DictConfig) -> None:
-    own = [name for name in wanted_stages(settings) if name not in shared_stages(settings)]
+def _check_sweep(ablation: Ablation, choice: Choice, run: Run) -> None:
+    shared = [stage.name for stage in run.before_connector()]
+    own = [stage.name for stage in run.wanted if stage.name not in shared]
     for key, _ in ablation.sweep:
         top, _, rest = key.partition(".")
         stage = rest.partition(".")[0]
         if top == "stages" and stage not in own:
-            why = "comes before the connector and is shared" if stage in shared_stages(settings) else "does not run"
+            why = "comes before the connector and is shared" if stage in shared else "does not run"
             raise ValueError(f"sweep.{key}: stage {stage} {why}; expected a key of one of {', '.join(own)}")
     for values in ablation.sweep_lines():
-        check_settings(compose([*ablation.line, *choice.line, *values]), ablation.ranks)
+        check_run(compose([*ablation.line, *choice.line, *values]), ablation.ranks)
 
 
 def _check_same(ablation: Ablation) -> None:
@@ -156,16 +155,6 @@ def _binding(line: Iterable[str]) -> list[str]:
 def _is_free(key: str) -> bool:
     first, _, rest = key.partition(".")
     return first in FREE or (first == "stages" and rest.partition(".")[2] in FREE_IN_STAGE)
-
-
-def wanted_stages(settings: DictConfig) -> list[str]:
-    return [name for name in settings.stages if settings.stage in (None, name)]
-
-
-def shared_stages(settings: DictConfig) -> list[str]:
-    """The stages before the first that has a connector."""
-    has_none = takewhile(lambda name: "connector" not in settings.stages[name].parts, settings.stages)
-    return [name for name in has_none if name in wanted_stages(settings)]
 
 
 class Runner:
@@ -210,17 +199,17 @@ class Runner:
 
         def run(item: tuple[Path, tuple[Choice, int]]) -> None:
             folder, (choice, seed) = item
-            for stage in shared_stages(self.ablation.settings(choice, seed)):
-                self._start([*self.ablation.line, *choice.line, f"stage={stage}"], seed, folder, "shared", [stage])
+            for stage in self.ablation.settings(choice, seed).before_connector():
+                line = [*self.ablation.line, *choice.line, f"stage={stage.name}"]
+                self._start(line, seed, folder, "shared", [stage])
 
         self.at_once(run, folders.items())
 
     def shared(self, choice: Choice, seed: int) -> Path:
         """Where the shared stages of a choice are: those that agree on all they depend on have one folder."""
         settings = compose([*self.ablation.line, *choice.line])
-        stages = shared_stages(settings)
-        plain = OmegaConf.to_container(settings)
-        plain["stages"] = {name: plain["stages"][name] for name in stages}
+        plain = dict(settings.composed)
+        plain["stages"] = {stage.name: plain["stages"][stage.name] for stage in settings.before_connector()}
         apart = ("connector", "named", "run_dir", "seed")
         matters = [pair for pair in flatten(plain) if pair[0].partition(".")[0] not in apart and not _is_free(pair[0])]
         digest = hashlib.sha256(json.dumps(sorted(matters), default=str).encode()).hexdigest()
@@ -243,21 +232,20 @@ class Runner:
     def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str]) -> bool:
         """One run of all stages, from the shared ones on; whether any was left. Raises ValueError if it fails."""
         settings = self.ablation.settings(choice, seed)
-        stages = shared_stages(settings)
-        for stage in stages:
-            if not (folder / stage).exists():
-                partial = folder / f"{stage}.partial"
+        for name in (stage.name for stage in settings.before_connector()):
+            if not (folder / name).exists():
+                partial = folder / f"{name}.partial"
                 shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self.shared(choice, seed) / stage, partial, copy_function=link_or_copy)
-                partial.rename(folder / stage)
-        return self._start(line, seed, folder, choice.label, wanted_stages(settings))
+                shutil.copytree(self.shared(choice, seed) / name, partial, copy_function=link_or_copy)
+                partial.rename(folder / name)
+        return self._start(line, seed, folder, choice.label, settings.wanted)
 
-    def _start(self, line: Sequence[str], seed: int, folder: Path, name: str, stages: Sequence[str]) -> bool:
+    def _start(self, line: Sequence[str], seed: int, folder: Path, name: str, stages: Sequence[Stage]) -> bool:
         """One training process, or several under torchrun, unless it is finished; whether it was not.
 
         Raises ValueError with its last words if it fails.
         """
-        if all((folder / stage / "summary.json").exists() for stage in stages):
+        if _are_finished(folder, stages):
             return False
         folder.mkdir(parents=True, exist_ok=True)
         launcher = [sys.executable, "-m", "vlmtrain.processes"]
@@ -269,7 +257,7 @@ class Runner:
         command = [*launcher, "vlmtrain.train", *line, f"seed={seed}", f"run_dir={folder}", *cache]
         with self._slot(folder, f"{name} seed {seed}") as environment, open(folder / "output.log", "ab") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-        if code or not all((folder / stage / "summary.json").exists() for stage in stages):
+        if code or not _are_finished(folder, stages):
             words = (folder / "output.log").read_text(errors="replace").strip().splitlines()
             said = next((w for w in reversed(words) if "error" in w.lower()), words[-1] if words else "nothing")
             raise ValueError(f"a job did not finish (exit {code}): {said} ({folder / 'output.log'})")
@@ -294,6 +282,10 @@ class Runner:
     def _watch(self) -> None:
         while not self.ended.wait(REFRESH_SECONDS):
             self.bar.set_postfix_str(" | ".join(f"{name} {_where(path)}" for path, name in list(self.running.items())))
+
+
+def _are_finished(folder: Path, stages: Sequence[Stage]) -> bool:
+    return all((folder / stage.name / "summary.json").exists() for stage in stages)
 
 
 def _where(folder: Path) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
 
 from ..errors import first_line, nearest
 from ..run_files import read_json
-from ..settings import compose
+from ..settings import Run, compose
 
 OWN_KEYS = ("connectors", "seeds", "jobs", "ranks", "run_dir", "budget", "metric", "sweep_steps")
 BUDGETS = ("steps", "samples", "flops", "wall")
@@ -66,7 +65,7 @@ class Ablation:
     sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     sweep_steps: int = 100
 
-    def settings(self, choice: Choice, seed: int = 0) -> DictConfig:
+    def settings(self, choice: Choice, seed: int = 0) -> Run:
         """The settings of one job, with what the budget and the sweep decided, as far as they have."""
         return compose([*self.line_of(choice), f"seed={seed}", f"run_dir={self.job(choice, seed)}"])
 

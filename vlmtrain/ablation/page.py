@@ -11,7 +11,6 @@ import numpy as np
 from ..charts import Series, line_chart, scatter_chart, smooth
 from ..report import STYLE, html_table
 from ..run_files import read_json, read_records
-from .jobs import wanted_stages
 from .line import Ablation, Choice
 from .results import Entry
 
@@ -67,7 +66,7 @@ def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
     """Loss curves by stage: means over seeds, and what lies between the least and the most of them."""
     settings = ablation.settings(choices[0])
     charts = ""
-    for stage in (name for name in wanted_stages(settings) if "connector" in settings.stages[name].parts):
+    for stage in (stage.name for stage in settings.wanted if "connector" in stage.parts):
         series = []
         for number, choice in enumerate(choices):
             files = [ablation.job(choice, seed) / stage / "metrics.jsonl" for seed in ablation.seeds]
@@ -106,4 +105,4 @@ def _side_by_side(ablation: Ablation, choices: Sequence[Choice]) -> str:
 
 
 def _last_stage(ablation: Ablation, choice: Choice) -> Path:
-    return ablation.job(choice, ablation.seeds[0]) / wanted_stages(ablation.settings(choice))[-1]
+    return ablation.job(choice, ablation.seeds[0]) / ablation.settings(choice).wanted[-1].name

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..planning.plan import Machine, plan_run
 from ..run_files import read_json, read_records, read_summary
-from .jobs import wanted_stages
 from .line import Ablation, Choice
 
 DRAWS, BLOCK = 2000, 100
@@ -97,13 +96,17 @@ def read_results(ablation: Ablation, without: Collection[Choice] = ()) -> list[E
 
 def _entry(ablation: Ablation, choice: Choice) -> Entry:
     settings = ablation.settings(choice, ablation.seeds[0])
-    last = wanted_stages(settings)[-1]
+    last = settings.wanted[-1].name
     folders = [ablation.job(choice, seed) / last for seed in ablation.seeds]
     summaries = [_finished(folder) for folder in folders]
     validations = [summary["validation"] for summary in summaries]
     answers = [read_json(folder / "answers.json") for folder in folders]
     plans = {plan.name: plan for plan in plan_run(settings, Machine()) if "connector" in plan.parts}
-    stages = {name: ablation.job(choice, ablation.seeds[0]) / name for name in plans if name in wanted_stages(settings)}
+    stages = {
+        stage.name: ablation.job(choice, ablation.seeds[0]) / stage.name
+        for stage in settings.wanted
+        if stage.name in plans
+    }
     flops = [plan.flops for plan in plans.values()]
     steps = [step for folder in folders for step in read_records(folder / "metrics.jsonl")]
     measured = [_measured(seed, ablation.metric, folder) for seed, folder in zip(answers, folders)]

@@ -8,8 +8,12 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .common import MAX_PROBLEMS, check_writable, print_table, take_overrides
+
+if TYPE_CHECKING:
+    from ..settings import Run, Stage
 
 SHOWN = 3
 """Samples that are printed of each stage."""
@@ -37,12 +41,11 @@ def run(options: argparse.Namespace) -> None:
     settings = compose(options.overrides)
     tokenizer = build_tokenizer(settings)
     results, by_split = {}, {}
-    for name in settings.stages:
-        if settings.stage in (None, name):
-            results[name], checked = _check_stage(settings, name, tokenizer, options)
-            for split, reports in checked.items():
-                for source, report in reports.items():
-                    by_split.setdefault(split, {}).setdefault(source, report).add_bad(report)
+    for stage in settings.wanted:
+        results[stage.name], checked = _check_stage(settings, stage, tokenizer, options)
+        for split, reports in checked.items():
+            for source, report in reports.items():
+                by_split.setdefault(split, {}).setdefault(source, report).add_bad(report)
     if options.json:
         print(json.dumps(results, indent=2))
     if options.clean_list:
@@ -51,19 +54,18 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def _check_stage(settings, name: str, tokenizer, options: argparse.Namespace) -> tuple[dict, dict]:
+def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Namespace) -> tuple[dict, dict]:
     """What is in a stage's data, printed unless it is wanted as JSON; and the reports of its splits."""
     from ..data.checking import check_data, show_targets
-    from ..data.loader import build_plan
     from ..data.sources import build_source
     from ..objectives import OBJECTIVES
     from ..training.assembly import build_processor, build_skeleton, picture_size
+    from ..training.batching import build_plan
 
-    stage = settings.stages[name]
-    parts = build_skeleton(settings, name, tokenizer)
-    processor = build_processor(settings, name, parts, OBJECTIVES[stage.objective], tokenizer)
+    parts = build_skeleton(settings, stage, tokenizer)
+    processor = build_processor(settings, stage, parts, OBJECTIVES[stage.objective], tokenizer)
     splits = [stage.data]
-    if stage.validation not in (None, stage.data) and settings.data.get(stage.validation) is not None:
+    if stage.validation != stage.data and settings.validates(stage):
         splits.append(stage.validation)
     mixtures = {split: build_source(settings.data, split, picture_size(parts), settings.seed) for split in splits}
     progress = sys.stderr.isatty()
@@ -76,13 +78,13 @@ def _check_stage(settings, name: str, tokenizer, options: argparse.Namespace) ->
     tokens = sum(report.tokens for report in checked[stage.data].values())
     steps = 0
     if good:
-        plan = build_plan(mixtures[stage.data], processor, stage, name, world_size=1)
+        plan = build_plan(mixtures[stage.data], processor, stage, world_size=1)
         steps = stage.max_steps or plan.steps_per_epoch * stage.epochs
     result["steps"] = steps
     result["tokens_trained_on"] = round(steps * stage.batch_size * tokens / good) if good else 0
     result["validation"] = held_out if stage.validation != stage.data else None
     if not options.json:
-        _print_check(name, result, _first_samples(mixtures[stage.data], processor, show_targets))
+        _print_check(stage.name, result, _first_samples(mixtures[stage.data], processor, show_targets))
     return result, checked
 
 

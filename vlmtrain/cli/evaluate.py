@@ -24,13 +24,11 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.validation import Validator
     from ..model import VLMWrapper
     from ..model.parts import check_answers
-    from ..numbers import RUN, VALIDATION, check_numbers
     from ..settings import compose_evaluation
     from ..world import World
 
     check_writable(options.answers)
     settings = compose_evaluation(options.overrides)
-    check_numbers(settings, VALIDATION | {"seed": RUN["seed"]})
     check_metrics(settings.validation.metrics)
     check_answers(options.model)
     processor = Processor.from_pretrained(options.model)

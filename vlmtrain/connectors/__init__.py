@@ -7,7 +7,7 @@ Each family has a file of its own; `CONNECTORS` holds all of them under their ex
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..errors import nearest
@@ -85,6 +85,17 @@ def connector_options(name: str) -> dict[str, Any]:
     return {key: parameter.default for key, parameter in parameters.items() if key not in fixed}
 
 
+def check_options(name: str, options: Iterable[str], key: str = "connector") -> None:
+    """Raise ValueError for an unknown connector, or an option that its class does not have."""
+    known = connector_options(name)
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"Unknown option {key}.{option} of '{name}'.{nearest(option, known)} "
+                f"Its options: {', '.join(known) or 'none'}"
+            )
+
+
 def build_connector(
     name: str,
     in_dim: int | tuple[int, ...],
@@ -99,13 +110,8 @@ def build_connector(
     connectors with position tables of a fixed size; where it is given, any connector that cannot take it says so
     at once. Raises ValueError for unknown names, options and sizes that do not fit.
     """
-    connector_class, known = _class(name), connector_options(name)
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"Unknown option connector.{option} of '{name}'.{nearest(option, known)} "
-                f"Its options: {', '.join(known) or 'none'}"
-            )
+    check_options(name, options)
+    connector_class = _class(name)
     if input_grid is not None:
         sides = tuple(input_grid) if isinstance(input_grid, Sequence) else (input_grid,)
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
@@ -125,4 +131,12 @@ def build_connector(
     return connector
 
 
-__all__ = ["CONNECTORS", "Connector", "VisionFeatures", "build_connector", "connector_options", "register"]
+__all__ = [
+    "CONNECTORS",
+    "Connector",
+    "VisionFeatures",
+    "build_connector",
+    "check_options",
+    "connector_options",
+    "register",
+]

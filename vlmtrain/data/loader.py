@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import active_children, parent_process
 from typing import NamedTuple, Protocol
@@ -220,28 +220,6 @@ class PackedPlan:
 
     def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch:
         return processor.pack([sample for row in rows for sample in row])
-
-
-def build_plan(source: Mixture, processor: Processor, config: Mapping, name: str, world_size: int) -> Plan:
-    """How the data of stage `name` becomes its steps. Raises ValueError if the batch cannot be split so."""
-    if config["layout"] == "packed":
-        by_source = config["pack_by"] == "source"
-        return PackedPlan(source, processor, config["batch_size"], config["micro_batch_size"], world_size, by_source)
-    return PaddedPlan(source, processor, config["batch_size"], *split_batch(config, name, world_size))
-
-
-def split_batch(config: Mapping, name: str, world_size: int) -> tuple[int, int]:
-    """(accumulation, micro_batch_size) of a stage. Raises ValueError if the batch cannot be split so."""
-    batch, micro = config["batch_size"], config["micro_batch_size"]
-    if batch < 1 or batch % world_size:
-        raise ValueError(f"stages.{name}.batch_size={batch} is not a multiple of the {world_size} processes")
-    micro = micro or batch // world_size
-    if micro < 1 or batch % (micro * world_size):
-        raise ValueError(
-            f"stages.{name}.micro_batch_size={micro} times {world_size} processes does not divide "
-            f"stages.{name}.batch_size={batch}"
-        )
-    return batch // (micro * world_size), micro
 
 
 @dataclass

@@ -9,7 +9,7 @@ A split is one source, or several by name, each with the keys that differ from t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from .rendering import check_conversation
 from .shapes import Shapes
 from .views import Subset
 
+PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
+"""Splits that the `data` group may have, whether a recipe reads them or not."""
 MOST_DRAWS = 10**10
 LOOKED_AT = 20_000  # records of a source that are looked at before training; `vlmtrain check` reads all
 
@@ -52,6 +54,26 @@ def build_source(data: Mapping, split: str, image_size: tuple[int, int], seed: i
     if data.get("clean_list") is not None:
         sources = _without_bad(sources, Path(str(data["clean_list"])), split)
     return Mixture(sources, _counts(sources, wanted, f"data.{split}"), seed)
+
+
+def check_keys(data: Mapping, splits: Collection[str]) -> None:
+    """Raise ValueError for a key of the `data` group that is neither an option of some format nor a split.
+
+    splits: those that the run's stages read; data for the usual other purposes may be named too.
+    """
+    entries = [entry for split in splits for entry in _entries(data.get(split))]
+    formats = {data.get("format"), *(entry["format"] for entry in entries if "format" in entry)}
+    options = {option for name in formats if name in FORMATS for option in FORMATS[name][2]}
+    known = {"format", "clean_list", "prepend_missing_marks", *options, *PURPOSES, *splits}
+    for name in data:
+        if name not in known:
+            raise ValueError(f"unknown key 'data.{name}'.{nearest(name, known)}")
+
+
+def _entries(split: object) -> list[Mapping]:
+    """The sources of a split that are given as mappings."""
+    named = split.values() if isinstance(split, Mapping) and _is_mixture(split) else [split]
+    return [entry for entry in named if isinstance(entry, Mapping)]
 
 
 def _is_mixture(entry: object) -> bool:

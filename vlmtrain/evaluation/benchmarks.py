@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.processor import Processor
 from ..errors import nearest
 from ..model import VLMWrapper
+from ..settings import Validation
 from ..world import World
 
 
-def check_tasks(tasks: object, is_sharded: bool) -> None:
-    """Raise ValueError for what cannot be tasks, or cannot be run because the ranks share the weights (ZeRO-3)."""
-    if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not all(isinstance(task, str) for task in tasks):
-        raise ValueError(f"validation.lmms_eval={tasks}: expected a list of names, or of YAML files")
+def check_tasks(tasks: Sequence[str], is_sharded: bool) -> None:
+    """Raise ValueError for tasks that cannot be run because the ranks share the weights (ZeRO-3)."""
     if tasks and is_sharded:
         raise ValueError(
             "validation.lmms_eval: ranks ask different questions, which zero3 on several processes cannot do; "
             "train with zero2, or run lmms-eval on the model folder"
         )
+
+
+def benchmarks_of(options: Validation) -> Benchmarks:
+    """The tasks that the settings name."""
+    return Benchmarks(options.lmms_eval, options.batch_size, options.final_samples)
 
 
 class Benchmarks:
@@ -50,11 +54,6 @@ class Benchmarks:
                     f"validation.lmms_eval: lmms-eval knows no task '{task}'.{nearest(task, self.manager.all_tasks)} "
                     "`python -m lmms_eval --tasks list` lists them; one of your own is named by its YAML file"
                 )
-
-    @classmethod
-    def from_options(cls, options: Mapping) -> Benchmarks:
-        """As the keys of ``validation`` say."""
-        return cls(options["lmms_eval"], options["batch_size"], options["final_samples"])
 
     def load(self) -> None:
         """Load, and where need be download, the tasks' data. Raises ValueError if that fails."""

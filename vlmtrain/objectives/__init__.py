@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..settings import Vision
 from .base import Objective
 from .contrastive import Contrastive
 from .language_modelling import LanguageModelling
@@ -20,15 +21,15 @@ OBJECTIVES = {
 
 
 def build_objective(
-    name: str, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
+    name: str, vision: Vision, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
 ) -> Objective:
-    """The objective of a stage with these parts; `settings` is the run's configuration.
+    """The objective of a stage with these parts; `vision` are the encoder's settings.
 
     Raises ValueError for an unknown name and for what the objective cannot do without.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective '{name}'. Available: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name].build(settings, tokenizer, parts)
+    return OBJECTIVES[name].build(vision, tokenizer, parts)
 
 
 __all__ = ["OBJECTIVES", "Objective", "build_objective"]

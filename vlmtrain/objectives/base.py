@@ -11,6 +11,7 @@ from ..connectors import VisionFeatures
 from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
+from ..settings import Vision
 
 
 class Objective(nn.Module):
@@ -27,8 +28,8 @@ class Objective(nn.Module):
     sees_pictures_as_tokens = True
 
     @classmethod
-    def build(cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]) -> Objective:
-        """The objective of a run with these settings, for a stage's other parts; its texts come from `tokenizer`."""
+    def build(cls, vision: Vision, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]) -> Objective:
+        """The objective for a stage's other parts; its texts are encoded by `tokenizer`."""
         return cls()
 
     @staticmethod

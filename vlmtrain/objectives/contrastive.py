@@ -14,6 +14,7 @@ from ..connectors import VisionFeatures
 from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
+from ..settings import Vision
 from .base import Objective
 from .gathering import Share, all_numbers
 
@@ -39,12 +40,10 @@ class Contrastive(Objective):
         self.context_length = context_length
 
     @classmethod
-    def build(
-        cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
-    ) -> Contrastive:
+    def build(cls, vision: Vision, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]) -> Contrastive:
         from open_clip.model import _build_text_tower
 
-        config = settings["vision"].get("model_config")
+        config = vision.model_config
         if config is None:
             raise ValueError("objective=contrastive needs vision.model_config, with a text_cfg for the text tower")
         end = tokenizer.eos_token_id

@@ -23,6 +23,7 @@ from ..connectors.qformer import EPS, QFormerCore, Words
 from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
+from ..settings import Vision
 from .base import Objective
 from .gathering import Share, all_numbers
 
@@ -77,7 +78,7 @@ class QFormerPretraining(Objective):
 
     @classmethod
     def build(
-        cls, settings: Mapping, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
+        cls, vision: Vision, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
     ) -> QFormerPretraining:
         embedding = getattr(getattr(parts["connector"], "core", None), "embedding", None)
         if embedding is None:

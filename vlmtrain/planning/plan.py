@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..connectors import VisionFeatures
@@ -19,9 +18,10 @@ from ..model.llm import hidden_width
 from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
 from ..objectives.token_losses import token_losses
+from ..settings import Expected, Run, Stage
 from ..training.assembly import DTYPES, build_geometry, build_skeleton, check_lengths, picture_size, published_llm
+from ..training.checks import check_run
 from ..training.quantized import quantized_layers
-from ..training.run import check_settings
 from ..training.trainable import Group, block_list, check_starts, freeze, part_size, trained_groups
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
@@ -80,45 +80,44 @@ class StagePlan:
         return sum(part["frozen"] for part in self.parts.values())
 
 
-def plan_run(settings: DictConfig, machine: Machine) -> list[StagePlan]:
+def plan_run(run: Run, machine: Machine) -> list[StagePlan]:
     """The plans of a run's stages. Raises ValueError for settings that cannot work."""
     for name, value in vars(machine).items():
         if not 0 < value < math.inf or (name == "gpus" and value != int(value)):
             raise ValueError(f"{name}={value}: expected a positive {'whole ' * (name == 'gpus')}number")
     if machine.utilisation > 1:
         raise ValueError(f"utilisation={machine.utilisation}: expected a share, up to 1")
-    check_settings(settings, 1)
-    return [_plan_stage(settings, name, machine) for name in settings.stages if settings.stage in (None, name)]
+    check_run(run, 1)
+    return [_plan_stage(run, stage, machine) for stage in run.wanted]
 
 
-def _plan_stage(settings: DictConfig, name: str, machine: Machine) -> StagePlan:
-    stage = settings.stages[name]
-    parts = build_skeleton(settings, name, _Vocabulary(settings), DTYPES[settings.precision])
-    groups = trained_groups(stage, name, parts)
+def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
+    parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
+    groups = trained_groups(stage, parts)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
-    check_lengths(stage, name, geometry, parts)
+    check_lengths(stage, geometry, parts)
     expected = stage.expected
     views = 1 if geometry is None else _views(geometry)
     tokens = min(stage.max_length, _tokens(expected, geometry))
     samples = expected.samples
-    if settings.data.get(stage.data) is not None:
-        samples = build_source(settings.data, stage.data, picture_size(parts), settings.seed).epoch_size
+    if run.data.get(stage.data) is not None:
+        samples = build_source(run.data, stage.data, picture_size(parts), run.seed).epoch_size
     steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
-    check_starts(groups, name, steps)
+    check_starts(groups, stage, steps)
     needed = computed = 0.0
     for share, training in _phases(groups, steps):
         freeze(parts, training, checkpointing=False)
-        mean = _measure(parts, training, stage, expected, views, tokens, _answer_tokens(expected, tokens))
+        mean = _measure(parts, training, stage, views, tokens, _answer_tokens(expected, tokens))
         flops = sum(cost.flops + cost.backward_flops for cost in mean.values())
         needed += share * flops
         recomputes = stage.gradient_checkpointing and "llm" in mean
         computed += share * (flops + (mean["llm"].recomputed_flops if recomputes else 0.0))
     freeze(parts, groups, checkpointing=False)
-    longest = _measure(parts, groups, stage, expected, views, stage.max_length, stage.max_length // 2)
+    longest = _measure(parts, groups, stage, views, stage.max_length, stage.max_length // 2)
     trained_on = steps and steps * stage.batch_size
     most = max(1, stage.batch_size // machine.gpus)
     plan = StagePlan(
-        name,
+        stage.name,
         {part: _sizes(part, module, groups) for part, module in parts.items()},
         {part: cost.tokens for part, cost in longest.items() if cost.tokens},
         (0, 0) if geometry is None else (geometry.tokens, geometry.most_tokens),
@@ -133,26 +132,26 @@ def _plan_stage(settings: DictConfig, name: str, machine: Machine) -> StagePlan:
         trained_on and computed * trained_on,
         trained_on and needed * trained_on / (machine.gpu_tflops * 1e12 * machine.utilisation) / 3600,
     )
-    _plan_memory(plan, settings, parts, groups, longest, machine)
+    _plan_memory(plan, run, stage, parts, groups, longest, machine)
     return plan
 
 
 class _Vocabulary:
     """As much of a tokenizer as sizes depend on: how many tokens it knows."""
 
-    def __init__(self, settings: DictConfig):
+    def __init__(self, run: Run):
         from ..data.sources import vocabulary
         from ..model.tiny_tokenizer import build_tiny_tokenizer
 
-        if settings.llm.provider == "tiny":
-            self.size = len(build_tiny_tokenizer(vocabulary(settings.data)))
+        if run.llm.provider == "tiny":
+            self.size = len(build_tiny_tokenizer(vocabulary(run.data)))
         else:
-            path = settings.llm.path
+            path = run.llm.path
             config = published_llm(path) or load_hf_config(path, "llm.path").get_text_config().to_dict()
             self.size = config["vocab_size"]
         self.bos_token_id = self.eos_token_id = self.pad_token_id = 0
         self.cls_token_id = self.sep_token_id = None
-        self.new_tokens = list(settings.llm.new_tokens)
+        self.new_tokens = list(run.llm.new_tokens)
 
     def __len__(self) -> int:
         return self.size
@@ -169,13 +168,13 @@ def _views(geometry: Geometry) -> int:
     return max((rows * columns + 1 for rows, columns in geometry.tile_grids), default=1)
 
 
-def _tokens(expected: Mapping, geometry: Geometry | None) -> int:
-    pictures = 0 if geometry is None else geometry.most_tokens * expected["images"]
-    return max(2, round(pictures + expected["text_tokens"]))
+def _tokens(expected: Expected, geometry: Geometry | None) -> int:
+    pictures = 0 if geometry is None else geometry.most_tokens * expected.images
+    return max(2, round(pictures + expected.text_tokens))
 
 
-def _answer_tokens(expected: Mapping, tokens: int) -> int:
-    return min(tokens, max(1, round(expected["text_tokens"] * expected["answer_share"])))
+def _answer_tokens(expected: Expected, tokens: int) -> int:
+    return min(tokens, max(1, round(expected.text_tokens * expected.answer_share)))
 
 
 def _sizes(part: str, module: nn.Module, groups: list[Group]) -> dict[str, int]:
@@ -198,8 +197,7 @@ def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Gr
 def _measure(
     parts: Mapping[str, nn.Module],
     groups: list[Group],
-    stage: DictConfig,
-    expected: Mapping,
+    stage: Stage,
     views: int,
     tokens: int,
     targets: int,
@@ -252,8 +250,8 @@ def _measure(
     for part in ("vision", "connector"):
         if part in meter.costs:
             cost = meter.costs[part]
-            cost.flops *= expected["images"]
-            cost.backward_flops *= expected["images"]
+            cost.flops *= stage.expected.images
+            cost.backward_flops *= stage.expected.images
     return meter.costs
 
 
@@ -272,7 +270,8 @@ def _gradients(wanted: bool):
 
 def _plan_memory(
     plan: StagePlan,
-    settings: DictConfig,
+    run: Run,
+    stage: Stage,
     parts: Mapping[str, nn.Module],
     groups: list[Group],
     costs: Mapping[str, PartCost],
@@ -280,11 +279,10 @@ def _plan_memory(
 ) -> None:
     trains = {group.part for group in groups}
     outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
-    in_bf16 = settings.precision == "bf16"
+    in_bf16 = run.precision == "bf16"
     states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts))
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
-    stage = settings.stages[plan.name]
     # a packed row holds several samples; objectives that compare samples need all of a rank's at once
     in_a_row = max(1.0, stage.max_length / plan.tokens_per_sample) if stage.layout == "packed" else 1.0
     row = _kept(costs, stage.gradient_checkpointing, in_a_row * stage.expected.images)
@@ -325,13 +323,12 @@ def _kept(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -
     return round(kept + max(times[part] * cost.at_work for part, cost in costs.items()))
 
 
-def kept_by_sample(settings: DictConfig, name: str, tokens: int) -> int:
-    """Bytes that a sample of `tokens` tokens takes in the backward pass of stage `name`."""
-    stage = settings.stages[name]
-    parts = build_skeleton(settings, name, _Vocabulary(settings), DTYPES[settings.precision])
-    groups = trained_groups(stage, name, parts)
+def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
+    """Bytes that a sample of `tokens` tokens takes in the backward pass of a stage."""
+    parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
+    groups = trained_groups(stage, parts)
     freeze(parts, groups, checkpointing=False)
-    costs = _measure(parts, groups, stage, stage.expected, 1, tokens, _answer_tokens(stage.expected, tokens))
+    costs = _measure(parts, groups, stage, 1, tokens, _answer_tokens(stage.expected, tokens))
     return _kept(costs, stage.gradient_checkpointing, stage.expected.images)
 
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from omegaconf import DictConfig
-
 from ..objectives import OBJECTIVES
+from ..settings import Run
 from .plan import Machine, StagePlan
 
 
-def show_plan(settings: DictConfig, plans: Sequence[StagePlan], machine: Machine) -> str:
+def show_plan(run: Run, plans: Sequence[StagePlan], machine: Machine) -> str:
     """All stages of a recipe, one after the other."""
     head = (
-        f"{settings.name}, connector {settings.connector.name}, {settings.precision}, on {machine.gpus} GPUs of "
+        f"{run.name}, connector {run.connector.name}, {run.precision}, on {machine.gpus} GPUs of "
         f"{machine.gpu_memory_gb:g} GB, {machine.gpu_tflops:g} TFLOP/s at {machine.utilisation:.0%}"
     )
-    if settings.init_from is not None:
-        head += f"\nThe parts are those that the line names: a plan does not look into init_from={settings.init_from}"
-    return "\n\n".join([head, *(_show_stage(plan, settings, machine) for plan in plans)])
+    if run.init_from is not None:
+        head += f"\nThe parts are those that the line names: a plan does not look into init_from={run.init_from}"
+    return "\n\n".join([head, *(_show_stage(plan, run, machine) for plan in plans)])
 
 
-def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
+def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     least, most = plan.picture_tokens
     picture = f"{least:,}" if least == most else f"{least:,} a view, up to {most:,}"
     if not most:
@@ -55,7 +54,7 @@ def _show_stage(plan: StagePlan, settings: DictConfig, machine: Machine) -> str:
         facts.append((f"memory a GPU, micro-batch {plan.micro_batch_size}", memory))
     if plan.suggested_zero_stage is None:
         less = "gradient_checkpointing, a shorter max_length"
-        if OBJECTIVES[settings.stages[plan.name].objective].compares_samples:  # all of a rank's at once
+        if OBJECTIVES[run.stages[plan.name].objective].compares_samples:  # all of a rank's at once
             less = "a smaller batch_size"
         facts.append(("fits", plan.obstacle or f"no ZeRO stage: more GPUs, {less}, or offloading"))
     else:

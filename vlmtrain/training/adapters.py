@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import nearest, some
+from ..errors import some
 from ..model.loading import read_json, read_tensors
 from ..model.parts import state_hash
-from .quantized import KINDS, PACKED, QuantizedLinear, quantized_layers
+from ..settings import LoRA, Stage
+from .quantized import PACKED, QuantizedLinear, quantized_layers
 
-OPTIONS = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all", "init_from": None, "quantize": None}
 FOLDER = "adapters"  # within a model folder, a folder a part
 _ADAPTER = "default"
 _BASE = ".base_layer."
@@ -47,51 +47,23 @@ _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others take
 _IDLE = (None, False, "none", [], {})
 
 
-def check_adapters(stage: Mapping, name: str) -> None:
-    """Raise ValueError for a stage's `lora` that cannot be meant."""
-    for part, given in (stage["lora"] or {}).items():
-        key = f"stages.{name}.lora.{part}"
-        if part not in stage["parts"]:
-            raise ValueError(f"{key}: the stage has only {', '.join(stage['parts'])}")
-        strange = [option for option in given if option not in OPTIONS]
-        if strange:
-            raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], OPTIONS)}")
-        options = {**OPTIONS, **given}
-        for option, whole, most in (("rank", True, None), ("alpha", False, None), ("dropout", False, 1)):
-            value = options[option]
-            wanted = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not wanted or value < 0 or (value == 0 and most is None) or (most is not None and value >= most):
-                kind = "a positive whole number" if whole else "a positive number" if most is None else "0 to below 1"
-                raise ValueError(f"{key}.{option}={value}: expected {kind}")
-        targets = options["targets"]
-        if not isinstance(targets, str) and not (
-            isinstance(targets, Sequence) and targets and all(isinstance(t, str) for t in targets)
-        ):
-            raise ValueError(f"{key}.targets={targets}: expected all, or a list of at least one name")
-        if options["quantize"] not in (None, *KINDS):
-            raise ValueError(f"{key}.quantize={options['quantize']}: expected null or {' or '.join(KINDS)}")
-        trains = stage["train"].get(part) is not None or any(
-            str(group["match"]).split(".")[0] == part and group["lr"] is not None for group in stage["groups"]
-        )
-        if not trains:
-            raise ValueError(f"{key}, but {part} is frozen: set stages.{name}.train.{part} to a learning rate")
-
-
-def add_adapters(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> None:
-    """Put the adapters of stage `name` into its parts. They change nothing until they are trained.
+def add_adapters(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
+    """Put the adapters of a stage into its parts. They change nothing until they are trained.
 
     Raises ValueError for targets that match nothing, or adapters to begin with that do not fit.
     """
-    for part, given in (stage["lora"] or {}).items():
-        options, key = {**OPTIONS, **given}, f"stages.{name}.lora.{part}"
-        peft = _peft(key, options["quantize"])
+    for part, options in (stage.lora or {}).items():
+        if part not in parts:
+            continue
+        key = f"{stage.prefix}.lora.{part}"
+        peft = _peft(key, options.quantize)
         module = parts[part]
         dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-        targets = _targets(module, options["targets"], key)
+        targets = _targets(module, options.targets, key)
         config = peft.LoraConfig(
-            r=options["rank"],
-            lora_alpha=options["alpha"],
-            lora_dropout=options["dropout"],
+            r=options.rank,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
             target_modules=targets,
             fan_in_fan_out=any(isinstance(module.get_submodule(target), Conv1D) for target in targets),
         )
@@ -101,10 +73,10 @@ def add_adapters(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> N
             parameter.requires_grad_(True)
         for layer in _layers(module).values():
             layer.to(dtype)
-            if options["quantize"]:
+            if options.quantize:
                 layer.base_layer = QuantizedLinear(layer.base_layer)
-        if options["init_from"] is not None:
-            _load(module, Path(options["init_from"]), options, key)
+        if options.init_from is not None:
+            _load(module, Path(options.init_from), options, key)
 
 
 def _peft(key: str, quantize: str | None) -> Any:
@@ -118,7 +90,7 @@ def _peft(key: str, quantize: str | None) -> Any:
     return peft
 
 
-def _targets(module: nn.Module, wanted: str | list[str], key: str) -> list[str]:
+def _targets(module: nn.Module, wanted: str | tuple[str, ...], key: str) -> list[str]:
     """Names of the linear layers that get adapters: all but the one to the vocabulary, or those that patterns name.
 
     A name is matched from its end, by whole words: ``q_proj`` or ``layers.*.mlp.*``. torch's MultiheadAttention keeps
@@ -135,7 +107,7 @@ def _targets(module: nn.Module, wanted: str | list[str], key: str) -> list[str]:
     if wanted == "all":
         chosen = linear
     else:
-        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        patterns = [wanted] if isinstance(wanted, str) else wanted
         found = {p: [n for n in linear if fnmatchcase(f".{n}", f"*.{p}")] for p in patterns}
         idle = [pattern for pattern, names in found.items() if not names]
         if idle:
@@ -221,14 +193,16 @@ def _check_options(config: Mapping, file: Path, key: str) -> None:
         raise ValueError(f"{key}.init_from: {file} has {said}: expected plain LoRA (W + alpha / rank * B A)")
 
 
-def _load(module: nn.Module, folder: Path, options: Mapping, key: str) -> None:
+def _load(module: nn.Module, folder: Path, options: LoRA, key: str) -> None:
     """Begin with adapters that were saved. Raises ValueError naming what does not fit."""
     if not (folder / "adapter_config.json").exists():
         raise ValueError(f"{key}.init_from={folder} holds no adapters: it has no adapter_config.json")
     config = read_json(folder / "adapter_config.json")
     for option, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
-        if config.get(theirs) != options[option]:
-            raise ValueError(f"{key}.{option}={options[option]}, but {folder} has {theirs}={config.get(theirs)}")
+        if config.get(theirs) != getattr(options, option):
+            raise ValueError(
+                f"{key}.{option}={getattr(options, option)}, but {folder} has {theirs}={config.get(theirs)}"
+            )
     _check_options(config, folder / "adapter_config.json", key)
     file = folder / "adapter_model.safetensors"
     tensors = read_tensors(file)

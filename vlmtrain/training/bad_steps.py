@@ -29,7 +29,7 @@ class BadSteps:
 
     def __init__(self, stage: str, options: Mapping, file: Metrics | None, saved: Mapping | None = None):
         self.stage, self.file = stage, file
-        self.limit, self.spike, self.skip_spikes = options["in_a_row"], options["spike"], options["skip_spikes"]
+        self.limit, self.spike, self.skip_spikes = options.in_a_row, options.spike, options.skip_spikes
         saved = saved or {"skipped": 0, "in_a_row": 0, "spikes": 0, "losses": []}
         self.skipped, self.in_a_row, self.spikes = saved["skipped"], saved["in_a_row"], saved["spikes"]
         self.losses = list(saved["losses"])

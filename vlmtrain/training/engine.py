@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import deepspeed
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..connectors import VisionFeatures
 from ..data.processor import Batch
 from ..model import VLMWrapper
 from ..objectives import Objective
-from .assembly import DTYPES
+from ..settings import Engine, Stage
 from .feature_cache import FeatureCache
 from .optimizer import Schedule, build_optimizer, parameter_groups
 from .state import TrainingState
@@ -45,8 +44,9 @@ class StageEngine:
 
     def __init__(
         self,
-        settings: DictConfig,
-        stage: DictConfig,
+        stage: Stage,
+        engine: Engine,
+        dtype: torch.dtype,
         parts: dict[str, nn.Module],
         objective: Objective,
         groups: Sequence[Group],
@@ -54,7 +54,7 @@ class StageEngine:
         accumulation: int,
         device: torch.device,
     ):
-        self.dtype = DTYPES[settings.precision]
+        self.dtype = dtype
         self.device = device
         self.schedule = schedule
         self.parts = parts
@@ -65,11 +65,10 @@ class StageEngine:
         self._frozen_vision = vision.to(device) if vision is not None and is_frozen else None
         inside = None if self._frozen_vision is not None else vision
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
-        zero = settings.engine
         # DeepSpeed's plain data parallelism cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
-        self.zero_stage = max(1, zero.zero_stage) if self.dtype is torch.bfloat16 else zero.zero_stage
+        self.zero_stage = max(1, engine.zero_stage) if self.dtype is torch.bfloat16 else engine.zero_stage
         adamw_groups = parameter_groups(parts, groups, stage.optimizer.weight_decay)
-        optimizer = build_optimizer(adamw_groups, stage.optimizer, offload=zero.offload_optimizer != "none")
+        optimizer = build_optimizer(adamw_groups, stage.optimizer, offload=engine.offload_optimizer != "none")
         # plain fp32 data parallelism is the one engine that reports no gradient norm
         self._clips_itself = self.zero_stage == 0
         self._max_norm = stage.max_grad_norm or NO_CLIPPING
@@ -79,7 +78,7 @@ class StageEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(None):
             self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=self._config(zero, accumulation)
+                model=module, optimizer=optimizer, config=self._config(engine, accumulation)
             )
         self.world_size = self._engine.dp_world_size
         if self._clips_itself and self.world_size == 1:
@@ -175,7 +174,7 @@ class StageEngine:
     def close(self) -> None:
         self._engine.destroy()
 
-    def _config(self, zero: DictConfig, accumulation: int) -> dict:
+    def _config(self, engine: Engine, accumulation: int) -> dict:
         config = {
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: rows vary, and the loss is weighted by hand
             "gradient_accumulation_steps": accumulation,
@@ -187,13 +186,16 @@ class StageEngine:
             "bf16": {"enabled": self.dtype is torch.bfloat16},
         }
         if self.zero_stage == 3:
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = zero.parameter_persistence_threshold
+            threshold = engine.parameter_persistence_threshold
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
         if self.dtype is torch.bfloat16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        for ours, theirs in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
-            if zero[ours] != "none":
-                place = {"device": zero[ours], "pin_memory": torch.cuda.is_available()}
-                config["zero_optimization"][theirs] = place
+        for device, theirs in (
+            (engine.offload_optimizer, "offload_optimizer"),
+            (engine.offload_parameters, "offload_param"),
+        ):
+            if device != "none":
+                config["zero_optimization"][theirs] = {"device": device, "pin_memory": torch.cuda.is_available()}
         return config
 
 

@@ -15,7 +15,7 @@ import secrets
 import time
 import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..connectors import VisionFeatures
 from ..model.vision import VisionEncoder
+from ..settings import Features
 from .assembly import DTYPES
 from .metrics import logger
 
@@ -65,10 +66,10 @@ class FeatureCache:
         self.hits = self.misses = 0
 
     @classmethod
-    def from_options(cls, options: Mapping, encoder: VisionEncoder, encoder_hash: str) -> FeatureCache:
+    def of(cls, options: Features, encoder: VisionEncoder, encoder_hash: str) -> FeatureCache:
         """The cache that the settings `features` speak of."""
-        stored = DTYPES[options["dtype"]] if options["dtype"] else None
-        return cls(Path(options["cache"]), encoder, encoder_hash, int(options["max_gb"] * 2**30), stored)
+        stored = DTYPES[options.dtype] if options.dtype else None
+        return cls(Path(options.cache), encoder, encoder_hash, int(options.max_gb * 2**30), stored)
 
     def __call__(self, images: Tensor, keys: Sequence[str]) -> VisionFeatures:
         """Features of views ``(V, 3, H, W)`` with their `keys`, on the views' device."""

@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
 from torch import nn
 
 from ..data.processor import Processor
 from ..model.parts import PARTS, part_facts, read_manifest, save_part, write_manifest
 from ..paths import link_or_copy, replace_folder, sync
+from ..settings import Run, Stage
 from ..world import World
 from .adapters import FOLDER as ADAPTERS
 from .adapters import merged, save_adapters
@@ -28,15 +28,15 @@ class ModelWriter:
 
     def __init__(
         self,
-        settings: DictConfig,
-        stage: str,
+        run: Run,
+        stage: Stage,
         parts: Mapping[str, nn.Module],
         groups: Sequence[Group],
         processor: Processor,
         previous: Path | None,
         world: World,
     ):
-        self.settings, self.stage, self.drops = settings, stage, settings.stages[stage].drops
+        self.run, self.stage = run, stage
         self.parts, self.groups, self.processor = parts, groups, processor
         self.previous, self.world = previous, world
 
@@ -60,7 +60,7 @@ class ModelWriter:
                     save_part(part, module, partial / part, whole)
                 else:  # frozen since the folder was written last
                     shutil.copytree(target / part, partial / part, copy_function=link_or_copy)
-                manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.stage if groups else None}
+                manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.stage.name if groups else None}
                 if whole.keys() != state.keys():
                     save_adapters(module, state, partial / ADAPTERS / part, self._base(part))
         if self.world.is_main:
@@ -78,10 +78,10 @@ class ModelWriter:
         The settings' own only where neither `init_from` nor a stage before has put others in their place.
         """
         handed_on = {} if self.previous is None else read_manifest(self.previous)
-        is_others = self.settings.get("init_from") is not None or handed_on.get(part, {}).get("stage") is not None
-        if part in handed_on and is_others and part not in self.settings.stages[self.stage].get("fresh", ()):
+        is_others = self.run.init_from is not None or handed_on.get(part, {}).get("stage") is not None
+        if part in handed_on and is_others and part not in self.stage.fresh:
             return str(self.previous / part)
-        return self.settings[part].get("path")
+        return getattr(getattr(self.run, part), "path", None)
 
     def _hand_on(self, folder: Path, manifest: dict[str, dict]) -> None:
         """Parts that this stage did without stay in the model, as links to the same files where possible."""
@@ -90,7 +90,7 @@ class ModelWriter:
         for part, facts in read_manifest(self.previous).items():
             if part in manifest:
                 manifest[part]["stage"] = manifest[part]["stage"] or facts.get("stage")
-            elif part not in self.drops:
+            elif part not in self.stage.drops:
                 shutil.copytree(self.previous / part, folder / part, copy_function=link_or_copy)
                 manifest[part] = facts
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..settings.stage import OptimizerOptions, ScheduleOptions
 from .trainable import Group
-
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -28,19 +27,12 @@ class Schedule:
     min_lr: float
 
     @classmethod
-    def from_config(cls, config: Mapping, total_steps: int, peaks: Mapping[str, float], prefix: str = "") -> Schedule:
-        """Read a stage's `schedule`; `peaks` are the learning rates by label, for checking, `prefix` for its errors."""
-        if config["name"] not in SCHEDULES:
-            raise ValueError(f"{prefix}schedule.name={config['name']}: expected one of {', '.join(SCHEDULES)}")
-        too_low = [part for part, lr in peaks.items() if lr < config["min_lr"]]
-        if too_low:
-            raise ValueError(
-                f"{prefix}schedule.min_lr={config['min_lr']} is above the learning rate of {', '.join(too_low)}"
-            )
-        warmup = config["warmup_steps"]
+    def of(cls, options: ScheduleOptions, total_steps: int) -> Schedule:
+        """The schedule of a stage of `total_steps` steps."""
+        warmup = options.warmup_steps
         if warmup is None:
-            warmup = math.ceil(config["warmup_ratio"] * total_steps)
-        return cls(config["name"], total_steps, warmup, config["min_lr"])
+            warmup = math.ceil(options.warmup_ratio * total_steps)
+        return cls(options.name, total_steps, warmup, options.min_lr)
 
     def rate(self, step: int, peak: float) -> float:
         """Learning rate of optimiser step `step` for a group whose peak is `peak`."""
@@ -73,11 +65,10 @@ def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], we
     return found
 
 
-def build_optimizer(groups: list[dict], config: Mapping, offload: bool) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict], options: OptimizerOptions, offload: bool) -> torch.optim.Optimizer:
     """AdamW over `groups`; DeepSpeed's CPU kernel where the states are offloaded from a GPU."""
-    options = {"betas": tuple(config["betas"]), "eps": config["eps"]}
     if offload and torch.cuda.is_available():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, betas=options.betas, eps=options.eps)
+    return torch.optim.AdamW(groups, fused=True, betas=options.betas, eps=options.eps)

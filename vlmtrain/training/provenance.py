@@ -10,17 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from ..fingerprints import fingerprint
-from ..settings import flatten
+from ..settings import Run, flatten
 from ..world import World
 
 LIBRARIES = ("vlmtrain", "torch", "transformers", "deepspeed", "open_clip_torch", "hydra-core", "safetensors")
 KEYS = ("versions", "git", "machine", "files", "earlier")
 
 
-def provenance(settings: DictConfig, world: World) -> dict:
+def provenance(run: Run, world: World) -> dict:
     """The record that config.yaml carries beside the settings."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -31,7 +30,7 @@ def provenance(settings: DictConfig, world: World) -> dict:
             "processes": world.size,
             "threads": torch.get_num_threads(),
         },
-        "files": {str(path): fingerprint(path) for path in sorted(_read_paths(settings))},
+        "files": {str(path): fingerprint(path) for path in sorted(_read_paths(run))},
     }
 
 
@@ -54,9 +53,9 @@ def git_state(folder: Path) -> dict | None:
         return None
 
 
-def _read_paths(settings: DictConfig) -> Iterator[Path]:
+def _read_paths(run: Run) -> Iterator[Path]:
     """The files and folders that the settings name as something to read."""
-    sources = {key: OmegaConf.to_container(settings)[key] for key in ("data", "vision", "llm", "init_from", "stages")}
+    sources = {key: run.composed[key] for key in ("data", "vision", "llm", "init_from", "stages")}
     for key, value in flatten(sources):
         named = key.startswith("data.") or key.split(".")[-1] in ("path", "pretrained", "init_from", "bert")
         if named and isinstance(value, str) and Path(value).exists():

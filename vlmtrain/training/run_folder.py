@@ -20,11 +20,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from ..paths import make_folder, replace_text
 from ..run_files import CONFIG, SUMMARY, read_config, read_summary
-from ..settings import flatten
+from ..settings import Run, flatten
 from .provenance import KEYS, differences
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
@@ -103,14 +103,14 @@ class RunFolder:
             return False
         return True
 
-    def check_same(self, settings: DictConfig) -> None:
+    def check_same(self, run: Run) -> None:
         """Raise ValueError, naming the key, if these settings would change what the folder already holds."""
         file = self.root / CONFIG
         if not file.exists():
             return
         old = read_config(self.root)
         began = [name for name in old.get("stages", {}) if (self.stage(name) / "metrics.jsonl").exists()]
-        before, now = (_binding(c, began) for c in (old, OmegaConf.to_container(settings)))
+        before, now = (_binding(c, began) for c in (old, run.composed))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise ValueError(
@@ -118,7 +118,7 @@ class RunFolder:
                     f"{key}={before.get(key)}; set it back, or set another run_dir"
                 )
 
-    def write_config(self, settings: DictConfig, record: dict) -> list[str]:
+    def write_config(self, run: Run, record: dict) -> list[str]:
         """Write settings and provenance; returns what of that is not as it was when the run was here last.
 
         What differs is kept, the latest last, as ``earlier``.
@@ -130,7 +130,7 @@ class RunFolder:
         earlier = list(before.get("earlier", []))
         if changed:
             earlier.append({key: before[key] for key in KEYS[:-1] if key in before})
-        whole = {**OmegaConf.to_container(settings), **record, **({"earlier": earlier} if earlier else {})}
+        whole = {**run.composed, **record, **({"earlier": earlier} if earlier else {})}
         replace_text(file, OmegaConf.to_yaml(OmegaConf.create(whole)))
         return changed
 

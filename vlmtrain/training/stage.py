@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.loader import BadRecord, StepData, StepStream, build_plan, step_loader
+from ..data.loader import BadRecord, StepData, StepStream, step_loader
 from ..data.mixture import Mixture
 from ..data.sources import build_source
-from ..evaluation.benchmarks import Benchmarks
+from ..evaluation.benchmarks import benchmarks_of
 from ..evaluation.validation import Validator, picture_uri
 from ..model.attention import attend_in_segments
 from ..model.parts import module_state
 from ..objectives import Objective, build_objective
 from ..paths import restore_folder
 from ..processes import peak_resident_bytes
+from ..settings import Run, Stage
 from ..world import Stopped, StopSignal, World
 from .assembly import (
+    DTYPES,
     build_parts,
     build_processor,
     build_tokenizer,
@@ -31,6 +32,7 @@ from .assembly import (
     seed_for,
 )
 from .bad_steps import BadSteps, Fault
+from .batching import build_plan
 from .checkpoint import Checkpoints
 from .compiling import compile_blocks
 from .engine import StageEngine
@@ -48,8 +50,8 @@ SHOWN_SAMPLES = 48
 
 
 def train_stage(
-    settings: DictConfig,
-    name: str,
+    run: Run,
+    stage: Stage,
     previous: Path | None,
     folder: RunFolder,
     world: World,
@@ -57,7 +59,7 @@ def train_stage(
     wandb: WandB,
     watch: Watch,
 ) -> dict:
-    """Train stage `name` from the model folder `previous`, to its end. Returns its summary.
+    """Train a stage from the model folder `previous`, to its end. Returns its summary.
 
     Goes on from the stage's newest checkpoint, if there is one. Where more begins to train within the stage, an engine
     of its own goes on from a checkpoint too. Raises Stopped when told to stop, with the state saved; ValueError or
@@ -65,51 +67,50 @@ def train_stage(
     """
     summary = None
     while summary is None:
-        watch.doing(f"stage {name}: building", outside=True)
-        summary = _Stage(settings, name, previous, folder, world, watch).run(stop, wandb)
+        watch.doing(f"stage {stage.name}: building", outside=True)
+        summary = _Stage(run, stage, previous, folder, world, watch).run(stop, wandb)
     return summary
 
 
 class _Stage:
     def __init__(
         self,
-        settings: DictConfig,
-        name: str,
+        settings: Run,
+        stage: Stage,
         previous: Path | None,
         folder: RunFolder,
         world: World,
         watch: Watch,
     ):
         self.watch = watch
-        self.settings, self.name, self.folder, self.world = settings, name, folder, world
-        self.config = settings.stages[name]
+        self.settings, self.config, self.name = settings, stage, stage.name
+        self.folder, self.world = folder, world
         tokenizer = build_tokenizer(settings)
-        self.parts = build_parts(settings, name, previous, tokenizer)
+        self.parts = build_parts(settings, stage, previous, tokenizer)
         self.objective = self._objective(tokenizer)
-        self.processor = build_processor(settings, name, self.parts, self.objective, tokenizer)
+        self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
         self.source = self._source(self.config.data)
-        self.plan = build_plan(self.source, self.processor, self.config, name, world.size)
+        self.plan = build_plan(self.source, self.processor, stage, world.size)
         self.total_steps = self.config.max_steps or self.plan.steps_per_epoch * self.config.epochs
-        self.checkpoints = Checkpoints(folder.checkpoints(name), self.config.keep_last, world)
+        self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.config.keep_last, world)
         self.record = self.checkpoints.newest()
-        groups = trained_groups(self.config, name, self.parts)
+        groups = trained_groups(stage, self.parts)
         self.groups = [group for group in groups if group.from_step <= self.record["step"]]
         self.waiting = [group for group in groups if group.from_step > self.record["step"]]
         self.end = min([self.total_steps, *(group.from_step for group in self.waiting)])
-        check_starts(groups, name, self.total_steps)
-        self.models = ModelWriter(settings, name, self.parts, self.groups, self.processor, previous, world)
+        check_starts(groups, stage, self.total_steps)
+        self.models = ModelWriter(settings, stage, self.parts, self.groups, self.processor, previous, world)
         freeze(self.parts, self.groups, self.config.gradient_checkpointing)
         if self.config.layout == "packed":
             attend_in_segments(self.parts["llm"])
         if settings.compile:
             compile_blocks(self.parts)
-        peaks = {group.label: group.lr for group in groups}
-        self.schedule = Schedule.from_config(self.config.schedule, self.total_steps, peaks)
+        self.schedule = Schedule.of(stage.schedule, self.total_steps)
 
     def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
         if "objective" in self.parts:
             return self.parts["objective"]
-        return build_objective(self.config.objective, self.settings, tokenizer, self.parts)
+        return build_objective(self.config.objective, self.settings.vision, tokenizer, self.parts)
 
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)
@@ -125,8 +126,9 @@ class _Stage:
         if self.world.is_main:
             logger.info(self._table())
         engine = StageEngine(
-            self.settings,
             self.config,
+            self.settings.engine,
+            DTYPES[self.settings.precision],
             self.parts,
             self.objective,
             self.groups,
@@ -176,7 +178,7 @@ class _Stage:
         if options.cache == "off" or "vision" not in self.parts or any(g.part == "vision" for g in self.groups):
             return None
         self.processor.names_pictures = True
-        return FeatureCache.from_options(options, self.parts["vision"], hashes["vision"].whole)
+        return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)
 
     def _train(
         self,
@@ -364,7 +366,7 @@ class _Stage:
 
     def _validator(self, engine: StageEngine) -> Validator | None:
         split = self.config.validation
-        if split is None or self.settings.data.get(split) is None:
+        if not self.settings.validates(self.config):
             return None
         options = self.settings.validation
         return Validator(
@@ -425,7 +427,7 @@ class _Stage:
             return {}
         self.watch.doing(f"stage {self.name}: its benchmarks", outside=True)
         with engine.evaluating():
-            return Benchmarks.from_options(options).scores(engine.model, self.processor, self.world)
+            return benchmarks_of(options).scores(engine.model, self.processor, self.world)
 
     def _cache_use(self, cache: FeatureCache | None) -> dict | None:
         """Pictures that the cache knew and did not, on all ranks."""

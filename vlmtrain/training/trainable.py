@@ -19,14 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import nearest, some
-from ..model.parts import PARTS
+from ..errors import some
+from ..settings import STAGE_PARTS, Pattern, Stage
 from .adapters import is_adapter
 from .quantized import quantized_layers
 
-ALL_PARTS = (*PARTS, "objective")
 NEW_TOKENS = "llm.new_tokens"
-GROUP_KEYS = ("match", "lr", "layer_decay", "from_step")
 
 
 @dataclass(frozen=True)
@@ -57,127 +55,67 @@ def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.part == part]
 
 
-def training_rates(stage: Mapping, name: str) -> dict[str, float]:
-    """Part to learning rate, of the parts that stage `name` trains. Raises ValueError for what cannot be meant."""
-    unknown = set(stage["train"]) - set(ALL_PARTS)
-    if unknown:
-        raise ValueError(f"stages.{name}.train names {some(unknown)}; the parts are {', '.join(ALL_PARTS)}")
-    rates = {part: _rate(rate, f"stages.{name}.train.{part}") for part, rate in stage["train"].items()}
-    rates = {part: rate for part, rate in rates.items() if rate is not None}
-    absent = set(rates) - set(stage["parts"])
-    if absent:
-        raise ValueError(
-            f"stages.{name}.train names {some(absent)}, but the stage has only {', '.join(stage['parts'])}"
-        )
-    for i, group in enumerate(stage["groups"]):
-        _check_group(group, stage, f"stages.{name}.groups[{i}]")
-    moving = [group for group in stage["groups"] if group["lr"] is not None]
-    if not rates and not moving:
-        raise ValueError(f"stage {name} would train nothing: set stages.{name}.train.<part> to a learning rate")
-    if not rates and all(group.get("from_step") for group in moving):
-        raise ValueError(
-            f"stage {name} would train nothing at first: every entry of stages.{name}.groups has a from_step"
-        )
-    return rates
-
-
-def _check_group(group: Mapping, stage: Mapping, key: str) -> None:
-    strange = [option for option in group if option not in GROUP_KEYS]
-    if strange:
-        raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], GROUP_KEYS)}")
-    if "match" not in group or "lr" not in group:
-        raise ValueError(f"{key} needs match and lr, got {dict(group)}")
-    part = str(group["match"]).split(".")[0]
-    if part not in stage["parts"]:
-        raise ValueError(f"{key}.match={group['match']}: the stage has the parts {', '.join(stage['parts'])}")
-    _rate(group["lr"], f"{key}.lr")
-    decay = group.get("layer_decay")
-    if decay is not None and not (isinstance(decay, int | float) and 0 < decay <= 1):
-        raise ValueError(f"{key}.layer_decay={decay}: expected a number above 0 and up to 1")
-    start, last = group.get("from_step", 0), stage["max_steps"]
-    if not isinstance(start, int) or isinstance(start, bool) or start < 0 or (last is not None and start >= last):
-        raise ValueError(
-            f"{key}.from_step={start}: expected a number of steps{'' if last is None else f' below max_steps={last}'}"
-        )
-
-
-def _rate(rate: object, key: str) -> float | None:
-    if rate is None:
-        return None
-    try:
-        value = float(rate)
-    except (TypeError, ValueError):
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key}={rate}: a learning rate is positive, null freezes")
-    return value
-
-
-def trained_groups(stage: Mapping, name: str, parts: Mapping[str, nn.Module]) -> list[Group]:
-    """The parameters that stage `name` trains. Where several patterns match one, the first decides.
+def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
+    """The parameters that a stage trains. Where several patterns match one, the first decides.
 
     Raises ValueError for a pattern that matches nothing.
     """
-    rates = training_rates(stage, name)
     groups: list[Group] = []
-    for part in (part for part in ALL_PARTS if part in parts):
+    for part in (part for part in STAGE_PARTS if part in parts):
         left = [n for n, parameter in parts[part].named_parameters() if parameter.requires_grad]
         packed = [f"{path}.weight" for path in quantized_layers(parts[part])]
-        for i, entry in enumerate(stage["groups"]):
-            if str(entry["match"]).split(".")[0] != part:
+        for i, entry in enumerate(stage.groups):
+            if entry.part != part:
                 continue
-            key = f"stages.{name}.groups[{i}]"
-            if entry["match"] == NEW_TOKENS:
+            key = f"{stage.prefix}.groups[{i}]"
+            if entry.match == NEW_TOKENS:
                 groups.append(_new_tokens(parts[part], entry, left, key))
                 left = [n for n in left if n not in groups[-1].names]
                 continue
-            pattern = re.compile(_pattern(str(entry["match"]), parts[part], key))
-            matched = [n for n in (_own(left) if entry["match"] == part else left) if pattern.fullmatch(n)]
-            in_bits = [n for n in packed if pattern.fullmatch(n)] if entry["match"] != part else []
-            if in_bits and entry["lr"] is not None:
+            pattern = re.compile(_pattern(entry.match, parts[part], key))
+            matched = [n for n in (_own(left) if entry.match == part else left) if pattern.fullmatch(n)]
+            in_bits = [n for n in packed if pattern.fullmatch(n)] if entry.match != part else []
+            if in_bits and entry.lr is not None:
                 raise ValueError(
-                    f"{key}.match={entry['match']} would train {some(in_bits)}, held in 4 bits by "
-                    f"stages.{name}.lora.{part}.quantize: let it match less, like {part}.*lora_* or {part}.*norm*"
+                    f"{key}.match={entry.match} would train {some(in_bits)}, held in 4 bits by "
+                    f"{stage.prefix}.lora.{part}.quantize: let it match less, like {part}.*lora_* or {part}.*norm*"
                 )
             packed = [n for n in packed if n not in in_bits]
             if not matched:
                 everything = [n for n, _ in parts[part].named_parameters()]
                 raise ValueError(
-                    f"{key}.match={entry['match']} matches no parameter that is left of {part}; "
-                    f"it has {some(everything)}"
+                    f"{key}.match={entry.match} matches no parameter that is left of {part}; it has {some(everything)}"
                 )
             left = [n for n in left if n not in set(matched)]
-            if entry["lr"] is not None:
-                decay = entry.get("layer_decay")
-                found = _by_depth(str(entry["match"]), part, float(entry["lr"]), matched, parts[part], decay)
-                groups += [replace(group, from_step=entry.get("from_step", 0)) for group in found]
-        if part in rates and left:
-            groups.append(Group(part, part, rates[part], 1.0, tuple(_own(left))))
+            if entry.lr is not None:
+                found = _by_depth(entry, matched, parts[part])
+                groups += [replace(group, from_step=entry.from_step) for group in found]
+        if part in stage.rates and left:
+            groups.append(Group(part, part, stage.rates[part], 1.0, tuple(_own(left))))
     if not groups:
-        raise ValueError(f"stage {name} would train nothing: the parts that it trains have no parameters")
+        raise ValueError(f"stage {stage.name} would train nothing: the parts that it trains have no parameters")
     return groups
 
 
-def check_starts(groups: Sequence[Group], name: str, steps: int | None) -> None:
-    """Raise ValueError for a group of stage `name` that would begin to train when its `steps`, if known, are over."""
+def check_starts(groups: Sequence[Group], stage: Stage, steps: int | None) -> None:
+    """Raise ValueError for a group of a stage that would begin to train when its `steps`, if known, are over."""
     for group in groups:
         if steps is not None and group.from_step >= steps:
             raise ValueError(
-                f"stages.{name}.groups: {group.label} has from_step={group.from_step}, but the stage has only "
+                f"{stage.prefix}.groups: {group.label} has from_step={group.from_step}, but the stage has only "
                 f"{steps} steps"
             )
 
 
-def _new_tokens(llm: nn.Module, entry: Mapping, left: list[str], key: str) -> Group:
+def _new_tokens(llm: nn.Module, entry: Pattern, left: list[str], key: str) -> Group:
     """The rows of the new tokens in the embeddings, in and out."""
     if not getattr(llm, "new_token_ids", ()):
         raise ValueError(f"{key}.match={NEW_TOKENS}, but llm.new_tokens is empty")
     tables = {id(table.weight) for table in (llm.get_input_embeddings(), llm.get_output_embeddings())}
     names = tuple(name for name, parameter in llm.named_parameters() if id(parameter) in tables and name in left)
-    if not names or entry["lr"] is None or entry.get("layer_decay") is not None:
+    if not names or entry.lr is None or entry.layer_decay is not None:
         raise ValueError(f"{key}: {NEW_TOKENS} takes an lr and no layer_decay, and stands before what has them too")
-    lr, start = float(entry["lr"]), entry.get("from_step", 0)
-    return Group(NEW_TOKENS, "llm", lr, 1.0, names, start, llm.new_token_ids)
+    return Group(NEW_TOKENS, "llm", entry.lr, 1.0, names, entry.from_step, llm.new_token_ids)
 
 
 def _own(names: list[str]) -> list[str]:
@@ -185,16 +123,15 @@ def _own(names: list[str]) -> list[str]:
     return [name for name in names if is_adapter(name)] or names
 
 
-def _by_depth(
-    label: str, part: str, lr: float, names: list[str], module: nn.Module, decay: float | None
-) -> list[Group]:
+def _by_depth(entry: Pattern, names: list[str], module: nn.Module) -> list[Group]:
     """One group, or with layer decay one a block: the rate shrinks by `decay` with every block below the top.
 
     Block i of L, from 1, has ``decay ** (L + 1 - i)``; what is before the blocks counts as 0, what is behind as L + 1
     (BEiT; LAVIS, published code).
     """
+    decay, facts = entry.layer_decay, (entry.match, entry.part, entry.lr)
     if decay is None:
-        return [Group(label, part, lr, 1.0, tuple(names))]
+        return [Group(*facts, 1.0, tuple(names))]
     path, count = block_list(module)
     by_depth: dict[int, list[str]] = {}
     seen_blocks = False
@@ -204,7 +141,7 @@ def _by_depth(
         if name in names:
             depth = int(inside.group(1)) + 1 if inside else (count + 1 if seen_blocks else 0)
             by_depth.setdefault(depth, []).append(name)
-    return [Group(label, part, lr, decay ** (count + 1 - depth), tuple(n)) for depth, n in sorted(by_depth.items())]
+    return [Group(*facts, decay ** (count + 1 - depth), tuple(n)) for depth, n in sorted(by_depth.items())]
 
 
 def block_list(module: nn.Module) -> tuple[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from vlmtrain.data.connector_text import TextReader
@@ -28,7 +27,7 @@ PICTURE = Shapes("instruct", 1)[0].images[0]
 
 @pytest.fixture(params=CONNECTORS)
 def built(request, tokenizer) -> tuple[VLMWrapper, Processor]:
-    settings = OmegaConf.to_container(compose(["recipe=quickstart"]))
+    settings = compose(["recipe=quickstart"]).composed
     torch.manual_seed(0)
     vision = build_vision(**settings["vision"])
     llm = build_random_llm(settings["llm"]["config"], tokenizer)

@@ -25,8 +25,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import first_line, nearest
-from .paths import CONFIGS, RECIPES
+from ..connectors import CONNECTORS, connector_options
+from ..errors import first_line, nearest
+from ..paths import CONFIGS, RECIPES
+from .fields import read
+from .run import Evaluation, Run, read_run
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
@@ -66,10 +69,9 @@ def import_modules(names: Sequence[str]) -> None:
 
 def register_connectors() -> None:
     """Make connectors that come with no YAML file choices of the group `connector`, under their own defaults."""
-    connectors = sys.modules.get(f"{__package__}.connectors")  # not loaded: then nobody can have registered any
-    for name in connectors.CONNECTORS if connectors else ():
+    for name in CONNECTORS:
         if not (CONFIGS / "connector" / f"{name}.yaml").exists():
-            node = {"name": name, **connectors.connector_options(name)}
+            node = {"name": name, **connector_options(name)}
             ConfigStore.instance().store(group="connector", name=name, node=node)
 
 
@@ -86,17 +88,18 @@ def _with_open_mappings(overrides: Sequence[str]) -> list[str]:
     return [f"++{override}" if OPEN_MAPPINGS.match(override) else override for override in overrides]
 
 
-def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    """The settings that a line of Hydra overrides means. Raises ValueError naming the key and the nearest one."""
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> Run:
+    """The settings that a command's Hydra overrides mean. Raises ValueError naming the key and the nearest one."""
     config = _compose("train", with_mini(overrides), config_dir)
-    return finish(config, config.hydra)
+    return read_run(finish(config, config.hydra))
 
 
-def compose_evaluation(overrides: Sequence[str]) -> DictConfig:
+def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
     """The settings of ``vlmtrain evaluate``. Raises ValueError naming the key and the nearest one."""
     config = _compose("evaluate", overrides)
-    OmegaConf.resolve(config)
-    return config
+    with open_dict(config):
+        config.pop("hydra", None)
+    return read(Evaluation, OmegaConf.to_container(config, resolve=True))
 
 
 def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
@@ -138,13 +141,14 @@ def shown_settings(line: Sequence[str]) -> str | None:
     if arguments.cfg != "job":
         return None
     config = _compose("train", arguments.overrides, arguments.config_dir)
-    settings = finish(config, config.hydra, must_be_complete=False)
-    package = arguments.package
+    composed = finish(config, config.hydra, must_be_complete=False)
+    read_run(composed)
+    settings, package = OmegaConf.create(composed), arguments.package
     return OmegaConf.to_yaml(OmegaConf.select(settings, package) if package else settings)
 
 
-def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete: bool = True) -> DictConfig:
-    """A composed configuration with the recipe's options for the choices made.
+def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete: bool = True) -> dict[str, Any]:
+    """A composed configuration as plain values, with the recipe's options for the choices made.
 
     hydra: Hydra's own part of it; None asks the job that is running. must_be_complete: whether a key that is left open
     is an error.
@@ -178,7 +182,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
     missing = sorted(OmegaConf.missing_keys(settings))
     if missing and must_be_complete:
         raise ValueError(f"set {', '.join(missing)}: the recipe leaves {'it' if len(missing) == 1 else 'them'} open")
-    return settings
+    return OmegaConf.to_container(settings)
 
 
 def _named_of_connector(hydra: DictConfig) -> set[str]:

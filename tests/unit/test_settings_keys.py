@@ -1,0 +1,130 @@
+"""The keys that YAML files declare and those that are read are the same, and no key is ignored, wherever it is from."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from vlmtrain.cli import main
+from vlmtrain.connectors import CONNECTORS, connector_options
+from vlmtrain.paths import CONFIGS, RECIPES
+from vlmtrain.settings import compose
+from vlmtrain.settings import run as settings
+
+FILLED = {"name", "vision", "connector", "llm", "data", "engine"}  # by the recipe and the groups that it chooses
+OF_THE_COMPOSITION = {"defaults", "hydra", "mini_options", *(f"{group}_options" for group in FILLED)}
+GROUPS = {
+    "vision/open_clip": settings.OpenClipOptions,
+    "vision/tiny": settings.OpenClipOptions,
+    "vision/hf": settings.HFVisionOptions,
+    "llm/tiny": settings.TinyLLM,
+    "llm/hf": settings.HFLLM,
+    "engine/zero3": settings.Engine,
+    "objective/language_modelling": settings.Stage,
+}
+
+
+def declared(name: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+
+
+def keys(cls: type) -> set[str]:
+    return {f.name for f in fields(cls) if "kind" in f.metadata}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_declares_exactly_the_keys_that_are_read(name):
+    assert set(declared(name)) - {"defaults"} == keys(GROUPS[name])
+
+
+def test_train_and_evaluate_declare_exactly_the_keys_that_are_read():
+    train, evaluate = declared("train"), declared("evaluate")
+    assert set(train) - OF_THE_COMPOSITION == keys(settings.Run) - FILLED
+    assert set(evaluate) - OF_THE_COMPOSITION == keys(settings.Evaluation) - {"data"}
+    assert set(train["validation"]) == keys(settings.Validation)
+    for key, cls in (
+        ("features", settings.Features),
+        ("bad_steps", settings.BadStepOptions),
+        ("bad_sample_limit", settings.BadSampleLimit),
+    ):
+        assert set(train[key]) == keys(cls)
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_a_connectors_file_declares_its_classs_options_and_defaults(name):
+    file = CONFIGS / "connector" / f"{name}.yaml"
+    if file.exists():  # a connector of some other test has none
+        assert declared(f"connector/{name}") == {"name": name, **connector_options(name)}
+
+
+def plan(*overrides: str) -> None:
+    main(["plan", "recipe=llava_1_5", "mini=true", *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["+ema=0.999"], "unknown key 'ema'"),
+        (["+stages.instruct.lr=9.0"], "unknown key 'stages.instruct.lr'"),
+        (["+stages.instruct.optimizer.name=adamw_8bit"], "unknown key 'stages.instruct.optimizer.name'"),
+        (["+stages.instruct.max_stpes=7"], "Did you mean 'stages.instruct.max_steps'?"),
+        (["+sequence_parallel=2"], "unknown key 'sequence_parallel'"),
+        (["+engine.sequence_parallel=2"], "unknown key 'engine.sequence_parallel'"),
+        (["+vision.layers=3"], "Did you mean 'vision.layer'?"),
+        (["+connector.dpeth=3"], "Did you mean 'depth'?"),
+        (["+validation.smaples=3"], "Did you mean 'validation.samples'?"),
+        (["data=llava_json", "+data.imagse=x"], "Did you mean 'images'?"),
+        (["+data.more=x"], "unknown key 'data.more'"),
+        (["stages.instruct.lora={llm: {rnk: 8}}"], "Did you mean 'stages.instruct.lora.llm.rank'?"),
+        (["stages.instruct.connector_options={mlp: {dpeth: 3}}"], "stages.instruct.connector_options.mlp.dpeth"),
+        (["+engine.zero_stage=4"], "engine.zero_stage=4: expected a whole number from 0 to 3"),
+        (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
+        (["init_from=5"], "init_from=5: expected a text"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused_by_every_command(overrides, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan(*overrides)
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"learning_rate": 1.0}, "unknown key 'learning_rate'"),
+        ({"stages": {"align": {"max_stpes": 7}}}, "unknown key 'stages.align.max_stpes'"),
+        ({"stages": {"align": {"optimizer": {"name": "muon"}}}}, "unknown key 'stages.align.optimizer.name'"),
+    ],
+)
+def test_a_recipe_files_own_keys_are_held_to_the_same(change, said, tmp_path, monkeypatch):
+    recipe = yaml.safe_load((RECIPES / "llava_1_5.yaml").read_text())
+    merged = OmegaConf.to_container(OmegaConf.merge(recipe, change))
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(merged))
+    with pytest.raises(ValueError, match=said):
+        compose(["recipe=mine", "mini=true"], str(tmp_path))
+
+
+class Wide(CONNECTORS["mlp"]):
+    """A connector of the user's own."""
+
+    def __init__(self, in_dim: int, out_dim: int, depth: int = 2, slack: float = 0.5):
+        super().__init__(in_dim, out_dim, depth)
+
+
+def test_the_options_of_a_users_own_connector_are_those_of_its_class(monkeypatch):
+    monkeypatch.setitem(CONNECTORS, "wide", Wide)
+    line = ["recipe=quickstart", "connector=wide"]
+    assert compose([*line, "connector.slack=0.1"]).connector.options == {"depth": 2, "slack": 0.1}
+    with pytest.raises(ValueError, match=r"connector\.hidden_dim of 'wide'"):
+        compose([*line, "+connector.hidden_dim=8"])
+
+
+def test_settings_cannot_be_changed():
+    run = compose(["recipe=quickstart"])
+    for thing, name in ((run, "seed"), (run.stages["align"], "max_steps"), (run.engine, "zero_stage")):
+        with pytest.raises(AttributeError):
+            setattr(thing, name, 1)

@@ -1,0 +1,136 @@
+"""Typed settings from plain mappings: every key of the right kind and within its bounds, and no key unknown.
+
+    @dataclass(frozen=True)
+    class BadSteps:
+        in_a_row: int = key(whole(1))          # consecutive bad steps that stop the run
+
+A dataclass lists the keys of one level. `read` fills it, or raises a ValueError that names the key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+from ..errors import nearest
+
+T = TypeVar("T")
+OPEN = "???"
+"""What Hydra has for a value that the user still has to give."""
+
+
+class Kind(NamedTuple):
+    """What a key may hold. `expected` completes the error message; `build` turns a value and its key into a field."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+    build: Callable[[Any, str], Any] = lambda value, key: value
+
+    def __call__(self, value: Any, key: str) -> Any:
+        if not self.fits(value):
+            raise ValueError(f"{key}={value}: expected {self.expected}")
+        return self.build(value, key)
+
+
+def key(kind: Kind, default: Any = MISSING) -> Any:
+    """A dataclass field that is read from a key of this kind; without a default, the key must be there."""
+    return field(metadata={"kind": kind}, **({} if default is MISSING else {"default": default}))
+
+
+def read(cls: type[T], given: Mapping[str, Any], prefix: str = "", **filled: Any) -> T:
+    """The dataclass `cls` from the mapping found at `prefix` (``"stages.align."``); `filled` are fields without a key.
+
+    Raises ValueError for a key that `cls` does not have, one that is missing, or a value of another kind.
+    """
+    known = {f.name: f for f in fields(cls) if "kind" in f.metadata}
+    for name in given:
+        if name not in known:
+            match = nearest(str(name), known).replace("'", f"'{prefix}", 1)
+            raise ValueError(f"unknown key '{prefix}{name}'.{match}")
+    missing = [name for name, f in known.items() if name not in given and f.default is MISSING]
+    if missing:
+        raise ValueError(f"{prefix}{missing[0]} is missing: no configuration file or command sets it")
+    values = {
+        name: value if value == OPEN else known[name].metadata["kind"](value, f"{prefix}{name}")
+        for name, value in given.items()
+    }
+    return cls(**values, **filled)
+
+
+def optional(kind: Kind) -> Kind:
+    """null, or a value of the kind."""
+    return Kind(
+        f"{kind.expected}, or null",
+        lambda value: value is None or kind.fits(value),
+        lambda value, key: None if value is None else kind.build(value, key),
+    )
+
+
+def whole(least: float = -math.inf, most: float = math.inf) -> Kind:
+    """A whole number within bounds, ends included."""
+    return Kind(f"a whole number{_bounds(least, most)}", lambda value: is_whole(value) and least <= value <= most)
+
+
+def number(least: float = -math.inf, most: float = math.inf) -> Kind:
+    """A finite number within bounds, ends included."""
+
+    def fits(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and least <= value <= most
+
+    return Kind(f"a number{_bounds(least, most)}", fits)
+
+
+def _bounds(least: float, most: float) -> str:
+    return (f" from {least:g}" if least > -math.inf else "") + (f" to {most:g}" if most < math.inf else "")
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+
+
+def one_of(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def list_of(kind: Kind, expected: str, sizes: Sequence[int] | None = None) -> Kind:
+    """A list, read as a tuple, of values of one kind."""
+
+    def fits(value: Any) -> bool:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_list and (sizes is None or len(value) in sizes) and all(map(kind.fits, value))
+
+    return Kind(
+        expected, fits, lambda value, key: tuple(kind.build(each, f"{key}[{i}]") for i, each in enumerate(value))
+    )
+
+
+def section(cls: type, expected: str = "a mapping") -> Kind:
+    """Keys one level down."""
+    return Kind(expected, MAPPING.fits, lambda value, key: read(cls, value, f"{key}."))
+
+
+def by_name(kind: Kind, expected: str) -> Kind:
+    """A mapping from names of the user's to values of one kind."""
+    return Kind(
+        expected,
+        lambda value: isinstance(value, Mapping) and all(map(kind.fits, value.values())),
+        lambda value, key: {name: kind.build(each, f"{key}.{name}") for name, each in value.items()},
+    )
+
+
+NAMES = list_of(TEXT, "a list of names")
+WORDS = list_of(Kind("a word", lambda value: isinstance(value, str) and bool(value.strip())), "a list of words")
+_SIDE = whole(1)
+IMAGE_SIZE = Kind(
+    "null, pixels, or [height, width]",
+    lambda value: value is None or _SIDE.fits(value) or list_of(_SIDE, "", sizes=(2,)).fits(value),
+    lambda value, key: tuple(value) if isinstance(value, Sequence) else value,
+)

@@ -1,0 +1,300 @@
+"""The settings of a run: the keys of configs/train.yaml and of the groups that it chooses from, in typed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from ..connectors import CONNECTORS, check_options
+from ..data.sources import check_keys
+from ..data.templates import check_fallback
+from ..errors import nearest
+from .fields import (
+    IMAGE_SIZE,
+    MAPPING,
+    NAMES,
+    SWITCH,
+    TEXT,
+    WORDS,
+    Kind,
+    by_name,
+    key,
+    list_of,
+    number,
+    one_of,
+    optional,
+    read,
+    section,
+    whole,
+)  # fmt: skip
+from .stage import Stage
+
+_LAYERS = list_of(whole(), "a list of layers")
+_CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
+_MODULES = Kind(
+    "a list of modules",
+    lambda value: isinstance(value, str) or NAMES.fits(value),
+    lambda value, key: (value,) if isinstance(value, str) else tuple(value),
+)
+
+
+@dataclass(frozen=True)
+class BadSampleLimit:
+    """How many bad samples ``on_bad_sample=skip`` may leave out before the run stops."""
+
+    share: float = key(number(0, 1))  # of the records
+    in_a_row: int = key(whole(1))
+
+
+@dataclass(frozen=True)
+class BadStepOptions:
+    """Steps whose loss or gradient is not finite, and losses far above the others."""
+
+    in_a_row: int = key(whole(1))  # such steps that stop the run
+    spike: float | None = key(optional(number(1)))  # standard deviations above the mean of the last 100 losses
+    skip_spikes: bool = key(SWITCH)
+
+
+@dataclass(frozen=True)
+class Features:
+    """The feature cache of frozen encoders."""
+
+    cache: str = key(TEXT)  # a folder, or off
+    max_gb: float = key(number(0))  # GiB, over all runs that share the folder
+    dtype: str | None = key(Kind("null or bf16", lambda value: value in (None, "bf16")))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is asked during a stage and after it."""
+
+    samples: int | None = key(optional(whole(1)))  # conversations, during a stage
+    batch_size: int = key(whole(1))  # conversations a rank runs at once
+    max_new_tokens: int = key(whole(1))
+    metrics: tuple[str, ...] | None = key(optional(NAMES))
+    final_samples: int | None = key(optional(whole(1)), None)  # conversations, after the stage
+    lmms_eval: tuple[str, ...] = key(list_of(TEXT, "a list of names, or of YAML files"), ())
+
+
+@dataclass(frozen=True)
+class Engine:
+    """DeepSpeed's ZeRO stage, and what is offloaded."""
+
+    zero_stage: int = key(whole(0, 3))
+    offload_optimizer: str = key(one_of("none", "cpu"))
+    offload_parameters: str = key(one_of("none", "cpu"))
+    parameter_persistence_threshold: int | None = key(whole(0), None)  # elements, of ZeRO-3 alone
+
+    def __post_init__(self) -> None:
+        if self.zero_stage == 3 and self.parameter_persistence_threshold is None:
+            raise ValueError("engine.zero_stage=3 needs engine.parameter_persistence_threshold: choose engine=zero3")
+
+
+@dataclass(frozen=True)
+class OpenClipOptions:
+    """An encoder of open_clip."""
+
+    provider: str = key(one_of("open_clip"))
+    name: str | None = key(optional(TEXT))
+    pretrained: str | None = key(optional(TEXT))
+    model_config: Mapping | None = key(optional(MAPPING))
+    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
+    layer: int = key(whole())
+    levels: tuple[int, ...] | None = key(optional(_LAYERS))
+    path: ClassVar[None] = None
+    trust_remote_code: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class HFVisionOptions:
+    """An encoder of Hugging Face's transformers."""
+
+    provider: str = key(one_of("hf"))
+    path: str = key(TEXT)
+    trust_remote_code: bool = key(SWITCH)
+    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
+    layer: int = key(whole())
+    levels: tuple[int, ...] | None = key(optional(_LAYERS))
+    image_mean: tuple[float, ...] | None = key(optional(_CHANNELS))
+    image_std: tuple[float, ...] | None = key(optional(_CHANNELS))
+    name: ClassVar[None] = None
+    pretrained: ClassVar[None] = None
+    model_config: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class TinyLLM:
+    """A language model with random weights and a tokenizer of the procedural data's words."""
+
+    provider: str = key(one_of("tiny"))
+    config: Mapping = key(MAPPING)
+    chat_template: str | None = key(optional(TEXT))
+    new_tokens: tuple[str, ...] = key(WORDS)
+    attn_implementation: str | None = key(optional(TEXT))
+    path: ClassVar[None] = None
+    trust_remote_code: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class HFLLM:
+    """A causal language model of Hugging Face's transformers."""
+
+    provider: str = key(one_of("hf"))
+    path: str = key(TEXT)
+    chat_template: str | None = key(optional(TEXT))
+    new_tokens: tuple[str, ...] = key(WORDS)
+    trust_remote_code: bool = key(SWITCH)
+    attn_implementation: str | None = key(optional(TEXT))
+    config: ClassVar[None] = None
+
+
+Vision = OpenClipOptions | HFVisionOptions
+LLM = TinyLLM | HFLLM
+
+
+def options_of(part: Vision | LLM) -> dict[str, Any]:
+    """The keys of an encoder or a language model, as plain values."""
+    return asdict(part)
+
+
+def _by_provider(**classes: type) -> Kind:
+    """A part whose keys depend on who provides it."""
+
+    def build(value: Mapping, name: str) -> Any:
+        provider = value.get("provider")
+        if provider not in classes:
+            raise ValueError(f"{name}.provider={provider}: expected one of {', '.join(classes)}")
+        return read(classes[provider], value, f"{name}.")
+
+    return Kind("a mapping", MAPPING.fits, build)
+
+
+class ConnectorChoice(NamedTuple):
+    """A connector's name and its options."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+def _connector(value: Mapping, key: str) -> ConnectorChoice:
+    options = dict(value)
+    name = options.pop("name", None)
+    check_options(name, options)
+    return ConnectorChoice(name, options)
+
+
+def _stages(value: Mapping, key: str) -> dict[str, Stage]:
+    return {
+        name: read(Stage, keys, f"{key}.{name}.", name=name, position=i) for i, (name, keys) in enumerate(value.items())
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """All settings of a run. `composed` is the same as plain values, which config.yaml records."""
+
+    composed: Mapping[str, Any]
+    name: str = key(TEXT)  # the recipe
+    modules: tuple[str, ...] = key(_MODULES)
+    stage: str | None = key(optional(TEXT))
+    run_dir: str = key(TEXT)
+    init_from: str | None = key(optional(TEXT))
+    named: tuple[str, ...] = key(NAMES)
+    mini: bool = key(SWITCH)
+    seed: int = key(whole(0))
+    compile: bool = key(SWITCH)
+    precision: str = key(one_of("fp32", "bf16"))
+    on_bad_sample: str = key(one_of("raise", "skip"))
+    bad_sample_limit: BadSampleLimit = key(section(BadSampleLimit))
+    bad_steps: BadStepOptions = key(section(BadStepOptions))
+    collective_timeout: float = key(number(1))  # seconds
+    workers: int = key(whole(0))
+    wandb: str = key(one_of("disabled", "offline", "online"))
+    wandb_project: str = key(TEXT)
+    wandb_model: bool = key(SWITCH)
+    features: Features = key(section(Features))
+    validation: Validation = key(section(Validation))
+    vision: Vision = key(_by_provider(open_clip=OpenClipOptions, hf=HFVisionOptions))
+    connector: ConnectorChoice = key(Kind("a connector", MAPPING.fits, _connector))
+    llm: LLM = key(_by_provider(tiny=TinyLLM, hf=HFLLM))
+    data: Mapping[str, Any] = key(MAPPING)  # see vlmtrain.data.sources
+    engine: Engine = key(section(Engine))
+    stages: Mapping[str, Stage] = key(Kind("{name: {...}}", by_name(MAPPING, "").fits, _stages))
+
+    def __post_init__(self) -> None:
+        if self.stage is not None and self.stage not in self.stages:
+            raise ValueError(
+                f"unknown stage '{self.stage}'.{nearest(self.stage, self.stages)} "
+                f"The recipe's stages: {', '.join(self.stages)}"
+            )
+        attention = self.llm.attn_implementation
+        if attention and attention.startswith("flash_attention") and self.precision == "fp32":
+            raise ValueError(f"llm.attn_implementation={attention} has no fp32: set precision=bf16")
+        check_fallback(self.llm.chat_template, "llm.chat_template")
+        for stage in self.stages.values():
+            for name, options in (stage.connector_options or {}).items():
+                if name not in CONNECTORS:
+                    raise ValueError(
+                        f"{stage.prefix}.connector_options names no connector: {name}.{nearest(name, CONNECTORS)}"
+                    )
+                check_options(name, options, f"{stage.prefix}.connector_options.{name}")
+        splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
+        check_keys(self.data, splits)
+
+    @property
+    def wanted(self) -> tuple[Stage, ...]:
+        """The stages that this command asks for, in order: all, or the one that ``stage`` names."""
+        return tuple(stage for stage in self.stages.values() if self.stage in (None, stage.name))
+
+    def before_connector(self) -> tuple[Stage, ...]:
+        """The wanted stages before the first one of the recipe that has a connector."""
+        first = min((stage.position for stage in self.stages.values() if "connector" in stage.parts), default=None)
+        return tuple(stage for stage in self.wanted if first is None or stage.position < first)
+
+    def up_to(self, stage: Stage) -> tuple[Stage, ...]:
+        """The recipe's stages up to `stage`, included."""
+        return tuple(self.stages.values())[: stage.position + 1]
+
+    def resized_by(self, stage: Stage) -> Stage | None:
+        """The stage that gave the encoder of `stage` its image size: that, or one before; None for its own size."""
+        sized = [each for each in self.up_to(stage) if "vision" in each.parts and each.image_size is not None]
+        return sized[-1] if sized else None
+
+    def connector_of(self, stage: Stage) -> ConnectorChoice:
+        """The connector as `stage` wants it: with what that stage and those before it change."""
+        options = dict(self.connector.options)
+        for each in self.up_to(stage):
+            options |= (each.connector_options or {}).get(self.connector.name, {})
+        return ConnectorChoice(self.connector.name, options)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether some stage cuts images into tiles, for which the connector needs a newline token."""
+        return any(stage.image_fit == "tiles" for stage in self.stages.values())
+
+    def validates(self, stage: Stage) -> bool:
+        """Whether a stage has validation data."""
+        return stage.validation is not None and self.data.get(stage.validation) is not None
+
+    def with_values(self, **values: Any) -> Run:
+        """The run with other values of some keys, given as config.yaml has them."""
+        return read_run({**self.composed, **values})
+
+
+def read_run(composed: Mapping[str, Any]) -> Run:
+    """A run from its composed configuration, as plain values. Raises ValueError naming the key."""
+    return read(Run, composed, composed=composed)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The settings of ``vlmtrain evaluate``: configs/evaluate.yaml."""
+
+    modules: Sequence[str] = key(_MODULES)
+    seed: int = key(whole(0))
+    validation: Validation = key(section(Validation))
+    data: Mapping[str, Any] = key(MAPPING)
+
+    def __post_init__(self) -> None:
+        check_keys(self.data, {"validation"})

@@ -1,0 +1,263 @@
+"""The settings of one stage: the keys under ``stages.<name>``.
+
+configs/objective/language_modelling.yaml explains each of them to users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.images import FITS
+from ..data.loader import LAYOUTS
+from ..errors import some
+from .fields import (
+    IMAGE_SIZE,
+    MAPPING,
+    NAMES,
+    SWITCH,
+    TEXT,
+    Kind,
+    by_name,
+    key,
+    list_of,
+    number,
+    one_of,
+    optional,
+    section,
+    whole,
+)  # fmt: skip
+
+STAGE_PARTS = ("vision", "connector", "llm", "objective")
+"""What a stage may have and train. The objective's heads and towers are no part of the model."""
+
+
+def _learning_rate(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise ValueError(f"{name}={value}: a learning rate is positive, null freezes")
+    return rate
+
+
+_RATE = Kind("a learning rate", lambda value: True, _learning_rate)
+_ABOVE_0 = Kind("a positive number", lambda value: number(0).fits(value) and value > 0)
+_BELOW_1 = Kind("0 to below 1", lambda value: number(0).fits(value) and value < 1)
+_GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One entry of ``groups``: parameters of a part that train at a rate of their own."""
+
+    match: str = key(TEXT)
+    lr: float | None = key(_RATE)
+    layer_decay: float | None = key(
+        optional(Kind("a number above 0 and up to 1", lambda value: number(0, 1).fits(value) and value > 0)), None
+    )
+    from_step: int = key(whole(0), 0)
+
+    @property
+    def part(self) -> str:
+        return self.match.split(".")[0]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters of one part."""
+
+    rank: int = key(Kind("a positive whole number", whole(1).fits), 16)
+    alpha: float = key(_ABOVE_0, 32)
+    dropout: float = key(_BELOW_1, 0.0)
+    targets: str | tuple[str, ...] = key(
+        Kind(
+            "all, or a list of at least one name",
+            lambda value: isinstance(value, str) or (NAMES.fits(value) and len(value) > 0),
+            lambda value, name: value if isinstance(value, str) else tuple(value),
+        ),
+        "all",
+    )
+    init_from: str | None = key(optional(TEXT), None)
+    quantize: str | None = key(Kind("null or nf4", lambda value: value in (None, "nf4")), None)
+
+
+@dataclass(frozen=True)
+class ConnectorText:
+    """What a connector that reads text itself is given."""
+
+    read: str | None = key(optional(one_of("instruction", "answer")))
+    bert: str | None = key(optional(TEXT))
+    max_length: int = key(whole(1))  # tokens, [CLS] and [SEP] included
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW's."""
+
+    betas: tuple[float, float] = key(list_of(_BELOW_1, "two numbers from 0, below 1", sizes=(2,)))
+    eps: float = key(number(0))
+    weight_decay: float = key(number(0))
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The learning rate over a stage."""
+
+    name: str = key(one_of("cosine", "linear", "constant"))
+    warmup_ratio: float = key(number(0, 1))  # of the stage's steps
+    warmup_steps: int | None = key(optional(whole(0)))  # instead of the ratio
+    min_lr: float = key(number(0))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What `vlmtrain plan` assumes about data that is not given."""
+
+    samples: int | None = key(optional(whole(1)))
+    images: float = key(number(0))  # per sample, on average
+    text_tokens: float = key(number(0))  # per sample, on average
+    answer_share: float = key(number(0, 1))  # of the text tokens
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. `name` is its key under ``stages``; `position` is its place among them, from 0."""
+
+    name: str
+    position: int = field(compare=False)
+    objective: str = key(TEXT)
+    parts: tuple[str, ...] = key(NAMES)
+    fresh: tuple[str, ...] = key(NAMES)
+    drops: tuple[str, ...] = key(NAMES)
+    train: Mapping[str, float | None] = key(by_name(_RATE, "{part: learning rate}"))
+    groups: tuple[Pattern, ...] = key(list_of(section(Pattern), "a list of {match: PATTERN, lr: LR}"))
+    lora: Mapping[str, LoRA] | None = key(optional(by_name(section(LoRA), "null or {part: {rank: 16, ...}}")))
+    data: str = key(TEXT)
+    validation: str | None = key(optional(TEXT))
+    template: str = key(TEXT)
+    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
+    image_fit: str = key(one_of(*FITS))
+    image_tiles: tuple[tuple[int, int], ...] = key(
+        Kind("a list of [rows, columns]", *list_of(_GRID, "", sizes=range(1, 10_000))[1:])
+    )
+    image_tiles_most: int | None = key(optional(whole(1)))
+    image_tiles_alone: bool = key(SWITCH)
+    connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
+    connector_text: ConnectorText = key(section(ConnectorText))
+    layout: str = key(one_of(*LAYOUTS))
+    pack_by: str | None = key(optional(one_of("source")))
+    max_length: int = key(whole(2))  # tokens
+    epochs: int = key(whole(1))
+    max_steps: int | None = key(optional(whole(1)))
+    batch_size: int = key(whole(1))  # samples per optimiser step, over all ranks
+    micro_batch_size: int | None = key(optional(whole(1)))  # samples per rank
+    optimizer: OptimizerOptions = key(section(OptimizerOptions))
+    schedule: ScheduleOptions = key(section(ScheduleOptions))
+    max_grad_norm: float | None = key(optional(number(0)))
+    gradient_checkpointing: bool = key(SWITCH)
+    save_every: int | None = key(optional(whole(1)))  # steps
+    save_every_minutes: float | None = key(optional(number(0.1)))
+    keep_last: int = key(whole(1))  # checkpoints
+    keep_best: bool = key(SWITCH)
+    validate_every: int | None = key(optional(whole(1)))  # steps
+    expected: Expected = key(section(Expected))
+
+    @property
+    def prefix(self) -> str:
+        """How messages name the stage's keys: ``stages.<name>``."""
+        return f"stages.{self.name}"
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Part to learning rate, of the parts that train as a whole."""
+        return {part: rate for part, rate in self.train.items() if rate is not None}
+
+    def trains(self, part: str) -> bool:
+        """Whether any parameter of a part trains at some step of the stage."""
+        return part in self.rates or any(group.part == part and group.lr is not None for group in self.groups)
+
+    @property
+    def builds_connector(self) -> bool:
+        """Whether the stage builds its connector anew, though one is handed on to it."""
+        within = any(entry.startswith("connector.") for entry in (*self.fresh, *self.drops))
+        return within or bool(self.connector_options)
+
+    @property
+    def starts_connector(self) -> bool:
+        """Whether the stage starts its connector, or something within it, from other weights than those handed on."""
+        return "connector" in self.fresh or self.builds_connector
+
+    def __post_init__(self) -> None:
+        self._check_parts()
+        self._check_training()
+        self._check_adapters()
+        if self.keep_best and (self.validate_every is None or self.validation is None):
+            raise ValueError(f"{self.prefix}.keep_best=true needs {self.prefix}.validate_every and validation")
+        if self.pack_by and self.layout != "packed":
+            raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source where layout=packed")
+        if self.layout == "packed" and "llm" not in self.parts:
+            raise ValueError(f"{self.prefix}.layout=packed needs the part llm, which is not in {self.prefix}.parts")
+
+    def _check_parts(self) -> None:
+        for part in self.parts:
+            if part not in STAGE_PARTS:
+                raise ValueError(f"{self.prefix}.parts names {part}; the parts are {', '.join(STAGE_PARTS)}")
+        for option in ("fresh", "drops"):
+            for entry in getattr(self, option):
+                part, dot, _ = entry.partition(".")
+                if part not in STAGE_PARTS:
+                    raise ValueError(f"{self.prefix}.{option} names {entry}; the parts are {', '.join(STAGE_PARTS)}")
+                if dot and part != "connector":
+                    raise ValueError(
+                        f"{self.prefix}.{option} names {entry}: only what is within the connector can be named"
+                    )
+
+    def _check_training(self) -> None:
+        unknown = set(self.train) - set(STAGE_PARTS)
+        if unknown:
+            raise ValueError(f"{self.prefix}.train names {some(unknown)}; the parts are {', '.join(STAGE_PARTS)}")
+        absent = set(self.rates) - set(self.parts)
+        if absent:
+            raise ValueError(
+                f"{self.prefix}.train names {some(absent)}, but the stage has only {', '.join(self.parts)}"
+            )
+        for i, group in enumerate(self.groups):
+            entry = f"{self.prefix}.groups[{i}]"
+            if group.part not in self.parts:
+                raise ValueError(f"{entry}.match={group.match}: the stage has the parts {', '.join(self.parts)}")
+            if self.max_steps is not None and group.from_step >= self.max_steps:
+                raise ValueError(
+                    f"{entry}.from_step={group.from_step}: expected a number of steps below max_steps={self.max_steps}"
+                )
+        moving = [group for group in self.groups if group.lr is not None]
+        if not self.rates and not moving:
+            raise ValueError(
+                f"stage {self.name} would train nothing: set {self.prefix}.train.<part> to a learning rate"
+            )
+        if not self.rates and all(group.from_step for group in moving):
+            raise ValueError(
+                f"stage {self.name} would train nothing at first: every entry of {self.prefix}.groups has a from_step"
+            )
+        rates = self.rates | {group.match: group.lr for group in moving}
+        too_low = [label for label, rate in rates.items() if rate < self.schedule.min_lr]
+        if too_low:
+            raise ValueError(
+                f"{self.prefix}.schedule.min_lr={self.schedule.min_lr} is above the learning rate of "
+                f"{', '.join(too_low)}"
+            )
+
+    def _check_adapters(self) -> None:
+        for part in self.lora or ():
+            if part not in self.parts:
+                raise ValueError(f"{self.prefix}.lora.{part}: the stage has only {', '.join(self.parts)}")
+            if not self.trains(part):
+                raise ValueError(
+                    f"{self.prefix}.lora.{part}, but {part} is frozen: set {self.prefix}.train.{part} to a learning "
+                    "rate"
+                )

@@ -1,0 +1,30 @@
+"""How a stage's batch is cut: into the micro-batches of each rank, padded or packed."""
+
+from __future__ import annotations
+
+from ..data.loader import PackedPlan, PaddedPlan, Plan
+from ..data.mixture import Mixture
+from ..data.processor import Processor
+from ..settings import Stage
+
+
+def build_plan(source: Mixture, processor: Processor, stage: Stage, world_size: int) -> Plan:
+    """How the data of a stage becomes its steps. Raises ValueError if the batch cannot be split so."""
+    if stage.layout == "packed":
+        sizes = (stage.batch_size, stage.micro_batch_size, world_size)
+        return PackedPlan(source, processor, *sizes, stage.pack_by == "source")
+    return PaddedPlan(source, processor, stage.batch_size, *split_batch(stage, world_size))
+
+
+def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:
+    """(accumulation, micro_batch_size) of a stage. Raises ValueError if the batch cannot be split so."""
+    batch, micro = stage.batch_size, stage.micro_batch_size
+    if batch % world_size:
+        raise ValueError(f"{stage.prefix}.batch_size={batch} is not a multiple of the {world_size} processes")
+    micro = micro or batch // world_size
+    if batch % (micro * world_size):
+        raise ValueError(
+            f"{stage.prefix}.micro_batch_size={micro} times {world_size} processes does not divide "
+            f"{stage.prefix}.batch_size={batch}"
+        )
+    return batch // (micro * world_size), micro

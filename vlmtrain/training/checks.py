@@ -1,0 +1,120 @@
+"""What is refused before training: settings that contradict each other, and parts or data that do not fit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..data.mixture import Mixture
+from ..data.records import BadSample
+from ..data.sources import build_source, first_problems
+from ..evaluation.benchmarks import check_tasks
+from ..evaluation.metrics import check_metrics
+from ..model.attention import attend_in_segments
+from ..model.llm import check_vocabulary, choose_attention
+from ..model.parts import connector_skeleton, read_manifest
+from ..objectives import OBJECTIVES
+from ..settings import Run, Stage
+from .assembly import (
+    build_processor,
+    build_skeleton,
+    build_tokenizer,
+    check_bert,
+    check_origins,
+    check_widths,
+    picture_size,
+)
+from .batching import split_batch
+from .handover import tensors_taken
+from .run_folder import RunFolder
+from .trainable import check_starts, trained_groups
+
+
+def check_run(run: Run, world_size: int) -> None:
+    """Raise ValueError for settings that cannot work on `world_size` processes, before anything is loaded or written.
+
+    Each key by itself has been checked when the settings were read.
+    """
+    check_metrics(run.validation.metrics)
+    check_tasks(run.validation.lmms_eval, run.engine.zero_stage == 3 and world_size > 1)
+    for stage in run.stages.values():
+        if stage.objective not in OBJECTIVES:
+            raise ValueError(f"{stage.prefix}.objective={stage.objective}: expected one of {', '.join(OBJECTIVES)}")
+        absent = [part for part in OBJECTIVES[stage.objective].needs if part not in stage.parts]
+        if absent:
+            raise ValueError(
+                f"{stage.prefix}.objective={stage.objective} needs the part {absent[0]}: add it to {stage.prefix}.parts"
+            )
+        _check_layout(stage, world_size)
+
+
+def _check_layout(stage: Stage, world_size: int) -> None:
+    compares = OBJECTIVES[stage.objective].compares_samples
+    if stage.layout == "packed":
+        if compares:
+            raise ValueError(
+                f"{stage.prefix}.layout=packed is for language modelling: objective={stage.objective} is not"
+            )
+        return
+    accumulation, _ = split_batch(stage, world_size)
+    if not compares:
+        return
+    comparing = f"objective={stage.objective} compares the samples of a step with each other"
+    if accumulation > 1:
+        raise ValueError(
+            f"{comparing}, so a step must be one micro-batch a rank: unset {stage.prefix}.micro_batch_size"
+        )
+    if stage.batch_size < 2:
+        raise ValueError(f"{comparing}, but {stage.prefix}.batch_size={stage.batch_size}")
+    if stage.image_fit == "tiles":
+        raise ValueError(f"{comparing}, a picture with a text: {stage.prefix}.image_fit=tiles cannot be; use squash")
+
+
+def check_stages(run: Run, folder: RunFolder) -> None:
+    """Raise ValueError for a stage ahead whose parts, lengths or data cannot work; no weights are loaded."""
+    tokenizer = build_tokenizer(run)
+    source = Path(run.init_from) if run.init_from is not None else None
+    handed_on = set(read_manifest(source)) if source else set()
+    given = set(handed_on)  # parts as `init_from` has them, not as the settings do
+    connector = connector_skeleton(source) if source else None
+    for stage in run.stages.values():
+        if folder.is_finished(stage.name):
+            folder.summary(stage.name)  # raises if it is broken, before anything is trained
+            connector = connector_skeleton(folder.model(stage.name))
+        elif stage in run.wanted:
+            check_origins(run, stage, stage.parts, handed_on)
+            given -= set(stage.fresh)
+            parts = build_skeleton(run, stage, tokenizer)
+            if connector is not None and "connector" in parts and "connector" not in stage.fresh:
+                if stage.builds_connector:
+                    tensors_taken(parts["connector"], connector, stage)
+                else:
+                    parts["connector"] = connector
+                    check_widths(run, stage, parts, given)
+            connector = parts.get("connector", connector)
+            groups = trained_groups(stage, parts)
+            check_bert(stage, parts)
+            if "llm" in parts:
+                choose_attention(parts["llm"], run.llm.attn_implementation)
+            if "llm" in parts and (source is None or "llm" in stage.fresh):
+                check_vocabulary(parts["llm"], tokenizer)
+                if stage.layout == "packed":
+                    attend_in_segments(parts["llm"])
+            build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
+            data = _check_source(run, stage.data, picture_size(parts))
+            if run.validates(stage) and stage.validation != stage.data:
+                _check_source(run, stage.validation, picture_size(parts))
+            if stage.layout == "padded":  # packed rows are counted when the stage begins
+                steps = stage.max_steps or math.ceil(data.epoch_size / stage.batch_size) * stage.epochs
+                check_starts(groups, stage, steps)
+        else:
+            continue
+        handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
+
+
+def _check_source(run: Run, split: str, size: tuple[int, int]) -> Mixture:
+    source = build_source(run.data, split, size, run.seed)
+    problems = first_problems(source) if run.on_bad_sample == "raise" else []
+    if problems:
+        raise BadSample(f"{problems[0]} (data.{split}; on_bad_sample=skip trains without it)")
+    return source

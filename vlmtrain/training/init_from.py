@@ -1,0 +1,94 @@
+"""What a model given as `init_from` decides: the parts that a run starts from, and its connector."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from ..connectors import connector_options
+from ..fingerprints import fingerprint
+from ..model.loading import read_json
+from ..model.parts import is_model_folder
+from ..settings import Run
+from .handover import PART
+from .run_folder import RunFolder, write_json
+
+FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
+
+
+def take_in(run: Run, folder: RunFolder) -> tuple[Run, list[str]]:
+    """The settings with what `init_from` decides, and what of them that overrules (see `adopt_connector`).
+
+    A published model becomes a model folder in the run's own: the first call imports it (see
+    `vlmtrain.interop.importing`). Raises ValueError naming file, tensor and expectation.
+    """
+    finished = [name for name in run.stages if folder.is_finished(name)]
+    run, overruled = adopt_connector(_imported(run, folder), finished)
+    return run, [*overruled, *overruled_fit(run, finished)]
+
+
+def _imported(run: Run, folder: RunFolder) -> Run:
+    source = run.init_from and Path(run.init_from)
+    if not source or not (source.is_file() or ((source / "config.json").exists() and not is_model_folder(source))):
+        return run
+    parts = {}
+    if source.is_file():  # a projector alone: the line names what it was trained with
+        parts = {"llm": run.llm.path, "template": run.llm.chat_template, "vision": run.vision.path}
+    target, record = folder.root / "imported", folder.root / "imported.json"
+    wanted = {"source": str(source.resolve()), **parts, "fingerprint": fingerprint(source)}
+    if not (target.exists() and record.exists() and read_json(record) == wanted):
+        from ..interop.importing import import_model
+
+        record.unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        import_model(source, target, **parts)
+        write_json(record, wanted)
+    return run.with_values(init_from=str(target))
+
+
+def adopt_connector(run: Run, finished: Collection[str]) -> tuple[Run, list[str]]:
+    """The settings with the connector that `init_from` holds, where the run goes on with it; and what that overrules.
+
+    finished: stages that the run has behind it. Raises ValueError, naming the keys, where the line itself, or a stage
+    that builds its connector anew, says something else.
+    """
+    ahead = (stage for stage in run.stages.values() if stage in run.wanted or stage.name in finished)
+    stage = next((stage for stage in ahead if PART in stage.parts), None)
+    file = Path(run.init_from or "", PART, "config.json")
+    if run.init_from is None or stage is None or PART in stage.fresh or not file.exists():
+        return run, []
+    held = {key: value for key, value in read_json(file).items() if key not in FIXED}
+    kind, chosen, anew = held["name"], run.connector, stage.builds_connector
+    if chosen.name != kind and (anew or PART in run.named):
+        raise ValueError(
+            f"connector={chosen.name}, but init_from={run.init_from} holds the connector {kind}: set "
+            f"connector={kind}, or list {PART} in {stage.prefix}.fresh to start another from random weights"
+        )
+    if anew:
+        return run, []
+    held = {"name": kind, **connector_options(kind), **held}
+    options = chosen.options if chosen.name == kind else {}
+    differing = [key for key in held if key in options and options[key] != held[key]]
+    for key in differing:
+        if f"{PART}.{key}" in run.named:
+            raise ValueError(
+                f"{PART}.{key}={options[key]}, but the connector in init_from={run.init_from} has {held[key]}: it "
+                "is trained already"
+            )
+    said = [f"connector={chosen.name} ({kind} is used)"] if chosen.name != kind else []
+    said += [f"{PART}.{key}={options[key]} ({held[key]} is used)" for key in differing]
+    run = run.with_values(connector=held)
+    return run, [f"init_from={run.init_from} overrules {', '.join(said)}"] if said else []
+
+
+def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:
+    """What the next stage prepares pictures by otherwise than the model in `init_from` has seen them, as a warning."""
+    ahead = (stage for stage in run.wanted if stage.name not in finished)
+    stage = next((stage for stage in ahead if "vision" in stage.parts), None)
+    file = Path(run.init_from or "", "processor", "processor.json")
+    if run.init_from is None or finished or stage is None or not file.exists():
+        return []
+    chosen, key = stage.image_fit, f"{stage.prefix}.image_fit"
+    held = (read_json(file).get("geometry") or {}).get("fit", chosen)
+    return [f"{key}={chosen}, but init_from={run.init_from} has {held}: {key}={held} keeps it"] * (held != chosen)
