@@ -50,7 +50,8 @@ def test_it_trains_with_its_options(home):
 
 
 def test_it_trains_under_torchrun(home):
-    train(*OWN, "stage=align", "init_from=runs/quickstart-my_connector/text/model", "run_dir=two", ranks=2, cwd=home)
+    begun = "init_from=runs/quickstart-my_connector/text/model"
+    train(*OWN, "stage=align", begun, "run_dir=two", ranks=2, fresh=True, cwd=home)
     assert (home / "two" / "align" / "summary.json").exists()
 
 
