@@ -44,6 +44,10 @@ def test_the_example_is_ten_lines():
     assert len(code) <= 11
 
 
+def test_the_readme_shows_the_same_example():
+    assert f"```python\n{block('my_connectors.py')}```" in (ROOT / "README.md").read_text()
+
+
 def test_it_trains_with_its_options(home):
     saved = json.loads((home / "runs/quickstart-my_connector/instruct/model/connector/config.json").read_text())
     assert (saved["name"], saved["hidden_dim"]) == ("my_connector", 128)
