@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,7 +16,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from . import fork_server
+from .fork_server import Program
+
+ROOT = fork_server.ROOT
+TIMEOUT = 600  # seconds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,21 +78,37 @@ def data_overrides(files: dict[str, Path]) -> list[str]:
     return ["data=llava_json", *(f"data.{key}={path}" for key, path in files.items())]
 
 
-def run(*command: str, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run a command as a user would; the output is part of the failure."""
+def run(*command: str, check: bool = True, fresh: bool = False, **options) -> subprocess.CompletedProcess:
+    """Run a command as a user would; the output is part of the failure.
+
+    Training and the commands of `vlmtrain` run in a fork where that is the same; `fresh` asks for an interpreter.
+    """
+    return _run(Program.of(command), command, check, fresh, **options)
+
+
+def train(*overrides: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    """`python -m vlmtrain.train`, in ranks as under torchrun for several; options as for `run`."""
+    return run_program(Program("vlmtrain.train", list(overrides), ranks=ranks), **options)
+
+
+def run_script(script: Path, *arguments: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    """A script of the tests, in ranks as under torchrun for several; options as for `run`."""
+    return run_program(Program(str(script), list(arguments), script=True, ranks=ranks), **options)
+
+
+def run_program(program: Program, check: bool = True, fresh: bool = False, **options) -> subprocess.CompletedProcess:
+    return _run(program, program.command, check, fresh, **options)
+
+
+def _run(program: Program | None, command: Sequence[str], check: bool, fresh: bool, **options):
     environment = {**os.environ, **options.pop("env", {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)
+    if program and not fresh and not options.keys() - {"cwd"} and fork_server.usable(environment):
+        done = fork_server.run(program, environment, options.get("cwd"), TIMEOUT)
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, **options)
     if check and done.returncode:
         raise AssertionError(f"{command}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
-
-
-def train(*overrides: str, ranks: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """`python -m vlmtrain.train`, under torchrun for several ranks."""
-    launcher = [sys.executable, "-m"]
-    if ranks > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    return run(*launcher, "vlmtrain.train", *overrides, check=check, **options)
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:

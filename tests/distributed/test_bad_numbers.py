@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..conftest import metrics, run
+from ..conftest import metrics, run_script
 from .bad_number_runs import CASES, GRADIENT, HIGH, LOSS, STEPS
 
 ALONE = ("zero0-fp32",)
-WORKER = str(Path(__file__).with_name("bad_number_runs.py"))
+WORKER = Path(__file__).with_name("bad_number_runs.py")
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +19,7 @@ def runs(tmp_path_factory) -> dict[int, Path]:
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp("runs")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        run(*launcher, WORKER, str(folders[ranks]), *(CASES if ranks == 2 else ALONE))
+        run_script(WORKER, str(folders[ranks]), *(CASES if ranks == 2 else ALONE), ranks=ranks)
     return folders
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ from safetensors.torch import load_file
 
 from vlmtrain.connectors import CONNECTORS
 
-from ..conftest import metrics, run
+from ..conftest import metrics, run_script
 
-WORKER = str(Path(__file__).with_name("connector_runs.py"))
+WORKER = Path(__file__).with_name("connector_runs.py")
 NAMES = sorted(CONNECTORS)
 
 
@@ -29,8 +28,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         ("bf16", 1, "zero0", "bf16"),
     ):
         folder = tmp_path_factory.mktemp("connectors")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        run(*launcher, WORKER, str(folder), engine, precision, *NAMES)
+        run_script(WORKER, str(folder), engine, precision, *NAMES, ranks=ranks)
         folders[way] = folder
     return folders
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..conftest import run
+from ..conftest import run_script
 
 # The C library then gives back what is freed, so that what is resident is what is in use.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -38,10 +37,7 @@ RUNS = Path(__file__).with_name("memory_runs.py")
     ],
 )
 def test_memory_grows_as_planned(engine, precision, ranks, trained, tmp_path):
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     batch = "4" if "llm" in trained else "16"  # with little state, activations are what there is to see
-    done = run(*launcher, str(RUNS), str(tmp_path), engine, precision, trained, batch, env=EXACT)
+    done = run_script(RUNS, str(tmp_path), engine, precision, trained, batch, ranks=ranks, env=EXACT)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"grown"')))
     assert found["planned"] == pytest.approx(found["grown"], rel=0.2), found

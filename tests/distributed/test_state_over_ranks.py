@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..conftest import run
+from ..conftest import run_script
 from .state_runs import ENGINES, STEP
 
-WORKER = str(Path(__file__).with_name("state_runs.py"))
-
-
-def launch(ranks: int, *words: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    run(*launcher, WORKER, *words)
+WORKER = Path(__file__).with_name("state_runs.py")
 
 
 def read(run_dir: Path, ranks: int) -> tuple[dict[str, Tensor], dict]:
@@ -36,11 +30,11 @@ def read(run_dir: Path, ranks: int) -> tuple[dict[str, Tensor], dict]:
 @pytest.mark.parametrize("chain", [(1, 2, 1), pytest.param((2, 4, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_state_is_the_same_however_many_ranks_take_it_up(chain, tmp_path):
     names = [f"{number}. {ranks} ranks" for number, ranks in enumerate(chain)]
-    launch(chain[0], str(tmp_path), names[0])
+    run_script(WORKER, str(tmp_path), names[0], ranks=chain[0])
     again = f"{names[0]} again"
-    launch(chain[0], str(tmp_path), names[0], again)  # for the rates of its groups
+    run_script(WORKER, str(tmp_path), names[0], again, ranks=chain[0])  # for the rates of its groups
     for i in (1, 2):
-        launch(chain[i], str(tmp_path), names[i - 1], names[i])
+        run_script(WORKER, str(tmp_path), names[i - 1], names[i], ranks=chain[i])
     for engine in ENGINES:
         wanted, record = read(tmp_path / f"{names[0]}-{engine}", chain[0])
         assert {name.rpartition("/")[2] for name in wanted} >= {"weight", "exp_avg", "exp_avg_sq"}

@@ -60,7 +60,7 @@ PLACES = (
     (r"(?<=--image )(FILE|new\.png)", "pictures/red.png"),
     (r"runs/quickstart-my_connector/instruct/model", "own/instruct/model"),
     (r"runs/quickstart-mlp/instruct/model|MODEL_DIR", "model"),
-    (r"picture\.png", "pictures/red.png"),
+    (r"image\.png", "pictures/red.png"),
     (r"seeds=\[[\d,]+\]", "seeds=[0]"),
     (r"max_steps=600", "max_steps=1"),
     (r"(?<=vision\.path=)FOLDER", "encoder"),
@@ -174,7 +174,7 @@ def home(tmp_path_factory, llava_files, tokenizer) -> Path:
     asked = {"role": "user", "content": "<image>\nWhat?"}
     talks = [[asked, {"role": "assistant", "content": "red"}] for _ in records]
     blank = Image.new("RGB", (8, 8))
-    Dataset.from_dict({"turns": talks, "picture": [blank] * len(talks)}).to_parquet(folder / "dataset.parquet")
+    Dataset.from_dict({"turns": talks, "photo": [blank] * len(talks)}).to_parquet(folder / "dataset.parquet")
     with tarfile.open(folder / "shards.tar", "w") as tar:
         for number in range(8):
             for name, data in (("png", llava_files["images"] / "red.png"), ("txt", b"a red circle")):

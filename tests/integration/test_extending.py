@@ -44,13 +44,18 @@ def test_the_example_is_ten_lines():
     assert len(code) <= 11
 
 
+def test_the_readme_shows_the_same_example():
+    assert f"```python\n{block('my_connectors.py')}```" in (ROOT / "README.md").read_text()
+
+
 def test_it_trains_with_its_options(home):
     saved = json.loads((home / "runs/quickstart-my_connector/instruct/model/connector/config.json").read_text())
     assert (saved["name"], saved["hidden_dim"]) == ("my_connector", 128)
 
 
 def test_it_trains_under_torchrun(home):
-    train(*OWN, "stage=align", "init_from=runs/quickstart-my_connector/text/model", "run_dir=two", ranks=2, cwd=home)
+    begun = "init_from=runs/quickstart-my_connector/text/model"
+    train(*OWN, "stage=align", begun, "run_dir=two", ranks=2, fresh=True, cwd=home)
     assert (home / "two" / "align" / "summary.json").exists()
 
 
