@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
-from vlmtrain.processes import peak_resident_bytes
+from vlmtrain.distributed.processes import peak_resident_bytes
 
 
 class Samples(Dataset):

@@ -277,7 +277,7 @@ def become(program: Program, environment: dict[str, str], cwd: str, stdout: int,
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # as for the tests
-    from vlmtrain.processes import die_with
+    from vlmtrain.distributed.processes import die_with
 
     die_with(os.getppid())
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf
 
-from vlmtrain.paths import CONFIGS
 from vlmtrain.settings import Stage
 from vlmtrain.settings.fields import read
+from vlmtrain.settings.locations import CONFIGS
 
 
 def make_stage(name: str = "s", **keys) -> Stage:

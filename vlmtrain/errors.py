@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -28,3 +29,13 @@ def printable(text: str, limit: int = 500) -> str:
     if len(text) > limit:
         text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+_repr.maxlevel = 4
+
+
+def shown(value: object) -> str:
+    """A value for an error message: short, however large or deep it is."""
+    return printable(_repr.repr(value), 300)

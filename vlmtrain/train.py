@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import hydra
 from omegaconf import DictConfig
 
-from .paths import CONFIGS
-from .processes import die_with_launcher, launched_rank
+from .distributed.processes import die_with_launcher, launched_rank
 from .settings import Run, read_run
 from .settings.composition import finish, prepare_line, shown_settings
+from .settings.locations import CONFIGS
 
 
 @contextlib.contextmanager
@@ -42,7 +42,8 @@ def users_errors() -> Iterator[None]:
 
 def train(run: Run) -> None:
     """Train a run, as one of the ranks that torchrun started, or alone; leaves no world."""
-    from .world import OUTSIDE_STEPS, Stopped, join_world
+    from .distributed.world import OUTSIDE_STEPS, Stopped
+    from .training.engine.joining import join_world
 
     # the watch of a run speaks first: it knows what a rank was doing
     world = join_world(OUTSIDE_STEPS * run.collective_timeout + 60)
@@ -73,7 +74,7 @@ def main() -> None:
     try:
         _run()
     finally:  # the jobs of --multirun share a world: DeepSpeed keeps the groups of its first one
-        from .world import leave_world
+        from .distributed.world import leave_world
 
         leave_world()
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
 
+from vlmtrain.distributed.world import Stopped, leave_world
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.settings import compose
 from vlmtrain.training import run, stage
 from vlmtrain.training.bad_steps import BadSteps
-from vlmtrain.world import Stopped, join_world, leave_world
 
 STEPS = 6
 LOSS, GRADIENT, HIGH = "instruct-3", "instruct-9", "instruct-12"

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
 
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.sources import build_source
+from vlmtrain.distributed.world import World, leave_world
 from vlmtrain.evaluation.validation import Validator
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import module_state
 from vlmtrain.settings import Run, compose
 from vlmtrain.training.assembly import build_parts, build_tokenizer
 from vlmtrain.training.run import train_run
-from vlmtrain.world import World, join_world, leave_world
 
 
 def line(folder: Path, engine: str, precision: str, name: str) -> list[str]:

@@ -15,14 +15,15 @@ import time
 from pathlib import Path
 
 from PIL import Image
+from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
 
+from vlmtrain.distributed.processes import launched_rank
+from vlmtrain.distributed.world import leave_world
 from vlmtrain.objectives.language_modelling import LanguageModelling
-from vlmtrain.processes import launched_rank
-from vlmtrain.run_files import read_records
+from vlmtrain.runs.records import read_records
 from vlmtrain.settings import compose
 from vlmtrain.train import train
 from vlmtrain.training.run import train_run
-from vlmtrain.world import join_world, leave_world
 
 # pixels of each record's pictures: at two ranks and a micro-batch of one, neighbours stand beside each other
 KINDS = {

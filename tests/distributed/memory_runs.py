@@ -17,7 +17,9 @@ from pathlib import Path
 import deepspeed
 import torch
 from torch.nn import functional as F
+from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
 
+from vlmtrain.distributed.world import leave_world
 from vlmtrain.planning.memory import States
 from vlmtrain.planning.plan import kept_by_sample, quantized_sizes
 from vlmtrain.settings import compose
@@ -25,7 +27,6 @@ from vlmtrain.training import stage as stages
 from vlmtrain.training.assembly import DTYPES
 from vlmtrain.training.run import train_run
 from vlmtrain.training.trainable import part_size
-from vlmtrain.world import join_world, leave_world
 
 WIDTH, LAYERS, HEADS = 768, 6, 12
 

@@ -12,7 +12,8 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
-from vlmtrain.model.parts import load_part, module_state, part_facts, read_manifest, save_part, write_manifest
+from vlmtrain.model.folder import read_manifest, write_manifest
+from vlmtrain.model.parts import load_part, module_state, part_facts, save_part
 
 from ..conftest import metrics, train
 from ..end_to_end.test_resume import interrupt

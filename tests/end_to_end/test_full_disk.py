@@ -12,8 +12,8 @@ from typing import ClassVar
 import pytest
 import torch
 
+from vlmtrain.distributed.world import World
 from vlmtrain.training.checkpoint import RECORD, Checkpoints
-from vlmtrain.world import World
 
 from ..conftest import metrics, train
 from .test_resume import cut, flip_a_byte, line

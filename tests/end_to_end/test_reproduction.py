@@ -9,7 +9,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from vlmtrain.reproduction import compare
+from vlmtrain.runs.reproduction import compare
 
 from ..conftest import metrics, run, train
 from .test_resume import line

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from wandb.proto import wandb_internal_pb2
 
-from vlmtrain.card import wilson
-from vlmtrain.evaluation.metrics import value_text
-from vlmtrain.fingerprints import fingerprint
+from vlmtrain.evaluation.scores import value_text
 from vlmtrain.interop.export import export
+from vlmtrain.reporting.card import wilson
+from vlmtrain.runs.fingerprints import fingerprint
 
 from ..conftest import data_overrides, metrics, train
 

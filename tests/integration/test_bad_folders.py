@@ -18,8 +18,8 @@ from tests.integration.tiny_parts import LLMS
 from vlmtrain.cli import main
 from vlmtrain.data.processor import Processor
 from vlmtrain.model import VLMWrapper
+from vlmtrain.model.folder import read_manifest
 from vlmtrain.model.llm import build_llm
-from vlmtrain.model.parts import read_manifest
 
 
 def refused(capsys, *line: str) -> str:

@@ -11,12 +11,12 @@ from PIL import Image
 from transformers import BertConfig, BertTokenizer, RobertaConfig
 
 from vlmtrain.connectors import build_connector
+from vlmtrain.distributed.world import World
 from vlmtrain.model.llm import build_random_llm
 from vlmtrain.model.vision import build_vision
 from vlmtrain.settings import compose, options_of
 from vlmtrain.training.assembly import check_widths
 from vlmtrain.training.run import train_run
-from vlmtrain.world import World
 
 from ..conftest import gpt, human, train
 
@@ -246,7 +246,7 @@ def test_the_command_prints_one_line_and_exits_2(llava_files, tmp_path):
 
 
 def test_two_runs_on_one_folder_are_refused(llava_files, tmp_path):
-    from vlmtrain.training.run_folder import RunFolder
+    from vlmtrain.runs.folder import RunFolder
 
     holder = RunFolder(tmp_path)
     holder.lock()

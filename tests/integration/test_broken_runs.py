@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from vlmtrain.ablation import read_line
-from vlmtrain.reproduction import SETTINGS
-from vlmtrain.run_files import read_records
+from vlmtrain.runs.folder import RunFolder
+from vlmtrain.runs.records import read_records
+from vlmtrain.runs.reproduction import SETTINGS
 from vlmtrain.settings import compose
-from vlmtrain.training.metrics import WandB
-from vlmtrain.training.run_folder import RunFolder
+from vlmtrain.training.tracking import WandB
 
 from ..conftest import data_overrides
 from .test_bad_folders import model, refused  # noqa: F401 - a fixture

@@ -14,10 +14,10 @@ from PIL import Image
 
 from vlmtrain.cli import main
 from vlmtrain.data.shapes import VOCABULARY
+from vlmtrain.distributed.world import World
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 from vlmtrain.settings import compose
 from vlmtrain.training.run import train_run
-from vlmtrain.world import World
 
 from ..conftest import data_overrides, gpt, human, train
 

@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from vlmtrain.model.parts import load_part, module_state, read_manifest
+from vlmtrain.model.folder import read_manifest
+from vlmtrain.model.parts import load_part, module_state
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.settings import compose
 

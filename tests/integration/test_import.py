@@ -31,9 +31,9 @@ from vlmtrain.data.processor import Processor
 from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import load_part
+from vlmtrain.runs.folder import RunFolder
 from vlmtrain.settings import compose
 from vlmtrain.training.init_from import take_in as imported_for
-from vlmtrain.training.run_folder import RunFolder
 
 ENDLESS = ITEMS.replace("Q: ", "USER: ").replace("A:", "ASSISTANT:").replace("eos_token", "' '")
 

@@ -15,10 +15,10 @@ from vlmtrain.model.parts import make_connector
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives.language_modelling import LanguageModelling
+from vlmtrain.runs.folder import RunFolder
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_parts, build_tokenizer
 from vlmtrain.training.checks import check_stages
-from vlmtrain.training.run_folder import RunFolder
 
 
 def build(prepared: bool) -> tuple[VLMWrapper, Processor]:

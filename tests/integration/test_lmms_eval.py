@@ -23,15 +23,15 @@ from lmms_eval.tasks import TaskManager
 
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.data.sources import build_source
+from vlmtrain.distributed.world import World
 from vlmtrain.evaluation import Chat
-from vlmtrain.evaluation.benchmarks import Benchmarks
+from vlmtrain.evaluation.lmms_eval import Benchmarks
 from vlmtrain.evaluation.validation import Validator
 from vlmtrain.interop.lmms import Model, Picture, manifest
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer
-from vlmtrain.world import World
 
 from ..conftest import train
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmtrain.data import Processor
 from vlmtrain.model import VLMWrapper
+from vlmtrain.model.folder import write_manifest
 from vlmtrain.model.llm import build_llm, load_tokenizer
-from vlmtrain.model.parts import write_manifest
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer

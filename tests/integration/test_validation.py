@@ -11,12 +11,12 @@ from PIL import Image
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.data.sources import build_source
+from vlmtrain.distributed.world import World
 from vlmtrain.evaluation.validation import Validator
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer
-from vlmtrain.world import World
 
 from ..conftest import gpt, human
 

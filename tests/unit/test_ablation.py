@@ -23,9 +23,9 @@ from vlmtrain.ablation.jobs import Runner, device_slots
 from vlmtrain.ablation.page import _losses, _side_by_side
 from vlmtrain.ablation.results import Clusters, _by_category, _interval, studentized_range
 from vlmtrain.ablation.show import main_table, note, tables, write_results
-from vlmtrain.charts import Series, line_chart, scatter_chart
 from vlmtrain.cli import ablate
 from vlmtrain.planning.plan import Machine, plan_run
+from vlmtrain.reporting.charts import Series, line_chart, scatter_chart
 from vlmtrain.settings import compose
 
 

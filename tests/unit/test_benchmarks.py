@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vlmtrain.evaluation.benchmarks import Benchmarks
+from vlmtrain.evaluation.lmms_eval import Benchmarks
 from vlmtrain.settings import compose
 from vlmtrain.training.checks import check_run
 

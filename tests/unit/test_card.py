@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vlmtrain.card import score_rows, wilson
+from vlmtrain.reporting.card import score_rows, wilson
 
 
 def test_each_score_stands_there_with_the_questions_that_it_judged(tmp_path):

@@ -15,9 +15,9 @@ from vlmtrain.model import VLMWrapper
 from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives import build_objective
 from vlmtrain.planning.plan import Machine, plan_run
+from vlmtrain.runs.folder import RunFolder
 from vlmtrain.settings import compose, options_of
 from vlmtrain.training.run import check_stages
-from vlmtrain.training.run_folder import RunFolder
 
 
 @pytest.fixture

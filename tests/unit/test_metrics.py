@@ -8,9 +8,9 @@ import random
 import pytest
 
 from vlmtrain.data.records import Grading
-from vlmtrain.evaluation.asking import Likelihood
 from vlmtrain.evaluation.captions import bleu4, caption_words, cider
-from vlmtrain.evaluation.metrics import Answer, check_metrics, grade, says_yes, score_rows
+from vlmtrain.evaluation.generation import Likelihood
+from vlmtrain.evaluation.scores import Answer, check_metrics, grade, says_yes, score_rows
 from vlmtrain.evaluation.vqa import normalise, vqa_accuracy
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from vlmtrain.data.processor import Processor
-from vlmtrain.model.parts import load_part, module_state, write_manifest
+from vlmtrain.distributed.world import World
+from vlmtrain.model.folder import write_manifest
+from vlmtrain.model.parts import load_part, module_state
 from vlmtrain.model.vision import build_vision
 from vlmtrain.settings import compose
 from vlmtrain.training.model_folder import ModelWriter
-from vlmtrain.world import World
 
 from ..stages import make_stage
 

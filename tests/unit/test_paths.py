@@ -11,7 +11,7 @@ import pytest
 KILLED = """
 import os, shutil, sys
 from pathlib import Path
-import vlmtrain.paths as paths
+import vlmtrain.files as paths
 
 left = int(sys.argv[3])
 def dies(function):
@@ -30,7 +30,7 @@ paths.replace_folder(Path(sys.argv[1]), Path(sys.argv[2]))
 
 @pytest.mark.parametrize("calls", range(7))
 def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(calls, tmp_path):
-    from vlmtrain.paths import replace_folder, restore_folder
+    from vlmtrain.files import replace_folder, restore_folder
 
     partial, target = tmp_path / "best.partial", tmp_path / "best"
     for folder, words in ((partial, "new"), (target, "old")):

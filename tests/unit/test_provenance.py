@@ -8,11 +8,11 @@ import subprocess
 
 import pytest
 
-from vlmtrain import fingerprints
-from vlmtrain.fingerprints import fingerprint
+from vlmtrain.runs import fingerprints
+from vlmtrain.runs import provenance as module
+from vlmtrain.runs.fingerprints import fingerprint
+from vlmtrain.runs.provenance import differences, git_state
 from vlmtrain.settings import compose
-from vlmtrain.training import provenance as module
-from vlmtrain.training.provenance import differences, git_state
 
 
 def git(folder, *words):

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from vlmtrain.paths import RECIPES
 from vlmtrain.settings import compose
+from vlmtrain.settings.locations import RECIPES
 
 from ..conftest import ROOT
 

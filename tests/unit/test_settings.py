@@ -8,9 +8,9 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from vlmtrain.paths import CONFIGS, RECIPES
 from vlmtrain.settings import compose
 from vlmtrain.settings.composition import _swept
+from vlmtrain.settings.locations import CONFIGS, RECIPES
 
 
 def test_a_recipes_options_apply_to_the_choice_they_speak_of_only():

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from vlmtrain.cli import main
 from vlmtrain.connectors import CONNECTORS, connector_options
-from vlmtrain.paths import CONFIGS, RECIPES
 from vlmtrain.settings import compose
 from vlmtrain.settings import run as settings
+from vlmtrain.settings.locations import CONFIGS, RECIPES
 
 FILLED = {"name", "vision", "connector", "llm", "data", "engine"}  # by the recipe and the groups that it chooses
 OF_THE_COMPOSITION = {"defaults", "hydra", "mini_options", *(f"{group}_options" for group in FILLED)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlmtrain.world import prepare_process
+from vlmtrain.distributed.world import prepare_process
 
 from ..conftest import run
 

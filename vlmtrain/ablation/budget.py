@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..planning.plan import Machine, StagePlan, plan_run
-from ..run_files import read_records, read_summary
+from ..runs.records import read_records, read_summary
 from ..settings import compose
-from .line import Ablation, Choice
+from .definition import Ablation, Choice
 
 if TYPE_CHECKING:
     from .jobs import Runner

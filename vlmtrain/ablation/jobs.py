@@ -29,13 +29,12 @@ from tqdm import tqdm
 from ..data.records import BadSample
 from ..data.sources import Source, build_source
 from ..errors import nearest
-from ..evaluation.metrics import METRICS, Answer
-from ..paths import link_or_copy, make_folder, replace_text
-from ..run_files import read_json
+from ..evaluation.scores import METRICS, Answer
+from ..files import link_or_copy, make_folder, read_json, replace_text
 from ..settings import Run, Stage, compose, flatten
 from ..training.checks import check_run
 from .budget import Undecided, decide
-from .line import Ablation, Choice
+from .definition import Ablation, Choice
 
 REFRESH_SECONDS = 1.0
 # Keys that change how fast jobs run, or what they keep: a line with others of these goes on with the finished jobs.
@@ -248,7 +247,7 @@ class Runner:
         if _are_finished(folder, stages):
             return False
         folder.mkdir(parents=True, exist_ok=True)
-        launcher = [sys.executable, "-m", "vlmtrain.processes"]
+        launcher = [sys.executable, "-m", "vlmtrain.distributed.processes"]
         if self.ablation.ranks > 1:
             ranks = ["--nproc_per_node", str(self.ablation.ranks)]
             launcher += ["torch.distributed.run", "--standalone", *ranks, "-m"]

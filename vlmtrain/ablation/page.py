@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..charts import Series, line_chart, scatter_chart, smooth
-from ..report import STYLE, html_table
-from ..run_files import read_json, read_records
-from .line import Ablation, Choice
+from ..files import read_json
+from ..reporting.charts import Series, line_chart, scatter_chart, smooth
+from ..reporting.report import STYLE, html_table
+from ..runs.records import read_records
+from .definition import Ablation, Choice
 from .results import Entry
 
 SHOWN = 12

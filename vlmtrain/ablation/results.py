@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import read_json
 from ..planning.plan import Machine, plan_run
-from ..run_files import read_json, read_records, read_summary
-from .line import Ablation, Choice
+from ..runs.records import read_records, read_summary
+from .definition import Ablation, Choice
 
 DRAWS, BLOCK = 2000, 100
 """Bootstrap draws, and how many of them are made at once."""

@@ -6,8 +6,8 @@ import csv
 import json
 from collections.abc import Sequence
 
-from ..evaluation.metrics import value_text
-from .line import Ablation
+from ..evaluation.scores import value_text
+from .definition import Ablation
 from .page import write_page
 from .results import FEW_SEEDS, Entry
 

@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, ModuleType]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of the ``vlmtrain`` command."""
     options = _parse(arguments)
-    from ..world import prepare_process
+    from ..distributed.world import prepare_process
 
     prepare_process()
     try:

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     from ..data.processor import Processor
     from ..evaluation.chat import Chat
     from ..model import VLMWrapper
-    from ..model.parts import check_answers
+    from ..model.folder import check_answers
 
     pictures = _pictures(options)
     if options.web and not 0 <= options.port < 2**16:

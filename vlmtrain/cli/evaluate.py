@@ -20,12 +20,12 @@ def run(options: argparse.Namespace) -> None:
 
     from ..data.processor import Processor
     from ..data.sources import build_source
-    from ..evaluation.metrics import check_metrics, score_rows
+    from ..distributed.world import World
+    from ..evaluation.scores import check_metrics, score_rows
     from ..evaluation.validation import Validator
     from ..model import VLMWrapper
-    from ..model.parts import check_answers
+    from ..model.folder import check_answers
     from ..settings import compose_evaluation
-    from ..world import World
 
     check_writable(options.answers)
     settings = compose_evaluation(options.overrides)

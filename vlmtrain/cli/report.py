@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..report import write_report
+    from ..reporting.report import write_report
 
     path = write_report(options.run_dir)
     print(json.dumps({"report": str(path)}) if options.json else path)

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..reproduction import reproduce
+    from ..runs.reproduction import reproduce
 
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks {options.ranks}: expected a number from 1")

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import first_line, nearest
-from .fields import (
+from ..errors import first_line, nearest, shown
+from .images import EncodedImage, ImageInMemory, PictureFolder
+from .records import IMAGE_MARK, BadSample, Conversation, Turn
+from .turns import (
     GRADING,
     answer_turns,
     caption_turns,
@@ -20,10 +22,7 @@ from .fields import (
     pictures_in_front,
     record_name,
     role_of,
-    shown,
 )
-from .images import EncodedImage, ImageInMemory, PictureFolder
-from .records import IMAGE_MARK, BadSample, Conversation, Turn
 
 if TYPE_CHECKING:
     from datasets import Dataset

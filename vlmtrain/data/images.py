@@ -19,9 +19,8 @@ import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import first_line, printable
+from ..errors import first_line, printable, shown
 from ..tiling import Tiles
-from .fields import shown
 from .file_index import read_span
 from .records import BadSample
 

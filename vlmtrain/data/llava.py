@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..errors import nearest
-from .fields import graded, llava_turns, record_name, shown
+from ..errors import nearest, shown
 from .images import ImageOnDisk, PictureFolder
 from .indexed_json import IndexedJson
 from .records import BadSample, Conversation, Source
-from .views import Concatenation, Subset
+from .subsets import Concatenation, Subset
+from .turns import graded, llava_turns, record_name
 
 MIXTURES = (".yaml", ".yml")
 MAX_PATH = 4096

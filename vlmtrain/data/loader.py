@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..processes import die_with
+from ..distributed.processes import die_with
 from .mixture import Mixture
 from .packing import Piece, RowBudget, lookahead, row_budget, take_row
 from .processor import Batch, Processor, Sample

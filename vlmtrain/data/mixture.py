@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .records import Conversation, Source
-from .views import Concatenation
+from .subsets import Concatenation
 
 
 class Mixture:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import first_line
-from ..manifest import check_files
+from ..model.folder import check_files
 from ..tiling import Tiles, choose_tiles, tiled_tokens
 from .connector_text import TextReader, pad_texts
 from .images import FITS, cut_tiles, fit_image, to_tensor

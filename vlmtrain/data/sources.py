@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ..errors import first_line, nearest
 from . import probes, shapes
-from .fields import pictures_in_front
 from .images import EncodedImage
 from .llava import open_llava
 from .mixture import Mixture
@@ -23,7 +22,8 @@ from .probes import CATEGORIES, Probes
 from .records import BadSample, Conversation, Source
 from .rendering import check_conversation
 from .shapes import Shapes
-from .views import Subset
+from .subsets import Subset
+from .turns import pictures_in_front
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
 """Splits that the `data` group may have, whether a recipe reads them or not."""

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import first_line, printable
-from .fields import answer_turns, caption_turns, graded, llava_turns, pictures_in_front, record_name
 from .file_index import Index, cached_index, read_span
 from .images import ImageInFile
 from .indexed_json import parse_json
 from .records import BadSample, Conversation, Turn
-from .views import Concatenation
+from .subsets import Concatenation
+from .turns import answer_turns, caption_turns, graded, llava_turns, pictures_in_front, record_name
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 WORDS = ("json", "txt", "caption")

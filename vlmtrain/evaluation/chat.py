@@ -14,7 +14,7 @@ from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn
 from ..data.rendering import Renderer
 from ..model import VLMWrapper
-from .asking import generate
+from .generation import generate
 
 
 class Chat:

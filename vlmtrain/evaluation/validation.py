@@ -21,10 +21,10 @@ from ..data.processor import Processor, Sample
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendering import IGNORE, Rendered
 from ..data.sources import Source
+from ..distributed.world import World
 from ..model import VLMWrapper
-from ..world import World
-from .asking import Likelihood, generate, likelihoods, target_logits
-from .metrics import Answer, check_fits, grade
+from .generation import Likelihood, generate, likelihoods, target_logits
+from .scores import Answer, check_fits, grade
 
 
 class Validator:

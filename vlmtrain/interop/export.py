@@ -11,12 +11,12 @@ import torch
 import transformers
 from PIL import Image
 
-from ..card import write_export_card
 from ..connectors.qformer import QFormer
 from ..data.processor import Batch, Processor
 from ..data.records import IMAGE_MARK, Conversation, Turn
+from ..files import check_new_folder
 from ..model import VLMWrapper
-from ..paths import check_new_folder
+from ..reporting.card import write_export_card
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported, as_llava

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..card import write_import_card
 from ..connectors.layers import ACTIVATIONS
 from ..data.connector_text import TextReader
 from ..data.images import to_tensor
@@ -28,13 +27,14 @@ from ..data.processor import Geometry, Processor
 from ..data.rendering import Renderer
 from ..data.templates import BLIP
 from ..errors import first_line
+from ..files import check_new_folder, read_json
 from ..model import VLMWrapper
 from ..model.llm import load_tokenizer, max_positions
-from ..model.loading import load_hf_config, load_hf_model, read_json
+from ..model.loading import load_hf_config, load_hf_model
 from ..model.parts import make_connector
 from ..model.tiled import TiledConnector
 from ..model.vision import HFVision, VisionEncoder
-from ..paths import check_new_folder
+from ..reporting.card import write_import_card
 from .export import hf_logits, probe
 from .fitting import relative_difference, tolerance
 from .importing_blip import MODEL_CLASSES as BLIP_CLASSES

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line, some
+from ..files import read_json
 from ..model import VLMWrapper
 from ..model.llm import build_llm, hidden_width, load_tokenizer
-from ..model.loading import read_json, read_tensors
+from ..model.loading import read_tensors
 from ..model.parts import make_connector
 from ..model.vision import VisionEncoder, build_vision
 

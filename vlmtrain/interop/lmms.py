@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..data.processor import Processor, Sample
 from ..data.records import IMAGE_MARK, Conversation, Turn
-from ..evaluation.asking import generate, likelihoods
+from ..evaluation.generation import generate, likelihoods
 from ..model import VLMWrapper
 
 MAX_NEW_TOKENS = 128

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,16 +10,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import first_line, some
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of ours; ValueError if it is missing or broken."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: the folder is not a complete vlmtrain model") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..connectors import CONNECTORS, build_connector
-from ..manifest import MANIFEST, check_files, file_hashes
+from ..files import read_json
+from .folder import MANIFEST, check_files, read_manifest
 from .llm import hidden_width, load_llm, save_llm
-from .loading import load_strictly, read_json
+from .loading import load_strictly
 from .tiled import TiledConnector
 from .vision import VisionEncoder, load_vision
 
@@ -128,41 +129,3 @@ def part_facts(state: dict[str, Tensor], sha256: str | None = None) -> dict[str,
     """What the manifest says of a part's weights; `sha256` is their `state_hash`, where it is known already."""
     dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
     return {"sha256": sha256 or state_hash(state), "dtype": str(dtype).removeprefix("torch.")}
-
-
-def write_manifest(folder: Path, parts: dict[str, dict]) -> None:
-    """Write what each part is, and what else the folder holds, for `load_part` to check."""
-    (folder / MANIFEST).write_text(json.dumps({"parts": parts, "files": file_hashes(folder)}, indent=2) + "\n")
-
-
-def is_model_folder(folder: Path) -> bool:
-    return (folder / MANIFEST).exists()
-
-
-def check_answers(folder: Path) -> None:
-    """Raise ValueError unless `folder` is a model folder with a language model, which answers."""
-    parts = read_manifest(folder)
-    if "llm" not in parts:
-        raise ValueError(
-            f"{folder} has no language model, only {', '.join(parts)}: expected the model of a stage that has an llm"
-        )
-
-
-def read_manifest(folder: Path) -> dict[str, dict]:
-    """What each part of a model folder is. Raises ValueError if `folder` is no model folder."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a model folder: no such directory")
-    if (folder / "config.json").exists() and not is_model_folder(folder):
-        raise ValueError(
-            f"{folder} is a Hugging Face folder: 'vlmtrain import {folder} OUT_DIR' makes a model folder of it"
-        )
-    parts = read_json(folder / MANIFEST)
-    parts = parts.get("parts") if isinstance(parts, dict) else None
-    if not isinstance(parts, dict) or not all(isinstance(facts, dict) for facts in parts.values()):
-        raise ValueError(f"{folder / MANIFEST} names no parts: it is not the manifest of a model")
-    for part, facts in parts.items():
-        if not {"sha256", "dtype"} <= facts.keys() or not isinstance(
-            getattr(torch, str(facts["dtype"]), None), torch.dtype
-        ):
-            raise ValueError(f"{folder / MANIFEST} does not say of {part} its hash and its type of numbers")
-    return parts

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from ..connectors import VisionFeatures
 from ..errors import first_line, nearest, some
-from .loading import know_blip_towers, load_hf_config, load_hf_model, load_strictly, read_json
+from ..files import read_json
+from .loading import know_blip_towers, load_hf_config, load_hf_model, load_strictly
 
 
 class VisionEncoder(nn.Module):

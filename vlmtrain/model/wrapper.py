@@ -12,8 +12,9 @@ from ..connectors import VisionFeatures
 from ..tiling import Tiles
 from .attention import segment_arguments
 from .concatenation import concatenate
+from .folder import read_manifest, write_manifest
 from .llm import hidden_width
-from .parts import PARTS, load_part, module_state, part_facts, read_manifest, save_part, write_manifest
+from .parts import PARTS, load_part, module_state, part_facts, save_part
 from .vision import VisionEncoder
 
 

@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..connectors import CONNECTORS, connector_options
 from ..errors import first_line, nearest
-from ..paths import CONFIGS, RECIPES
 from .fields import read
+from .locations import CONFIGS, RECIPES
 from .run import Evaluation, Run, read_run
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")

@@ -25,7 +25,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import some
-from ..model.loading import read_json, read_tensors
+from ..files import read_json
+from ..model.loading import read_tensors
 from ..model.parts import state_hash
 from ..settings import LoRA, Stage
 from .quantized import PACKED, QuantizedLinear, quantized_layers

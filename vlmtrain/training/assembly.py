@@ -17,6 +17,7 @@ from ..connectors.checks import GridError
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
 from ..data.sources import vocabulary
+from ..model.folder import read_manifest
 from ..model.llm import (
     add_tokens,
     build_llm,
@@ -29,13 +30,13 @@ from ..model.llm import (
     max_positions,
 )
 from ..model.loading import load_hf_config, load_hf_model
-from ..model.parts import PARTS, load_part, make_connector, read_manifest
+from ..model.parts import PARTS, load_part, make_connector
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import VisionEncoder, build_vision
 from ..objectives import Objective, build_objective
-from ..paths import CONFIGS
 from ..settings import LLM, STAGE_PARTS, Run, Stage, Vision, options_of
+from ..settings.locations import CONFIGS
 from .adapters import add_adapters
 from .handover import take_over
 

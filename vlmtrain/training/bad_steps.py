@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .metrics import Metrics, logger
+from .log import logger
+from .metrics import Metrics
 
 WINDOW = 100  # losses that a spike is measured against
 ENOUGH = 20  # of them, before any loss can be called a spike

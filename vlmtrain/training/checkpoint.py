@@ -12,10 +12,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..paths import sync
-from ..world import World
-from .metrics import logger
-from .state import TrainingState
+from ..distributed.world import World
+from ..files import sync
+from .engine.state import TrainingState
+from .log import logger
 
 RECORD = "vlmtrain.json"
 NAME = re.compile(r"step-(\d+)")

@@ -8,12 +8,14 @@ from pathlib import Path
 from ..data.mixture import Mixture
 from ..data.records import BadSample
 from ..data.sources import build_source, first_problems
-from ..evaluation.benchmarks import check_tasks
-from ..evaluation.metrics import check_metrics
+from ..evaluation.lmms_eval import check_tasks
+from ..evaluation.scores import check_metrics
 from ..model.attention import attend_in_segments
+from ..model.folder import read_manifest
 from ..model.llm import check_vocabulary, choose_attention
-from ..model.parts import connector_skeleton, read_manifest
+from ..model.parts import connector_skeleton
 from ..objectives import OBJECTIVES
+from ..runs.folder import RunFolder
 from ..settings import Run, Stage
 from .assembly import (
     build_processor,
@@ -26,7 +28,6 @@ from .assembly import (
 )
 from .batching import split_batch
 from .handover import tensors_taken
-from .run_folder import RunFolder
 from .trainable import check_starts, trained_groups
 
 

@@ -27,7 +27,7 @@ from ..connectors import VisionFeatures
 from ..model.vision import VisionEncoder
 from ..settings import Features
 from .assembly import DTYPES
-from .metrics import logger
+from .log import logger
 
 PARTIAL = ".partial"
 STALE_SECONDS = 3600

@@ -7,12 +7,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..connectors import connector_options
-from ..fingerprints import fingerprint
-from ..model.loading import read_json
-from ..model.parts import is_model_folder
+from ..files import read_json, write_json
+from ..model.folder import is_model_folder
+from ..runs.fingerprints import fingerprint
+from ..runs.folder import RunFolder
 from ..settings import Run
 from .handover import PART
-from .run_folder import RunFolder, write_json
 
 FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
 

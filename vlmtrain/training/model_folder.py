@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import nn
 
 from ..data.processor import Processor
-from ..model.parts import PARTS, part_facts, read_manifest, save_part, write_manifest
-from ..paths import link_or_copy, replace_folder, sync
+from ..distributed.world import World
+from ..files import link_or_copy, replace_folder, sync
+from ..model.folder import read_manifest, write_manifest
+from ..model.parts import PARTS, part_facts, save_part
 from ..settings import Run, Stage
-from ..world import World
 from .adapters import FOLDER as ADAPTERS
 from .adapters import merged, save_adapters
-from .engine import StageEngine
+from .engine.stage_engine import StageEngine
 from .proof import Hashes, part_hashes
 from .trainable import Group, groups_of
 

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from ..settings.stage import OptimizerOptions, ScheduleOptions
+from ..settings.stage import ScheduleOptions
 from .trainable import Group
 
 
@@ -63,12 +62,3 @@ def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], we
             if members:  # ZeRO-2 fails on an empty group
                 found.append({"params": members, "weight_decay": decay, **facts})
     return found
-
-
-def build_optimizer(groups: list[dict], options: OptimizerOptions, offload: bool) -> torch.optim.Optimizer:
-    """AdamW over `groups`; DeepSpeed's CPU kernel where the states are offloaded from a GPU."""
-    if offload and torch.cuda.is_available():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, betas=options.betas, eps=options.eps)
-    return torch.optim.AdamW(groups, fused=True, betas=options.betas, eps=options.eps)

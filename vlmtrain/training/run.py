@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..card import write_card
-from ..evaluation.benchmarks import benchmarks_of
-from ..report import write_report
+from ..distributed.world import Stopped, StopSignal, World
+from ..evaluation.lmms_eval import benchmarks_of
+from ..reporting.card import write_card
+from ..reporting.report import write_report
+from ..runs.folder import RunFolder
+from ..runs.provenance import provenance
 from ..settings import Run
-from ..world import Stopped, StopSignal, World
 from .checks import check_run, check_stages
 from .init_from import take_in
-from .metrics import WandB, logger, set_up_logging
-from .provenance import provenance
-from .run_folder import RunFolder
+from .log import logger, set_up_logging
 from .stage import train_stage
+from .tracking import WandB
 from .watch import Watch
 
 

@@ -14,15 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from ..data.loader import BadRecord, StepData, StepStream, step_loader
 from ..data.mixture import Mixture
 from ..data.sources import build_source
-from ..evaluation.benchmarks import benchmarks_of
+from ..distributed.processes import peak_resident_bytes
+from ..distributed.world import Stopped, StopSignal, World
+from ..evaluation.lmms_eval import benchmarks_of
 from ..evaluation.validation import Validator, picture_uri
+from ..files import restore_folder, write_json
 from ..model.attention import attend_in_segments
 from ..model.parts import module_state
 from ..objectives import Objective, build_objective
-from ..paths import restore_folder
-from ..processes import peak_resident_bytes
+from ..runs.folder import RunFolder
 from ..settings import Run, Stage
-from ..world import Stopped, StopSignal, World
 from .assembly import (
     DTYPES,
     build_parts,
@@ -35,14 +36,16 @@ from .bad_steps import BadSteps, Fault
 from .batching import build_plan
 from .checkpoint import Checkpoints
 from .compiling import compile_blocks
-from .engine import StageEngine
+from .engine.stage_engine import StageEngine
 from .feature_cache import FeatureCache
-from .metrics import Metrics, Progress, WandB, logger
+from .log import logger
+from .metrics import Metrics
 from .model_folder import ModelWriter
 from .optimizer import Schedule
+from .progress import Progress
 from .proof import Hashes, part_hashes, part_summary
-from .run_folder import RunFolder, write_json
 from .skips import Skips
+from .tracking import WandB
 from .trainable import check_starts, freeze, groups_of, part_size, trained_groups
 from .watch import Watch
 

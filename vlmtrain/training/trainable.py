@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import some
 from ..settings import STAGE_PARTS, Pattern, Stage
 from .adapters import is_adapter
+from .engine.partitions import full_shape
 from .quantized import quantized_layers
 
 NEW_TOKENS = "llm.new_tokens"
@@ -209,11 +210,6 @@ def _train_rows(parameter: nn.Parameter, rows: tuple[int, ...]) -> None:
         return gradient * chosen
 
     parameter.register_hook(keep)
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, of which under ZeRO-3 a rank holds only its share."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def part_size(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..world import OUTSIDE_STEPS
+from ..distributed.world import OUTSIDE_STEPS
 
 TO_SPEAK = 5.0  # seconds between a rank's words and its end, in which the others speak too
 

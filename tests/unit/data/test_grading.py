@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import gpt, human
-from vlmtrain.data.fields import graded, read_grading
 from vlmtrain.data.llava import LlavaJson
 from vlmtrain.data.records import UNGRADED, BadSample, Grading, Turn
 from vlmtrain.data.sources import build_source
+from vlmtrain.data.turns import graded, read_grading
 
 TALK = (Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?"), Turn("assistant", "d"))
 

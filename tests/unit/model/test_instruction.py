@@ -10,6 +10,7 @@ from vlmtrain.data.connector_text import TextReader
 from vlmtrain.data.processor import Batch, Geometry, Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.data.shapes import Shapes
+from vlmtrain.distributed.world import World
 from vlmtrain.evaluation import Chat
 from vlmtrain.evaluation.validation import Validator
 from vlmtrain.model import VLMWrapper
@@ -18,7 +19,6 @@ from vlmtrain.model.parts import make_connector
 from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.settings import compose
-from vlmtrain.world import World
 
 SIZES = {"num_queries": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
 CONNECTORS = {"qformer": SIZES, "meq_former": {**SIZES, "hidden_dim": 16, "encoder_dropout": 0.0}}

@@ -1,6 +1,6 @@
 """A run once more, from its own record: where its losses part from the first time's, and what else differs.
 
-python -m vlmtrain.reproduction SETTINGS.yaml [STAGE]     # trains by settings that are resolved already
+python -m vlmtrain.runs.reproduction SETTINGS.yaml [STAGE]     # trains by settings that are resolved already
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from .paths import make_folder, replace_text
-from .processes import die_with_launcher
-from .run_files import read_config, read_json, read_records, read_summary
-from .settings import read_run
-from .train import train, users_errors
+from ..distributed.processes import die_with_launcher
+from ..files import make_folder, read_json, replace_text
+from ..settings import read_run
+from ..train import train, users_errors
+from .records import read_config, read_records, read_summary
 
 SETTINGS = "reproduced.yaml"
 COMPARED = ("loss", "grad_norm", "samples", "tokens")
@@ -68,7 +68,7 @@ def reproduce(run_dir: Path, out: Path | None = None, ranks: int | None = None) 
         _run(out, stage, ranks or record["machine"]["processes"], record["machine"]["threads"])
     if not _is_finished(out, began):
         raise ValueError(f"the run in {out} was stopped; the same line goes on from there")
-    from .training.provenance import differences
+    from .provenance import differences
 
     return Reproduction(
         str(out), {name: compare(run_dir / name, out / name) for name in began}, differences(record, read_config(out))
@@ -93,10 +93,10 @@ def _take_folder(config: dict, out: Path) -> None:
 
 
 def _run(out: Path, stage: str | None, ranks: int, threads: int) -> None:
-    command = [sys.executable, "-m", "vlmtrain.processes"]
+    command = [sys.executable, "-m", "vlmtrain.distributed.processes"]
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    command += ["vlmtrain.reproduction", str(out / SETTINGS), *([stage] if stage else [])]
+    command += ["vlmtrain.runs.reproduction", str(out / SETTINGS), *([stage] if stage else [])]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=sys.stderr)
     if done.returncode:
         raise ValueError(f"the run in {out} failed (exit {done.returncode}); its last words are above")
@@ -131,7 +131,7 @@ def main() -> None:
             settings = OmegaConf.to_container(OmegaConf.load(sys.argv[1]))
             train(read_run({**settings, "stage": sys.argv[2] if len(sys.argv) > 2 else None}))
     finally:
-        from .world import leave_world
+        from ..distributed.world import leave_world
 
         leave_world()
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from .errors import first_line
+from ..errors import first_line
+from ..files import read_json
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 
@@ -40,16 +41,6 @@ def read_summary(stage: Path) -> dict | None:
             f"{file} is not a finished stage's summary: put it back, or remove {stage} to train the stage again"
         )
     return summary
-
-
-def read_json(file: Path) -> dict | list:
-    """The content of a JSON file. Raises ValueError if it is missing or broken."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing: what writes it has not come to its end") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not the JSON that a run wrote: {first_line(error)}") from None
 
 
 def read_records(file: Path) -> list[dict]:

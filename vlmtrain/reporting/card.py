@@ -11,13 +11,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
-from . import __version__
-from .evaluation.metrics import value_text
-from .fingerprints import shown
-from .model.parts import PARTS
-from .paths import replace_text
-from .run_files import read_config, read_summary
-from .training.init_from import FIXED
+from .. import __version__
+from ..evaluation.scores import value_text
+from ..files import replace_text
+from ..model.parts import PARTS
+from ..runs.fingerprints import short_hash
+from ..runs.records import read_config, read_summary
+from ..training.init_from import FIXED
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"
@@ -227,7 +227,7 @@ def _data_rows(config: Mapping, done: Mapping[str, Mapping]) -> Iterator[tuple]:
             path = entry.get("path") if isinstance(entry, Mapping) else entry
             record = config.get("files", {}).get(str(Path(path))) if isinstance(path, str) else None
             if record:
-                yield name, f"{source}: {Path(path).name}", f"{drawn['samples']:,}", shown(record)
+                yield name, f"{source}: {Path(path).name}", f"{drawn['samples']:,}", short_hash(record)
             else:
                 yield name, f"{source}: {path or config['data']['format']}", f"{drawn['samples']:,}", "none: not a file"
 
@@ -239,8 +239,12 @@ def score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
         judged = _judged(run_dir / stage / "answers.json")
         for name in (name for name in scores if f"blind_{name}" in scores):
             count, seeing, blind = judged.get(name), scores[name], scores[f"blind_{name}"]
-            shown = f"{count or scores['questions']:,}", _with_interval(name, seeing, count), value_text(name, blind)
-            yield stage, name.replace("_", " "), *shown
+            short_hash = (
+                f"{count or scores['questions']:,}",
+                _with_interval(name, seeing, count),
+                value_text(name, blind),
+            )
+            yield stage, name.replace("_", " "), *short_hash
         for kind, values in scores.get("by_category", {}).items():
             exact = _with_interval("exact_match", values["exact_match"], values["questions"])
             blind = value_text("exact_match", values["blind_exact_match"])

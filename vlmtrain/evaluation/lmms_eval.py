@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.processor import Processor
+from ..distributed.world import World
 from ..errors import nearest
 from ..model import VLMWrapper
 from ..settings import Validation
-from ..world import World
 
 
 def check_tasks(tasks: Sequence[str], is_sharded: bool) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -76,50 +74,6 @@ def prepare_process() -> bool:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     return has_gpu
-
-
-def join_world(timeout: float = 3600.0) -> World:
-    """Join the process group that torchrun describes; without torchrun, a group of one.
-
-    timeout: seconds that a rank waits for the others, at most.
-    """
-    has_gpu = prepare_process()
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
-    import deepspeed
-
-    if not has_gpu:
-        # gloo alone will do: the shared-memory kernel would be compiled for a minute first
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout)
-    _rejoin_behind_a_restart("nccl" if has_gpu else "gloo", device, limit)
-    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False, timeout=limit)
-    return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def _rejoin_behind_a_restart(backend: str, device: torch.device, timeout: timedelta) -> None:
-    """Where torchrun has replaced the ranks of its one node, form their group apart from what the dead ones left.
-
-    torchrun keeps its store over restarts, and with it the addresses of dead ranks (PyTorch issue 135712). Of several
-    nodes each counts its own restarts: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store.
-    """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not attempt or not shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
-    store = dist.PrefixStore(f"attempt-{attempt}", store)
-    options = {"device_id": device} if device.type == "cuda" and size > 1 else {}
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, **options)
 
 
 def leave_world() -> None:

@@ -1,7 +1,7 @@
 """Processes that end with the one that started them, however it ended, so that nothing of a dead run goes on; and what
 a process knows of itself.
 
-python -m vlmtrain.processes MODULE [ARGUMENT ...]      # runs a module so
+python -m vlmtrain.distributed.processes MODULE [ARGUMENT ...]      # runs a module so
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from ..data.records import UNGRADED, Grading
 from ..errors import nearest
-from .asking import Likelihood
 from .captions import bleu4, caption_words, cider
+from .generation import Likelihood
 from .vqa import vqa_accuracy
 
 

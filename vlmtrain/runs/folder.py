@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ..paths import make_folder, replace_text
-from ..run_files import CONFIG, SUMMARY, read_config, read_summary
+from ..files import make_folder, replace_text
 from ..settings import Run, flatten
 from .provenance import KEYS, differences
+from .records import CONFIG, SUMMARY, read_config, read_summary
 
 # Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
 FREE = (
@@ -147,7 +145,3 @@ def _binding(config: dict, began: list[str]) -> dict:
         if name in began
     }
     return dict(flatten(config)) if began else {}
-
-
-def write_json(file: Path, value: Mapping | list) -> None:
-    replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -41,7 +41,7 @@ def fingerprint(path: Path) -> dict:
     return {"files": count, "bytes": size, "modified": modified, "sha256": digest.hexdigest()}
 
 
-def shown(record: Mapping) -> str:
+def short_hash(record: Mapping) -> str:
     """A record's hash, short enough to be read."""
     return (record.get("sha256") or record["ends_sha256"])[:16]
 

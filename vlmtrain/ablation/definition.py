@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ..errors import first_line, nearest
-from ..run_files import read_json
+from ..files import read_json
 from ..settings import Run, compose
 
 OWN_KEYS = ("connectors", "seeds", "jobs", "ranks", "run_dir", "budget", "metric", "sweep_steps")

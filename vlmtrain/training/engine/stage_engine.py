@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from ..connectors import VisionFeatures
-from ..data.processor import Batch
-from ..model import VLMWrapper
-from ..objectives import Objective
-from ..settings import Engine, Stage
-from .feature_cache import FeatureCache
-from .optimizer import Schedule, build_optimizer, parameter_groups
+from ...connectors import VisionFeatures
+from ...data.processor import Batch
+from ...model import VLMWrapper
+from ...objectives import Objective
+from ...settings import Engine, Stage
+from ...settings.stage import OptimizerOptions
+from ..feature_cache import FeatureCache
+from ..optimizer import Schedule, parameter_groups
+from ..trainable import Group
+from .partitions import gathered
 from .state import TrainingState
-from .trainable import Group
 
 # Clipping at this norm never clips, but makes every engine report the norm.
 NO_CLIPPING = 1e9
@@ -136,7 +138,7 @@ class StageEngine:
         """
         state = {}
         for name, tensor in _named_tensors(part):
-            with _gathered([tensor]):
+            with gathered([tensor]):
                 if keep:
                     state[name] = tensor.detach().to("cpu", copy=True).contiguous()
         return state
@@ -199,6 +201,15 @@ class StageEngine:
         return config
 
 
+def build_optimizer(groups: list[dict], options: OptimizerOptions, offload: bool) -> torch.optim.Optimizer:
+    """AdamW over `groups`; DeepSpeed's CPU kernel where the states are offloaded from a GPU."""
+    if offload and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, betas=options.betas, eps=options.eps)
+    return torch.optim.AdamW(groups, fused=True, betas=options.betas, eps=options.eps)
+
+
 def _register_borrowed_parameters(module: nn.Module) -> None:
     """Tell ZeRO-3 of parameters that are used outside their own module's call, where it would not gather them."""
     for child in module.modules():
@@ -217,8 +228,3 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What the state dict has beside parameters, which under ZeRO-3 are empty there."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     yield from ((name, tensor) for name, tensor in module.state_dict().items() if name not in parameters)
-
-
-def _gathered(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager:
-    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
-    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext()

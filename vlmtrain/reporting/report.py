@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ..evaluation.scores import benchmark_rows, score_rows
+from ..files import make_folder, read_json, replace_text
+from ..runs.records import read_config, read_records, read_summary
 from .charts import Series, line_chart, smooth
-from .evaluation.metrics import benchmark_rows, score_rows
-from .paths import make_folder, replace_text
-from .run_files import read_config, read_json, read_records, read_summary
 
 MAX_CARDS = 24
 

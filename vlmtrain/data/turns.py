@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..errors import printable
+from ..errors import printable, shown
 from .records import IMAGE_MARK, UNGRADED, BadSample, Grading, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -14,15 +13,6 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 GRADING = ("category", "answers", "captions", "choices")
 """Keys of a record, or of its assistant's turn, that evaluation reads."""
 FEWEST_ANSWERS = 4  # with three, all but one of whom are left to compare with, nothing could be wholly right
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 60
-_repr.maxlevel = 4
-
-
-def shown(value: object) -> str:
-    """A value for an error message: short, however large or deep it is."""
-    return printable(_repr.repr(value), 300)
 
 
 def record_name(where: str, id: object) -> str:

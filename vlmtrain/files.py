@@ -1,20 +1,16 @@
-"""Where the configuration groups and the recipes are: in the installed package, or beside it in a checkout.
-
-And files: links, whole ones, and those that are on the disk for certain.
-"""
+"""Files and folders that are written whole or not at all, and JSON that is read back."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-_PACKAGE = Path(__file__).parent
-_HOME = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
-
-CONFIGS = _HOME / "configs"
-RECIPES = _HOME / "recipes"
+from .errors import first_line
 
 
 def make_folder(folder: Path, named: str) -> None:
@@ -41,6 +37,21 @@ def replace_text(file: Path, text: str) -> None:
     sync(partial)
     partial.replace(file)
     sync(file.parent)
+
+
+def write_json(file: Path, value: Mapping | list) -> None:
+    """Write a whole JSON file or nothing of it."""
+    replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file that vlmtrain wrote. Raises ValueError if it is missing or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the folder is not complete") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not valid JSON: {first_line(error)}") from None
 
 
 def sync(*paths: Path) -> None:

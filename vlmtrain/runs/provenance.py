@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ..fingerprints import fingerprint
+from ..distributed.world import World
 from ..settings import Run, flatten
-from ..world import World
+from .fingerprints import fingerprint
 
 LIBRARIES = ("vlmtrain", "torch", "transformers", "deepspeed", "open_clip_torch", "hydra-core", "safetensors")
 KEYS = ("versions", "git", "machine", "files", "earlier")

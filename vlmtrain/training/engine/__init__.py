@@ -1,0 +1,1 @@
+"""The engine of a stage. Everything that knows DeepSpeed is in this folder."""

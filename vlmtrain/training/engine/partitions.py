@@ -1,0 +1,21 @@
+"""What ZeRO leaves of a parameter on a rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, of which under ZeRO-3 a rank holds only its share."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def gathered(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager:
+    import deepspeed
+
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext()

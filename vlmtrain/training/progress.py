@@ -1,0 +1,42 @@
+"""How far a stage is: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from .log import logger
+
+
+class Progress:
+    """One bar on a terminal; elsewhere a line every `seconds`."""
+
+    def __init__(self, stage: str, total: int, first: int, seconds: float = 15.0):
+        self.stage, self.total, self.seconds = stage, total, seconds
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=first, desc=stage, unit="step", disable=not self.is_terminal, leave=True)
+        self._next_line = time.monotonic()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, step_seconds: float) -> None:
+        text = f"loss {loss:.4f}  {_short(tokens_per_second)} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if not self.is_terminal and (time.monotonic() >= self._next_line or step == self.total):
+            left = _clock((self.total - step) * step_seconds)
+            logger.info(f"{self.stage}  step {step}/{self.total}  {text}  {left} left")
+            self._next_line = time.monotonic() + self.seconds
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
