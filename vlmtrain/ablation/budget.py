@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,9 +12,7 @@ from ..planning.plan import Machine, StagePlan, plan_run
 from ..runs.records import read_records, read_summary
 from ..settings import compose
 from .definition import Ablation, Choice
-
-if TYPE_CHECKING:
-    from .jobs import Runner
+from .runner import Runner
 
 TIMED_STEPS, LEFT_OUT = 24, 8
 """Steps that a timing takes, and how many of them it does not count."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 
 from ..evaluation.scores import value_text
+from ..reporting.tables import text_table
 from .definition import Ablation
 from .page import write_page
 from .results import FEW_SEEDS, Entry
@@ -82,17 +83,11 @@ def _of_category(ablation: Ablation, entry: Entry, kind: str) -> str:
     return "{} ± {} ({})".format(*shown)
 
 
-def text(table: Table) -> str:
-    """A table for a terminal."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return "\n".join(
-        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))])
-        for row in table
-    )
-
-
 def for_terminal(ablation: Ablation, entries: Sequence[Entry]) -> str:
-    shown = [f"{title}\n{text(table)}" if title else text(table) for title, table in tables(ablation, entries).items()]
+    shown = [
+        f"{title}\n{text_table(table)}" if title else text_table(table)
+        for title, table in tables(ablation, entries).items()
+    ]
     return "\n\n".join([*shown, note(ablation, entries)])
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import MAX_PROBLEMS, check_writable, print_table, take_overrides
+from .common import MAX_PROBLEMS, check_writable, take_overrides
 
 if TYPE_CHECKING:
     from ..settings import Run, Stage
@@ -127,10 +127,12 @@ def _print_check(name: str, result: dict, samples: list[str]) -> None:
 
 def _print_sources(result: dict) -> None:
     from ..data.checking import text_histogram
+    from ..reporting.tables import text_table
 
     for source, report in result["sources"].items():
         print(f"  {source}")
-        print_table(
+        print(
+            text_table(
             [
                 ("  records", f"{report['records']:,}"),
                 ("  samples", f"{report['samples']:,} ({report['text_only']:,} text-only, "
@@ -140,7 +142,7 @@ def _print_sources(result: dict) -> None:
                 ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of pictures, "
                              f"{report['target_tokens']:,} trained)"),
                 ("  problems", f"{len(report['problems']):,}"),
-            ]
+            ], indent=2, numbers=False)
         )  # fmt: skip
         for title, key in (("tokens a sample", "length"), ("tokens of its pictures", "image_tokens_each")):
             if report[key]:

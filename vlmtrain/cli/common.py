@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 MAX_PROBLEMS = 20
@@ -29,9 +28,3 @@ def check_writable(file: Path | None) -> None:
     """Raise ValueError for a file that could not be written in the end, before the work is done."""
     if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise ValueError(f"{file} cannot be written: is {file.parent} a folder that you may write to?")
-
-
-def print_table(rows: Sequence[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"  {name:<{width}}  {value}")

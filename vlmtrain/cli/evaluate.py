@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.validation import Validator
     from ..model import VLMWrapper
     from ..model.folder import check_answers
+    from ..reporting.tables import text_table
     from ..settings import compose_evaluation
 
     check_writable(options.answers)
@@ -48,7 +49,4 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(scores, indent=2))
         return
     print(f"{scores['questions']:,} questions")
-    rows = score_rows(scores)
-    width = max(len(name) for name, *_ in rows)
-    for name, seeing, blind in rows:
-        print(f"  {name:<{width}}  {seeing:>8}  {blind:>8}")
+    print(text_table(score_rows(scores), indent=2))

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from ..planning import visual_tokens
+    from ..reporting.tables import text_table
 
     if len(options.image_size) > 2:
         raise ValueError(f"--image-size takes a side, or height and width, got {len(options.image_size)} numbers")
@@ -50,8 +51,4 @@ def run(options: argparse.Namespace) -> None:
         for each in found
     ]
     print(f"{size[0]}x{size[1]} pixels, {found[0].grid[0]}x{found[0].grid[1]} patches a view")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print(
-            "  ".join([f"  {row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))])
-        )
+    print(text_table(rows, indent=2))

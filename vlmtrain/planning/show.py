@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..objectives import OBJECTIVES
+from ..reporting.tables import text_table
 from ..settings import Run
 from .plan import Machine, StagePlan
 
@@ -30,9 +31,6 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     rows = [("", "trained", "frozen")]
     rows += [(part, f"{sizes['trainable']:,}", f"{sizes['frozen']:,}") for part, sizes in plan.parts.items()]
     rows.append(("together", f"{plan.trainable:,}", f"{plan.frozen:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"stage {plan.name}"]
-    lines += [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
     facts = [
         *([("tokens of a view", view)] if view else []),
         ("tokens of a picture", picture),
@@ -62,5 +60,5 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
             ("fits", f"engine=zero{plan.suggested_zero_stage} "
                      f"stages.{plan.name}.micro_batch_size={plan.suggested_micro_batch_size}")
         )  # fmt: skip
-    width = max(len(name) for name, _ in facts)
-    return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+    tables = text_table(rows, indent=2), text_table(facts, indent=2, numbers=False)
+    return "\n".join([f"stage {plan.name}", *tables])

@@ -22,19 +22,10 @@ from omegaconf import OmegaConf
 
 from ..files import make_folder, replace_text
 from ..settings import Run, flatten
+from ..settings.free_keys import changes_no_update
 from .provenance import KEYS, differences
 from .records import CONFIG, SUMMARY, read_config, read_summary
 
-# Keys that may differ between the lines of one run: they change what is written or how fast, not the result.
-FREE = (
-    *("run_dir", "stage", "workers", "compile", "modules", "validation", "named"),
-    *("on_bad_sample", "bad_sample_limit"),  # nothing has been skipped yet where a bad sample stopped the run
-    *("wandb", "wandb_project", "wandb_model", "collective_timeout"),
-)
-FREE_IN_STAGE = (
-    *("expected", "save_every", "save_every_minutes", "keep_last", "keep_best"),
-    *("micro_batch_size", "validate_every", "validation"),
-)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -134,14 +125,12 @@ class RunFolder:
 
 
 def _binding(config: dict, began: list[str]) -> dict:
-    """The settings that must not change: all but the free ones and those of stages that have not begun."""
-    config = {key: value for key, value in config.items() if key not in (*FREE, *KEYS)}
-    config["bad_steps"] = {key: value for key, value in config.get("bad_steps", {}).items() if key != "in_a_row"}
-    features = config.pop("features", {})
-    config["features"] = {"dtype": features.get("dtype") if features.get("cache", "off") != "off" else None}
-    config["stages"] = {
-        name: {key: value for key, value in stage.items() if key not in FREE_IN_STAGE}
-        for name, stage in config.get("stages", {}).items()
-        if name in began
-    }
-    return dict(flatten(config)) if began else {}
+    """The settings that must not change, by dotted key: those that decide updates of stages that have begun."""
+    if not began:
+        return {}
+    config = {key: value for key, value in config.items() if key not in KEYS}
+    config["stages"] = {name: stage for name, stage in config.get("stages", {}).items() if name in began}
+    features = config.get("features", {})
+    if features.get("cache", "off") == "off":
+        config["features"] = {**features, "dtype": None}
+    return {key: value for key, value in flatten(config) if not changes_no_update(key)}

@@ -8,8 +8,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from ...distributed.world import World, prepare_process
+
+KNOWN_DEEPSPEED = ("0.19.8", "0.20")  # from the first up to below the second
 
 
 def join_world(timeout: float = 3600.0) -> World:
@@ -26,6 +29,7 @@ def join_world(timeout: float = 3600.0) -> World:
         os.environ.update({key: str(value) for key, value in alone.items()})
     import deepspeed
 
+    check_version(deepspeed.__version__)
     if not has_gpu:
         # gloo alone will do: the shared-memory kernel would be compiled for a minute first
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -37,6 +41,20 @@ def join_world(timeout: float = 3600.0) -> World:
     _rejoin_behind_a_restart("nccl" if has_gpu else "gloo", device, limit)
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False, timeout=limit)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def check_version(version: str) -> None:
+    """Raise ValueError for a DeepSpeed whose private attributes may not be those that this folder reads.
+
+    The state of ZeRO-1 and 2 is read from ``_hp_mapping`` and ``_dp_group`` of parameters, that of ZeRO-3 from
+    ``ds_id`` and ``ds_shape``; no public call has them.
+    """
+    first, end = map(Version, KNOWN_DEEPSPEED)
+    if not first <= Version(version) < end:
+        raise ValueError(
+            f"DeepSpeed {version} is installed: expected {first} up to below {end}, whose private attributes vlmtrain "
+            f"reads; pip install 'deepspeed>={first},<{end}'"
+        )
 
 
 def _rejoin_behind_a_restart(backend: str, device: torch.device, timeout: timedelta) -> None:
