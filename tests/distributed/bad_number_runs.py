@@ -21,7 +21,7 @@ from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_worl
 from vlmtrain.distributed.world import Stopped, leave_world
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.settings import compose
-from vlmtrain.training import run, stage
+from vlmtrain.training import run, step
 from vlmtrain.training.bad_steps import BadSteps
 
 STEPS = 6
@@ -80,18 +80,19 @@ def go_wrong(wrong: Wrong) -> None:
 
 def watch(found: list[dict]) -> None:
     """Note of each step whether the whole training state is as it was."""
-    update = stage._Stage._update
+    update = step.StepRunner._update
 
-    def watched(self, engine, step, data, weight):
+    def watched(self, number, data, weight):
+        engine = self.engine
         before, updates = engine.training_state.share(0, 1), engine.training_state.updates
         try:
-            return update(self, engine, step, data, weight)
+            return update(self, number, data, weight)
         finally:
             after = engine.training_state.share(0, 1)
             same = all(torch.equal(after[name], tensor) for name, tensor in before.items())
-            found.append({"step": step + 1, "same": same, "updates": engine.training_state.updates != updates})
+            found.append({"step": number + 1, "same": same, "updates": engine.training_state.updates != updates})
 
-    stage._Stage._update = watched
+    step.StepRunner._update = watched
 
 
 def interrupt_at_bad_steps() -> None:

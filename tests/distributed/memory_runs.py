@@ -93,7 +93,7 @@ def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> 
     found = {"peak": 0}
 
     class Watched(stages.StageEngine):
-        def __init__(self, settings, stage, parts, objective, groups, *more):
+        def __init__(self, stage, options, dtype, parts, objective, groups, *more):
             warm_up(engine, DTYPES[precision])
             settle()
             found["before"] = status("VmRSS")
@@ -104,7 +104,7 @@ def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> 
             inside = sizes["llm"] + sizes["connector"]
             in_bits = quantized_sizes(parts)
             found["states"] = States(number, inside - number, sizes["vision"], precision == "bf16", *in_bits)
-            super().__init__(settings, stage, parts, objective, groups, *more)
+            super().__init__(stage, options, dtype, parts, objective, groups, *more)
 
         def loss(self, batch):
             settle()

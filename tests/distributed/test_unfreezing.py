@@ -45,14 +45,14 @@ def plain_torch(overrides: list[str]) -> list[float]:
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
     from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
-    from vlmtrain.training.batching import build_plan
+    from vlmtrain.training.batching import build_batching
 
     settings = compose(overrides)
     stage, tokenizer, objective = settings.stages["align"], build_tokenizer(settings), LanguageModelling()
     parts = build_parts(settings, stage, None, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
     source = build_source(settings.data, "align", picture_size(parts), settings.seed)
-    plan = build_plan(source, processor, stage, 1)
+    plan = build_batching(source, processor, stage, 1)
     model = VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).eval()
     fixed = {parameter for parameter in model.parameters() if not parameter.requires_grad}  # sine and cosine positions
     model.requires_grad_(False)

@@ -60,7 +60,7 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
     from ..data.sources import build_source
     from ..objectives import OBJECTIVES
     from ..training.assembly import build_processor, build_skeleton, picture_size
-    from ..training.batching import build_plan
+    from ..training.batching import build_batching
 
     parts = build_skeleton(settings, stage, tokenizer)
     processor = build_processor(settings, stage, parts, OBJECTIVES[stage.objective], tokenizer)
@@ -78,7 +78,7 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
     tokens = sum(report.tokens for report in checked[stage.data].values())
     steps = 0
     if good:
-        plan = build_plan(mixtures[stage.data], processor, stage, world_size=1)
+        plan = build_batching(mixtures[stage.data], processor, stage, world_size=1)
         steps = stage.max_steps or plan.steps_per_epoch * stage.epochs
     result["steps"] = steps
     result["tokens_trained_on"] = round(steps * stage.batch_size * tokens / good) if good else 0

@@ -46,10 +46,10 @@ class BadRecord(NamedTuple):
     problem: str
 
 
-class StepPlan(NamedTuple):
+class PlannedStep(NamedTuple):
     """The samples of one optimiser step, in rows, for all ranks.
 
-    cursor: where the stream goes on behind this step, for `Plan.steps`.
+    cursor: where the stream goes on behind this step, for `Batching.steps`.
     """
 
     rows: list[list[Planned]]
@@ -60,7 +60,7 @@ class StepPlan(NamedTuple):
 class StepData(NamedTuple):
     """One rank's share of an optimiser step. Counts are this rank's.
 
-    weight: sum of the targets' loss weights; positions: tokens and padding; drawn: samples of each source.
+    weight: sum of the targets' loss weights; padded_tokens: tokens and padding; drawn: samples of each source.
     """
 
     micro_batches: list[Batch]
@@ -69,20 +69,20 @@ class StepData(NamedTuple):
     tokens: int
     image_tokens: int
     target_tokens: int
-    positions: int
+    padded_tokens: int
     drawn: list[int]
     bad: list[BadRecord]
     cursor: dict
 
 
-class Plan(Protocol):
+class Batching(Protocol):
     """A layout: how the stream is cut into steps, and a step into the micro-batches of ranks."""
 
     steps_per_epoch: int
     accumulation: int
     micro_rows: int
 
-    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[StepPlan]:
+    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         """Steps ``first + worker``, ``first + worker + workers``, ... without end."""
         ...
 
@@ -110,7 +110,7 @@ class _Reader:
             return None
 
 
-class PaddedPlan:
+class PaddedBatching:
     """A sample a row, padded on the right; rows of about the same length run together."""
 
     def __init__(self, mixture: Mixture, processor: Processor, batch_size: int, accumulation: int, micro_rows: int):
@@ -122,12 +122,12 @@ class PaddedPlan:
     def __str__(self) -> str:
         return f"{self.batch_size} samples"
 
-    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[StepPlan]:
+    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         step = first + worker
         while True:
             bad: list[BadRecord] = []
             read = (self.reader.read(position, bad) for position in self.positions(step))
-            yield StepPlan([[sample] for sample in read if sample], bad, {})
+            yield PlannedStep([[sample] for sample in read if sample], bad, {})
             step += workers
 
     def positions(self, step: int) -> range:
@@ -144,7 +144,7 @@ class PaddedPlan:
         return processor.collate([row[0] for row in rows], rows=1)
 
 
-class PackedPlan:
+class PackedBatching:
     """Several samples a row, rows filled to `row_length` tokens, the same number of rows every step.
 
     `batch_size` and `micro_batch_size` are samples in the mean, as the beginning of the stream tells. An epoch has no
@@ -178,7 +178,7 @@ class PackedPlan:
         budget = self.budget
         return f"{budget.rows} rows of {budget.row_length} tokens, about {budget.samples:.0f} samples"
 
-    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[StepPlan]:
+    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         position, waiting = 0, []
         samples: dict[int, Planned] = {}
         bad: list[BadRecord] = []
@@ -204,7 +204,7 @@ class PackedPlan:
                 row = take_row(waiting, self.budget.row_length, self.budget.image_share)
                 rows.append([samples.pop(piece.position) for piece in row])
             if number >= skip and (number - skip) % workers == worker:
-                yield StepPlan(rows, bad, {"position": position, "waiting": [piece.position for piece in waiting]})
+                yield PlannedStep(rows, bad, {"position": position, "waiting": [piece.position for piece in waiting]})
             bad = []
             number += 1
 
@@ -229,7 +229,7 @@ class StepStream(IterableDataset):
     cursor: that of the step before `first`, where a layout needs it.
     """
 
-    plan: Plan
+    plan: Batching
     mixture: Mixture
     processor: Processor
     rank: int
@@ -245,7 +245,7 @@ class StepStream(IterableDataset):
         for _ in range(self.first + worker, self.last, workers):
             yield self._deal(next(steps))
 
-    def _deal(self, step: StepPlan) -> StepData:
+    def _deal(self, step: PlannedStep) -> StepData:
         """This rank's micro-batches: like rows run at the same time on all ranks, and all have equally many."""
         plan, together = self.plan, self.plan.micro_rows * self.world_size
         # what the plan found is everyone's; one rank reports it
@@ -270,7 +270,7 @@ class StepStream(IterableDataset):
             tokens=sum(len(t) for t in tokens),
             image_tokens=sum(int((t.image_index >= 0).sum()) for t in tokens),
             target_tokens=sum(int((t.weights > 0).sum()) for t in tokens),
-            positions=sum(batch.input_ids.numel() for batch in batches),
+            padded_tokens=sum(batch.input_ids.numel() for batch in batches),
             drawn=drawn,
             bad=bad,
             cursor=step.cursor,

@@ -6,15 +6,12 @@ questions on a blanked picture tell what the words alone give away.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from ..data.processor import Processor, Sample
@@ -230,12 +227,3 @@ def _shown(sample: Sample, tokens: Rendered) -> Sample:
     tiles = sample.tiles and sample.tiles[:shown]
     views = shown if tiles is None else sum(cut.views for cut in tiles)
     return Sample(sample.id, tokens, sample.images[:views], tiles, sample.texts[:views])
-
-
-def picture_uri(image: Image.Image, side: int = 160) -> str:
-    """A picture as a data URI, at most (and if it is tiny, about) `side` pixels wide."""
-    scale = side / max(image.size)
-    size = tuple(max(1, round(edge * scale)) for edge in image.size)
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from ..data.loader import PackedPlan, PaddedPlan, Plan
+from ..data.loader import Batching, PackedBatching, PaddedBatching
 from ..data.mixture import Mixture
 from ..data.processor import Processor
 from ..settings import Stage
 
 
-def build_plan(source: Mixture, processor: Processor, stage: Stage, world_size: int) -> Plan:
+def build_batching(source: Mixture, processor: Processor, stage: Stage, world_size: int) -> Batching:
     """How the data of a stage becomes its steps. Raises ValueError if the batch cannot be split so."""
     if stage.layout == "packed":
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
-        return PackedPlan(source, processor, *sizes, stage.pack_by == "source")
-    return PaddedPlan(source, processor, stage.batch_size, *split_batch(stage, world_size))
+        return PackedBatching(source, processor, *sizes, stage.pack_by == "source")
+    return PaddedBatching(source, processor, stage.batch_size, *split_batch(stage, world_size))
 
 
 def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:

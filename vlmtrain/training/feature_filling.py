@@ -17,7 +17,7 @@ from ..model.vision import VisionEncoder
 from ..objectives import OBJECTIVES
 from ..settings import Run, Stage
 from .assembly import build_parts, build_processor, build_skeleton, build_tokenizer, picture_size
-from .batching import build_plan
+from .batching import build_batching
 from .checks import check_run
 from .feature_cache import FeatureCache
 
@@ -62,7 +62,7 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     processor = build_processor(run, stage, skeleton, OBJECTIVES[stage.objective], tokenizer)
     processor.names_pictures = True
     source = build_source(run.data, stage.data, picture_size(skeleton), run.seed)
-    plan = build_plan(source, processor, stage, world_size=1)
+    plan = build_batching(source, processor, stage, world_size=1)
     steps = min(stage.max_steps or plan.steps_per_epoch, plan.steps_per_epoch)
     encoder = _encoder(run, stage, tokenizer)
     cache = FeatureCache.of(run.features, encoder, state_hash(module_state(encoder)))

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.loader import BadRecord, StepData, StepStream, step_loader
+from ..data.loader import StepData, StepStream, step_loader
 from ..data.mixture import Mixture
 from ..data.sources import build_source
-from ..distributed.processes import peak_resident_bytes
 from ..distributed.world import Stopped, StopSignal, World
 from ..evaluation.lmms_eval import benchmarks_of
-from ..evaluation.validation import Validator, picture_uri
+from ..evaluation.validation import Validator
 from ..files import restore_folder, write_json
 from ..model.attention import attend_in_segments
 from ..model.parts import module_state
@@ -30,10 +26,9 @@ from .assembly import (
     build_processor,
     build_tokenizer,
     picture_size,
-    seed_for,
 )
-from .bad_steps import BadSteps, Fault
-from .batching import build_plan
+from .bad_steps import BadSteps
+from .batching import build_batching
 from .checkpoint import Checkpoints
 from .compiling import compile_blocks
 from .engine.stage_engine import StageEngine
@@ -45,8 +40,11 @@ from .optimizer import Schedule
 from .progress import Progress
 from .proof import Hashes, part_hashes, part_summary
 from .skips import Skips
+from .stage_report import shown_samples, training_table
+from .stage_validation import StageValidation
+from .step import StepRunner
 from .tracking import WandB
-from .trainable import check_starts, freeze, groups_of, part_size, trained_groups
+from .trainable import check_starts, freeze, groups_of, trained_groups
 from .watch import Watch
 
 SHOWN_SAMPLES = 48
@@ -86,16 +84,16 @@ class _Stage:
         watch: Watch,
     ):
         self.watch = watch
-        self.settings, self.config, self.name = settings, stage, stage.name
+        self.settings, self.stage, self.name = settings, stage, stage.name
         self.folder, self.world = folder, world
         tokenizer = build_tokenizer(settings)
         self.parts = build_parts(settings, stage, previous, tokenizer)
         self.objective = self._objective(tokenizer)
         self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
-        self.source = self._source(self.config.data)
-        self.plan = build_plan(self.source, self.processor, stage, world.size)
-        self.total_steps = self.config.max_steps or self.plan.steps_per_epoch * self.config.epochs
-        self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.config.keep_last, world)
+        self.source = self._source(self.stage.data)
+        self.batching = build_batching(self.source, self.processor, stage, world.size)
+        self.total_steps = self.stage.max_steps or self.batching.steps_per_epoch * self.stage.epochs
+        self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.stage.keep_last, world)
         self.record = self.checkpoints.newest()
         groups = trained_groups(stage, self.parts)
         self.groups = [group for group in groups if group.from_step <= self.record["step"]]
@@ -103,8 +101,8 @@ class _Stage:
         self.end = min([self.total_steps, *(group.from_step for group in self.waiting)])
         check_starts(groups, stage, self.total_steps)
         self.models = ModelWriter(settings, stage, self.parts, self.groups, self.processor, previous, world)
-        freeze(self.parts, self.groups, self.config.gradient_checkpointing)
-        if self.config.layout == "packed":
+        freeze(self.parts, self.groups, self.stage.gradient_checkpointing)
+        if self.stage.layout == "packed":
             attend_in_segments(self.parts["llm"])
         if settings.compile:
             compile_blocks(self.parts)
@@ -113,7 +111,7 @@ class _Stage:
     def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
         if "objective" in self.parts:
             return self.parts["objective"]
-        return build_objective(self.config.objective, self.settings.vision, tokenizer, self.parts)
+        return build_objective(self.stage.objective, self.settings.vision, tokenizer, self.parts)
 
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)
@@ -127,16 +125,16 @@ class _Stage:
             for part, module in self.parts.items()
         }
         if self.world.is_main:
-            logger.info(self._table())
+            logger.info(f"{self._head()}\n{training_table(self.parts, self.groups, self.waiting)}")
         engine = StageEngine(
-            self.config,
+            self.stage,
             self.settings.engine,
             DTYPES[self.settings.precision],
             self.parts,
             self.objective,
             self.groups,
             self.schedule,
-            self.plan.accumulation,
+            self.batching.accumulation,
             self.world.device,
         )
         engine.feature_cache = self._feature_cache(before)
@@ -145,23 +143,19 @@ class _Stage:
         self.checkpoints.load(record, engine.training_state)
         if record["step"] and self.world.is_main:
             logger.info(f"{self.name}: going on behind step {record['step']}")
-        validator = self._validator(engine)
-        if validator:
-            options = self.settings.validation
-            sizes = options.samples, options.final_samples
-            validator.check_metrics(None if None in sizes else max(sizes))
         limit = self.settings.bad_sample_limit
         self.skips = Skips(len(self.source), limit.share, limit.in_a_row, record.get("skips"))
         record.setdefault("seconds", 0.0)
         record.setdefault("drawn", [0] * len(self.source.sources))
-        if validator and "validation_at_start" not in record:
-            with engine.evaluating():
-                record["validation_at_start"] = validator.loss(engine.model, self.settings.validation.samples)
-        self._train(engine, validator, stop, wandb)
+        validator = self._validator(engine)
+        best = self.folder.stage(self.name) / "best"
+        validation = StageValidation(self.stage, self.settings.validation, validator, self.models, best, record)
+        validation.start(engine)
+        self._train(engine, validation, stop, wandb)
         self.watch.doing(f"stage {self.name}: its last validation and its model", outside=True)
         summary = None
         if self.end == self.total_steps:
-            summary = self._finish(engine, validator, before)
+            summary = self._finish(engine, validation, before)
             self.checkpoints.clear()
         engine.close()
         return summary
@@ -183,13 +177,7 @@ class _Stage:
         self.processor.names_pictures = True
         return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)
 
-    def _train(
-        self,
-        engine: StageEngine,
-        validator: Validator | None,
-        stop: StopSignal,
-        wandb: WandB,
-    ) -> None:
+    def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, wandb: WandB) -> None:
         first, total, record = self.record["step"], self.total_steps, self.record
         # a stop comes before its step's validation, so that one may be told of and not be in the checkpoint
         kept = {"metrics": first, "validation": record.get("validated", 0), "bad_steps": first}
@@ -199,18 +187,18 @@ class _Stage:
         )
         progress = Progress(self.name, total, first) if self.world.is_main else None
         self.bad_steps = BadSteps(self.name, self.settings.bad_steps, bad_steps, record.get("bad_steps"))
+        skips_bad, shared = self.settings.on_bad_sample == "skip", (self.world, self.watch, self.skips, self.bad_steps)
+        runner = StepRunner(self.name, self.settings.seed, skips_bad, engine, self.objective, *shared)
         steps = self._steps(first, record.get("cursor"))
-        self._validate(engine, validator, scores, wandb)
+        validation.on_schedule(engine, total, scores, wandb)
         for step in range(first, self.end):
             started = time.perf_counter()
             self.watch.doing(f"{self.name} step {step + 1}: waiting for data")
             data = next(steps)
-            waited = time.perf_counter() - started
-            ids = [sample for batch in data.micro_batches for sample in batch.ids]
-            self.watch.doing(f"{self.name} step {step + 1}: its totals over ranks", ids)
-            values, stopping = self._step(engine, step, data, stop)
-            values = {"step": step + 1, **values, **self._speed(values, time.perf_counter() - started, waited)}
+            done = runner.run(step, data, started, time.perf_counter() - started, stop.received, self._is_late())
+            values = done.values
             record["seconds"] += values["step_seconds"]
+            record["drawn"] = [before + now for before, now in zip(record["drawn"], done.drawn)]
             if metrics:
                 metrics.write(values)
                 wandb.log(self.name, values)
@@ -218,13 +206,13 @@ class _Stage:
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             record["bad_steps"] = self.bad_steps.state
             self.watch.doing(f"{self.name} behind step {step + 1}: validating, saving", outside=True)
-            if not stopping:
-                self._validate(engine, validator, scores, wandb)
-            if stopping or step + 1 == self.end or self._is_save_due(step + 1):
+            if not done.stopping:
+                validation.on_schedule(engine, total, scores, wandb)
+            if done.stopping or step + 1 == self.end or self._is_save_due(step + 1, done.is_late):
                 for file in filter(None, (metrics, scores, bad_steps)):
                     file.sync()
-                self._save(engine, is_needed=stopping or step + 1 < total)
-            if stopping:
+                self._save(engine, is_needed=done.stopping or step + 1 < total)
+            if done.stopping:
                 raise Stopped(
                     f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"
                 )
@@ -245,131 +233,24 @@ class _Stage:
             if self.world.is_main:
                 logger.warning(f"{error}; the stage has its weights, and goes on to its model")
 
-    def _is_save_due(self, step: int) -> bool:
+    def _is_late(self) -> bool:
+        """Whether a checkpoint is due by the main rank's clock."""
+        minutes = self.stage.save_every_minutes
+        return self.world.is_main and minutes is not None and self.checkpoints.minutes_since > minutes
+
+    def _is_save_due(self, step: int, is_late: bool) -> bool:
         """Not among steps that make no update, or the checkpoints from before them would be dropped."""
-        every = self.config.save_every
-        return not self.bad_steps.in_a_row and (bool(every and step % every == 0) or self.is_late)
-
-    def _validate(self, engine: StageEngine, validator: Validator | None, scores: Metrics | None, wandb: WandB) -> None:
-        """Validate if it is time to, and it was not done before the stage was stopped here."""
-        step, every = self.record["step"], self.config.validate_every
-        due = validator and every and step and step % every == 0 and step < self.total_steps
-        if not due or self.record.get("validated", 0) >= step:
-            return
-        with engine.evaluating():
-            found, _ = validator.scores(engine.model, self.settings.validation.samples)
-        self.record["validated"] = step
-        if scores:
-            scores.write({"step": step, **found})
-            wandb.log(self.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}})
-        self._keep_best(engine, step, found["loss"])
-
-    def _keep_best(self, engine: StageEngine, step: int, loss: float) -> None:
-        best = self.record.get("best")
-        if self.config.keep_best and math.isfinite(loss) and (best is None or loss < best["loss"]):
-            self.models.write(engine, self.folder.stage(self.name) / "best")
-            self.record["best"] = {"step": step, "loss": loss}
+        every = self.stage.save_every
+        return not self.bad_steps.in_a_row and (bool(every and step % every == 0) or is_late)
 
     def _steps(self, first: int, cursor: dict | None) -> Iterator[StepData]:
         ranks = (self.world.rank, self.world.size)
-        stream = StepStream(self.plan, self.source, self.processor, *ranks, first, self.total_steps, cursor)
+        stream = StepStream(self.batching, self.source, self.processor, *ranks, first, self.total_steps, cursor)
         return step_loader(stream, self.settings.workers, pin_memory=self.world.device.type == "cuda")
 
-    def _step(self, engine: StageEngine, step: int, data: StepData, stop: StopSignal) -> tuple[dict, bool]:
-        """One optimiser step on all ranks: its metrics, and whether some rank was told to stop."""
-        weight, samples, tokens, image_tokens, target_tokens, positions, bad, stopping, late, *drawn = self.world.sum(
-            [
-                self.objective.weight(data),
-                data.samples,
-                data.tokens,
-                data.image_tokens,
-                data.target_tokens,
-                data.positions,
-                len(data.bad),
-                float(stop.received),
-                float(
-                    self.world.is_main and self.checkpoints.minutes_since > (self.config.save_every_minutes or math.inf)
-                ),
-                *data.drawn,
-            ]
-        )
-        if bad:
-            self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
-        self.record["drawn"] = [before + int(now) for before, now in zip(self.record["drawn"], drawn)]
-        self.is_late = late > 0
-        rates = engine.set_rates(step)
-        loss, norm = self._update(engine, step, data, max(weight, 1e-9))
-        values = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": rates,
-            "samples": int(samples),
-            "tokens": int(tokens),
-            "image_tokens": int(image_tokens),
-            "target_tokens": int(target_tokens),
-            "padding_fraction": 1 - tokens / max(positions, 1),
-        }
-        return values, stopping > 0
-
-    def _update(self, engine: StageEngine, step: int, data: StepData, weight: float) -> tuple[float, float]:
-        """Run a step's micro-batches and update the weights, unless the numbers are wrong: loss, and gradient norm.
-
-        Every engine drops a step whose gradient is not finite on some rank.
-        """
-        losses: list[Tensor] = []
-        for i, batch in enumerate(data.micro_batches):
-            # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
-            seed_for(self.settings.seed, self.name, step, i, self.world.rank)
-            where = f"{self.name} step {step + 1}, micro-batch {i + 1} of {len(data.micro_batches)}"
-            self.watch.doing(f"{where}: forward", batch.ids)
-            loss = engine.loss(batch.to(self.world.device, engine.dtype))
-            losses.append(loss.detach().float())
-            loss = loss * (1 + 0 * loss.detach())  # NaN, and with it every gradient, where the loss is not finite
-            if self.bad_steps.skip_spikes and i + 1 == len(data.micro_batches):  # waits for the device
-                fault = self.bad_steps.judge(self._mean_loss(losses, weight))
-                loss = loss * math.nan if fault else loss
-            self.watch.doing(f"{where}: backward{' and update' * (i + 1 == len(data.micro_batches))}", batch.ids)
-            engine.backward(loss, weight)
-        mean, norm = self._mean_loss(losses, weight), engine.grad_norm()
-        fault = self.bad_steps.judge(mean)
-        if not fault and not math.isfinite(norm):
-            fault = Fault("the gradient is not finite", True)
-        self.bad_steps.count(step + 1, mean, fault, self._suspects(data, losses) if fault else ())
-        return mean, norm
-
-    def _mean_loss(self, losses: list[Tensor], weight: float) -> float:
-        """A step's loss over all ranks, from the summed losses of this rank's micro-batches."""
-        return self.world.sum([float(torch.stack(losses).sum())])[0] / weight
-
-    def _suspects(self, data: StepData, losses: list[Tensor]) -> list[str]:
-        """Ids, over all ranks, of the samples of micro-batches whose loss is not finite, or else of the whole step."""
-        found = [(batch.ids, bool(torch.isfinite(loss))) for batch, loss in zip(data.micro_batches, losses)]
-        everyone = [batch for rank in self.world.gather(found) for batch in rank]
-        wrong = [batch for batch in everyone if not batch[1]]
-        return [sample for ids, _ in wrong or everyone for sample in ids]
-
-    def _handle_bad(self, found: list[BadRecord], step: int) -> None:
-        found.sort()
-        if self.settings.on_bad_sample == "raise":
-            raise ValueError(f"{found[0].problem} (step {step + 1}; on_bad_sample=skip trains without it)")
-        if self.world.is_main:
-            for bad in found:
-                logger.warning(f"{self.name} step {step + 1}: skipped: {bad.problem}")
-        self.skips.add(found)
-
-    def _speed(self, values: dict, seconds: float, waited: float) -> dict:
-        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else peak_resident_bytes()
-        return {
-            "step_seconds": seconds,
-            "data_seconds": waited,
-            "samples_per_second": values["samples"] / seconds,
-            "tokens_per_second": values["tokens"] / seconds,
-            "peak_memory_bytes": memory,
-        }
-
     def _validator(self, engine: StageEngine) -> Validator | None:
-        split = self.config.validation
-        if not self.settings.validates(self.config):
+        split = self.stage.validation
+        if not self.settings.validates(self.stage):
             return None
         options = self.settings.validation
         return Validator(
@@ -384,16 +265,8 @@ class _Stage:
             metrics=options.metrics,
         )
 
-    def _finish(self, engine: StageEngine, validator: Validator | None, before: dict[str, Hashes]) -> dict:
-        scores, answers = None, []
-        if validator:
-            with engine.evaluating():
-                scores, answers = validator.scores(engine.model, self.settings.validation.final_samples)
-            scores["loss_at_start"] = self.record["validation_at_start"]
-            if self.config.keep_best:
-                with engine.evaluating():
-                    loss = validator.loss(engine.model, self.settings.validation.samples)
-                self._keep_best(engine, self.total_steps, loss)
+    def _finish(self, engine: StageEngine, validation: StageValidation, before: dict[str, Hashes]) -> dict:
+        scores, answers = validation.finish(engine, self.total_steps)
         after = self.models.write(engine, self.folder.model(self.name))
         summary = {
             "stage": self.name,
@@ -418,7 +291,10 @@ class _Stage:
             summary[f"{kind}_parameters"] = sum(part[f"{kind}_parameters"] for part in summary["parts"].values())
         if self.world.is_main:
             write_json(self.folder.stage(self.name) / "answers.json", answers)
-            write_json(self.folder.stage(self.name) / "samples.json", self._shown(validator, answers))
+            write_json(
+                self.folder.stage(self.name) / "samples.json",
+                shown_samples(validation.validator.source, answers) if answers else [],
+            )
             write_json(self.folder.stage(self.name) / "summary.json", summary)
         self.world.barrier()
         return summary
@@ -444,31 +320,9 @@ class _Stage:
         total = max(1, sum(drawn))
         return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
 
-    def _shown(self, validator: Validator | None, answers: list[dict]) -> list[dict]:
-        """A few answers with their pictures, for the report."""
-        shown = []
-        for answer in answers[:SHOWN_SAMPLES]:
-            images = validator.source[answer["conversation"]].images
-            shown.append({**answer, "pictures": [picture_uri(image.load()) for image in images]})
-        return shown
-
-    def _table(self) -> str:
-        rows = [("part", "parameters", "learning rate")]
-        for part, module in self.parts.items():
-            left = part_size(module)
-            everything = [group for group in (*self.groups, *self.waiting) if group.part == part]
-            for label in dict.fromkeys(group.label for group in everything):
-                groups = [group for group in everything if group.label == label]
-                number = sum(group.size(module) for group in groups)
-                left -= number
-                waits = f" from step {groups[0].from_step + 1}" if groups[0] in self.waiting else ""
-                rows.append((label, f"{number:,}", f"{groups[0].lr:g}{waits}"))
-            if left:
-                rows.append((part, f"{left:,}", "frozen"))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
-        head = (
-            f"stage {self.name}: {self.total_steps} steps of {self.plan} "
-            f"({self.world.size} x {self.plan.micro_rows} x {self.plan.accumulation}), {len(self.source):,} records"
+    def _head(self) -> str:
+        return (
+            f"stage {self.name}: {self.total_steps} steps of {self.batching} "
+            f"({self.world.size} x {self.batching.micro_rows} x {self.batching.accumulation}), "
+            f"{len(self.source):,} records"
         )
-        return "\n".join([head, *lines])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmtrain.data.loader import BadRecord, PaddedPlan, StepData, StepStream, step_loader
+from vlmtrain.data.loader import BadRecord, PaddedBatching, StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.processor import Batch, Geometry, Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
@@ -54,8 +54,8 @@ def processor(tokenizer) -> Processor:
 
 def plan_of(
     processor: Processor, micro: int = 2, world: int = 1, bad: tuple[int, ...] = (), seed: int = 0
-) -> PaddedPlan:
-    return PaddedPlan(Mixture({"all": Numbered(bad)}, seed=seed), processor, BATCH, BATCH // (micro * world), micro)
+) -> PaddedBatching:
+    return PaddedBatching(Mixture({"all": Numbered(bad)}, seed=seed), processor, BATCH, BATCH // (micro * world), micro)
 
 
 def stream(processor: Processor, micro: int = 2, rank: int = 0, world: int = 1, **options) -> StepStream:
@@ -68,7 +68,7 @@ def steps(processor: Processor, *arguments, **options) -> list[StepData]:
     return list(stream(processor, *arguments, **options))
 
 
-def drawn(plan: PaddedPlan, step: int) -> list[int]:
+def drawn(plan: PaddedBatching, step: int) -> list[int]:
     return [plan.reader.mixture.draw(position) for position in plan.positions(step)]
 
 
@@ -132,7 +132,7 @@ def test_counts_are_those_of_the_tensors(processor):
     for data in steps(processor):
         full = [batch for batch in data.micro_batches if batch.weights.any()]
         assert data.tokens == sum(int(batch.lengths.sum()) for batch in full)
-        assert data.positions == sum(batch.input_ids.numel() for batch in data.micro_batches)
+        assert data.padded_tokens == sum(batch.input_ids.numel() for batch in data.micro_batches)
         pictures = [batch for batch in full if batch.is_image is not None]
         assert data.image_tokens == sum(int(batch.is_image.sum()) for batch in pictures)
         assert data.image_tokens == sum(PICTURE_TOKENS * len(batch.images) for batch in pictures)

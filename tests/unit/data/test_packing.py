@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_loader import Numbered, rows, same_batches
 
-from vlmtrain.data.loader import PackedPlan, StepData, StepStream, step_loader
+from vlmtrain.data.loader import PackedBatching, StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.packing import LOOKAHEAD, Piece, row_budget, take_row
 from vlmtrain.data.processor import Geometry, Processor
@@ -112,7 +112,7 @@ def processor(tokenizer) -> Processor:
 
 def stream(processor, micro=None, rank=0, world=1, bad=(), first=0, last=STEPS, cursor=None) -> StepStream:
     mixture = Mixture({"all": Numbered(bad)}, seed=0)
-    plan = PackedPlan(mixture, processor, BATCH, micro, world)
+    plan = PackedBatching(mixture, processor, BATCH, micro, world)
     return StepStream(plan, mixture, processor, rank, world, first, last, cursor)
 
 
@@ -120,7 +120,7 @@ def test_packing_by_source_keeps_sources_apart_and_their_shares(processor):
     sources = {"one": Numbered(), "two": Numbered(), "three": Numbered()}
     mixture = Mixture(sources, {"one": 24, "two": 12, "three": 6}, seed=0)
     drawn = torch.zeros(3)
-    plan = PackedPlan(mixture, processor, BATCH, None, 1, by_source=True)
+    plan = PackedBatching(mixture, processor, BATCH, None, 1, by_source=True)
     steps = islice(plan.steps(0, None, 0, 1), 40)
     for step in steps:
         for row in step.rows:

@@ -1,0 +1,78 @@
+"""Validation of a stage: at its start, on schedule and at its end; and the best model so far."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..evaluation.validation import Validator
+from ..settings import Stage, Validation
+from .engine.stage_engine import StageEngine
+from .metrics import Metrics
+from .model_folder import ModelWriter
+from .tracking import WandB
+
+
+class StageValidation:
+    """Validates a stage that has validation data; without any, `validator` is None and every call does nothing.
+
+    record: the stage's resumable record, which says what has been validated. best: folder of the best model.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        options: Validation,
+        validator: Validator | None,
+        models: ModelWriter,
+        best: Path,
+        record: dict,
+    ):
+        self.stage, self.options, self.validator = stage, options, validator
+        self.models, self.best, self.record = models, best, record
+
+    def start(self, engine: StageEngine) -> None:
+        """Take the loss before the first step. Raises ValueError for a metric that some question has no data for."""
+        if self.validator is None:
+            return
+        sizes = self.options.samples, self.options.final_samples
+        self.validator.check_metrics(None if None in sizes else max(sizes))
+        if "validation_at_start" not in self.record:
+            with engine.evaluating():
+                self.record["validation_at_start"] = self.validator.loss(engine.model, self.options.samples)
+
+    def on_schedule(self, engine: StageEngine, end: int, scores: Metrics | None, wandb: WandB) -> None:
+        """Validate if it is time to, and it was not done before the stage was stopped here.
+
+        end: the stage's last step, after which it is validated as a whole.
+        """
+        step, every = self.record["step"], self.stage.validate_every
+        due = self.validator and every and step and step % every == 0 and step < end
+        if not due or self.record.get("validated", 0) >= step:
+            return
+        with engine.evaluating():
+            found, _ = self.validator.scores(engine.model, self.options.samples)
+        self.record["validated"] = step
+        if scores:
+            scores.write({"step": step, **found})
+            wandb.log(self.stage.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}})
+        self._keep_best(engine, step, found["loss"])
+
+    def finish(self, engine: StageEngine, end: int) -> tuple[dict | None, list[dict]]:
+        """Scores and answers after the last step."""
+        if self.validator is None:
+            return None, []
+        with engine.evaluating():
+            scores, answers = self.validator.scores(engine.model, self.options.final_samples)
+        scores["loss_at_start"] = self.record["validation_at_start"]
+        if self.stage.keep_best:
+            with engine.evaluating():
+                loss = self.validator.loss(engine.model, self.options.samples)
+            self._keep_best(engine, end, loss)
+        return scores, answers
+
+    def _keep_best(self, engine: StageEngine, step: int, loss: float) -> None:
+        best = self.record.get("best")
+        if self.stage.keep_best and math.isfinite(loss) and (best is None or loss < best["loss"]):
+            self.models.write(engine, self.best)
+            self.record["best"] = {"step": step, "loss": loss}

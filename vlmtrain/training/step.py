@@ -1,0 +1,145 @@
+"""One optimiser step on all ranks: totals, forward and backward, and what is wrong with its numbers."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.loader import BadRecord, StepData
+from ..distributed.processes import peak_resident_bytes
+from ..distributed.world import World
+from ..objectives import Objective
+from .assembly import seed_for
+from .bad_steps import BadSteps, Fault
+from .engine.stage_engine import StageEngine
+from .log import logger
+from .skips import Skips
+from .watch import Watch
+
+
+class StepDone(NamedTuple):
+    """A step's metrics, whether some rank was told to stop or to save, and the samples drawn from each source."""
+
+    values: dict
+    stopping: bool
+    is_late: bool
+    drawn: list[int]
+
+
+class StepRunner:
+    """Runs the optimiser steps of a stage. Every rank runs the same steps."""
+
+    def __init__(
+        self,
+        stage: str,
+        seed: int,
+        skips_bad_samples: bool,
+        engine: StageEngine,
+        objective: Objective,
+        world: World,
+        watch: Watch,
+        skips: Skips,
+        bad_steps: BadSteps,
+    ):
+        self.stage, self.seed, self.skips_bad_samples = stage, seed, skips_bad_samples
+        self.engine, self.objective = engine, objective
+        self.world, self.watch = world, watch
+        self.skips, self.bad_steps = skips, bad_steps
+
+    def run(self, step: int, data: StepData, started: float, waited: float, stopping: bool, is_late: bool) -> StepDone:
+        """Train on a step's data.
+
+        started: ``time.perf_counter()`` before its data were waited for. waited: seconds of that. stopping, is_late:
+        whether this rank was told to stop, and whether a checkpoint is due by the clock.
+        """
+        ids = [sample for batch in data.micro_batches for sample in batch.ids]
+        self.watch.doing(f"{self.stage} step {step + 1}: its totals over ranks", ids)
+        weight, samples, tokens, image_tokens, target_tokens, padded, bad, stops, late, *drawn = self.world.sum(
+            [
+                self.objective.weight(data),
+                data.samples,
+                data.tokens,
+                data.image_tokens,
+                data.target_tokens,
+                data.padded_tokens,
+                len(data.bad),
+                float(stopping),
+                float(is_late),
+                *data.drawn,
+            ]
+        )
+        if bad:
+            self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
+        rates = self.engine.set_rates(step)
+        loss, norm = self._update(step, data, max(weight, 1e-9))
+        seconds = time.perf_counter() - started
+        values = {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rates,
+            "samples": int(samples),
+            "tokens": int(tokens),
+            "image_tokens": int(image_tokens),
+            "target_tokens": int(target_tokens),
+            "padding_fraction": 1 - tokens / max(padded, 1),
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "samples_per_second": int(samples) / seconds,
+            "tokens_per_second": int(tokens) / seconds,
+            "peak_memory_bytes": self._peak_memory(),
+        }
+        return StepDone(values, stops > 0, late > 0, [int(number) for number in drawn])
+
+    def _peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else peak_resident_bytes()
+
+    def _update(self, step: int, data: StepData, weight: float) -> tuple[float, float]:
+        """Run a step's micro-batches and update the weights, unless the numbers are wrong: loss, and gradient norm.
+
+        Every engine drops a step whose gradient is not finite on some rank.
+        """
+        losses: list[Tensor] = []
+        for i, batch in enumerate(data.micro_batches):
+            # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
+            seed_for(self.seed, self.stage, step, i, self.world.rank)
+            where = f"{self.stage} step {step + 1}, micro-batch {i + 1} of {len(data.micro_batches)}"
+            self.watch.doing(f"{where}: forward", batch.ids)
+            loss = self.engine.loss(batch.to(self.world.device, self.engine.dtype))
+            losses.append(loss.detach().float())
+            loss = loss * (1 + 0 * loss.detach())  # NaN, and with it every gradient, where the loss is not finite
+            if self.bad_steps.skip_spikes and i + 1 == len(data.micro_batches):  # waits for the device
+                fault = self.bad_steps.judge(self._mean_loss(losses, weight))
+                loss = loss * math.nan if fault else loss
+            self.watch.doing(f"{where}: backward{' and update' * (i + 1 == len(data.micro_batches))}", batch.ids)
+            self.engine.backward(loss, weight)
+        mean, norm = self._mean_loss(losses, weight), self.engine.grad_norm()
+        fault = self.bad_steps.judge(mean)
+        if not fault and not math.isfinite(norm):
+            fault = Fault("the gradient is not finite", True)
+        self.bad_steps.count(step + 1, mean, fault, self._suspects(data, losses) if fault else ())
+        return mean, norm
+
+    def _mean_loss(self, losses: list[Tensor], weight: float) -> float:
+        """A step's loss over all ranks, from the summed losses of this rank's micro-batches."""
+        return self.world.sum([float(torch.stack(losses).sum())])[0] / weight
+
+    def _suspects(self, data: StepData, losses: list[Tensor]) -> list[str]:
+        """Ids, over all ranks, of the samples of micro-batches whose loss is not finite, or else of the whole step."""
+        found = [(batch.ids, bool(torch.isfinite(loss))) for batch, loss in zip(data.micro_batches, losses)]
+        everyone = [batch for rank in self.world.gather(found) for batch in rank]
+        wrong = [batch for batch in everyone if not batch[1]]
+        return [sample for ids, _ in wrong or everyone for sample in ids]
+
+    def _handle_bad(self, found: list[BadRecord], step: int) -> None:
+        found.sort()
+        if not self.skips_bad_samples:
+            raise ValueError(f"{found[0].problem} (step {step + 1}; on_bad_sample=skip trains without it)")
+        if self.world.is_main:
+            for bad in found:
+                logger.warning(f"{self.stage} step {step + 1}: skipped: {bad.problem}")
+        self.skips.add(found)
