@@ -253,8 +253,9 @@ def build_model(case: Case) -> None:
     from vlmtrain.model import VLMWrapper
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
-    from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+    from vlmtrain.training.assembly import build_parts, build_tokenizer
     from vlmtrain.training.batching import build_batching
+    from vlmtrain.training.processing import build_processor, image_size_of
 
     name, folder = case.stage, case.folder
     fresh = "[vision,connector,llm]" if case.workload == "quickstart" else "[connector]"
@@ -266,7 +267,7 @@ def build_model(case: Case) -> None:
     processor.save_pretrained(folder / "model")
     export(folder / "model", folder / "export", "llava")
     image_id = json.loads((folder / "export" / "config.json").read_text())["image_token_index"]
-    source = build_source(settings.data, name, picture_size(parts), settings.seed)
+    source = build_source(settings.data, name, image_size_of(parts), settings.seed)
     plan = build_batching(source, processor, settings.stages[name], 1)
     records = json.loads((folder / "data.json").read_text())
     with (folder / "samples.jsonl").open("w") as file:

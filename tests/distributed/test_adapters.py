@@ -51,14 +51,15 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     from vlmtrain.model import VLMWrapper
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
-    from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+    from vlmtrain.training.assembly import build_parts, build_tokenizer
     from vlmtrain.training.batching import build_batching
+    from vlmtrain.training.processing import build_processor, image_size_of
 
     settings = compose([*overrides, "stages.instruct.lora=null"])
     stage, tokenizer, objective = settings.stages["instruct"], build_tokenizer(settings), LanguageModelling()
     parts = build_parts(settings, stage, start, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
-    source = build_source(settings.data, "instruct", picture_size(parts), settings.seed)
+    source = build_source(settings.data, "instruct", image_size_of(parts), settings.seed)
     plan = build_batching(source, processor, stage, 1)
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)

@@ -44,14 +44,15 @@ def plain_torch(overrides: list[str]) -> list[float]:
     from vlmtrain.model import VLMWrapper
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
-    from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer, picture_size
+    from vlmtrain.training.assembly import build_parts, build_tokenizer
     from vlmtrain.training.batching import build_batching
+    from vlmtrain.training.processing import build_processor, image_size_of
 
     settings = compose(overrides)
     stage, tokenizer, objective = settings.stages["align"], build_tokenizer(settings), LanguageModelling()
     parts = build_parts(settings, stage, None, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
-    source = build_source(settings.data, "align", picture_size(parts), settings.seed)
+    source = build_source(settings.data, "align", image_size_of(parts), settings.seed)
     plan = build_batching(source, processor, stage, 1)
     model = VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).eval()
     fixed = {parameter for parameter in model.parameters() if not parameter.requires_grad}  # sine and cosine positions

@@ -14,8 +14,9 @@ from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.runs.folder import RunFolder
 from vlmtrain.settings import Run, compose, options_of
-from vlmtrain.training.assembly import build_parts, build_processor, build_skeleton, build_tokenizer
+from vlmtrain.training.assembly import build_parts, build_skeleton, build_tokenizer
 from vlmtrain.training.checks import check_run, check_stages
+from vlmtrain.training.processing import build_processor
 from vlmtrain.training.trainable import trained_groups
 
 # BLIP-2, sections 3.2 to 3.4 and appendix; InstructBLIP, section 2.5 (the rate, second hand)

@@ -18,7 +18,8 @@ from vlmtrain.model.folder import write_manifest
 from vlmtrain.model.llm import build_llm, load_tokenizer
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
-from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer
+from vlmtrain.training.assembly import build_parts, build_tokenizer
+from vlmtrain.training.processing import build_processor
 
 from .test_no_code import Payload, mark  # noqa: F401 - a fixture
 

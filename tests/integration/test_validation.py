@@ -16,7 +16,8 @@ from vlmtrain.evaluation.validation import Validator
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
-from vlmtrain.training.assembly import build_parts, build_processor, build_tokenizer
+from vlmtrain.training.assembly import build_parts, build_tokenizer
+from vlmtrain.training.processing import build_processor
 
 from ..conftest import gpt, human
 

@@ -59,15 +59,16 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
     from ..data.checking import check_data, show_targets
     from ..data.sources import build_source
     from ..objectives import OBJECTIVES
-    from ..training.assembly import build_processor, build_skeleton, picture_size
+    from ..training.assembly import build_skeleton
     from ..training.batching import build_batching
+    from ..training.processing import build_processor, image_size_of
 
     parts = build_skeleton(settings, stage, tokenizer)
     processor = build_processor(settings, stage, parts, OBJECTIVES[stage.objective], tokenizer)
     splits = [stage.data]
     if stage.validation != stage.data and settings.validates(stage):
         splits.append(stage.validation)
-    mixtures = {split: build_source(settings.data, split, picture_size(parts), settings.seed) for split in splits}
+    mixtures = {split: build_source(settings.data, split, image_size_of(parts), settings.seed) for split in splits}
     progress = sys.stderr.isatty()
     checked = {
         split: check_data(mixture, processor, options.workers, progress, held_out=split != stage.data)

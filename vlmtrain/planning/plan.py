@@ -19,8 +19,9 @@ from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
 from ..objectives.token_losses import token_losses
 from ..settings import Expected, Run, Stage
-from ..training.assembly import DTYPES, build_geometry, build_skeleton, check_lengths, picture_size, published_llm
+from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
+from ..training.processing import build_geometry, check_lengths, image_size_of
 from ..training.quantized import quantized_layers
 from ..training.trainable import Group, block_list, check_starts, freeze, part_size, trained_groups
 from .measuring import Meter, PartCost, use_counted_attention
@@ -101,7 +102,7 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     tokens = min(stage.max_length, _tokens(expected, geometry))
     samples = expected.samples
     if run.data.get(stage.data) is not None:
-        samples = build_source(run.data, stage.data, picture_size(parts), run.seed).epoch_size
+        samples = build_source(run.data, stage.data, image_size_of(parts), run.seed).epoch_size
     steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
     check_starts(groups, stage, steps)
     needed = computed = 0.0

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from ..data.mixture import Mixture
 from ..data.records import BadSample
@@ -12,22 +16,16 @@ from ..evaluation.lmms_eval import check_tasks
 from ..evaluation.scores import check_metrics
 from ..model.attention import attend_in_segments
 from ..model.folder import read_manifest
-from ..model.llm import check_vocabulary, choose_attention
+from ..model.llm import check_vocabulary, choose_attention, hidden_width
+from ..model.loading import load_hf_config
 from ..model.parts import connector_skeleton
 from ..objectives import OBJECTIVES
 from ..runs.folder import RunFolder
-from ..settings import Run, Stage
-from .assembly import (
-    build_processor,
-    build_skeleton,
-    build_tokenizer,
-    check_bert,
-    check_origins,
-    check_widths,
-    picture_size,
-)
+from ..settings import LLM, Run, Stage, Vision
+from .assembly import build_skeleton, build_tokenizer, check_origins
 from .batching import split_batch
 from .handover import tensors_taken
+from .processing import build_processor, image_size_of
 from .trainable import check_starts, trained_groups
 
 
@@ -91,10 +89,10 @@ def check_stages(run: Run, folder: RunFolder) -> None:
                     tensors_taken(parts["connector"], connector, stage)
                 else:
                     parts["connector"] = connector
-                    check_widths(run, stage, parts, given)
+                    _check_widths(run, stage, parts, given)
             connector = parts.get("connector", connector)
             groups = trained_groups(stage, parts)
-            check_bert(stage, parts)
+            _check_bert(stage, parts)
             if "llm" in parts:
                 choose_attention(parts["llm"], run.llm.attn_implementation)
             if "llm" in parts and (source is None or "llm" in stage.fresh):
@@ -102,15 +100,68 @@ def check_stages(run: Run, folder: RunFolder) -> None:
                 if stage.layout == "packed":
                     attend_in_segments(parts["llm"])
             build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
-            data = _check_source(run, stage.data, picture_size(parts))
+            data = _check_source(run, stage.data, image_size_of(parts))
             if run.validates(stage) and stage.validation != stage.data:
-                _check_source(run, stage.validation, picture_size(parts))
+                _check_source(run, stage.validation, image_size_of(parts))
             if stage.layout == "padded":  # packed rows are counted when the stage begins
                 steps = stage.max_steps or math.ceil(data.epoch_size / stage.batch_size) * stage.epochs
                 check_starts(groups, stage, steps)
         else:
             continue
         handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
+
+
+def _check_bert(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError, naming the key, if the BERT that a stage begins with does not fit its parts' skeletons.
+
+    None of its weights are read.
+    """
+    bert, key = stage.connector_text.bert, f"{stage.prefix}.connector_text.bert"
+    starting = [module for module in parts.values() if hasattr(module, "load_bert")]
+    if bert is None or not starting or not stage.starts_connector:
+        return
+    config = load_hf_config(bert, key)
+    if config.model_type != "bert":
+        raise ValueError(f"{key}={bert} is a {config.model_type}: expected a BERT")
+    from transformers import AutoModelForMaskedLM
+
+    with torch.device("meta"):
+        state = AutoModelForMaskedLM.from_config(config).state_dict()
+    for module in starting:
+        try:
+            module.load_bert(state)
+        except ValueError as error:
+            raise ValueError(f"{key}={bert}: {error}") from None
+
+
+def _check_widths(run: Run, stage: Stage, parts: Mapping[str, nn.Module], given: Collection[str]) -> None:
+    """Raise ValueError if the connector of `init_from` does not fit an encoder or language model of the settings.
+
+    given: the parts that come from `init_from` too, which fit each other.
+    """
+    connector, source = parts["connector"], f"init_from={run.init_from}"
+    advice = f"give it the one it was trained with, or list connector in {stage.prefix}.fresh"
+    if "connector" not in given:
+        return
+    encoder, llm = _key("vision", run.vision), _key("llm", run.llm)
+    if "vision" not in given and connector.in_dim not in (parts["vision"].width, (parts["vision"].width,)):
+        raise ValueError(
+            f"the connector of {source} reads features {connector.in_dim} wide, the encoder of {encoder} "
+            f"makes them {parts['vision'].width} wide: {advice}"
+        )
+    if "llm" in parts and "llm" not in given and connector.out_dim != hidden_width(parts["llm"]):
+        raise ValueError(
+            f"the connector of {source} makes tokens {connector.out_dim} wide, the language model of "
+            f"{llm} reads them {hidden_width(parts['llm'])} wide: {advice}"
+        )
+
+
+def _key(group: str, part: Vision | LLM) -> str:
+    """Key and value that choose an encoder or a language model."""
+    for key in ("path", "name"):
+        if getattr(part, key, None) is not None:
+            return f"{group}.{key}={getattr(part, key)}"
+    return group
 
 
 def _check_source(run: Run, split: str, size: tuple[int, int]) -> Mixture:

@@ -16,10 +16,11 @@ from ..model.parts import module_state, state_hash
 from ..model.vision import VisionEncoder
 from ..objectives import OBJECTIVES
 from ..settings import Run, Stage
-from .assembly import build_parts, build_processor, build_skeleton, build_tokenizer, picture_size
+from .assembly import build_parts, build_skeleton, build_tokenizer
 from .batching import build_batching
 from .checks import check_run
 from .feature_cache import FeatureCache
+from .processing import build_processor, image_size_of
 
 
 @dataclass
@@ -61,7 +62,7 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     skeleton = build_skeleton(run, stage, tokenizer)
     processor = build_processor(run, stage, skeleton, OBJECTIVES[stage.objective], tokenizer)
     processor.names_pictures = True
-    source = build_source(run.data, stage.data, picture_size(skeleton), run.seed)
+    source = build_source(run.data, stage.data, image_size_of(skeleton), run.seed)
     plan = build_batching(source, processor, stage, world_size=1)
     steps = min(stage.max_steps or plan.steps_per_epoch, plan.steps_per_epoch)
     encoder = _encoder(run, stage, tokenizer)

@@ -20,13 +20,7 @@ from ..model.parts import module_state
 from ..objectives import Objective, build_objective
 from ..runs.folder import RunFolder
 from ..settings import Run, Stage
-from .assembly import (
-    DTYPES,
-    build_parts,
-    build_processor,
-    build_tokenizer,
-    picture_size,
-)
+from .assembly import DTYPES, build_parts, build_tokenizer
 from .bad_steps import BadSteps
 from .batching import build_batching
 from .checkpoint import Checkpoints
@@ -37,6 +31,7 @@ from .log import logger
 from .metrics import Metrics
 from .model_folder import ModelWriter
 from .optimizer import Schedule
+from .processing import build_processor, image_size_of
 from .progress import Progress
 from .proof import Hashes, part_hashes, part_summary
 from .skips import Skips
@@ -114,7 +109,7 @@ class _Stage:
         return build_objective(self.stage.objective, self.settings.vision, tokenizer, self.parts)
 
     def _source(self, split: str) -> Mixture:
-        return build_source(self.settings.data, split, picture_size(self.parts), self.settings.seed)
+        return build_source(self.settings.data, split, image_size_of(self.parts), self.settings.seed)
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict | None:
         """Train until the stage ends, or until more of it begins to train: then there is no summary yet."""

@@ -13,10 +13,10 @@ from ..data.loader import BadRecord, StepData
 from ..distributed.processes import peak_resident_bytes
 from ..distributed.world import World
 from ..objectives import Objective
-from .assembly import seed_for
 from .bad_steps import BadSteps, Fault
 from .engine.stage_engine import StageEngine
 from .log import logger
+from .seeding import seed_for
 from .skips import Skips
 from .watch import Watch
 

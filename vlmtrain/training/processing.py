@@ -1,0 +1,123 @@
+"""What turns conversations into a stage's batches: the image geometry, the tokenizers and the lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..connectors import Connector
+from ..connectors.checks import GridError
+from ..data.connector_text import TextReader, text_vocabulary
+from ..data.processor import Geometry, Processor
+from ..model.llm import load_tokenizer, max_positions
+from ..model.vision import VisionEncoder
+from ..objectives import Objective
+from ..settings import Run, Stage
+
+
+@contextmanager
+def naming_size(run: Run, stage: Stage) -> Iterator[None]:
+    """Say which stage's image_size makes a grid that the connector of `stage` cannot take."""
+    try:
+        yield
+    except GridError as error:
+        resized = run.resized_by(stage)
+        if resized is None:
+            raise
+        raise GridError(f"{resized.prefix}.image_size={resized.image_size}: {error}") from None
+
+
+def text_vocab(options: Mapping, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many words a stage's connector knows; None where it reads none."""
+    if stage.connector_text.read is None:
+        return None
+    return options["text_vocab"] or text_vocabulary(_text_tokenizer(stage, tokenizer)).size
+
+
+def _text_tokenizer(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    bert = stage.connector_text.bert
+    return tokenizer if bert is None else load_tokenizer(bert, "connector_text.bert")
+
+
+def build_processor(
+    run: Run,
+    stage: Stage,
+    parts: dict[str, nn.Module],
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Processor:
+    """What turns conversations into this stage's batches. Raises ValueError if lengths cannot work."""
+    with naming_size(run, stage):
+        geometry = build_geometry(stage, parts, objective)
+    check_lengths(stage, geometry, parts)
+    return Processor(
+        tokenizer,
+        geometry,
+        stage.template,
+        stage.max_length,
+        run.llm.chat_template,
+        _build_reader(run, stage, parts, tokenizer),
+        in_pairs=objective.compares_samples,
+    )
+
+
+def check_lengths(stage: Stage, geometry: Geometry | None, parts: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a picture leaves no room for words, or a sample is longer than a model's positions."""
+    if geometry is not None and geometry.most_tokens >= stage.max_length:
+        raise ValueError(
+            f"{stage.prefix}.max_length={stage.max_length} leaves no room for text: a picture takes up to "
+            f"{geometry.most_tokens} tokens"
+        )
+    limit = max_positions(parts["llm"]) if "llm" in parts else None
+    if limit is not None and stage.max_length > limit:
+        raise ValueError(
+            f"{stage.prefix}.max_length={stage.max_length} is longer than the {limit} positions of the language model"
+        )
+    limit = getattr(parts.get("objective"), "context_length", None)
+    if limit is not None and stage.max_length > limit:
+        raise ValueError(
+            f"{stage.prefix}.max_length={stage.max_length} is longer than the text tower's positions, "
+            f"vision.model_config.text_cfg.context_length={limit}"
+        )
+
+
+def _build_reader(
+    run: Run, stage: Stage, parts: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> TextReader | None:
+    """What the stage's connector reads of a conversation, if it reads text."""
+    if "connector" not in parts or not parts["connector"].reads_text:
+        return None
+    key = f"{stage.prefix}.connector_text"
+    if stage.connector_text.read is None and run.init_from is not None:
+        return Processor.from_pretrained(run.init_from).reader  # what its connector has read so far
+    reader = TextReader(_text_tokenizer(stage, tokenizer), stage.connector_text.read, stage.connector_text.max_length)
+    if reader.reads == "answer" and "llm" in parts:
+        raise ValueError(f"{key}.read=answer would show the connector what the language model is to say")
+    size, positions = (run.connector.options[key] for key in ("text_vocab", "text_positions"))
+    if size is not None and size < reader.vocabulary.size:
+        raise ValueError(f"connector.text_vocab={size}, but the words of {key} are {reader.vocabulary.size}")
+    if positions < reader.max_length:
+        raise ValueError(f"{key}.max_length={reader.max_length} is longer than connector.text_positions={positions}")
+    return reader
+
+
+def build_geometry(stage: Stage, parts: dict[str, nn.Module], objective: Objective) -> Geometry | None:
+    """How pictures reach the stage's encoder, and how many tokens they become; None without an encoder."""
+    vision: VisionEncoder | None = parts.get("vision")
+    if vision is None:
+        return None
+    connector: Connector | None = parts.get("connector")
+    shows = connector is not None and objective.sees_pictures_as_tokens
+    tokens, grid = (f(*vision.grid) for f in (connector.num_tokens, connector.output_grid)) if shows else (0, None)
+    tile_grids = stage.image_tiles if stage.image_fit == "tiles" else ()
+    look = (vision.image_mean, vision.image_std)
+    limits = (stage.image_tiles_most or 0, stage.image_tiles_alone)
+    return Geometry(vision.image_size, stage.image_fit, *look, tokens, grid, tile_grids, *limits)
+
+
+def image_size_of(parts: dict[str, nn.Module]) -> tuple[int, int]:
+    """``(H, W)`` that pictures are wanted in, where there is an encoder to say so."""
+    return parts["vision"].image_size if "vision" in parts else (224, 224)
