@@ -27,6 +27,7 @@ from .tiled import TiledConnector
 from .vision import VisionEncoder, load_vision
 
 PARTS = ("vision", "connector", "llm")
+FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
 
 
 def make_connector(

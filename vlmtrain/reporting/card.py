@@ -14,10 +14,9 @@ from safetensors import safe_open
 from .. import __version__
 from ..evaluation.scores import value_text
 from ..files import replace_text
-from ..model.parts import PARTS
+from ..model.parts import FIXED, PARTS
 from ..runs.fingerprints import short_hash
 from ..runs.records import read_config, read_summary
-from ..training.init_from import FIXED
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from ..distributed.processes import die_with_launcher
 from ..files import make_folder, read_json, replace_text
 from ..settings import read_run
-from ..train import train, users_errors
 from .records import read_config, read_records, read_summary
 
 SETTINGS = "reproduced.yaml"
@@ -125,6 +124,8 @@ def _hashes(manifest: Path) -> dict[str, str]:
 def main() -> None:
     die_with_launcher()
     from omegaconf import OmegaConf
+
+    from ..train import train, users_errors
 
     try:
         with users_errors():

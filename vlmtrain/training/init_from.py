@@ -9,12 +9,11 @@ from pathlib import Path
 from ..connectors import connector_options
 from ..files import read_json, write_json
 from ..model.folder import is_model_folder
+from ..model.parts import FIXED
 from ..runs.fingerprints import fingerprint
 from ..runs.folder import RunFolder
 from ..settings import Run
 from .handover import PART
-
-FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
 
 
 def take_in(run: Run, folder: RunFolder) -> tuple[Run, list[str]]:

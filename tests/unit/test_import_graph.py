@@ -1,0 +1,83 @@
+"""Imports of the package point one way: no cycles, and no lower layer that imports a higher one."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import vlmtrain
+
+PACKAGE = Path(vlmtrain.__file__).parent
+# from the lowest layer to the highest; what stands together may import each other's modules
+LAYERS = (
+    {"errors", "files", "distributed", "tiling"},
+    {"connectors"},
+    {"data", "model"},
+    {"settings"},
+    {"objectives", "reporting", "runs", "evaluation"},
+    {"training"},
+    {"planning", "interop"},
+    {"ablation"},
+    {"train", "cli"},
+)
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name, without the package's, to file."""
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imports(name: str, known: dict[str, Path], everywhere: bool) -> Iterator[str]:
+    """Modules of the package that a module imports, where it is read or (`everywhere`) in its functions too."""
+    file = known[name]
+    home = [part for part in name.split(".") if part]
+    home = home if file.name == "__init__.py" else home[:-1]
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree) if everywhere else _read_at_once(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*home[: len(home) - node.level + 1], *(node.module or "").split(".")]
+            target = ".".join(part for part in base if part)
+            for alias in node.names:
+                inner = f"{target}.{alias.name}" if target else alias.name
+                yield inner if inner in known else target
+
+
+def _read_at_once(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a module that run when it is imported, types alone left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        yield child
+        yield from _read_at_once(child)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_there_is_no_cycle(everywhere):
+    known = modules()
+    graph = {name: set(imports(name, known, everywhere)) - {name} for name in known}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(name or "vlmtrain" for name in error.args[1]))
+
+
+def test_no_layer_imports_a_higher_one():
+    known = modules()
+    height = {top: i for i, layer in enumerate(LAYERS) for top in layer}
+    wrong = [
+        f"{name} imports {target}"
+        for name in known
+        for target in imports(name, known, everywhere=False)
+        if name and target and height[target.partition(".")[0]] > height[name.partition(".")[0]]
+    ]
+    assert not wrong
