@@ -29,6 +29,11 @@ def test_help_loads_no_heavy_library(words, tmp_path):
     assert not {"torch", "transformers", "deepspeed", "hydra", "numpy", "PIL"} & loaded(code, tmp_path)
 
 
+def test_the_model_loads_no_compiler(tmp_path):
+    found = loaded("import vlmtrain.model, sys; print('loaded', *sys.modules)", tmp_path)
+    assert "vlmtrain.model.attention" in found and not {"torch._dynamo", "torch._inductor"} & found
+
+
 def test_training_loads_only_what_it_uses(tmp_path):
     code = f"import sys\nsys.argv[1:] = {[*TRAINING, 'workers=0']}\nfrom vlmtrain.train import main\nmain()\n{LOADED}"
     found = loaded(code, tmp_path)

@@ -104,7 +104,8 @@ def segment_attention(
     return out.transpose(1, 2), None
 
 
-@torch.compiler.disable  # it would be compiled again for every number of segments
+# It would be compiled again for every number of segments. torch.compiler.disable would import the compiler here.
+@torch._disable_dynamo
 def _attend_each(
     query: Tensor,
     key: Tensor,
