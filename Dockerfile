@@ -8,7 +8,7 @@ COPY . .
 RUN python3 -m venv /opt/build && /opt/build/bin/pip install --no-cache-dir build==1.* \
  && /opt/build/bin/python -m build --wheel --outdir /wheels
 
-# The compiler stays: DeepSpeed builds its offloading kernels when they are first used.
+# The compiler is kept: DeepSpeed builds its offloading kernels on first use.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 RUN apt-get update && apt-get install -y --no-install-recommends python3-dev python3-venv g++ \
  && rm -rf /var/lib/apt/lists/* && useradd --create-home --uid 10001 vlmtrain

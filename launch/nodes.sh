@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Several nodes: the same line on each, with HEAD (host of node 0), NODES and NODE (this one's number).
-# RESTARTS=3 lets the run go on as often behind a rank that died.
+# Run on several nodes: the same command on each, with HEAD (host name of node 0), NODES (number of nodes) and NODE
+# (index of this node). With RESTARTS=3 the run resumes up to three times after a rank dies.
 #   HEAD=node0 NODES=2 NODE=0 launch/nodes.sh recipe=llava_1_5 ...
 set -euo pipefail
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or restarted ranks would look for the dead ones
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise restarted ranks look for the dead ones
 : "${HEAD:?the host name of node 0}" "${NODES:?the number of nodes}" "${NODE:?the number of this node, from 0}"
 NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}"
 exec torchrun --nnodes "$NODES" --node_rank "$NODE" --nproc_per_node "$NPROC" \
