@@ -15,7 +15,7 @@ from vlmtrain.distributed.world import World
 from vlmtrain.model.llm import build_random_llm
 from vlmtrain.model.vision import build_vision
 from vlmtrain.settings import compose, options_of
-from vlmtrain.training.assembly import check_widths
+from vlmtrain.training.checks import check_widths
 from vlmtrain.training.run import train_run
 
 from ..conftest import gpt, human, train
@@ -174,13 +174,13 @@ def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, to
         config = {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
         parts["llm"] = build_random_llm(config, tokenizer)
     settings = compose(["recipe=llava_1_5", "llm.path=mine", f"init_from={tmp_path}"])
-    check_widths(settings, "instruct", parts, {"connector", "vision", "llm"})  # the folder's own fit
+    check_widths(settings, settings.stages["instruct"], parts, {"connector", "vision", "llm"})  # the folder's own fit
     with pytest.raises(ValueError, match=r"64 wide, the language model of llm.path=mine reads them 128 wide") as error:
-        check_widths(settings, "instruct", parts, {"connector", "vision"})
+        check_widths(settings, settings.stages["instruct"], parts, {"connector", "vision"})
     assert f"init_from={tmp_path}" in str(error.value)
     parts["connector"] = build_connector("linear", 100, 128)
     with pytest.raises(ValueError, match=r"100 wide, the encoder of vision.name=ViT-L-14-336 makes them 128 wide"):
-        check_widths(settings, "instruct", parts, {"connector"})
+        check_widths(settings, settings.stages["instruct"], parts, {"connector"})
 
 
 def test_a_missing_picture_folder_is_named(llava_files, tmp_path):

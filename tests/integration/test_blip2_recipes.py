@@ -111,7 +111,7 @@ def test_a_stage_reads_what_it_should():
         objective = OBJECTIVES[stage.objective]
         processor = build_processor(settings, stage, parts, objective, tokenizer)
         assert (processor.reader and processor.reader.reads) == reads
-        assert processor.in_pairs == (stage == "represent")
+        assert processor.in_pairs == (stage.name == "represent")
 
 
 def test_a_connector_that_reads_no_text_ignores_it(tmp_path):

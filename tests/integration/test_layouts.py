@@ -123,5 +123,5 @@ def test_every_stage_attends_as_the_line_says(tmp_path):
     for stage in settings.stages.values():
         parts = build_parts(settings, stage, previous, tokenizer)
         assert parts["llm"].config._attn_implementation == "eager"
-        previous = tmp_path / stage
+        previous = tmp_path / stage.name
         VLMWrapper(*(parts[name] for name in ("vision", "connector", "llm"))).save_pretrained(previous)

@@ -114,6 +114,7 @@ LINEAR = ["recipe=quickstart", "connectors=[linear]"]
 @pytest.mark.parametrize(
     "line, said",
     [
+        ([*LINEAR, "stage=instuct"], "unknown stage 'instuct'"),
         (["recipe=quickstart"], r"connectors=\[...\] is not set"),
         (["recipe=quickstart", "connectors=[linear,linear]"], r"connectors=\['linear', 'linear'\]: one is named twice"),
         ([*LINEAR, "axis.precision=[fp32,fp32]"], r"axis.precision=\['fp32', 'fp32'\]: one is named twice"),
@@ -159,7 +160,6 @@ QUICKSTART = ["recipe=quickstart", "connectors=[linear,mlp]"]
             ["recipe=clip"],
             "stages of recipe clip, the last=contrast: it has no connector to compare; nor has any other$",
         ),
-        (["stage=instuct"], "unknown stage 'instuct'"),
         (["metric=exact_mach"], "^metric=exact_mach: expected one .* exact_match, .*Did you mean 'exact_match'"),
         (["metric=bleu4"], "^metric=bleu4: expected one that each answer has of its own: exact_match, .*cider"),
         (["metric=yes_no_f1"], "^metric=yes_no_f1: expected one"),

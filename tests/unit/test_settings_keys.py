@@ -80,7 +80,7 @@ def plan(*overrides: str) -> None:
         (["+data.more=x"], "unknown key 'data.more'"),
         (["stages.instruct.lora={llm: {rnk: 8}}"], "Did you mean 'stages.instruct.lora.llm.rank'?"),
         (["stages.instruct.connector_options={mlp: {dpeth: 3}}"], "stages.instruct.connector_options.mlp.dpeth"),
-        (["+engine.zero_stage=4"], "engine.zero_stage=4: expected a whole number from 0 to 3"),
+        (["engine.zero_stage=4"], "engine.zero_stage=4: expected a whole number from 0 to 3"),
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
         (["init_from=5"], "init_from=5: expected a text"),
     ],

@@ -89,7 +89,7 @@ def check_stages(run: Run, folder: RunFolder) -> None:
                     tensors_taken(parts["connector"], connector, stage)
                 else:
                     parts["connector"] = connector
-                    _check_widths(run, stage, parts, given)
+                    check_widths(run, stage, parts, given)
             connector = parts.get("connector", connector)
             groups = trained_groups(stage, parts)
             _check_bert(stage, parts)
@@ -134,7 +134,7 @@ def _check_bert(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"{key}={bert}: {error}") from None
 
 
-def _check_widths(run: Run, stage: Stage, parts: Mapping[str, nn.Module], given: Collection[str]) -> None:
+def check_widths(run: Run, stage: Stage, parts: Mapping[str, nn.Module], given: Collection[str]) -> None:
     """Raise ValueError if the connector of `init_from` does not fit an encoder or language model of the settings.
 
     given: the parts that come from `init_from` too, which fit each other.

@@ -30,11 +30,11 @@ def test_boxes_are_where_the_things_are_drawn():
 
 def test_qwen_vls_miniature_has_boxes_and_texts():
     settings = compose(["recipe=qwen_vl", "mini=true"])
-    splits = {stage: {s.split for s in settings.data[settings.stages[stage].data].values()} for stage in TASKS}
+    splits = {stage: {s["split"] for s in settings.data[settings.stages[stage].data].values()} for stage in TASKS}
     assert splits == TASKS
     assert "<box>" in settings.llm.new_tokens
-    own = compose(["recipe=qwen_vl", "mini=true", "data.multitask.talks.size=9"]).data.multitask
-    assert own.talks.size == 9 and "boxes" not in own  # the line's
+    own = compose(["recipe=qwen_vl", "mini=true", "data.multitask.talks.size=9"]).data["multitask"]
+    assert own["talks"]["size"] == 9 and "boxes" not in own  # the line's
 
 
 TASKS = {"multitask": {"instruct", "text", "grounding"}, "instruct": {"instruct", "text"}}
