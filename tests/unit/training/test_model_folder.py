@@ -13,7 +13,7 @@ from vlmtrain.model.vision import build_vision
 from vlmtrain.settings import compose
 from vlmtrain.training.model_folder import ModelWriter
 
-from ..stages import make_stage
+from ...stages import make_stage
 
 VISION = {
     "embed_dim": 12,

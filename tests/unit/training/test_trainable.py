@@ -10,7 +10,7 @@ from vlmtrain.model.vision import build_vision
 from vlmtrain.settings import Stage
 from vlmtrain.training.trainable import block_list, freeze, trained_groups
 
-from ..stages import make_stage
+from ...stages import make_stage
 
 VISION = {
     "embed_dim": 12,

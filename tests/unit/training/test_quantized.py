@@ -19,7 +19,7 @@ from vlmtrain.settings import compose
 from vlmtrain.training.adapters import add_adapters, merged, save_adapters
 from vlmtrain.training.trainable import part_size, trained_groups
 
-from ..stages import make_stage
+from ...stages import make_stage
 
 RANK, ALPHA = 2, 6
 NF4 = {"rank": RANK, "alpha": ALPHA, "quantize": "nf4"}

@@ -13,7 +13,7 @@ from vlmtrain.settings import compose
 from vlmtrain.training.handover import take_over, tensors_taken
 from vlmtrain.training.init_from import adopt_connector, overruled_fit
 
-from ..stages import make_stage
+from ...stages import make_stage
 
 SIZES = {"num_queries": 3, "hidden_size": 8, "depth": 3, "num_heads": 2, "intermediate_size": 12, "vision_norm": True}
 STAGES = {

@@ -19,9 +19,9 @@ import torch
 
 from vlmtrain.ablation import Entry, compare, read_line, read_results, run_ablation
 from vlmtrain.ablation.budget import _equal_steps, decide
-from vlmtrain.ablation.jobs import Runner, device_slots
 from vlmtrain.ablation.page import _losses, _side_by_side
 from vlmtrain.ablation.results import Clusters, _by_category, _interval, studentized_range
+from vlmtrain.ablation.runner import Runner, device_slots
 from vlmtrain.ablation.show import main_table, note, tables, write_results
 from vlmtrain.cli import ablate
 from vlmtrain.planning.plan import Machine, plan_run

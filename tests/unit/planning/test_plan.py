@@ -19,8 +19,8 @@ from vlmtrain.settings import compose
 from vlmtrain.settings.locations import RECIPES
 from vlmtrain.training.trainable import freeze, trained_groups
 
-from ..conftest import run
-from ..stages import make_stage
+from ...conftest import run
+from ...stages import make_stage
 
 LLAMA = {
     "hidden_size": 64,
