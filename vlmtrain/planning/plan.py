@@ -23,7 +23,7 @@ from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
 from ..training.processing import build_geometry, check_lengths, image_size_of
 from ..training.quantized import quantized_layers
-from ..training.trainable import Group, block_list, check_starts, freeze, part_size, trained_groups
+from ..training.trainable import Group, block_list, check_starts, freeze, part_size, trained_groups, trained_parts
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
 
@@ -205,7 +205,7 @@ def _measure(
 ) -> dict[str, PartCost]:
     """One sample through the parts, on the meta device."""
     meter = Meter()
-    trains = {group.part for group in groups}
+    trains = trained_parts(groups)
     features = visual = None
     if "vision" in parts:
         vision = parts["vision"]
@@ -278,7 +278,7 @@ def _plan_memory(
     costs: Mapping[str, PartCost],
     machine: Machine,
 ) -> None:
-    trains = {group.part for group in groups}
+    trains = trained_parts(groups)
     outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
     in_bf16 = run.precision == "bf16"
     states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts))

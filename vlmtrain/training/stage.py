@@ -39,7 +39,7 @@ from .stage_report import shown_samples, training_table
 from .stage_validation import StageValidation
 from .step import StepRunner
 from .tracking import WandB
-from .trainable import check_starts, freeze, groups_of, trained_groups
+from .trainable import check_starts, freeze, groups_of, trained_groups, trained_parts
 from .watch import Watch
 
 SHOWN_SAMPLES = 48
@@ -167,7 +167,7 @@ class _Stage:
     def _feature_cache(self, hashes: dict[str, Hashes]) -> FeatureCache | None:
         """The cache that is asked for, where the stage has an encoder and leaves it frozen."""
         options = self.settings.features
-        if options.cache == "off" or "vision" not in self.parts or any(g.part == "vision" for g in self.groups):
+        if options.cache == "off" or "vision" not in self.parts or "vision" in trained_parts(self.groups):
             return None
         self.processor.names_pictures = True
         return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)

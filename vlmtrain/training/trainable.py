@@ -56,6 +56,11 @@ def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.part == part]
 
 
+def trained_parts(groups: Sequence[Group]) -> set[str]:
+    """The parts of which something trains."""
+    return {group.part for group in groups}
+
+
 def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
     """The parameters that a stage trains. Where several patterns match one, the first decides.
 

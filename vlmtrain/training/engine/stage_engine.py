@@ -18,7 +18,7 @@ from ...settings import Engine, Stage
 from ...settings.stage import OptimizerOptions
 from ..feature_cache import FeatureCache
 from ..optimizer import Schedule, parameter_groups
-from ..trainable import Group
+from ..trainable import Group, trained_parts
 from .partitions import gathered
 from .state import TrainingState
 
@@ -61,7 +61,7 @@ class StageEngine:
         self.schedule = schedule
         self.parts = parts
         vision = parts.get("vision")
-        is_frozen = all(group.part != "vision" for group in groups)
+        is_frozen = "vision" not in trained_parts(groups)
         self._groups = groups
         self.feature_cache: FeatureCache | None = None
         self._frozen_vision = vision.to(device) if vision is not None and is_frozen else None
