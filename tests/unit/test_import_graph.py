@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -81,3 +82,14 @@ def test_no_layer_imports_a_higher_one():
         if name and target and height[target.partition(".")[0]] > height[name.partition(".")[0]]
     ]
     assert not wrong
+
+
+def test_only_the_engine_imports_deepspeed():
+    others = [file for name, file in modules().items() if not name.startswith("training.engine")]
+    assert not [file for file in others if re.search(r"^\s*(import|from) deepspeed", file.read_text(), re.MULTILINE)]
+
+
+def test_hydras_objects_stay_in_the_settings():
+    """Behind them nothing receives a DictConfig; Hydra itself hands the entry point one."""
+    using = {name for name, file in modules().items() if "DictConfig" in file.read_text()}
+    assert using == {"settings.composition", "train"}
