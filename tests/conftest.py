@@ -18,9 +18,12 @@ from PIL import Image
 
 from . import fork_server
 from .fork_server import Program
+from .parsed_once import parse_once
 
 ROOT = fork_server.ROOT
 TIMEOUT = 600  # seconds
+
+parse_once()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

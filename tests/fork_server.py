@@ -150,6 +150,8 @@ def serve(requests: socket.socket) -> NoReturn:
     """Fork a launcher for each request, until the tests end."""
     for name in IMPORTS:
         importlib.import_module(name)
+    parse_once()
+    parse_all()
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: a fork would have one of them"
     gc.collect()
@@ -277,6 +279,7 @@ def become(program: Program, environment: dict[str, str], cwd: str, stdout: int,
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # as for the tests
+    from tests.parsed_once import parse_all, parse_once
     from vlmtrain.distributed.processes import die_with
 
     die_with(os.getppid())
