@@ -127,7 +127,7 @@ def test_a_connector_that_reads_no_text_ignores_it(tmp_path):
 @pytest.mark.parametrize(
     "recipe, more, said",
     [
-        ("blip2", ["connector=mlp"], "connector=mlp makes tokens of a language model's width.*alone .qformer."),
+        ("blip2", ["connector=mlp"], "connector=mlp needs the width of a language model.*alone .qformer."),
         ("blip2", ["stages.represent.connector_text.read=null"], "connector_text.read=answer"),
         ("blip2", ["stages.represent.connector_text.read=question"], "connector_text.read=question: expected"),
         ("blip2", ["stages.generate.drops=[]"], "stages.generate.drops: core.embedding.positions.weight"),

@@ -28,15 +28,18 @@ def test_transformers_alone_gives_the_same(name, exported):
 @pytest.mark.parametrize(
     "case, words",
     [
-        (blip2(vision="laion"), "with a norm before its blocks (CLIP's) is no encoder of BLIP-2's classes"),
-        (blip2(vision="timm siglip"), "without a class token, or with gated layers, is no encoder of BLIP-2's classes"),
+        (blip2(vision="laion"), "with a norm before its blocks (CLIP) is not supported by BLIP-2's classes"),
+        (
+            blip2(vision="timm siglip"),
+            "without a class token or with gated layers is not supported by BLIP-2's classes",
+        ),
         (blip2({"vision_norm": False}), "connector.vision_norm=false: BLIP-2's classes normalise"),
-        (blip2({"vision_norm_eps": 0.5}), "the norms' eps: 0.5 and 1e-06"),
+        (blip2({"vision_norm_eps": 0.5}), "eps of the norms: 0.5 and 1e-06"),
         (blip2(fit="pad"), "image_fit=pad: BLIP-2's processors stretch"),
-        (blip2(template="bare", reads=True), "has the Q-Former read the whole prompt, not the instruction"),
+        (blip2(template="bare", reads=True), "the Q-Former reads the complete prompt, not the instruction"),
         (
             BLIP2._replace(connector="avgpool", options={"window": 2}),
-            "connector=avgpool: BLIP-2's classes have the qformer only",
+            "connector=avgpool: BLIP-2's classes support only qformer",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -45,7 +48,7 @@ def test_what_blip2_cannot_hold_is_refused_with_what_works(case, words, tmp_path
     build(case, tmp_path / "model")
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         export(tmp_path / "model", tmp_path / "out", "blip2")
-    assert "--format vlmtrain takes any" in str(error.value) and "\n" not in str(error.value)
+    assert "--format vlmtrain supports all models" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
     if case.connector == "qformer":
         done = export(tmp_path / "model", tmp_path / "out")

@@ -97,7 +97,7 @@ def test_what_llava_cannot_hold_is_refused_with_what_works(case, words, tmp_path
     build(case, tmp_path / "model")
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         export(tmp_path / "model", tmp_path / "out", "llava")
-    assert "--format vlmtrain takes any" in str(error.value) and "\n" not in str(error.value)
+    assert "--format vlmtrain supports all models" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

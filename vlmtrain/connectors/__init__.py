@@ -1,7 +1,7 @@
-"""Connectors: what lies between a vision encoder and a language model.
+"""Connectors between a vision encoder and a language model.
 
 A connector turns the features of an ``H x W`` grid of patches into visual tokens of the language model's width.
-Each family has a file of its own; `CONNECTORS` holds all of them under their exact names.
+Each family has its own file; `CONNECTORS` maps the exact names to the classes.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ CONNECTORS: dict[str, type[Connector]] = {
 
 
 def register(name: str) -> Callable[[type[Connector]], type[Connector]]:
-    """Make a class of one's own the connector called `name`: ``@register("mine")`` above it.
+    """Register a custom connector class under `name`; used as a decorator, ``@register("mine")``.
 
-    Raises ValueError if it is no `Connector`, or if there is another of that name.
+    Raises ValueError if the class is not a `Connector`, or if another class is registered under that name.
     """
 
     def add(connector_class: type[Connector]) -> type[Connector]:
@@ -61,9 +61,9 @@ def register(name: str) -> Callable[[type[Connector]], type[Connector]]:
         known = CONNECTORS.setdefault(name, connector_class)
         if (known.__module__, known.__qualname__) != (connector_class.__module__, connector_class.__qualname__):
             raise ValueError(
-                f"connector '{name}' is {known.__module__}.{known.__qualname__} already: name it otherwise"
+                f"connector '{name}' is already {known.__module__}.{known.__qualname__}: choose another name"
             )
-        CONNECTORS[name] = connector_class  # a module that was loaded again
+        CONNECTORS[name] = connector_class  # the module was reloaded
         return connector_class
 
     return add
@@ -72,27 +72,27 @@ def register(name: str) -> Callable[[type[Connector]], type[Connector]]:
 def _class(name: str) -> type[Connector]:
     if name not in CONNECTORS:
         raise ValueError(
-            f"Unknown connector '{name}'.{nearest(name, CONNECTORS)} Available: {', '.join(CONNECTORS)} (if it is "
-            "your own, name the module that registers it: modules=[...], or --module)"
+            f"Unknown connector '{name}'.{nearest(name, CONNECTORS)} Available: {', '.join(CONNECTORS)} (for a "
+            "custom connector, pass the module that registers it: modules=[...], or --module)"
         )
     return CONNECTORS[name]
 
 
 def connector_options(name: str) -> dict[str, Any]:
-    """Options of the connector called `name` and their defaults."""
+    """Return the options of the connector `name` with their defaults."""
     parameters = inspect.signature(_class(name)).parameters
     fixed = ("in_dim", "out_dim", "input_grid")
     return {key: parameter.default for key, parameter in parameters.items() if key not in fixed}
 
 
 def check_options(name: str, options: Iterable[str], key: str = "connector") -> None:
-    """Raise ValueError for an unknown connector, or an option that its class does not have."""
+    """Raise ValueError for an unknown connector or an unknown option."""
     known = connector_options(name)
     for option in options:
         if option not in known:
             raise ValueError(
                 f"Unknown option {key}.{option} of '{name}'.{nearest(option, known)} "
-                f"Its options: {', '.join(known) or 'none'}"
+                f"Available options: {', '.join(known) or 'none'}"
             )
 
 
@@ -103,25 +103,25 @@ def build_connector(
     input_grid: tuple[int, int] | None = None,
     **options,
 ) -> Connector:
-    """Build the connector called `name`, from features `in_dim` wide to tokens `out_dim` wide.
+    """Build the connector `name`, which maps features of width `in_dim` to tokens of width `out_dim`.
 
-    in_dim is a tuple for a connector of several encoders. out_dim is None where there is no language model yet, for a
-    connector that can be trained so (`Connector.stands_alone`). input_grid, the encoder's grid of patches, is needed by
-    connectors with position tables of a fixed size; where it is given, any connector that cannot take it says so
-    at once. Raises ValueError for unknown names, options and sizes that do not fit.
+    in_dim is a tuple for a connector that takes several encoders. out_dim is None if there is no language model yet,
+    which is allowed for connectors that can be trained alone (`Connector.stands_alone`). input_grid, the encoder's
+    patch grid, is required by connectors with position tables of a fixed size; if it is given, a connector that does
+    not support that grid raises immediately. Raises ValueError for unknown names, options and sizes that do not fit.
     """
     check_options(name, options)
     connector_class = _class(name)
     if input_grid is not None:
         sides = tuple(input_grid) if isinstance(input_grid, Sequence) else (input_grid,)
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-            raise ValueError(f"input_grid={input_grid!r}: expected two whole numbers, (height, width)")
+            raise ValueError(f"input_grid={input_grid!r}: expected two integers, (height, width)")
         input_grid = sides
     if out_dim is None and not connector_class.stands_alone:
         alone = ", ".join(key for key, each in CONNECTORS.items() if each.stands_alone)
         raise ValueError(
-            f"connector={name} makes tokens of a language model's width, and there is no language model: add the part "
-            f"llm, or use one that can be trained alone ({alone})"
+            f"connector={name} needs the width of a language model, but there is no language model: add the part "
+            f"llm, or use a connector that can be trained alone ({alone})"
         )
     if "input_grid" in inspect.signature(connector_class).parameters:
         options["input_grid"] = input_grid

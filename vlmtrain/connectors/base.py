@@ -1,4 +1,4 @@
-"""What a connector is: features of an `H x W` grid in, visual tokens of the language model's width out."""
+"""Base class of connectors: features of an `H x W` grid in, visual tokens of the language model's width out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .published import Names, load
 
 
 class VisionFeatures(NamedTuple):
-    """What a vision encoder hands to a connector.
+    """Output of a vision encoder and input of a connector.
 
     patches: ``(B, H, W, C)``, raster order.
     prefix:  ``(B, P, C)``, CLS and register tokens, or None.
-    levels:  further hidden layers, shallow to deep, each shaped like ``patches``.
+    levels:  additional hidden layers, shallow to deep, each shaped like ``patches``.
 
-    A NamedTuple, because ZeRO-3 loses gradients of tensors that travel inside a dataclass.
+    This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
     """
 
     patches: Tensor
@@ -26,19 +26,19 @@ class VisionFeatures(NamedTuple):
 
 
 class Connector(nn.Module):
-    """Base of all connectors.
+    """Base class of all connectors.
 
-    A subclass says how many tokens it makes from a grid; its `forward` must agree, because sequence
-    lengths are planned before any model runs.
+    A subclass reports how many tokens it makes from a grid. Its `forward` must agree with that number, because
+    sequence lengths are planned before any model runs.
 
-    in_dim:     width of the encoder's features; a tuple, one an encoder, where `several_encoders`.
+    in_dim:     width of the encoder's features; a tuple with one width per encoder if `several_encoders`.
     out_dim:    width of the language model.
-    num_levels: how many hidden layers it reads from ``features.levels``, beside ``features.patches``.
-                A connector with 0 ignores whatever levels there are.
-    reads_text: whether `forward` also needs ``text_ids`` (an instruction in the connector's own
-                vocabulary), with ``text_mask``.
-    stands_alone: whether it can be trained before there is a language model, with `out_dim` None.
-    PUBLISHED:  the published names of its tensors, one entry a convention.
+    num_levels: number of hidden layers read from ``features.levels``, in addition to ``features.patches``.
+                A connector with 0 ignores the levels.
+    reads_text: whether `forward` also requires ``text_ids`` (an instruction in the connector's own
+                vocabulary) and ``text_mask``.
+    stands_alone: whether the connector can be trained without a language model, with `out_dim` None.
+    PUBLISHED:  published names of the tensors, one entry per naming convention.
     """
 
     several_encoders = False
@@ -63,20 +63,20 @@ class Connector(nn.Module):
         self.in_dim, self.out_dim = in_dim, out_dim
 
     def output_grid(self, height: int, width: int) -> tuple[int, int] | None:
-        """Grid of the output tokens in raster order, or None where they form none.
+        """Grid of the output tokens in raster order, or None if they form no grid.
 
-        Raises ValueError for a grid the connector cannot take.
+        Raises ValueError for a grid that the connector does not support.
         """
         raise NotImplementedError
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Visual tokens made from a ``height x width`` grid. Raises ValueError for a grid it cannot take."""
+        """Number of visual tokens for a ``height x width`` grid. Raises ValueError for an unsupported grid."""
         grid = self.output_grid(height, width)
         assert grid is not None, f"{type(self).__name__} has no output grid: override num_tokens"
         return grid[0] * grid[1]
 
     def check(self, features: VisionFeatures) -> Tensor:
-        """The patches, once rank, width, levels and grid are what this connector takes."""
+        """Return the patches after checking rank, width, levels and grid. Raises ValueError if one does not fit."""
         if not isinstance(features, VisionFeatures):
             got = f"{len(features)} encoders" if isinstance(features, tuple | list) else type(features).__name__
             raise ValueError(
@@ -88,13 +88,13 @@ class Connector(nn.Module):
         return features.patches
 
     def forward(self, features: VisionFeatures) -> Tensor:
-        """Features to ``(B, num_tokens, out_dim)``."""
+        """Map features to tokens ``(B, num_tokens, out_dim)``."""
         raise NotImplementedError
 
     def load_published(self, state_dict: dict[str, Tensor]) -> None:
         """Load weights under their published names, with or without the published prefix.
 
-        Strict: missing, unexpected or wrongly shaped tensors raise a ValueError that names them. Tensors
-        that the publication has no counterpart of (see each class) keep their values, with a warning.
+        Loading is strict: missing, unexpected or wrongly shaped tensors raise a ValueError that lists them. Tensors
+        without a published counterpart (see each class) keep their values, with a warning.
         """
         load(self, state_dict, self.PUBLISHED)

@@ -28,10 +28,10 @@ class RegNetBlock(nn.Module):
 
 
 class CAbstractor(Connector):
-    """Positions, `depth` RegNet blocks, pooling to `grid` x `grid`, `depth` blocks, MLP (Honeybee, section 4.2).
+    """Positions, `depth` RegNet blocks, pooling to `grid` x `grid`, `depth` blocks and an MLP (Honeybee, section 4.2).
 
-    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. The position table is fixed, so H x W must be the
-    `input_grid` it was built for. The readout has `mlp_depth` linear layers with SiLU.
+    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. The position table has a fixed size, so H x W must
+    equal `input_grid`. The readout has `mlp_depth` linear layers with SiLU.
     """
 
     PUBLISHED = (

@@ -1,4 +1,4 @@
-"""Users' mistakes, named before anything runs: what was got, what was expected, which option to change."""
+"""Input checks before anything runs: each error gives the value, what was expected, and the option to change."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from ..errors import nearest
 
 
 class GridError(ValueError):
-    """A connector cannot take a grid of patches."""
+    """The connector does not support a patch grid."""
 
 
 def require_positive(**options: int) -> None:
-    """Each option is a whole number above zero."""
+    """Check that each option is a positive integer."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"connector.{name}={value!r}: expected a whole number above zero")
+            raise ValueError(f"connector.{name}={value!r}: expected a positive integer")
 
 
 def require_not_negative(**options: int) -> None:
-    """Each option is a whole number, zero allowed."""
+    """Check that each option is a non-negative integer."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"connector.{name}={value!r}: expected a whole number, zero or more")
+            raise ValueError(f"connector.{name}={value!r}: expected a non-negative integer")
 
 
 def require_fraction(**options: float) -> None:
-    """Each option is a probability below one."""
+    """Check that each option is a probability below 1."""
     for name, value in options.items():
         if not 0 <= value < 1:
-            raise ValueError(f"connector.{name}={value!r}: expected a number from 0 up to, not including, 1")
+            raise ValueError(f"connector.{name}={value!r}: expected a number of at least 0 and below 1")
 
 
 def require_choice(value: str, choices: Iterable[str], name: str) -> None:
-    """An option is one of a few names."""
+    """Check that an option is one of the given names."""
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"connector.{name}={value!r}.{nearest(str(value), choices)} Available: {', '.join(choices)}")
 
 
 def require_divisible(width: int, width_name: str, divisor: int, option: str) -> None:
-    """A width splits evenly over heads (or the like)."""
+    """Check that a width is divisible, for example by the number of heads."""
     if width % divisor:
         raise ValueError(
             f"connector.{option}={divisor} does not divide {width_name}={width}: "
@@ -51,14 +51,14 @@ def require_divisible(width: int, width_name: str, divisor: int, option: str) ->
 
 
 def require_grid(height: int, width: int) -> None:
-    """A grid of patches has at least one row and one column."""
+    """Check that a patch grid has at least one row and one column."""
     for side in (height, width):
         if isinstance(side, bool) or not isinstance(side, int) or side < 1:
             raise GridError(f"grid {height}x{width}: expected at least one row and one column of patches")
 
 
 def require_window(height: int, width: int, window: int, option: str) -> None:
-    """A window fits into the grid at least once."""
+    """Check that a window fits into the grid at least once."""
     require_grid(height, width)
     if window > min(height, width):
         raise GridError(
@@ -68,7 +68,7 @@ def require_window(height: int, width: int, window: int, option: str) -> None:
 
 
 def require_multiple(height: int, width: int, factor: int, option: str) -> None:
-    """Both sides of the grid are multiples of a factor."""
+    """Check that both sides of the grid are multiples of a factor."""
     require_grid(height, width)
     if height % factor or width % factor:
         raise GridError(
@@ -78,7 +78,7 @@ def require_multiple(height: int, width: int, factor: int, option: str) -> None:
 
 
 def check_features(features, in_dim: int, num_levels: int) -> None:
-    """Rank and width of an encoder's features, and that the levels asked for are there."""
+    """Check rank and width of an encoder's features, and that the required levels are present."""
     patches, prefix, levels = features
     _check_tensor(patches, "patches", 4, "(B, H, W, C)", in_dim)
     if prefix is not None:
@@ -112,11 +112,11 @@ def _check_tensor(tensor: Tensor, name: str, rank: int, shape: str, width: int) 
 def require_fixed_grid(
     grid: tuple[int, int] | None, input_grid: tuple[int, int] | None, connector: str
 ) -> tuple[int, int]:
-    """A grid of a connector whose tables are built for exactly one. Returns it."""
+    """Return `grid` after checking that it is the one grid for which the connector's tables were built."""
     if input_grid is None:
         raise ValueError(
             f"{connector} has position tables of a fixed size: expected input_grid=(height, width), the patch grid "
-            "of its encoder, got none"
+            "of the encoder, got None"
         )
     require_grid(*grid)
     if tuple(grid) != tuple(input_grid):

@@ -15,10 +15,10 @@ from .published import Names, drop_cls_position
 
 
 class DeformableAttention(nn.Module):
-    """Each query samples `num_points` places a head, near its reference point, and mixes them.
+    """Each query samples `num_points` points per head near its reference point and combines them.
 
     query ``(B, Q, C)``, reference ``(1, Q, 2)`` as (x, y) in 0..1, features ``(B, H, W, C)`` -> ``(B, Q, C)``.
-    Places outside the grid count as zero. Sampling is done in float32 (Deformable DETR, section 4.1).
+    Points outside the grid count as zero. Sampling is done in float32 (Deformable DETR, section 4.1).
     """
 
     def __init__(self, dim: int, num_heads: int, num_points: int):
@@ -31,7 +31,7 @@ class DeformableAttention(nn.Module):
 
     @torch.no_grad()
     def _init(self) -> None:
-        """Point i of a head starts i steps away from the reference, heads looking in evenly spread directions."""
+        """Place point i of a head i steps from the reference; the directions of the heads are evenly spaced."""
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -57,7 +57,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableLayer(nn.Module):
-    """Self-attention among queries, deformable attention to the picture, feed-forward; post-norm."""
+    """Self-attention among queries, deformable attention to the image, feed-forward; post-norm."""
 
     def __init__(self, dim: int, num_heads: int, num_points: int, intermediate_size: int, dropout: float):
         super().__init__()
@@ -77,12 +77,12 @@ class DeformableLayer(nn.Module):
 
 
 class DAbstractor(Connector):
-    """`depth` deformable decoder layers from `grid` x `grid` queries (Honeybee, section 4.2 and published code).
+    """`depth` deformable decoder layers over `grid` x `grid` queries (Honeybee, section 4.2 and published code).
 
-    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. Positions are learned and fixed to `input_grid`; reference
-    points are learned and start on a regular grid; queries start from a learned table and are placed, in every
-    layer, by the picture pooled to their grid. Linear layers from in_dim and to out_dim exist only where the width
-    `hidden_size` differs.
+    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. Positions are learned and their number is fixed by
+    `input_grid`. Reference points are learned and start on a regular grid. Queries start from a learned table; in
+    every layer their positions are the image pooled to their grid. Linear layers from in_dim and to out_dim exist
+    only if that width differs from `hidden_size`.
     """
 
     PUBLISHED = (
@@ -132,10 +132,10 @@ class DAbstractor(Connector):
         nn.init.trunc_normal_(self.v_pos_emb, std=0.02)
 
     def _reference_grid(self) -> Tensor:
-        """``(1, grid**2, 2)``, (x, y) from the centre of the first patch to that of the last."""
+        """Reference points ``(1, grid**2, 2)`` as (x, y), from the centre of the first patch to that of the last."""
         height, width = self.input_grid
-        # Not torch.linspace: transformers replaces it while it loads a model, and torch may remember the replacement
-        # for the rest of the process, so that a connector made on the meta device would have this part on the CPU.
+        # torch.linspace is not used here: transformers patches it while loading a model, and torch may cache the patch
+        # for the rest of the process, so a connector built on the meta device would have this tensor on the CPU.
         steps = torch.arange(self.grid) / max(self.grid - 1, 1)
         y = (0.5 + steps * (height - 1)) / height
         x = (0.5 + steps * (width - 1)) / width

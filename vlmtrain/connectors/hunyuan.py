@@ -11,11 +11,11 @@ from .published import Names
 
 
 class HunyuanMerger(Connector):
-    """RMSNorm, strided convolution, a newline a row, linear, begin and end, RMSNorm (HunyuanOCR, published code).
+    """RMSNorm, strided convolution, one newline per row, linear, begin and end, RMSNorm (HunyuanOCR, published code).
 
-    ``(B, H, W, in_dim)`` -> ``(B, 2 + (H//factor) * (W//factor + 1), out_dim)``; a ragged last row or column is
-    dropped. The published ``image_sep`` takes no part in the computation: it is kept as a buffer. The special
-    tokens start normal with std out_dim**-0.5 (unverified).
+    ``(B, H, W, in_dim)`` -> ``(B, 2 + (H//factor) * (W//factor + 1), out_dim)``; an incomplete last row or column
+    is dropped. The published ``image_sep`` is not used in the computation and is kept as a buffer. The special
+    tokens are initialised from a normal distribution with std out_dim**-0.5 (unverified).
     """
 
     PUBLISHED = (

@@ -10,7 +10,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 def mlp(widths: list[int], activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear layers through `widths`, an activation between each two."""
+    """Linear layers with the given `widths` and an activation between consecutive layers."""
     layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
     for before, after in zip(widths[1:], widths[2:], strict=False):
         layers += [activation(), nn.Linear(before, after)]
@@ -58,12 +58,12 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
-# How the parts of `Attention` are called in torch's nn.MultiheadAttention, which packs q, k and v into one.
+# Names of the parts of `Attention` in torch's nn.MultiheadAttention, which packs q, k and v into one matrix.
 MULTIHEAD_ATTENTION = ((r"attn\.[qkv]\.(weight|bias)", r"attn.in_proj_\1"), (r"attn\.out\.", "attn.out_proj."))
 
 
 def init_multihead_attention(attention: Attention) -> None:
-    """The initialisation of nn.MultiheadAttention: Xavier over q, k and v as one matrix; biases zero."""
+    """Initialise as nn.MultiheadAttention does: Xavier over q, k and v as one matrix; biases are zero."""
     width, fan_in = attention.q.weight.shape
     bound = (6 / (3 * width + fan_in)) ** 0.5
     for projection in (attention.q, attention.k, attention.v):
@@ -72,7 +72,7 @@ def init_multihead_attention(attention: Attention) -> None:
 
 
 def init_linears(module: nn.Module, std: float = 0.02, truncated: bool = False) -> None:
-    """All linear layers normal with `std`, cut off at two units where `truncated` (as timm's); biases zero."""
+    """Initialise all linear layers: normal with `std`, or truncated at +-2 if `truncated` (as in timm); zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             (nn.init.trunc_normal_ if truncated else nn.init.normal_)(layer.weight, std=std)
@@ -88,7 +88,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias that keeps the size at stride 1, LayerNorm2d, and an activation if any."""
+    """Convolution without bias (size-preserving at stride 1), LayerNorm2d, and an optional activation."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class ConvNorm(nn.Sequential):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel of ``(B, C, H, W)`` by a gate computed from the means of all channels."""
+    """Scale each channel of ``(B, C, H, W)`` by a gate that is computed from the channel means."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: type[nn.Module], gate: type[nn.Module]):
         super().__init__()

@@ -12,14 +12,14 @@ from .published import Names
 
 
 def _squeezed(dim: int) -> int:
-    """A quarter of `dim`, rounded to a multiple of 8 that is not more than 10% smaller (MobileNet's rule)."""
+    """A quarter of `dim`, rounded to a multiple of 8 that is at most 10% smaller (MobileNet's rule)."""
     quarter = dim // 4
     rounded = max(8, (quarter + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * quarter else rounded
 
 
 class DepthwiseBlock(nn.Module):
-    """Depthwise 3x3, hard-swish, squeeze-and-excite, 1x1; residual at stride 1 (MobileNetV3's, with LayerNorm)."""
+    """Depthwise 3x3, hard-swish, squeeze-and-excite, 1x1; residual at stride 1 (MobileNetV3 with LayerNorm)."""
 
     def __init__(self, dim: int, stride: int):
         super().__init__()
@@ -44,7 +44,7 @@ class LDP(Connector):
         Names(
             "model.mm_projector.model.",
             (
-                # Published sequences start with an identity.
+                # The published nn.Sequential starts with an identity.
                 (r"^(mlp|mb_block)\.(\d)\.", lambda match: f"{match[1]}.{int(match[2]) + 1}."),
             ),
         ),
@@ -67,7 +67,7 @@ class LDP(Connector):
 class LDPv2(Connector):
     """Two linear layers, pooling to `grid` x `grid`, then a depthwise 3x3 added (MobileVLM V2, section 3.3).
 
-    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``; a smaller grid of patches is enlarged.
+    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``; a smaller patch grid is upsampled.
     """
 
     PUBLISHED = (Names("model.mm_projector.", ((r"^mlp\.", "mlp.mlp."), (r"^peg\.", "peg.peg.0."))),)

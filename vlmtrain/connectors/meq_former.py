@@ -13,17 +13,17 @@ from .qformer import QFormerCore, instruction_mask, sequence
 class MEQFormer(Connector):
     """Multi-encoder querying transformer (BRAVE, Kar et al., ECCV 2024, section 3).
 
-    `in_dim` is a tuple, one width an encoder, and `forward` takes a tuple of features in that order; a plain
-    width and plain features stand for one encoder. Each encoder's features, prefix included, are projected to
-    `hidden_dim`, all are concatenated along the sequence (grids may differ), and a Q-Former reads them with
-    `num_queries` queries (None: 32 an encoder): ``(B, num_queries, out_dim)``.
+    `in_dim` is a tuple with one width per encoder, and `forward` takes a tuple of features in the same order; for a
+    single encoder, a plain width and plain features are accepted. The features of each encoder, prefix included, are
+    projected to `hidden_dim` and concatenated along the sequence (grids may differ). A Q-Former reads them with
+    `num_queries` queries (None: 32 per encoder): ``(B, num_queries, out_dim)``.
 
-    No code is published. Choices where the paper is silent: no encoder embedding; cross-attention in every second
-    layer, as in BLIP-2; a prompt (`text_vocab`) has word and position embeddings but shares the queries'
-    feed-forward layers, since only without separate ones does the size match the paper's 116M (at five encoders,
-    without a prompt's embeddings, which the paper does not count); `encoder_dropout`, the paper's 20% masking of
-    encoders in training, hides an encoder from attention independently for each sample and is undone for a sample
-    that would lose all encoders. `text_vocab` None reads no prompt.
+    No code is published. Choices where the paper does not specify: no encoder embedding; cross-attention in every
+    second layer, as in BLIP-2; a prompt (`text_vocab`) has word and position embeddings but shares the feed-forward
+    layers of the queries, because only then does the size match the paper's 116M (for five encoders, without the
+    prompt's embeddings, which the paper does not count); `encoder_dropout`, the paper's 20% masking of encoders in
+    training, masks encoders independently for each sample, except for a sample that would lose all of them.
+    With `text_vocab` None there is no prompt.
     """
 
     several_encoders = True
@@ -93,7 +93,7 @@ class MEQFormer(Connector):
         return self.proj(tokens[:, : self.core.num_queries])
 
     def encoder_mask(self, parts: list[Tensor]) -> Tensor | None:
-        """Which of the concatenated features may be seen ``(B, N)``: in training some encoders are hidden."""
+        """Mask ``(B, N)`` of the concatenated features that are visible: in training some encoders are hidden."""
         if not self.training or not self.encoder_dropout:
             return None
         first = parts[0]

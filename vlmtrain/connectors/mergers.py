@@ -1,7 +1,7 @@
-"""Patch mergers of the Qwen family and `pixel_shuffle`: squares of patches become one wide token.
+"""Patch mergers of the Qwen family and `pixel_shuffle`: each square of patches becomes one wide token.
 
-Published Qwen code sees patches that its processor already put into block order and merges consecutive rows;
-here patches are in raster order and the squares are cut out explicitly, with the same result.
+In the published Qwen code the processor has already put patches into block order, and consecutive rows are merged.
+Here patches are in raster order and the squares are extracted explicitly, with the same result.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .published import Names
 
 
 def merge(x: Tensor, factor: int) -> Tensor:
-    """(B, H, W, C) -> (B, H*W / factor**2, factor**2 * C), a square's patches in raster order."""
+    """(B, H, W, C) -> (B, H*W / factor**2, factor**2 * C); the patches of a square are in raster order."""
     return blocks(x, factor).flatten(3).flatten(1, 2)
 
 
 class BlockMerge(Connector):
-    """One token a square of `factor` x `factor` patches. Both sides of the grid must be multiples of it."""
+    """One token per square of `factor` x `factor` patches. Both sides of the grid must be multiples of `factor`."""
 
     def __init__(self, in_dim: int, out_dim: int, factor: int):
         super().__init__(in_dim, out_dim)
@@ -35,7 +35,7 @@ class BlockMerge(Connector):
 
 
 class Qwen2VLMerger(BlockMerge):
-    """LayerNorm a patch, merge, two linear layers with GELU (Qwen2-VL, 2024, published code).
+    """LayerNorm per patch, merge, two linear layers with GELU (Qwen2-VL, 2024, published code).
 
     ``(B, H, W, in_dim)`` -> ``(B, H*W / factor**2, out_dim)``.
     """
@@ -53,7 +53,7 @@ class Qwen2VLMerger(BlockMerge):
 
 
 class Qwen25VLMerger(Qwen2VLMerger):
-    """As `qwen2_vl_merger` with RMSNorm (Qwen2.5-VL, 2025, section 2.1 and published code)."""
+    """`qwen2_vl_merger` with RMSNorm (Qwen2.5-VL, 2025, section 2.1 and published code)."""
 
     norm = nn.RMSNorm
 
@@ -77,9 +77,9 @@ class Qwen3Merger(nn.Module):
 class Qwen3VLMerger(BlockMerge):
     """Merger with DeepStack (Qwen3-VL, 2025, section 2 and published code).
 
-    ``(B, H, W, in_dim)`` -> ``(B, H*W / factor**2, out_dim)``; with `levels` above 0 (Qwen3-VL: 3), a pair: those
-    tokens, and a tuple of as many tensors of the same shape made from ``features.levels``, to be added to the
-    first layers of the language model.
+    ``(B, H, W, in_dim)`` -> ``(B, H*W / factor**2, out_dim)``; with `levels` above 0 (Qwen3-VL: 3) it returns a
+    pair: these tokens, and a tuple of `levels` tensors of the same shape made from ``features.levels``, which are
+    added to the hidden states of the first layers of the language model.
     """
 
     PUBLISHED = (Names("model.visual."), Names("", ((r"^merger\.", ""),)))
@@ -102,7 +102,7 @@ class Qwen3VLMerger(BlockMerge):
 
 
 class PixelShuffle(BlockMerge):
-    """Space to channels, then a projection. Not torch's `pixel_unshuffle`, which orders channels otherwise.
+    """Space to channels, then a projection. The channel order differs from torch's `pixel_unshuffle`.
 
     ``(B, H, W, in_dim)`` -> ``(B, H*W / factor**2, out_dim)``. head=linear is one layer without bias (Idefics3,
     2024, section 3.1; nanoVLM); head=internvl is LayerNorm and two layers with GELU (InternVL 1.5, 2024).

@@ -11,7 +11,7 @@ from .published import Names
 
 
 class MLP(Connector):
-    """`depth` linear layers, activation between; one token a patch (LLaVA-1.5, section 3.2: depth 2, GELU).
+    """`depth` linear layers with activations in between; one token per patch (LLaVA-1.5, section 3.2: depth 2, GELU).
 
     ``(B, H, W, in_dim)`` -> ``(B, H*W, out_dim)``. Hidden layers are `hidden_dim` wide (None: out_dim).
     """
@@ -43,7 +43,7 @@ class MLP(Connector):
 
 
 class Linear(MLP):
-    """One linear layer a patch (LLaVA, section 4.1)."""
+    """One linear layer per patch (LLaVA, section 4.1)."""
 
     PUBLISHED = (Names("model.mm_projector.", ((r"^layers\.0\.", ""),)), *MLP.PUBLISHED)
 

@@ -12,7 +12,7 @@ from .published import Names
 
 
 class PerceiverLayer(nn.Module):
-    """Latents attend to [patches; latents], then a feed-forward layer; pre-norm, residual, no biases."""
+    """Latents attend to [patches; latents], followed by a feed-forward layer; pre-norm, residual, no biases."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, intermediate_size: int):
         super().__init__()
@@ -33,12 +33,12 @@ class PerceiverLayer(nn.Module):
 
 
 class PerceiverResampler(Connector):
-    """`num_queries` latents through `depth` layers (Flamingo, section 3.1.1 and appendix A.1.1).
+    """`num_queries` latents pass through `depth` layers (Flamingo, section 3.1.1 and appendix A.1.1).
 
-    ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, any grid. The layers are in_dim wide, their feed-forward
-    parts `intermediate_size` (None: 4 * in_dim). Flamingo's cross-attention reads in_dim-wide latents, so there a
-    linear layer to out_dim does not exist: here one follows unless in_dim equals out_dim, and `load_published`
-    leaves it as it is.
+    ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, for any grid. The layers have width in_dim, their
+    feed-forward parts `intermediate_size` (None: 4 * in_dim). Flamingo has no linear layer to out_dim, because its
+    cross-attention reads latents of width in_dim. Here such a layer follows unless in_dim equals out_dim, and
+    `load_published` does not change it.
     """
 
     PUBLISHED = (

@@ -13,7 +13,7 @@ from .published import Names
 
 
 class WindowPool(Connector):
-    """One token a window of `window` x `window` patches; windows at the lower and right edge may be partial."""
+    """One token per window of `window` x `window` patches; windows at the lower and right edges may be partial."""
 
     def __init__(self, in_dim: int, out_dim: int, window: int):
         super().__init__(in_dim, out_dim)
@@ -26,7 +26,7 @@ class WindowPool(Connector):
 
 
 class AvgPool(WindowPool):
-    """Mean over the real patches of each window, then one linear layer (KempnerForge's adapter).
+    """Mean over the patches of each window, then one linear layer (KempnerForge's adapter).
 
     ``(B, H, W, in_dim)`` -> ``(B, ceil(H/window) * ceil(W/window), out_dim)``.
     """
@@ -37,7 +37,7 @@ class AvgPool(WindowPool):
 
     def forward(self, features: VisionFeatures) -> Tensor:
         x = self.check(features).permute(0, 3, 1, 2)
-        x = F.avg_pool2d(x, self.window, ceil_mode=True)  # the divisor counts real cells only
+        x = F.avg_pool2d(x, self.window, ceil_mode=True)  # the divisor does not count cells outside the grid
         return self.proj(x.flatten(2).transpose(1, 2))
 
 
@@ -55,14 +55,14 @@ class SwiGLU(nn.Module):
 
 
 class AttentionalPool(WindowPool):
-    """Attention inside each window, queried by the window's mean (Molmo2, 2025, and its published code).
+    """Attention within each window, with the window's mean as query (Molmo2, 2025, and its published code).
 
-    Reads `levels` hidden layers from ``features.levels``, concatenated deepest first (Molmo2: the ninth- and
-    the third-from-last, so levels=2; ``features.patches`` then only gives the grid). levels=0 reads
-    ``features.patches`` alone. The head is a SwiGLU projector `intermediate_size` wide (None: 3 * out_dim, as in
+    Reads `levels` hidden layers from ``features.levels``, concatenated deepest first (Molmo2 uses the
+    ninth- and third-from-last, so levels=2; ``features.patches`` then only provides the grid). levels=0 reads only
+    ``features.patches``. The head is a SwiGLU projector of width `intermediate_size` (None: 3 * out_dim, as in
     Molmo2-8B), or one linear layer with head=linear (KempnerForge's adapter, with levels=0).
     ``(B, H, W, in_dim)`` -> ``(B, ceil(H/window) * ceil(W/window), out_dim)``; Molmo2 uses window 2 for images
-    and 3 for video with the same weights. All linear layers start normal with std 0.02.
+    and 3 for video with the same weights. All linear layers are initialised from a normal distribution with std 0.02.
     """
 
     PUBLISHED = (
@@ -119,7 +119,8 @@ class AttentionalPool(WindowPool):
         batch, height, width, _ = x.shape
         rows, columns = self.output_grid(height, width)
         padding = (0, columns * self.window - width, 0, rows * self.window - height)
-        # Windows as a batch: x (B * windows, window**2, C), and 1 at real patches (B * windows, window**2, 1).
+        # Windows as a batch: x (B * windows, window**2, C), and a mask with 1 at patches inside the grid
+        # (B * windows, window**2, 1).
         real = F.pad(x.new_ones(1, height, width, 1), (0, 0, *padding)).expand(batch, -1, -1, -1)
         x, real = (blocks(y, self.window).flatten(0, 2) for y in (F.pad(x, (0, 0, *padding)), real))
         query = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)

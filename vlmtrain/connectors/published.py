@@ -1,4 +1,4 @@
-"""Loading published weights: a connector's own tensor names <-> the names of a publication."""
+"""Loading published weights: the mapping between a connector's tensor names and the published names."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 class Names(NamedTuple):
     """One naming convention.
 
-    prefix:      what stands before every name in the full model. Any number of its leading parts may be
-                 absent: ``"model.visual."`` also accepts ``"visual."`` and nothing.
-    renames:     substitutions ``(pattern, replacement)`` applied one after the other to our name. Several of
-                 our names that become one published name are its parts along dimension 0, in our order.
-    unpublished: pattern of our names that have no published counterpart; these keep their values.
+    prefix:      prefix of every name in the full model. Leading components may be missing:
+                 ``"model.visual."`` also accepts ``"visual."`` and no prefix.
+    renames:     substitutions ``(pattern, replacement)`` that are applied in order to our name. If several of
+                 our names map to one published name, they are its slices along dimension 0, in our order.
+    unpublished: pattern of our names without a published counterpart; these keep their values.
     ignored:     pattern of published names that hold no weights.
     """
 
@@ -31,7 +31,7 @@ class Names(NamedTuple):
 
 
 def load(module: nn.Module, state_dict: dict[str, Tensor], conventions: tuple[Names, ...]) -> None:
-    """Copy `state_dict` into `module` under the convention that fits best, or say what does not fit."""
+    """Copy `state_dict` into `module` under the convention that fits best. Raises ValueError listing mismatches."""
     fits = [_fit(module, state_dict, names, prefix) for names in conventions for prefix in _prefixes(names.prefix)]
     expected, missing, unexpected, kept = min(fits, key=lambda fit: len(fit[1]) + len(fit[2]))
     own = module.state_dict()
@@ -51,18 +51,18 @@ def load(module: nn.Module, state_dict: dict[str, Tensor], conventions: tuple[Na
             for part, tensor in zip(parts, state_dict[name].split(rows), strict=True):
                 own[part].copy_(tensor)
     if kept:
-        logger.warning("Not part of the published weights, left as they were: %s", ", ".join(kept))
+        logger.warning("Not part of the published weights, left unchanged: %s", ", ".join(kept))
 
 
 def published_state(module: nn.Module, names: Names) -> dict[str, Tensor]:
-    """The tensors of `module` under the names of a convention, without its prefix: what `load` takes."""
+    """Return the tensors of `module` under the names of a convention, without its prefix, as `load` accepts them."""
     own = module.state_dict()
     expected, *_ = _fit(module, own, names, "")
     return {name: torch.cat([own[part] for part in parts]) for name, parts in expected.items()}
 
 
 def drop_cls_position(state_dict: dict[str, Tensor], num_positions: int) -> dict[str, Tensor]:
-    """Older Honeybee checkpoints hold one more position, the CLS token's, first: leave it out."""
+    """Drop the first position, of the CLS token, which older Honeybee checkpoints contain in addition."""
 
     def has_cls(name: str, tensor: Tensor) -> bool:
         return name.endswith("pos_emb") and tensor.ndim == 3 and tensor.shape[1] == num_positions + 1
@@ -76,7 +76,7 @@ def _prefixes(prefix: str) -> list[str]:
 
 
 def _fit(module: nn.Module, state_dict: dict[str, Tensor], names: Names, prefix: str):
-    """Published name -> our names, and what is missing, unexpected and kept under this convention."""
+    """Map published names to ours, and list the missing, unexpected and kept names under this convention."""
     expected: dict[str, list[str]] = {}
     kept = []
     for own in module.state_dict():

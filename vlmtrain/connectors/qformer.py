@@ -1,4 +1,4 @@
-"""`qformer`: a BERT whose queries read the picture (BLIP-2, 2023), and an instruction (InstructBLIP, 2023)."""
+"""`qformer`: a BERT whose queries read the image (BLIP-2, 2023) and an instruction (InstructBLIP, 2023)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AttentionNorm(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Shared self-attention; queries then read the picture (if `cross`); own feed-forward for text (if any)."""
+    """Shared self-attention; cross-attention of queries to the image (if `cross`); separate text FFN (if any)."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class QFormerLayer(nn.Module):
 
 
 class Words(nn.Embedding):
-    """Word embeddings, which also say how much a state ``(..., dim)`` is like each word: ``(..., vocabulary)``."""
+    """Word embeddings, also used as tied output layer: states ``(..., dim)`` to logits ``(..., vocabulary)``."""
 
     def forward(self, ids: Tensor | None, states: Tensor | None = None) -> Tensor:
         return super().forward(ids) if states is None else F.linear(states, self.weight)
@@ -92,21 +92,21 @@ class TextEmbedding(nn.Module):
         length, limit = ids.shape[1], self.positions.num_embeddings
         if length > limit:
             raise ValueError(
-                f"a text of {length} tokens, but connector.text_positions={limit}: shorten it or raise the option"
+                f"the text has {length} tokens, but connector.text_positions={limit}: shorten it or raise the option"
             )
         return self.words(ids) + self.positions(torch.arange(length, device=ids.device))
 
 
 class QFormerCore(nn.Module):
-    """The Q-Former itself, which can run on queries, on text, or on both at once.
+    """The Q-Former transformer, which can run on queries, on text, or on both.
 
-    With `vision` ``(B, N, vision_dim)`` the sequence is [queries; text], without it text alone. `mask` is boolean
+    With `vision` ``(B, N, vision_dim)`` the sequence is [queries; text], without it only text. `mask` is boolean
     ``(B, T, T)`` over that sequence (or broadcastable to it), True where a row may attend to a column; None allows
-    everything. `vision_mask` ``(B, N)`` is True where queries may look. Every row of a mask must allow something.
-    Returns the hidden states ``(B, T, hidden_size)``, queries first.
+    everything. `vision_mask` ``(B, N)`` is True where queries may attend. Every row of a mask must have at least one
+    True. Returns the hidden states ``(B, T, hidden_size)``, queries first.
 
-    BLIP-2's first stage is three calls with its three masks; heads belong to the objective. Cross-attention sits
-    in layers 0, `cross_every`, ... Text has feed-forward layers of its own only where `text_ffn`.
+    BLIP-2's first stage is three calls with its three masks; the heads belong to the objective. Cross-attention is
+    in layers 0, `cross_every`, ... Text has separate feed-forward layers only if `text_ffn`.
     """
 
     def __init__(
@@ -167,14 +167,14 @@ class QFormerCore(nn.Module):
             parts.append(self.embedding(text_ids))
         x = self.dropout(self.norm(torch.cat(parts, dim=1)))
         num_queries = 0 if vision is None else self.num_queries
-        mask = None if mask is None else mask.unsqueeze(-3)  # all heads alike
+        mask = None if mask is None else mask.unsqueeze(-3)  # the same for all heads
         vision_mask = None if vision_mask is None else vision_mask[:, None, None]
         for layer in self.layers:
             x = layer(x, num_queries, vision, mask, vision_mask)
         return x
 
 
-# Our names -> LAVIS's, but for the projection, which LAVIS names after the language model; -> Hugging Face's.
+# Our names to LAVIS's, except the projection, which LAVIS names after the language model; and to Hugging Face's.
 _LAVIS = (
     (r"^core\.embedding\.words", "Qformer.bert.embeddings.word_embeddings"),
     (r"^core\.embedding\.positions", "Qformer.bert.embeddings.position_embeddings"),
@@ -207,16 +207,16 @@ _HF = (
 class QFormer(Connector):
     """Learned queries in a BERT with cross-attention, then a linear layer (BLIP-2, section 3 and published code).
 
-    ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, any grid; ``features.prefix`` (CLS) is read too, before
-    the patches. `text_vocab` (BERT's: 30523 with BLIP-2's extra token) makes it read an instruction (InstructBLIP,
-    section 2.2): then ``forward(features, text_ids, text_mask)``, ids ``(B, T)`` and a mask True at real tokens.
-    `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps in the encoder (under
-    another `vision_norm_eps`). It is this connector's, and trains also where the encoder is frozen, as published.
-    `core` is the Q-Former alone, for training without a language model: then `out_dim` is None, there is no `proj`,
-    and tokens are `hidden_size` wide.
+    ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, for any grid; ``features.prefix`` (CLS) is read as well,
+    before the patches. With `text_vocab` (BERT's: 30523 with BLIP-2's extra token) it also reads an instruction
+    (InstructBLIP, section 2.2): ``forward(features, text_ids, text_mask)``, with ids ``(B, T)`` and a mask that is
+    True at real tokens. `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps
+    in the encoder (with another `vision_norm_eps`). It is part of this connector and is trained even if the encoder is
+    frozen, as published. `core` is the Q-Former without `proj`, for training without a language model: `out_dim` is
+    then None and tokens have width `hidden_size`.
 
-    In the last layer an instruction's feed-forward part cannot influence the queries, in the published model as here:
-    it gets a gradient of zero.
+    In the last layer the feed-forward part for the instruction cannot influence the queries, here as in the published
+    model, so its gradient is zero.
     """
 
     PUBLISHED = (
@@ -284,17 +284,17 @@ class QFormer(Connector):
         return self.proj(self.core(vision, text_ids, mask)[:, : self.core.num_queries])
 
     def read(self, features: VisionFeatures) -> Tensor:
-        """What the queries read of a picture, ``(B, P + H*W, in_dim)``."""
+        """Return the sequence that the queries read from an image, ``(B, P + H*W, in_dim)``."""
         self.check(features)
         return self.ln_vision(sequence(features))
 
     def load_bert(self, state_dict: dict[str, Tensor]) -> None:
-        """Start as a BERT (section 3.1): its self-attention, its feed-forward layers for queries and text, its words.
+        """Initialise from BERT (section 3.1): self-attention, feed-forward layers (queries and text), word embeddings.
 
-        state_dict: that of Hugging Face's ``BertForMaskedLM``. Queries and cross-attention have no counterpart there,
-        nor have rows of a larger vocabulary: these stay as they are. Raises ValueError naming what does not fit.
+        state_dict: that of Hugging Face's ``BertForMaskedLM``. Queries, cross-attention and rows of a larger vocabulary
+        have no counterpart there and are left unchanged. Raises ValueError listing the tensors that do not fit.
         """
-        missing, shapes, found = set(), set(), []  # a layer's feed-forward is looked for twice
+        missing, shapes, found = set(), set(), []  # each feed-forward layer is looked up twice
         for name, own in self.core.state_dict().items():
             theirs = f"core.{name}"
             for pattern, replacement in _LAVIS:
@@ -322,16 +322,16 @@ def _is_start(rows: Tensor, table: Tensor) -> bool:
 
 
 def sequence(features: VisionFeatures) -> Tensor:
-    """Prefix and patches of one encoder as ``(B, P + H*W, C)``."""
+    """Concatenate prefix and patches of one encoder, ``(B, P + H*W, C)``."""
     patches = features.patches.flatten(1, 2)
     return patches if features.prefix is None else torch.cat([features.prefix, patches], dim=1)
 
 
 def instruction_mask(connector: Connector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:
-    """Queries and real instruction tokens may be attended to, by all: ``(B, 1, queries + T)``."""
+    """Mask ``(B, 1, queries + T)``: every position may attend to the queries and to real instruction tokens."""
     if connector.reads_text != (text_ids is not None):
         raise ValueError(
-            "connector.text_vocab is set, so the connector needs text_ids: pass the instruction, or unset the option"
+            "connector.text_vocab is set, so the connector requires text_ids: pass the instruction or unset the option"
             if connector.reads_text
             else "got text_ids, but connector.text_vocab is not set: set it to the size of the text's vocabulary"
         )

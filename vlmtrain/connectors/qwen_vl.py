@@ -23,10 +23,10 @@ from .published import Names
 class QwenVLResampler(Connector):
     """`grid` x `grid` learned queries attend to all patches (Qwen-VL, section 2.1, and its published code).
 
-    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. Keys carry a frozen 2-D sine-cosine table, resized
-    bicubically to the grid; values do not. After the attention come ``ln_post`` and ``@ proj``, which in Qwen-VL
-    live in the vision tower. `num_heads` None: one for each 128 of out_dim, at least one. That the first half of
-    the table encodes the column follows MAE's code, from which Qwen-VL's is derived (unverified).
+    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. A frozen 2-D sine-cosine table, resized bicubically
+    to the grid, is added to the keys but not to the values. The attention is followed by ``ln_post`` and ``@ proj``,
+    which are part of the vision tower in Qwen-VL. `num_heads` None: out_dim / 128 heads, at least one. The first half
+    of the table encodes the column, as in MAE's code, from which Qwen-VL's is derived (unverified).
     """
 
     PUBLISHED = (
@@ -42,7 +42,9 @@ class QwenVLResampler(Connector):
         require_positive(grid=grid, num_heads=num_heads)
         require_divisible(out_dim, "out_dim", num_heads, "num_heads")
         if out_dim % 4:
-            raise ValueError(f"out_dim={out_dim}: the sine-cosine positions of qwen_vl_resampler need a multiple of 4")
+            raise ValueError(
+                f"out_dim={out_dim}: expected a multiple of 4 for the sine-cosine positions of qwen_vl_resampler"
+            )
         self.grid = grid
         norm = partial(nn.LayerNorm, out_dim, eps=1e-6)
         self.query = nn.Parameter(torch.empty(grid * grid, out_dim))
@@ -60,7 +62,7 @@ class QwenVLResampler(Connector):
         return self.grid, self.grid
 
     def resized_positions(self, height: int, width: int) -> Tensor:
-        """The position table ``(height*width, out_dim)`` of the patches."""
+        """Position table of the patches, ``(height*width, out_dim)``."""
         if (height, width) == (self.grid, self.grid):
             return self.positions
         table = self.positions.float().T.reshape(1, self.out_dim, self.grid, self.grid)

@@ -1,4 +1,4 @@
-"""`token_packer`: coarse queries, each attending to its own region of several layers (TokenPacker, 2024)."""
+"""`token_packer`: coarse queries that each attend to their own region of several layers (TokenPacker, 2024)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class TokenPacker(BlockMerge):
     """Point-to-region attention (TokenPacker, section 3.2 and published code).
 
     ``(B, H, W, in_dim)`` -> ``(B, H*W / factor**2, out_dim)``. The queries are ``features.patches``, resized
-    bilinearly to 1/factor; the keys and values of a query come from the `factor` x `factor` patches it stands for,
-    taken from the `levels` layers of ``features.levels``, concatenated shallow to deep (published: layers 12, 16,
-    22 and 23 of CLIP ViT-L). Attention is `hidden_size` wide; `num_heads` None: one for each 128, at least one.
+    bilinearly to 1/factor; the keys and values of a query come from its `factor` x `factor` patches in the
+    `levels` layers of ``features.levels``, concatenated shallow to deep (published: layers 12, 16, 22 and 23 of CLIP
+    ViT-L). Attention has width `hidden_size`; `num_heads` None: hidden_size / 128 heads, at least one.
     """
 
     PUBLISHED = (

@@ -13,7 +13,7 @@ from .base import Connector, VisionFeatures
 from .checks import require_choice, require_grid, require_positive
 from .layers import mlp
 
-CHUNK = 64  # positions whose states are kept at a time for the backward pass
+CHUNK = 64  # number of positions whose states are kept at once for the backward pass
 
 
 def selective_scan(x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def selective_scan(x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor) -> 
     state = x.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for piece in zip(*(tensor.split(CHUNK, dim=1) for tensor in (x, step, b, c)), strict=True):
-        # Recomputed in the backward pass: a state is S times as large as its output.
+        # States are recomputed in the backward pass: a state is S times as large as its output.
         output, state = checkpoint(_scan_chunk, state, a, *piece, use_reentrant=False, preserve_rng_state=False)
         outputs.append(output)
     return torch.cat(outputs, dim=1)
@@ -57,7 +57,7 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, dim, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        with torch.no_grad():  # steps start between 0.001 and 0.1, evenly in their logarithm
+        with torch.no_grad():  # initial steps are log-uniform between 0.001 and 0.1
             step = torch.exp(torch.rand(inner) * math.log(0.1 / 0.001) + math.log(0.001)).clamp(min=1e-4)
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
@@ -75,7 +75,7 @@ class MambaMixer(nn.Module):
 def scan_orders(height: int, width: int, scan: str, device: torch.device | None = None) -> Tensor:
     """Raster indices in the order of each scan: ``(2 or 4, height*width)``.
 
-    bidirectional: along rows, and that backwards. cross: these, along columns, and that backwards.
+    bidirectional: along rows, forwards and backwards. cross: along rows and along columns, each in both directions.
     """
     raster = torch.arange(height * width, device=device)
     orders = [raster]
@@ -88,12 +88,12 @@ class VSS(Connector):
     """Vision selective scan (VL-Mamba, arXiv 2403.13600, section 3.2).
 
     ``(B, H, W, in_dim)`` -> ``(B, H*W, out_dim)``. head=l2 (VSS-L2): a = linear(x), then
-    linear(norm(scan(gelu(a)) + a)), `hidden_size` wide (None: out_dim). head=mlp (VSS-MLP): an MLP of two layers
-    over norm(scan(x) + x), where the scan is as wide as the features. scan=bidirectional (BSM) or cross (CSM).
+    linear(norm(scan(gelu(a)) + a)), with width `hidden_size` (None: out_dim). head=mlp (VSS-MLP): a two-layer MLP
+    over norm(scan(x) + x), where the scan has the width of the features. scan=bidirectional (BSM) or cross (CSM).
 
-    No code is published. Choices where the paper is silent: LayerNorm; one Mamba layer shared by all directions
-    (the paper says "one mamba layer"); directions are merged by their sum, as in VMamba; the Mamba layer has its
-    own defaults (16 states, expansion 2, convolution of 4).
+    No code is published. Choices where the paper does not specify: LayerNorm; one Mamba layer shared by all directions
+    (the paper says "one mamba layer"); the directions are summed, as in VMamba; the Mamba layer uses Mamba's
+    defaults (16 states, expansion 2, convolution of 4).
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class VSS(Connector):
         return height, width
 
     def scanned(self, x: Tensor, height: int, width: int) -> Tensor:
-        """All scans of ``(B, H*W, C)``, put back into raster order and summed."""
+        """Apply all scans to ``(B, H*W, C)``, restore raster order and sum them."""
         orders = scan_orders(height, width, self.scan, x.device)
         y = self.mixer(x[:, orders].flatten(0, 1)).unflatten(0, (len(x), len(orders)))
         back = orders.argsort(dim=1)[None, :, :, None].expand_as(y)

@@ -1,1 +1,1 @@
-"""Published checkpoints in, Hugging Face models out."""
+"""Import of published checkpoints and export to Hugging Face classes."""

@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP as Hugging Face's own classes."""
+"""Export to Hugging Face's BLIP-2 and InstructBLIP classes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from .towers import OWN_FORMAT
 
 @torch.no_grad()
 def as_blip(model: VLMWrapper, processor: Processor) -> Exported:
-    """The model as Blip2ForConditionalGeneration, or as InstructBlipForConditionalGeneration where its Q-Former reads.
+    """Convert to Blip2ForConditionalGeneration, or InstructBlipForConditionalGeneration if the Q-Former reads text.
 
-    Tensors are shared where they are alike. Raises DoesNotFit for parts that these classes cannot hold.
+    Unchanged tensors are shared. Raises DoesNotFit for parts that these classes do not support.
     """
     check_parts(model, processor)
     connector, reads = model.connector, model.connector.reads_text
@@ -71,42 +71,44 @@ def as_blip(model: VLMWrapper, processor: Processor) -> Exported:
     look = {"image_mean": list(processor.geometry.mean), "image_std": list(processor.geometry.std), "resample": 3}
     height, width = processor.geometry.size
     pictures = BlipImageProcessorPil(**look, size={"height": height, "width": width})
-    remarks = [f"pictures that are not {height}x{width}: {ROUNDING}"]
+    remarks = [f"images that are not {height}x{width}: {ROUNDING}"]
     if reads:
         done = InstructBlipProcessor(pictures, speech.tokenizer, _reading_tokenizer(processor.reader), queries)
         remarks.append(
-            "batches: InstructBLIP's processor pads what the Q-Former reads on the left, where its positions begin: "
-            "put instructions of one length together, or pass them one by one"
+            "batches: InstructBLIP's processor pads the Q-Former's input on the left, which shifts its positions: "
+            "batch only instructions of the same length, or pass them one by one"
         )
     else:
         done = Blip2Processor(pictures, speech.tokenizer, queries)
     if not queries:
-        remarks.append("prompts must come from processor.tokenizer.apply_chat_template, which writes pictures' tokens")
+        remarks.append("prompts must come from processor.tokenizer.apply_chat_template, which adds the image tokens")
     return Exported(exported, done, tuple(remarks))
 
 
 def _check(connector: nn.Module, geometry: Geometry) -> None:
-    """Raise DoesNotFit for a connector or a way with pictures that the classes do not know."""
+    """Raise DoesNotFit for a connector or an image preparation that the classes do not support."""
     if not isinstance(connector, QFormer):
-        raise DoesNotFit(f"connector={connector.config['name']}: BLIP-2's classes have the qformer only ({OWN_FORMAT})")
+        raise DoesNotFit(f"connector={connector.config['name']}: BLIP-2's classes support only qformer ({OWN_FORMAT})")
     if not isinstance(connector.ln_vision, nn.LayerNorm):
         raise DoesNotFit(
-            f"connector.vision_norm=false: BLIP-2's classes normalise what the encoder gives ({OWN_FORMAT}; or train "
+            f"connector.vision_norm=false: BLIP-2's classes normalise the encoder's features ({OWN_FORMAT}; or train "
             "with connector.vision_norm=true)"
         )
     if geometry.fit != "squash":
-        raise DoesNotFit(f"image_fit={geometry.fit}: BLIP-2's processors stretch ({OWN_FORMAT}; or image_fit=squash)")
+        raise DoesNotFit(
+            f"image_fit={geometry.fit}: BLIP-2's processors stretch images ({OWN_FORMAT}; or image_fit=squash)"
+        )
 
 
 def _speech(processor: Processor) -> tuple[Speech, int]:
-    """What renders outside, and how many tokens of a picture its processor puts before the words."""
+    """Tokenizer and template of the export, and the number of image tokens that its processor puts before the text."""
     renderer = processor.renderer
     if renderer.pictures_first:
         return spoken_words(processor), processor.geometry.tokens
     if processor.reader:
         raise DoesNotFit(
-            f"template={renderer.template}: InstructBLIP's processor has the Q-Former read the whole prompt, not the "
-            f"instruction ({OWN_FORMAT}; or train with template=blip)"
+            f"template={renderer.template}: in InstructBLIP's processor the Q-Former reads the complete prompt, not "
+            f"the instruction ({OWN_FORMAT}; or train with template=blip)"
         )
     speech = typed_speech(processor)
     mark = speech.tokenizer.convert_ids_to_tokens(speech.image_id)
@@ -144,13 +146,13 @@ def _qformer_state(connector: QFormer) -> dict[str, Tensor]:
 
 
 def _language_state(llm: nn.Module, speech: Speech, processor: Processor) -> tuple:
-    """Configuration and tensors of the language model, with a row for the image token."""
+    """Configuration and tensors of the language model, with an additional row for the image token."""
     config = copy.deepcopy(llm.config.get_text_config())
     tables = [llm.get_input_embeddings(), llm.get_output_embeddings()]
     rows = len(tables[0].weight)
     lacking = max(0, speech.image_id + 1 - rows)
     config.vocab_size = rows + lacking
-    # the classes ask it, and no file of theirs, where an answer ends
+    # the classes read the end-of-answer token from this configuration and not from their own files
     config.eos_token_id = processor.renderer.stop_ids
     config.bos_token_id, config.pad_token_id = speech.tokenizer.bos_token_id, speech.tokenizer.pad_token_id
     grown = {tensor.data_ptr() for table in tables if table is not None for tensor in table.parameters()}
@@ -162,12 +164,12 @@ def _language_state(llm: nn.Module, speech: Speech, processor: Processor) -> tup
 
 
 def _with_rows(table: Tensor, rows: int) -> Tensor:
-    """A table or bias with further rows, the mean of the others: greedy answers never take what they stand for."""
+    """Append rows with the mean of the others to a table or bias; greedy decoding never selects their tokens."""
     return torch.cat([table, table.mean(0, keepdim=True).expand(rows, *table.shape[1:])]) if rows else table
 
 
 def _reading_tokenizer(reader: TextReader) -> PreTrainedTokenizerBase:
-    """The tokenizer that the Q-Former reads with, which frames texts by itself. Raises DoesNotFit if it cannot."""
+    """The Q-Former's tokenizer, which adds the special tokens itself. Raises DoesNotFit if that is not possible."""
     tokenizer = copy.deepcopy(reader.tokenizer)
     frame = {}
     for letter, token_id in (("start", reader.vocabulary.start), ("end", reader.vocabulary.end)):
@@ -187,6 +189,6 @@ def _reading_tokenizer(reader: TextReader) -> PreTrainedTokenizerBase:
     words = "What color is it, 1 or 2?"
     if tokenizer(words).input_ids != reader.encode(words).tolist():
         raise DoesNotFit(
-            f"the connector's tokenizer cannot be written so that it frames texts by itself ({OWN_FORMAT})"
+            f"the connector's tokenizer cannot be exported so that it adds its special tokens itself ({OWN_FORMAT})"
         )
     return tokenizer

@@ -1,4 +1,4 @@
-"""Vision encoders as BLIP-2's and InstructBLIP's: a plain ViT with a class token and no norm before its blocks."""
+"""Vision encoders for BLIP-2 and InstructBLIP: a plain ViT with a class token and no norm before its blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..model.vision import HFVision, OpenClipVision, VisionEncoder
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .towers import OWN_FORMAT, build_tower, gelu_name, renamed, scale_layers
 
-FITTING = "an EVA-CLIP or another ViT of open_clip with a class token and no norm before its blocks, or BLIP-2's own"
+FITTING = "EVA-CLIP or another open_clip ViT with a class token and no norm before its blocks, or BLIP-2's own encoder"
 
 _OPEN_CLIP = (
     (r"^conv1\.", "embeddings.patch_embedding."),
@@ -38,15 +38,15 @@ _TIMM = (
 
 @torch.no_grad()
 def as_blip_tower(vision: VisionEncoder, norm: nn.LayerNorm, model_class: type[nn.Module]) -> nn.Module:
-    """`vision` up to its layer, and `norm` behind it, as a `model_class`.
+    """Convert `vision` up to its layer, followed by `norm`, to a `model_class`.
 
-    model_class: Blip2VisionModel or InstructBlipVisionModel. Raises DoesNotFit for other towers, naming what fits.
+    model_class: Blip2VisionModel or InstructBlipVisionModel. Raises DoesNotFit for unsupported towers.
     """
     height, width = vision.image_size
     if height != width or vision.patch_size[0] != vision.patch_size[1]:
         raise DoesNotFit(
-            f"vision.image_size={height}x{width} in patches of {vision.patch_size[0]}x{vision.patch_size[1]}: BLIP-2's "
-            f"classes take squares ({OWN_FORMAT})"
+            f"vision.image_size={height}x{width} with patches of {vision.patch_size[0]}x{vision.patch_size[1]}: "
+            f"BLIP-2's classes require square images and patches ({OWN_FORMAT})"
         )
     depth = vision.layer if vision.layer > 0 else vision.num_blocks + vision.layer + 1
     state, shape = _plain_vit(vision)
@@ -68,15 +68,15 @@ def as_blip_tower(vision: VisionEncoder, norm: nn.LayerNorm, model_class: type[n
     difference = relative_difference(model.eval()(probe).last_hidden_state, norm(expected))
     if not difference <= tolerance(probe.dtype):
         raise DoesNotFit(
-            f"this image tower and connector.vision_norm compute something else than {model_class.__name__} with their "
-            f"weights, by {difference:.1g} of the largest (the norms' eps: {norm.eps:g} and {config.layer_norm_eps:g}; "
-            f"{OWN_FORMAT})"
+            f"{model_class.__name__} with the weights of this image tower and connector.vision_norm gives different "
+            f"features, by {difference:.1g} relative to the largest (eps of the norms: {norm.eps:g} and "
+            f"{config.layer_norm_eps:g}; {OWN_FORMAT})"
         )
     return model
 
 
 def _plain_vit(vision: VisionEncoder) -> tuple[dict[str, Tensor], dict]:
-    """Tensors of all blocks in BLIP-2's names, and what its configuration says of them."""
+    """Tensors of all blocks under BLIP-2's names, and the corresponding configuration values."""
     if isinstance(vision, HFVision) and isinstance(vision.encoder, Blip2VisionModel | InstructBlipVisionModel):
         config = vision.encoder.config
         state = {name: t for name, t in vision.encoder.state_dict().items() if not name.startswith("post_layernorm.")}
@@ -89,14 +89,14 @@ def _plain_vit(vision: VisionEncoder) -> tuple[dict[str, Tensor], dict]:
     if isinstance(vision, OpenClipVision):
         return _timm(vision.visual.trunk) if vision._is_timm else _open_clip(vision)
     tower = type(vision.encoder).__name__ if isinstance(vision, HFVision) else type(vision).__name__
-    raise DoesNotFit(f"{tower} is no encoder of BLIP-2's classes, which take {FITTING} ({OWN_FORMAT})")
+    raise DoesNotFit(f"{tower} is not supported by BLIP-2's classes, which take {FITTING} ({OWN_FORMAT})")
 
 
 def _open_clip(vision: OpenClipVision) -> tuple[dict[str, Tensor], dict]:
     visual, first = vision.visual, vision.visual.transformer.resblocks[0]
     if not isinstance(visual.ln_pre, nn.Identity) or not hasattr(first.mlp, "c_fc"):
         raise DoesNotFit(
-            f"open_clip's ViT with a norm before its blocks (CLIP's) is no encoder of BLIP-2's classes, which take "
+            f"an open_clip ViT with a norm before its blocks (CLIP) is not supported by BLIP-2's classes, which take "
             f"{FITTING} ({OWN_FORMAT})"
         )
     state = {name: each for name, each in visual.state_dict().items() if not re.match(r"proj$|attn_pool|ln_post", name)}
@@ -116,13 +116,13 @@ def _timm(trunk: nn.Module) -> tuple[dict[str, Tensor], dict]:
     first = trunk.blocks[0]
     if getattr(trunk, "cls_token", None) is None or not hasattr(first.mlp, "fc1") or first.attn.qkv is None:
         raise DoesNotFit(
-            f"timm's {type(trunk).__name__} without a class token, or with gated layers, is no encoder of BLIP-2's "
+            f"timm's {type(trunk).__name__} without a class token or with gated layers is not supported by BLIP-2's "
             f"classes, which take {FITTING} ({OWN_FORMAT})"
         )
-    behind = re.compile(r"norm\.|fc_norm|head|attn_pool")  # the last block, where nothing is read
+    behind = re.compile(r"norm\.|fc_norm|head|attn_pool")  # after the last block; not used here
     state = {name: each for name, each in trunk.state_dict().items() if not behind.match(name)}
     scale_layers(state, r"\.(?:ls|gamma_)([12])(?:\.gamma)?$", ("attn.proj", "mlp.fc2"))
-    for name in [name for name in state if name.endswith(".q_bias")]:  # EVA's keys have none
+    for name in [name for name in state if name.endswith(".q_bias")]:  # EVA's keys have no bias
         q, v = state.pop(name), state.pop(name.replace(".q_bias", ".v_bias"))
         state[name.replace(".q_bias", ".qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     return renamed(state, _TIMM), {

@@ -1,9 +1,9 @@
-"""A tokenizer and chat template that make outside what `Renderer` makes here, from typed content too.
+"""A tokenizer and chat template for export that reproduce `Renderer`, also from typed content.
 
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     {"role": "user", "content": "<image>\\nWhat is this?"}
 
-Both are the same turn: pictures and text stand in their order, a newline between a picture and what is beside it.
+Both are the same turn: images and text keep their order, with a newline between an image and its neighbours.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SPACING\
 {%- endfor -%}
 {%- set messages = typed.messages -%}
 """
-# A tokenizer that puts a space before the first word of a text, but not behind a special token.
+# For a tokenizer that adds a space before the first word of a text, but not after a special token.
 _SPACING = """\
 {%- set pieces = typed.text.split('IMAGE') -%}{%- set typed.text = pieces[0] -%}
 {%- for piece in pieces[1:] -%}
@@ -49,7 +49,7 @@ _SPACING = """\
 {%- set typed.text = typed.text + 'IMAGE' + space + piece -%}
 {%- endfor -%}
 """
-# For `blip`: no picture stands among the words; PICTURES is before all of them, or another's to put there.
+# For `blip`: there are no images within the text; _PICTURES puts them before it, or the processor does.
 _MARKS_OUT = """\
 {%- set typed.text = typed.text.split('IMAGE') | map('trim') | join(' ') | trim -%}
 """
@@ -75,7 +75,7 @@ _PLAIN = (
 
 
 class Speech(NamedTuple):
-    """What renders outside: a tokenizer with an image token, that token's id, and the chat template."""
+    """Rendering of an export: a tokenizer with an image token, the id of that token, and the chat template."""
 
     tokenizer: PreTrainedTokenizerBase
     image_id: int
@@ -83,10 +83,10 @@ class Speech(NamedTuple):
 
 
 def typed_speech(processor: Processor) -> Speech:
-    """The tokenizer and template of `processor` for Hugging Face's, which write image tokens into text.
+    """Tokenizer and template of `processor` for Hugging Face processors that expand image tokens in the text.
 
-    The tokenizer adds no special tokens by itself: the template writes all of them. Raises ValueError if no template
-    found gives the same token ids.
+    The tokenizer itself adds no special tokens: the template writes all of them. Raises ValueError if no candidate
+    template gives the same token ids.
     """
     renderer = processor.renderer
     tokenizer = _with_image_token(renderer.tokenizer)
@@ -104,13 +104,13 @@ def typed_speech(processor: Processor) -> Speech:
 
 
 def spoken_words(processor: Processor) -> Speech:
-    """The same for BLIP-2's processors, which put the pictures' tokens and the tokenizer's own before the words.
+    """The same for BLIP-2's processors, which put the image tokens and the tokenizer's special tokens before the text.
 
-    Raises ValueError for another template than ``blip``.
+    Raises ValueError for any template other than ``blip``.
     """
     renderer = processor.renderer
     if not renderer.pictures_first:
-        raise ValueError(f"template={renderer.template} does not show pictures before all words: use template=blip")
+        raise ValueError(f"template={renderer.template} does not put images before the text: use template=blip")
     tokenizer = _with_image_token(renderer.tokenizer)
     _add_nothing(tokenizer)
     words = _inner_template(renderer, processor.fallback).replace("{{ bos_token }}", "")
@@ -139,7 +139,7 @@ def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 def _chosen(
     renderer: Renderer, tokenizer: PreTrainedTokenizerBase, templates: list[str], pictures_put: bool = False
 ) -> Speech:
-    """The first of some templates that gives what the renderer gives. Raises ValueError if none does."""
+    """Return the first template that gives the same token ids as the renderer. Raises ValueError if none does."""
     image_id, differing = tokenizer.convert_tokens_to_ids(IMAGE_MARK), ""
     for template in templates:
         speech = Speech(tokenizer, image_id, template)
@@ -148,7 +148,7 @@ def _chosen(
             tokenizer.chat_template = template
             return speech
         differing = differing or found
-    raise ValueError(f"the chat template of the export would give other tokens than training saw: {differing}")
+    raise ValueError(f"the chat template of the export would give other tokens than in training: {differing}")
 
 
 def _inner_template(renderer: Renderer, fallback: str | None) -> str:
@@ -159,9 +159,9 @@ def _inner_template(renderer: Renderer, fallback: str | None) -> str:
 
 
 def _written_out(renderer: Renderer) -> list[str]:
-    """A template of the texts that the renderer puts between turns, if they are the same at every turn.
+    """Templates written from the texts that the renderer puts between turns, if these are the same for every turn.
 
-    For templates that show answers otherwise once others follow (those for reasoning), as training does not.
+    For templates that render an answer differently when further turns follow (reasoning templates), unlike training.
     """
     if renderer.template == "plain":
         return []
@@ -169,7 +169,7 @@ def _written_out(renderer: Renderer) -> list[str]:
     start, ask, end, *more, _ = renderer.template_texts(talk)
     try:
         before, behind, *told, _ = renderer.template_texts((Turn("system", "s"), *talk))
-    except ValueError:  # it takes no system turn
+    except ValueError:  # the template does not support a system turn
         before, behind, told = "", "", [ask, end, *more]
     if more != [ask, end, ask] or told != [ask, end, *more]:
         return []
@@ -204,15 +204,15 @@ def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
 
 
 def _difference(renderer: Renderer, speech: Speech, pictures_put: bool) -> str | None:
-    """Where typed and plain content render to other ids than the renderer's, in words; None if nowhere.
+    """Describe the first difference between the ids of typed or plain content and the renderer's; None if equal.
 
-    pictures_put: whether a processor puts the pictures' tokens before the others.
+    pictures_put: whether a processor puts the image tokens before the others.
     """
     for turns in _conversations(renderer):
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
             wanted = renderer.prompt(Conversation("export", turns, (None,) * images), [3] * images)
-        except BadSample:  # a template may take no system turn, or one exchange only
+        except BadSample:  # the template may not support a system turn, or only one exchange
             continue
         expected = wanted.input_ids.masked_fill(wanted.image_index >= 0, speech.image_id).tolist()
         for message_of in (_string_message, _typed_message):
@@ -227,7 +227,7 @@ def _difference(renderer: Renderer, speech: Speech, pictures_put: bool) -> str |
                 alike = min(len(found), len(expected))
                 start = next((i for i in range(alike) if found[i] != expected[i]), max(0, alike - 4))
                 shown = (speech.tokenizer.decode(ids[start : start + 8]) for ids in (found, expected))
-                return "{!r} where it should be {!r}".format(*shown)
+                return "got {!r}, expected {!r}".format(*shown)
     return None
 
 
@@ -236,7 +236,7 @@ def _string_message(turn: Turn) -> dict:
 
 
 def _typed_message(turn: Turn) -> dict:
-    """A turn in items; as it is where a picture stands in the middle of a line, which items do not say."""
+    """A turn as typed items; unchanged if an image is in the middle of a line, which items cannot express."""
     content: list[dict] = []
     pieces = turn.text.split(IMAGE_MARK)
     for number, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""A model folder of ours as a folder for Hugging Face, shown to give the same logits before it is kept."""
+"""Export of a model folder to a Hugging Face folder, after checking that both give the same logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMATS = ("hf", "llava", "blip2", "vlmtrain")
 
 
 class Export(NamedTuple):
-    """What was written: the class, how far its logits are from the source's, and what it does otherwise."""
+    """Result of an export: the class, the difference of its logits from the source's, and known deviations."""
 
     folder: str
     model_class: str
@@ -34,11 +34,11 @@ class Export(NamedTuple):
 
 
 def export(source: Path, out: Path, form: str = "hf") -> Export:
-    """Write the model folder `source` to `out`.
+    """Export the model folder `source` to `out`.
 
-    form: ``llava`` is LLaVA-1.5's or LLaVA-NeXT's own class and ``blip2`` BLIP-2's or InstructBLIP's, which
-    transformers loads alone; ``vlmtrain`` a class that ``import vlmtrain`` registers; ``hf`` the first of them that
-    fits. Raises ValueError saying why a form does not.
+    form: ``llava`` is the class of LLaVA-1.5 or LLaVA-NeXT and ``blip2`` that of BLIP-2 or InstructBLIP, which
+    transformers loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the first
+    of them that fits. Raises ValueError with the reason if the form does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -58,7 +58,7 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
 
 
 def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exported, float]:
-    """The first class of those that `form` allows which gives the same logits, and how far they are apart."""
+    """The first class allowed by `form` that gives the same logits, and the difference of the logits."""
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
@@ -68,7 +68,7 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
         except DoesNotFit as error:
             if form != "hf":
                 raise
-            remarks = (f"loads after 'import vlmtrain' only: {error}",)
+            remarks = (f"loads only after 'import vlmtrain': {error}",)
     from .own import as_own
 
     exported = as_own(model, processor)
@@ -77,7 +77,7 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
 
 @torch.no_grad()
 def _checked(model: VLMWrapper, processor: Processor, exported: Exported) -> float:
-    """How far the logits are apart on a question about a picture. Raises DoesNotFit if that is more than rounding."""
+    """Difference of the logits for a question about an image. Raises DoesNotFit if it is more than rounding."""
     batch = probe(processor)
     text = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
     expected = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles, **text)
@@ -85,15 +85,15 @@ def _checked(model: VLMWrapper, processor: Processor, exported: Exported) -> flo
     difference = relative_difference(found, expected)
     if not difference <= tolerance(expected.dtype):
         raise DoesNotFit(
-            f"{type(exported.model).__name__} gives other logits than {type(model.llm).__name__} does here (by "
-            f"{difference:.1g} of the largest): it does not scale or cap them as that class does "
-            "(--format vlmtrain takes any)"
+            f"{type(exported.model).__name__} gives different logits from {type(model.llm).__name__} (by "
+            f"{difference:.1g} relative to the largest): it does not scale or cap them as that class does "
+            "(--format vlmtrain supports all models)"
         )
     return difference
 
 
 def probe(processor: Processor) -> Batch:
-    """A question about a picture of noise, of another shape than the encoder's."""
+    """A question about a noise image whose aspect ratio differs from the encoder's."""
     height, width = processor.geometry.size
     pixels = torch.randint(0, 256, (height, width + width // 2, 3), generator=torch.Generator().manual_seed(0))
     picture = Image.fromarray(pixels.to(torch.uint8).numpy())
@@ -102,7 +102,7 @@ def probe(processor: Processor) -> Batch:
 
 
 class _Shown(NamedTuple):
-    """A picture that is there already."""
+    """An image that is already in memory."""
 
     picture: Image.Image
 
@@ -114,7 +114,7 @@ class _Shown(NamedTuple):
 
 
 def hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
-    """Logits of a Hugging Face model for a batch of ours with pictures, ``(B, T, V)``."""
+    """Logits ``(B, T, V)`` of a Hugging Face model for one of our batches with images."""
     options = {"pixel_values": batch.images}
     if exported.model.config.model_type == "vlmtrain":
         if batch.tiles is not None:

@@ -1,4 +1,4 @@
-"""What a class of another library can hold, and how that is shown."""
+"""Checks whether a class of another library can represent a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ TOLERANCE = 1e-4
 
 
 class DoesNotFit(ValueError):
-    """A model that a class of another library cannot hold; the message says why, and what would work."""
+    """A class of another library cannot represent the model; the message gives the reason and an alternative."""
 
 
 def relative_difference(one: Tensor, other: Tensor) -> float:
-    """The largest difference, in units of the largest value of `other`."""
+    """The largest absolute difference, relative to the largest absolute value of `other`."""
     return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-30))
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far two orders of the same additions may lie apart."""
+    """Tolerance for results that differ only in the order of additions."""
     return max(TOLERANCE, 16 * torch.finfo(dtype).eps)

@@ -1,5 +1,5 @@
-"""Published checkpoints as model folders of ours: LLaVA-1.5, LLaVA-NeXT, BLIP-2 and InstructBLIP of Hugging Face, and
-projectors alone."""
+"""Import of published checkpoints as model folders: LLaVA-1.5, LLaVA-NeXT, BLIP-2 and InstructBLIP of Hugging Face, and
+single projectors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DEFAULT_LENGTH = 2048
 
 _TOLD = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_rescale", "rescale_factor", "do_normalize")
 
-# Templates of processors take items; here words are strings, in which pictures have their marks already.
+# Templates of processors expect typed items; here content is a string that already contains the image marks.
 _ITEMS = (
     "{%- set said = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -61,7 +61,7 @@ _ITEMS = (
 
 
 class Import(NamedTuple):
-    """What was read and written; largest_relative_difference: of the logits from the source's, where it has any."""
+    """What was read and written. largest_relative_difference: of the logits from the source's, if it has any."""
 
     folder: str
     source: str
@@ -79,18 +79,18 @@ def import_model(
     template: str | None = None,
     image_fit: str | None = None,
 ) -> Import:
-    """Write what `source` holds to `out` as a model folder that ``init_from`` takes.
+    """Convert `source` to a model folder at `out` that ``init_from`` accepts.
 
-    source: a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP folder of Hugging Face, or a projector alone
-    (an original LLaVA ``mm_projector.bin``, InternVL's ``mlp1``, nanoVLM's ``MP``; torch or safetensors), which needs
-    `llm`, and `vision` unless the ``config.json`` beside it names the encoder.
-    template: one of ours, where the source's cannot be trained on. image_fit: in place of the source's. Raises
-    ValueError naming file, tensor and expectation.
+    source: a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP folder of Hugging Face, or a single projector
+    (an original LLaVA ``mm_projector.bin``, InternVL's ``mlp1``, nanoVLM's ``MP``; torch or safetensors), which
+    requires `llm`, and `vision` unless the ``config.json`` next to it names the encoder.
+    template: one of vlmtrain's, if the source's cannot be trained on. image_fit: replaces the source's. Raises
+    ValueError with the file, the tensor and what was expected.
     """
     check_new_folder(out, "OUT_DIR")
     if source.is_dir():
         if llm or vision:
-            raise ValueError(f"{source} has its own encoder and language model: leave out --llm and --vision")
+            raise ValueError(f"{source} contains an encoder and a language model: omit --llm and --vision")
         model, processor, difference = _from_folder(source, template, image_fit)
         classes = {"class": MODEL_CLASSES[load_hf_config(str(source), "SOURCE").model_type]}
     elif source.is_file():
@@ -98,7 +98,7 @@ def import_model(
         processor = _processor(source, tokenizer, model, image_fit or fitting, (), template)
         difference, classes = None, {}
     else:
-        raise ValueError(f"{source} does not exist: expected a Hugging Face folder or a projector's file")
+        raise ValueError(f"{source} does not exist: expected a Hugging Face folder or a projector file")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -119,12 +119,12 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
             f"{folder / 'config.json'}: model_type is {config.model_type}, expected {' or '.join(MODEL_CLASSES)}"
         )
     if config.model_type == "llava_next" and fit not in (None, "tiles"):
-        raise ValueError(f"--image-fit {fit}: {folder} is a LLaVA-NeXT, which takes pictures in tiles alone")
+        raise ValueError(f"--image-fit {fit}: {folder} is a LLaVA-NeXT, which supports only tiles")
     is_blip = config.model_type in BLIP_CLASSES
     if is_blip:
         check_blip(folder, config)
     tokenizer = load_tokenizer(str(folder), "SOURCE")
-    # the classes of BLIP-2 keep their Q-Former in fp32 whatever the rest is
+    # BLIP-2's classes keep the Q-Former in fp32 regardless of the dtype of the rest
     dtype = torch.float32 if is_blip else "auto"
     source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype=dtype).eval()
     file, preparation = _preparation(folder)
@@ -144,7 +144,7 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
 
 
 def _from_llava(folder: Path, source: PreTrainedModel, look: dict) -> tuple[VLMWrapper, tuple[tuple[int, int], ...]]:
-    """The parts, and the grids of tiles that pictures are cut into."""
+    """The parts of the model, and the grids of tiles into which images are cut."""
     vision = _encoder(folder, source, look)
     llm = _language_model(source)
     model = VLMWrapper(vision, _connector(folder, source, vision, llm), llm).eval()
@@ -153,7 +153,7 @@ def _from_llava(folder: Path, source: PreTrainedModel, look: dict) -> tuple[VLMW
 
 @torch.no_grad()
 def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) -> float:
-    """How far the logits are from the source's. Raises ValueError if that is more than rounding."""
+    """Difference of the logits from the source's. Raises ValueError if it is more than rounding."""
     batch = probe(processor)
     dtype = next(source.parameters()).dtype
     batch = batch._replace(images=batch.images.to(dtype))
@@ -163,14 +163,14 @@ def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) 
     difference = relative_difference(found, expected)
     if not difference <= tolerance(dtype):
         raise ValueError(
-            f"{type(model.llm).__name__} gives other logits than {type(source).__name__} with the same weights (by "
-            f"{difference:.1g} of the largest): it scales or caps them"
+            f"{type(model.llm).__name__} gives different logits from {type(source).__name__} with the same weights (by "
+            f"{difference:.1g} relative to the largest): it scales or caps them"
         )
     return difference
 
 
 def _preparation(folder: Path) -> tuple[Path, ImageProcessingMixin]:
-    """The source's image processor, and the file that it is told by."""
+    """The source's image processor, and the file that configures it."""
     for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
         if file.exists():
             settings = read_json(file)
@@ -179,7 +179,7 @@ def _preparation(folder: Path) -> tuple[Path, ImageProcessingMixin]:
                 try:
                     return file, AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
                 except (ValueError, OSError, ImportError, TypeError) as error:
-                    raise ValueError(f"{file} makes no image processor: {first_line(error)}") from None
+                    raise ValueError(f"{file} is not a valid image processor: {first_line(error)}") from None
     raise ValueError(f"{folder / 'preprocessor_config.json'} is missing, or has no image_mean and image_std")
 
 
@@ -190,7 +190,7 @@ def _fit(preparation: ImageProcessingMixin) -> str:
 
 
 def _check_pixels(file: Path, preparation: ImageProcessingMixin, geometry: Geometry) -> None:
-    """Raise ValueError unless a smooth, wide picture reaches the encoder as the source prepares it."""
+    """Raise ValueError unless a smooth, wide image is prepared as by the source's processor."""
     height, width = geometry.size
     across, down = torch.linspace(0, 255, 2 * width), torch.linspace(0, 255, height + height // 4)
     x, y = torch.meshgrid(across, down, indexing="xy")
@@ -202,18 +202,18 @@ def _check_pixels(file: Path, preparation: ImageProcessingMixin, geometry: Geome
         try:
             theirs = preparation(images=[picture], return_tensors="pt")["pixel_values"].flatten(0, -4)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{file} prepares no picture: {first_line(error)}") from None
+            raise ValueError(f"{file} cannot prepare an image: {first_line(error)}") from None
         if theirs.shape != ours.shape:
-            problem = f"pictures of {_by(theirs)} pixels, expected {_by(ours)} as the encoder takes"
+            problem = f"images of {_by(theirs)} pixels, expected {_by(ours)} as for the encoder"
         else:
             levels = (theirs - ours).abs() * torch.tensor(geometry.std)[:, None, None] * 255
             worst = float(levels.max())
             if worst > 1.5:
                 told = preparation.to_dict()
                 said = ", ".join(f"{key}={told[key]}" for key in _TOLD if told.get(key) is not None)
-                problem = f"{said}: pixels differ from image_fit={geometry.fit} here, by {worst:.0f} of 255 levels"
+                problem = f"{said}: pixels differ from image_fit={geometry.fit} by {worst:.0f} of 255 levels"
     if problem:
-        raise ValueError(f"{file}: {problem} (vlmtrain import with --image-fit takes the model all the same)")
+        raise ValueError(f"{file}: {problem} (vlmtrain import with --image-fit imports the model anyway)")
 
 
 def _by(views: Tensor) -> str:
@@ -224,7 +224,7 @@ def _encoder(folder: Path, source: PreTrainedModel, look: dict) -> HFVision:
     config, layer = source.config, source.config.vision_feature_layer
     if not isinstance(layer, int):
         raise ValueError(
-            f"{folder / 'config.json'}: vision_feature_layer={list(layer)} joins several layers, expected one number"
+            f"{folder / 'config.json'}: vision_feature_layer={list(layer)} combines several layers, expected one number"
         )
     tower = source.model.vision_tower
     vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer).eval()
@@ -235,14 +235,14 @@ def _encoder(folder: Path, source: PreTrainedModel, look: dict) -> HFVision:
     dropped = 1 if config.vision_feature_select_strategy == "default" else 0
     if count != dropped:
         raise ValueError(
-            f"{folder / 'config.json'}: vision_feature_select_strategy={config.vision_feature_select_strategy} leaves "
-            f"out {dropped} tokens, the encoder has {count} before its patches: expected as many"
+            f"{folder / 'config.json'}: vision_feature_select_strategy={config.vision_feature_select_strategy} drops "
+            f"{dropped} tokens, expected {count}, the number that the encoder has before its patches"
         )
     return vision
 
 
 def _language_model(source: PreTrainedModel) -> nn.Module:
-    """The source's language model under its own head."""
+    """The source's language model with its own head."""
     config = source.config.text_config
     head, table = source.get_output_embeddings().weight, source.get_input_embeddings().weight
     config.tie_word_embeddings = head.data_ptr() == table.data_ptr()
@@ -259,7 +259,7 @@ def _language_model(source: PreTrainedModel) -> nn.Module:
     )
     wrong = sorted(str(name) for kind in ("missing_keys", "unexpected_keys") for name in info[kind])
     if wrong:
-        raise ValueError(f"{model_class.__name__} does not take the source's language model: {wrong[0]}")
+        raise ValueError(f"the source's language model does not fit {model_class.__name__}: {wrong[0]}")
     return llm.eval()
 
 
@@ -269,7 +269,7 @@ def _connector(folder: Path, source: PreTrainedModel, vision: VisionEncoder, llm
     first, second = state["linear_1.weight"], state["linear_2.weight"]
     for layer, weight in (("linear_1", first), ("linear_2", second)):
         state.setdefault(f"{layer}.bias", weight.new_zeros(len(weight)))
-    if act == "linear":  # two layers with nothing between are one
+    if act == "linear":  # two layers without an activation in between are one
         bias = second @ state["linear_1.bias"] + state["linear_2.bias"]
         state, name, options = {"weight": second @ first, "bias": bias}, "linear", {}
     elif act in ACTIVATIONS:
@@ -315,14 +315,16 @@ def _processor(
 
 
 def _template(where: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that shows conversations as the source does; a tokenizer's own is brought to strings."""
+    """The template that renders conversations as the source does; the tokenizer's own is adapted to string content."""
     own = tokenizer.chat_template
     if own is None:
         own = (where / "chat_template.jinja").read_text() if (where / "chat_template.jinja").exists() else None
     if own is None and (where / "chat_template.json").exists():
         own = read_json(where / "chat_template.json").get("chat_template")
     if own is None:
-        raise ValueError(f"{where} has no chat template: name one with --template (vicuna_v1 for LLaVA-1.5 of Vicuna)")
+        raise ValueError(
+            f"{where} has no chat template: choose one with --template (vicuna_v1 for LLaVA-1.5 with Vicuna)"
+        )
     problem: ValueError | None = None
     for candidate in (own, _ITEMS + own):
         tokenizer.chat_template = _with_bos(tokenizer, candidate)
@@ -333,13 +335,13 @@ def _template(where: Path, tokenizer: PreTrainedTokenizerBase) -> str:
             problem = error
     if "USER:" in own and "ASSISTANT:" in own and tokenizer.eos_token:
         tokenizer.chat_template = None
-        logger.warning("%s: its chat template ends no answer; conversations are shown by vicuna_v1 instead", where)
+        logger.warning("%s: its chat template does not end answers; vicuna_v1 is used instead", where)
         return "vicuna_v1"
-    raise ValueError(f"{where}: its chat template cannot be trained on ({problem}): name another with --template")
+    raise ValueError(f"{where}: its chat template cannot be trained on ({problem}): choose another with --template")
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The template, with the first token that the tokenizer would put there by itself."""
+    """The template, preceded by the token that the tokenizer itself would put first."""
     adds = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     if not adds or "bos_token" in template or tokenizer.bos_token in template:
         return template

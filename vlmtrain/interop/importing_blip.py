@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP of Hugging Face as models of ours."""
+"""Import of BLIP-2 and InstructBLIP from Hugging Face."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MODEL_CLASSES = {
     "blip-2": "Blip2ForConditionalGeneration",
     "instructblip": "InstructBlipForConditionalGeneration",
 }
-READING_TOKENIZER = "qformer_tokenizer"  # where InstructBLIP's processor keeps it
+READING_TOKENIZER = "qformer_tokenizer"  # folder in which InstructBLIP's processor stores it
 
 
 def check_blip(folder: Path, config) -> None:
-    """Raise ValueError, naming the key, for a model that no wrapper of ours can be."""
+    """Raise ValueError with the key if the model cannot be represented by a `VLMWrapper`."""
     text, qformer = config.text_config, config.qformer_config
     for key, got, expected in (
         ("text_config.model_type", text.model_type, None if text.is_encoder_decoder else text.model_type),
@@ -29,12 +29,12 @@ def check_blip(folder: Path, config) -> None:
         ("qformer_config.layer_norm_eps", qformer.layer_norm_eps, EPS),
     ):
         if got != expected:
-            wanted = expected or "a model that only decodes (OPT, Llama), since this one reads pictures in an encoder"
+            wanted = expected or "a decoder-only model (OPT, Llama); this one reads images in an encoder"
             raise ValueError(f"{folder / 'config.json'}: {key}={got}, expected {wanted}")
 
 
 def blip_parts(source: PreTrainedModel, look: dict) -> VLMWrapper:
-    """The parts of a BLIP-2 or InstructBLIP, which share its tensors; look: image_mean and image_std."""
+    """The parts of a BLIP-2 or InstructBLIP model, which share its tensors. look: image_mean and image_std."""
     tower = source.vision_model
     vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer=-1)
     llm = source.language_model
@@ -66,21 +66,21 @@ def _is_connector(name: str) -> bool:
 
 
 def reader_of(folder: Path, config) -> TextReader | None:
-    """What InstructBLIP's Q-Former reads an instruction with. Raises ValueError if its tokenizer is missing."""
+    """The reader of instructions for InstructBLIP's Q-Former. Raises ValueError if its tokenizer is missing."""
     if config.model_type != "instructblip":
         return None
     tokenizer = load_tokenizer(str(folder / READING_TOKENIZER), "SOURCE")
     reader = TextReader(tokenizer, "instruction", config.qformer_config.max_position_embeddings)
     if max(reader.vocabulary.start, reader.vocabulary.end, len(tokenizer) - 1) >= config.qformer_config.vocab_size:
         raise ValueError(
-            f"{folder / READING_TOKENIZER} has {len(tokenizer)} tokens, expected qformer_config.vocab_size="
-            f"{config.qformer_config.vocab_size} at most"
+            f"{folder / READING_TOKENIZER} has {len(tokenizer)} tokens, expected at most qformer_config.vocab_size="
+            f"{config.qformer_config.vocab_size}"
         )
     return reader
 
 
 def end_answers(tokenizer: PreTrainedTokenizerBase, source: PreTrainedModel) -> None:
-    """Let the tokenizer begin texts as it does by itself, and end answers where the source's do (OPT's: a newline)."""
+    """Unset the BOS token if the tokenizer does not add it, and use the source's end of answers (OPT's: a newline)."""
     if tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
         tokenizer.bos_token = None
     for settings in (source.generation_config, source.language_model.generation_config, source.config.text_config):

@@ -1,4 +1,4 @@
-"""Projectors alone as models of ours: LLaVA's ``mm_projector.bin``, InternVL's ``mlp1`` and nanoVLM's ``MP``."""
+"""Import of single projectors: LLaVA's ``mm_projector.bin``, InternVL's ``mlp1`` and nanoVLM's ``MP``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..model.vision import VisionEncoder, build_vision
 
 logger = logging.getLogger(__name__)
 
-# a tensor that tells whose a projector is
+# name of a tensor that identifies the kind of projector
 PROJECTORS = {
     "llava": r"mm_projector\.(?:\d+\.)?weight$",
     "nanovlm": r"(?:MP|modality_projection)\.proj\.weight$",
     "internvl": r"(?:mlp1\.0|multi_modal_projector\.layer_norm)\.weight$",
 }
-# settings of LLaVA beside its projector and their values that are taken, the default first
+# settings in the config.json of a LLaVA projector and their supported values, the default first
 _ASPECTS = {"pad": "pad", "square": "crop", None: "crop"}
 _PROJECTOR_KEYS = {
     "mm_vision_select_feature": ("patch",),
@@ -39,10 +39,10 @@ _PROJECTOR_KEYS = {
 def projector_parts(
     file: Path, llm_path: str | None, vision_path: str | None
 ) -> tuple[VLMWrapper, PreTrainedTokenizerBase, str]:
-    """The model of a projector between an encoder and a language model that are published elsewhere.
+    """Build the model of a projector and its encoder and language model, which are published separately.
 
-    Returns it with the language model's tokenizer, and how pictures are fitted. llm_path, vision_path: None where the
-    ``config.json`` beside the projector names them. Raises ValueError naming file, tensor and expectation.
+    Returns the model, the language model's tokenizer and the image fit. llm_path, vision_path: None if the
+    ``config.json`` next to the projector names them. Raises ValueError with file, tensor and what was expected.
     """
     state = _tensors(file)
     beside = file.with_name("config.json")
@@ -53,12 +53,12 @@ def projector_parts(
             raise ValueError(f"{beside}: {key}={said[key]}, expected {' or '.join(map(str, taken))}")
     for key, path in (("--llm", llm_path), ("--vision", vision_path)):
         if not path:
-            raise ValueError(f"{file} is a projector alone: say with {key} what it was trained with")
+            raise ValueError(f"{file} is a single projector: pass the model that it was trained with as {key}")
     kind = next((kind for kind, names in PROJECTORS.items() if any(re.search(names, str(n)) for n in state)), None)
     if kind is None:
         raise ValueError(
             f"{file} has no tensor mm_projector.*.weight, MP.proj.weight or mlp1.*.weight, but "
-            f"{some(map(str, state))} (other connectors take theirs in Python: connector.load_published)"
+            f"{some(map(str, state))} (load other connectors in Python with connector.load_published)"
         )
     layer = said.get("mm_vision_select_layer", -2) if kind == "llava" else said.get("select_layer", -1)
     tokenizer = load_tokenizer(llm_path, "--llm")
@@ -81,17 +81,17 @@ def projector_parts(
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch or safetensors; no code in it is run."""
+    """The tensors of a torch or safetensors file; no code in it is run."""
     if file.suffix == ".safetensors":
         return read_tensors(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling fails in any way
-        raise ValueError(f"{file} is no file of tensors: {first_line(error).partition('. ')[0]}") from None
+    except Exception as error:  # unpickling can raise any exception
+        raise ValueError(f"{file} is not a tensor file: {first_line(error).partition('. ')[0]}") from None
 
 
 def _shuffle(file: Path, state: dict[str, Tensor], kind: str, vision: VisionEncoder, vision_path: str) -> dict:
-    """Options of the `pixel_shuffle` that a projector is."""
+    """Options of the `pixel_shuffle` connector that corresponds to a projector."""
     name = next(name for name in state if re.search(PROJECTORS[kind], name))
     width = state[name].shape[-1]
     factor = math.isqrt(width // vision.width)
@@ -101,7 +101,9 @@ def _shuffle(file: Path, state: dict[str, Tensor], kind: str, vision: VisionEnco
             f"{vision_path}"
         )
     if kind == "nanovlm":
-        logger.warning("%s: nanoVLM's encoder norms what its projector reads, which is not done here: train on", file)
+        logger.warning(
+            "%s: nanoVLM's encoder normalises the projector's input, which is not done here: train further", file
+        )
     return {"factor": factor, "head": "linear" if kind == "nanovlm" else "internvl"}
 
 

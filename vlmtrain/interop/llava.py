@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-NeXT as Hugging Face's own classes."""
+"""Export to Hugging Face's LLaVA-1.5 and LLaVA-NeXT classes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from .fitting import DoesNotFit
 from .towers import OWN_FORMAT, as_hf_tower
 
 ROUNDING = (
-    "transformers scales them with torchvision, whose rounding differs by a grey value here and there; "
-    'AutoProcessor.from_pretrained(OUT_DIR, backend="pil") scales as training did'
+    "transformers resizes them with torchvision, whose rounding differs by one grey level for some pixels; "
+    'AutoProcessor.from_pretrained(OUT_DIR, backend="pil") resizes as in training'
 )
 
 
 class Exported(NamedTuple):
-    """A model and its processor as classes of Hugging Face, and what they do otherwise than here."""
+    """A model and its processor as Hugging Face classes, and how they deviate from vlmtrain."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -49,9 +49,9 @@ class Exported(NamedTuple):
 
 @torch.no_grad()
 def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
-    """The model as LlavaForConditionalGeneration, or as LlavaNextForConditionalGeneration where pictures are tiled.
+    """Convert to LlavaForConditionalGeneration, or to LlavaNextForConditionalGeneration if images are tiled.
 
-    Tensors are shared where they are alike. Raises DoesNotFit for parts that these classes cannot hold.
+    Unchanged tensors are shared. Raises DoesNotFit for parts that these classes do not support.
     """
     check_parts(model, processor)
     tiled = processor.geometry.fit == "tiles"
@@ -60,8 +60,8 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
     tower, speech = as_hf_tower(model.vision), typed_speech(processor)
     if tower.prefix > 1:
         raise DoesNotFit(
-            f"the encoder's {tower.prefix} prefix tokens: LLaVA's classes leave out one at most, and would take "
-            f"registers for patches ({OWN_FORMAT})"
+            f"the encoder has {tower.prefix} prefix tokens: LLaVA's classes drop at most one, and would treat "
+            f"registers as patches ({OWN_FORMAT})"
         )
     text_config, language = _language_state(model.llm, speech.image_id)
     image_processor, remarks = _image_processor(processor.geometry)
@@ -103,36 +103,36 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
 
 
 def check_parts(model: VLMWrapper, processor: Processor) -> None:
-    """Raise DoesNotFit if a part is lacking."""
+    """Raise DoesNotFit if a part is missing."""
     for part in ("vision", "connector", "llm"):
         if getattr(model, part) is None:
             raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
     if processor.geometry is None:
-        raise DoesNotFit("the model's processor takes no pictures: export a stage that does")
+        raise DoesNotFit("the model's processor does not accept images: export a stage that does")
 
 
 def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """Weights of LLaVA's projector, two layers, that computes what `connector` does; and its activation's name."""
+    """Weights of a two-layer LLaVA projector that is equivalent to `connector`, and the name of its activation."""
     if not isinstance(connector, MLP):
         raise DoesNotFit(
-            f"connector={connector.config['name']}: LLaVA's classes have linear and mlp only ({OWN_FORMAT}; or train "
-            "with connector=mlp)"
+            f"connector={connector.config['name']}: LLaVA's classes support only linear and mlp ({OWN_FORMAT}; "
+            "or train with connector=mlp)"
         )
     layers = [layer for layer in connector.layers if isinstance(layer, nn.Linear)]
     if len(layers) > 2:
         raise DoesNotFit(f"connector.depth={len(layers)}: LLaVA's projector has two layers ({OWN_FORMAT})")
     first, width = layers[0], connector.out_dim
-    if len(layers) == 1:  # the second layer repeats what the first says
+    if len(layers) == 1:  # add a second layer that passes on the output of the first
         identity, nothing = torch.eye(width).to(first.weight), torch.zeros(width).to(first.weight)
         found = {"linear_1.weight": first.weight, "linear_1.bias": first.bias}
         return {**found, "linear_2.weight": identity, "linear_2.bias": nothing}, "linear"
     second, hidden = layers[1], first.out_features
     if hidden > width:
         raise DoesNotFit(
-            f"connector.hidden_dim={hidden}: LLaVA's projector is no wider than the language model, {width} "
+            f"connector.hidden_dim={hidden}: LLaVA's projector cannot be wider than the language model, {width} "
             f"({OWN_FORMAT})"
         )
-    # every activation here keeps zero at zero, so that units of no weight change nothing
+    # all supported activations map zero to zero, so units with zero weights have no effect
     pad = width - hidden
     found = {
         "linear_1.weight": nn.functional.pad(first.weight, (0, 0, 0, pad)),
@@ -144,17 +144,17 @@ def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
 
 
 def _language_state(llm: nn.Module, image_id: int) -> tuple:
-    """Configuration and tensors of the language model in LLaVA's names, with a row for the image token."""
+    """Configuration and tensors of the language model under LLaVA's names, with a row for the image token."""
     head, base = llm.get_output_embeddings(), llm.base_model
     if base is llm or head is None or getattr(head, "bias", None) is not None:
         raise DoesNotFit(
-            f"{type(llm).__name__}: LLaVA's classes take a language model under a head without bias ({OWN_FORMAT})"
+            f"{type(llm).__name__}: LLaVA's classes require a language model whose head has no bias ({OWN_FORMAT})"
         )
     config = copy.deepcopy(llm.config.get_text_config())
     table = llm.get_input_embeddings().weight
     lacking = max(0, image_id + 1 - len(table))
     config.vocab_size = len(table) + lacking
-    # LLaVA's classes tie their head to a table of this name, or not at all
+    # LLaVA's classes tie the head only to an embedding table of this name
     config.tie_word_embeddings = bool(config.tie_word_embeddings) and hasattr(base, "embed_tokens")
     state = {}
     for name, tensor in base.state_dict().items():
@@ -166,24 +166,24 @@ def _language_state(llm: nn.Module, image_id: int) -> tuple:
 
 
 def _with_rows(table: Tensor, rows: int) -> Tensor:
-    """A table of embeddings with further rows of zeros: their logits are 0, and generation leaves them out."""
+    """Append zero rows to an embedding table: their logits are 0, and generation suppresses these tokens."""
     return nn.functional.pad(table.detach(), (0, 0, 0, rows)) if rows else table.detach()
 
 
 def filled(model_class: type[PreTrainedModel], config, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """A model that holds `state`. Raises DoesNotFit naming tensors without a place."""
+    """Build a model with the weights `state`. Raises DoesNotFit listing the tensors that do not fit."""
     state = {name: tensor.detach() for name, tensor in state.items()}
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     wrong = {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]}
     if wrong:
-        raise DoesNotFit(f"{model_class.__name__} does not take these parts as they are: {some(wrong)} ({OWN_FORMAT})")
+        raise DoesNotFit(f"{model_class.__name__} does not support these parts: {some(wrong)} ({OWN_FORMAT})")
     return model.eval()
 
 
 def generation_settings(processor: Processor, speech: Speech) -> GenerationConfig:
-    """Greedy answers that stop where the template's do."""
+    """Greedy decoding that stops at the template's end of answers."""
     return GenerationConfig(
         do_sample=False,
         eos_token_id=processor.renderer.stop_ids,
@@ -194,12 +194,12 @@ def generation_settings(processor: Processor, speech: Speech) -> GenerationConfi
 
 
 def _image_processor(geometry: Geometry):
-    """What fits pictures as training did, as nearly as Hugging Face can; and what it does otherwise."""
+    """The Hugging Face image processor that is closest to training, and how it deviates."""
     side = geometry.size[0]
     square = {"height": side, "width": side}
     options = {"image_mean": list(geometry.mean), "image_std": list(geometry.std), "resample": 3}
     cropping = {**options, "size": {"shortest_edge": side}, "crop_size": square}
-    remarks = (f"pictures that are not {side}x{side}: {ROUNDING}",)
+    remarks = (f"images that are not {side}x{side}: {ROUNDING}",)
     if geometry.fit == "squash":
         return CLIPImageProcessorPil(**options, size=square, do_center_crop=False), remarks
     if geometry.fit == "crop":
@@ -207,7 +207,7 @@ def _image_processor(geometry: Geometry):
     if geometry.fit == "tiles":
         if geometry.tiles_most or geometry.tiles_alone:
             raise DoesNotFit(
-                "LLaVA-NeXT's class knows no image_tiles_most and image_tiles_alone (--format vlmtrain does)"
+                "LLaVA-NeXT's class does not support image_tiles_most and image_tiles_alone (--format vlmtrain does)"
             )
         pinpoints = [[rows * side, columns * side] for rows, columns in geometry.tile_grids]
         return LlavaNextImageProcessorPil(**cropping, image_grid_pinpoints=pinpoints), remarks

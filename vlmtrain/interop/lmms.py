@@ -1,9 +1,9 @@
-"""vlmtrain's models in lmms-eval, for its benchmarks:
+"""vlmtrain models for the benchmarks of lmms-eval:
 
     python -m lmms_eval --model vlmtrain --model_args pretrained=MODEL_DIR --tasks mme,pope --batch_size 16
 
-lmms-eval finds `manifest` under the entry point ``lmms_eval.models``. This module imports lmms-eval, and nothing of
-vlmtrain imports this module.
+lmms-eval finds `manifest` through the entry point ``lmms_eval.models``. This module imports lmms-eval, and no other
+module of vlmtrain imports it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfl
 
 
 class Picture:
-    """A picture of lmms-eval's as a conversation has it."""
+    """Adapter from a PIL image of lmms-eval to an image source of a conversation."""
 
     def __init__(self, image: Image.Image):
         self.image = image.convert("RGB")
@@ -40,10 +40,10 @@ class Picture:
 
 
 class Model(lmms):
-    """A model folder, answering greedily unless a task asks for a temperature; one process a device.
+    """A model folder that answers greedily unless a task sets a temperature; one process per device.
 
-    pretrained: the folder; dtype: fp32 or bf16, or by their long names. `of` makes one of a model that is in memory, as
-    in training.
+    pretrained: the folder; dtype: fp32 or bf16, or their long names. `of` creates an instance from a model in memory,
+    for example during training.
     """
 
     is_simple = True
@@ -53,12 +53,12 @@ class Model(lmms):
     ):
         if options:
             raise ValueError(
-                f"model_args: unknown {', '.join(options)}; known are pretrained, batch_size, device, dtype"
+                f"model_args: unknown {', '.join(options)}; available are pretrained, batch_size, device, dtype"
             )
         if dtype not in DTYPES:
             raise ValueError(f"model_args: dtype={dtype!r}, expected {', '.join(DTYPES)}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size!r}, expected a number of questions, at least 1")
+            raise ValueError(f"batch_size={batch_size!r}, expected a number of questions of at least 1")
         processor = Processor.from_pretrained(pretrained)
         local = int(os.environ.get("LOCAL_RANK", 0))
         place = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
@@ -100,7 +100,7 @@ class Model(lmms):
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Of each continuation as the assistant's answer, its end included."""
+        """Log-likelihood of each continuation as the assistant's answer, including its end."""
         samples = []
         for request in requests:
             context, target, *where = request.args
@@ -118,7 +118,7 @@ class Model(lmms):
         return [found[i] for i in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise NotImplementedError("vlmtrain answers tasks of one round")
+        raise NotImplementedError("vlmtrain supports only single-round tasks")
 
     def _document(self, number: int, task: str, split: str):
         return self.task_dict[task][split][number]
@@ -126,9 +126,9 @@ class Model(lmms):
     def _conversation(
         self, context: str, to_visual: Callable | None = None, number: int = 0, task: str = "words", split: str = ""
     ) -> Conversation:
-        """The context as the user's words, with its pictures in front unless it says where they stand.
+        """The context as a user turn, with the images in front unless the context contains their marks.
 
-        Mutual information of choices asks for them without the document, so with no picture.
+        For the mutual information of choices, the context is requested without the document and so has no image.
         """
         document = self._document(number, task, split) if to_visual else None
         pictures = [Picture(image) for image in _pictures(to_visual(document) if to_visual else None)]
@@ -137,7 +137,7 @@ class Model(lmms):
         return Conversation(f"{task} {split} {number}", (Turn("user", words),), tuple(pictures))
 
     def _batches(self, samples: Sequence[Sample], kinds: Sequence[str] | None = None) -> Iterable[list[int]]:
-        """Numbers of samples of like length, and of one kind."""
+        """Batches of indices of samples with similar lengths and the same kind."""
         kinds = kinds or [""] * len(samples)
         order = sorted(range(len(samples)), key=lambda i: (kinds[i], len(samples[i].tokens)))
         with tqdm(total=len(order), desc="vlmtrain", disable=self.rank != 0) as bar:
@@ -149,18 +149,18 @@ class Model(lmms):
 
 
 def _pictures(visual: object) -> list[Image.Image]:
-    """Pictures, however lists of them are nested. Raises ValueError for anything else (sound, film)."""
+    """Images from arbitrarily nested lists. Raises ValueError for anything else (audio, video)."""
     if visual is None:
         return []
     if isinstance(visual, list | tuple):
         return [image for one in visual for image in _pictures(one)]
     if not isinstance(visual, Image.Image):
-        raise ValueError(f"vlmtrain's models look at pictures, and the task shows {type(visual).__name__}")
+        raise ValueError(f"vlmtrain models accept only images, got {type(visual).__name__} from the task")
     return [visual]
 
 
 def _generation(options: dict) -> dict:
-    """A task's options as transformers has them."""
+    """A task's generation options as arguments of transformers."""
     temperature = float(options.get("temperature") or 0)
     chosen = {"max_new_tokens": int(options.get("max_new_tokens") or MAX_NEW_TOKENS)}
     if temperature > 0:
@@ -177,7 +177,7 @@ def _up_to(text: str, ends: Sequence[str]) -> str:
 
 
 def manifest():
-    """What lmms-eval's registry is told."""
+    """The entry for the model registry of lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("vlmtrain", simple_class_path="vlmtrain.interop.lmms.Model")

@@ -1,4 +1,4 @@
-"""Any model of ours under transformers' Auto classes, once vlmtrain is imported: every connector, encoder and fit."""
+"""vlmtrain models under transformers' Auto classes, after ``import vlmtrain``: all connectors, encoders and fits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .own_config import VLMTrainConfig
 
 
 class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A `VLMWrapper` as transformers calls models."""
+    """A `VLMWrapper` with the interface of transformers models."""
 
     config_class = VLMTrainConfig
     input_modalities = ("image", "text")
@@ -49,7 +49,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: VLMTrainConfig, parts: VLMWrapper | None = None):
         super().__init__(config)
         if parts is None:
-            with torch.device("cpu"):  # buffers that no file holds must be real
+            with torch.device("cpu"):  # buffers that are not saved must not be on the meta device
                 parts = _build(config)
         self.vlm = parts
         tied = parts.llm._tied_weights_keys or {}
@@ -58,13 +58,13 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the parts have been through their own."""
+        """Do nothing: the parts have already been initialised."""
 
     @classmethod
     def from_pretrained(cls, *arguments, **options):
         found = super().from_pretrained(*arguments, **options)
         model = found[0] if isinstance(found, tuple) else found
-        for name, value in model._unsaved.items():  # loading empties what no file holds
+        for name, value in model._unsaved.items():  # loading empties tensors that are in no file
             model.get_buffer(name).copy_(value)
         return found
 
@@ -82,17 +82,17 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """Ids ``(B, T)`` and views ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
+        """Map ids ``(B, T)`` and views ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
 
-        image_cuts ``(P, 5)``: how each picture is cut into tiles, the fields of `Tiles`. text_ids,
-        text_mask ``(N, L)``: what a connector that reads text reads with each view.
+        image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. text_ids,
+        text_mask ``(N, L)``: text for each view, if the connector reads text.
         """
         is_image = input_ids == self.config.image_token_id
         ids = input_ids.masked_fill(is_image, 0)
         if not is_image.any():
             return self.get_input_embeddings()(ids)
         if pixel_values is None:
-            raise ValueError(f"the text has {IMAGE_MARK} tokens, and pixel_values is missing: pass images")
+            raise ValueError(f"the text has {IMAGE_MARK} tokens, but pixel_values is missing: pass images")
         tiles = None if image_cuts is None else tuple(Tiles(*cut) for cut in image_cuts.tolist())
         mask = None if text_mask is None else text_mask.bool()
         images = pixel_values.to(next(self.vlm.vision.parameters()).dtype)
@@ -111,9 +111,9 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **options,
     ):
-        """The language model's output; options (logits_to_keep, past_key_values, ...) are its own.
+        """Return the language model's output; options (logits_to_keep, past_key_values, ...) are passed on to it.
 
-        labels ``(B, T)``: targets, of which -100 and image tokens are none.
+        labels ``(B, T)``: targets; -100 and image tokens are ignored.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_cuts, text_ids, text_mask)
@@ -135,9 +135,9 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         generation_config=None,
         **options,
     ) -> Tensor | ModelOutput:
-        """Prompts, padded on the left, and what follows them, ``(B, T + new)``.
+        """Generate from prompts that are padded on the left; returns prompts and new tokens, ``(B, T + new)``.
 
-        With return_dict_in_generate these are ``sequences`` of what the language model's own `generate` returns.
+        With return_dict_in_generate they are the ``sequences`` of the output of the language model's `generate`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -163,7 +163,7 @@ def _vision_config(vision: VisionEncoder) -> dict:
         return {"provider": "open_clip", **common, "model_config": vision.config}
     if isinstance(vision, HFVision):
         return {"provider": "hf", **common, "geometry": vision.geometry, "encoder": vision.encoder.config.to_dict()}
-    raise DoesNotFit(f"{type(vision).__name__} cannot be written as a configuration: use open_clip or hf encoders")
+    raise DoesNotFit(f"{type(vision).__name__} cannot be saved as a configuration: use open_clip or hf encoders")
 
 
 def _build(config: VLMTrainConfig) -> VLMWrapper:
@@ -179,10 +179,10 @@ def _build(config: VLMTrainConfig) -> VLMWrapper:
 
 
 class VLMTrainProcessor(ProcessorMixin):
-    """Text with image tokens and pictures to what `VLMTrainForConditionalGeneration` takes; pictures as in training.
+    """Prepares text with image tokens, and images as in training, for `VLMTrainForConditionalGeneration`.
 
-    geometry: the fields of `Geometry`. reader: ``reads`` and ``max_length`` of a `TextReader`, and reads_with the
-    tokenizer that it reads with, where that is not the language model's.
+    geometry: the fields of `Geometry`. reader: ``reads`` and ``max_length`` of a `TextReader`. reads_with: the
+    tokenizer of that reader, if it is not the language model's.
     """
 
     def __init__(
@@ -208,17 +208,17 @@ class VLMTrainProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **options,
     ) -> BatchFeature:
-        """Texts, whose image tokens stand for `images` (PIL pictures or files' paths) in their order.
+        """Prepare texts whose image tokens stand for `images` (PIL images or paths of files), in their order.
 
-        instructions: for a connector that reads text, the user's words about each picture. Raises ValueError where
-        texts, pictures and instructions do not agree in number.
+        instructions: for a connector that reads text, the user's text about each image. Raises ValueError if the
+        numbers of image tokens, images and instructions do not match.
         """
         geometry = Geometry(**{key: _as_tuple(value) for key, value in self.geometry.items()})
         pictures = [_opened(picture) for picture in _flat(images)]
         texts = [text] if isinstance(text, str) else list(text or ())
         marks = sum(one.count(self.image_token) for one in texts)
         if marks != len(pictures):
-            raise ValueError(f"{marks} {self.image_token} tokens in the text, {len(pictures)} pictures")
+            raise ValueError(f"{marks} {self.image_token} tokens in the text, but {len(pictures)} images")
         beside = [count for one in texts for count in [one.count(self.image_token)] * one.count(self.image_token)]
         cuts = [geometry.tiles((p.height, p.width), together) for p, together in zip(pictures, beside)]
         views = [_views(picture, geometry, tiles) for picture, tiles in zip(pictures, cuts)]
@@ -241,8 +241,8 @@ class VLMTrainProcessor(ProcessorMixin):
     def _read(self, instructions: Sequence[str] | None, views: list[int]) -> dict[str, Tensor]:
         if instructions is None or len(instructions) != len(views):
             raise ValueError(
-                "the connector reads text: pass instructions=[...], the user's words about each of the "
-                f"{len(views)} pictures"
+                "the connector reads text: pass instructions=[...], the user's text about each of the "
+                f"{len(views)} images"
             )
         reader = TextReader(self.reads_with, **self.reader)
         texts = [reader.encode(words) for words, count in zip(instructions, views) for _ in range(count)]
@@ -264,16 +264,16 @@ class VLMTrainProcessor(ProcessorMixin):
 
 
 def _views(picture: Image.Image, geometry: Geometry, tiles: Tiles | None) -> Tensor:
-    """The views of a picture, ``(V, 3, H, W)``."""
+    """The views of an image, ``(V, 3, H, W)``."""
     return torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in geometry.views(picture, tiles)])
 
 
 def _opened(image: object) -> Image.Image:
-    """A picture or a file as RGB, as training sees it. Raises ValueError for anything else."""
+    """An image or image file as RGB, as in training. Raises ValueError for anything else."""
     if isinstance(image, str | Path):
         return ImageOnDisk(Path(image)).load()
     if not isinstance(image, Image.Image):
-        raise ValueError(f"images: got a {type(image).__name__}, expected PIL pictures or paths of files")
+        raise ValueError(f"images: got a {type(image).__name__}, expected PIL images or paths of files")
     return to_rgb(image)
 
 
@@ -288,7 +288,7 @@ def _as_tuple(value: object) -> object:
 
 
 def as_own(model: VLMWrapper, processor: Processor) -> Exported:
-    """The model as it is, under transformers' Auto classes. Raises DoesNotFit if it lacks a part."""
+    """Wrap the unchanged model for transformers' Auto classes. Raises DoesNotFit if a part is missing."""
     check_parts(model, processor)
     speech = typed_speech(processor)
     text_config = model.llm.config

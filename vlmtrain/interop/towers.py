@@ -1,4 +1,4 @@
-"""Vision encoders as Hugging Face classes: those of Hugging Face as they are, open_clip's renamed."""
+"""Vision encoders as Hugging Face classes: those of Hugging Face unchanged, those of open_clip with renamed tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model.vision import HFVision, OpenClipVision, VisionEncoder
 from .fitting import DoesNotFit, relative_difference, tolerance
 
-OWN_FORMAT = "--format vlmtrain takes any"
+OWN_FORMAT = "--format vlmtrain supports all models"
 
 _CLIP_NAMES = (
     (r"^conv1\.weight$", "embeddings.patch_embedding.weight"),
@@ -39,7 +39,7 @@ _SIGLIP_NAMES = (
 
 
 class Tower(NamedTuple):
-    """A vision model of Hugging Face, and the tokens that stand before its patches."""
+    """A Hugging Face vision model, and the number of tokens before its patches."""
 
     model: nn.Module
     prefix: int
@@ -47,27 +47,27 @@ class Tower(NamedTuple):
 
 @torch.no_grad()
 def as_hf_tower(vision: VisionEncoder) -> Tower:
-    """`vision` as a Hugging Face model whose ``hidden_states[vision.layer]`` hold the same features.
+    """Convert `vision` to a Hugging Face model whose ``hidden_states[vision.layer]`` are the same features.
 
-    Tensors are shared where they are alike. Raises DoesNotFit for towers that no class there can hold.
+    Unchanged tensors are shared. Raises DoesNotFit for towers without a suitable class.
     """
     height, width = vision.image_size
     if height != width or vision.patch_size[0] != vision.patch_size[1]:
         raise DoesNotFit(
-            f"vision.image_size={height}x{width} in patches of {vision.patch_size[0]}x{vision.patch_size[1]}: Hugging "
-            f"Face's classes take squares ({OWN_FORMAT})"
+            f"vision.image_size={height}x{width} with patches of {vision.patch_size[0]}x{vision.patch_size[1]}: "
+            f"Hugging Face's classes require square images and patches ({OWN_FORMAT})"
         )
     if isinstance(vision, HFVision):
         model = _at_own_size(vision)
     elif isinstance(vision, OpenClipVision):
         model = _siglip(vision) if vision._is_timm else _clip(vision)
     else:
-        raise DoesNotFit(f"{type(vision).__name__} has no counterpart at Hugging Face ({OWN_FORMAT})")
+        raise DoesNotFit(f"{type(vision).__name__} has no counterpart in transformers ({OWN_FORMAT})")
     return Tower(model, _checked(vision, model))
 
 
 def _checked(vision: VisionEncoder, model: nn.Module) -> int:
-    """The prefix tokens of `model`. Raises DoesNotFit unless its features are those of `vision`."""
+    """The number of prefix tokens of `model`. Raises DoesNotFit unless its features equal those of `vision`."""
     parameter = next(vision.parameters())
     probe = torch.randn(1, 3, *vision.image_size, generator=torch.Generator().manual_seed(0)).to(parameter)
     expected = vision.eval()(probe)
@@ -78,13 +78,13 @@ def _checked(vision: VisionEncoder, model: nn.Module) -> int:
         if difference <= tolerance(parameter.dtype):
             return prefix
     raise DoesNotFit(
-        f"this image tower computes something else than Hugging Face's {type(model).__name__} with its weights "
+        f"Hugging Face's {type(model).__name__} with the weights of this image tower gives different features "
         f"({OWN_FORMAT})"
     )
 
 
 def _at_own_size(vision: HFVision) -> nn.Module:
-    """The encoder, its position table brought to the size at which it is used."""
+    """The encoder with its position table resized to the image size at which it is used."""
     encoder, size = vision.encoder, vision.image_size[0]
     if _side(encoder.config.image_size) == size:
         return encoder
@@ -92,8 +92,8 @@ def _at_own_size(vision: HFVision) -> nn.Module:
     tables = [name for name in state if name.endswith(("position_embedding.weight", "position_embeddings"))]
     if len(tables) != 1 or not hasattr(getattr(encoder, "embeddings", None), "interpolate_pos_encoding"):
         raise DoesNotFit(
-            f"vision.image_size={size} is not the encoder's own ({_side(encoder.config.image_size)}), and the "
-            f"positions of {type(encoder).__name__} cannot be brought to it ({OWN_FORMAT})"
+            f"vision.image_size={size} is not the encoder's own size ({_side(encoder.config.image_size)}), and the "
+            f"position table of {type(encoder).__name__} cannot be resized to it ({OWN_FORMAT})"
         )
     table = state[tables[0]]
     nothing = torch.empty(1, 0, vision.width, dtype=table.dtype, device=table.device)
@@ -109,7 +109,7 @@ def _side(size: int | list[int] | tuple[int, int]) -> int:
 
 
 def renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    """Tensors under Hugging Face's names."""
+    """Rename tensors to Hugging Face's names."""
     found = {}
     for name, tensor in state.items():
         for pattern, replacement in names:
@@ -119,7 +119,7 @@ def renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dic
 
 
 def _taken_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Packed projections as three."""
+    """Split packed projections into query, key and value."""
     found = {}
     for name, tensor in state.items():
         if ".qkv." in name:
@@ -131,7 +131,7 @@ def _taken_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_tower(model_class: type, config, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A model of `model_class` that holds `state`. Raises DoesNotFit naming what is over or lacking."""
+    """Build a `model_class` with the weights `state`. Raises DoesNotFit with an unexpected or missing tensor."""
     with torch.device("meta"):
         expected = model_class(config).state_dict()
     wrong = sorted(
@@ -140,18 +140,18 @@ def build_tower(model_class: type, config, state: dict[str, Tensor], dtype: torc
         if name not in expected or name not in state or expected[name].shape != state[name].shape
     )
     if wrong:
-        raise DoesNotFit(f"this image tower is no {model_class.__name__}: {wrong[0]} differs ({OWN_FORMAT})")
+        raise DoesNotFit(f"this image tower is not a {model_class.__name__}: {wrong[0]} differs ({OWN_FORMAT})")
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def gelu_name(activation: nn.Module) -> str:
-    """Hugging Face's name of a GELU as timm has it."""
+    """Hugging Face's name for one of timm's GELU modules."""
     is_tanh = "tanh" in (type(activation).__name__.lower(), getattr(activation, "approximate", ""))
     return "gelu_pytorch_tanh" if is_tanh or type(activation).__name__ == "GELUTanh" else "gelu"
 
 
 def scale_layers(state: dict[str, Tensor], pattern: str, layers: tuple[str, str]) -> None:
-    """Multiply layer scales, which `pattern` finds with their number 1 or 2, into the last layers of the branches."""
+    """Multiply layer scales, matched by `pattern` with their number 1 or 2, into the last layers of the branches."""
     for name in [name for name in state if re.search(pattern, name)]:
         scale, found = state.pop(name), re.search(pattern, name)
         layer = f"{name[: found.start()]}.{layers[int(found[1]) - 1]}"
@@ -160,13 +160,13 @@ def scale_layers(state: dict[str, Tensor], pattern: str, layers: tuple[str, str]
 
 
 def _clip(vision: OpenClipVision) -> nn.Module:
-    """open_clip's own ViT (OpenAI, LAION) as CLIPVisionModel."""
+    """Convert open_clip's own ViT (OpenAI, LAION) to CLIPVisionModel."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     visual, state = vision.visual, dict(vision.visual.state_dict())
     first = visual.transformer.resblocks[0]
     scale_layers(state, r"\.ls_([12])\.gamma$", ("attn.out_proj", "mlp.c_proj"))
-    # what comes behind the last block is never read
+    # everything after the last block is unused
     state = {name: tensor for name, tensor in state.items() if name != "proj" and not name.startswith("attn_pool")}
     if visual.attn_pool is not None:
         state |= {"ln_post.weight": torch.ones(vision.width), "ln_post.bias": torch.zeros(vision.width)}
@@ -184,13 +184,13 @@ def _clip(vision: OpenClipVision) -> nn.Module:
 
 
 def _siglip(vision: OpenClipVision) -> nn.Module:
-    """timm's ViT with SigLIP's shape as SiglipVisionModel, without the head that nothing reads here."""
+    """Convert timm's ViT with SigLIP's architecture to SiglipVisionModel, without the unused head."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     trunk = vision.visual.trunk
     first = trunk.blocks[0]
     if not hasattr(first.mlp, "fc1") or not hasattr(first.attn, "num_heads"):
-        raise DoesNotFit(f"timm's {type(trunk).__name__} has no counterpart at Hugging Face ({OWN_FORMAT})")
+        raise DoesNotFit(f"timm's {type(trunk).__name__} has no counterpart in transformers ({OWN_FORMAT})")
     state = {name: tensor for name, tensor in trunk.state_dict().items() if not name.startswith(("attn_pool.", "head"))}
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc_norm.")}
     if "pos_embed" in state:

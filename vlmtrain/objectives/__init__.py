@@ -1,4 +1,4 @@
-"""Training objectives. Each sums its loss over a batch; the loop divides by the whole step's weight."""
+"""Training objectives. Each sums its loss over a batch; the training loop divides by the total weight of the step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ OBJECTIVES = {
 def build_objective(
     name: str, vision: Vision, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]
 ) -> Objective:
-    """The objective of a stage with these parts; `vision` are the encoder's settings.
+    """Build the objective of a stage with these parts; `vision` holds the encoder's settings.
 
-    Raises ValueError for an unknown name and for what the objective cannot do without.
+    Raises ValueError for an unknown name, or if something that the objective requires is missing.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective '{name}'. Available: {', '.join(OBJECTIVES)}")

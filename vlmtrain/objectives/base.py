@@ -1,4 +1,4 @@
-"""What an objective is."""
+"""Base class of training objectives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..settings import Vision
 
 
 class Objective(nn.Module):
-    """A training loss over a model. Its own parameters, if any, are the part called ``objective``.
+    """A training loss of a model. Its own parameters, if any, form the part ``objective``.
 
     needs: parts that a stage with this objective must have.
-    compares_samples: whether the loss looks across samples, each a picture and a text, so that a step must be one
-                      micro-batch.
-    sees_pictures_as_tokens: whether pictures take places in the text.
+    compares_samples: whether the loss compares samples, each one image and one text, with each other, so that a step
+                      must be one micro-batch.
+    sees_pictures_as_tokens: whether images are tokens within the text sequence.
     """
 
     needs: tuple[str, ...] = ()
@@ -29,14 +29,14 @@ class Objective(nn.Module):
 
     @classmethod
     def build(cls, vision: Vision, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]) -> Objective:
-        """The objective for a stage's other parts; its texts are encoded by `tokenizer`."""
+        """Build the objective for a stage's other parts; its texts are encoded by `tokenizer`."""
         return cls()
 
     @staticmethod
     def weight(data: StepData) -> float:
-        """A rank's share of what the summed loss is divided by."""
+        """This rank's part of the weight by which the summed loss is divided."""
         raise NotImplementedError
 
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
-        """Loss summed over the batch, a scalar. `features` are given where the encoder is frozen."""
+        """Loss summed over the batch, a scalar. `features` are given if the encoder is frozen."""
         raise NotImplementedError

@@ -18,14 +18,14 @@ from ..settings import Vision
 from .base import Objective
 from .gathering import Share, all_numbers
 
-MAX_LOGIT_SCALE = math.log(100)  # section 2.5: the temperature is kept from growing without bound
+MAX_LOGIT_SCALE = math.log(100)  # section 2.5: the logit scale is clipped to at most 100
 
 
 class Contrastive(Objective):
-    """Symmetric cross-entropy between each picture and all captions of the step, and the other way round.
+    """Symmetric cross-entropy between each image and all captions of the step, and between each caption and all images.
 
-    Owns CLIP's text tower and temperature. Candidates are gathered over ranks with gradients, so any
-    number of ranks computes the same loss.
+    Owns CLIP's text tower and temperature. Candidates are gathered from all ranks with gradients, so the loss does
+    not depend on the number of ranks.
     """
 
     needs = ("vision", "objective")
@@ -55,7 +55,7 @@ class Contrastive(Objective):
         return data.samples
 
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
-        rows = int((batch.weights.sum(1) > 0).sum())  # rows topped up without weight come last
+        rows = int((batch.weights.sum(1) > 0).sum())  # padding rows without weight come last
         images = F.normalize(model.vision.pooled(batch.images)[:rows], dim=-1)
         texts = F.normalize(self._embed(batch)[:rows], dim=-1)
         share = Share.of([count for (count,) in all_numbers([rows], images.device)])
@@ -66,20 +66,20 @@ class Contrastive(Objective):
         return (to_text + to_image) / 2
 
     def _embed(self, batch: Batch) -> Tensor:
-        """Captions ``(B, embed_dim)``: the text tower at the end token that stands behind each.
+        """Caption embeddings ``(B, embed_dim)``: the output of the text tower at the end token of each caption.
 
-        By its place, as a tokenizer may have the same token in front too. As in CLIP's published code it takes the
-        place of the last token of a caption that fills the context.
+        The token is found by position, because a tokenizer may also put the same token in front. As in CLIP's published
+        code it replaces the last token of a caption that fills the context.
         """
         ids = F.pad(batch.input_ids, (0, self.context_length))[:, : self.context_length]
         ends = batch.lengths.clamp(max=self.context_length - 1).unsqueeze(1)
         texts = self.text(ids.scatter(1, ends, self.end_token))
-        # a tower that pools by a token of its own has done so
+        # a tower that pools with a special token of its own has already pooled
         return texts if texts.ndim == 2 else texts[torch.arange(len(ids), device=ids.device), ends[:, 0]]
 
 
 class Temperature(nn.Module):
-    """The learned factor on cosine similarities, ``1 / 0.07`` at first (section 2.5)."""
+    """The learned scale of cosine similarities, initially ``1 / 0.07`` (section 2.5)."""
 
     def __init__(self) -> None:
         super().__init__()

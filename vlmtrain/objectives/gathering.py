@@ -1,4 +1,4 @@
-"""What all ranks hold of a step, for objectives that compare its samples with each other."""
+"""Gathering a step's samples from all ranks, for objectives that compare them with each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def all_numbers(numbers: list[int], device: torch.device) -> list[list[int]]:
-    """A few whole numbers of every rank, by rank."""
+    """Gather a few integers from every rank, in rank order."""
     mine = torch.tensor(numbers, device=device)
     if _is_alone():
         return [numbers]
@@ -24,8 +24,8 @@ def all_numbers(numbers: list[int], device: torch.device) -> list[list[int]]:
 class Share(NamedTuple):
     """This rank's rows among those of a step.
 
-    counts: rows of each rank. Ranks may hold different numbers, also none. Rows are ordered as they were dealt, one to
-    each rank in turn, so that the order does not depend on how many ranks there are.
+    counts: number of rows on each rank. Ranks may hold different numbers, including none. Rows are ordered as they were
+    distributed, one to each rank in turn, so the order does not depend on the number of ranks.
     """
 
     counts: list[int]
@@ -40,12 +40,12 @@ class Share(NamedTuple):
         return sum(self.counts)
 
     def mine(self, device: torch.device) -> Tensor:
-        """Where this rank's rows are among all."""
+        """Positions of this rank's rows among all rows."""
         place = {pair: place for place, pair in enumerate(self._dealt())}
         return torch.tensor([place[i, self.rank] for i in range(self.counts[self.rank])], device=device).long()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """All ranks' rows ``(N, ...)`` of this rank's ``(n, ...)``, with gradients to each."""
+        """Gather this rank's rows ``(n, ...)`` into the rows of all ranks ``(N, ...)``, with gradients to each rank."""
         if _is_alone():
             return rows
         most = max(self.counts)

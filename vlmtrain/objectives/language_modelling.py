@@ -1,4 +1,4 @@
-"""Next-token prediction of what the assistant says."""
+"""Next-token prediction of the assistant's answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .token_losses import token_losses
 
 
 class LanguageModelling(Objective):
-    """Weighted sum of token cross-entropies; only positions with a target pay for logits."""
+    """Weighted sum of token cross-entropies; logits are computed only at positions with a target."""
 
     needs = ("llm",)
 

@@ -1,10 +1,10 @@
-"""BLIP-2's first stage: a Q-Former and captions, without a language model (Li et al., 2023, section 3.2).
+"""BLIP-2's first stage: a Q-Former trained on captions, without a language model (Li et al., 2023, section 3.2).
 
-Three losses of equal weight, under three masks of one Q-Former that queries and text share:
+Three losses of equal weight use three attention masks of one Q-Former, which queries and text share:
 
-    contrastive   queries | text, apart             the picture's nearest query and the caption's [CLS] are alike
-    matching      queries + text, all see all       do picture and caption belong together?
-    generation    text sees queries, and backwards  the caption, word by word, from [DEC]
+    contrastive   queries and text separately         similarity of the image's nearest query and the caption's [CLS]
+    matching      bidirectional over queries + text   do image and caption match?
+    generation    causal text that sees the queries   next-token prediction of the caption, starting at [DEC]
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Losses(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Pictures and texts of this rank, of which the first `count` are real, and their places among all ranks'.
+    """Images and texts of this rank, of which the first `count` are not padding, and their positions in the step.
 
-    vision: ``(B, N, C)``; ids, mask: ``(B, T)``; mine ``(count,)``: places among the step's.
+    vision: ``(B, N, C)``; ids, mask: ``(B, T)``; mine ``(count,)``: positions among all pairs of the step.
     """
 
     vision: Tensor
@@ -59,9 +59,9 @@ class Pairs(NamedTuple):
 class QFormerPretraining(Objective):
     """Contrastive, matching and generation losses of a Q-Former, each a mean over the step.
 
-    The connector's ``ln_vision``, if it has one, trains with it. Owns the heads; words are written with the word
-    embeddings of the connector (published code: BERT's tied head). Contrastive candidates, the rank's own among them,
-    carry no gradient; the pictures that matching is asked about do.
+    The connector's ``ln_vision``, if it has one, is trained as well. Owns the heads; the text head is tied to the word
+    embeddings of the connector (published code: BERT's tied head). Contrastive candidates, including this rank's own,
+    carry no gradient; the images used for matching do.
     """
 
     needs = ("vision", "connector", "objective")
@@ -96,19 +96,19 @@ class QFormerPretraining(Objective):
         return sum(self.losses(model, batch, features))
 
     def losses(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Losses:
-        # Drawn before all else, where the generator of the first rank does not depend on how many there are.
+        # Drawn first, while the generator state of the first rank does not depend on the number of ranks.
         seed = int(torch.randint(2**62, ()))
         if features is None:
             features = model.vision(batch.images)
         core, ids, mask = model.connector.core, batch.text_ids, batch.text_mask
-        count = int((batch.weights.sum(1) > 0).sum())  # rows topped up without weight come last
+        count = int((batch.weights.sum(1) > 0).sum())  # padding rows without weight come last
         words = int(mask[:count, 1:].sum())
         counts, all_words, widths, seeds = zip(*all_numbers([count, words, ids.shape[1], seed], ids.device))
         share = Share.of(list(counts))
         pairs = Pairs(model.connector.read(features), ids, mask, count, share, share.mine(ids.device))
         to_text, to_image = self.similarities(core, pairs)
         others = [_draw(scores.detach(), pairs, seeds[0], i) for i, scores in enumerate((to_image, to_text))]
-        # a mean over the step's words, as the other two are means over its pairs
+        # a mean over the tokens of the step, as the other two losses are means over its pairs
         scale = share.total / max(1, sum(all_words))
         return Losses(
             sum(_cross_entropy(scores, pairs.mine) for scores in (to_text, to_image)) / 2,
@@ -117,7 +117,7 @@ class QFormerPretraining(Objective):
         )
 
     def similarities(self, core: QFormerCore, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Of each picture to all texts, and of each text to all pictures, ``(count, N)``, over the temperature."""
+        """Similarities image-to-text and text-to-image, each ``(count, N)``, divided by the temperature."""
         seen, heard = core(pairs.vision), core(None, pairs.ids, pairs.mask[:, None])
         images = F.normalize(self.vision_proj(seen).float(), dim=-1)[: pairs.count]
         texts = F.normalize(self.text_proj(heard[:, 0]).float(), dim=-1)[: pairs.count]
@@ -125,7 +125,10 @@ class QFormerPretraining(Objective):
         return self.temperature(_nearest(images, all_texts)), self.temperature(_nearest(all_images, texts).T)
 
     def matching(self, core: QFormerCore, pairs: Pairs, width: int, others: Tensor, other_texts: Tensor) -> Tensor:
-        """Whether each pair belongs together, and each of its halves with another's, drawn for it, ``(count,)``."""
+        """Matching loss, summed: for each pair the mean over the pair itself, a negative image and a negative text.
+
+        others, other_texts ``(count,)``: positions of the sampled negatives.
+        """
         count, share = pairs.count, pairs.share
         vision = pairs.vision[:count]
         marked = F.pad(pairs.ids.masked_fill(~pairs.mask, -1)[:count], (0, width - pairs.ids.shape[1]), value=-1)
@@ -134,13 +137,13 @@ class QFormerPretraining(Objective):
         asked = torch.cat([vision, all_vision[others], vision])
         states = core(asked, ids.clamp(min=0), _with_queries(core, ids >= 0)[:, None])
         logits = self.itm_head(states[:, : core.num_queries]).float().mean(1)
-        # a step of one pair has no other: what is drawn then is the pair itself
+        # a step of one pair has no negative: the pair itself is drawn and labelled as a match
         labels = torch.cat([torch.ones_like(pairs.mine, dtype=torch.bool), others == pairs.mine])
         labels = torch.cat([labels, other_texts == pairs.mine]).long()
         return F.cross_entropy(logits, labels, reduction="sum") / 3
 
     def generation(self, core: QFormerCore, pairs: Pairs) -> Tensor:
-        """Negative log-likelihood of the captions' words, smoothed, summed."""
+        """Negative log-likelihood of the caption tokens with label smoothing, summed."""
         queries, width = core.num_queries, pairs.ids.shape[1]
         sight = _with_queries(core, pairs.mask)[:, None].repeat(1, queries + width, 1)
         sight[:, :queries, queries:] = False
@@ -153,7 +156,7 @@ class QFormerPretraining(Objective):
         return _cross_entropy(logits.float(), pairs.ids[:, 1:][keep])
 
     def rehearse(self, connector: nn.Module, features: VisionFeatures, ids: Tensor) -> tuple[Tensor, ...]:
-        """What all passes of pairs make, with texts `ids` ``(B, T)``: for what they take, without data or weights."""
+        """Run all forward passes on texts `ids` ``(B, T)``, to measure their cost without data or weights."""
         core, vision = connector.core, connector.read(features)
         apart = core(vision), core(None, ids)
         matched = core(vision.repeat(3, 1, 1), ids.repeat(3, 1))
@@ -161,12 +164,12 @@ class QFormerPretraining(Objective):
         return *apart, matched, self.text_head(states.flatten(0, 1), core.embedding.words)
 
     def load_bert(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Start the text head as a BERT's, Hugging Face's ``BertForMaskedLM``. Raises ValueError if it differs."""
+        """Initialise the text head from Hugging Face's ``BertForMaskedLM``. Raises ValueError if shapes differ."""
         self.text_head.load_bert(state_dict)
 
 
 class Temperature(nn.Module):
-    """What similarities are divided by; learned as it is."""
+    """The learned divisor of similarities; learned directly, not as its logarithm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +180,7 @@ class Temperature(nn.Module):
 
 
 class TextHead(nn.Module):
-    """States ``(K, D)`` to logits ``(K, V)`` over the word embeddings `words`: BERT's head."""
+    """BERT's head: states ``(K, D)`` to logits ``(K, V)``, tied to the word embeddings `words`."""
 
     def __init__(self, hidden_size: int, vocabulary: int):
         super().__init__()
@@ -196,20 +199,20 @@ class TextHead(nn.Module):
             tensor = state_dict[theirs]
             if tensor.shape[1:] != own.shape[1:] or (tensor.shape != own.shape and name != "bias"):
                 raise ValueError(
-                    f"this BERT's {theirs} is {tuple(tensor.shape)}, the Q-Former's text head {tuple(own.shape)}"
+                    f"this BERT's {theirs} has shape {tuple(tensor.shape)}, expected the text head's {tuple(own.shape)}"
                 )
             own[: len(tensor)].copy_(tensor)
 
 
 def _nearest(images: Tensor, texts: Tensor) -> Tensor:
-    """Cosine similarity of each text ``(K, E)`` to the query of each picture ``(M, Q, E)`` that is nearest: (M, K)."""
+    """Cosine similarity ``(M, K)`` of each text ``(K, E)`` to the nearest query of each image ``(M, Q, E)``."""
     return torch.einsum("mqe,ke->mkq", images, texts).max(-1).values
 
 
 def _draw(scores: Tensor, pairs: Pairs, seed: int, number: int) -> Tensor:
-    """For each row of ``(count, N)`` another place than its own, the likelier the higher its score.
+    """Sample a negative for each row of ``(count, N)``, with probabilities given by the softmax of the scores.
 
-    Each row of the step has a draw of its own, so a row's other does not depend on which rank holds it.
+    Each row of the step has its own random number, so its negative does not depend on which rank holds the row.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(2, pairs.share.total, generator=generator, dtype=torch.float64)[number].to(scores.device)
@@ -219,7 +222,7 @@ def _draw(scores: Tensor, pairs: Pairs, seed: int, number: int) -> Tensor:
 
 
 def _with_queries(core: QFormerCore, mask: Tensor) -> Tensor:
-    """A text's mask ``(B, T)`` with all queries before it, ``(B, queries + T)``."""
+    """Prepend all queries to a text mask: ``(B, T)`` -> ``(B, queries + T)``."""
     return torch.cat([mask.new_ones(len(mask), core.num_queries), mask], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of every position, without a float32 copy of all logits."""
+"""Cross-entropy per position, without a float32 copy of all logits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**24  # logits that are held in float32 at once: 64 MiB
+CHUNK = 2**24  # number of logits held in float32 at once: 64 MiB
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row in float32, ``(K,)``, of logits ``(K, V)`` in any precision and targets ``(K,)``.
+    """Per-row cross-entropy ``(K,)`` in float32 of logits ``(K, V)`` in any precision and targets ``(K,)``.
 
-    What is kept for the backward pass is the logits as they are, and that pass adds a gradient of their size: in bf16 4
-    bytes a logit, where ``cross_entropy(logits.float())`` takes up to 16.
+    Only the logits are saved for the backward pass, in their own precision, and the backward pass allocates a gradient
+    of the same size: 4 bytes per logit in bf16, where ``cross_entropy(logits.float())`` needs up to 16.
     """
     return _TokenLosses.apply(logits, targets)
 

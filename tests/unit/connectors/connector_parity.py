@@ -1,8 +1,8 @@
-"""Each connector beside its reference: the cases that the tests check and the connector table reports.
+"""Each connector compared with its reference: the cases that the tests check and the connector table reports.
 
 A case builds the reference with weights rescaled to order one (at their published initialisation some outputs are
 so small that anything would pass), hands its state dict to `load_published`, and compares outputs and the gradients
-of all inputs. Where no package has the reference, it is derived again here, slowly and plainly.
+of all inputs. Where no package provides the reference, a simple, slow implementation is given here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Reference = Callable[[VisionFeatures], Tensor]
 
 
 class Case(NamedTuple):
-    """build(grid) -> (connector with the reference's weights, reference); `widths`: one an encoder."""
+    """build(grid) -> (connector with the reference's weights, reference); `widths`: one per encoder."""
 
     name: str
     reference: str
@@ -69,7 +69,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def inputs(case: Case, connector: Connector, grid: tuple[int, int]):
-    """Random features of the case's encoders, and all their tensors."""
+    """Random features of the case's encoders, and a list of all their tensors."""
     leaves: list[Tensor] = []
 
     def leaf(*shape: int) -> Tensor:
@@ -88,7 +88,7 @@ def inputs(case: Case, connector: Connector, grid: tuple[int, int]):
 
 
 def joined(output: Tensor | tuple[Tensor, tuple[Tensor, ...]]) -> Tensor:
-    """Tokens, with those for deeper layers beside them."""
+    """The tokens, followed by those for deeper layers."""
     return output if isinstance(output, Tensor) else torch.cat([output[0], *output[1]], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Small versions of every connector, and features for them."""
+"""Small versions of all connectors, and features for them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def features(connector: Connector, grid: tuple[int, int], batch: int = 2, **kind
 
 
 def instruction(connector: Connector, batch: int = 2, device=None) -> dict[str, torch.Tensor]:
-    """text_ids and text_mask, where the connector reads text."""
+    """text_ids and text_mask if the connector reads text."""
     if not connector.reads_text:
         return {}
     return {

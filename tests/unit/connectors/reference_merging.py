@@ -46,7 +46,7 @@ def avgpool(grid, window):
 
 
 def window_indices(height: int, width: int, window: int) -> Tensor:
-    """Raster indices of the patches of each window, -1 where a window reaches over the edge."""
+    """Raster indices of the patches of each window, -1 where a window extends beyond the edge."""
     rows = [
         [
             (top + i) * width + left + j if top + i < height and left + j < width else -1
@@ -118,7 +118,7 @@ def hunyuan_merger(grid):
 
 
 def shuffle_loop(x: Tensor) -> Tensor:
-    """2x2 patches side by side in channels, one token after the other."""
+    """Concatenate 2x2 patches along the channels, token by token."""
     _, height, width, _ = x.shape
     tokens = [
         torch.cat([x[:, top, left], x[:, top, left + 1], x[:, top + 1, left], x[:, top + 1, left + 1]], dim=-1)
@@ -136,7 +136,7 @@ def idefics3(grid):
     connector = published(build_connector("pixel_shuffle", C, D), "model.connector.", reference)
     if grid[0] == grid[1]:
         return connector, lambda f: reference(f.patches.flatten(1, 2))
-    # The reference takes the square root of the number of patches, so a loop stands in.
+    # The reference takes the square root of the number of patches, so a loop is used for other grids.
     return connector, lambda f: reference.modality_projection(shuffle_loop(f.patches))
 
 

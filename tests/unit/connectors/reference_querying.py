@@ -16,7 +16,7 @@ from vlmtrain.connectors import VisionFeatures, build_connector
 
 
 def sincos_table(dim: int, side: int) -> Tensor:
-    """Entry by entry: sines, then cosines, of the column; then of the row."""
+    """Computed entry by entry: sines, then cosines, of the column; then of the row."""
     table = torch.zeros(side * side, dim)
     quarter = dim // 4
     for row in range(side):
@@ -55,7 +55,7 @@ def qwen_vl_plain(grid):
 
 
 def qwen_vl_open_clip(grid):
-    """Positions zeroed and equal widths: what is left is open_clip's pooler."""
+    """With zero positions and equal widths, what remains is open_clip's pooler."""
     from open_clip.transformer import AttentionalPooler
 
     reference = AttentionalPooler(C, C, n_head=4, n_queries=16, norm_layer=partial(nn.LayerNorm, eps=1e-6))
@@ -147,7 +147,7 @@ def meq_former(grid):
     reference.projections = nn.ModuleList([nn.Linear(C, 20), nn.Linear(12, 20)])
     rescaled(reference)
     connector = build_connector("meq_former", (C, 12), D, hidden_dim=20, **TINY_QFORMER)
-    # BRAVE publishes no weights: the Q-Former's arrive by way of a plain one.
+    # BRAVE publishes no weights, so the weights of a plain Q-Former are loaded.
     plain = build_connector("qformer", 20, D, num_queries=64, **TINY_QFORMER)
     parts = nn.ModuleDict({"qformer": reference.qformer, "language_projection": reference.proj})
     published(plain, "", parts, query_tokens=reference.query_tokens)
@@ -171,7 +171,7 @@ def perceiver(grid, out_dim):
     reference.layers = nn.ModuleList(nn.ModuleList([attention(C, 8, 3), feed_forward(C)]) for _ in range(2))
     reference.norm = nn.LayerNorm(C)
     rescaled(reference)
-    # open_flamingo's feed-forward is a plain sequence: norm, linear, activation, linear.
+    # open_flamingo's feed-forward is an nn.Sequential: norm, linear, activation, linear.
     flamingo = {"1.norm.": "1.0.", "1.fc1.": "1.1.", "1.fc2.": "1.3."}
     state = {}
     for name, tensor in reference.state_dict().items():

@@ -59,7 +59,7 @@ def d_abstractor(grid, hidden_size):
     reference.output_proj = nn.Linear(hidden_size, D)
     rescaled(reference)
     reference.reference_points = nn.Parameter(torch.rand(1, 9, 2))
-    # Honeybee's checkpoints hold the names of an older release of the layer.
+    # Honeybee's checkpoints use the tensor names of an older release of the layer.
     old = {".o_proj.": ".out_proj.", ".mlp.fc": ".fc"}
     state = {}
     for name, tensor in reference.state_dict().items():
@@ -168,7 +168,7 @@ def token_packer(grid):
         for top in range(0, grid[0], 2):
             for left in range(0, grid[1], 2):
                 region = levels[:, top : top + 2, left : left + 2].flatten(1, 2)
-                # Halving bilinearly without aligned corners is the mean of the four patches.
+                # Bilinear downsampling by 2 without aligned corners is the mean of the four patches.
                 coarse = f.patches[:, top : top + 2, left : left + 2].mean((1, 2)).unsqueeze(1)
                 query = reference.ln_q_1(reference.q_proj_1(coarse))
                 key = reference.ln_k_1(reference.k_proj_1(region))

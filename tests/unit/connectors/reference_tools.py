@@ -1,4 +1,4 @@
-"""What all references share: rescaled weights, Hugging Face classes, loading, patch order."""
+"""Helpers shared by all references: rescaled weights, Hugging Face classes, loading, patch order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hf_config(model: str, name: str, **options):
 
 
 def published(connector: Connector, prefix: str, module: nn.Module, **more: Tensor) -> Connector:
-    """Load the reference's own state dict, under a prefix, and further tensors."""
+    """Load the reference's state dict under a prefix, with additional tensors."""
     state = {prefix + name: tensor for name, tensor in module.state_dict().items()}
     connector.load_published({**state, **more})
     return connector

@@ -1,4 +1,4 @@
-"""Initialisation as published: spreads of weights, frozen tables."""
+"""Initialisation as published: standard deviations of weights, frozen tables."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 
 def assert_spread(std: float, *tensors: torch.Tensor, rel: float = 0.1) -> None:
-    """Each tensor's values have this standard deviation, nearly."""
+    """The values of each tensor have approximately this standard deviation."""
     for tensor in tensors:
         assert tensor.detach().std().item() == pytest.approx(std, rel=rel)
 

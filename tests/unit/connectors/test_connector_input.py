@@ -1,4 +1,4 @@
-"""Users' mistakes are ValueErrors that say what was got, what was expected and what to change."""
+"""User errors raise ValueErrors that give the value, what was expected and what to change."""
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from vlmtrain.connectors import VisionFeatures, build_connector
     ("name", "options", "message"),
     [
         ("mpl", {}, r"Unknown connector 'mpl'. Did you mean 'mlp'\? Available: linear, mlp"),
-        ("mlp", {"dept": 3}, r"connector.dept of 'mlp'. Did you mean 'depth'\? Its options: depth, hidden_dim"),
-        ("linear", {"depth": 2}, r"connector.depth of 'linear'. Its options: none"),
-        ("mlp", {"depth": 0}, r"connector.depth=0: expected a whole number above zero"),
+        ("mlp", {"dept": 3}, r"connector.dept of 'mlp'. Did you mean 'depth'\? Available options: depth, hidden_dim"),
+        ("linear", {"depth": 2}, r"connector.depth of 'linear'. Available options: none"),
+        ("mlp", {"depth": 0}, r"connector.depth=0: expected a positive integer"),
         ("mlp", {"hidden_dim": -4}, r"connector.hidden_dim=-4"),
         ("mlp", {"activation": "gleu"}, r"connector.activation='gleu'. Did you mean 'gelu'\?"),
         ("avgpool", {"window": 0}, r"connector.window=0"),
@@ -121,9 +121,9 @@ def test_instructions_must_be_asked_for_and_then_given(name):
     with pytest.raises(ValueError, match="text_vocab is not set"):
         plain(features(plain, (6, 6)), ids)
     reader = small(name, **SMALL[name], text_vocab=50, text_positions=4)
-    with pytest.raises(ValueError, match="needs text_ids"):
+    with pytest.raises(ValueError, match="requires text_ids"):
         reader(features(reader, (6, 6)))
-    with pytest.raises(ValueError, match=r"a text of 5 tokens, but connector.text_positions=4"):
+    with pytest.raises(ValueError, match=r"the text has 5 tokens, but connector.text_positions=4"):
         reader(features(reader, (6, 6)), torch.zeros(2, 5, dtype=torch.long))
 
 

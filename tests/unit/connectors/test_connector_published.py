@@ -1,4 +1,4 @@
-"""Published names, with and without their prefix; missing, unexpected and wrongly shaped tensors are named."""
+"""Published names, with and without their prefix; missing, unexpected and wrongly shaped tensors are reported."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ for key in "qkv":
 C_ABS = {"pos_emb": (1, 36, C)} | regnet("net.0.b1", C, 20) | regnet("net.0.b2", 20, 20) | regnet("net.2.b1", 20, 20)
 C_ABS |= regnet("net.2.b2", 20, 20) | linear("readout.0", D, 20) | linear("readout.2", D, D)
 
-# (connector, options, published prefix, names and shapes behind the prefix)
+# (connector, options, published prefix, names and shapes after the prefix)
 PUBLISHED = {
     "LLaVA 1.0": ("linear", {}, "model.mm_projector.", {"weight": (D, C), "bias": (D,)}),
     "LLaVA 1.5": ("mlp", MLP2, "model.mm_projector.", linear("0", D, C) | linear("2", D, D)),
@@ -276,7 +276,7 @@ CASES = pytest.mark.parametrize("publication", PUBLISHED)
 
 
 def sample(publication: str, keep: int = 0):
-    """A connector and random published weights, the first `keep` parts of the prefix left out."""
+    """A connector and random published weights, without the leading `keep` components of the prefix."""
     name, options, prefix, shapes = PUBLISHED[publication]
     torch.manual_seed(0)
     prefix = ".".join(prefix.split(".")[keep:])
@@ -306,7 +306,7 @@ def test_missing_unexpected_and_misshapen_are_named(publication):
     for name in state:
         with pytest.raises(ValueError) as raised:
             connector.load_published({key: tensor for key, tensor in state.items() if key != name})
-        # Of nothing at all one cannot tell whose names are missing.
+        # For an empty state dict the naming convention cannot be determined.
         assert f"missing: {name}" in str(raised.value) or len(state) == 1
         with pytest.raises(ValueError) as raised:
             connector.load_published(state | {name: torch.zeros(*state[name].shape, 1)})

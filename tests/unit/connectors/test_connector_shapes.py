@@ -1,4 +1,4 @@
-"""Promised token counts equal what forward returns, on every accepted grid; YAML options equal the signatures."""
+"""`num_tokens` equals what forward returns on every accepted grid; YAML options equal the signatures."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 @example(5, 7)
 def test_promise_equals_forward(variant, height, width):
     name, options = variant
-    if name == "vss":  # its scan is a loop over positions
+    if name == "vss":  # its scan loops over positions, which is slow
         height, width = min(height, 12), min(width, 12)
     with torch.device("meta"):
         try:
@@ -48,7 +48,7 @@ def test_promise_equals_forward(variant, height, width):
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_meta_connectors_stay_meta_beside_transformers(name):
-    """transformers replaces torch.linspace while it loads; torch's list of factories may first be made just then."""
+    """transformers patches torch.linspace while loading a model, and torch may first list its factories then."""
     _device_constructors.cache_clear()
     try:
         with torch.device("meta"), meta_device_safe_creation_ops():

@@ -20,7 +20,7 @@ def test_every_parameter_gets_a_gradient(variant):
     connector = small(name, **options)
     output = joined(connector(features(connector, (6, 6)), **instruction(connector)))
     output.backward(torch.randn_like(output))
-    # In the last layer the instruction's feed-forward part comes after all that the queries see.
+    # In the last layer the feed-forward part for the instruction cannot influence the queries.
     unseen = "core.layers.2.text_ffn." if name == "qformer" and connector.reads_text else None
     for key, parameter in connector.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
@@ -62,7 +62,7 @@ def test_state_dict_round_trip(variant):
 
 @pytest.mark.parametrize("grid", [(4, 6), (2, 8)])
 def test_merging_raster_equals_the_reference_on_block_order(grid):
-    """The published merger takes runs of four rows; fed with raster order it would merge other patches."""
+    """The published merger merges four consecutive rows; with raster order it would merge different patches."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
 
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_qformer_core_runs_the_three_passes_of_stage_one():
 
     torch.manual_seed(0)
     reference = qformer_reference(C, use_qformer_text_input=True, num_hidden_layers=3)
-    reference.qformer.config._attn_implementation = "sdpa"  # the one that takes boolean masks
+    reference.qformer.config._attn_implementation = "sdpa"  # the implementation that accepts boolean masks
     config = hf_config("blip_2", "Blip2QFormerConfig", vocab_size=50, hidden_size=32)
     reference.embeddings = hf("blip_2", "Blip2TextEmbeddings")(config)
     reference.query_tokens = torch.nn.Parameter(torch.empty(1, 5, 32))
@@ -178,7 +178,7 @@ def test_both_scans_see_the_whole_picture_and_flip_with_it():
 
 
 def test_scan_in_pieces_equals_the_recurrence():
-    """Longer than one piece, with gradients."""
+    """The scan is longer than one chunk; outputs and gradients are compared."""
     torch.manual_seed(0)
     length, width, states = 150, 3, 2
     a = -torch.rand(width, states)
@@ -204,7 +204,7 @@ def test_meq_former_hides_encoders_in_training_only():
     first, second = mask[:, :3], mask[:, 3:]
     assert (first == first[:, :1]).all() and (second == second[:, :1]).all()
     assert mask.any(1).all(), "at least one encoder is always seen"
-    # Hidden with 1/2 each, but for the quarter in which both were.
+    # Each encoder is hidden with probability 1/2, except in the quarter of cases in which both would be.
     for part in (first, second):
         assert abs(part[:, 0].float().mean() - 0.75) < 0.03
     assert connector.eval().encoder_mask(parts) is None
@@ -221,7 +221,7 @@ def test_meq_former_takes_encoders_of_unequal_grids_and_a_single_one():
 
 
 def test_deformable_attention_starts_by_looking_around():
-    """Heads look along evenly spread directions, point i at i patches' distance; weights are equal."""
+    """Directions of the heads are evenly spaced, point i is i patches away; weights are equal."""
     layer = small("d_abstractor", grid=3, hidden_size=32, depth=1, num_heads=4).layers[0].encoder_attn
     offsets = layer.sampling_offsets.bias.detach().reshape(4, 4, 2)
     for head, direction in enumerate(([1, 0], [0, 1], [-1, 0], [0, -1])):

@@ -49,5 +49,5 @@ def test_a_template_that_shows_something_else_is_refused():
     processor = speaking("tiny", "vicuna_v1")  # whose turns are now numbered
     processor.renderer._chat = processor.renderer._chat.replace("' USER: '", "' USER ' ~ loop.index ~ ' '")
     processor.renderer._literals.clear()
-    with pytest.raises(ValueError, match="would give other tokens than training saw"):
+    with pytest.raises(ValueError, match="would give other tokens than in training"):
         typed_speech(processor)
