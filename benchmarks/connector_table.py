@@ -1,9 +1,9 @@
-"""Table of all connectors: size, tokens, and how closely each equals its reference.
+"""Table of all connectors: size, tokens, and difference from the reference.
 
-    python benchmarks/connector_table.py                     # print it
-    python benchmarks/connector_table.py --write README.md   # put it between the connectors markers of a file
+    python benchmarks/connector_table.py                     # print the table
+    python benchmarks/connector_table.py --write README.md   # write it between the connectors markers of a file
 
-Everything is measured anew: tokens and parameters on the meta device, errors by the parity cases of the tests.
+All values are measured: tokens and parameters on the meta device, errors with the parity cases of the tests.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PAPERS = {
 
 
 def table() -> str:
-    """The Markdown table, one row a connector."""
+    """The Markdown table, with one row per connector."""
     lines = [
         f"| `connector=` | Paper | Tokens for {GRID[0]}x{GRID[1]} | Parameters {IN_DIM}→{OUT_DIM} "
         "| Checked against | Largest relative error |",

@@ -1,11 +1,11 @@
-"""Tokens a second over batch size, sequence length, pictures a sample and connector: one axis at a time, from a middle.
+"""Tokens per second over batch size, sequence length, images per sample and connector: one axis at a time.
 
     python benchmarks/cost_curve.py --write cost_curve.html
     python benchmarks/cost_curve.py --set vision=hf vision.path=DIR llm=hf llm.path=DIR --steps 6
 
-Each point trains connector and language model in a process of its own (the quickstart's parts, unless `--set` names
-others); its value is the median over the steps behind the first third. All tokens count, those of pictures too, so a
-curve is flat where a token costs the same everywhere.
+Each point trains connector and language model in a separate process (with the parts of the quickstart, unless `--set`
+selects others). Its value is the median over the steps after the first third. All tokens count, including image tokens,
+so a curve is flat if all tokens cost the same. The other axes stay at their middle values.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings, such as other parts")
-    parser.add_argument("--write", type=Path, help="an HTML file for table and charts")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="additional settings, such as other parts"
+    )
+    parser.add_argument("--write", type=Path, help="HTML file for the table and charts")
     options = parser.parse_args()
     speeds: dict[tuple, float] = {}
     for axis in options.axis:
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def measure(point: dict, options: argparse.Namespace) -> float:
-    """Tokens a second at one point."""
+    """Tokens per second at one point."""
     with tempfile.TemporaryDirectory() as name:
         folder, batch = Path(name), point["batch size"]
         write_records(point, folder, batch * options.steps)
@@ -78,7 +80,7 @@ def measure(point: dict, options: argparse.Namespace) -> float:
 
 
 def write_records(point: dict, folder: Path, count: int) -> None:
-    """Conversations of one question, each alike in size."""
+    """Write conversations of one question, all of the same size."""
     Image.effect_noise((48, 48), 80).convert("RGB").save(folder / "noise.png")
     pictures = point["pictures a sample"]
     question = {"from": "human", "value": "<image>\n" * pictures + "What color is this?"}
@@ -91,7 +93,7 @@ def write_records(point: dict, folder: Path, count: int) -> None:
 
 
 def page(axes: list[str], speeds: dict[tuple, float]) -> str:
-    """A page of its own: a chart for each axis of numbers, and a table of the others."""
+    """A self-contained page with a chart for each numeric axis and a table for the others."""
     body = ""
     for axis in axes:
         values = [speeds[tuple((MIDDLE | {axis: value}).values())] for value in AXES[axis]]

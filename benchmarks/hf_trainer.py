@@ -1,10 +1,10 @@
-"""The other side of `training_speed.py`: Hugging Face's Trainer, or TRL's, with LlavaForConditionalGeneration.
+"""The reference side of `training_speed.py`: Hugging Face's or TRL's trainer with LlavaForConditionalGeneration.
 
     python benchmarks/hf_trainer.py JOB.json
 
-It gets its best settings: conversations tokenised beforehand, frozen parts without gradients, rows of about one length
-together where lengths differ, pictures decoded in a worker, its own bf16 autocast, and no saving or logging. Its
-`torch_compile` is left out: over varying lengths it was slower.
+It uses its best settings: conversations tokenised in advance, no gradients for frozen parts, grouping of rows by length
+if lengths differ, images decoded in a worker, its own bf16 autocast, and no saving or logging. Its `torch_compile` is
+not used, because it was slower with varying lengths.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlmtrain.distributed.processes import peak_resident_bytes
 
 
 class Samples(Dataset):
-    """Conversations as token ids and labels, with the names of their pictures."""
+    """Conversations as token ids and labels, with the file names of their images."""
 
     def __init__(self, file: Path):
         self.records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -36,7 +36,7 @@ class Samples(Dataset):
 
 
 class Collator:
-    """Pads on the right, and prepares the pictures as the model's processor does."""
+    """Pads on the right and prepares images with the model's processor."""
 
     def __init__(self, processor, images: Path):
         self.processor, self.images = processor, images
@@ -56,7 +56,7 @@ class Collator:
 
 
 class Clock(TrainerCallback):
-    """Writes when each step ended, and the memory's peak so far."""
+    """Writes the end time of each step and the peak memory so far."""
 
     def __init__(self, file: Path):
         self.file = file.open("w")
@@ -73,7 +73,7 @@ class Clock(TrainerCallback):
 
 
 def build_trainer(name: str, options: dict, samples: Samples, processor, shared: dict) -> Trainer:
-    """Hugging Face's own, or TRL's SFTTrainer on the same tokens: it neither prepares nor packs pictures' samples."""
+    """Hugging Face's Trainer, or TRL's SFTTrainer on the same tokens, without its own preparation and packing."""
     if name == "trainer":
         return Trainer(args=TrainingArguments(**options), train_dataset=samples, **shared)
     from datasets import Dataset as Table
@@ -101,7 +101,9 @@ def main() -> None:
     with torch.no_grad():
         batch = collator([samples[i] for i in range(job["batch_size"])])
         logits = model(**batch).logits[:, :-1].float()
-        logits[..., model.config.image_token_index] = -torch.inf  # a word that the export adds, and our side lacks
+        logits[
+            ..., model.config.image_token_index
+        ] = -torch.inf  # a token that the export adds and our side does not have
         first = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
     out = Path(job["out"])
     options = dict(

@@ -1,10 +1,10 @@
-"""Table of all that is exported and imported: how closely models here equal Hugging Face's.
+"""Table of supported exports and imports: how closely models match those of Hugging Face.
 
-    python benchmarks/parity_table.py                         # print it
-    python benchmarks/parity_table.py --write docs/recipes.md # put it between the parity markers of a file
+    python benchmarks/parity_table.py                         # print the table
+    python benchmarks/parity_table.py --write docs/recipes.md # write it between the parity markers of a file
 
-Measured on small random models, by the cases of the tests: each is asked several questions about several pictures,
-alone and in one batch.
+Measured on small random models with the cases of the tests: each model answers several questions about several images,
+one at a time and in one batch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ PROJECTORS = {
 
 
 class Row(NamedTuple):
-    """A class or projector, and the parts that it is tried with."""
+    """A class or projector, and the parts with which it is tested."""
 
     way: str
     what: str
     cases: dict[str, Case | Source]
 
     def cells(self) -> list[str]:
-        """What is known before measuring."""
+        """The cells that need no measurement."""
         encoders = dict.fromkeys(case.vision for case in self.cases.values())
         models = dict.fromkeys(case.llm.partition(",")[0] for case in self.cases.values())
         return [self.way, self.what, ", ".join(sorted(encoders)), ", ".join(sorted(models))]

@@ -1,4 +1,4 @@
-"""Tables that are measured anew and stand between markers of a page."""
+"""Tables that are measured and written between the markers of a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def print_or_write(table: Callable[[], str], marker: str, description: str) -> None:
-    """Print a table; with ``--write FILE`` put it between FILE's ``<!-- marker:begin -->`` and ``:end`` as well."""
+    """Print a table; with ``--write FILE`` also write it between ``<!-- marker:begin -->`` and ``:end`` in FILE."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the block between the markers of FILE")
     arguments = parser.parse_args()

@@ -1,21 +1,22 @@
-"""Training speed beside Hugging Face's Trainer: same weights, data, precision and machine, in one run.
+"""Training speed compared with Hugging Face's Trainer: same weights, data, precision and machine, in one run.
 
     python benchmarks/training_speed.py                                    # parts of realistic shape, random weights
-    python benchmarks/training_speed.py --vision DIR --llm DIR --data DIR   # published parts, LLaVA JSON with pictures
+    python benchmarks/training_speed.py --vision DIR --llm DIR --data DIR   # published parts, LLaVA JSON with images
     python benchmarks/training_speed.py --workload align --precision bf16 --repeats 3 --write speed.md
 
-Each job is a process of its own. All sides run in turn, `--repeats` times; the table has medians. The clock runs from
-the end of step `--warmup` to the end of the last. Losses on the first batch of every run must agree within 1e-4 (bf16:
-2 %, as the two sides round at other places; packed rows hold other samples, so for `packed` it is those of `ours`), or
-the comparison is void and says so. The share of the machine's rate counts the arithmetic that the update needs (no
-padding, no logits that nothing is trained on), over the rate of large matrix products, the best that was measured
-between the jobs. Sides: `ours` (no feature cache), `cold` and `cached` (an empty one, and a warm one), `packed`,
-`trainer`, `trl` (TRL's SFTTrainer, where it is installed), `ranks` and `ranks-zero2` (two ranks, half the threads
-each, plain and under ZeRO-2).
+Each job is a separate process. All sides run in turn, `--repeats` times; the table reports medians. Time is measured
+from the end of step `--warmup` to the end of the last step. The losses on the first batch of all runs must agree within
+1e-4 (bf16: 2 %, because the two sides round at different places; packed rows contain other samples, so for `packed` the
+losses of `ours` are compared), otherwise the comparison is reported as void. The share of the matrix rate is the
+arithmetic that the update requires (without padding and without unused logits) per second, divided by the best rate of
+large matrix products measured between the jobs. Sides: `ours` (no feature cache), `cold` and `cached` (an empty and a
+warm cache), `packed`, `trainer`, `trl` (TRL's SFTTrainer, if it is installed), `ranks` and `ranks-zero2` (two ranks
+with half the threads each, plain and with ZeRO-2).
 
-Workloads: `align` trains the connector on captions. `instruct` trains connector and language model on talks like those
-of LLaVA-1.5's mixture: 6 % without a picture (40,688 of its 665,298 are), 1 to 6 questions (geometric, mean 1.8), half
-of the answers of 1 to 5 words and half log-normal around 40 words. `quickstart` is the small model of that recipe.
+Workloads: `align` trains the connector on captions. `instruct` trains connector and language model on conversations
+like those of LLaVA-1.5's mixture: 6 % without an image (40,688 of its 665,298), 1 to 6 questions (geometric, mean 1.8),
+half of the answers with 1 to 5 words and half log-normal around 40 words. `quickstart` is the small model of that
+recipe.
 """
 
 from __future__ import annotations
@@ -44,16 +45,20 @@ TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart
 SIDES = ("ours", "cold", "cached", "packed", "ranks", "ranks-zero2", "trainer", "trl")
 THEIRS = ("trainer", "trl")
 THEIR_SETTINGS = (
-    "trainer, trl: texts tokenised beforehand, frozen parts without gradients, rows of about one length together, "
-    "pictures decoded in a worker, their own bf16 autocast, no gradient checkpointing (nor ours), no saving or logging."
+    "trainer, trl: text tokenised in advance, no gradients for frozen parts, rows grouped by length, images decoded in "
+    "a worker, their own bf16 autocast, no gradient checkpointing (also in ours), no saving or logging."
 )
-BASES = {"ranks": None, "ranks-zero2": "ranks", "trainer": None}  # what a side is a ratio of; all others: trainer
-AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # in bf16 the two sides round at other places
+BASES = {
+    "ranks": None,
+    "ranks-zero2": "ranks",
+    "trainer": None,
+}  # the baseline of a side's ratio; trainer for all others
+AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # in bf16 the two sides round at different places
 
 
 @dataclass
 class Case:
-    """One workload in one precision: where its inputs are, and what was measured of each side, a run an entry."""
+    """One workload in one precision: the folder of its inputs, and the measurements of each side, one entry per run."""
 
     workload: str
     precision: str
@@ -82,13 +87,13 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings for our side")
-    parser.add_argument("--write", type=Path, help="a file for the table")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="additional settings for our side")
+    parser.add_argument("--write", type=Path, help="file for the table")
     options = parser.parse_args()
     if not 0 < options.warmup < options.steps:
-        parser.error(f"--warmup {options.warmup}: expected from 1 to less than --steps {options.steps}")
+        parser.error(f"--warmup {options.warmup}: expected at least 1 and less than --steps {options.steps}")
     if "trl" in (options.sides or ()) and find_spec("trl") is None:
-        parser.error("--sides trl needs trl: pip install trl")
+        parser.error("--sides trl requires trl: pip install trl")
     with tempfile.TemporaryDirectory() as folder:
         cases = [
             run_case(workload, precision, Path(folder) / f"{workload}-{precision}", options)
@@ -117,7 +122,7 @@ def run_case(workload: str, precision: str, folder: Path, options: argparse.Name
 
 
 def prepare(case: Case) -> None:
-    """Make both sides' inputs: a model folder, its export, pictures and conversations, and our side's line."""
+    """Create the inputs of both sides: a model folder, its export, images and conversations, and our command."""
     options, folder = case.options, case.folder
     needed = options.batch_size * options.steps
     side = 48 if case.workload == "quickstart" else options.image_size
@@ -157,7 +162,7 @@ def prepare(case: Case) -> None:
 
 
 def parts_line(case: Case) -> list[str]:
-    """The two big parts: folders that were given, or ones made here, of the shape of published ones."""
+    """The two large parts: the given folders, or new ones with the architecture of published parts."""
     from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
     from vlmtrain.data.shapes import VOCABULARY
@@ -204,7 +209,7 @@ def real_records(options: argparse.Namespace, stage: str, needed: int) -> Iterat
 
 
 def talks(rng: random.Random, records: list[dict], needed: int) -> Iterator[dict]:
-    """Conversations of the mixture's shape, of the words and pictures of `records`."""
+    """Conversations with the lengths of the mixture, made from the words and images of `records`."""
     words = [word for record in records for turn in record["conversations"] for word in turn["value"].split()]
     words = [word for word in words if "<" not in word]
     for number in range(needed):
@@ -225,7 +230,7 @@ def talks(rng: random.Random, records: list[dict], needed: int) -> Iterator[dict
 
 
 def made_records(workload: str, needed: int, folder: Path, side: int) -> Iterator[dict]:
-    """Procedural pictures with their captions, or talks of the captions' words."""
+    """Procedural images with captions, or conversations made from the words of the captions."""
     from vlmtrain.data.shapes import Shapes
 
     folder.mkdir()
@@ -247,7 +252,7 @@ def pictures_of(record: dict) -> list[str]:
 
 
 def build_model(case: Case) -> None:
-    """The model that both sides start from, in our form and in Hugging Face's, and the conversations as token ids."""
+    """Save the initial model of both sides, in our format and Hugging Face's, and the conversations as token ids."""
     from vlmtrain.data.sources import build_source
     from vlmtrain.interop.export import export
     from vlmtrain.model import VLMWrapper
@@ -275,13 +280,13 @@ def build_model(case: Case) -> None:
             planned = plan.reader.read(position, [])
             tokens = planned.tokens
             ids = tokens.input_ids.masked_fill(tokens.image_index >= 0, image_id).tolist()
-            labels = [-100, *tokens.targets[:-1].tolist()]  # theirs are shifted by the model
+            labels = [-100, *tokens.targets[:-1].tolist()]  # the Hugging Face model shifts the labels
             pictures = pictures_of(records[planned.index])
             file.write(json.dumps({"input_ids": ids, "labels": labels, "images": pictures, "length": len(ids)}) + "\n")
 
 
 def run_ours(case: Case, side: str, out: Path) -> dict:
-    """`python -m vlmtrain.train` in a process of its own; what the clock says is read off its metrics as they come."""
+    """Run `python -m vlmtrain.train` in a separate process; step times are when its metrics appear in the file."""
     more = []
     if side == "packed":
         more = [f"stages.{case.stage}.layout=packed", f"stages.{case.stage}.micro_batch_size=null"]
@@ -345,7 +350,7 @@ def run_trainer(case: Case, side: str, out: Path) -> dict:
 
 
 def watch(command: list[str], file: Path, threads: int) -> tuple[list[dict], list[float]]:
-    """Run a command; the JSON lines of a file that it writes, and when each of them appeared."""
+    """Run a command; return the JSON lines of a file that it writes, and the time when each line appeared."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     ends: list[float] = []
     with tempfile.TemporaryFile() as errors:
@@ -362,7 +367,7 @@ def watch(command: list[str], file: Path, threads: int) -> tuple[list[dict], lis
 
 
 def matrix_rate(precision: str, threads: int) -> float:
-    """FLOP/s of a large matrix product, the best of a few."""
+    """FLOP/s of a large matrix product, the best of several."""
     torch.set_num_threads(threads)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     one, other = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
@@ -375,7 +380,7 @@ def matrix_rate(precision: str, threads: int) -> float:
 
 
 def useful_flops(case: Case, run: dict, cached: bool) -> float:
-    """FLOPs that an update needs for one sample of this workload, by `vlmtrain plan`'s counting."""
+    """FLOPs per sample that an update of this workload requires, as counted by `vlmtrain plan`."""
     from vlmtrain.planning.measuring import Meter, use_counted_attention
     from vlmtrain.planning.plan import Machine, plan_run
     from vlmtrain.settings import compose
@@ -386,7 +391,7 @@ def useful_flops(case: Case, run: dict, cached: bool) -> float:
     expected = {"text_tokens": run["tokens"] - run["image_tokens"]}
     expected["images"] = run["image_tokens"] / plan.picture_tokens[0]
     share = run["targets"] / max(1.0, expected["text_tokens"])
-    expected["answer_share"] = min(1.0, share)  # these are means over steps, which round
+    expected["answer_share"] = min(1.0, share)  # these are rounded means over steps
     line = [f"stages.{name}.expected.{key}={value}" for key, value in expected.items()]
     settings = compose([*case.line, *line])
     (plan,) = plan_run(settings, Machine())
@@ -401,10 +406,10 @@ def useful_flops(case: Case, run: dict, cached: bool) -> float:
 
 
 def table(cases: list[Case], options: argparse.Namespace) -> str:
-    """The figures as Markdown."""
+    """The results as Markdown."""
     parts = "published parts" if options.llm else "random weights"
     lines = [
-        f"{options.threads} threads, {parts}, {options.batch_size} samples a step, "
+        f"{options.threads} threads, {parts}, {options.batch_size} samples per step, "
         f"{options.steps - options.warmup} steps timed, medians of {options.repeats}",
         "",
         "| workload | side | samples/s | ratio | target tokens/s | of matrix rate | data wait | peak memory (ratio) |",
@@ -438,10 +443,10 @@ def case_rows(case: Case) -> Iterator[str]:
 
 
 def disagreement(case: Case, side: str, base: str) -> str | None:
-    """Why a side's speed cannot be held against that of `base`, if it cannot: what is trained is not the same."""
+    """Why a side's speed cannot be compared with that of `base`: the first losses differ. None if it can."""
     checked = "ours" if side == "packed" else side
     if checked not in case.sides:
-        return f"void: {side} needs {checked} beside it, whose first losses are compared"
+        return f"void: {side} requires {checked} in the same run, whose first losses are compared"
     ours, theirs = ([run["first"] for run in case.sides[name]] for name in (checked, base))
     losses = [math.nan if loss is None else loss for loss in (*ours, *theirs)]
     agree = all(map(math.isfinite, losses)) and max(losses) - min(losses) <= AGREEMENT[case.precision] * losses[-1]

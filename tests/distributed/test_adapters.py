@@ -138,7 +138,7 @@ def test_a_stage_equals_pefts_own(engine, ranks, aligned, adapters, llava_files,
         torch.testing.assert_close(tensor, found[name], rtol=1e-5, atol=1e-7, msg=name)
     card = (model / "README.md").read_text()  # the merged size, and the adapters beside it
     assert f"| {sum(parameter.numel() for parameter in load_part('llm', base).parameters()):,} |" in card
-    assert "Adapters of llm: rank 4, alpha 12, on " in card and "alone in `adapters/llm`" in card
+    assert "Adapters of llm: rank 4, alpha 12, on " in card and "also stored separately in `adapters/llm`" in card
     parts = json.loads((tmp_path / "instruct" / "summary.json").read_text())["parts"]
     assert parts["llm"]["trainable_parameters"] == sum(
         t.numel() for t in load_file(adapters / "adapter_model.safetensors").values()

@@ -61,7 +61,7 @@ def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(firs
     config.versions.torch = "1.0"
     OmegaConf.save(config, first / "config.yaml")
     refused = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), check=False)
-    assert refused.returncode == 2 and f"{tmp_path / 'again'} holds a finished rerun already" in refused.stderr
+    assert refused.returncode == 2 and f"{tmp_path / 'again'} already contains a finished rerun" in refused.stderr
     # as if the rerun had been killed in its second stage, in the middle of a line
     (tmp_path / "again" / "instruct" / "summary.json").unlink()
     with open(first / "instruct" / "metrics.jsonl", "a") as file:

@@ -53,9 +53,7 @@ def test_a_metric_without_its_data_is_refused_before_weights_are_read(model, cap
 
 def test_a_folder_of_the_wrong_class(tmp_path, model, capsys):
     build_llava(tmp_path / "hf")
-    hint = (
-        f"{tmp_path / 'hf'} is a Hugging Face folder: 'vlmtrain import {tmp_path / 'hf'} OUT_DIR' makes a model folder"
-    )
+    hint = f"{tmp_path / 'hf'} is a Hugging Face folder: convert it with 'vlmtrain import {tmp_path / 'hf'} OUT_DIR'"
     for line in (["chat"], ["evaluate"], ["export", str(tmp_path / "out")]):
         assert hint in refused(capsys, line[0], str(tmp_path / "hf"), *line[1:])
     for line in (["chat"], ["evaluate"], ["export", str(tmp_path / "out")]):
@@ -66,7 +64,7 @@ def test_a_folder_of_the_wrong_class(tmp_path, model, capsys):
     assert words in refused(capsys, "import", str(model / "llm"), str(tmp_path / "out"))
     (tmp_path / "mm_projector.bin").write_text("words")
     said = refused(capsys, "import", str(tmp_path / "mm_projector.bin"), str(tmp_path / "out"))
-    assert "mm_projector.bin is no file of tensors: Weights only load failed" in said and "weights_only" not in said
+    assert "mm_projector.bin is not a tensor file: Weights only load failed" in said and "weights_only" not in said
     assert not (tmp_path / "out").exists()
 
 
@@ -88,7 +86,7 @@ def test_a_connector_of_the_wrong_width(model, tokenizer, tmp_path):
         VLMWrapper.from_pretrained(model)
     config = json.loads((model / "connector" / "config.json").read_text())
     (model / "connector" / "config.json").write_text(json.dumps({**config, "out_dim": 20, "hidden_dim": 32}))
-    with pytest.raises(ValueError, match=r"connector/config\.json is not the file that .* names: its hash differs"):
+    with pytest.raises(ValueError, match=r"connector/config\.json is not the file that .* lists: its hash differs"):
         VLMWrapper.from_pretrained(model)
 
 
@@ -127,7 +125,7 @@ def test_init_from_says_what_it_cannot_take(tmp_path, model):
     for given, words in (
         (model / "llm", "llm/config.json: model_type is llama, expected llava or"),
         (tmp_path / "none", "none is not a model folder: no such directory"),
-        (model / "vlmtrain.json", "vlmtrain.json is no file of tensors"),
+        (model / "vlmtrain.json", "vlmtrain.json is not a tensor file"),
     ):
         done = train(*line, f"init_from={given}", check=False)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -142,7 +142,7 @@ def bert(folder, **shape) -> str:
 
 def test_a_model_that_sees_both_directions_is_no_language_model(llava_files, tmp_path):
     path = bert(tmp_path / "bert")
-    with pytest.raises(ValueError, match=f"llm.path={path} is no causal language model") as error:
+    with pytest.raises(ValueError, match=f"llm.path={path} is not a causal language model") as error:
         start(tmp_path / "run", llava_files, "llm=hf", f"llm.path={path}", "llm.chat_template=bare")
     assert "\n" not in str(error.value)
 
@@ -189,7 +189,7 @@ def test_a_missing_picture_folder_is_named(llava_files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, words", [("[]", "is empty"), ("", "is empty"), ("[{", "not valid JSON"), ("{", "must hold a list")]
+    "content, words", [("[]", "is empty"), ("", "is empty"), ("[{", "not valid JSON"), ("{", "must contain a list")]
 )
 def test_an_unusable_file_is_named(content, words, files, tmp_path):
     files["instruct"].write_text(content)

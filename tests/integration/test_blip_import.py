@@ -92,7 +92,7 @@ def test_bad_folders_are_named(tmp_path):
         state["language_model.lm_head.weight"] = table + 1
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
-    refused(r"text_config\.model_type=t5, expected a model that only decodes", llm="t5")
+    refused(r"text_config\.model_type=t5, expected a decoder-only model", llm="t5")
     refused(r"qformer_config\.hidden_act=relu, expected gelu", hidden_act="relu")
     refused(r"does not fit Blip2ForConditionalGeneration: .*language_projection\.weight", cut)
     refused(r"model\.safetensors: .*lm_head\.weight differs from the embeddings", untie, llm="llama, tied")

@@ -39,7 +39,7 @@ def run_dir(llava_files, tmp_path) -> Path:
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_broken_record_of_the_run_is_named(content, run_dir, llava_files, capsys):
     (run_dir / "config.yaml").write_text(content)
-    said = f"{run_dir / 'config.yaml'} is not a run's record: "
+    said = f"{run_dir / 'config.yaml'} is not the record of a run: "
     with pytest.raises(ValueError) as error:
         start(run_dir, llava_files)
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -83,7 +83,7 @@ def test_a_finished_rerun_or_anything_else_is_not_taken_for_a_new_rerun(run_dir,
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    assert f"{other} holds something else already" in refused(capsys, "reproduce", str(run_dir), "--out", str(other))
+    assert f"{other} already contains something else" in refused(capsys, "reproduce", str(run_dir), "--out", str(other))
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
     (other / "notes.txt").rename(other / SETTINGS)
     assert "something else" in refused(capsys, "reproduce", str(run_dir), "--out", str(other))
@@ -107,7 +107,7 @@ def test_where_there_are_no_locks_the_run_goes_on_with_a_warning(number, tmp_pat
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert "nothing keeps a second run off this folder" in RunFolder(tmp_path).lock()
+    assert "a second run in this folder is not prevented" in RunFolder(tmp_path).lock()
 
 
 def test_any_other_failure_of_the_lock_is_not_passed_over(tmp_path, monkeypatch):

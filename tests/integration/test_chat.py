@@ -134,9 +134,9 @@ def test_several_turns_and_a_further_picture(home, monkeypatch, capsys):
         (
             ["--image", "-", "--prompt", "What?"],
             b"words",
-            "image standard input is no picture: it starts with b'words'",
+            "image standard input is not an image: it starts with b'words'",
         ),
-        (["--image", "-", "--prompt", "What?"], b"", "image standard input is no picture: it is empty"),
+        (["--image", "-", "--prompt", "What?"], b"", "image standard input is not an image: it is empty"),
         (["--image", "-"], b"x", "--image - takes one picture from standard input (< FILE), and the question from"),
         (["--image", "-", "--image", "-", "--prompt", "What?"], b"x", "--image - takes one picture"),
         (["--web", "--port", "70000"], b"", "--port 70000: expected 0 (any that is free) to 65535"),
@@ -186,9 +186,9 @@ def test_mistakes_on_the_page_are_answered_in_one_line(server):
         (b"{", {}, 400, "Expecting property name"),
         ([], {}, 400, "expected an object"),
         ({**asked, "pictures": ["?"]}, {}, 400, "expected a list of files in base64"),
-        ({**asked, "pictures": ["YWJj"]}, {}, 400, "image picture 1 is no picture: it starts with b'abc'"),
+        ({**asked, "pictures": ["YWJj"]}, {}, 400, "image picture1 is not an image: it starts with b'abc'"),
         ({**asked, "words": " "}, {}, 400, "words: expected a question"),
-        ({**asked, "words": "<image>"}, {}, 400, "1 <image> marks in the user's turns, 0 pictures"),
+        ({**asked, "words": "<image>"}, {}, 400, "1 <image> marks in the user's turns, but 0 images"),
         ({**asked, "turns": [{"role": "user", "text": "<image>"}]}, {}, 400, "more pictures than there are"),
         ({**asked, "turns": [1]}, {}, 400, "expected pictures, turns of role and text"),
         (asked, {"Content-Type": "text/plain"}, 400, "expected JSON"),
@@ -235,6 +235,6 @@ def test_a_browser_shows_the_answers(home, server, tmp_path):
             expected.append(greedy(home, talk, names))
             talk.append(expected[-1])
         assert [said[0], said[1], said[3]] == expected and pictures == [1, 1, 0, 0]
-        assert "3 <image> marks in the user's turns, 2 pictures" in said[2]
+        assert "3 <image> marks in the user's turns, but 2 images" in said[2]
     finally:
         browser.close()

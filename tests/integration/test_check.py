@@ -46,9 +46,9 @@ DEFECTS: dict[str, tuple[dict | bytes, str]] = {
     "missing picture": (ask("gone.png"), "gone.png does not exist"),
     "truncated PNG": (ask("cut.png"), "cut.png cannot be decoded"),
     "truncated JPEG": (ask("cut.jpg"), "cut.jpg cannot be decoded: image file is truncated"),
-    "empty file": (ask("empty.png"), "empty.png is no picture: it is empty"),
-    "text for a picture": (ask("words.png"), "words.png is no picture: it starts with b'just words"),
-    "a program for a picture": (ask("drawing.eps"), "drawing.eps is no picture: it starts with b'%!PS"),
+    "empty file": (ask("empty.png"), "empty.png is not an image: it is empty"),
+    "text for a picture": (ask("words.png"), "words.png is not an image: it starts with b'just words"),
+    "a program for a picture": (ask("drawing.eps"), "drawing.eps is not an image: it starts with b'%!PS"),
     "folder for a picture": (ask("folder"), "folder cannot be read"),
     "absurd size": (ask("huge.png"), "huge.png cannot be decoded: it has 12000x12000 pixels: too many"),
     "decompression bomb": (ask("bomb.png"), "bomb.png cannot be decoded: Image size (3600000000 pixels) exceeds"),
@@ -57,20 +57,20 @@ DEFECTS: dict[str, tuple[dict | bytes, str]] = {
     "absolute path": (ask("/etc/hostname"), "'/etc/hostname' leads out of data.images"),
     "link that leads out": (ask("link.png"), "'link.png' leads out of data.images"),
     "path that is none": (ask({"path": "red.png"}), "'image' must be a path or a list of paths"),
-    "more marks": (ask("red.png", words="<image><image> What?"), "2 <image> marks in the user's turns, 1 pictures"),
-    "fewer marks": (ask(["red.png"] * 3), "1 <image> marks in the user's turns, 3 pictures"),
-    "empty answer": (talk(human("What?"), gpt(" \n")), "an empty answer"),
+    "more marks": (ask("red.png", words="<image><image> What?"), "2 <image> marks in the user's turns, but 1 images"),
+    "fewer marks": (ask(["red.png"] * 3), "1 <image> marks in the user's turns, but 3 images"),
+    "empty answer": (talk(human("What?"), gpt(" \n")), "an answer is empty"),
     "unknown speaker": (talk({"from": "robot", "value": "What?"}, gpt("red")), "'from' must be one of human, "),
     "no question": (talk(gpt("red")), "turns must alternate"),
     "no answer": (talk(human("What?")), "turns must alternate"),
     "two questions": (talk(human("What?"), human("And?"), gpt("red")), "turns must alternate"),
     "late system turn": (talk(human("a"), {"from": "system", "value": "b"}, gpt("c")), "turns must alternate"),
     "no object": (b'"What? red"', "expected an object, got str"),
-    "no conversations": ({}, "'conversations' must be a list that is not empty, got None"),
-    "empty conversations": (talk(), "'conversations' must be a list that is not empty, got []"),
-    "text for conversations": ({"conversations": "What?"}, "'conversations' must be a list that is not empty"),
-    "number for words": (talk(human("What?"), {"from": "gpt", "value": 7}), "a 'value' text, got {'from': 'gpt'"),
-    "too long": (talk(human("What?"), gpt("red " * 300)), "tokens (0 of pictures) do not fit max_length=256"),
+    "no conversations": ({}, "'conversations' must be a non-empty list, got None"),
+    "empty conversations": (talk(), "'conversations' must be a non-empty list, got []"),
+    "text for conversations": ({"conversations": "What?"}, "'conversations' must be a non-empty list"),
+    "number for words": (talk(human("What?"), {"from": "gpt", "value": 7}), "a string 'value', got {'from': 'gpt'"),
+    "too long": (talk(human("What?"), gpt("red " * 300)), "tokens (0 of images) exceed max_length=256"),
     "half a character": (talk(human("What?"), gpt("\ud800")), "half of a character"),
     "broken line": (b'{"id": "x", "conversations": [', "is not valid JSON"),
     "no UTF-8": (b'{"id": "\xff"}', "is not valid UTF-8: invalid start byte at byte 8"),
@@ -255,14 +255,14 @@ def test_the_table_says_the_same_as_the_json(data, checked, workers, capsys):
 def test_samples_are_shown_with_what_is_trained_on_marked(data, capsys):
     text = check(*data_overrides(data["files"]), code=1, capsys=capsys)
     align, instruct = (part.split("  ---\n") for part in text.split("stage instruct "))
-    assert align[1] == "  [picture: 16 tokens]«picture 0\n  »".rstrip("\n") + "\n"
+    assert align[1] == "  [image: 16 tokens]«picture 0\n  »".rstrip("\n") + "\n"
     assert len(align) == len(instruct) == 4
     assert instruct[1].strip() == (
         "<|user|>What is 0?<|assistant|>«a red circle<|end|>»<|user|>And now?<|assistant|>«nothing.<|end|>»"
     )
     second = (
-        "<|user|>[picture: 16 tokens]\n  What color is this?<|assistant|>«green, and number 1<|end|>»"
-        "<|user|>[picture: 16 tokens] and [picture: 16 tokens]?<|assistant|>«blue<|end|>»"
+        "<|user|>[image: 16 tokens]\n  What color is this?<|assistant|>«green, and number 1<|end|>»"
+        "<|user|>[image: 16 tokens] and [image: 16 tokens]?<|assistant|>«blue<|end|>»"
     )
     assert instruct[2].strip() == second
 
@@ -350,7 +350,7 @@ def test_a_clean_list_of_other_records_is_refused(data, tmp_path, capsys):
     line = [*data_overrides({**data["files"], "instruct": longer}), f"data.clean_list={clean}"]
     count = len(data["lines"])
     with pytest.raises(
-        ValueError, match=f"was made for {count} records of data.instruct .* there are {count + 1}: run"
+        ValueError, match=f"was written for {count} records of data.instruct .* there are {count + 1}: run"
     ):
         train_run(compose([*MINI, *line, f"run_dir={tmp_path / 'run'}"]), World(0, 1, torch.device("cpu")))
 

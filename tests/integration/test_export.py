@@ -82,14 +82,14 @@ def test_the_quicker_scaling_is_off_by_rounding_only(exported, pictures):
     "case, words",
     [
         (Case(vision="registers"), "5 prefix tokens"),
-        (Case(llm="gemma2"), "LlavaForConditionalGeneration gives other logits than Gemma2ForCausalLM"),
+        (Case(llm="gemma2"), "LlavaForConditionalGeneration gives different logits from Gemma2ForCausalLM"),
         (
             Case(connector="avgpool", options={"window": 2}),
-            "connector=avgpool: LLaVA's classes have linear and mlp only",
+            "connector=avgpool: LLaVA's classes support only linear and mlp",
         ),
         (Case(options={"depth": 3}), "connector.depth=3"),
         (Case(options={"hidden_dim": 50}), "connector.hidden_dim=50"),
-        (Case(vision="no pre-norm"), "this image tower is no CLIPVisionModel: pre_layrnorm"),
+        (Case(vision="no pre-norm"), "this image tower is not a CLIPVisionModel: pre_layrnorm"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -147,7 +147,7 @@ def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictu
     assert difference(found[0], expected) <= 1e-4 < difference(found[1], expected)
     with pytest.raises(ValueError, match="pass instructions"):
         theirs(shown, text)
-    with pytest.raises(ValueError, match="1 <image> tokens in the text, 2 pictures"):
+    with pytest.raises(ValueError, match="1 <image> tokens in the text, but 2 images"):
         theirs(shown * 2, text)
 
 
@@ -206,7 +206,7 @@ def test_the_own_processor_takes_files(own_class, pictures):
     assert rendered["pixel_values"].equal(expected)
     with pytest.raises(ValueError, match=r"none\.png does not exist"):
         theirs("none.png", text)
-    with pytest.raises(ValueError, match="images: got a Tensor, expected PIL pictures or paths") as error:
+    with pytest.raises(ValueError, match="images: got a Tensor, expected PIL images or paths") as error:
         theirs(torch.zeros(3, 8, 8), text)
     assert "\n" not in str(error.value)
 

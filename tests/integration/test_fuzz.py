@@ -81,7 +81,7 @@ def assert_record(source, index: int, processor: Processor, verdict: Verdict | N
         sample = processor(source[index])
     except BadSample as error:
         assert_one_line(error, name)
-        too_long = re.search(r"do not fit max_length", str(error))
+        too_long = re.search(r"exceed max_length", str(error))
         assert verdict is None or too_long, f"refused without need: {error}"
         return "too long" if too_long else "refused"
     assert verdict is not None, f"{name} should have been refused"

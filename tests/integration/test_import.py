@@ -252,5 +252,5 @@ def test_bad_folders_are_named(tmp_path, published):
         import_model(tmp_path / "next", tmp_path / "out", image_fit="pad")
     with pytest.raises(ValueError, match="model_type is llama, expected llava or llava_next"):
         import_model(published / "vicuna", tmp_path / "out")
-    with pytest.raises(ValueError, match="is a Hugging Face folder: 'vlmtrain import"):
+    with pytest.raises(ValueError, match="is a Hugging Face folder: convert it with 'vlmtrain import"):
         VLMWrapper.from_pretrained(tmp_path / "hf")

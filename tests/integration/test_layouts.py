@@ -101,7 +101,7 @@ def test_no_token_or_picture_of_a_sample_moves_a_logit_of_another(edited, what):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["llm.config.model_type=recurrent_gemma"], "layout=packed: RecurrentGemmaForCausalLM has layers of another"),
+        (["llm.config.model_type=recurrent_gemma"], "layout=packed: RecurrentGemmaForCausalLM has layers other than"),
         (["llm.attn_implementation=flash"], "llm.attn_implementation=flash: "),
     ],
 )

@@ -86,7 +86,7 @@ def test_no_column_of_pickles_is_unpickled(mark, tmp_path):
     columns = {"question": ["What?"], "answer": ["red"], "image": [payload], "more": [payload]}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "data")
     (image,) = HFDataset(tmp_path / "data")[0].images
-    with pytest.raises(BadSample, match="is no picture"):
+    with pytest.raises(BadSample, match="is not an image"):
         image.load()
 
 

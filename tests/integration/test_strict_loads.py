@@ -156,7 +156,7 @@ def with_code(sound, tmp_path, mark, monkeypatch) -> Path:  # noqa: F811
 
 
 def test_code_of_a_folder_is_not_run_unless_a_key_says_so(with_code, mark):  # noqa: F811
-    with pytest.raises(ValueError, match=r"brings code of its own, which is not run; llm\.trust_remote_code=true"):
+    with pytest.raises(ValueError, match=r"requires custom code, which is not run; set llm\.trust_remote_code=true"):
         build_llm(str(with_code))
     assert not mark.exists()
     load_tokenizer(str(with_code))

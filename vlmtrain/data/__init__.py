@@ -1,13 +1,13 @@
-"""Data: formats -> conversation -> rendered sample -> batch.
+"""Data pipeline: formats -> conversation -> rendered sample -> batch.
 
-    records.py    Conversation, Turn, ImageSource: the form that every format is read into
-    llava.py      LLaVA's JSON; shapes.py: procedural pictures; sources.py: which one a stage gets
-    images.py     files -> RGB pictures -> the encoder's size -> tensors
+    records.py    Conversation, Turn, ImageSource: the common form of all data formats
+    llava.py      LLaVA's JSON; shapes.py: procedural images; sources.py: the sources of a stage
+    images.py     files -> RGB images -> the encoder's size -> tensors
     rendering.py  conversation -> tokens and targets; templates.py: chat templates by name
     processor.py  conversation -> sample -> batch
     loader.py     samples -> steps -> ranks -> micro-batches
 
-Model receives: `processor.Batch`.
+The model receives a `processor.Batch`.
 """
 
 from .processor import Batch, Processor

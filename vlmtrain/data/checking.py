@@ -1,4 +1,4 @@
-"""``vlmtrain check``: read all of a stage's data as training would, and say what is in it and what is wrong."""
+"""``vlmtrain check``: read all data of a stage as training does, and report statistics and problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BINS = 8
 
 
 class Reading(NamedTuple):
-    """What one record came to: its problem, or its counts. `content` is equal for equal samples."""
+    """Result of one record: its problem or its counts. `content` is equal for equal samples."""
 
     index: int
     problem: str | None
@@ -38,10 +38,10 @@ class Reading(NamedTuple):
 
 @dataclass
 class SourceReport:
-    """Totals over a source, how its lengths are spread, and every problem found.
+    """Totals of a source, the distribution of its lengths, and all problems.
 
     length, image_tokens_each: shortest, median and longest; histograms: (from, to, samples); duplicates: samples
-    whose words and pictures an earlier one has; bad_records: numbers of the records with problems.
+    with the same text and images as an earlier one; bad_records: indices of the records with problems.
     """
 
     records: int = 0
@@ -61,7 +61,7 @@ class SourceReport:
     bad_records: list[int] = field(default_factory=list)
 
     def add_bad(self, other: SourceReport) -> None:
-        """Count as bad what another stage finds bad in the same source."""
+        """Add the records that are bad in another stage's report on the same source."""
         self.bad_records = sorted({*self.bad_records, *other.bad_records})
 
 
@@ -103,9 +103,9 @@ class _Readings(Dataset):
 def check_data(
     mixture: Mixture, processor: Processor, workers: int, show_progress: bool, held_out: bool = False
 ) -> dict[str, SourceReport]:
-    """Render every record and decode its pictures, with `workers` processes beside this one (0: none).
+    """Render every record and decode its images, with `workers` additional processes (0: none).
 
-    held_out: as validation has them, not training.
+    held_out: read the records as validation does, not as training.
     """
     reports = {name: SourceReport(records=len(source)) for name, source in mixture.sources.items()}
     names, starts = list(reports), [0]
@@ -148,7 +148,7 @@ def _read_all(readings: _Readings, workers: int, show_progress: bool) -> Iterato
 
 
 def _spread(counts: Counter) -> tuple[dict[str, float], list[tuple[int, int, int]]]:
-    """Shortest, median and longest of counted values, and a histogram of equal bins."""
+    """Shortest, median and longest of counted values, and a histogram with bins of equal width."""
     if not counts:
         return {}, []
     low, high = min(counts), max(counts)
@@ -162,7 +162,7 @@ def _spread(counts: Counter) -> tuple[dict[str, float], list[tuple[int, int, int
 
 
 def text_histogram(histogram: Sequence[tuple[int, int, int]], width: int = 30) -> list[str]:
-    """Lines of a histogram: the range, a bar, and the count."""
+    """Format a histogram as lines with range, bar and count."""
     most = max((count for *_, count in histogram), default=0)
     digits = max((len(str(high)) for _, high, _ in histogram), default=0)
     return [
@@ -172,7 +172,7 @@ def text_histogram(histogram: Sequence[tuple[int, int, int]], width: int = 30) -
 
 
 def write_clean_list(file: Path, checked: Mapping[str, Mapping[str, SourceReport]]) -> None:
-    """Write which records of each split's sources training should leave out, for the key ``data.clean_list``."""
+    """Write the records of each split's sources that training should skip, for ``data.clean_list``."""
     splits = {
         split: {name: {"records": r.records, "bad": r.bad_records} for name, r in reports.items()}
         for split, reports in checked.items()
@@ -181,7 +181,7 @@ def write_clean_list(file: Path, checked: Mapping[str, Mapping[str, SourceReport
 
 
 def show_targets(tokens: Rendered, processor: Processor, color: bool) -> str:
-    """A sample's text with what is trained on marked: green on a terminal, else in double angle brackets."""
+    """Text of a sample with the trained tokens marked: green on a terminal, else in double angle brackets."""
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
     out, position = [], 0
     while position < len(tokens):
@@ -189,7 +189,7 @@ def show_targets(tokens: Rendered, processor: Processor, color: bool) -> str:
         if tokens.image_index[position] >= 0:
             while stop < len(tokens) and tokens.image_index[stop] == tokens.image_index[position]:
                 stop += 1
-            out.append(f"[picture: {stop - position} tokens]")
+            out.append(f"[image: {stop - position} tokens]")
         else:
             trained = _is_trained(tokens, position)
             while stop < len(tokens) and tokens.image_index[stop] < 0 and _is_trained(tokens, stop) == trained:

@@ -1,4 +1,4 @@
-"""Large data files are read by byte offset; the index of those is kept on disk, so that a file is scanned once."""
+"""Reading large data files by byte offset; the index of offsets is cached on disk, so each file is scanned once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy as np
 Index = dict[str, np.ndarray]
 
 WORTHWHILE = 16 * 2**20
-"""Bytes from which on a file's index is kept."""
+"""Minimum size in bytes of a file whose index is cached."""
 _VERSION = 1
 
 
 def read_span(path: str | Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` on; fewer where it ends.
+    """Read `size` bytes of a file from `offset`; fewer at the end of the file.
 
-    The file is opened for each call: nothing is shared between processes, and no number of files is too many.
+    The file is opened for each call, so nothing is shared between processes and the number of files is not limited.
     """
     with open(path, "rb", buffering=0) as file:
         parts = []
@@ -34,10 +34,10 @@ def read_span(path: str | Path, offset: int, size: int) -> bytes:
 
 
 def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
-    """What `build` makes of a file; read from ``$XDG_CACHE_HOME/vlmtrain/index`` if it was made before.
+    """Return the index that `build` makes of a file, or read it from ``$XDG_CACHE_HOME/vlmtrain/index``.
 
-    kind: what sort of index it is. Small files are not worth it. Processes that ask at the same time wait for
-    one of them to scan. A cache that is stale or broken is replaced; one that cannot be written is not used.
+    kind: kind of index. Indexes of small files are not cached. Concurrent processes wait until one of them has
+    scanned the file. A stale or broken cache is replaced; a cache that cannot be written is not used.
     """
     stamp = _stamp(path)
     if stamp[0] < WORTHWHILE:
@@ -54,7 +54,7 @@ def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
     except OSError:
         return build()
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: then each process scans
+        with contextlib.suppress(OSError):  # without locks (some network file systems), each process scans the file
             fcntl.flock(lock, fcntl.LOCK_EX)
         found = _read(file, stamp)
         if found is None:
@@ -76,7 +76,7 @@ def _read(file: Path, stamp: list[int]) -> Index | None:
         with np.load(file, allow_pickle=False) as arrays:
             index = dict(arrays)
         return index if index.pop("stamp").tolist() == stamp else None
-    except Exception:  # a damaged archive can fail in any way, and the data file itself is still there
+    except Exception:  # a damaged archive can raise any exception; the index is then built again
         return None
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library: saved folders, Parquet, Arrow and JSON files, and ids on its hub."""
+"""Hugging Face datasets: saved folders, Parquet, Arrow and JSON files, and hub ids."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ COLUMNS = {
     "id": ("id",),
     **{role: () for role in GRADING},
 }
-"""What a column can be for, and the names by which one is recognised (none for what only evaluation reads)."""
+"""Roles of columns, and the column names that are recognised for each (none for roles that only evaluation uses)."""
 FORMS = (("messages",), ("question", "answer"), ("caption",))
-"""The ways in which a record's words can be given; a data set has one of them."""
+"""Combinations of roles that provide a record's text; a dataset has one of them."""
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 
 
 class HFDataset:
-    """A split of a data set as a sequence of conversations; memory-mapped, and read a row at a time.
+    """A split of a dataset as a sequence of conversations; memory-mapped, and read row by row.
 
     path: a folder made by ``save_to_disk``, a folder or glob of .parquet, .arrow or .json files, one such file,
-    or an id on the hub. split: of a data set that has several. name: the configuration, where there are several.
-    columns: what is in which column, e.g. ``{"question": "query", "answer": "label", "image": "img"}``; what is
-    not given is told by its name (`COLUMNS`).
-    images: the folder that picture paths start from (default: `path`, if it is a folder); outside: whether they
-    may lead out of it.
+    or a hub id. split: of a dataset with several splits. name: the configuration, if there are several.
+    columns: the column of each role, e.g. ``{"question": "query", "answer": "label", "image": "img"}``; other roles
+    are recognised by the names of columns (`COLUMNS`).
+    images: the folder to which image paths are relative (default: `path`, if it is a folder); outside: whether the
+    paths may lead out of it.
 
-    messages are ``{"from", "value"}``, ``{"role", "content"}`` with a text or typed items, or
-    ``{"user", "assistant"}``. Pictures are encoded bytes, paths or both, one or a list. Where there are no
-    places for marks (questions, captions, user/assistant pairs), pictures stand in front.
+    messages are ``{"from", "value"}``, ``{"role", "content"}`` with a string or typed items, or
+    ``{"user", "assistant"}``. Images are encoded bytes, paths or both, one or a list. In forms without image marks
+    (questions, captions, user/assistant pairs), images come first.
 
-    Raises ValueError if the data set cannot be loaded or its columns are not clear; a broken record raises
-    BadSample when it is asked for.
+    Raises ValueError if the dataset cannot be loaded or its columns are ambiguous; a broken record raises
+    BadSample when it is accessed.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class HFDataset:
         data = _load(os.fspath(path), split, name)
         _check_ends([entry["filename"] for entry in data.cache_files], path)
         if not len(data):
-            raise ValueError(f"data set {path} is empty: no records")
+            raise ValueError(f"dataset {path} is empty: no records")
         self.columns = choose_columns(columns or {}, data.column_names, str(path))
         for role in ("question", "answer", "caption"):
             kind = data.features[self.columns[role]] if role in self.columns else None
             if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
-                raise ValueError(f"columns.{role}={self.columns[role]} of {path} must hold texts, got {kind}")
+                raise ValueError(f"columns.{role}={self.columns[role]} of {path} must contain strings, got {kind}")
         self.images = PictureFolder(path if images is None and os.path.isdir(path) else images, outside)
-        # as Arrow has it: nothing but the row asked for is read, and pictures stay encoded
+        # in Arrow format, so that only the requested row is read and images stay encoded
         self.rows = data.select_columns(sorted(set(self.columns.values()))).with_format("arrow")
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class HFDataset:
                     _check_contents(chunk)
             (row,) = table.to_pylist()
             return row
-        except Exception as error:  # damaged columns can fail in any way
+        except Exception as error:  # damaged columns can raise any exception
             raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
 
     def _turns(self, record: dict, pictures: int, name: str) -> tuple[Turn, ...]:
@@ -145,7 +145,7 @@ class HFDataset:
 
 
 def _check_contents(array: Array) -> None:
-    """Raise ValueError if offsets lead out of their buffer, which Arrow follows unseen, or if texts are no UTF-8."""
+    """Raise ValueError if offsets point outside their buffer, which Arrow does not check, or text is not UTF-8."""
     from pyarrow import types
 
     if types.is_struct(array.type):
@@ -154,14 +154,14 @@ def _check_contents(array: Array) -> None:
     elif types.is_list(array.type) or types.is_large_list(array.type):
         bounds = [0, *array.offsets.to_pylist(), len(array.values)]
         if bounds != sorted(bounds):
-            raise ValueError("a list of it leads out of its column")
+            raise ValueError("the offsets of a list point outside its column")
         _check_contents(array.values.slice(bounds[1], bounds[-2] - bounds[1]))
     else:
         array.validate(full=True)
 
 
 def choose_columns(given: Mapping[str, str | None], present: list[str], path: str) -> dict[str, str]:
-    """The column of each role in use. Raises ValueError, saying which keys to set, unless that is clear."""
+    """Choose the column of each role. Raises ValueError with the keys to set if the choice is ambiguous."""
     chosen = {role: column for role, column in given.items() if column is not None}
     for role, column in chosen.items():
         if role not in COLUMNS:
@@ -176,26 +176,26 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
     forms = named or [form for form in FORMS if all(known[role] for role in form)]
     if len(forms) != 1 or any(len(known[role]) != 1 for role in forms[0]):
         raise ValueError(
-            f"cannot tell which columns of {path} hold the words; it has {', '.join(present)}: set "
+            f"cannot determine which columns of {path} contain the text; it has {', '.join(present)}: set "
             "columns.messages=…, or columns.question=… and columns.answer=…, or columns.caption=…"
         )
     if len(known["image"]) > 1:
         raise ValueError(
-            f"cannot tell which column of {path} holds the pictures; set columns.image to one of "
+            f"cannot determine which column of {path} contains the images; set columns.image to one of "
             f"{', '.join(known['image'])}"
         )
     return {role: known[role][0] for role in (*forms[0], "image", "id", *GRADING) if known[role]}
 
 
 def _rows(messages: object) -> object:
-    """Messages as a list of objects, also where the data set keeps them as an object of lists."""
+    """Messages as a list of objects, also if the dataset stores them as an object of lists."""
     if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
         return [dict(zip(messages, row)) for row in zip(*messages.values())]
     return messages
 
 
 def _content(content: object, name: str) -> str:
-    """A message's text, with marks where its typed items are pictures."""
+    """Text of a message, with a mark for each typed item that is an image."""
     if isinstance(content, str):
         return content
     parts = []
@@ -226,21 +226,21 @@ def _load(path: str, split: str, name: str | None) -> Dataset:
             return _load_files(files, split)
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and Path(path).suffix not in _BUILDERS:
             return datasets.load_dataset(path, name, split=split)
-    except Exception as error:  # the library, the network and broken files can fail in any way
+    except Exception as error:  # the library, the network and broken files can raise any exception
         reason = first_line(error)
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             reason = first_line(error.__cause__)
-        raise ValueError(f"data set {path} cannot be loaded: {reason}") from None
-    raise ValueError(f"data set {path} does not exist")
+        raise ValueError(f"dataset {path} cannot be loaded: {reason}") from None
+    raise ValueError(f"dataset {path} does not exist")
 
 
 def _check_ends(files: Sequence[str], path: str | Path) -> None:
-    """Raise ValueError if an Arrow file was cut between two batches, where Arrow takes it to end."""
+    """Raise ValueError if an Arrow file was truncated between two batches, which Arrow does not detect."""
     for file in files:
         with open(file, "rb") as stream:
             stream.seek(-len(_END), os.SEEK_END)
             if stream.read() != _END:
-                raise ValueError(f"data set {path} cannot be loaded: {file} has no end mark, so it must have been cut")
+                raise ValueError(f"dataset {path} cannot be loaded: {file} has no end marker, so it was truncated")
 
 
 def _load_files(files: list[str], split: str) -> Dataset:
@@ -255,6 +255,6 @@ def _load_files(files: list[str], split: str) -> Dataset:
         try:
             return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         except ArrowInvalid:
-            pass  # Arrow's file format, not its stream format: that is converted below
+            pass  # Arrow's file format instead of its stream format; it is converted below
     base = re.match(r"\w*", split).group() or "train"
     return datasets.load_dataset(builder, data_files={base: files}, split=split)

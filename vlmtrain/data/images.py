@@ -1,4 +1,4 @@
-"""Pictures: found, opened safely, fitted to the encoder's size, normalised."""
+"""Images: found, opened safely, fitted to the encoder's size, and normalised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .records import BadSample
 
 FITS = ("squash", "pad", "crop", "tiles")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats that are decoded inside this process; some others start programs."""
+"""Formats that Pillow decodes within this process; for some others it starts external programs."""
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
 MAX_ASPECT = 200
@@ -42,7 +42,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes an EXIF orientation."""
+"""Transpositions that undo an EXIF orientation."""
 _QUARTER_TURNS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 T = TypeVar("T")
@@ -51,23 +51,23 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class EncodedImage:
-    """Bytes that should be a picture, decoded when they are needed; a subclass says where they are."""
+    """An encoded image that is decoded on demand; a subclass provides its bytes."""
 
     @property
     def label(self) -> str:
-        """What messages call the picture."""
+        """Name of the image in messages."""
         raise NotImplementedError
 
     def open(self) -> BinaryIO:
-        """The bytes. Raises OSError or ValueError if there are none."""
+        """Open the encoded bytes. Raises OSError or ValueError if they are not available."""
         raise NotImplementedError
 
     def load(self) -> Image.Image:
-        """The whole picture as RGB. Raises BadSample if it is missing, truncated, too large or no picture."""
+        """Decode the image as RGB. Raises BadSample if it is missing, truncated, too large or not an image."""
         return self._opened(to_rgb)
 
     def size(self) -> tuple[int, int]:
-        """``(H, W)`` of what `load` gives, without decoding it where the format allows. Raises BadSample."""
+        """Size ``(H, W)`` of the loaded image, without decoding it if the format allows. Raises BadSample."""
         return self._opened(_upright_size)
 
     def _opened(self, read: Callable[[Image.Image], T]) -> T:
@@ -81,17 +81,17 @@ class EncodedImage:
                     return read(image)
             except UnidentifiedImageError:
                 file.seek(0)
-                raise BadSample(f"image {self.label} is no picture: {_described(file.read(16))}") from None
-            except Exception as error:  # decoders answer hostile bytes with any exception
+                raise BadSample(f"image {self.label} is not an image: {_described(file.read(16))}") from None
+            except Exception as error:  # decoders can raise any exception for malformed bytes
                 raise BadSample(f"image {self.label} cannot be decoded: {first_line(error)}") from None
 
     def check(self) -> None:
-        """Look at the head and the tail, decoding only where they do not tell. Raises BadSample."""
+        """Check the first and last bytes, and decode the image only if they are inconclusive. Raises BadSample."""
         with self._naming_failures():
             head, tail = self.ends()
         end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(head[:2])
         if end is None or end not in tail:
-            self.load()  # no cheap end mark, or it is missing or hidden (cameras append data of their own)
+            self.load()  # the format has no end marker, or it is missing or not at the end (cameras append data)
 
     def ends(self) -> tuple[bytes, bytes]:
         """The first 8 bytes and the last 64."""
@@ -113,7 +113,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class ImageOnDisk(EncodedImage):
-    """One picture file."""
+    """An image file."""
 
     path: Path
 
@@ -122,14 +122,14 @@ class ImageOnDisk(EncodedImage):
         return printable(str(self.path))
 
     def open(self) -> BinaryIO:
-        if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would be waited for
-            raise OSError("it is no regular file")
+        if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would block
+            raise OSError("it is not a regular file")
         return open(self.path, "rb")
 
 
 @dataclass(frozen=True)
 class ImageInMemory(EncodedImage):
-    """One picture's encoded bytes."""
+    """The encoded bytes of an image."""
 
     data: bytes = field(repr=False)
     name: str
@@ -144,7 +144,7 @@ class ImageInMemory(EncodedImage):
 
 @dataclass(frozen=True)
 class ImageInFile(EncodedImage):
-    """One picture among others in a file: `length` bytes from `offset` on."""
+    """An image within a larger file: `length` bytes from `offset`."""
 
     file: Path
     offset: int
@@ -165,9 +165,9 @@ class ImageInFile(EncodedImage):
 
 
 class PictureFolder:
-    """Pictures by path, from a folder that they cannot lead out of, unless `outside` says that they may.
+    """Images by path relative to a folder; paths may lead out of the folder only if `outside`.
 
-    folder: None if there are no pictures. Raises ValueError if it is not there.
+    folder: None if there are no images. Raises ValueError if it does not exist.
     """
 
     def __init__(self, folder: str | Path | None, outside: bool = False):
@@ -177,11 +177,11 @@ class PictureFolder:
         self._inside = None if folder is None else os.path.join(os.path.realpath(folder), "")
 
     def picture(self, path: str, name: str) -> ImageOnDisk:
-        """The picture of record `name` at `path`. Raises BadSample if the path may not be followed."""
+        """The image of record `name` at `path`. Raises BadSample if the path is not allowed."""
         if "\\" in path:
-            raise BadSample(f"{name}: image path {shown(path)} has backslashes; folders are parted by '/'")
+            raise BadSample(f"{name}: image path {shown(path)} has backslashes; separate folders with '/'")
         if self.folder is None and not (self.outside and os.path.isabs(path)):
-            raise BadSample(f"{name}: the record has a picture, but data.images is not set")
+            raise BadSample(f"{name}: the record has an image, but data.images is not set")
         whole = Path(self.folder or "", path)
         if not self.outside and not self._real(str(whole)).startswith(self._inside):
             raise BadSample(
@@ -216,13 +216,13 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _described(head: bytes) -> str:
-    return f"it starts with {head!r}, which is none of {', '.join(FORMATS)}" if head else "it is empty"
+    return f"it starts with {head!r}, which is not one of {', '.join(FORMATS)}" if head else "it is empty"
 
 
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # notes beside the picture may be broken in any way, and the picture is not
+    except Exception:  # broken metadata can raise any exception although the image itself is intact
         return None
 
 
@@ -232,9 +232,9 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright (EXIF), first frame, transparency laid on white.
+    """Convert to RGB: upright (EXIF), first frame, transparency on white.
 
-    Raises ValueError for pixels whose range is not known.
+    Raises ValueError for pixels whose value range is unknown.
     """
     image.load()
     orientation = _orientation(image)
@@ -255,11 +255,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[float, ...]) -> Image.Image:
-    """Bring a picture to `size` ``(H, W)``.
+    """Fit an image to `size` ``(H, W)``.
 
-    squash: stretch. crop: scale until it covers, to whole pixels, and cut the centre (CLIP's own way).
-    pad: fill up to the aspect of `size` with the mean colour, cut to whole levels, then scale (LLaVA-1.5, published
-    code).
+    squash: stretch. crop: scale to cover `size`, rounded to whole pixels, and crop the centre (as in CLIP).
+    pad: pad to the aspect ratio of `size` with the mean colour, truncated to integer levels, then scale (LLaVA-1.5,
+    published code).
     """
     height, width = size
     if image.size == (width, height):
@@ -278,10 +278,10 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
 
 
 def _padded_and_scaled(image: Image.Image, size: tuple[int, int], color: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a canvas of the aspect of `size` ``(H, W)``, scaled to it.
+    """Centre the image on a canvas with the aspect ratio of `size` ``(H, W)``, and scale to `size`.
 
-    Pillow scales rows before columns, so bands of rows may go one after another: the canvas of a long picture, which is
-    up to `MAX_ASPECT` times as large as the picture, is never whole in memory.
+    Pillow scales rows before columns, so bands of rows can be processed one at a time. The canvas of an elongated
+    image, which is up to `MAX_ASPECT` times as large as the image, is never completely in memory.
     """
     height, width = size
     across, down = round(image.height * width / height), round(image.width * height / width)
@@ -299,17 +299,17 @@ def _padded_and_scaled(image: Image.Image, size: tuple[int, int], color: tuple[i
 def _on_canvas(
     image: Image.Image, size: tuple[int, int], corner: tuple[int, int], color: tuple[int, ...]
 ) -> Image.Image:
-    """A picture with its upper left corner at `corner` of a canvas of one colour, `size` ``(W, H)``."""
+    """Place an image with its upper left corner at `corner` on a canvas of one colour, `size` ``(W, H)``."""
     canvas = Image.new("RGB", size, color)
     canvas.paste(image, corner)
     return canvas
 
 
 def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles) -> list[Image.Image]:
-    """The views of a picture in tiles of `size` ``(H, W)``: the whole stretched to one, then the tiles row by row.
+    """The views of an image, each of `size` ``(H, W)``: the complete image, stretched, then its tiles row by row.
 
-    The tiles cut a canvas on which the picture stands in the middle, as large as it fits, on black (LLaVA-NeXT,
-    published code).
+    The tiles are cut from a black canvas on which the image is centred, scaled to the largest size that fits
+    (LLaVA-NeXT, published code).
     """
     height, width = size
     whole = (tiles.columns * width, tiles.rows * height)
@@ -323,6 +323,6 @@ def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles) -> list[I
 
 
 def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """``(3, H, W)`` float32, normalised by channel mean and standard deviation of values in [0, 1]."""
+    """Tensor ``(3, H, W)`` float32, normalised by the channel mean and standard deviation of values in [0, 1]."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
     return pixels.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])

@@ -1,4 +1,4 @@
-"""The records of a JSON or JSONL file by number, without the file in memory: only their byte offsets are held."""
+"""Random access to the records of a JSON or JSONL file; only their byte offsets are held in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .records import BadSample
 LINES = (".jsonl", ".ndjson")
 CHUNK = 4 * 2**20
 MAX_RECORD = 256 * 2**20
-"""Bytes that one record of a JSON array may have."""
+"""Maximum size of one record of a JSON array in bytes."""
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -27,10 +27,10 @@ _SPACES = np.frombuffer(b" \t\r", np.uint8)
 
 
 class IndexedJson:
-    """A sequence of JSON values: a line each of a .jsonl file, or the elements of the array that any other file is.
+    """A sequence of JSON values: the lines of a .jsonl file, or the elements of the array in any other file.
 
-    Raises ValueError if the file is missing, unreadable or empty, or if its array is broken. A record that is
-    broken by itself (a line that is no JSON, bytes that are no UTF-8) raises BadSample when it is asked for.
+    Raises ValueError if the file is missing, unreadable or empty, or if its array is broken. A single broken record
+    (a line that is not JSON, bytes that are not UTF-8) raises BadSample when it is accessed.
     """
 
     def __init__(self, file: str | Path):
@@ -39,7 +39,7 @@ class IndexedJson:
         build = self._index_lines if self.has_lines else self._index_array
         try:
             if not stat.S_ISREG(self.file.stat().st_mode):
-                raise ValueError(f"data file {self.file} cannot be read: it is no regular file")
+                raise ValueError(f"data file {self.file} cannot be read: it is not a regular file")
             index = cached_index(self.file, "lines" if self.has_lines else "array", build)
         except FileNotFoundError:
             raise ValueError(f"data file {self.file} does not exist") from None
@@ -53,7 +53,7 @@ class IndexedJson:
         return len(self._starts)
 
     def name(self, index: int) -> str:
-        """What messages call a record."""
+        """Name of a record in messages."""
         return f"{self.file.name} record {index}"
 
     def __getitem__(self, index: int) -> object:
@@ -100,7 +100,7 @@ class IndexedJson:
 
 
 def parse_json(data: bytes, where: str) -> object:
-    """A JSON value from UTF-8 bytes; numbers too long for Python are infinite. Raises BadSample, naming `where`."""
+    """Parse UTF-8 bytes as JSON; numbers too long for Python become infinite. Raises BadSample, naming `where`."""
     try:
         return _decoder.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -114,33 +114,34 @@ def parse_json(data: bytes, where: str) -> object:
 def _integer(digits: str) -> int | float:
     try:
         return int(digits)
-    except ValueError:  # more digits than Python converts
+    except ValueError:  # more digits than Python converts to an int
         return float(digits)
 
 
 _decoder = json.JSONDecoder(parse_int=_integer)
 _CUT = 16
-"""Characters at a chunk's end that may be the beginning of a longer number, word or escape."""
+"""Number of characters at the end of a chunk that may be part of a longer number, literal or escape."""
 _skimmer = json.JSONDecoder(parse_int=len, parse_float=len)
-"""For finding where a value ends: the numbers themselves are thrown away."""
+"""Decoder used to find where a value ends; it does not convert numbers."""
 
 
 class _ArrayScanner:
-    """Finds the elements of a JSON array, a chunk of the file in memory at a time.
+    """Finds the elements of a JSON array with one chunk of the file in memory at a time.
 
-    JSON's structure is ASCII, so bytes are read as Latin-1: a character a byte, whatever the words are.
+    The structural characters of JSON are ASCII, so bytes are read as Latin-1, one character per byte, whatever the
+    encoding of the text is.
     """
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file = path, file
         self.text, self.position = "", 0
         has_mark = file.read(len(_BOM)) == _BOM
-        self.base = file.seek(len(_BOM) if has_mark else 0)  # byte of the file that text[0] is
+        self.base = file.seek(len(_BOM) if has_mark else 0)  # offset in the file of text[0]
         self.at_end = False
         self.count = 0
 
     def elements(self) -> Iterator[tuple[int, int]]:
-        """Where each element starts and ends, in bytes. Raises ValueError where the array is broken."""
+        """Start and end of each element, in bytes. Raises ValueError if the array is broken."""
         opening = self._next()
         if opening == "":
             return
@@ -150,28 +151,28 @@ class _ArrayScanner:
         if self._next() != "]":
             while True:
                 if self._next() == "]":
-                    raise self._broken("a comma, and no record behind it")
+                    raise self._broken("a comma without a record after it")
                 yield self._element()
                 self.count += 1
                 behind = self._next()
                 if behind == "]":
                     break
                 if behind != ",":
-                    got = repr(behind) if behind else "the file's end"
-                    raise self._broken(f"expected ',' or ']' behind the record before, got {got}")
+                    got = repr(behind) if behind else "the end of the file"
+                    raise self._broken(f"expected ',' or ']' after the previous record, got {got}")
                 self.position += 1
         self.position += 1
         if self._next() != "":
-            raise self._broken("something stands behind the end of the list")
+            raise self._broken("unexpected content after the end of the list")
 
     def _element(self) -> tuple[int, int]:
         while True:
             try:
                 _, end = _skimmer.raw_decode(self.text, self.position)
-                if end + _CUT <= len(self.text) or self.at_end:  # else a number may go on
+                if end + _CUT <= len(self.text) or self.at_end:  # else a number may continue
                     break
             except json.JSONDecodeError as error:
-                # a value that is merely cut by the chunk's end fails there, or at the quote that opens its last text
+                # a value that is only cut by the chunk fails at the end, or at the opening quote of its last string
                 is_cut = error.pos + _CUT > len(self.text) or error.msg.startswith("Unterminated string")
                 if self.at_end or not is_cut:
                     raise self._broken(error.msg, error.pos) from None
@@ -184,7 +185,7 @@ class _ArrayScanner:
         return self.base + start, self.base + end
 
     def _next(self) -> str:
-        """The next character that is no space, not taken; nothing at the file's end."""
+        """Peek at the next character that is not white space; empty at the end of the file."""
         while True:
             self.position = _SPACE.match(self.text, self.position).end()
             if self.position < len(self.text) or self.at_end:
@@ -193,7 +194,7 @@ class _ArrayScanner:
 
     def _fill(self) -> None:
         rest = self.text[self.position :]
-        chunk = self.file.read(max(CHUNK, len(rest)))  # doubling: a long record is not begun too often
+        chunk = self.file.read(max(CHUNK, len(rest)))  # doubling limits how often a long record is rescanned
         self.text, self.base, self.position = rest + chunk.decode("latin-1"), self.base + self.position, 0
         self.at_end = not chunk
 
@@ -202,9 +203,9 @@ class _ArrayScanner:
         return ValueError(f"data file {self.path} is not valid JSON: record {self.count}, byte {byte}: {reason}")
 
     def _refuse_top_level(self, opening: str) -> None:
-        kinds = {"{": "an object", '"': "a text", "n": "null"}
-        hint = f"; if each line is a record, name the file {self.path.stem}.jsonl" if opening == "{" else ""
+        kinds = {"{": "an object", '"': "a string", "n": "null"}
+        hint = f"; if each line is a record, rename the file to {self.path.stem}.jsonl" if opening == "{" else ""
         raise ValueError(
-            f"data file {self.path} must hold a list of records, got {kinds.get(opening, repr(opening))} "
+            f"data file {self.path} must contain a list of records, got {kinds.get(opening, repr(opening))} "
             f"at byte {self.base + self.position}{hint}"
         )

@@ -1,10 +1,10 @@
 """LLaVA's JSON format: ``[{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}]``.
 
-A mixture of such files is a YAML file, as LLaVA-NeXT has it::
+A mixture of such files is a YAML file, as in LLaVA-NeXT::
 
     datasets:
-      - json_path: captions.json            # from the YAML file's own folder, or absolute
-        sampling_strategy: random:20%       # all (default), or first, end or random, with a number or a share
+      - json_path: captions.json            # relative to the folder of the YAML file, or absolute
+        sampling_strategy: random:20%       # all (default), or first, end or random with a number or a percentage
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _STRATEGY = re.compile(r"(first|end|random)\s*:\s*(\d+(?:\.\d+)?%|\d+)")
 
 
 class LlavaJson:
-    """A LLaVA file (JSON, or JSONL with one record a line) as a sequence of conversations.
+    """A LLaVA file (JSON, or JSONL with one record per line) as a sequence of conversations.
 
-    images: the folder that the records' ``image`` paths start from; None if no record has a picture.
+    images: the folder to which the ``image`` paths of records are relative; None if no record has an image.
     outside: whether those paths may lead out of that folder.
-    Records without ``image`` are text-only; a list of images serves several marks. ``category``, ``answers``,
-    ``captions`` and ``choices`` are for evaluation.
+    Records without ``image`` are text-only; a list of images corresponds to several marks. ``category``, ``answers``,
+    ``captions`` and ``choices`` are used for evaluation.
 
     Raises ValueError if the file or the folder is missing, unreadable or empty; a single broken record
-    raises BadSample when it is asked for.
+    raises BadSample when it is accessed.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None, outside: bool = False):
@@ -67,16 +67,16 @@ class LlavaJson:
 
 
 class MixturePart(NamedTuple):
-    """A file of a mixture, and which of its records: ``all``, or e.g. ``random:20%``."""
+    """A file of a mixture, and the records to use: ``all``, or for example ``random:20%``."""
 
     path: Path
     strategy: str
 
 
 def open_llava(file: str | Path, images: str | Path | None, seed: int = 0, outside: bool = False) -> Source:
-    """A LLaVA file, or the files of a YAML mixture one after another.
+    """Open a LLaVA file, or the concatenated files of a YAML mixture.
 
-    seed: of the choice that ``random`` makes; the same for every rank, epoch and run. Raises ValueError.
+    seed: of the selection by ``random``, which is the same for every rank, epoch and run. Raises ValueError.
     """
     if Path(file).suffix.lower() not in MIXTURES:
         return LlavaJson(file, images, outside)
@@ -89,7 +89,7 @@ def open_llava(file: str | Path, images: str | Path | None, seed: int = 0, outsi
 
 
 def read_mixture(file: str | Path) -> list[MixturePart]:
-    """The files of a YAML mixture. Raises ValueError, naming the entry that is wrong."""
+    """Read the files of a YAML mixture. Raises ValueError with the entry that is wrong."""
     import yaml
 
     file = Path(file)
@@ -103,7 +103,7 @@ def read_mixture(file: str | Path) -> list[MixturePart]:
         raise ValueError(f"data file {file} is not valid YAML: {' '.join(str(error).split())}") from None
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"data file {file} must hold a list 'datasets' that is not empty, got {shown(content)}")
+        raise ValueError(f"data file {file} must contain a non-empty list 'datasets', got {shown(content)}")
     return [_read_entry(entry, file, f"data file {file}, datasets[{i}]") for i, entry in enumerate(entries)]
 
 
@@ -123,16 +123,16 @@ def _read_entry(entry: object, file: Path, name: str) -> MixturePart:
         )
     amount = strategy.partition(":")[2].strip()
     if amount and not 0 < float(amount.rstrip("%")) <= (100 if amount.endswith("%") else math.inf):
-        raise ValueError(f"{name}: sampling_strategy={strategy} takes nothing, or more than there is")
+        raise ValueError(f"{name}: sampling_strategy={strategy} selects no records, or more than there are")
     return MixturePart(file.parent / path, strategy)
 
 
 def _chosen(strategy: str, size: int, seed: int) -> np.ndarray | None:
-    """Numbers of the records that a strategy takes from `size`; None for all of them."""
+    """Indices of the records that a strategy selects from `size`; None for all of them."""
     if strategy == "all":
         return None
     kind, amount = _STRATEGY.fullmatch(strategy).groups()
-    # shares are rounded up, and a number above the file's takes it all, as LLaVA-NeXT does
+    # as in LLaVA-NeXT, percentages are rounded up, and a number above the file's size selects all records
     count = math.ceil(float(amount[:-1]) * size / 100) if amount.endswith("%") else int(amount)
     count = min(count, size)
     if kind == "random":

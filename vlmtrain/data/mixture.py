@@ -1,4 +1,4 @@
-"""Sources mixed: an endless stream of records, each epoch with the same share of every source.
+"""Mixing of sources: an endless stream of records in which every epoch has the same share of each source.
 
 source  --permutation after permutation-->  a source's draws  --shuffled together-->  an epoch
 """
@@ -17,12 +17,13 @@ from .subsets import Concatenation
 
 
 class Mixture:
-    """Named sources as one: a sequence of all their records, and an order in which training draws them.
+    """Named sources combined: a sequence of all their records, and the order in which training draws them.
 
-    counts: records that an epoch draws of each source, by name; None draws each record once. A source that is
-    drawn from less than once an epoch goes on where the epoch before left off, so all its records come equally often.
+    counts: number of records drawn from each source per epoch, by name; None draws each record once. A source that is
+    only partly drawn in an epoch continues in the next epoch where it stopped, so all its records are drawn equally
+    often.
 
-    The stream depends on (seed, epoch, position) alone.
+    The stream depends only on (seed, epoch, position).
     """
 
     def __init__(self, sources: Mapping[str, Source], counts: Mapping[str, int] | None = None, seed: int = 0):
@@ -31,7 +32,7 @@ class Mixture:
         self.seed = seed
         self.epoch_size = sum(self.counts.values())
         self._all = Concatenation(list(self.sources.values()))
-        # a process reads at most the end of one epoch and the beginning of the next
+        # a process reads at most two epochs at once: the end of one and the beginning of the next
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __len__(self) -> int:
@@ -41,11 +42,11 @@ class Mixture:
         return self._all[index]
 
     def source_number(self, index: int) -> int:
-        """Which of `sources`, in order, a record belongs to."""
+        """Position in `sources` of the source to which a record belongs."""
         return self._all.number(index)
 
     def draw(self, position: int) -> int:
-        """Index of the record at a position of the endless stream of epochs."""
+        """Index of the record at a position of the endless stream."""
         epoch, within = divmod(position, self.epoch_size)
         return int(self._epoch(epoch)[within])
 
@@ -59,7 +60,7 @@ class Mixture:
         return together[torch.randperm(len(together), generator=self._generator("epoch", epoch))]
 
     def _draws(self, name: str, size: int, first: int, last: int) -> Tensor:
-        """Draws `first` to ``last - 1`` of a source: one permutation of its records after another."""
+        """Draws `first` to ``last - 1`` of a source, from successive permutations of its records."""
         rounds = range(first // size, -(-last // size))
         orders = [torch.randperm(size, generator=self._generator(name, number)) for number in rounds]
         joined = torch.cat(orders) if orders else torch.empty(0, dtype=torch.long)

@@ -1,9 +1,9 @@
-"""Packing: samples of different lengths put into rows of a set length, with little left empty.
+"""Packing: samples of different lengths are combined into rows of a fixed length with little padding.
 
-    stream of samples -> look-ahead buffer -> rows -> steps of so many rows each
+    stream of samples -> look-ahead buffer -> rows -> steps with a fixed number of rows
 
-A row starts with the oldest sample waiting, so none waits for ever, and is filled up by the subset of the others
-that fits best. What goes where depends on the stream alone.
+A row starts with the oldest waiting sample, so that no sample waits forever, and is filled with the subset of the
+others that fits best. The result depends only on the stream.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ PICTURE_CLASSES = 16
 
 
 class Piece(NamedTuple):
-    """A sample on its way into a row: its position in the stream, its tokens, its pictures' tokens.
+    """A sample waiting for a row: its position in the stream, number of tokens and number of image tokens.
 
-    kind: samples of different kinds share no row.
+    kind: samples of different kinds are never in the same row.
     """
 
     position: int
@@ -29,15 +29,15 @@ class Piece(NamedTuple):
 
 
 def lookahead(epoch_size: int) -> int:
-    """Samples that wait for a row at most. A small set is not smeared over several epochs."""
+    """Maximum number of samples that wait for a row; limited for small datasets, so that epochs are not mixed."""
     return min(LOOKAHEAD, max(16, epoch_size // 16), epoch_size)
 
 
 def take_row(waiting: list[Piece], row_length: int, image_share: float) -> list[Piece]:
-    """Take the samples of one row out of `waiting` (oldest first), which is not empty.
+    """Remove the samples of one row from `waiting` (non-empty, oldest first) and return them.
 
-    image_share: the stream's share of picture tokens. Of rows that are almost equally full, the one nearest to it
-    is taken, so that vision encoders have about equal work in every row.
+    image_share: the share of image tokens in the stream. Among rows that are almost equally full, the one closest to
+    this share is chosen, so that the vision encoder has about the same work for every row.
     """
     first = waiting[0]
     others = [piece for piece in waiting[1:] if piece.kind == first.kind]
@@ -48,15 +48,15 @@ def take_row(waiting: list[Piece], row_length: int, image_share: float) -> list[
 
 
 def _best_subset(pieces: Sequence[Piece], room: int, first: Piece, image_tokens: float) -> list[Piece]:
-    """The pieces that fill `room` best, long ones first: subset sums, the reachable ones as bits of an integer.
+    """The pieces that fill `room` best, long ones first, by subset sums; reachable sums are the bits of an integer.
 
-    Sums are kept apart by how many pictures they hold, in few classes, so that one of them can be chosen.
+    Sums are stored separately for a few classes of image tokens, so that one class can be chosen.
     """
-    pieces = sorted(pieces, key=lambda piece: -piece.length)  # short ones are easy to place later
+    pieces = sorted(pieces, key=lambda piece: -piece.length)  # short ones are easier to place later
     with_pictures = [piece.image_tokens for piece in (first, *pieces) if piece.image_tokens]
     unit = max(min(with_pictures), room // PICTURE_CLASSES) if with_pictures else 0
     mask = (1 << (room + 1)) - 1
-    reachable = [{0: 1}]  # after each piece: picture class -> sums
+    reachable = [{0: 1}]  # after each piece: image class -> sums
     for piece in pieces:
         sums = dict(reachable[-1])
         step = _pictures(piece, unit)
@@ -81,7 +81,7 @@ def _pictures(piece: Piece, unit: int) -> int:
 def _trace(
     pieces: Sequence[Piece], reachable: list[dict[int, int]], pictures: int, total: int, unit: int
 ) -> list[Piece]:
-    """Which pieces make up a reachable sum: those without which it was out of reach."""
+    """Trace back the pieces of a reachable sum: those without which it was not reachable."""
     chosen = []
     for number in range(len(pieces), 0, -1):
         if reachable[number - 1].get(pictures, 0) >> total & 1:
@@ -94,10 +94,10 @@ def _trace(
 
 @dataclass(frozen=True)
 class RowBudget:
-    """How samples become rows, as estimated from the beginning of the stream.
+    """How samples are packed into rows, estimated from the beginning of the stream.
 
-    rows: rows an optimiser step, so that it holds `batch_size` samples in the mean; micro_rows: rows a rank runs at
-    once; samples: samples a step in the mean; image_share: of the tokens.
+    rows: rows per optimizer step, so that it contains `batch_size` samples on average; micro_rows: rows per
+    micro-batch on each rank; samples: average number of samples per step; image_share: image tokens / all tokens.
     """
 
     row_length: int
@@ -110,9 +110,9 @@ class RowBudget:
 def row_budget(
     pieces: Sequence[Piece], row_length: int, batch_size: int, micro_batch_size: int | None, ahead: int, world_size: int
 ) -> RowBudget:
-    """Measure a stream by packing its beginning, `pieces`. Raises ValueError if that is empty."""
+    """Estimate the budget by packing the beginning of the stream, `pieces`. Raises ValueError if it is empty."""
     if not pieces:
-        raise ValueError("no sample to pack: every record that was looked at is broken")
+        raise ValueError("no sample to pack: every record that was checked is broken")
     tokens = sum(piece.length for piece in pieces)
     share = sum(piece.image_tokens for piece in pieces) / tokens
     waiting, coming, packed = list(pieces[:ahead]), iter(pieces[ahead:]), []
@@ -120,7 +120,7 @@ def row_budget(
         row = take_row(waiting, row_length, share)
         packed.append(row)
         waiting += [piece for piece, _ in zip(coming, row)]
-    # the last rows are as empty as those of an epoch's end, of which a stream has few
+    # the last rows are emptier, like those at the end of an epoch, which are rare in the stream
     full = packed[: max(1, len(packed) * 3 // 4)]
     a_row = sum(len(row) for row in full) / len(full)
     rows = _round(batch_size / a_row)
@@ -129,7 +129,7 @@ def row_budget(
 
 
 def _round(rows: float) -> int:
-    """Rows a step: a multiple of a power of two where that changes little, so that most numbers of ranks divide it."""
+    """Rows per step, rounded to a multiple of a power of two if that changes little, to suit most numbers of ranks."""
     step = 1
     while step * 12 <= rows:
         step *= 2

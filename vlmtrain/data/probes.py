@@ -1,19 +1,19 @@
-"""Procedural questions of six kinds, held out by combination: what a connector keeps of a picture, and what it loses.
+"""Procedural questions of six kinds with held-out combinations, to measure what a connector preserves of an image.
 
-    (seed, split, i) -> category -> scene -> picture, caption, questions -> Conversation
+    (seed, split, i) -> category -> scene -> image, caption, questions -> Conversation
 
 | category | asks | combination held out |
 |---|---|---|
-| color | the color of the shape in a place | color and shape |
-| shape | the shape in a place | color and shape |
+| color | the color of the shape at a place | color and shape |
+| shape | the shape at a place | color and shape |
 | count | how many shapes have a color | color and shape of what is counted |
 | position | on which side of one shape another is | the two colors |
-| text | the digits and letters that are drawn | color and character |
-| small | color or shape of a small thing among large ones | color and shape |
+| text | the digits and letters in the image | color and character |
+| small | color or shape of a small object among large ones | color and shape |
 
-No picture but those of validation shows a held-out color and shape, color and character, or, where sides are asked for,
-two colors. No question names a part of a combination whose other part is its answer: a model could learn from the words
-alone that such an answer never comes. `Level` says what difficulty 1, 2 and 3 are.
+Only validation images show a held-out combination of color and shape, of color and character, or, for questions about
+sides, of two colors. No question mentions one part of a combination whose other part is the answer, because a model
+could learn from the text alone that this answer never occurs. `Level` defines the difficulties 1, 2 and 3.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ GRIDS: dict[int, tuple[str, ...]] = {
     2: PLACES,
     3: ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast"),
 }
-"""Names of the places in a grid, row by row, by the cells of a side."""
+"""Names of the places in a grid, row by row; the key is the number of cells per side."""
 DIGITS = "0123456789"
 CHARACTERS = DIGITS + "ABCDEFGHJKLMNPQRSTUVWXYZ"
 """Without I and O, which look like 1 and 0."""
 MARGIN = 0.03
-"""Around the grid that things stand in, as a share of the picture's side."""
+"""Margin around the grid of objects, as a fraction of the image's side."""
 PITCH = 1.15
-"""From one character to the next, in heights."""
+"""Distance between neighbouring characters, in units of their height."""
 
 HELD_OUT_COLORS = frozenset(frozenset(pair) for pair in zip(COLORS, [*list(COLORS)[3:], *list(COLORS)[:3]]))
-"""Pairs of colors of which one is never beside the other where sides are asked for: each color is in two."""
+"""Pairs of colors that are never next to each other in questions about sides; each color is in two pairs."""
 HELD_OUT_CHARACTERS = frozenset(
     (color, character)
     for i, color in enumerate(COLORS)
     for j, character in enumerate(CHARACTERS)
     if (j - i) % len(COLORS) == 0
 )
-"""(color, character) pairs: a seventh of the characters for each color, and each for one color."""
+"""(color, character) pairs: a seventh of the characters for each color; each character is in one pair."""
 
 VOCABULARY: tuple[str, ...] = (
     *COLORS, *SHAPES, *GRIDS[3], *NUMBERS, *CHARACTERS,
@@ -62,9 +62,12 @@ VOCABULARY: tuple[str, ...] = (
 
 
 class Level(NamedTuple):
-    """A difficulty. cells: of the grid that things stand in, a side; radius: of a thing, as a share of its cell;
-    objects: things in a picture; most: that are counted; small: radius of the small thing; alphabet, characters: what
-    is to be read, of this height. Small and height are shares of the picture's side."""
+    """A difficulty.
+
+    cells: cells per side of the grid of objects; radius: of an object, as a fraction of its cell; objects: number of
+    objects in an image; most: largest count; small: radius of the small object; alphabet, characters, height: of the
+    text to read. small and height are fractions of the image's side.
+    """
 
     cells: int
     radius: float
@@ -85,7 +88,7 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Writing:
-    """Characters side by side around ``(x, y)``, `height` high; as shares of the picture's side."""
+    """A line of characters of the given `height`, centred at ``(x, y)``; in fractions of the image's side."""
 
     text: str
     color: str
@@ -96,7 +99,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class ProbePicture(Picture):
-    """A picture in which something may be written; its outlines are thinner on small items."""
+    """An image with optional text; small items have thinner outlines."""
 
     writing: Writing | None = None
 
@@ -108,8 +111,8 @@ class ProbePicture(Picture):
 
 
 def _write(draw: ImageDraw.ImageDraw, writing: Writing, side: int) -> None:
-    """Each character in a place of its own, in Pillow's built-in font."""
-    font = ImageFont.load_default(1.35 * writing.height * side)  # capitals are about 0.74 of a font's size
+    """Draw each character at a separate position in Pillow's built-in font."""
+    font = ImageFont.load_default(1.35 * writing.height * side)  # the height of capitals is about 0.74 of the font size
     pitch = PITCH * writing.height
     for i, character in enumerate(writing.text):
         x = writing.x + pitch * (i - (len(writing.text) - 1) / 2)
@@ -119,7 +122,7 @@ def _write(draw: ImageDraw.ImageDraw, writing: Writing, side: int) -> None:
 
 
 class Scene(NamedTuple):
-    """What is in a picture, in words, and the questions about it with their answers."""
+    """The content of an image, its caption, and questions about it with their answers."""
 
     items: tuple[Item, ...]
     writing: Writing | None
@@ -128,11 +131,11 @@ class Scene(NamedTuple):
 
 
 class Probes:
-    """One split as a sequence of conversations; the categories take turns.
+    """One split as a sequence of conversations that cycles through the categories.
 
-    split: ``caption`` (picture and caption), ``text`` (a scene in words and questions about it, no picture),
-    ``instruct`` (picture and questions) or ``validation`` (picture and one question about a held-out combination).
-    size: number of conversations. image_size: side of the pictures in pixels. difficulty: of `LEVELS`.
+    split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
+    ``instruct`` (image and questions) or ``validation`` (image and one question about a held-out combination).
+    size: number of conversations. image_size: side of the images in pixels. difficulty: a key of `LEVELS`.
 
     Raises ValueError for an unknown split, category or difficulty.
     """
@@ -147,7 +150,7 @@ class Probes:
         categories: Sequence[str] = CATEGORIES,
     ):
         if split not in SPLITS:
-            raise ValueError(f"Unknown split {split!r} of the probes. Available: {', '.join(SPLITS)}")
+            raise ValueError(f"unknown split {split!r} of the probes. Available: {', '.join(SPLITS)}")
         if difficulty not in LEVELS or isinstance(difficulty, bool):
             raise ValueError(f"data.difficulty={difficulty}: expected one of {', '.join(map(str, LEVELS))}")
         strange = [category for category in categories if category not in CATEGORIES]
@@ -192,7 +195,7 @@ def _shape_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
 
 
 def _count_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
-    """One color and shape as often as it is counted, and other colors once each where there is room."""
+    """One color and shape repeated as often as is counted, and other colors once each if there is room."""
     color, *others = rng.sample(list(COLORS), 3)
     times = rng.randint(1, level.most)
     if held_out:
@@ -208,7 +211,7 @@ def _count_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
 
 
 def _position_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
-    """Two things in a row or a column."""
+    """Two objects in a row or a column."""
     while True:
         colors = rng.sample(list(COLORS), 2)
         if (frozenset(colors) in HELD_OUT_COLORS) == held_out:
@@ -240,7 +243,7 @@ def _text_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
 
 
 def _small_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
-    """The small thing is the one that is held out. Color and shape are not asked of one picture: each tells a part."""
+    """The small object is the held-out one. An image has a question about color or shape, as each reveals the other."""
     items = _objects(rng, level, level.objects, held_out)
     chosen = _asked(items, held_out)[0] if held_out else rng.choice(items)
     small = Item(chosen.color, chosen.shape, chosen.row, chosen.column, chosen.x, chosen.y, level.small)
@@ -262,7 +265,7 @@ SCENES = {
 
 
 def _objects(rng: random.Random, level: Level, number: int, held_out: bool) -> tuple[Item, ...]:
-    """Things of different colors and shapes, one of them a held-out pair if any may be."""
+    """Objects with different colors and shapes; if `held_out`, one of them is a held-out pair."""
     while True:
         pairs = list(zip(rng.sample(list(COLORS), number), rng.sample(SHAPES, number)))
         if sum(pair in HELD_OUT for pair in pairs) == held_out:
@@ -294,6 +297,6 @@ def _place(level: Level, item: Item) -> str:
 
 
 def _scene(rng: random.Random, level: Level, items: tuple[Item, ...], questions: Sequence[tuple[str, str]]) -> Scene:
-    """A scene described place by place."""
+    """A scene with a caption that describes each place."""
     words = [f"{_place(level, item)} {item.color} {item.shape}" for item in rng.sample(items, len(items))]
     return Scene(items, None, f"{', '.join(words)}.", tuple(rng.sample(list(questions), len(questions))))

@@ -1,6 +1,6 @@
-"""`Processor`: conversations in, what the model receives out. Training and inference share it.
+"""`Processor`: converts conversations into the model's inputs, for training and inference.
 
-Conversation -> Sample (tokens, targets, pictures) -> Batch (padded tensors)
+Conversation -> Sample (tokens, targets, images) -> Batch (padded tensors)
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .images import FITS, cut_tiles, fit_image, to_tensor
 from .records import BadSample, Conversation
 from .rendering import IGNORE, Rendered, Renderer
 
-OWN_TOKENIZER = "connector_tokenizer"  # of a connector that reads text in another vocabulary
+OWN_TOKENIZER = "connector_tokenizer"  # tokenizer of a connector that reads text in a separate vocabulary
 
 
 class Sample(NamedTuple):
-    """One rendered conversation and its pictures ``(N, 3, H, W)``.
+    """One rendered conversation and its images ``(N, 3, H, W)``.
 
-    With tiles, `images` has the views of each picture one after the other, and `tiles` says how many those are.
-    texts: for a connector that reads text, the ids ``(L,)`` that go with each of `images`.
+    With tiles, `images` contains the concatenated views of all images, and `tiles` how each image is cut.
+    texts: for a connector that reads text, the ids ``(L,)`` for each of `images`.
     """
 
     id: str
@@ -45,16 +45,16 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the model receives; B rows padded on the right to T positions.
+    """The model's input; B rows padded on the right to T positions.
 
-    input_ids ``(B, T)``; targets ``(B, T)``, -100 where none; weights ``(B, T)`` float32;
-    images ``(N, 3, H, W)``, a stand-in where the batch has no picture, None without a geometry; is_image ``(B, T)``
-    bool, or None for a batch without pictures; lengths ``(B,)``.
+    input_ids ``(B, T)``; targets ``(B, T)``, -100 if there is none; weights ``(B, T)`` float32;
+    images ``(N, 3, H, W)``, a dummy image if the batch has no images, None without a geometry; is_image ``(B, T)``
+    bool, or None for a batch without images; lengths ``(B,)``.
 
-    A packed batch has one row of several samples: positions ``(1, T)``, from 0 in each; boundaries ``(S + 1,)``
-    int32, where each of its S samples starts, and the row's end. Both are None otherwise. tiles: how each picture is
-    cut, one after the other, where pictures are. text_ids ``(N, L)``, text_mask ``(N, L)`` bool: what a connector that
-    reads text reads with each of `images`, else None. keys: the name by which a cache knows each of `images`, or None.
+    A packed batch has one row of several samples: positions ``(1, T)``, starting at 0 in each sample; boundaries
+    ``(S + 1,)`` int32, the start of each of the S samples and the end of the row. Both are None otherwise. tiles: how
+    each image is cut, in order, if images are cut into tiles. text_ids ``(N, L)``, text_mask ``(N, L)`` bool: the text
+    for each of `images` if the connector reads text, else None. keys: the cache key of each of `images`, or None.
     ids: of the samples.
     """
 
@@ -79,12 +79,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """How pictures reach the encoder, and how many tokens each becomes.
+    """How images are prepared for the encoder, and how many tokens each becomes.
 
     size ``(H, W)`` in pixels; fit: ``squash``, ``pad``, ``crop`` or ``tiles``; mean, std: of the channels in [0, 1].
-    tokens, grid: what the encoder and the connector make of a view; grid is None where the tokens have no order.
-    tile_grids: for ``tiles``, the ``(rows, columns)`` that a picture may be cut into; tiles_most: as many tiles' tokens
-    it keeps at most, 0 for all; tiles_alone: whether only pictures that are alone in their sample are cut.
+    tokens, grid: number and grid of the tokens of one view; grid is None if the tokens form none.
+    tile_grids: for ``tiles``, the ``(rows, columns)`` into which an image may be cut; tiles_most: maximum number of
+    tiles whose tokens are kept, 0 for all; tiles_alone: whether an image is cut only if its sample has no other image.
     """
 
     size: tuple[int, int]
@@ -106,7 +106,7 @@ class Geometry:
             )
 
     def tiles(self, size: tuple[int, int], pictures: int) -> Tiles | None:
-        """How a picture of `size` ``(H, W)``, one of so many in its sample, is cut; None without ``tiles``."""
+        """How an image of `size` ``(H, W)`` is cut in a sample of that many `pictures`; None without ``tiles``."""
         if self.fit != "tiles":
             return None
         if self.tiles_alone and pictures > 1:
@@ -114,7 +114,7 @@ class Geometry:
         return choose_tiles(size, self.size, self.tile_grids, self.tiles_most)
 
     def views(self, picture: Image.Image, tiles: Tiles | None) -> list[Image.Image]:
-        """What the encoder is shown of a picture that is cut like this."""
+        """The encoder's views of an image that is cut into `tiles`."""
         if tiles is None:
             return [fit_image(picture, self.size, self.fit, self.mean)]
         if tiles.views == 1:
@@ -122,12 +122,12 @@ class Geometry:
         return cut_tiles(picture, self.size, tiles)
 
     def token_count(self, tiles: Tiles | None) -> int:
-        """Tokens of a picture that is cut like this."""
+        """Number of tokens of an image that is cut into `tiles`."""
         return self.tokens if tiles is None else tiled_tokens(tiles, self.tokens, self.grid)
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of the picture that makes the most."""
+        """The largest number of tokens of any image."""
         height, width = self.size
         cuts = [
             Tiles(rows, columns, rows * height, columns * width, self.tiles_most) for rows, columns in self.tile_grids
@@ -138,9 +138,9 @@ class Geometry:
 class Processor:
     """Turns conversations into samples and batches.
 
-    geometry: how pictures reach the encoder; None where there is none, so that pictures are bad samples.
-    template, fallback: see `Renderer`; max_length: longest sequence in tokens, pictures included.
-    reader: for a connector that reads text. in_pairs: whether a sample is one picture and one text; others are bad.
+    geometry: how images are prepared for the encoder; None if there is no encoder, so samples with images are bad.
+    template, fallback: see `Renderer`; max_length: maximum sequence length in tokens, including images.
+    reader: for a connector that reads text. in_pairs: whether a sample must be one image and one text.
     """
 
     def __init__(
@@ -158,22 +158,22 @@ class Processor:
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
-        self.names_pictures = False  # whether batches say by which name a cache knows their pictures
+        self.names_pictures = False  # whether batches contain the cache keys of their images
         self.renderer = Renderer(tokenizer, template, max_length, fallback)
         self.filler = self.renderer.filler
 
     def __call__(self, conversation: Conversation) -> Sample:
-        """A conversation as training sees it. Raises BadSample, naming it."""
+        """Convert a conversation to a training sample. Raises BadSample, naming the conversation."""
         return self.load(conversation, self.render(conversation))
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The tokens alone; no picture is decoded. Raises BadSample, naming the conversation."""
+        """Render only the tokens, without decoding images. Raises BadSample, naming the conversation."""
         if self.in_pairs and len(conversation.images) != 1:
-            raise BadSample(f"{conversation.id}: {len(conversation.images)} pictures, but each text is paired with one")
+            raise BadSample(f"{conversation.id}: {len(conversation.images)} images, expected one per text")
         return self.renderer.render(conversation, self._token_counts(conversation))
 
     def load(self, conversation: Conversation, tokens: Rendered) -> Sample:
-        """Rendered tokens with the conversation's pictures. Raises BadSample, naming it."""
+        """Add the conversation's images to its rendered tokens. Raises BadSample, naming the conversation."""
         geometry = self.geometry
         if geometry is None:
             return Sample(conversation.id, tokens, torch.empty(0))
@@ -190,12 +190,12 @@ class Processor:
         return Sample(conversation.id, tokens, images, tuple(cuts) if geometry.fit == "tiles" else None, tuple(texts))
 
     def prompt(self, conversation: Conversation) -> Sample:
-        """Render a conversation that ends with a user turn, up to the answer asked for."""
+        """Render a conversation that ends with a user turn, up to the start of the answer."""
         return self.load(conversation, self.renderer.prompt(conversation, self._token_counts(conversation)))
 
     def _token_counts(self, conversation: Conversation) -> list[int]:
         if conversation.images and self.geometry is None:
-            raise BadSample(f"{conversation.id}: a picture, but there is no vision encoder to see it")
+            raise BadSample(f"{conversation.id}: the sample has an image, but there is no vision encoder")
         if not conversation.images or self.geometry.fit != "tiles":
             return [self.geometry.token_count(None) for _ in conversation.images]
         with _naming(conversation):
@@ -203,14 +203,14 @@ class Processor:
         return [self.geometry.token_count(self.geometry.tiles(size, len(sizes))) for size in sizes]
 
     def decode(self, conversation: Conversation) -> list[Image.Image]:
-        """A conversation's pictures as they are. Raises BadSample, naming it, for one that is missing or broken."""
+        """Decode a conversation's images at their own size. Raises BadSample if one is missing or broken."""
         with _naming(conversation):
             return [source.load() for source in conversation.images]
 
     def collate(self, samples: list[Sample], rows: int = 0) -> Batch:
-        """Pad samples to one batch, topped up to `rows` rows of no weight.
+        """Pad samples to one batch, with additional rows of zero weight up to `rows` rows.
 
-        Pictures that a row's tokens no longer show (a prompt cut before them) must not be in `samples`.
+        Images that are not in the tokens of a row (because a prompt was cut before them) must not be in `samples`.
         """
         rows = max(rows, len(samples), 1)
         width = max((len(s.tokens) for s in samples), default=1)
@@ -229,7 +229,7 @@ class Processor:
         return self._batch(samples, input_ids, targets, weights, is_image, lengths)
 
     def pack(self, samples: list[Sample]) -> Batch:
-        """Samples behind one another in a single row; a row of one position and no weight if there are none."""
+        """Concatenate samples in a single row; without samples, a row of one position with zero weight."""
         if not samples:
             return self.collate([], rows=1)
         tokens = [sample.tokens for sample in samples]
@@ -260,7 +260,7 @@ class Processor:
         return batch._replace(keys=keys, ids=tuple(sample.id for sample in samples))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer and settings into ``folder/processor``."""
+        """Save tokenizer and settings in ``folder/processor``."""
         folder = Path(folder) / "processor"
         self.tokenizer.save_pretrained(folder)
         settings = {
@@ -278,7 +278,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Processor:
-        """Load the processor of a model folder. Raises ValueError if it has none."""
+        """Load the processor of a model folder. Raises ValueError if the folder has none."""
         check_files(Path(folder), "processor")
         folder = Path(folder) / "processor"
         file = folder / "processor.json"
@@ -288,7 +288,7 @@ class Processor:
         except FileNotFoundError:
             raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is not what a processor was saved as: {first_line(error)}") from None
+            raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
         geometry = saved and Geometry(**{key: _as_tuple(value) for key, value in saved.items()})
         tokenizer = _saved_tokenizer(folder)
         if reader:
@@ -304,13 +304,13 @@ def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def picture_key(view: Tensor) -> str:
-    """Name of a view ``(3, H, W)``: the hash of its pixels."""
+    """Cache key of a view ``(3, H, W)``: the hash of its pixels."""
     return hashlib.blake2b(view.contiguous().numpy(), digest_size=16).hexdigest()
 
 
 @contextmanager
 def _naming(conversation: Conversation) -> Iterator[None]:
-    """Say whose picture is bad."""
+    """Add the conversation's id to errors about its images."""
     try:
         yield
     except BadSample as error:

@@ -1,4 +1,4 @@
-"""The one form that every data format is read into: a conversation with pictures."""
+"""The common form of all data formats: a conversation with images."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ IMAGE_MARK = "<image>"
 
 
 class ImageSource(Protocol):
-    """Something that yields one picture; opening is left to the loader's worker."""
+    """A source of one image, which is opened in the data loader's worker."""
 
     def load(self) -> Image.Image:
-        """Decode the picture as RGB. Raises `BadSample` if it is missing or broken."""
+        """Decode the image as RGB. Raises `BadSample` if it is missing or broken."""
         ...
 
     def size(self) -> tuple[int, int]:
-        """``(H, W)`` of what `load` gives, without decoding it where possible. Raises `BadSample`."""
+        """Size ``(H, W)`` of the loaded image, without decoding it if possible. Raises `BadSample`."""
         ...
 
 
 @dataclass(frozen=True)
 class Grading:
-    """What a record says of an assistant's turn for evaluation alone; training does not look at it.
+    """Annotations of an assistant turn that only evaluation uses.
 
-    category: a kind of question, reported by itself. answers: of several people (VQA has ten). captions: descriptions
-    that are as good as the text. choices: of which the text is one.
+    category: kind of question, which is reported separately. answers: of several annotators (VQA has ten). captions:
+    reference captions that are equivalent to the text. choices: options of a multiple-choice question, one of which is
+    the text.
     """
 
     category: str | None = None
@@ -50,7 +51,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sample: turns in order, and the pictures that their ``<image>`` marks stand for."""
+    """One sample: turns in order, and the images that correspond to their ``<image>`` marks."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -62,7 +63,7 @@ class BadSample(ValueError):
 
 
 class Source(Protocol):
-    """A sequence of conversations; a broken one raises BadSample when it is asked for."""
+    """A sequence of conversations; a broken one raises BadSample when it is accessed."""
 
     def __len__(self) -> int: ...
 

@@ -1,10 +1,10 @@
-"""Rendering: one pass turns a conversation into tokens, and each token is born trainable or not.
+"""Rendering: converts a conversation into tokens and targets in one pass.
 
-    conversation -> template -> spans of text (template, user, assistant, picture) -> tokens + targets
+    conversation -> template -> spans of text (template, user, assistant, image) -> tokens + targets
 
-Template text and the speakers' words are told apart before anything is tokenised, and tokens are
-assigned by their character offsets, so no string is ever searched for inside another. Special-token
-strings in somebody's words stay words: only the template's own become control tokens.
+Template text and the text of turns are separated before tokenisation, and tokens are assigned to spans by their
+character offsets, so no string has to be searched for inside another. Special-token strings in the text of a turn
+are encoded as ordinary text: only those of the template become control tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Rendered:
 
     input_ids:   token ids; a filler at image positions.
     targets:     the id that position t must predict (the token at t + 1), or IGNORE.
-    weights:     loss weight of that target, float32; 0 where there is none.
-    image_index: which of the sample's pictures a position belongs to, -1 for text.
-    answers:     for each assistant turn, the range of its tokens, end-of-turn included:
+    weights:     loss weight of that target, float32; 0 if there is no target.
+    image_index: index of the sample's image to which a position belongs, -1 for text.
+    answers:     for each assistant turn, the range of its tokens including the end of turn;
                  ``input_ids[:start]`` is its prompt.
     """
 
@@ -51,20 +51,20 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Span:
-    """A stretch of the rendered text. `answer` is the assistant turn it trains, if any."""
+    """A section of the rendered text. `answer` is the index of the assistant turn that it trains, if any."""
 
     text: str
     is_words: bool = False
     answer: int | None = None
     is_image: bool = False
-    is_start: bool = False  # tokenised apart from what is before it
+    is_start: bool = False  # tokenised separately from the text before it
 
 
 class Renderer:
     """Renders conversations for one tokenizer and template.
 
-    template: ``plain`` (caption only, LLaVA's pretraining form: pictures, caption, newline), ``chat``
-    (the tokenizer's own chat template, or else `fallback`), or a name of `templates.TEMPLATES`.
+    template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
+    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, fallback: str | None = None):
@@ -74,19 +74,19 @@ class Renderer:
         self._chat = None if template == "plain" else chat_template(template, tokenizer, fallback)
         self.pictures_first = template == BLIP or (template == "chat" and not tokenizer.chat_template)
         self.pictures_first &= BLIP in (template, fallback)
-        # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not among the named special tokens.
+        # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not in `all_special_tokens`.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
-        self._literals: dict[tuple, list[str]] = {}  # what `_between` found, by roles
+        self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
         self._looks_ahead = False  # whether the text before an answer depends on what follows it
-        self._no_system: str | None = "it shows pictures and answers alone"
+        self._no_system: str | None = "it contains only images and answers"
         if self._chat:
             self._probe()
 
     def _probe(self) -> None:
-        """Learn how the chat template treats turns. Raises BadSample, a ValueError, if it cannot be trained on."""
+        """Determine how the chat template renders turns. Raises BadSample, a ValueError, if it cannot be trained on."""
         once = (Turn("user", "question"), Turn("assistant", "answer"))
         self._spans(Conversation(f"template={self.template}", once))
         try:
@@ -94,7 +94,7 @@ class Renderer:
             self._no_system = None
         except ValueError as error:
             self._no_system = str(error)
-        with suppress(ValueError):  # a template may take one exchange only
+        with suppress(ValueError):  # a template may support only one exchange
             self._looks_ahead = self._between(once)[:2] != self._between(once * 2)[:2]
 
     @property
@@ -109,12 +109,11 @@ class Renderer:
         return stop if eos is None or eos in stop else [*stop, eos]
 
     def render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
-        """Tokens and targets of a conversation whose pictures make `image_tokens` tokens each.
+        """Tokens and targets of a conversation whose images have `image_tokens` tokens each.
 
-        A conversation over `max_length` loses whole turns from its end; pictures are never cut. Under ``plain`` the
-        question counts too, though it is not shown, so that a record's length does not hang on the template.
-        Raises BadSample, naming the conversation, if nothing to learn is left or marks and pictures
-        do not agree.
+        A conversation longer than `max_length` loses complete turns from its end; images are never cut. With ``plain``
+        the question counts as well although it is not rendered, so that the length of a record does not depend on the
+        template. Raises BadSample, naming the conversation, if no target remains or if marks and images do not match.
         """
         check_conversation(conversation)
         conversation = self._with_system_taken(conversation)
@@ -131,22 +130,22 @@ class Renderer:
                 turns = turns[:-1]
             if not turns or IMAGE_MARK in "".join(t.text for t in conversation.turns[len(turns) :] if t.role == "user"):
                 raise BadSample(
-                    f"{conversation.id}: {len(rendered) + unseen} tokens ({sum(image_tokens)} of pictures) do not fit "
+                    f"{conversation.id}: {len(rendered) + unseen} tokens ({sum(image_tokens)} of images) exceed "
                     f"max_length={self.max_length}"
                 )
         if not (rendered.weights > 0).any():
-            raise BadSample(f"{conversation.id}: nothing to learn: no assistant words")
+            raise BadSample(f"{conversation.id}: nothing to learn: no assistant text")
         return rendered
 
     def _unseen(self, conversation: Conversation) -> int:
-        """Tokens of a question that ``plain`` leaves out."""
+        """Number of tokens of the question that ``plain`` omits."""
         if self._chat is not None:
             return 0
         words = conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
         return len(self.tokenizer(words, add_special_tokens=False).input_ids)
 
     def showable(self, conversation: Conversation) -> Conversation:
-        """What the template can show of a conversation that is held out: captions have one exchange only."""
+        """The part of a held-out conversation that the template can render: captions have only one exchange."""
         if self._chat is not None:
             return conversation
         turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
@@ -154,7 +153,7 @@ class Renderer:
         return replace(conversation, turns=turns, images=conversation.images[:shown])
 
     def prompt(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
-        """Tokens up to the answer that is asked for; the conversation ends with a user turn."""
+        """Tokens up to the answer to generate; the conversation ends with a user turn."""
         _check_content(conversation)
         conversation = self._with_system_taken(conversation)
         complete = (*conversation.turns, Turn("assistant", "answer"))
@@ -169,7 +168,7 @@ class Renderer:
         )
 
     def decode(self, ids: Tensor) -> str:
-        """Words of a generated answer, without its end."""
+        """Text of a generated answer, without its end."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return (text.split("\n")[0] if self.template == "plain" else text).strip()
 
@@ -200,7 +199,7 @@ class Renderer:
             image_of += [index] * count
         flush()
         if self._chat is None:
-            # Appended as a token, since a full stop and a newline may merge, and generation stops at this one.
+            # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
             for token in self.stop_ids[:1]:
                 ids.append(token)
                 answer_of.append(0)
@@ -233,8 +232,8 @@ class Renderer:
                     spans += _with_images(words) if turn.role == "user" else [_Span(words, is_words=True)]
                 rest = after
                 continue
-            # A space before the answer is its first token's, or that of words which do not merge with it: so
-            # prompts end alike ("ASSISTANT:") whatever is answered.
+            # A space before the answer belongs to the answer, whether or not it merges with the first word, so that
+            # prompts end in the same way ("ASSISTANT:") for every answer.
             before = rest.rstrip(" ")
             space = rest[len(before) :]
             spans.append(_Span(before))
@@ -242,7 +241,7 @@ class Renderer:
             end = re.match(rf"\s*(?:{self._special.pattern})", after)
             if end is None:
                 raise BadSample(
-                    f"{conversation.id}: the chat template puts no end-of-turn token behind the assistant's words "
+                    f"{conversation.id}: the chat template puts no end-of-turn token after the assistant's text, "
                     f"but {after[:20]!r}"
                 )
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
@@ -251,31 +250,31 @@ class Renderer:
         return [*pictures, *spans, _Span(rest)]
 
     def template_texts(self, turns: Sequence[Turn]) -> list[str]:
-        """The template's own text before each turn and behind the last one, every answer's as when it is asked for.
+        """The template's text before each turn and after the last one; before answers, as in a generation prompt.
 
-        Raises ValueError for turns that the template does not show once and in order.
+        Raises ValueError unless the template renders every turn once and in order.
         """
         texts = self._between(turns)
         return self._as_asked(turns, texts) if self._looks_ahead else texts
 
     def _between(self, turns: Sequence[Turn]) -> list[str]:
-        """The template's own text before each turn and behind the last one. Raises ValueError if it shows not all."""
+        """The template's text before each turn and after the last one. Raises ValueError if it omits a turn."""
         shape = tuple((turn.role, _is_silent(turn)) for turn in turns)
         if shape not in self._literals:
-            # nothing stands for a system turn without words, which a template may leave out
+            # a system turn without text has no placeholder, because a template may omit it
             contents = ["" if is_silent else f"{_OPEN}{i}{_CLOSE}" for i, (_, is_silent) in enumerate(shape)]
             pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._applied(turns, contents))
             seen = [int(index) for index in pieces[1::2]]
             if seen != [i for i, content in enumerate(contents) if content]:
                 raise ValueError(
-                    f"the chat template does not show every turn once and in order (turns shown: {seen}, of "
-                    f"{len(turns)}); give another with the stage's template"
+                    f"the chat template does not render every turn once and in order (turns rendered: {seen}, of "
+                    f"{len(turns)}); choose another with the stage's template"
                 )
             self._literals[shape] = [""] * (len(turns) - len(seen)) + pieces[::2]
         return self._literals[shape]
 
     def _as_asked(self, turns: Sequence[Turn], texts: list[str]) -> list[str]:
-        """`texts`, but before each answer what stands there when it is the last one, as when it is asked for."""
+        """`texts` with the text before each answer as if it were the last turn, as in a generation prompt."""
         texts, start = list(texts), 0
         for end, turn in enumerate(turns, 1):
             if turn.role == "assistant":
@@ -287,11 +286,11 @@ class Renderer:
         messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents)]
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self._chat, tokenize=False)
-        except Exception as error:  # templates are programs, and fail in any way
-            raise ValueError(f"the chat template refuses the conversation: {first_line(error)}") from None
+        except Exception as error:  # templates are programs and can raise any exception
+            raise ValueError(f"the chat template rejects the conversation: {first_line(error)}") from None
 
     def _check_words(self, conversation: Conversation) -> None:
-        """Raise BadSample if the template reads the words and changes them, as one for reasoning cuts </think>."""
+        """Raise BadSample if the template changes the text of turns, as reasoning templates cut at </think>."""
         words = [turn.text.strip() for turn in conversation.turns]
         for _ in range(2):
             try:
@@ -300,31 +299,33 @@ class Renderer:
                 raise BadSample(f"{conversation.id}: {error}") from None
             if whole == texts[0] + "".join(said + after for said, after in zip(words, texts[1:])):
                 return
-            self._literals.clear()  # a template may show the date, and that may be another one now
+            self._literals.clear()  # a template may contain the date, which may have changed
         raise BadSample(
-            f"{conversation.id}: the chat template would change the words, as one for reasoning does with a "
-            "<think> block; give another with the stage's template"
+            f"{conversation.id}: the chat template would change the text, as reasoning templates do with a "
+            "<think> block; choose another with the stage's template"
         )
 
     def _with_system_taken(self, conversation: Conversation) -> Conversation:
-        """The conversation, without a system turn that says nothing if the template takes none."""
+        """The conversation, without an empty system turn if the template supports no system turn."""
         turns = conversation.turns
         if self._no_system is None or not turns or turns[0].role != "system":
             return conversation
         if _is_silent(turns[0]):
             return replace(conversation, turns=turns[1:])
-        raise BadSample(f"{conversation.id}: template={self.template} takes no system turn: {self._no_system}")
+        raise BadSample(
+            f"{conversation.id}: template={self.template} does not support a system turn: {self._no_system}"
+        )
 
     def _check_marks(self, conversation: Conversation) -> None:
-        """Raise BadSample for a picture behind an answer, which the answer would be trained to see."""
+        """Raise BadSample for an image after an answer, because the answer would already see it in training."""
         spoken = [turn.text for turn in conversation.turns if turn.role == "user"]
         if any(IMAGE_MARK in text for text in spoken[1:]):
-            raise BadSample(f"{conversation.id}: template={BLIP} shows pictures first: none can come in a later turn")
+            raise BadSample(f"{conversation.id}: template={BLIP} puts images first: later turns cannot have images")
 
     def _plain_spans(self, conversation: Conversation) -> list[_Span]:
         if [turn.role for turn in conversation.turns] != ["user", "assistant"]:
             roles = ", ".join(turn.role for turn in conversation.turns)
-            raise BadSample(f"{conversation.id}: template=plain takes one user and one assistant turn, got {roles}")
+            raise BadSample(f"{conversation.id}: template=plain requires one user and one assistant turn, got {roles}")
         user, assistant = conversation.turns
         starts_with_bos = self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
         spans = [_Span(self.tokenizer.bos_token)] if starts_with_bos else []
@@ -332,10 +333,10 @@ class Renderer:
         return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0)]
 
     def _tokenize(self, spans: list[_Span]) -> list[tuple[int, int]]:
-        """Token ids of a run of text, each with the assistant turn it belongs to (or -1).
+        """Token ids of consecutive text spans, each with the assistant turn to which it belongs (or -1).
 
-        The run is tokenised as one string, as the language model met it in its own training. Special-token
-        strings among somebody's words are cut behind their first character, so that none is ever seen whole.
+        The spans are tokenised as one string, as in the language model's own training. Special-token strings in the
+        text of a turn are cut after their first character, so that the tokenizer never sees a complete one.
         """
         out: list[tuple[int, int]] = []
         run: list[tuple[str, int]] = []
@@ -363,19 +364,19 @@ class Renderer:
         ends = list(accumulate(len(piece) for piece, _ in run))
         out = []
         for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping):
-            # A token that straddles two spans (" answer" behind "ASSISTANT:") belongs to the one in which it
-            # ends: that is what it says. White space behind a token that swallows it does not count.
+            # A token across two spans (" answer" after "ASSISTANT:") belongs to the span in which it ends.
+            # Trailing white space of a token does not count.
             end = start + len(text[start:end].rstrip()) if text[start:end].strip() else end
             out.append((token, run[bisect_left(ends, max(end, 1))][1]))
         return [(token, answer) for token, answer in out if answer != _DROPPED]
 
 
 _AFTER_CUT, _DROPPED = "\n", -2
-"""What stands before a text that goes on after a cut, lest a tokenizer take it for a beginning and put a space
-there; its own tokens are dropped."""
+"""Prefix of a text that continues after a cut, so that the tokenizer does not treat it as a beginning and add a
+space; the tokens of the prefix are dropped."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: no template looks for them
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which no template treats specially
 
 
 def _is_silent(turn: Turn) -> bool:
@@ -392,7 +393,7 @@ def _with_images(words: str) -> list[_Span]:
 
 
 def without_marks(words: str) -> str:
-    """Words without the marks of pictures in them, nor the white space around those."""
+    """Text without image marks and the white space around them."""
     return re.sub(rf"\s*{re.escape(IMAGE_MARK)}\s*", " ", words).strip()
 
 
@@ -406,7 +407,7 @@ def check_conversation(conversation: Conversation) -> None:
         )
     for turn in conversation.turns:
         if turn.role == "assistant" and not turn.text.strip():
-            raise BadSample(f"{conversation.id}: an empty answer")
+            raise BadSample(f"{conversation.id}: an answer is empty")
     _check_content(conversation)
 
 
@@ -414,8 +415,8 @@ def _check_content(conversation: Conversation) -> None:
     marks = sum(turn.text.count(IMAGE_MARK) for turn in conversation.turns if turn.role == "user")
     if marks != len(conversation.images):
         raise BadSample(
-            f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, {len(conversation.images)} pictures"
+            f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, but {len(conversation.images)} images"
         )
     for turn in conversation.turns:
         if _SURROGATE.search(turn.text):
-            raise BadSample(f"{conversation.id}: the text holds half of a character (a lone surrogate)")
+            raise BadSample(f"{conversation.id}: the text contains half of a character (a lone surrogate)")

@@ -1,10 +1,10 @@
-"""Procedural pictures of coloured shapes, with captions and questions: data that needs no download.
+"""Procedural images of coloured shapes with captions and questions, which need no download.
 
-    (seed, split, i) -> scene: shapes in a 2 x 2 grid -> picture, caption, questions -> Conversation
+    (seed, split, i) -> scene: shapes in a 2 x 2 grid -> image, caption, questions -> Conversation
 
 Sample ``i`` of a split depends on nothing else, so any subset can be drawn in any order on any machine.
-Every validation scene has one item of a colour-shape pair in `HELD_OUT`, no other scene has any: a model
-that answers about it has put colour and shape together itself.
+Every validation scene has one item with a colour-shape pair in `HELD_OUT`, and no other scene has one: a model
+that answers questions about it must combine colour and shape on its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 BACKGROUND = (246, 246, 242)
 INK = (25, 25, 30)
 LINE = 0.03
-"""Width of the outline, as a fraction of the picture's side."""
+"""Width of the outline, as a fraction of the image's side."""
 
 # Outlines as polygons in a square of side 2 around the origin, y pointing down.
 OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
@@ -45,17 +45,17 @@ OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
 }  # fmt: skip
 SHAPES = tuple(OUTLINES)
 HELD_OUT = frozenset(zip(COLORS, SHAPES))
-"""The (color, shape) pairs kept for validation, one for each shape."""
+"""The (color, shape) pairs reserved for validation, one for each shape."""
 
 PLACES = ("northwest", "northeast", "southwest", "southeast")
-"""Names of the cells, one word each: a place of two words is two things to look up."""
+"""Names of the cells, one word each, because a place of two words would have to be looked up in two steps."""
 SIDES = ("west", "east", "north", "south")
 COUNTS = ("one", "two", "three")
 OBJECTS = (3, 4, 4)
-"""Shapes in a picture that is asked about, drawn with equal chances."""
+"""Numbers of shapes in an image with questions, drawn with equal probability."""
 CAPTION_OBJECTS = (1, 1, 2, 3, 4)
-"""The same for a captioned one. Pictures of one shape push a contrastive model to look at shapes: among
-fuller pictures, colours and places alone tell most captions apart."""
+"""The same for images with captions. Images of one shape force a contrastive model to use shapes: with more
+objects, colours and places alone distinguish most captions."""
 
 SPLITS = ("caption", "text", "instruct", "validation", "grounding")
 DESCRIBE = "Describe the picture."
@@ -70,7 +70,7 @@ VOCABULARY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: its place in the grid, and its centre and radius as fractions of the picture's side."""
+    """One shape: its place in the grid, and its centre and radius as fractions of the image's side."""
 
     color: str
     shape: str
@@ -82,9 +82,9 @@ class Item:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of what is drawn, its outline included, as fractions of the picture's side."""
+        """Left, top, right and bottom of the drawn item including its outline, as fractions of the image's side."""
         outline = OUTLINES[self.shape]
-        if outline is None:  # its line is drawn within
+        if outline is None:  # the outline is drawn inside the shape
             return self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius
         across, down = zip(*outline)
         return (
@@ -101,7 +101,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene that is drawn when it is loaded: ``side x side`` pixels, antialiased, RGB."""
+    """A scene that is drawn on loading: ``side x side`` pixels, antialiased, RGB."""
 
     items: tuple[Item, ...]
     side: int
@@ -123,9 +123,9 @@ class Picture:
 
 
 def draw_item(draw: ImageDraw.ImageDraw, item: Item, side: int, line: float = LINE) -> None:
-    """One item with a dark outline: its shape shows in the same ink whatever its colour.
+    """Draw an item with a dark outline, which is the same for every colour.
 
-    side: of the picture, in pixels; line: width of the outline, as a fraction of it.
+    side: of the image, in pixels; line: width of the outline, as a fraction of it.
     """
     x, y, radius = item.x * side, item.y * side, item.radius * side
     color, outline, width = COLORS[item.color], OUTLINES[item.shape], max(1, round(line * side))
@@ -143,17 +143,17 @@ def draw_item(draw: ImageDraw.ImageDraw, item: Item, side: int, line: float = LI
 class Shapes:
     """One split as a sequence of conversations.
 
-    split: ``caption`` (picture and caption), ``text`` (a scene in words and questions about it, no
-    picture), ``instruct`` (picture and questions), ``validation`` (the same, with `HELD_OUT` pairs) or ``grounding``
-    (picture, and where things are in it, as boxes).
-    size: number of conversations. image_size: side of the pictures in pixels.
+    split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
+    ``instruct`` (image and questions), ``validation`` (the same, with `HELD_OUT` pairs) or ``grounding``
+    (image, and the positions of objects as boxes).
+    size: number of conversations. image_size: side of the images in pixels.
 
     Raises ValueError for an unknown split.
     """
 
     def __init__(self, split: str, size: int, image_size: int = 48, seed: int = 0):
         if split not in SPLITS:
-            raise ValueError(f"Unknown split {split!r} of the shapes data. Available: {', '.join(SPLITS)}")
+            raise ValueError(f"unknown split {split!r} of the shapes data. Available: {', '.join(SPLITS)}")
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ def describe(items: Sequence[Item]) -> str:
 def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
     """Items in raster order, and the colour or shape whose occurrences may be counted.
 
-    One to three items share it, with equal chances, so that counts are balanced. All else differs.
+    One to three items share it, with equal probability, so that counts are balanced. Otherwise all items differ.
     """
     times = min(rng.randint(1, len(COUNTS)), objects)
     shares_color = rng.random() < 0.5
@@ -206,7 +206,7 @@ def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item
 
 
 def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
-    """An item that nearly fills its cell; its size and centre vary by about a pixel in 48."""
+    """An item that nearly fills its cell; its size and centre vary by about one pixel in 48."""
     row, column = divmod(cell, 2)
     radius = rng.uniform(0.19, 0.22)
     x, y = ((at + 0.5) / 2 + rng.uniform(-0.02, 0.02) for at in (column, row))
@@ -216,7 +216,7 @@ def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
 def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[tuple[str, str]]:
     """Questions with their answers, in random order: colours and shapes by place, a count, colours by neighbour.
 
-    Things are asked for by place, so that no answer gives another away.
+    Questions refer to objects by place, so that no answer reveals another.
     """
     colors, shapes = [item.color for item in items], [item.shape for item in items]
     neighbors = {second: (side, first) for second, side, first in _neighbors(rng.sample(items, len(items)))}
@@ -231,7 +231,7 @@ def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[
 
 
 def _grounding(item: Item) -> tuple[str, str]:
-    """Where an item is, which its colour and shape name: Qwen-VL's box, in thousandths of width and height.
+    """Question and answer about the position of an item: Qwen-VL's box, in thousandths of width and height.
 
     Numbers are in [0, 1000) (Qwen-VL, section 3.2.1; from memory: unverified).
     """
@@ -241,7 +241,7 @@ def _grounding(item: Item) -> tuple[str, str]:
 
 
 def _neighbors(items: Sequence[Item]) -> Iterator[tuple[Item, str, Item]]:
-    """Items side by side: the first is on that side of the second."""
+    """Neighbouring items and their relation: the first is on the given side of the second."""
     for first, second in permutations(items, 2):
         if first.row == second.row:
             yield first, "west" if first.column < second.column else "east", second

@@ -1,9 +1,9 @@
-"""Where a stage's conversations come from: the `data` group's choice, by split.
+"""Data sources of a stage, as configured in the `data` group for each split.
 
-A split is one source, or several by name, each with the keys that differ from the group's:
+A split is one source or several named sources, each with the keys that differ from those of the group:
 
-    data.instruct: talks.json
-    data.instruct: {talks: talks.json, captions: {format: webdataset, path: captions/, samples: 100000}}
+    data.instruct: chats.json
+    data.instruct: {chats: chats.json, captions: {format: webdataset, path: captions/, samples: 100000}}
 """
 
 from __future__ import annotations
@@ -26,29 +26,27 @@ from .subsets import Subset
 from .turns import pictures_in_front
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
-"""Splits that the `data` group may have, whether a recipe reads them or not."""
+"""Splits that the `data` group may contain, whether or not a recipe uses them."""
 MOST_DRAWS = 10**10
-LOOKED_AT = 20_000  # records of a source that are looked at before training; `vlmtrain check` reads all
+LOOKED_AT = 20_000  # number of records of a source that are checked before training; `vlmtrain check` reads all
 
 
 def build_source(data: Mapping, split: str, image_size: tuple[int, int], seed: int) -> Mixture:
-    """The conversations of a split (a key of the `data` group). Raises ValueError for what cannot work, with its key.
+    """Build the source of a split (a key of the `data` group). Raises ValueError, naming the key, for invalid settings.
 
-    image_size: of the encoder, ``(H, W)``, for data that is drawn to measure.
+    image_size: of the encoder, ``(H, W)``, for procedural data.
     """
     if data.get(split) is None:
-        raise ValueError(f"data.{split} is not set, and it is needed")
+        raise ValueError(f"data.{split} is required but not set")
     named = data[split] if _is_mixture(data[split]) else {split: data[split]}
     if not named:
-        raise ValueError(f"data.{split}={{}} names no source")
+        raise ValueError(f"data.{split}={{}} contains no source")
     sources, wanted = {}, {}
     for name, entry in named.items():
         key = f"data.{split}.{name}" if named is data[split] else f"data.{split}"
         options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
         if not isinstance(options.get("path", ""), str):
-            raise ValueError(
-                f"{key}={entry}: expected a path, or the sources by name: {{a: PATH, b: {{path: PATH, ...}}}}"
-            )
+            raise ValueError(f"{key}={entry}: expected a path, or named sources: {{a: PATH, b: {{path: PATH, ...}}}}")
         wanted[name] = {amount: options.pop(amount) for amount in ("weight", "samples") if amount in options}
         sources[name] = _open({**data, **options}, set(options), key, image_size, seed)
     if data.get("clean_list") is not None:
@@ -59,7 +57,7 @@ def build_source(data: Mapping, split: str, image_size: tuple[int, int], seed: i
 def check_keys(data: Mapping, splits: Collection[str]) -> None:
     """Raise ValueError for a key of the `data` group that is neither an option of some format nor a split.
 
-    splits: those that the run's stages read; data for the usual other purposes may be named too.
+    splits: those that the run's stages read; the splits in `PURPOSES` are also allowed.
     """
     entries = [entry for split in splits for entry in _entries(data.get(split))]
     formats = {data.get("format"), *(entry["format"] for entry in entries if "format" in entry)}
@@ -77,7 +75,7 @@ def _entries(split: object) -> list[Mapping]:
 
 
 def _is_mixture(entry: object) -> bool:
-    """Whether a split's value names several sources; one source's own options include where it is."""
+    """Whether a split's value contains several named sources; the options of a single source include its location."""
     return isinstance(entry, Mapping) and not {"path", "size"} & set(entry)
 
 
@@ -129,7 +127,7 @@ def _open_probes(options: Mapping, image_size: tuple[int, int], seed: int) -> So
 
 
 def vocabulary(data: Mapping) -> tuple[str, ...]:
-    """The words that the procedural data of a `data` group is made of; those of the shapes for all other data."""
+    """The vocabulary of the procedural data in a `data` group; that of the shapes for all other data."""
     return probes.VOCABULARY if data["format"] == "probes" else shapes.VOCABULARY
 
 
@@ -141,24 +139,24 @@ FORMATS: dict[str, tuple[Opener, str, tuple[str, ...]]] = {
     "shapes": (_open_shapes, "size", ("split",)),
     "probes": (_open_probes, "size", ("split", "difficulty", "categories")),
 }
-"""Name: how it is opened, the option that says where or how much it is, and its other options."""
+"""Format: the function that opens it, the option with its location or size, and its other options."""
 
 
 def _counts(sources: Mapping[str, Source], wanted: Mapping[str, Mapping], key: str) -> dict[str, int]:
-    """Records that an epoch draws of each source: all of them, `samples`, or a share by `weight` of as many in all."""
+    """Number of records per epoch from each source: all, `samples`, or a share by `weight` of the total number."""
     for name, amounts in wanted.items():
         for amount, value in amounts.items():
             whole = amount == "weight" or isinstance(value, int)
             sane = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < MOST_DRAWS
             if not sane or not whole:
-                number = "a whole number" if amount == "samples" else "a number"
+                number = "an integer" if amount == "samples" else "a number"
                 raise ValueError(f"{key}.{name}.{amount}={value}: expected {number} above 0 and below {MOST_DRAWS:,}")
     weights = {name: amounts["weight"] for name, amounts in wanted.items() if "weight" in amounts}
     if not weights:
         return {name: amounts.get("samples", len(sources[name])) for name, amounts in wanted.items()}
     others = sorted(set(sources) - set(weights)) or sorted(name for name, amounts in wanted.items() if len(amounts) > 1)
     if others:
-        raise ValueError(f"{key}.{others[0]}: sources are drawn by weight, all of them, or by samples")
+        raise ValueError(f"{key}.{others[0]}: either all sources have a weight, or none of them")
     total, everything = sum(len(source) for source in sources.values()), sum(weights.values())
     return {name: max(1, round(total * weight / everything)) for name, weight in weights.items()}
 
@@ -168,28 +166,28 @@ def _without_bad(sources: Mapping[str, Source], file: Path, split: str) -> dict[
     try:
         listed = json.loads(file.read_text()).get(split)
         if listed is None:
-            raise ValueError(f"it says nothing of data.{split}")
+            raise ValueError(f"it has no entry for data.{split}")
         records = {name: (entry["records"], frozenset(entry["bad"])) for name, entry in listed.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"data.clean_list={file} is not a list that vlmtrain check wrote: {first_line(error)}"
+            f"data.clean_list={file} is not a list written by vlmtrain check: {first_line(error)}"
         ) from None
     clean = {}
     for name, source in sources.items():
         size, bad = records.get(name, (None, frozenset()))
         if size != len(source) or not all(isinstance(index, int) and 0 <= index < size for index in bad):
             raise ValueError(
-                f"data.clean_list={file} was made for {size} records of data.{split} ({name}), and there are "
+                f"data.clean_list={file} was written for {size} records of data.{split} ({name}), but there are "
                 f"{len(source)}: run vlmtrain check again"
             )
         clean[name] = Subset(source, [index for index in range(size) if index not in bad])
         if not len(clean[name]):
-            raise ValueError(f"data.clean_list={file} leaves no record of data.{split} ({name})")
+            raise ValueError(f"data.clean_list={file} excludes all records of data.{split} ({name})")
     return clean
 
 
 class _WithMarks:
-    """A source whose pictures stand before the first user turn where no mark says otherwise."""
+    """A source whose images come before the first user turn if the text has no marks."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -203,9 +201,9 @@ class _WithMarks:
 
 
 def first_problems(source: Source, limit: int = 1) -> list[str]:
-    """What is wrong with the first `limit` bad records of a source, or of an even choice of a large one.
+    """Problems of the first `limit` bad records of a source; in a large source, evenly spaced records are checked.
 
-    Pictures are not decoded where their first and last bytes tell enough.
+    Images are not decoded if their first and last bytes are conclusive.
     """
     problems = []
     step = max(1, len(source) // LOOKED_AT)

@@ -1,4 +1,4 @@
-"""Sources made of sources: some of one's records, and several one after the other."""
+"""Sources composed of other sources: a subset of the records of one source, and the concatenation of several."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Concatenation:
         return self.sources[number][index - (self._ends[number - 1] if number else 0)]
 
     def number(self, index: int) -> int:
-        """Which of the sources a record belongs to."""
+        """Position of the source to which a record belongs."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         return bisect_right(self._ends, index)

@@ -1,4 +1,4 @@
-"""Chat templates by name, for language models whose tokenizer brings none."""
+"""Chat templates by name, for language models whose tokenizer has none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VICUNA_V1 = (
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
-# For models whose own template reads the words (Qwen-3's looks for </think>).
+# For models whose own template parses the text of turns (Qwen-3's searches for </think>).
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -31,7 +31,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Words and nothing else: the question, a space, the answer and its end, as InstructBLIP trains (published code).
+# Only the text: the question, a space, the answer and its end, as in InstructBLIP's training (published code).
 BARE = (
     "{{ bos_token }}"
     "{% for turn in messages %}"
@@ -41,8 +41,8 @@ BARE = (
     "{% endfor %}"
 )
 
-# The same words as `bare`, but the pictures stand before all of it, as BLIP-2 and InstructBLIP have them (published
-# code: the queries' tokens, the language model's beginning-of-text token, the words).
+# The same text as `bare`, but all images come first, as in BLIP-2 and InstructBLIP (published code: the tokens of the
+# queries, the language model's beginning-of-text token, the text).
 BLIP = "blip"
 
 TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE}
@@ -50,9 +50,10 @@ NAMES = ("plain", "chat", *TEMPLATES)
 
 
 def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str | None) -> str:
-    """The Jinja template that `name` means for a tokenizer.
+    """The Jinja template with this `name` for a tokenizer.
 
-    ``chat`` is the tokenizer's own, or else `fallback`, a name or a template itself; other names are forced.
+    ``chat`` is the tokenizer's own template, or else `fallback`, which is a name or a template; any other name takes
+    precedence over the tokenizer's template.
     """
     if name == "chat":
         if tokenizer.chat_template:
@@ -75,5 +76,5 @@ def check_fallback(template: object, key: str) -> None:
         return
     raise ValueError(
         f"{key}={template}: unknown template.{nearest(str(template), TEMPLATES)} Available: {', '.join(TEMPLATES)}, or "
-        "a Jinja template itself"
+        "a Jinja template"
     )

@@ -1,8 +1,8 @@
-"""WebDataset: shards, which are tar files, whose members of one name are a record.
+"""WebDataset: shards are tar files, in which the members with the same name form a record.
 
     shard-000.tar:  0001.jpg 0001.json | 0002.0.png 0002.1.png 0002.txt | ...
 
-Only headers are read, once; then any record is read where it stands, so that order and resume are exact.
+Headers are read once; records are then read at their offsets, so that any order and exact resuming are possible.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 WORDS = ("json", "txt", "caption")
 MAX_PICTURE = 2**30
 MAX_WORDS = 16 * 2**20
-"""Bytes that a member may have."""
+"""Maximum sizes of a member in bytes."""
 MAX_SHARDS = 100_000
 
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _PLAIN, _LINK, _SPECIAL, _SPARSE = range(4)
-_KINDS = ("a file", "a link", "a device or the like", "a sparse file")
+_KINDS = ("a file", "a link", "a device or other special file", "a sparse file")
 
 
 class WebDataset(Concatenation):
     """Shards on a local disk, in the order of their names, as a sequence of conversations.
 
-    path: a .tar file, a folder of such, a glob, or brace notation (``shard-{000..012}.tar``).
+    path: a .tar file, a folder of .tar files, a glob, or brace notation (``shard-{000..012}.tar``).
 
-    A record is the members that share a path up to the first dot of its last part. Its pictures are its
-    members of picture suffixes (``0001.0.jpg 0001.1.jpg`` in that order); its words are a ``.json`` (LLaVA's
-    ``conversations``, or ``question`` and ``answer``, or ``caption``) or a ``.txt`` or ``.caption``. Where the
-    user's words have no ``<image>`` mark, the pictures stand in front. For evaluation a ``.json`` may have
-    ``category``, ``answers``, ``captions`` and ``choices``.
+    The members of a record share their path up to the first dot of the file name. Its images are the members with an
+    image extension (``0001.0.jpg 0001.1.jpg``, in that order). Its text is a ``.json`` (LLaVA's ``conversations``, or
+    ``question`` and ``answer``, or ``caption``), a ``.txt`` or a ``.caption``. If the user's text has no ``<image>``
+    mark, the images come first. For evaluation a ``.json`` may have ``category``, ``answers``, ``captions`` and
+    ``choices``.
 
     Raises ValueError if a shard is missing, compressed or unreadable, or if there are no records; a broken
-    record raises BadSample when it is asked for.
+    record raises BadSample when it is accessed.
     """
 
     def __init__(self, path: str | Path):
@@ -67,7 +67,7 @@ class _Member(NamedTuple):
 
 
 class _Shard:
-    """One tar file's records."""
+    """The records of one tar file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -108,11 +108,11 @@ class _Shard:
             if member.kind != _PLAIN:
                 raise BadSample(f"{what} is {_KINDS[member.kind]}")
             if member.offset + member.size > self.size:
-                raise BadSample(f"{what} is cut: it has {member.size} bytes, and the shard ends before them")
+                raise BadSample(f"{what} is truncated: it has {member.size} bytes, but the shard ends before them")
             if member.size > (MAX_WORDS if member.extension in WORDS else MAX_PICTURE):
                 raise BadSample(f"{what} has {member.size} bytes: too many")
         if len({member.extension for member in members}) < len(members):
-            raise BadSample(f"{name}: two members of one name: {printable(', '.join(m.name for m in members))}")
+            raise BadSample(f"{name}: two members with the same name: {printable(', '.join(m.name for m in members))}")
 
     def _turns(self, record: dict, words: dict[str, _Member], pictures: int, name: str) -> tuple[Turn, ...]:
         if "conversations" in record:
@@ -122,7 +122,7 @@ class _Shard:
         texts = [self._text(words[key], name) for key in ("txt", "caption") if key in words]
         texts = texts or [record[key] for key in ("caption",) if key in record]
         if len(texts) != 1:
-            found = ", ".join(f".{key}" for key in words) or "none of them"
+            found = ", ".join(f".{key}" for key in words) or "none of these"
             raise BadSample(
                 f"{name}: expected one .txt or .caption, or a .json with conversations, question and answer, or "
                 f"caption; got {found}"
@@ -132,7 +132,9 @@ class _Shard:
     def _json(self, member: _Member, name: str) -> dict:
         record = parse_json(self._bytes(member), f"{name}: member {printable(member.name)}")
         if not isinstance(record, dict):
-            raise BadSample(f"{name}: member {printable(member.name)} must hold an object, got {type(record).__name__}")
+            raise BadSample(
+                f"{name}: member {printable(member.name)} must contain an object, got {type(record).__name__}"
+            )
         return record
 
     def _text(self, member: _Member, name: str) -> str:
@@ -149,23 +151,25 @@ class _Shard:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """A member's record and its extension, in lower case; the latter is empty for what belongs to no record."""
+    """The record of a member and its extension in lower case; the extension is empty if there is no record."""
     folder, _, file = name.removeprefix("./").rpartition("/")
     stem, _, extension = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower() if stem else ""
 
 
 def _natural(member: _Member) -> list[tuple[int, str]]:
-    """Order by extension, numbers by their size: ``2.jpg`` before ``10.jpg``."""
+    """Sort key by extension with numeric order: ``2.jpg`` before ``10.jpg``."""
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", member.extension)]
 
 
 def _index_shard(path: Path) -> Index:
-    """Names, places and kinds of a shard's members, in the order of their records. Raises ValueError."""
+    """Names, offsets and kinds of a shard's members, in the order of their records. Raises ValueError."""
     head = read_span(path, 0, 6)
     for magic, program in _COMPRESSED.items():
         if head.startswith(magic):
-            raise ValueError(f"shard {path} is compressed, so that no record can be found by its place: {program} it")
+            raise ValueError(
+                f"shard {path} is compressed, so records cannot be read by offset: unpack it with {program}"
+            )
     members = _read_headers(path)
     records: dict[str, list[int]] = {}
     for i, member in enumerate(members):
@@ -187,9 +191,9 @@ def _read_headers(path: Path) -> list[_Member]:
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (header := tar.next()) is not None:
-                tar.members.clear()  # else every header stays in memory
+                tar.members.clear()  # otherwise all headers stay in memory
                 if header.size < 0 or tar.offset <= end:
-                    raise ValueError("a size below zero")
+                    raise ValueError("a negative size")
                 end = tar.offset
                 extension = _key(header.name)[1]
                 if not header.isdir() and extension:
@@ -197,9 +201,9 @@ def _read_headers(path: Path) -> list[_Member]:
                         _Member(header.name, extension, header.offset_data, min(header.size, 2**62), _kind(header))
                     )
                 if end > size:
-                    return members  # cut short; the last record says so when it is asked for
+                    return members  # truncated; accessing the last record raises an error
             end = tar.offset
-    except Exception as error:  # hostile headers can fail in any way
+    except Exception as error:  # malformed headers can raise any exception
         raise ValueError(f"shard {path} has no readable tar header at byte {end}: {first_line(error)}") from None
     if read_span(path, end, tarfile.BLOCKSIZE).strip(b"\0"):
         raise ValueError(f"shard {path} has no readable tar header at byte {end}")
@@ -215,14 +219,14 @@ def _kind(header: tarfile.TarInfo) -> int:
 
 
 def shard_paths(path: str | Path) -> list[Path]:
-    """The shards that a file, folder, glob or brace notation names, sorted. Raises ValueError if one is missing."""
+    """The sorted shards of a file, folder, glob or brace notation. Raises ValueError if one is missing."""
     text = os.fspath(path)
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
-        raise ValueError(f"{text}: shards must be on a local disk; copy them there and name the folder")
+        raise ValueError(f"{text}: shards must be on a local disk; copy them there and set the path of the folder")
     if os.path.isdir(text):
         shards = sorted(Path(text).glob("*.tar"))
         if not shards:
-            raise ValueError(f"{text} holds no .tar files; compressed ones must be unpacked to .tar first")
+            raise ValueError(f"{text} contains no .tar files; unpack compressed files to .tar first")
         return shards
     if os.path.isfile(text):
         return [Path(text)]
@@ -236,11 +240,11 @@ def shard_paths(path: str | Path) -> list[Path]:
 
 
 def _expand_braces(text: str) -> list[str]:
-    """``a-{08..10}`` and ``{train,extra}`` as a shell has it."""
+    """Expand ``a-{08..10}`` and ``{train,extra}`` like a shell."""
     pieces = re.split(r"\{([^{}]*)\}", text)
     choices = [[piece] if i % 2 == 0 else _expand_brace(piece, text) for i, piece in enumerate(pieces)]
     if np.prod([float(len(choice)) for choice in choices]) > MAX_SHARDS:
-        raise ValueError(f"{text} names more than {MAX_SHARDS} shards")
+        raise ValueError(f"{text} expands to more than {MAX_SHARDS} shards")
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
@@ -249,7 +253,7 @@ def _expand_brace(inside: str, text: str) -> list[str]:
         first, last = bounds.groups()
         width = max(len(first), len(last)) if "0" in (first[0] * (len(first) > 1), last[0] * (len(last) > 1)) else 0
         if not 0 <= int(last) - int(first) < MAX_SHARDS:
-            raise ValueError(f"{text}: {{{inside}}} must count up, to no more than {MAX_SHARDS} shards")
+            raise ValueError(f"{text}: {{{inside}}} must count upwards and give at most {MAX_SHARDS} shards")
         return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
     if "," not in inside:
         raise ValueError(f"{text}: expected {{first..last}} or {{one,other}}, got {{{inside}}}")

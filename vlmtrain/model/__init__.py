@@ -1,4 +1,4 @@
-"""The model: vision encoder, connector, language model, and their concatenation."""
+"""The model: vision encoder, connector and language model, joined by token concatenation."""
 
 from ..connectors import VisionFeatures
 from .wrapper import VLMWrapper

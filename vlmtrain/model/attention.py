@@ -1,4 +1,4 @@
-"""Attention of packed rows: every sample sees itself only, and no mask over the whole row is made."""
+"""Attention for packed rows: each sample attends only to itself, without a mask over the complete row."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.nn import functional as F
 from ..errors import some
 
 NAME = "vlmtrain_segments"
-APART = {"full_attention", "sliding_attention", "attention"}  # kinds of layers in which segments stay apart
+APART = {"full_attention", "sliding_attention", "attention"}  # types of layers that keep segments separate
 
 
 def attend_in_segments(llm: nn.Module) -> None:
-    """Let a language model keep the samples of packed rows apart. Rows that are not packed are as before.
+    """Make a language model keep the samples of packed rows separate. Rows that are not packed are not affected.
 
-    Variable-length flash attention, where it is what the model uses, does so by itself. Raises ValueError for a
-    model whose attention cannot be exchanged, and for one that does not only attend: convolutions and recurrences
-    go on from one sample into the next.
+    Nothing is changed if the model uses variable-length flash attention, which already keeps them separate. Raises
+    ValueError for a model whose attention cannot be replaced, and for one with layers other than attention, because
+    convolutions and recurrences continue from one sample into the next.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -26,7 +26,7 @@ def attend_in_segments(llm: nn.Module) -> None:
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - APART)
     if kinds or getattr(llm, "_is_stateful", False):
         raise ValueError(
-            f"layout=packed: {type(llm).__name__} has layers of another kind than attention "
+            f"layout=packed: {type(llm).__name__} has layers other than attention "
             f"({some(kinds) or 'recurrent'}), in which the samples of a row would see each other; use layout=padded"
         )
     if used.startswith("flash_attention") or used == NAME:
@@ -35,7 +35,7 @@ def attend_in_segments(llm: nn.Module) -> None:
     exchangeable = getattr(llm, "_supports_attention_backend", False) and not sinks
     if not exchangeable or getattr(config, "attention_chunk_size", None):
         raise ValueError(
-            f"layout=packed: {type(llm).__name__} has an attention of its own, in which the samples of a row would "
+            f"layout=packed: {type(llm).__name__} has a custom attention, in which the samples of a row would "
             "see each other; use layout=padded"
         )
     AttentionInterface.register(NAME, segment_attention)
@@ -44,7 +44,7 @@ def attend_in_segments(llm: nn.Module) -> None:
 
 
 def segment_arguments(boundaries: Tensor) -> dict:
-    """What Hugging Face's models hand through to attention; `boundaries` ``(S + 1,)`` int32."""
+    """Arguments that Hugging Face models pass on to attention; `boundaries` ``(S + 1,)`` int32."""
     longest = int(boundaries.diff().max())
     return {
         "cu_seq_lens_q": boundaries,
@@ -55,7 +55,7 @@ def segment_arguments(boundaries: Tensor) -> dict:
 
 
 def _mask(*arguments, attention_mask: Tensor | None = None, **options) -> Tensor | None:
-    """No mask for training's rows; generation's, which are padded on the left, bring one of their own."""
+    """No mask for training; in generation, where rows are padded on the left, the given mask is used."""
     from transformers.masking_utils import sdpa_mask
 
     return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
@@ -74,7 +74,7 @@ def segment_attention(
     cu_seq_lens_q: Tensor | None = None,
     **unused,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment of a row, in the form that Hugging Face's models call.
+    """Causal attention within each segment of a row, with the signature that Hugging Face models expect.
 
     query ``(B, H, T, d)``; key, value ``(B, G, T, d)`` with G groups of heads; cu_seq_lens_q ``(S + 1,)`` for a
     packed row (B = 1), None for rows of one sample. Returns ``(B, T, H, d)``.
@@ -104,7 +104,7 @@ def segment_attention(
     return out.transpose(1, 2), None
 
 
-# It would be compiled again for every number of segments. torch.compiler.disable would import the compiler here.
+# It would be recompiled for every number of segments. torch.compiler.disable would import the compiler here.
 @torch._disable_dynamo
 def _attend_each(
     query: Tensor,
@@ -115,7 +115,7 @@ def _attend_each(
     softcap: float | None,
     options: dict,
 ) -> Tensor:
-    """Causal attention within each segment, one after the other; ``(B, H, T, d)``."""
+    """Causal attention within each segment, one segment at a time; ``(B, H, T, d)``."""
     sizes = boundaries.diff().tolist()
     pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
     return torch.cat([_attend(*piece, None, window, softcap, options) for piece in pieces], dim=2)
@@ -130,7 +130,7 @@ def _attend(
     softcap: float | None,
     options: dict,
 ) -> Tensor:
-    """Attention under `mask`, or causal without one; ``(B, H, T, d)``."""
+    """Attention with `mask`, or causal attention without one; ``(B, H, T, d)``."""
     rows, columns = query.shape[2], key.shape[2]
     if mask is None and window is not None and columns > window:
         own = torch.arange(columns - rows, columns, device=query.device)[:, None]
@@ -153,7 +153,7 @@ def _attend(
 
 
 def _flash_varlen():
-    """FlashAttention's variable-length kernel, if it is installed."""
+    """FlashAttention's variable-length kernel, or None if it is not installed."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:

@@ -32,7 +32,7 @@ def build_llm(
 def build_llm_skeleton(
     path: str, dtype: torch.dtype, config: Mapping | None, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The architecture alone, from its `config`, or else from that of a hub id or folder."""
+    """Build the architecture without weights, from `config` or the configuration of a hub id or folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config is None:
@@ -44,8 +44,11 @@ def build_llm_skeleton(
 
 
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A causal language model with random weights; `config` is a Hugging Face configuration with its
-    ``model_type``, and the vocabulary and special ids come from the tokenizer."""
+    """Build a causal language model with random weights.
+
+    config: a Hugging Face configuration with its ``model_type``; the vocabulary size and special token ids are taken
+    from the tokenizer.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = dict(config)
@@ -62,9 +65,10 @@ def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: to
 
 
 def _check_causal(config, given: str) -> None:
-    """Raise ValueError for a configuration of a model that does not go from left to right; `given` is key and value.
+    """Raise ValueError unless the configuration is of a causal model; `given` is the setting and its value.
 
-    Of BERT's kind, whose library class only decodes where ``is_decoder`` says so, or one with no such class.
+    Rejected are models like BERT, whose class in transformers is causal only with ``is_decoder``, and models without
+    a causal class.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -77,13 +81,13 @@ def _check_causal(config, given: str) -> None:
     sees_both_sides = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
     if not own_code and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or sees_both_sides):
         raise ValueError(
-            f"{given} is no causal language model ({kind}{', which sees both directions' if sees_both_sides else ''}): "
-            "expected one that goes from left to right, such as llama, qwen2, opt"
+            f"{given} is not a causal language model ({kind}{', which is bidirectional' if sees_both_sides else ''}): "
+            "expected a causal model such as llama, qwen2 or opt"
         )
 
 
 def load_tokenizer(path: str, key: str = "llm.path", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a model. Raises ValueError where there is none."""
+    """Load the fast tokenizer of a model. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -91,22 +95,20 @@ def load_tokenizer(path: str, key: str = "llm.path", trust_remote_code: bool = F
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path} has no tokenizer: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"{key}={path}: a fast tokenizer is needed (one with tokenizer.json), got {type(tokenizer).__name__}"
-        )
+        raise ValueError(f"{key}={path}: a fast tokenizer (tokenizer.json) is required, got {type(tokenizer).__name__}")
     return tokenizer
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
-    """Make each of `words` one token, where it is none yet."""
+    """Add each of `words` as a token unless it already is one."""
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([word for word in words if word not in known])
 
 
 def give_tokens(llm: nn.Module, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
-    """Let a model know the tokens that `add_tokens` made: embeddings drawn as the others are spread, where it has none.
+    """Resize a model's embeddings for the tokens added by `add_tokens`; new rows are drawn like the existing ones.
 
-    Their ids are left in ``llm.new_token_ids``.
+    The ids of the tokens are stored in ``llm.new_token_ids``.
     """
     if words and len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=not llm.get_input_embeddings().weight.is_meta)
@@ -114,9 +116,9 @@ def give_tokens(llm: nn.Module, tokenizer: PreTrainedTokenizerBase, words: Seque
 
 
 def choose_attention(llm: nn.Module, name: str | None) -> None:
-    """Let a model attend by the implementation that transformers calls `name`; None leaves it with its own.
+    """Set the attention implementation that transformers calls `name`; None keeps the model's default.
 
-    Model folders do not say by which. Raises ValueError for one that is not there.
+    Model folders do not store it. Raises ValueError if the implementation is not available.
     """
     if name is None:
         return
@@ -127,23 +129,23 @@ def choose_attention(llm: nn.Module, name: str | None) -> None:
 
 
 def check_vocabulary(llm: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if the tokenizer makes ids that the model has no embeddings for."""
+    """Raise ValueError if the tokenizer has ids without an embedding in the model."""
     rows = llm.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
-            f"llm.path: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}: they do not belong "
-            "together"
+            f"llm.path: the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {rows}: they do "
+            "not match"
         )
 
 
 def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     """Write the model as an ordinary Hugging Face folder."""
     transformers.utils.logging.disable_progress_bar()
-    llm.save_pretrained(folder, state_dict=dict(state))  # it empties what it is given
+    llm.save_pretrained(folder, state_dict=dict(state))  # save_pretrained empties the dict that it is given
 
 
 def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
-    """Load a model that `save_llm` wrote."""
+    """Load a model that was written by `save_llm`."""
     load_hf_config(str(folder), "llm", trust_remote_code)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     return load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, **options)
@@ -155,5 +157,5 @@ def hidden_width(llm: nn.Module) -> int:
 
 
 def max_positions(llm: nn.Module) -> int | None:
-    """Longest sequence that the model's positions reach, in tokens, if it says so."""
+    """Maximum sequence length of the model's positions in tokens, or None if the configuration does not give it."""
     return getattr(llm.config.get_text_config(), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""Strict loading: a weight is where it belongs, or there is an error that names it."""
+"""Strict loading: every missing, unexpected or misshaped weight raises an error that names it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import first_line, some
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Memory-mapped tensors of a safetensors file; ValueError if it is missing or broken."""
+    """Memory-mapped tensors of a safetensors file. Raises ValueError if the file is missing or broken."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -23,7 +23,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_strictly(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a module. Raises ValueError naming every tensor that does not fit."""
+    """Load a safetensors file into a module. Raises ValueError listing the tensors that do not fit."""
     state, own = read_tensors(path), module.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [
@@ -42,9 +42,10 @@ def load_strictly(module: nn.Module, path: Path) -> None:
 
 
 def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
-    """The configuration of a Hugging Face model; `key` is the setting to name when there is none.
+    """Load the configuration of a Hugging Face model; `key` is the setting that error messages name.
 
-    trust_remote_code: run code that the folder or hub id brings; without it, where some is needed, ValueError.
+    trust_remote_code: whether to run custom code of the folder or hub id. Raises ValueError if such code is required
+    and not allowed, or if there is no model.
     """
     from transformers import AutoConfig
 
@@ -53,14 +54,14 @@ def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{key}={path} brings code of its own, which is not run; {key.split('.')[0]}.trust_remote_code=true "
-                "runs it"
+                f"{key}={path} requires custom code, which is not run; set {key.split('.')[0]}.trust_remote_code=true "
+                "to run it"
             ) from None
         raise ValueError(f"{key}={path} is not a Hugging Face model folder or hub id: {first_line(error)}") from None
 
 
 def know_blip_towers() -> None:
-    """Let transformers' Auto classes load BLIP-2's image towers alone, which its own tables leave out."""
+    """Register BLIP-2's image towers with transformers' Auto classes, which cannot load them on their own."""
     from transformers import AutoConfig, AutoModel, Blip2VisionModel, InstructBlipVisionModel
 
     for tower in (Blip2VisionModel, InstructBlipVisionModel):
@@ -69,21 +70,21 @@ def know_blip_towers() -> None:
 
 
 def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) -> nn.Module:
-    """`transformers.<auto_class>.from_pretrained`, which here fails on missing or misfitting weights.
+    """`transformers.<auto_class>.from_pretrained` that raises ValueError for missing or misshaped weights.
 
-    is_ours: the folder holds this model and nothing else, so unexpected tensors are wrong too. (A hub's
-    CLIP has a text tower beside the vision tower that is asked for.) No code of the folder is run unless `options` say
-    trust_remote_code.
+    is_ours: whether the folder holds only this model, so that unexpected tensors are errors as well. (A CLIP on the
+    hub also has a text tower in addition to the requested vision tower.) No code of the folder is run unless `options`
+    contain trust_remote_code.
     """
     options.setdefault("trust_remote_code", False)
     if is_ours:
-        options["use_safetensors"] = True  # never a pickle that stands in for it
+        options["use_safetensors"] = True  # never fall back to a pickle file
     import transformers
 
     if auto_class == "AutoModel":
         know_blip_towers()
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the report below replaces its own
+    transformers.logging.set_verbosity_error()  # the error below replaces transformers' own report
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
@@ -102,8 +103,10 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
 
 
 def _check_tied(model: nn.Module, path: str) -> None:
-    """Raise ValueError if a file holds a head of its own where the configuration ties it to the embeddings."""
-    inner = getattr(model, "language_model", None)  # BLIP-2's classes hold a whole one, whose configuration counts
+    """Raise ValueError if a file holds a separate head although the configuration ties it to the embeddings."""
+    inner = getattr(
+        model, "language_model", None
+    )  # BLIP-2's classes contain a complete model, whose configuration is the relevant one
     owner = inner if inner is not None and inner.get_output_embeddings() is not None else model
     if not getattr(owner.config, "tie_word_embeddings", False) or owner.get_output_embeddings() is None:
         return
@@ -117,5 +120,5 @@ def _check_tied(model: nn.Module, path: str) -> None:
     if where is not None:
         raise ValueError(
             f"{where}: lm_head.weight differs from the embeddings, but config.json ties them: expected "
-            "tie_word_embeddings=false, or no such tensor"
+            "tie_word_embeddings=false or no such tensor"
         )

@@ -1,11 +1,11 @@
-"""The parts of a model on disk: one folder each, safetensors only, and a manifest that says what each is.
+"""The parts of a model on disk: one folder per part, with safetensors weights, and a manifest that describes them.
 
 MODEL_DIR/vlmtrain.json     {"parts": {"connector": {"sha256": ..., "dtype": ..., "stage": ...}, ...},
                              "files": {"connector/config.json": SHA-256, ...}}
 MODEL_DIR/vision/           an encoder (open_clip) or a Hugging Face folder
 MODEL_DIR/connector/        config.json (name, widths, options), model.safetensors
 MODEL_DIR/llm/              a Hugging Face folder
-MODEL_DIR/processor/        tokenizer, template and picture geometry
+MODEL_DIR/processor/        tokenizer, template and image geometry
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def make_connector(
     dtype: torch.dtype = torch.float32,
     newline: bool = False,
 ) -> nn.Module:
-    """A new connector between an encoder and a language model, with what it was built from in `config`.
+    """Build a new connector between an encoder and a language model; its arguments are stored in `config`.
 
-    llm: None where there is none yet, for a connector that can be trained alone. newline: whether pictures may come in
-    tiles.
+    llm: None if there is no language model yet, for a connector that can be trained alone. newline: whether images may
+    be cut into tiles.
     """
     several = CONNECTORS[name].several_encoders if name in CONNECTORS else False
     arguments = {
@@ -58,7 +58,7 @@ def make_connector(
 
 
 def connector_from(arguments: dict) -> nn.Module:
-    """The connector that a `config` describes, with new weights."""
+    """Build the connector that a `config` describes, with new weights."""
     listed = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     newline = listed.pop("newline", False)
     connector = build_connector(**listed)
@@ -67,7 +67,7 @@ def connector_from(arguments: dict) -> nn.Module:
 
 
 def connector_skeleton(model: Path) -> nn.Module | None:
-    """The connector of a model folder without weights, on the meta device; None if it has none."""
+    """The connector of a model folder without weights, on the meta device; None if the folder has no connector."""
     config = model / "connector" / "config.json"
     if not config.exists():
         return None
@@ -76,7 +76,7 @@ def connector_skeleton(model: Path) -> nn.Module | None:
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; tied parameters once, under their first name."""
+    """Parameters and persistent buffers by name; tied parameters appear once, under their first name."""
     parameters = dict(module.named_parameters())
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
     return {
@@ -95,7 +95,7 @@ def state_hash(state: dict[str, Tensor]) -> str:
 
 
 def save_part(name: str, module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write one part: its architecture, and `state` as its weights."""
+    """Write one part: its architecture and the weights `state`."""
     folder.mkdir(parents=True, exist_ok=True)
     if name == "vision":
         module.save(folder, state)
@@ -107,9 +107,9 @@ def save_part(name: str, module: nn.Module, folder: Path, state: dict[str, Tenso
 
 
 def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
-    """Read one part of a model folder. Raises ValueError naming the file or tensor at fault.
+    """Load one part of a model folder. Raises ValueError with the file or tensor that is wrong.
 
-    The weights must have the hash that the manifest names.
+    The hash of the weights must equal the one in the manifest.
     """
     facts, folder = read_manifest(model)[name], model / name
     check_files(model, name)
@@ -122,11 +122,11 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32, trust_
         module = connector_from(read_json(folder / "config.json")).to(saved_as)
         load_strictly(module, folder / "model.safetensors")
     if state_hash(module_state(module)) != facts["sha256"]:
-        raise ValueError(f"the weights in {folder} are not those that {model / MANIFEST} names: their hash differs")
+        raise ValueError(f"the weights in {folder} are not those that {model / MANIFEST} lists: their hash differs")
     return module.to(dtype)
 
 
 def part_facts(state: dict[str, Tensor], sha256: str | None = None) -> dict[str, str]:
-    """What the manifest says of a part's weights; `sha256` is their `state_hash`, where it is known already."""
+    """Manifest entry for a part's weights; `sha256` is their `state_hash` if it has already been computed."""
     dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
     return {"sha256": sha256 or state_hash(state), "dtype": str(dtype).removeprefix("torch.")}

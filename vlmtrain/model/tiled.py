@@ -1,4 +1,4 @@
-"""A connector for pictures cut into tiles: the tiles' tokens become one grid, with a newline token behind each row."""
+"""A connector for images cut into tiles: the tokens of the tiles form one grid, with a newline token after each row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..tiling import Tiles, kept_grid, shown_part
 
 
 class TiledConnector(nn.Module):
-    """`connector` for every view, and a learned newline (LLaVA-NeXT, published code, ``image_newline``).
+    """Applies `connector` to every view and adds a learned newline (LLaVA-NeXT, published code, ``image_newline``).
 
-    Connectors whose tokens are in no grid give those of all views one after the other, without newlines.
+    If the tokens of the connector form no grid, those of all views are concatenated without newlines.
     """
 
     def __init__(self, connector: nn.Module):
@@ -36,13 +36,13 @@ class TiledConnector(nn.Module):
         return self.connector.output_grid(height, width)
 
     def forward(self, features: VisionFeatures, tiles: Sequence[Tiles] | None = None, **text: Tensor) -> Tensor:
-        """Tokens ``(V, n, D)`` of V views; with `tiles`, those of whole pictures one after the other, ``(K, D)``.
+        """Tokens ``(V, n, D)`` of V views; with `tiles`, the concatenated tokens of complete images, ``(K, D)``.
 
         text: ``text_ids`` and ``text_mask`` ``(V, L)`` for a connector that reads text.
         """
         tokens = self.connector(features, **text)
         if tiles is None:
-            return tokens + 0.0 * self.newline  # a batch without tiles trains the newline no less than another rank's
+            return tokens + 0.0 * self.newline  # keeps the newline in the graph, as on ranks whose batch has tiles
         grid = self.connector.output_grid(*features.patches.shape[1:3])
         pictures = tokens.split([picture.views for picture in tiles])
         return torch.cat([self._assemble(views, picture, grid) for views, picture in zip(pictures, tiles)])

@@ -1,4 +1,4 @@
-"""A small tokenizer made in code, for runs that download nothing."""
+"""A small tokenizer built in code, for runs without downloads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-# As short as a template can be: a token for whose turn it is, and one behind each answer.
+# A minimal template: one token for the role of each turn, and one after each answer.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -21,12 +21,12 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that knows `words`, with a chat template and no system prompt.
+    """Build a byte-level tokenizer with the vocabulary `words` and a chat template without a system prompt.
 
-    Each word is one token, with and without a space before it; all other text falls back to bytes, so
-    every string survives encoding and decoding. The same words in the same order give the same ids.
+    Each word is one token, with and without a leading space. All other text falls back to bytes, so every
+    string survives encoding and decoding. The same words in the same order give the same ids.
 
-    Raises ValueError for a word that GPT-2's splitting rule cuts in two, since it could not be one token.
+    Raises ValueError for a word that GPT-2's pre-tokenizer splits, because it cannot be one token.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     vocabulary = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -37,7 +37,7 @@ def build_tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
                 raise ValueError(f"words: {word!r} cannot be one token, it is split into {pieces}")
             vocabulary.setdefault(pieces[0], len(vocabulary))
 
-    # Whole words are looked up directly (`ignore_merges`), so that no merge table has to spell them out.
+    # Complete words are looked up directly (`ignore_merges`), so no merges are needed for them.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()

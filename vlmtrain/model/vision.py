@@ -1,7 +1,7 @@
-"""Vision encoders: pictures in, `VisionFeatures` on an explicit grid out.
+"""Vision encoders: images in, `VisionFeatures` on an explicit grid out.
 
-Two providers, one interface. An encoder knows its picture size, grid, width and normalisation, and
-which hidden layer it hands on; it keeps prefix tokens (CLS, registers) apart from the patches.
+Two providers share one interface. An encoder has an image size, a grid, a width, a normalisation and a hidden layer
+whose features it returns. It keeps prefix tokens (CLS, registers) separate from the patches.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .loading import know_blip_towers, load_hf_config, load_hf_model, load_stric
 
 
 class VisionEncoder(nn.Module):
-    """Base of both providers.
+    """Base class of both providers.
 
-    image_size: ``(H, W)`` in pixels; grid: ``(H, W)`` in patches; width: channels of a feature;
-    layer: which hidden state is handed on, as in Hugging Face's ``hidden_states[layer]``, where 1 is
-    the first block's output and -1 the last one's (before any final norm); levels: further ones, shallow to
-    deep, for connectors that read several.
+    image_size: ``(H, W)`` in pixels; grid: ``(H, W)`` in patches; width: number of feature channels;
+    layer: which hidden state is returned, as in Hugging Face's ``hidden_states[layer]``, where 1 is the output of
+    the first block and -1 that of the last block (before any final norm); levels: additional layers, shallow to deep,
+    for connectors that read several.
     """
 
     image_size: tuple[int, int]
@@ -48,21 +48,21 @@ class VisionEncoder(nn.Module):
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     def _check_geometry(self, key: str = "vision.image_size") -> None:
-        """Raise ValueError, naming `key`, for a size that patches do not fill.
+        """Raise ValueError, naming `key`, if the image size is not a multiple of the patch size.
 
-        Of an encoder's own size, an edge may go unseen.
+        The encoder's own size is exempt: an incomplete edge is then ignored.
         """
         for side, patch in zip(self.image_size, self.patch_size):
             if side < patch or side % patch:
                 raise ValueError(
                     f"{key}={self.image_size[0]}x{self.image_size[1]} is not a multiple of the "
-                    f"encoder's patch size {patch}: use for example {max(1, round(side / patch)) * patch}"
+                    f"encoder's patch size {patch}: use, for example, {max(1, round(side / patch)) * patch}"
                 )
 
     def resize(self, image_size: int | tuple[int, int], key: str = "vision.image_size") -> None:
-        """Take pictures of another size from now on; a learned position table is interpolated, bicubically.
+        """Change the image size; a learned position table is interpolated bicubically.
 
-        Raises ValueError, naming `key`, for a size that is not a multiple of the patches.
+        Raises ValueError, naming `key`, for a size that is not a multiple of the patch size.
         """
         before, self.image_size = self.image_size, _pair(image_size)
         if self.image_size != before:
@@ -70,7 +70,7 @@ class VisionEncoder(nn.Module):
             self._resize(before)
 
     def _resize(self, before: tuple[int, int]) -> None:
-        """Follow a change of `image_size`."""
+        """Adapt the encoder to a changed `image_size`."""
         raise NotImplementedError
 
     def _set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
@@ -81,24 +81,24 @@ class VisionEncoder(nn.Module):
         self.levels = list(levels or ())
 
     def give_levels(self, count: int) -> None:
-        """Hand on `count` further hidden layers, as a connector asks, unless they are set already.
+        """Return `count` additional hidden layers, as required by a connector, unless they are already set.
 
-        Evenly spaced up to `layer`, or over the whole encoder where that is too shallow. Raises ValueError if
-        another number is set.
+        The layers are evenly spaced up to `layer`, or over the complete encoder if that is too shallow. Raises
+        ValueError if a different number is set.
         """
         if not self.levels and count:
             depth = _block_index(self.layer, self.num_blocks) + 1
             last = depth if depth >= count else self.num_blocks
             if last < count:
-                raise ValueError(f"the connector reads {count} hidden layers, the encoder has {last}")
+                raise ValueError(f"the connector reads {count} hidden layers, but the encoder has {last}")
             self.levels = [last * (i + 1) // count for i in range(count)]
         if count and len(self.levels) != count:
             raise ValueError(
-                f"the connector reads {count} hidden layers, vision.levels={self.levels} names {len(self.levels)}"
+                f"the connector reads {count} hidden layers, but vision.levels={self.levels} lists {len(self.levels)}"
             )
 
     def _as_features(self, state: Callable[[int], Tensor]) -> VisionFeatures:
-        """Split the hidden states ``(B, P + H*W, C)`` of the layers handed on into prefix and raster grids."""
+        """Split the hidden states ``(B, P + H*W, C)`` of the returned layers into prefix and raster grids."""
         height, width = self.grid
         tokens = state(self.layer)
         num_prefix = tokens.shape[1] - height * width
@@ -111,12 +111,12 @@ class VisionEncoder(nn.Module):
         return VisionFeatures(grid_of(tokens), prefix, tuple(grid_of(state(level)) for level in self.levels))
 
     def forward(self, images: Tensor) -> VisionFeatures:
-        """Normalised pictures ``(B, 3, H, W)`` to features."""
+        """Map normalised images ``(B, 3, H, W)`` to features."""
         raise NotImplementedError
 
     @property
     def architecture(self) -> dict:
-        """What, beside weights, picture size and layers, says which function this is; plain values, kept by `save`."""
+        """Plain values that, with weights, image size and layers, define the encoder's function; stored by `save`."""
         raise NotImplementedError
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
@@ -126,7 +126,7 @@ class VisionEncoder(nn.Module):
 
 @contextlib.contextmanager
 def _without_warnings(wanted: bool) -> Iterator[None]:
-    """open_clip warns of random weights, which a skeleton has on purpose."""
+    """Silence open_clip's warning about random weights, which are intended for a skeleton."""
     logging.disable(logging.WARNING if wanted else logging.NOTSET)
     try:
         yield
@@ -170,11 +170,11 @@ class OpenClipVision(VisionEncoder):
             blocks, self.width = visual.transformer.resblocks, visual.transformer.width
             self.patch_size = _pair(visual.patch_size)
         else:
-            raise ValueError(f"open_clip's {type(visual).__name__} makes no patch grid: use a ViT")
+            raise ValueError(f"open_clip's {type(visual).__name__} has no patch grid: use a ViT")
         self.num_blocks = len(blocks)
         self._set_layers(layer, levels)
-        # A trunk's own tensors (class token, position table) may be touched only inside its own call:
-        # under ZeRO-3 they are gathered there and nowhere else. So the intermediate pass becomes its call.
+        # The tensors of a trunk (class token, position table) may be used only inside its forward: under ZeRO-3
+        # they are gathered there and nowhere else. So its forward is replaced by the intermediate-features pass.
         self._is_timm = trunk is not visual
         trunk.forward = trunk.forward_intermediates
 
@@ -190,15 +190,15 @@ class OpenClipVision(VisionEncoder):
     ) -> OpenClipVision:
         """Build an open_clip image tower.
 
-        name: an open_clip model name, or give `model_config` (open_clip's own schema) instead.
+        name: an open_clip model name; alternatively, pass `model_config` (open_clip's own schema).
         pretrained: an open_clip weights tag or a file; None means random weights.
-        image_size: pixels; another size than the model's own interpolates its position table.
+        image_size: in pixels; if it differs from the model's own size, the position table is interpolated.
         """
         import open_clip
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
         if (name is None) == (model_config is None):
-            raise ValueError("vision=open_clip needs exactly one of vision.name and vision.model_config")
+            raise ValueError("vision=open_clip requires exactly one of vision.name and vision.model_config")
         if model_config is not None:
             config = copy.deepcopy(model_config)
             config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
@@ -216,13 +216,13 @@ class OpenClipVision(VisionEncoder):
         try:
             with _without_warnings(pretrained is None):
                 model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size, device=here)
-        except Exception as error:  # it raises anything for a tag, a download or a file that does not load
+        except Exception as error:  # open_clip can raise any exception for a tag, download or file that does not load
             if pretrained is None:
                 raise
             raise ValueError(
                 f"vision.pretrained={pretrained}: open_clip cannot load these weights of {name} "
                 f"({first_line(error)}): expected a file, or one of its tags: "
-                f"{some(open_clip.list_pretrained_tags_by_model(name)) or 'it has none'}"
+                f"{some(open_clip.list_pretrained_tags_by_model(name)) or 'there are none'}"
             ) from None
         config["vision_cfg"]["image_size"] = list(_pair(model.visual.image_size))
         config["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in model.visual.modules())
@@ -298,7 +298,7 @@ class OpenClipVision(VisionEncoder):
         return encoder.to(dtype)
 
 
-# Of a Hugging Face configuration: who wrote it, and when. The dtype is that of the weights.
+# Keys of a Hugging Face configuration that record its origin and version. The dtype is that of the weights.
 _PROVENANCE = ("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -333,9 +333,9 @@ class HFVision(VisionEncoder):
         weights: bool = True,
         trust_remote_code: bool = False,
     ) -> HFVision:
-        """Load from a hub id or a folder; without `weights`, only the architecture.
+        """Load from a hub id or a folder; without `weights`, build only the architecture.
 
-        image_size: pixels; None means the preprocessor's crop, or else the model's own size.
+        image_size: in pixels; None means the preprocessor's crop size, or else the model's own size.
         image_mean, image_std: None means those of ``preprocessor_config.json``.
         """
         from transformers.utils import cached_file
@@ -362,7 +362,7 @@ class HFVision(VisionEncoder):
 
     def _resize(self, before: tuple[int, int]) -> None:
         self.geometry = {**self.geometry, "image_size": list(self.image_size)}
-        # Only some classes ask to be told; DINOv2 interpolates by itself.
+        # Only some classes need this argument; DINOv2 always interpolates.
         takes_flag = "interpolate_pos_encoding" in inspect.signature(self.encoder.forward).parameters
         resized = self.image_size != _pair(self.encoder.config.image_size)
         self._options = {"interpolate_pos_encoding": True} if takes_flag and resized else {}
@@ -405,7 +405,7 @@ def _preprocessor_size(preprocessor: dict) -> int | None:
 def build_vision(provider: str, dtype: torch.dtype = torch.float32, weights: bool = True, **options) -> VisionEncoder:
     """Build the encoder of `provider` (``open_clip`` or ``hf``).
 
-    weights: False leaves the published weights aside, for looking at sizes (best under ``torch.device("meta")``).
+    weights: False skips loading published weights, to inspect sizes (best under ``torch.device("meta")``).
     """
     if provider == "hf":
         return HFVision.build(**options, dtype=dtype, weights=weights)
@@ -415,7 +415,7 @@ def build_vision(provider: str, dtype: torch.dtype = torch.float32, weights: boo
 
 
 def load_vision(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> VisionEncoder:
-    """Load an encoder that `VisionEncoder.save` wrote."""
+    """Load an encoder that was written by `VisionEncoder.save`."""
     if (folder / "vlmtrain.json").exists():
         return HFVision.from_folder(folder, dtype, trust_remote_code)
     return OpenClipVision.from_folder(folder, dtype)

@@ -1,4 +1,4 @@
-"""`VLMWrapper`: vision encoder, connector and language model as one model."""
+"""`VLMWrapper`: vision encoder, connector and language model in one module."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .vision import VisionEncoder
 class VLMWrapper(nn.Module):
     """A vision encoder, a connector and a causal language model, joined by token concatenation.
 
-    Any part may be None where a training stage does without it. `forward` gives logits, `generate`
-    continues prompts; both take what `vlmtrain.data.Processor` makes.
+    Any part may be None if a training stage does not need it. `forward` returns logits and `generate` continues
+    prompts; both take the tensors of a `Batch` from `vlmtrain.data.Processor`.
     """
 
     def __init__(self, vision: VisionEncoder | None, connector: nn.Module | None, llm: nn.Module | None):
@@ -31,10 +31,12 @@ class VLMWrapper(nn.Module):
         self.connector = connector
         self.llm = llm
         if vision is not None and connector is not None and connector.in_dim not in (vision.width, (vision.width,)):
-            raise ValueError(f"the connector takes features {connector.in_dim} wide, the encoder gives {vision.width}")
+            raise ValueError(
+                f"the connector expects features of width {connector.in_dim}, got {vision.width} from the encoder"
+            )
         if llm is not None and connector is not None and connector.out_dim != hidden_width(llm):
             raise ValueError(
-                f"the connector makes tokens {connector.out_dim} wide, the LLM is {hidden_width(llm)} wide"
+                f"the connector makes tokens of width {connector.out_dim}, but the LLM has width {hidden_width(llm)}"
             )
 
     def embed(
@@ -47,14 +49,14 @@ class VLMWrapper(nn.Module):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """Token ids ``(B, T)`` and pictures ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
+        """Map token ids ``(B, T)`` and images ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
 
-        features: what the encoder made of `images`, if that was done elsewhere. tiles: how each picture is cut, where
-        `images` are views. text_ids, text_mask: ``(N, L)``, what a connector that reads text reads with each of them.
+        features: the encoder's features of `images`, if they were computed elsewhere. tiles: how each image is cut, if
+        `images` are views. text_ids, text_mask: ``(N, L)``, the text for each of `images` if the connector reads text.
         """
         text = self.llm.get_input_embeddings()(input_ids)
         if self.connector is None:
-            assert is_image is None, "pictures, but no connector"
+            assert is_image is None, "images, but no connector"
             return text
         if features is None:
             features = self.vision(images)
@@ -77,11 +79,11 @@ class VLMWrapper(nn.Module):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token, ``(B, T, V)``; with `keep` ``(B, T)`` bool, of those positions only, ``(K, V)``.
+        """Logits of the next token, ``(B, T, V)``; with `keep` ``(B, T)`` bool, only of those positions, ``(K, V)``.
 
-        Rows are padded on the right, if at all: under causal attention no real position sees padding,
-        so no mask is needed. A packed row comes with its `positions` ``(1, T)`` and `boundaries` ``(S + 1,)``, for a
-        language model that `attend_in_segments` has prepared.
+        Rows are padded on the right: under causal attention no real position sees padding, so no mask is needed.
+        A packed row requires its `positions` ``(1, T)`` and `boundaries` ``(S + 1,)``, and a language model prepared
+        by `attend_in_segments`.
         """
         embeddings = self.embed(input_ids, images, is_image, features, tiles, text_ids, text_mask)
         options = {} if boundaries is None else {"position_ids": positions, **segment_arguments(boundaries)}
@@ -100,23 +102,23 @@ class VLMWrapper(nn.Module):
         text_mask: Tensor | None = None,
         **options,
     ) -> Tensor:
-        """Continue prompts. Takes rows padded on the right, with their `lengths` ``(B,)``.
+        """Continue prompts. Rows are padded on the right, with their `lengths` ``(B,)``.
 
-        options go to Hugging Face's ``generate`` (``max_new_tokens``, ``do_sample``, ``eos_token_id``,
+        options are passed to Hugging Face's ``generate`` (``max_new_tokens``, ``do_sample``, ``eos_token_id``,
         ``streamer``, ...). Returns the new token ids ``(B, new)``.
         """
         embeddings = self.embed(input_ids, images, is_image, None, tiles, text_ids, text_mask)
         rows, width = input_ids.shape
         if lengths is None:
             lengths = torch.full((rows,), width, device=input_ids.device)
-        # generation wants the padding on the left: roll each row's end to the right edge
+        # generation requires padding on the left: roll each row's end to the right edge
         shift = (torch.arange(width, device=lengths.device)[None] - (width - lengths)[:, None]) % width
         embeddings = embeddings.gather(1, shift.unsqueeze(-1).expand_as(embeddings))
         mask = torch.arange(width, device=lengths.device)[None] >= (width - lengths)[:, None]
         return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask.long(), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all parts and a manifest into `folder`; `from_pretrained` reads it back."""
+        """Save all parts and a manifest in `folder`; `from_pretrained` loads them."""
         folder = Path(folder)
         manifest = {}
         for name in PARTS:
@@ -129,7 +131,7 @@ class VLMWrapper(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> VLMWrapper:
-        """Load a model folder. Raises ValueError naming the file or tensor that is missing or does not fit."""
+        """Load a model folder. Raises ValueError with the file or tensor that is missing or does not fit."""
         folder = Path(folder)
         saved = read_manifest(folder)
         return cls(*(load_part(name, folder, dtype) if name in saved else None for name in PARTS)).eval()

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a model folder, written from what the run's files say, and of an export."""
+"""Model cards: the README.md of a model folder, generated from the files of the run, and that of an export."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ _USE = (
 
 
 def write_card(run_dir: Path, stage: str, model: Path) -> Path:
-    """Write README.md into the model folder of a finished stage; the licence is left to the user."""
+    """Write README.md to the model folder of a finished stage; the licence is left to the user."""
     config = read_config(run_dir)
     held = model / "connector" / "config.json"
-    if held.exists():  # with init_from, not always what the settings name
+    if held.exists():  # with init_from, it may differ from the settings
         config["connector"] = {key: value for key, value in json.loads(held.read_text()).items() if key not in FIXED}
     names = list(config["stages"])
     summaries = {name: read_summary(run_dir / name) for name in names[: names.index(stage) + 1]}
     done = {name: summary for name, summary in summaries.items() if summary}
-    start = config.get("init_from")  # the parts are then the folder's, whatever the settings name
+    start = config.get("init_from")  # the parts then come from that folder, regardless of the settings
     bases = [start] if start else [config[part]["path"] for part in ("vision", "llm") if config[part].get("path")]
     text = "\n".join(
         [
             _front("vlmtrain", bases, config["connector"]["name"]),
             f"# {config['name']}, stage {stage}\n",
             "A vision-language model: image encoder, connector and language model, joined by token concatenation. "
-            "Written from the files of its run; what they do not know is left open.\n",
+            "Generated from the files of its run; information that they do not contain is left open.\n",
             _table(("part", "what it is", "parameters"), _part_rows(config, model)),
             *(_adapters(folder, config["stages"][stage]) for folder in sorted(model.glob("adapters/*"))),
             "## Training\n",
@@ -62,14 +62,14 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             _started(config),
             "## Data\n",
             _table(("stage", "source", "samples drawn", "fingerprint"), _data_rows(config, done)),
-            "The beginning of a SHA-256: of a file, of both ends of a large one, or of names and sizes in a folder "
-            "(and the ends of its files, up to 10,000). As the run's config.yaml has it.\n",
+            "The fingerprint is the beginning of a SHA-256: of a file, of both ends of a large file, or of the names "
+            "and sizes in a folder (and the ends of its files, up to 10,000), as in the run's config.yaml.\n",
             "## Scores\n",
-            _table(("stage", "score", "questions", "value (95 %)", "without the picture"), score_rows(run_dir, done)),
-            "On `data.validation` of the run, greedy answers. Wilson intervals, for shares of the questions.\n",
+            _table(("stage", "score", "questions", "value (95 %)", "without the image"), score_rows(run_dir, done)),
+            "On the run's `data.validation`, with greedy decoding. Intervals of proportions are Wilson intervals.\n",
             _USE,
             "## Licence and limits\n",
-            f"Licence: {OPEN}; the terms of the parts and of the data hold too. Intended use: {OPEN}. Known limits: "
+            f"Licence: {OPEN}; the terms of the parts and of the data also apply. Intended use: {OPEN}. Known limits: "
             f"{OPEN}.\n",
         ]
     )
@@ -79,12 +79,12 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
 
 
 def write_import_card(folder: Path, facts: Mapping, classes: Mapping[str, str]) -> None:
-    """Write README.md into a model folder made of a published model.
+    """Write README.md to a model folder that was converted from a published model.
 
-    facts: the fields of `vlmtrain.interop.importing.Import`. classes: the source's, by what they are.
+    facts: the fields of `vlmtrain.interop.importing.Import`. classes: the source's classes, by part.
     """
     difference = facts["largest_relative_difference"]
-    same = "not compared: the source is a projector alone"
+    same = "not compared: the source is a single projector"
     same = same if difference is None else f"within {difference:.1g} of the source's, relative to the largest"
     rows = [*((f"source's {part}", name) for part, name in classes.items()), ("connector", f"`{facts['connector']}`")]
     rows += [("template", facts["template"]), ("image_fit", facts["image_fit"]), ("logits", same)]
@@ -92,17 +92,17 @@ def write_import_card(folder: Path, facts: Mapping, classes: Mapping[str, str]) 
     lines = [
         _front("vlmtrain", [facts["source"]], facts["connector"]),
         f"# Imported from {facts['source']}\n",
-        f"A published model as a model folder, by vlmtrain {__version__}.\n",
+        f"A published model, converted to a model folder by vlmtrain {__version__}.\n",
         _table(("", "what it is"), rows),
         _table(("part", "what it is", "parameters"), parts),
         _USE,
-        f"## Licence and limits\n\nLicence: {OPEN}; the source's terms hold. Intended use and limits: {OPEN}.\n",
+        f"## Licence and limits\n\nLicence: {OPEN}; the source's terms apply. Intended use and limits: {OPEN}.\n",
     ]
     (folder / "README.md").write_text("\n".join(lines))
 
 
 def write_export_card(source: Path, out: Path, model_class: str, difference: float, remarks: tuple[str, ...]) -> None:
-    """Write README.md into an export: how it is loaded and what it does otherwise, and then the source's own card."""
+    """Write README.md to an export: how to load it, how it deviates from the source, and the source's own card."""
     card = source / "README.md"
     _, _, body = card.read_text().partition("\n---\n") if card.exists() else ("", "", "")
     front = _front("transformers", _listed(card, "base_model"), None)
@@ -124,7 +124,7 @@ def write_export_card(source: Path, out: Path, model_class: str, difference: flo
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` (Wilson, 1927)."""
+    """The 95 % confidence interval of a proportion of `count` (Wilson, 1927)."""
     centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
     half = Z95 / (1 + Z95**2 / count) * (share * (1 - share) / count + Z95**2 / (4 * count**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -152,14 +152,14 @@ def _part_rows(config: Mapping, model: Path) -> Iterator[tuple]:
 
 
 def _chosen_name(options: Mapping) -> str:
-    """What the settings call an encoder or a language model."""
-    name = options.get("path") or options.get("name") or "a small one, from random weights"
+    """Name of an encoder or language model in the settings."""
+    name = options.get("path") or options.get("name") or "a small model with random weights"
     pretrained = options.get("pretrained")
     return f"{options['provider']}: {name}" + (f", {pretrained}" if pretrained else "")
 
 
 def _held_name(folder: Path) -> str:
-    """What the folder of a part holds: a connector, a class of transformers, or a tower of open_clip."""
+    """Description of the part in a folder: a connector, a transformers class, or an open_clip tower."""
     config = json.loads((folder / "config.json").read_text())
     if folder.name == "connector":
         given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", *FIXED))
@@ -180,7 +180,7 @@ def _first(options: Mapping, keys: tuple[str, ...]) -> object:
 
 
 def _size(folder: Path) -> int:
-    """How many numbers the weights in a folder are; what batch norms count is not trained."""
+    """Number of parameters in a folder, without the counters of batch norms."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -193,10 +193,10 @@ def _size(folder: Path) -> int:
 def _adapters(folder: Path, stage: Mapping) -> str:
     told = json.loads((folder / "adapter_config.json").read_text())
     targets, bits = ", ".join(told["target_modules"]), stage["lora"][folder.name].get("quantize")
-    under = f" The weights under them are what {bits} makes of those that the stage began with." if bits else ""
+    under = f" The base weights are the initial weights of the stage after quantization to {bits}." if bits else ""
     return (
         f"Adapters of {folder.name}: rank {told['r']}, alpha {told['lora_alpha']}, on {targets}; {_size(folder):,} "
-        f"parameters, merged into the weights, and alone in `adapters/{folder.name}`.{under}\n"
+        f"parameters, merged into the weights, and also stored separately in `adapters/{folder.name}`.{under}\n"
     )
 
 
@@ -232,7 +232,7 @@ def _data_rows(config: Mapping, done: Mapping[str, Mapping]) -> Iterator[tuple]:
 
 
 def score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
-    """A row a score of each finished stage: with its interval, and beside it what blanked pictures give."""
+    """One row per score of each finished stage, with its interval and the value for blank images."""
     for stage, summary in done.items():
         scores = summary["validation"] or {}
         judged = _judged(run_dir / stage / "answers.json")
@@ -251,7 +251,7 @@ def score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
 
 
 def _judged(file: Path) -> dict[str, int]:
-    """How many questions each score judged, of those that judge questions one by one."""
+    """Number of questions per score, for scores that judge each question separately."""
     answers = json.loads(file.read_text()) if file.exists() else []
     return Counter(name for answer in answers for name in answer["scores"])
 

@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page about a run, made from the files of its folder."""
+"""``report.html``: a self-contained page about a run, generated from the files in its folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ svg .grid { stroke: #ecece7; } svg .leader { stroke: #9aa1a9; stroke-width: 0.8;
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run folder and return its path. Raises ValueError naming a file that is broken."""
+    """Write ``report.html`` to a run folder and return its path. Raises ValueError if a file is broken, naming it."""
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     make_folder(run_dir, str(run_dir))
@@ -63,7 +63,7 @@ def _head(config: dict, run_dir: Path) -> str:
 
 
 def _figures(run_dir: Path, stages: list[str]) -> str:
-    """The last stage's scores, large."""
+    """The scores of the last stage, as large figures."""
     summaries = {name: read_summary(run_dir / name) or {} for name in stages}
     scored = [name for name in stages if summaries[name].get("validation")]
     if not scored:
@@ -72,7 +72,7 @@ def _figures(run_dir: Path, stages: list[str]) -> str:
     seconds = sum(summary.get("seconds", 0) for summary in summaries.values())
     boxes = (
         (f"{scores['exact_match']:.1%}", f"exact match, {scores['questions']} held-out questions"),
-        (f"{scores['blind_exact_match']:.1%}", "the same with the picture blanked"),
+        (f"{scores['blind_exact_match']:.1%}", "the same with a blank image"),
         (f"{scores['loss']:.3f}", f"validation loss after {escape(scored[-1])}"),
         (f"{seconds / 60:.1f} min", "of training steps"),
     )
@@ -114,7 +114,7 @@ def _facts(summary: dict) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head and whose first column has no numbers."""
+    """A table whose first row is the header and whose first column contains text."""
     head, *body = rows
     cells = "".join(f"<th{' class=number' * (i > 0)}>{escape(cell)}</th>" for i, cell in enumerate(head))
     lines = "".join(
@@ -139,7 +139,7 @@ def _charts(folder: Path, records: list[dict]) -> str:
     return (
         line_chart("loss", loss)
         + line_chart("learning rate", rates)
-        + line_chart("samples a second", [Series("", steps, smooth(speed), color=2)])
+        + line_chart("samples per second", [Series("", steps, smooth(speed), color=2)])
     )
 
 
@@ -161,7 +161,7 @@ def _parts_table(summary: dict) -> str:
 
 
 def _cards(samples: list[dict]) -> str:
-    """One card a picture, with the questions about it."""
+    """One card per image, with the questions about it."""
     by_conversation: dict[int, list[dict]] = {}
     for sample in samples:
         by_conversation.setdefault(sample["conversation"], []).append(sample)

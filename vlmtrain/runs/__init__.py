@@ -1,1 +1,1 @@
-"""What a run leaves in its folder, and what can be told and repeated from it."""
+"""The files in a run folder, and reading, comparing and reproducing runs from them."""

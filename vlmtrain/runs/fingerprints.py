@@ -1,4 +1,4 @@
-"""What a file or folder that a run reads is known by, in the run's record and on its models' cards."""
+"""Fingerprints of the files and folders that a run reads, for the run's record and the model cards."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-HASHED_WHOLE = 2**26  # bytes up to which a file is read for its hash
-END = 2**20  # bytes at either end of a larger file, or of one in a folder, that are read
-FEW_FILES = 10_000  # of a folder, whose ends are read: shards, but not each of a million pictures
-MOST_FILES = 100_000  # of a folder, that are looked at
+HASHED_WHOLE = 2**26  # maximum size in bytes of a file that is hashed completely
+END = 2**20  # number of bytes read at each end of a larger file, or of a file in a folder
+FEW_FILES = 10_000  # maximum number of files in a folder whose ends are read: shards, but not a million images
+MOST_FILES = 100_000  # maximum number of files in a folder that are included
 
 
 def fingerprint(path: Path) -> dict:
-    """Size, time of change, and a hash.
+    """Size, modification time and hash of a file or folder.
 
-    That of a file is over its bytes, ``sha256``, or of a large one over both ends, ``ends_sha256``. That of a folder is
-    over the names and sizes of its files, and where they are few over both ends of each.
+    The hash of a file covers its bytes, ``sha256``, or both ends of a large file, ``ends_sha256``. The hash of a folder
+    covers the names and sizes of its files, and if there are few files, also both ends of each.
     """
     if path.is_file():
         facts = path.stat()
@@ -42,7 +42,7 @@ def fingerprint(path: Path) -> dict:
 
 
 def short_hash(record: Mapping) -> str:
-    """A record's hash, short enough to be read."""
+    """The first digits of a record's hash."""
     return (record.get("sha256") or record["ends_sha256"])[:16]
 
 

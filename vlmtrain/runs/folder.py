@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, what is finished, and whether a new line may continue it.
+"""The folder of a run: its files, the finished stages, and whether a command may resume the run.
 
 run_dir/config.yaml
 run_dir/train.log
@@ -45,18 +45,18 @@ class RunFolder:
         return self.stage(name) / "checkpoints"
 
     def summary(self, name: str) -> dict:
-        """What a finished stage says of itself."""
+        """The summary of a finished stage."""
         return read_summary(self.stage(name))
 
     def is_finished(self, name: str) -> bool:
-        """A stage is finished when its summary is there: it is written last."""
+        """Whether the stage has a summary, which is written last."""
         return (self.stage(name) / SUMMARY).exists()
 
     def lock(self, patience: float = 5.0) -> str | None:
-        """Hold the folder for this process's life; returns a warning where its file system knows no locks.
+        """Lock the folder until this process ends; returns a warning if the file system does not support locks.
 
-        The system's lock ends with the process that took it, whatever the file says. Raises ValueError if another run
-        still holds it after `patience` s, or if the folder cannot be written to.
+        The operating system releases the lock when the process ends, whatever the file contains. Raises ValueError if
+        another run still holds the lock after `patience` s, or if the folder is not writable.
         """
         make_folder(self.root, f"run_dir={self.root}")
         self._lock = open(self.root / ".lock", "a+")  # noqa: SIM115 - held until the process ends
@@ -66,8 +66,8 @@ class RunFolder:
             if error.errno not in NO_LOCKS:
                 raise
             return (
-                f"run_dir={self.root} is on a file system without locks ({error.strerror}): nothing keeps a second run "
-                "off this folder, and two at once destroy each other's files"
+                f"run_dir={self.root} is on a file system without locks ({error.strerror}): a second run in this "
+                "folder is not prevented, and concurrent runs overwrite each other's files"
             )
         return None
 
@@ -80,7 +80,7 @@ class RunFolder:
                     f"run_dir={self.root} is in use by another run ({self._lock.read().strip() or 'unknown'}); "
                     "set another run_dir"
                 )
-            time.sleep(0.1)  # a run that was killed just now may not be gone yet
+            time.sleep(0.1)  # a run that has just been killed may not have ended yet
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -93,7 +93,7 @@ class RunFolder:
         return True
 
     def check_same(self, run: Run) -> None:
-        """Raise ValueError, naming the key, if these settings would change what the folder already holds."""
+        """Raise ValueError, naming the key, if these settings would change the run that is in the folder."""
         file = self.root / CONFIG
         if not file.exists():
             return
@@ -103,14 +103,14 @@ class RunFolder:
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise ValueError(
-                    f"{key}={now.get(key)} would change the run in {self.root}, which began with "
-                    f"{key}={before.get(key)}; set it back, or set another run_dir"
+                    f"{key}={now.get(key)} would change the run in {self.root}, which started with "
+                    f"{key}={before.get(key)}; restore that value or set another run_dir"
                 )
 
     def write_config(self, run: Run, record: dict) -> list[str]:
-        """Write settings and provenance; returns what of that is not as it was when the run was here last.
+        """Write settings and provenance; returns the differences in provenance from the previous start of the run.
 
-        What differs is kept, the latest last, as ``earlier``.
+        Earlier records that differ are kept in ``earlier``, the latest last.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / CONFIG

@@ -1,4 +1,4 @@
-"""What a run was made with, and from what: code, libraries, machine, and the files that it reads."""
+"""Provenance of a run: code, libraries, machine, and the files that it reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = ("versions", "git", "machine", "files", "earlier")
 
 
 def provenance(run: Run, world: World) -> dict:
-    """The record that config.yaml carries beside the settings."""
+    """The record in config.yaml in addition to the settings."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "git": git_state(Path(__file__).parent),
@@ -35,7 +35,7 @@ def provenance(run: Run, world: World) -> dict:
 
 
 def git_state(folder: Path) -> dict | None:
-    """Commit of the checkout that a folder is tracked in, and the hash of what differs from it; None without one."""
+    """Commit of the git checkout that tracks a folder, and a hash of uncommitted changes; None without a checkout."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -44,7 +44,7 @@ def git_state(folder: Path) -> dict | None:
         return done.stdout
 
     try:
-        if not git("ls-files", "."):  # installed into an environment that lies within some other checkout
+        if not git("ls-files", "."):  # installed in an environment inside an unrelated checkout
             return None
         changes = git("diff", "HEAD", "--", ".") + git("status", "--porcelain", "--", ".")
         digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
@@ -54,7 +54,7 @@ def git_state(folder: Path) -> dict | None:
 
 
 def _read_paths(run: Run) -> Iterator[Path]:
-    """The files and folders that the settings name as something to read."""
+    """The files and folders in the settings that the run reads."""
     sources = {key: run.composed[key] for key in ("data", "vision", "llm", "init_from", "stages")}
     for key, value in flatten(sources):
         named = key.startswith("data.") or key.split(".")[-1] in ("path", "pretrained", "init_from", "bert")
@@ -63,7 +63,7 @@ def _read_paths(run: Run) -> Iterator[Path]:
 
 
 def differences(before: Mapping, now: Mapping) -> list[str]:
-    """What of two records differs, a line each; times of change count only where there is no hash."""
+    """Differences between two records, one per line; modification times count only if there is no hash."""
     old, new = ({key: dict(_compared(record, key)) for key in KEYS[:-1]} for record in (before, now))
     return [
         f"{key}.{name}: {old[key].get(name)} -> {new[key].get(name)}"

@@ -1,4 +1,4 @@
-"""What a run's folder says, read back: each file whole and of its kind, or an error in one line that names it."""
+"""Reading the files of a run folder; an incomplete or invalid file raises a one-line error that names it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG, SUMMARY = "config.yaml", "summary.json"
 
 
 def read_config(run_dir: Path) -> dict:
-    """A run's settings and provenance. Raises ValueError if the folder is no run's, or its record is broken."""
+    """Settings and provenance of a run. Raises ValueError if the folder is not a run folder or its record is broken."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -24,27 +24,27 @@ def read_config(run_dir: Path) -> dict:
     try:
         config = OmegaConf.to_container(OmegaConf.load(file))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a run's record: {first_line(error)}") from None
+        raise ValueError(f"{file} is not the record of a run: {first_line(error)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
-        raise ValueError(f"{file} is not a run's record: it names no stages")
+        raise ValueError(f"{file} is not the record of a run: it has no stages")
     return config
 
 
 def read_summary(stage: Path) -> dict | None:
-    """What a finished stage says of itself; None where it is not finished."""
+    """The summary of a finished stage; None if the stage is not finished."""
     file = stage / SUMMARY
     if not file.exists():
         return None
     summary = read_json(file)
     if not isinstance(summary, dict) or not {"steps", "parts", "validation"} <= summary.keys():
         raise ValueError(
-            f"{file} is not a finished stage's summary: put it back, or remove {stage} to train the stage again"
+            f"{file} is not the summary of a finished stage: restore it, or remove {stage} to train the stage again"
         )
     return summary
 
 
 def read_records(file: Path) -> list[dict]:
-    """The objects of a file with one a line, none if it is missing, without a last line that a kill cut short."""
+    """The JSON objects of a file with one per line; empty if the file is missing. A truncated last line is ignored."""
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,6 +1,6 @@
-"""A run once more, from its own record: where its losses part from the first time's, and what else differs.
+"""Rerun of a run from its record: where the losses diverge from the original, and what else differs.
 
-python -m vlmtrain.runs.reproduction SETTINGS.yaml [STAGE]     # trains by settings that are resolved already
+python -m vlmtrain.runs.reproduction SETTINGS.yaml [STAGE]     # trains with resolved settings
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPARED = ("loss", "grad_norm", "samples", "tokens")
 
 
 class Parting(NamedTuple):
-    """Where a stage's steps begin to differ, in what, and by how much of it."""
+    """The first step of a stage that differs, and the key and values that differ."""
 
     step: int
     key: str
@@ -30,7 +30,10 @@ class Parting(NamedTuple):
 
 
 class StageResult(NamedTuple):
-    """steps: compared; parting: None where all are the same to the bit; same_model: None where there are not two."""
+    """Comparison of a stage with its rerun.
+
+    steps: number of compared steps; parting: None if all are bitwise equal; same_model: None unless both have a model.
+    """
 
     steps: int
     parting: Parting | None
@@ -44,29 +47,29 @@ class Reproduction(NamedTuple):
 
 
 def reproduce(run_dir: Path, out: Path | None = None, ranks: int | None = None) -> Reproduction:
-    """Train by the record of `run_dir` into `out`, on as many processes as it says, and compare.
+    """Train from the record of `run_dir` into `out`, with the recorded number of processes, and compare.
 
-    A rerun of the same record that was interrupted goes on. Raises ValueError if there is no record, if `out` holds
+    An interrupted rerun of the same record is resumed. Raises ValueError if there is no record, if `out` contains
     anything else, or if the run fails.
     """
     config = read_config(run_dir)
     out = out or run_dir.with_name(f"{run_dir.name}-again")
     if out.resolve() == run_dir.resolve():
-        raise ValueError(f"{out} is the run itself: name another folder")
+        raise ValueError(f"{out} is the run itself: choose another folder")
     record = {key: config.pop(key) for key in ("versions", "git", "machine", "files", "earlier") if key in config}
     began = [name for name in config["stages"] if (run_dir / name / "metrics.jsonl").exists()]
     if not began or "machine" not in record:
-        raise ValueError(f"{run_dir} holds no steps to compare with, or no record of what made them")
+        raise ValueError(f"{run_dir} contains no steps to compare with, or no record of how they were made")
     everything = began == list(config["stages"])
     config |= {"run_dir": str(out), "wandb": "disabled", "stage": None}
     if _is_finished(out, began):
-        # what it found is not what would be found now: code, libraries and machine may have changed
-        raise ValueError(f"{out} holds a finished rerun already: remove it, or name another folder with --out")
+        # its result may be outdated: code, libraries and machine may have changed
+        raise ValueError(f"{out} already contains a finished rerun: remove it, or choose another folder with --out")
     _take_folder(config, out)
     for stage in [None] if everything else began:
         _run(out, stage, ranks or record["machine"]["processes"], record["machine"]["threads"])
     if not _is_finished(out, began):
-        raise ValueError(f"the run in {out} was stopped; the same line goes on from there")
+        raise ValueError(f"the run in {out} was stopped; the same command resumes it")
     from .provenance import differences
 
     return Reproduction(
@@ -79,14 +82,14 @@ def _is_finished(out: Path, stages: list[str]) -> bool:
 
 
 def _take_folder(config: dict, out: Path) -> None:
-    """Write the settings into `out`, which must be empty or hold a rerun by the same settings."""
+    """Write the settings to `out`, which must be empty or contain a rerun with the same settings."""
     from omegaconf import OmegaConf
 
     text = OmegaConf.to_yaml(OmegaConf.create(config))
     settings = out / SETTINGS
     others = [file for file in out.iterdir() if file.suffix != ".partial"] if out.is_dir() else []
     if others and not (settings.is_file() and settings.read_text() == text):
-        raise ValueError(f"{out} holds something else already: name another folder with --out")
+        raise ValueError(f"{out} already contains something else: choose another folder with --out")
     make_folder(out, f"--out {out}")
     replace_text(settings, text)
 
@@ -98,17 +101,17 @@ def _run(out: Path, stage: str | None, ranks: int, threads: int) -> None:
     command += ["vlmtrain.runs.reproduction", str(out / SETTINGS), *([stage] if stage else [])]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=sys.stderr)
     if done.returncode:
-        raise ValueError(f"the run in {out} failed (exit {done.returncode}); its last words are above")
+        raise ValueError(f"the run in {out} failed (exit {done.returncode}); its last messages are above")
 
 
 def compare(first: Path, again: Path) -> StageResult:
-    """A stage's folder, and that of its rerun."""
+    """Compare the folder of a stage with that of its rerun."""
     then, now = (read_records(folder / "metrics.jsonl") for folder in (first, again))
     pairs = list(zip(then, now))
     partings = [
         Parting(one["step"], key, one[key], two[key]) for one, two in pairs for key in COMPARED if one[key] != two[key]
     ]
-    if len(now) < len(then):  # more are no parting: the first run may have been cut short
+    if len(now) < len(then):  # more steps are not a difference: the first run may have been interrupted
         partings.append(Parting(len(now) + 1, "steps", len(then), len(now)))
     manifests = [folder / "model" / "vlmtrain.json" for folder in (first, again)]
     both = all(file.exists() for file in manifests)

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, built in code, and the chat templates of well-known model families."""
+"""Tokenizers of all kinds, built in code, and the chat templates of well-known model families."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vlmtrain.data.shapes import VOCABULARY
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 
-# Only the first three are named in the tokenizer; the others are merely added, as in Llama-3 and Phi-3.
+# Only the first three are named special tokens; the others are added tokens, as in Llama-3 and Phi-3.
 SPECIALS = (
     "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
 )  # fmt: skip
 SWALLOWS_SPACE = ("<|user|>", "<|assistant|>", "<|end|>")
-"""Tokens that take the white space behind them, as in Phi-3."""
+"""Tokens that consume the white space after them, as in Phi-3."""
 
 CHARACTERS = [chr(code) for code in range(33, 127)] + ["é", "…", "\n"]
 WORDS = "What what color is the this red circle a square and blue How many USER ASSISTANT answer".split()
@@ -41,7 +41,7 @@ def _with_bos(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def unigram(prepend_scheme: str) -> PreTrainedTokenizerFast:
-    """SentencePiece's Unigram: a space before every text, control tokens among the vocabulary's pieces."""
+    """SentencePiece Unigram: a space before every text, and control tokens that are part of the vocabulary."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -3.0)]
     pieces += [(character, -8.0) for character in CHARACTERS]
     pieces += [(f"▁{word}", -5.0) for word in WORDS] + [(word, -6.0) for word in WORDS if len(word) > 1]
@@ -52,7 +52,7 @@ def unigram(prepend_scheme: str) -> PreTrainedTokenizerFast:
 
 
 def llama_bpe() -> PreTrainedTokenizerFast:
-    """Llama-2's kind: BPE on the whole text, a space prepended by the normaliser, bytes for the unknown."""
+    """As in Llama-2: BPE on the complete text, a space prepended by the normaliser, byte fallback."""
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
     for character in ["▁", *CHARACTERS]:
         if character != "\n":
@@ -92,7 +92,7 @@ def byte_bpe() -> PreTrainedTokenizerFast:
 
 
 def wordpiece() -> PreTrainedTokenizerFast:
-    """BERT's kind: white space is lost, words fall into pieces."""
+    """As in BERT: white space is lost and words are split into pieces."""
     letters = [character for character in CHARACTERS if character != "\n"]
     pieces = ["[UNK]", *letters, *(f"##{character}" for character in letters), *WORDS]
     tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]"))
@@ -182,7 +182,7 @@ MISTRAL_V0_2 = r"""{%- if messages[0]['role'] == 'system' %}
     {%- endif %}
 {%- endfor %}
 """
-# The system prompt stands before the last user turn, and only where nothing follows that: never in training.
+# The system prompt comes before the last user turn, and only if nothing follows that turn: never in training.
 MISTRAL_V0_3 = r"""{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
     {%- set loop_messages = messages[1:] %}
@@ -204,7 +204,7 @@ MISTRAL_V0_3 = r"""{%- if messages[0]["role"] == "system" %}
     {%- endif %}
 {%- endfor %}
 """
-# Without the branches for tools. A last answer has a think block, empty if it brings none; earlier ones lose theirs.
+# Without the branches for tools. The last answer has a think block, which may be empty; earlier ones are removed.
 QWEN_3 = r"""{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
 {%- endif %}
@@ -255,7 +255,7 @@ QWEN_3 = r"""{%- if messages[0].role == 'system' %}
         {{- '<think>\n\n</think>\n\n' }}
     {%- endif %}
 {%- endif %}"""
-# An empty think block in every answer, where Qwen-3's own template has it in the last one alone.
+# An empty think block in every answer, whereas Qwen-3's own template has it only in the last one.
 QWEN_3_ALIKE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -336,13 +336,13 @@ OWN_TEMPLATES = {
     "mistral_v0_1": MISTRAL_V0_1, "mistral_v0_2": MISTRAL_V0_2, "mistral_v0_3": MISTRAL_V0_3, "qwen_3": QWEN_3,
     "smollm_2": SMOLLM_2,
 }  # fmt: skip
-"""Templates that a tokenizer brings along; ``vicuna_v1`` is the project's own."""
+"""Templates that belong to a tokenizer; ``vicuna_v1`` is vlmtrain's own."""
 ALIKE = {"qwen_3": QWEN_3_ALIKE}
-"""What transformers is asked for in the place of a template that shows an answer otherwise once others follow."""
+"""Reference templates for transformers, in place of templates that render an answer differently if others follow."""
 NO_SYSTEM = ("gemma", "mistral_v0_1", "mistral_v0_3")
-"""Templates that take no system turn."""
+"""Templates without support for a system turn."""
 ADDED_TOKENS = {
     "mistral_v0_3": (("[INST]", True), ("[/INST]", True)),
     "qwen_3": (("<think>", False), ("</think>", False)),
 }
-"""What the tokenizers that bring a template have besides `SPECIALS`, and whether that is special."""
+"""Tokens in addition to `SPECIALS` of the tokenizers with a template, and whether they are special."""

@@ -1,4 +1,4 @@
-"""What a connector reads with each picture: whose words, in which vocabulary, and that they keep to their picture."""
+"""The text that a connector reads with each image: its speaker and vocabulary, and that it stays with its image."""
 
 from __future__ import annotations
 
@@ -161,5 +161,5 @@ def test_saved_and_loaded_it_reads_the_same(bert, tokenizer, tmp_path, own):
 
 @pytest.mark.parametrize("conversation", [SILENT, TALK])
 def test_pairs_take_one_picture(tokenizer, conversation):
-    with pytest.raises(BadSample, match=f"talk: {len(conversation.images)} pictures"):
+    with pytest.raises(BadSample, match=f"talk: {len(conversation.images)} images"):
         processor(tokenizer, None, in_pairs=True)(conversation)

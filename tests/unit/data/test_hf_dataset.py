@@ -1,4 +1,4 @@
-"""Hugging Face data sets: the same records as the library's own reading, and what is said about others."""
+"""Hugging Face datasets: the same records as read by the library itself, and the errors for broken ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def colors(source: HFDataset, index: int) -> list[tuple[int, ...]]:
     return [image.load().getpixel((0, 0)) for image in source[index].images]
 
 
-# words
+# text
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_system_turn_and_an_id(tmp_path):
     assert source[0].id == "data record 0 (id 17)"
 
 
-# pictures
+# images
 
 
 def test_pictures_are_those_that_the_library_decodes(tmp_path):
@@ -141,7 +141,7 @@ def test_pictures_are_opened_by_our_own_decoder(tmp_path):
     eps = io.BytesIO()
     picture().save(eps, "EPS")
     source = HFDataset(save(tmp_path, {"image": [eps.getvalue()], "caption": ["x"]}, features))
-    with pytest.raises(BadSample, match=r"image 0 of column 'image' is no picture: it starts with b'%!PS"):
+    with pytest.raises(BadSample, match=r"image 0 of column 'image' is not an image: it starts with b'%!PS"):
         source[0].images[0].load()
 
 
@@ -185,7 +185,7 @@ def test_paths_may_not_lead_out_of_the_folder(tmp_path):
         assert colors(HFDataset(path, images=tmp_path / "images", outside=True), i) == [RED]
 
 
-# where it comes from
+# locations
 
 
 def table(count: int = 3) -> datasets.Dataset:
@@ -284,7 +284,7 @@ def test_what_cannot_be_loaded_is_an_error_in_one_line(tmp_path, name, content, 
 
 @pytest.mark.parametrize("path", ["nobody/no-such-data", "no-such-data"])
 def test_an_unknown_or_unreachable_id_is_an_error_in_one_line(path):
-    with pytest.raises(ValueError, match=f"^data set {path} cannot be loaded: ") as error:
+    with pytest.raises(ValueError, match=f"^dataset {path} cannot be loaded: ") as error:
         HFDataset(path)
     assert "\n" not in str(error.value)
 
@@ -327,7 +327,7 @@ def test_an_arrow_file_cut_between_two_batches_is_an_error(tmp_path):
     file.write_bytes(whole[:end])
     assert len(pa.ipc.open_stream(whole[:end]).read_all()) == 1000
     for path in (folder, file):
-        with pytest.raises(ValueError, match=r"cannot be loaded: .*\.arrow has no end mark, so it must have been cut"):
+        with pytest.raises(ValueError, match=r"cannot be loaded: .*\.arrow has no end marker, so it was truncated"):
             HFDataset(path)
 
 
@@ -366,18 +366,22 @@ def test_columns_are_found_by_their_names_or_as_told(given, present, expected):
 @pytest.mark.parametrize(
     "given, present, message",
     [
-        ({}, ["a", "b"], "cannot tell which columns of data hold the words; it has a, b: set columns.messages=…, or"),
-        ({}, ["question"], "cannot tell which columns"),
-        ({}, ["Messages"], "cannot tell which columns"),
-        ({}, ["messages", "conversations"], "cannot tell which columns"),
-        ({}, ["caption", "text"], "cannot tell which columns"),
-        ({}, ["caption", "question", "answer"], "cannot tell which columns"),
-        ({"question": "q"}, ["q", "reply"], "cannot tell which columns"),
-        ({"question": "q", "caption": "c"}, ["q", "c", "answer"], "cannot tell which columns"),
+        (
+            {},
+            ["a", "b"],
+            "cannot determine which columns of data contain the text; it has a, b: set columns.messages=…, or",
+        ),
+        ({}, ["question"], "cannot determine which columns"),
+        ({}, ["Messages"], "cannot determine which columns"),
+        ({}, ["messages", "conversations"], "cannot determine which columns"),
+        ({}, ["caption", "text"], "cannot determine which columns"),
+        ({}, ["caption", "question", "answer"], "cannot determine which columns"),
+        ({"question": "q"}, ["q", "reply"], "cannot determine which columns"),
+        ({"question": "q", "caption": "c"}, ["q", "c", "answer"], "cannot determine which columns"),
         (
             {},
             ["caption", "image", "jpg"],
-            "which column of data holds the pictures; set columns.image to one of image, jpg",
+            "which column of data contains the images; set columns.image to one of image, jpg",
         ),
         ({"caption": "x"}, ["caption"], "columns.caption=x: data has the columns caption"),
         ({"captoin": "caption"}, ["caption"], "columns.captoin: expected one of messages, .* Did you mean 'caption'"),
@@ -391,7 +395,7 @@ def test_columns_that_are_not_clear_are_an_error(given, present, message):
 @pytest.mark.parametrize("role", ["caption", "answer"])
 def test_a_column_of_numbers_is_no_column_of_words(tmp_path, role):
     path = save(tmp_path, {role: [3], "question": ["q"]} if role == "answer" else {role: [3]})
-    with pytest.raises(ValueError, match=rf"columns\.{role}={role} of .*data must hold texts, got .*int64"):
+    with pytest.raises(ValueError, match=rf"columns\.{role}={role} of .*data must contain strings, got .*int64"):
         HFDataset(path)
 
 
@@ -399,22 +403,22 @@ def test_a_column_of_numbers_is_no_column_of_words(tmp_path, role):
 
 
 BROKEN = {
-    "no messages": ({"messages": [talk("q", "a"), None]}, "'messages' must be a list that is not empty, got None"),
-    "empty messages": ({"messages": [talk("q", "a"), []]}, "'messages' must be a list that is not empty"),
-    "a text": ({"messages": ["q", "q"]}, "'messages' must be a list that is not empty, got 'q'"),
+    "no messages": ({"messages": [talk("q", "a"), None]}, "'messages' must be a non-empty list, got None"),
+    "empty messages": ({"messages": [talk("q", "a"), []]}, "'messages' must be a non-empty list"),
+    "a text": ({"messages": ["q", "q"]}, "'messages' must be a non-empty list, got 'q'"),
     "texts": ({"messages": [["q"], ["q"]]}, "a turn must be an object"),
     "an unknown speaker": ({"messages": [[{"from": "bot", "value": "x"}]] * 2}, "'from' must be one of human"),
     "no value": ({"messages": [[{"from": "human", "value": None}]] * 2}, "a turn must be an object"),
     "an unknown role": ({"messages": [[{"role": "tool", "content": "x"}]] * 2}, "'role' must be one of human"),
-    "no content": ({"messages": [[{"role": "user", "content": None}]] * 2}, "'content' must be a list"),
+    "no content": ({"messages": [[{"role": "user", "content": None}]] * 2}, "'content' must be a non-empty list"),
     "an unknown item": (
         {"messages": [[{"role": "user", "content": [{"type": "video"}]}]] * 2},
         "must be of type text or image",
     ),
-    "a null pair": ({"texts": [[{"user": "q", "assistant": None}]] * 2}, "the answer must be a text, got None"),
-    "no question": ({"question": ["q", None], "answer": ["a", "b"]}, "the question must be a text, got None"),
-    "no caption": ({"caption": ["x", None], "image": [encoded()] * 2}, "the caption must be a text, got None"),
-    "a caption alone": ({"caption": ["x", "y"], "image": [encoded(), None]}, "a caption without a picture"),
+    "a null pair": ({"texts": [[{"user": "q", "assistant": None}]] * 2}, "the answer must be a string, got None"),
+    "no question": ({"question": ["q", None], "answer": ["a", "b"]}, "the question must be a string, got None"),
+    "no caption": ({"caption": ["x", None], "image": [encoded()] * 2}, "the caption must be a string, got None"),
+    "a caption alone": ({"caption": ["x", "y"], "image": [encoded(), None]}, "a caption but no image"),
     "a picture of another type": (
         {"caption": ["x", "y"], "image": [3, 4]},
         "image 0 of column 'image' must be bytes or a path, got 4",

@@ -1,4 +1,4 @@
-"""Pictures: what any file becomes as RGB, how it is fitted, and what is refused."""
+"""Images: conversion of all kinds of files to RGB, fitting, and rejected files."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_thinnest_picture_that_is_let_in_is_still_seen(fit):
     for size in ((MAX_ASPECT, 1), (1, MAX_ASPECT)):
         fitted = pixels(fit_image(Image.new("RGB", size, RED), (16, 16), fit, MEAN))
         assert fitted.shape == (16, 16, 3)
-        if fit == "pad":  # a twelfth of a row of pixels: it shines through
+        if fit == "pad":  # a twelfth of a row of pixels, which contributes to the average
             assert (fitted[..., 0] > int(255 * MEAN[0]) + 5).any() and (fitted[..., 0] < RED[0]).all()
         else:
             assert (fitted == RED).all(-1).any()
@@ -175,7 +175,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, expected):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "tif"])
 def test_every_orientation_is_undone(tmp_path, orientation, suffix):
-    # the letter F, stored as a camera held in each of the eight ways would store it
+    # the letter F, stored as by a camera in each of the eight orientations
     upright = np.zeros((48, 32), np.uint8)
     upright[8:40, 8:16] = upright[8:16, 8:24] = upright[20:28, 8:20] = 255
     stored = {
@@ -253,7 +253,7 @@ def test_16_bit_grey_is_scaled_with_a_transparent_color_too(tmp_path):
 
 
 def png(color_type: int, depth: int, width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file put together by hand; `rows` with their filter bytes."""
+    """A PNG file assembled by hand; `rows` include their filter bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -351,7 +351,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def everywhere(folder: Path, data: bytes) -> list:
-    """The same bytes as a file, in memory, and among others in a file."""
+    """The same bytes as a file, in memory, and within a larger file."""
     (folder / "image").write_bytes(data)
     (folder / "shard").write_bytes(b"before" + data + b"IEND behind \xff\xd9")
     inside = ImageInFile(folder / "shard", 6, len(data), "image")
@@ -377,14 +377,14 @@ def test_a_picture_is_the_same_wherever_it_is(tmp_path, format):
 @pytest.mark.parametrize(
     "data, message",
     [
-        (b"", "is no picture: it is empty"),
-        (b"not a picture", "is no picture: it starts with b'not a picture'"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 'is no picture: it starts with b"<svg'),
-        (b"<!DOCTYPE html><p>404", "is no picture: it starts with b'<!DOCTYPE html>"),
-        (b"%PDF-1.7 ...", "is no picture"),
-        (b"\x89PNG\r\n\x1a\n", "cannot be|is no picture"),
-        (b"\xff\xd8\xff\xd9", "cannot be|is no picture"),
-        (png(2, 8, 0, 0, b""), "cannot be|is no picture"),
+        (b"", "is not an image: it is empty"),
+        (b"not a picture", "is not an image: it starts with b'not a picture'"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 'is not an image: it starts with b"<svg'),
+        (b"<!DOCTYPE html><p>404", "is not an image: it starts with b'<!DOCTYPE html>"),
+        (b"%PDF-1.7 ...", "is not an image"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be|is not an image"),
+        (b"\xff\xd8\xff\xd9", "cannot be|is not an image"),
+        (png(2, 8, 0, 0, b""), "cannot be|is not an image"),
         (png(2, 8, 50_000, 50_000, b""), "cannot be decoded: .*(50000|2500000000)"),
         (png(2, 8, 2**31 - 1, 2**31 - 1, b""), "cannot be decoded"),
         (png(2, 8, 20_000, 6_000, b""), "20000x6000 pixels: too many"),
@@ -419,10 +419,10 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
     noise(8, 8).save(tmp_path / "image.eps")
     with pytest.raises(OSError), Image.open(tmp_path / "image.eps") as image:
         image.load()
-    (tmp_path / "started").unlink()  # Pillow left to itself does start it
+    (tmp_path / "started").unlink()  # without the restriction, Pillow starts the program
     for picture in everywhere(tmp_path, (tmp_path / "image.eps").read_bytes()):
         for look in (picture.load, picture.check):
-            with pytest.raises(BadSample, match=r"is no picture: it starts with b'%!PS"):
+            with pytest.raises(BadSample, match=r"is not an image: it starts with b'%!PS"):
                 look()
     assert not (tmp_path / "started").exists()
 
@@ -432,7 +432,7 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "folder.png", tmp_path / "pipe.png", Path("/dev/zero")):
         for look in (ImageOnDisk(path).load, ImageOnDisk(path).check):
-            with pytest.raises(BadSample, match=f"image {path} cannot be read: it is no regular file"):
+            with pytest.raises(BadSample, match=f"image {path} cannot be read: it is not a regular file"):
                 look()
 
 

@@ -1,4 +1,4 @@
-"""Records by number: the same as parsing the whole file, and every way in which a file can be broken."""
+"""Random access to records: equal to parsing the complete file, and all kinds of broken files."""
 
 from __future__ import annotations
 
@@ -88,20 +88,20 @@ def test_numbers_of_any_length_do_no_harm(tmp_path):
     [
         (
             '{"id": 1}',
-            r"must hold a list of records, got an object at byte 0; if each line is a record, name .*data\.jsonl",
+            r"must contain a list of records, got an object at byte 0; if each line is a record, rename .*data\.jsonl",
         ),
-        ("null", "must hold a list of records, got null at byte 0"),
-        ("  7", "must hold a list of records, got '7' at byte 2"),
-        (b"\xff\xfe[\x001\x00]\x00", "must hold a list of records, got 'ÿ' at byte 0"),
+        ("null", "must contain a list of records, got null at byte 0"),
+        ("  7", "must contain a list of records, got '7' at byte 2"),
+        (b"\xff\xfe[\x001\x00]\x00", "must contain a list of records, got 'ÿ' at byte 0"),
         ("[", "record 0, byte 1: Expecting value"),
-        ('[{"id": 1}', "record 1, byte 10: expected ',' or ']' behind the record before, got the file's end"),
-        ('[{"id": 1} {"id": 2}]', r"record 1, byte 11: expected ',' or '\]' behind the record before, got '{'"),
+        ('[{"id": 1}', "record 1, byte 10: expected ',' or ']' after the previous record, got the end of the file"),
+        ('[{"id": 1} {"id": 2}]', r"record 1, byte 11: expected ',' or '\]' after the previous record, got '{'"),
         ('[{"é": 1}, {"id": }]', "record 1, byte 19: Expecting value"),
         ('[{"id": 1}, {"id": "cut', "record 1, byte 19: Unterminated string"),
         ("[1, 2, tru", "record 2, byte 7: Expecting value"),
-        ("[1, 2, ]", "record 2, byte 7: a comma, and no record behind it"),
+        ("[1, 2, ]", "record 2, byte 7: a comma without a record after it"),
         ("[, 1]", "record 0, byte 1: Expecting value"),
-        ("[1] [2]", "record 1, byte 4: something stands behind the end of the list"),
+        ("[1] [2]", "record 1, byte 4: unexpected content after the end of the list"),
         ('[1, "a\nb"]', "record 1, byte 6: Invalid control character"),
         ('[1, "\\x"]', "record 1, byte 5: Invalid"),
         ("[1, 'a']", "record 1, byte 4: Expecting value"),
@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_read_is_an_error_at_once(tmp_path):
         IndexedJson(tmp_path / "absent.jsonl")
     os.mkfifo(tmp_path / "pipe.json")
     for name in ("", "pipe.json"):
-        with pytest.raises(ValueError, match="cannot be read: it is no regular file"):
+        with pytest.raises(ValueError, match="cannot be read: it is not a regular file"):
             IndexedJson(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""LLaVA's format: what is read from good files, and what is said about broken ones."""
+"""LLaVA's format: the records of valid files, and the errors for broken ones."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def test_chat_role_names_are_taken_too(tmp_path):
 BROKEN = {
     "not an object": ("text", "expected an object, got str"),
     "null": (None, "expected an object, got NoneType"),
-    "no conversations": ({"id": "x"}, "'conversations' must be a list that is not empty, got None"),
-    "empty conversations": ({"id": "x", "conversations": []}, "'conversations' must be a list that is not empty"),
-    "conversations of another type": ({"id": "x", "conversations": "hi"}, "must be a list that is not empty, got 'hi'"),
+    "no conversations": ({"id": "x"}, "'conversations' must be a non-empty list, got None"),
+    "empty conversations": ({"id": "x", "conversations": []}, "'conversations' must be a non-empty list"),
+    "conversations of another type": ({"id": "x", "conversations": "hi"}, "must be a non-empty list, got 'hi'"),
     "a turn that is text": ({"id": "x", "conversations": ["hi"]}, "a turn must be an object"),
     "a turn without value": ({"id": "x", "conversations": [{"from": "human"}]}, "a turn must be an object"),
     "a value of another type": ({"id": "x", "conversations": [{"from": "human", "value": 3}]}, "a turn must be"),
@@ -142,7 +142,7 @@ def test_a_broken_record_is_named_and_leaves_the_others_alone(tmp_path, images, 
 
 def test_a_picture_without_a_folder_is_a_bad_sample(tmp_path):
     source = read(tmp_path, [{"id": "x", "image": "red.png", "conversations": marked("<image>", "red")}])
-    with pytest.raises(BadSample, match=r"record 0 \(id x\): the record has a picture, but data\.images is not set"):
+    with pytest.raises(BadSample, match=r"record 0 \(id x\): the record has an image, but data\.images is not set"):
         source[0]
 
 
@@ -222,8 +222,8 @@ def test_problems_are_found_before_training(tmp_path, images):
         ("data.json", " \n", "data.json is empty: no records"),
         ("data.json", "[]", "data.json is empty: no records"),
         ("data.json", '[{"id": 1}', "data.json is not valid JSON: record 1, byte 10"),
-        ("data.json", '{"id": 1}', "data.json must hold a list of records, got an object"),
-        ("data.json", "null", "data.json must hold a list of records, got null"),
+        ("data.json", '{"id": 1}', "data.json must contain a list of records, got an object"),
+        ("data.json", "null", "data.json must contain a list of records, got null"),
         ("data.jsonl", "\n\n", "data.jsonl is empty: no records"),
     ],
 )
@@ -263,7 +263,7 @@ def parts(tmp_path) -> Path:
 
 
 def mix(folder: Path, *entries: object, seed: int = 0) -> list[int]:
-    """Numbers of the records that a mixture holds."""
+    """Indices of the records in a mixture."""
     (folder / "mix.yaml").write_text(json.dumps({"datasets": entries}))
     source = open_llava(folder / "mix.yaml", None, seed)
     return [int(source[i].id.split("record ")[1].split()[0]) for i in range(len(source))]
@@ -328,10 +328,10 @@ def test_a_random_choice_is_fixed_by_the_seed(parts):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "must hold a list 'datasets' that is not empty, got None"),
-        ("[]", "must hold a list 'datasets'"),
-        ("datasets:", "must hold a list 'datasets'"),
-        ("datasets: {a: b}", "must hold a list 'datasets'"),
+        ("", "must contain a non-empty list 'datasets', got None"),
+        ("[]", "must contain a non-empty list 'datasets'"),
+        ("datasets:", "must contain a non-empty list 'datasets'"),
+        ("datasets: {a: b}", "must contain a non-empty list 'datasets'"),
         ("datasets: [", "is not valid YAML: .*line 1"),
         ("a: !!python/object/apply:os.system [false]", "is not valid YAML"),
         ("\0", "is not valid YAML"),
@@ -346,8 +346,8 @@ def test_a_random_choice_is_fixed_by_the_seed(parts):
         ("datasets: [{json_path: a.json, sampling_strategy: 'first:-1'}]", "sampling_strategy must be"),
         ("datasets: [{json_path: a.json, sampling_strategy: 'first:x%'}]", "sampling_strategy must be"),
         ("datasets: [{json_path: a.json, sampling_strategy: 5}]", "sampling_strategy must be .*got 5"),
-        ("datasets: [{json_path: a.json, sampling_strategy: 'end:0'}]", "end:0 takes nothing"),
-        ("datasets: [{json_path: a.json, sampling_strategy: 'first:101%'}]", "first:101% takes nothing, or more"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 'end:0'}]", "end:0 selects no records"),
+        ("datasets: [{json_path: a.json, sampling_strategy: 'first:101%'}]", "first:101% selects no records, or more"),
         ("datasets: [{json_path: absent.json}]", r"absent\.json does not exist"),
         ("datasets: [{json_path: ''}]", "'json_path' must be a path"),
     ],

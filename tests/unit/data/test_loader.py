@@ -1,4 +1,4 @@
-"""The order of data: a function of seed and position, whatever the ranks, micro-batches and workers."""
+"""The order of data depends only on seed and position, not on ranks, micro-batches and workers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.processor import Batch, Geometry, Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
 
-SIZE, BATCH, PICTURE_TOKENS = 30, 8, 3  # four steps an epoch, the last one of six samples
+SIZE, BATCH, PICTURE_TOKENS = 30, 8, 3  # four steps per epoch, the last one with six samples
 STEPS = 4
 
 
 class Flat:
-    """A picture of one grey value, which tells whose it is."""
+    """An image of one grey value, which identifies its sample."""
 
     def __init__(self, value: int):
         self.value = value
@@ -29,7 +29,7 @@ class Flat:
 
 
 class Numbered:
-    """Sample i answers "i"; every third has a picture; lengths differ; those in `bad` are broken."""
+    """Sample i answers "i"; every third has an image; lengths differ; those in `bad` are broken."""
 
     def __init__(self, bad: tuple[int, ...] = ()):
         self.bad = bad
@@ -73,7 +73,7 @@ def drawn(plan: PaddedBatching, step: int) -> list[int]:
 
 
 def rows(data: StepData) -> Counter:
-    """What a step trains on: each row as (its tokens, its targets, its picture's value)."""
+    """The content of a step: each row as (tokens, targets, value of the image)."""
     out = Counter()
     for batch in data.micro_batches:
         pictures = iter(batch.images if batch.is_image is not None else ())
@@ -170,7 +170,7 @@ def test_starting_late_equals_skipping(processor):
 
 
 def test_rows_that_run_together_are_of_like_length(processor):
-    """Longest minus shortest row, summed over micro-batches of both ranks, is the least there can be: sorted cuts."""
+    """Longest minus shortest row, summed over micro-batches of both ranks, is minimal: sorted rows are split."""
     both = [steps(processor, 2, rank, 2) for rank in range(2)]
     for shares in zip(*both):
         together = [

@@ -1,4 +1,4 @@
-"""Mixtures: the share of every source, and an order that hangs on seed and position alone."""
+"""Mixtures: the share of each source, and an order that depends only on seed and position."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_order_depends_on_seed_epoch_and_position_only():
 
 
 def test_a_source_added_leaves_the_draws_of_the_others():
-    """Which half of `a` the first epoch draws is a matter of `a` alone."""
+    """The half of `a` that the first epoch draws depends only on `a`."""
     alone = Mixture({"a": Named("a", 20)}, {"a": 10})
     both = Mixture({"z": Named("z", 9), "a": Named("a", 20)}, {"z": 9, "a": 10})
     assert sorted(epoch(alone, 0)) == sorted(name for name in epoch(both, 0) if name[0] == "a")

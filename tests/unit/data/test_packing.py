@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing twice, rows almost full, the same rows whatever the ranks."""
+"""Packing: no sample is lost or repeated, rows are almost full, and do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ IMAGE = 576
 
 def llava_like(seed: int) -> list[Piece]:
     """Lengths like those of LLaVA-1.5's instruction mix: 6 % text-only, log-normal around 450 tokens and up to 2,048;
-    the others one picture of 576 tokens and a log-normal text, half of them around 60 tokens (short answers), half
-    around 300 (talks), up to 1,400."""
+    the others one image of 576 tokens and a log-normal text, half of them around 60 tokens (short answers), half
+    around 300 (conversations), up to 1,400."""
     rng, pieces = random.Random(seed), []
     for position in range(6000):
         if rng.random() < 0.06:
@@ -44,12 +44,12 @@ def pack(pieces: list[Piece], row_length: int, ahead: int = LOOKAHEAD) -> list[l
 
 @pytest.mark.parametrize("row_length, full", [(2048, 0.95), (4096, 0.97), (8192, 0.97)])
 def test_rows_of_llava_like_lengths_are_full(row_length, full):
-    """2,048 tokens hold 2.5 of these samples: too few to choose among for 97 %."""
+    """2,048 tokens hold 2.5 of these samples on average: too few combinations to fill 97 %."""
     pieces = llava_like(seed=row_length)
     packed = pack(pieces, row_length)
     assert sorted(chain(*packed)) == pieces
     assert all(sum(piece.length for piece in row) <= row_length for row in packed)
-    steady = packed[: -LOOKAHEAD // 2]  # the rest of the buffer, when nothing comes any more
+    steady = packed[: -LOOKAHEAD // 2]  # without the rest of the buffer at the end of the stream
     assert sum(p.length for row in steady for p in row) / (len(steady) * row_length) >= full
 
 
@@ -70,7 +70,7 @@ def test_the_oldest_sample_is_in_the_next_row():
 
 
 def test_the_best_subset_is_found():
-    """Against all subsets, where there are few enough."""
+    """Compared with all subsets, for small numbers of samples."""
     rng = random.Random(1)
     for _ in range(30):
         pieces = [Piece(i, rng.randint(5, 60), 0) for i in range(10)]
@@ -131,7 +131,7 @@ def test_packing_by_source_keeps_sources_apart_and_their_shares(processor):
 
 
 def unpacked(data: StepData) -> Counter:
-    """The samples of a step, as `rows` gives those of a padded one."""
+    """The samples of a packed step, in the form that `rows` returns for a padded step."""
     found = Counter()
     for batch in data.micro_batches:
         if batch.boundaries is None:

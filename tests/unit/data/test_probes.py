@@ -1,4 +1,4 @@
-"""Probes: what they ask is what they show, and nothing that is held out occurs in training."""
+"""Probes: questions match the images, and held-out combinations do not occur in training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def questions(conversation: Conversation) -> list[tuple[str, str, str]]:
 
 
 def side_of(first, second) -> str:
-    """Where the first item is from the second, by their centres."""
+    """Side of the second item on which the first one is, by their centres."""
     across, down = first.x - second.x, first.y - second.y
     if abs(across) > abs(down):
         return "west" if across < 0 else "east"
@@ -39,7 +39,7 @@ def side_of(first, second) -> str:
 
 
 def place_of(item, cells: int) -> str:
-    """Where an item is, by its centre."""
+    """Name of the place of an item, by its centre."""
     down, across = (min(cells - 1, int(at * cells)) for at in (item.y, item.x))
     if cells == 2:
         return ("north", "south")[down] + ("west", "east")[across]
@@ -47,7 +47,7 @@ def place_of(item, cells: int) -> str:
 
 
 def answer_from(picture, question: str, cells: int) -> str:
-    """What a question's answer is, from the scene that is drawn."""
+    """The answer to a question, derived from the drawn scene."""
     words = question.rstrip("?").split()
     items = picture.items
     if question == "What does it say?":
@@ -107,7 +107,7 @@ def test_validation_asks_for_held_out_combinations_alone(difficulty):
 
 
 def test_every_combination_but_those_is_trained_on():
-    """Else a question of validation would ask for what no training could teach."""
+    """Otherwise a validation question could not be learned from the training data."""
     talks = conversations("instruct", 2, 12000)
     scenes = [talk.images[0] for talk in talks]
     pairs = {(item.color, item.shape) for scene in scenes for item in scene.items}
@@ -123,18 +123,18 @@ def test_every_combination_but_those_is_trained_on():
 
 
 def test_words_alone_do_not_exclude_what_validation_asks_for():
-    """Every question of validation, word for word, has been answered so in training."""
+    """Every validation question occurs literally in training with the same answer."""
     trained = {found[1:] for talk in conversations("instruct", size=12000) for found in questions(talk)}
     asked = {found[1:] for talk in conversations("validation", size=600) for found in questions(talk)}
     missing = {question for question, _ in asked - trained if not question.startswith("Which")}
     assert not missing
-    # sides are asked for of two colors that are never together; but each side is an answer for each color
+    # questions about sides use two colors that never occur together, but each side is an answer for each color
     trained_sides = {(question.split()[8], answer) for question, answer in trained if question.startswith("Which")}
     assert len(trained_sides) == len(COLORS) * 4
 
 
 def test_answers_are_balanced():
-    """No answer of a category is much more frequent than others: without the picture there is little to know."""
+    """No answer in a category is much more frequent than others, so little can be guessed without the image."""
     found = {category: Counter() for category in CATEGORIES}
     for conversation in conversations("validation", 1, 3000):
         ((category, _, answer),) = questions(conversation)
@@ -169,7 +169,7 @@ def test_every_text_is_made_of_known_words():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"split": "test"}, "Unknown split 'test'"),
+        ({"split": "test"}, "unknown split 'test'"),
         ({"split": "text", "difficulty": 4}, "data.difficulty=4: expected one of 1, 2, 3"),
         ({"split": "text", "categories": ["colour"]}, "expected some of color"),
     ],

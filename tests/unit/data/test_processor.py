@@ -1,4 +1,4 @@
-"""The processor: samples and batches, and the same ones again after saving."""
+"""The processor: samples and batches, and that saving preserves them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_there_are_as_many_picture_positions_as_visual_tokens(processor):
 
 def test_pictures_are_fitted_and_normalised(processor):
     (image,) = processor(conversation(1)).images
-    # a 20 x 16 picture (H x W) in 8 x 12: on a canvas of 20 x 30, seven columns from its left edge
+    # a 20 x 16 image (H x W) fitted to 8 x 12: on a canvas of 20 x 30, seven columns from its left edge
     inside = Image.new("RGB", (30, 20), tuple(int(255 * channel) for channel in GEOMETRY.mean))
     inside.paste(Noise(0).load(), (7, 0))
     inside = inside.resize((12, 8), Image.Resampling.BICUBIC)
@@ -90,7 +90,7 @@ def test_only_pictures_change_their_type(processor):
 
 def test_without_a_geometry_pictures_are_bad_samples(tokenizer):
     processor = Processor(tokenizer, None, "chat", max_length=300)
-    with pytest.raises(BadSample, match="x: a picture, but there is no vision encoder"):
+    with pytest.raises(BadSample, match="x: the sample has an image, but there is no vision encoder"):
         processor(conversation(1))
     batch = processor.collate([processor(conversation(0))])
     assert batch.images is None and batch.is_image is None

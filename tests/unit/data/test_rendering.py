@@ -1,5 +1,5 @@
-"""Rendering: which tokens a conversation becomes and which of them are trained, held to transformers' own
-chat templates and to the words that went in."""
+"""Rendering: the tokens of a conversation and which of them are trained, compared with the chat templates of
+transformers and with the original text."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def end_of_turn(subject: Renderer, template: str) -> int:
 
 
 def words(subject: Renderer, kind: str, ids) -> str:
-    """Decoded text; without any white space for a tokenizer that does not keep it."""
+    """Decoded text; without white space for a tokenizer that does not preserve it."""
     text = subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     return "".join(text.split()) if kind == "wordpiece" else text
 
@@ -85,7 +85,7 @@ def system_turns(template: str) -> tuple[str | None, ...]:
 
 
 def assert_shifted(tokens: Rendered) -> None:
-    """Targets are the next token, in the answers' ranges only, and never at or for a picture."""
+    """Targets are the next tokens, only within answers, and never at or for an image position."""
     trained = tokens.weights > 0
     expected = torch.zeros(len(tokens), dtype=torch.bool)
     for start, end in tokens.answers:
@@ -255,7 +255,7 @@ def test_plain_is_pictures_caption_newline(kind, caption):
     assert int(tokens.input_ids[-1]) == subject.stop_ids[0]
     decoded = subject.tokenizer.decode(tokens.input_ids[start:], skip_special_tokens=kind == "wordpiece")
     assert kept(kind, decoded) == kept(kind, caption)
-    if kind != "wordpiece":  # which knows no line ends, so that its captions end with the end of text
+    if kind != "wordpiece":  # which has no line breaks, so its captions end with the end-of-text token
         assert decoded.endswith("\n") and not decoded.endswith("\n\n")
         assert decoded.lstrip() == caption.strip() + "\n"
         assert subject.decode(tokens.input_ids[start:]) == caption.strip()
@@ -264,7 +264,7 @@ def test_plain_is_pictures_caption_newline(kind, caption):
 
 
 def test_plain_takes_one_exchange_only(tokenizer):
-    with pytest.raises(BadSample, match=r"sample-7: template=plain takes one user and one assistant turn"):
+    with pytest.raises(BadSample, match=r"sample-7: template=plain requires one user and one assistant turn"):
         render(Renderer(tokenizer, "plain", 1000), talk(*LONG))
 
 
@@ -274,7 +274,7 @@ def test_plain_takes_one_exchange_only(tokenizer):
 @every_tokenizer
 @pytest.mark.parametrize("question", ["<image>\nWhat color is it?", "What color\n<image>\nis it?", "What color is it?"])
 def test_blip_is_pictures_then_what_the_tokenizer_makes_of_the_words(kind, question):
-    """As in LAVIS: the tokens of the queries, and then the tokenizer's own beginning and the words."""
+    """As in LAVIS: the tokens of the queries, then the tokenizer's own first token and the text."""
     subject = renderer(kind, "blip")
     conversation = talk(question, "a red circle", "and how many?", "5")
     shown = PICTURE_TOKENS * len(conversation.images)
@@ -285,7 +285,7 @@ def test_blip_is_pictures_then_what_the_tokenizer_makes_of_the_words(kind, quest
     own = subject.tokenizer(f"What color is it? a red circle{eos}and how many? 5{eos}").input_ids
     if own[0] != subject.tokenizer.bos_token_id and subject.tokenizer.bos_token:
         own = [subject.tokenizer.bos_token_id, *own]
-    if kind != "wordpiece":  # which frames every text by itself
+    if kind != "wordpiece":  # which adds special tokens around every text
         assert tokens.input_ids[shown:].tolist() == own
     prompt = subject.prompt(talk(question), [PICTURE_TOKENS] * len(conversation.images))
     assert prompt.input_ids.equal(tokens.input_ids[: len(prompt)]) and prompt.image_index.equal(
@@ -295,7 +295,7 @@ def test_blip_is_pictures_then_what_the_tokenizer_makes_of_the_words(kind, quest
 
 
 def test_blip_shows_no_picture_that_comes_later(tokenizer):
-    with pytest.raises(BadSample, match="sample-7: template=blip shows pictures first: none can come in a later"):
+    with pytest.raises(BadSample, match="sample-7: template=blip puts images first: later turns cannot"):
         render(Renderer(tokenizer, "blip", 1000), talk("What?", "red", "<image>\nand this?", "blue"))
 
 
@@ -311,9 +311,7 @@ def test_a_conversation_too_long_loses_whole_turns_from_its_end(tokenizer):
         tokens = render(Renderer(tokenizer, "chat", limit), conversation)
         assert tokens.input_ids.tolist() == expected[turns].input_ids.tolist()
         assert tokens.targets.equal(expected[turns].targets) and tokens.answers == expected[turns].answers
-    with pytest.raises(
-        BadSample, match=rf"sample-7: {lengths[0]} tokens \(5 of pictures\).*max_length={lengths[0] - 1}"
-    ):
+    with pytest.raises(BadSample, match=rf"sample-7: {lengths[0]} tokens \(5 of images\).*max_length={lengths[0] - 1}"):
         render(Renderer(tokenizer, "chat", lengths[0] - 1), conversation)
 
 
@@ -335,7 +333,7 @@ def test_no_chat_template_is_an_error_that_says_what_to_set():
     tokenizer = copy.deepcopy(all_tokenizers()["llama_bpe"])
     with pytest.raises(ValueError, match=r"no chat template: set llm\.chat_template"):
         Renderer(tokenizer, "chat", 100)
-    for fallback in ("vicuna_v1", VICUNA_V1):  # a name, or a template itself
+    for fallback in ("vicuna_v1", VICUNA_V1):  # a name, or a template
         fallen_back = render(Renderer(tokenizer, "chat", 1000, fallback=fallback), talk(*LONG))
         assert fallen_back.input_ids.equal(render(renderer("llama_bpe", "vicuna_v1"), talk(*LONG)).input_ids)
     with pytest.raises(ValueError, match=r"llm\.chat_template=vicuna: unknown template\. Did you mean 'vicuna_v1'"):
@@ -352,11 +350,14 @@ def test_an_unknown_template_is_an_error_that_names_the_nearest(tokenizer):
     [
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no end-of-turn token"),
         ("{% for m in messages %}{{ m.content + '.' + eos_token }}{% endfor %}", "no end-of-turn token"),
-        ("{{ messages[-1].content + eos_token }}", "does not show every turn once and in order"),
-        ("{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}", "does not show every turn once"),
-        ("{{ raise_exception('Never') }}", "refuses the conversation: Never"),
-        ("{{ messages[0].content + 1 }}", "refuses the conversation: .*concatenate"),
-        ("{{ messages | lucky }}", "refuses the conversation: No filter named 'lucky'"),
+        ("{{ messages[-1].content + eos_token }}", "does not render every turn once and in order"),
+        (
+            "{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}",
+            "does not render every turn once",
+        ),
+        ("{{ raise_exception('Never') }}", "rejects the conversation: Never"),
+        ("{{ messages[0].content + 1 }}", "rejects the conversation: .*concatenate"),
+        ("{{ messages | lucky }}", "rejects the conversation: No filter named 'lucky'"),
     ],
 )
 def test_a_template_that_cannot_be_trained_is_refused_at_once(tokenizer, template, message):
@@ -370,7 +371,7 @@ def test_a_template_that_cannot_be_trained_is_refused_at_once(tokenizer, templat
 def test_a_system_turn_that_the_template_does_not_take_is_a_bad_sample_unless_it_is_empty(template):
     subject = renderer("byte_bpe", template)
     for ask in (lambda c: render(subject, c), lambda c: subject.prompt(c, [])):
-        with pytest.raises(BadSample, match=r"sample-7: template=chat takes no system turn: "):
+        with pytest.raises(BadSample, match=r"sample-7: template=chat does not support a system turn: "):
             ask(talk(*LONG, system="Be good."))
     assert render(subject, talk(*LONG, system=" \n")).input_ids.equal(render(subject, talk(*LONG)).input_ids)
     asked = [subject.prompt(talk("What?", system=system), []).input_ids for system in (None, "")]
@@ -380,7 +381,7 @@ def test_a_system_turn_that_the_template_does_not_take_is_a_bad_sample_unless_it
 def test_plain_takes_no_system_turn_unless_it_is_empty(tokenizer):
     subject = Renderer(tokenizer, "plain", 100)
     assert render(subject, talk("What?", "red", system="")).input_ids.equal(render(subject, talk("", "red")).input_ids)
-    with pytest.raises(BadSample, match="sample-7: template=plain takes no system turn"):
+    with pytest.raises(BadSample, match="sample-7: template=plain does not support a system turn"):
         render(subject, talk("What?", "red", system="Be good."))
 
 
@@ -390,7 +391,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_sample(tokenizer):
         "{% if messages | length > 2 %}{{ raise_exception('Too many turns') }}{% endif %}"
         "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     )
-    with pytest.raises(BadSample, match=r"sample-7: .*refuses the conversation: Too many turns"):
+    with pytest.raises(BadSample, match=r"sample-7: .*rejects the conversation: Too many turns"):
         render(Renderer(tokenizer, "chat", 100), talk(*LONG))
 
 
@@ -415,7 +416,7 @@ def test_qwen_3_is_asked_for_answers_without_a_thought(kind):
 def test_words_that_a_template_would_change_are_a_bad_sample(answer, place):
     subject = renderer("byte_bpe", "qwen_3")
     conversation = talk(*(answer if i == place else text for i, text in enumerate(LONG[:4])))
-    with pytest.raises(BadSample, match="sample-7: the chat template would change the words"):
+    with pytest.raises(BadSample, match="sample-7: the chat template would change the text"):
         render(subject, conversation)
     tokens = render(Renderer(subject.tokenizer, "chatml", 1000), conversation)
     start, end = tokens.answers[place // 2]
@@ -454,10 +455,10 @@ def conversation_of(*turns: tuple[str, str], pictures: int = 0) -> Conversation:
 @pytest.mark.parametrize(
     "conversation, message",
     [
-        (conversation_of(("user", "<image>"), ("assistant", "a")), "1 <image> marks in the user's turns, 0 pictures"),
-        (conversation_of(("user", "<image>"), ("assistant", "a"), pictures=2), "1 <image> marks .* 2 pictures"),
-        (conversation_of(("user", "q"), ("assistant", "<image>"), pictures=1), "0 <image> marks .* 1 pictures"),
-        (conversation_of(("user", "q"), ("assistant", " \n")), "an empty answer"),
+        (conversation_of(("user", "<image>"), ("assistant", "a")), "1 <image> marks in the user's turns, but 0 images"),
+        (conversation_of(("user", "<image>"), ("assistant", "a"), pictures=2), "1 <image> marks .* 2 images"),
+        (conversation_of(("user", "q"), ("assistant", "<image>"), pictures=1), "0 <image> marks .* 1 images"),
+        (conversation_of(("user", "q"), ("assistant", " \n")), "an answer is empty"),
         (conversation_of(("assistant", "a"), ("user", "q")), "turns must alternate"),
         (conversation_of(("user", "q")), "turns must alternate"),
         (conversation_of(("user", "q"), ("assistant", "a"), ("user", "q")), "turns must alternate"),
@@ -477,5 +478,5 @@ def test_a_broken_conversation_is_a_bad_sample_that_is_named(tokenizer, template
 @pytest.mark.parametrize("pictures", [0, 2])
 def test_a_prompt_needs_as_many_pictures_as_marks(tokenizer, pictures):
     asked = conversation_of(("user", "<image>"), pictures=pictures)
-    with pytest.raises(BadSample, match=f"sample-7: 1 <image> marks in the user's turns, {pictures} pictures"):
+    with pytest.raises(BadSample, match=f"sample-7: 1 <image> marks in the user's turns, but {pictures} images"):
         Renderer(tokenizer, "chat", 1000).prompt(asked, [PICTURE_TOKENS] * pictures)

@@ -1,4 +1,4 @@
-"""Procedural pictures: boxes against what is drawn."""
+"""Procedural images: boxes compared with the drawn shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmtrain.settings import compose
 
 
 def test_boxes_are_where_the_things_are_drawn():
-    """In thousandths of the picture's sides, of a picture of a thousand pixels with that thing alone."""
+    """In thousandths of the image's sides, measured on an image of 1000 pixels that contains only that object."""
     seen = set()
     for conversation in (Shapes("grounding", 40)[i] for i in range(40)):
         (picture,) = conversation.images
@@ -34,7 +34,7 @@ def test_qwen_vls_miniature_has_boxes_and_texts():
     assert splits == TASKS
     assert "<box>" in settings.llm.new_tokens
     own = compose(["recipe=qwen_vl", "mini=true", "data.multitask.talks.size=9"]).data["multitask"]
-    assert own["talks"]["size"] == 9 and "boxes" not in own  # the line's
+    assert own["talks"]["size"] == 9 and "boxes" not in own  # from the command line
 
 
 TASKS = {"multitask": {"instruct", "text", "grounding"}, "instruct": {"instruct", "text"}}

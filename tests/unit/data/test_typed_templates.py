@@ -1,4 +1,4 @@
-"""Exported chat templates: typed and plain content become the ids that training saw, by any tokenizer and template."""
+"""Exported chat templates: typed and plain content give the ids of training, for all tokenizers and templates."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_blips_processors_put_pictures_and_the_first_token_themselves(kind):
     said = speech.tokenizer.apply_chat_template([{"role": "user", "content": "<image>\nWhat is it?"}], tokenize=False)
     assert said == "What is it?"
     assert speech.tokenizer(said).input_ids == expected.input_ids[1:].tolist()
-    with pytest.raises(ValueError, match="template=bare does not show pictures before all words: use template=blip"):
+    with pytest.raises(ValueError, match="template=bare does not put images before the text: use template=blip"):
         spoken_words(speaking(kind, "bare"))
 
 
 def test_a_template_that_shows_something_else_is_refused():
-    processor = speaking("tiny", "vicuna_v1")  # whose turns are now numbered
+    processor = speaking("tiny", "vicuna_v1")  # whose template now numbers the turns
     processor.renderer._chat = processor.renderer._chat.replace("' USER: '", "' USER ' ~ loop.index ~ ' '")
     processor.renderer._literals.clear()
     with pytest.raises(ValueError, match="would give other tokens than in training"):

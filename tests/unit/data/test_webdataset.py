@@ -1,4 +1,4 @@
-"""Tar shards: the same records as reading them with tarfile, and every way in which a shard can be broken."""
+"""Tar shards: the same records as with tarfile, and all kinds of broken shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def talk(*values: str) -> dict:
 
 
 def write(path: Path, members: list[tuple[str, object]], format: int = tarfile.PAX_FORMAT) -> Path:
-    """A shard of (name, content): bytes, text, an object to be JSON, or a TarInfo for what has none."""
+    """Write a shard of (name, content): bytes, text, an object for JSON, or a TarInfo for members without content."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             if isinstance(content, tarfile.TarInfo):
@@ -161,31 +161,34 @@ def test_names_in_another_encoding_are_no_hindrance(tmp_path):
             tar.addfile(header, io.BytesIO(data))
     source = WebDataset(tmp_path / "a.tar")
     assert source[0].id == r"a.tar record 0 (id \udce9)" and colors(source, 0) == [RED]
-    with pytest.raises(BadSample, match=r"image \\udce8\.png in .*a\.tar is no picture"):
+    with pytest.raises(BadSample, match=r"image \\udce8\.png in .*a\.tar is not an image"):
         source[1].images[0].load()
 
 
 BROKEN = {
-    "no words": ([("b.png", picture())], "expected one .txt or .caption, or a .json .*got none of them"),
+    "no words": ([("b.png", picture())], "expected one .txt or .caption, or a .json .*got none of these"),
     "a json of another kind": ([("b.json", {"url": 1})], "expected one .txt .*got .json"),
     "two captions": (
         [("b.png", picture()), ("b.txt", "x"), ("b.caption", "y")],
         "expected one .txt .*got .txt, .caption",
     ),
-    "a caption without a picture": ([("b.txt", "x")], "a caption without a picture"),
+    "a caption but no image": ([("b.txt", "x")], "a caption but no image"),
     "a caption of another type": (
         [("b.png", picture()), ("b.json", {"caption": 3})],
-        "the caption must be a text, got 3",
+        "the caption must be a string, got 3",
     ),
-    "no answer": ([("b.json", {"question": "x"})], "the answer must be a text, got None"),
+    "no answer": ([("b.json", {"question": "x"})], "the answer must be a string, got None"),
     "a broken json": ([("b.json", '{"question":')], r"member b\.json is not valid JSON"),
     "a deep json": ([("b.json", "[" * 100_000)], "nested too deeply"),
     "a json of latin letters": ([("b.json", b'{"question": "\xe9"}')], r"member b\.json is not valid UTF-8"),
-    "a list": ([("b.json", "[]")], r"member b\.json must hold an object, got list"),
+    "a list": ([("b.json", "[]")], r"member b\.json must contain an object, got list"),
     "broken turns": ([("b.json", {"conversations": [{"from": "bot", "value": "x"}]})], "'from' must be one of"),
-    "no turns": ([("b.json", {"conversations": []})], "'conversations' must be a list that is not empty"),
+    "no turns": ([("b.json", {"conversations": []})], "'conversations' must be a non-empty list"),
     "a text of latin letters": ([("b.txt", b"\xe9"), ("b.png", picture())], r"member b\.txt is not valid UTF-8"),
-    "one name twice": ([("b.png", picture()), ("./b.png", picture()), ("b.txt", "x")], "two members of one name"),
+    "one name twice": (
+        [("b.png", picture()), ("./b.png", picture()), ("b.txt", "x")],
+        "two members with the same name",
+    ),
     "an absolute name": ([("/b.png", picture()), ("/b.txt", "x")], r"member /b\.png has a path that leads out"),
     "a name upwards": ([("x/../../b.png", picture()), ("x/../../b.txt", "x")], "has a path that leads out"),
 }
@@ -238,7 +241,7 @@ def test_a_size_beyond_all_bounds_leaves_the_records_before_it(tmp_path):
         (tmp_path / "a.tar").write_bytes(data)
         source = WebDataset(tmp_path / "a.tar")
         assert len(source) == 2 and source[0].turns[1].text == "a"
-        with pytest.raises(BadSample, match=r"member b\.json is cut"):
+        with pytest.raises(BadSample, match=r"member b\.json is truncated"):
             source[1]
 
 
@@ -248,7 +251,7 @@ def test_a_size_below_zero_is_an_error_and_no_endless_loop(tmp_path):
     header.size = -512
     data[1024:1536] = header.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.tar has no readable tar header at byte 1024: a size below zero"):
+    with pytest.raises(ValueError, match=r"a\.tar has no readable tar header at byte 1024: a negative size"):
         WebDataset(tmp_path / "a.tar")
 
 
@@ -264,12 +267,12 @@ def test_a_shard_cut_short_keeps_its_complete_records(tmp_path):
         source = WebDataset(tmp_path / "a.tar")
         assert len(source) == 3 and [source[i].turns[1].text for i in (0, 1)] == ["x", "x"]
         with pytest.raises(
-            BadSample, match=rf"^a\.tar record 2 \(id 2\): member 2\.png is cut: it has {png.size} bytes"
+            BadSample, match=rf"^a\.tar record 2 \(id 2\): member 2\.png is truncated: it has {png.size} bytes"
         ):
             source[2]
-    (tmp_path / "a.tar").write_bytes(whole[: png.offset_data + png.size])  # only the filling is missing
+    (tmp_path / "a.tar").write_bytes(whole[: png.offset_data + png.size])  # only the padding is missing
     assert colors(WebDataset(tmp_path / "a.tar"), 2) == [RED]
-    (tmp_path / "a.tar").write_bytes(whole[: headers[6].offset])  # only the end mark is missing
+    (tmp_path / "a.tar").write_bytes(whole[: headers[6].offset])  # only the end marker is missing
     assert len(WebDataset(tmp_path / "a.tar")) == 3
     for cut in (headers[6].offset + 100, headers[6].offset + 511):
         (tmp_path / "a.tar").write_bytes(whole[:cut])
@@ -319,7 +322,9 @@ def test_damaged_shards_are_errors_and_nothing_else(tmp_path):
 def test_a_compressed_shard_is_refused_with_what_to_do(tmp_path, name):
     data = write(tmp_path / "x", [("a.json", talk("q", "a"))]).read_bytes()
     (tmp_path / name).write_bytes(gzip.compress(data))
-    with pytest.raises(ValueError, match=rf"{name} is compressed, so that no record can be found .*: gunzip it"):
+    with pytest.raises(
+        ValueError, match=rf"{name} is compressed, so records cannot be read by offset: unpack it with gunzip"
+    ):
         WebDataset(tmp_path / name)
 
 
@@ -384,8 +389,8 @@ def test_braces_are_expanded_as_by_a_shell(tmp_path, path, names):
         ("shard-{000..012}.tar", r"shard .*shard-012\.tar does not exist \(of .*shard-\{000\.\.012\}\.tar\)"),
         ("shard-{5..1}.tar", r"\{5\.\.1\} must count up"),
         ("shard-{x}.tar", r"expected \{first\.\.last\} or \{one,other\}, got \{x\}"),
-        ("shard-{0..999999999999}.tar", "must count up, to no more than 100000 shards"),
-        ("{0..9999}-{0..9999}.tar", "names more than 100000 shards"),
+        ("shard-{0..999999999999}.tar", "must count upwards and give at most 100000 shards"),
+        ("{0..9999}-{0..9999}.tar", "expands to more than 100000 shards"),
     ],
 )
 def test_shards_that_are_not_there_are_an_error(shards, path, message):
@@ -403,7 +408,7 @@ def test_shards_from_elsewhere_are_refused(path):
 
 def test_a_folder_without_shards_is_an_error(tmp_path):
     (tmp_path / "a.tar.gz").touch()
-    with pytest.raises(ValueError, match=r"holds no \.tar files; compressed ones must be unpacked"):
+    with pytest.raises(ValueError, match=r"contains no \.tar files; unpack compressed files"):
         WebDataset(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Packed rows: no sample sees another, and each gets what it would get alone from the library's own attention."""
+"""Packed rows: no sample sees another, and each has the same outputs as alone with the library's own attention."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pair(request) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     config = LLMS[request.param]
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():  # far from uniform, so that another input is another answer
+    with torch.no_grad():  # make outputs far from uniform, so that a different input gives a different answer
         for parameter in reference.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn(parameter.shape))
     packed = AutoModelForCausalLM.from_config(config).eval()

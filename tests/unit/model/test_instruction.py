@@ -1,4 +1,4 @@
-"""A connector that reads the instruction, in the whole model: what it changes, and when there is no picture to read."""
+"""A connector that reads the instruction, in the complete model: its effect, and batches without an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def built(request, tokenizer) -> tuple[VLMWrapper, Processor]:
     reader = TextReader(tokenizer, "instruction", 16)
     options = {**CONNECTORS[request.param], "text_vocab": reader.vocabulary.size}
     connector = make_connector(request.param, vision, llm, options)
-    with torch.no_grad():  # far from where all outputs are alike
+    with torch.no_grad():  # away from an initialisation at which all outputs are alike
         for parameter in connector.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -64,7 +64,7 @@ def test_the_instruction_changes_what_is_seen_of_the_same_picture(built):
     color, count = visual(model, processor.collate(samples))
     assert (color - count).abs().mean() > 0.1 * color.abs().mean()
     alone = torch.cat([visual(model, processor.collate([sample])) for sample in samples])
-    torch.testing.assert_close(alone, torch.stack([color, count]), rtol=1e-4, atol=1e-5)  # padding is not read
+    torch.testing.assert_close(alone, torch.stack([color, count]), rtol=1e-4, atol=1e-5)  # padding has no effect
     packed = visual(model, processor.pack(samples))
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
@@ -89,7 +89,9 @@ def test_the_loss_trains_the_reading(built):
     samples = [processor(asked("What color is this?")), processor(asked("How many circles are there?"))]
     LanguageModelling()(model, processor.collate(samples), None).backward()
     still = {name for name, p in model.connector.named_parameters() if p.grad is None or not p.grad.any()}
-    assert all(name.startswith("core.layers.1.text_ffn") for name in still)  # the last layer's: nobody looks at it
+    assert all(
+        name.startswith("core.layers.1.text_ffn") for name in still
+    )  # that of the last layer, whose output is unused
 
 
 def test_generation_and_validation_read_it_too(built, monkeypatch):
@@ -103,7 +105,7 @@ def test_generation_and_validation_read_it_too(built, monkeypatch):
     validator = Validator([asked(question)], processor, World(0, 1, torch.device("cpu")), torch.float32, 4, 1)
     with torch.no_grad():
         validator.scores(model, None)
-    assert len(seen) == 5  # chat; answers and loss, seeing and blind
+    assert len(seen) == 5  # chat; answers and loss, with the image and blind
     assert all(ids.tolist() == [expected] for ids in seen)
 
 

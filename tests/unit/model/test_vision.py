@@ -1,4 +1,4 @@
-"""Vision encoders: which hidden layer they hand on, on which grid, at which picture size."""
+"""Vision encoders: the hidden layer that they return, its grid, and the image size."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def pictures(height: int = SIDE, width: int = SIDE) -> Tensor:
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Random values everywhere: fresh position tables and norms would hide mistakes."""
+    """Randomise all parameters: newly initialised position tables and norms would hide errors."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,7 +72,7 @@ def stir(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(params=HF_MODELS)
 def hf(request, tmp_path) -> tuple[str, nn.Module, Path]:
-    """Name, model, and the folder that it was saved to."""
+    """Name, model, and the folder in which it was saved."""
     torch.manual_seed(0)
     model = stir(HF_MODELS[request.param]())
     model.save_pretrained(tmp_path / "hf")
@@ -88,7 +88,7 @@ def run(encoder: VisionEncoder, images: Tensor):
 
 
 def block_outputs(model: nn.Module, call) -> list[Tensor]:
-    """What each transformer block gives, by hooks on the blocks themselves."""
+    """The output of each transformer block, recorded by hooks on the blocks."""
     (blocks,) = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == BLOCKS]
     seen = []
     hooks = [
@@ -177,7 +177,7 @@ def raster(encoder: VisionEncoder, image: Tensor) -> tuple[int, int]:
 
 
 def calm(model: nn.Module) -> nn.Module:
-    """Attention and MLPs made weak, so that a feature is mostly about its own patch."""
+    """Scale down attention and MLPs, so that a feature depends mostly on its own patch."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("layers.", "layer.", "resblocks.", "trunk.blocks.")):
@@ -322,7 +322,7 @@ def test_open_clip_builds_any_size(size):
 
 @pytest.fixture
 def named_model(tmp_path) -> tuple[str, Path]:
-    """A model that open_clip knows by name, and a file of weights for it."""
+    """The name of an open_clip model, and a file with weights for it."""
     (tmp_path / "tiny-test-vit.json").write_text(json.dumps(OPEN_CLIP))
     open_clip.add_model_config(tmp_path / "tiny-test-vit.json")
     torch.manual_seed(0)
@@ -338,7 +338,7 @@ def test_open_clip_interpolates_published_positions(named_model):
     larger = build_vision("open_clip", name=name, pretrained=str(file), image_size=(64, 64))
     assert larger.grid == (8, 8) and run(larger, pictures(64, 64)).patches.shape == (2, 8, 8, WIDTH)
     old, new = own.visual.positional_embedding, larger.visual.positional_embedding
-    exact(new[0], old[0])  # the class token's place is no place in the grid
+    exact(new[0], old[0])  # the position of the class token is not in the grid
     expected = nn.functional.interpolate(
         old[1:].reshape(1, 4, 4, WIDTH).permute(0, 3, 1, 2), size=(8, 8), mode="bicubic", antialias=True
     )
@@ -354,7 +354,9 @@ def test_weights_that_open_clip_cannot_load_are_named(named_model, tmp_path):
     for given in ("no_such_tag", tmp_path / "words.pt", tmp_path / "other.pt"):
         with pytest.raises(ValueError, match=f"vision.pretrained={given}: open_clip cannot load .* {name}") as error:
             build_vision("open_clip", name=name, pretrained=str(given))
-        assert "expected a file, or one of its tags: it has none" in str(error.value) and "\n" not in str(error.value)
+        assert "expected a file, or one of its tags: there are none" in str(error.value) and "\n" not in str(
+            error.value
+        )
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -405,7 +407,7 @@ def test_open_clip_refuses_what_it_cannot_build():
 
 @pytest.mark.parametrize("image_size", [(32, 32), (24, 40)])
 def test_an_encoder_resized_equals_one_loaded_at_that_size(image_size, tmp_path):
-    """Against open_clip's own interpolation at load, and the same after saving."""
+    """Compared with open_clip's own interpolation at load, and again after saving."""
     import open_clip
     from open_clip.model import resize_pos_embed
 
@@ -436,7 +438,7 @@ def test_an_encoder_resized_equals_one_loaded_at_that_size(image_size, tmp_path)
 
 
 def test_a_published_size_that_patches_do_not_fill_is_kept():
-    """SigLIP's 384 pixels in patches of 14 make 27 x 27, and the last six pixels go unseen."""
+    """SigLIP's 384 pixels with patches of 14 make 27 x 27 patches, and the last six pixels are ignored."""
     config = {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "image_size": 3 * 8 + 6}}
     encoder = build_vision("open_clip", model_config=config)
     assert encoder.image_size == (30, 30) and encoder.grid == (3, 3)

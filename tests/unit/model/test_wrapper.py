@@ -1,4 +1,4 @@
-"""The whole model: where visual tokens land, that padding changes nothing, generation, and saving."""
+"""The complete model: positions of visual tokens, independence of padding, generation and saving."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ VISION = {
 def build(kind: str = "llama", **llm_options) -> VLMWrapper:
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(LLMS[kind](**llm_options))
-    with torch.no_grad():  # far from uniform, so that another input is another answer
+    with torch.no_grad():  # make outputs far from uniform, so that a different input gives a different answer
         for parameter in llm.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn(parameter.shape))
     vision = build_vision("open_clip", model_config=VISION, layer=-1)
@@ -61,7 +61,7 @@ def model(request, models) -> VLMWrapper:
 
 
 class Row:
-    """A row of text with pictures at some places: ``[3, "picture", 5]``."""
+    """A row of text with images at some positions: ``[3, "picture", 5]``."""
 
     def __init__(self, *items: int | str, seed: int = 0):
         self.ids, self.marks = [], []
@@ -93,7 +93,7 @@ def collate(*rows: Row, filler: int = 0) -> tuple[Tensor, Tensor | None, Tensor 
 
 
 def embeddings_by_hand(model: VLMWrapper, row: Row) -> Tensor:
-    """A row's input embeddings, one position after the other."""
+    """The input embeddings of a row, position by position."""
     table = model.llm.get_input_embeddings().weight
     visual = [model.connector(model.vision(picture[None]))[0] for picture in row.pictures]
     tokens = iter(torch.cat(visual)) if visual else iter(())
@@ -245,10 +245,10 @@ def test_generation_from_text_needs_no_pictures(model):
 def test_widths_must_agree(models):
     model, narrow = models["llama"], nn.Module()
     narrow.in_dim, narrow.out_dim = 23, WIDTH
-    with pytest.raises(ValueError, match="the connector takes features 23 wide, the encoder gives 24"):
+    with pytest.raises(ValueError, match="the connector expects features of width 23, got 24 from the encoder"):
         VLMWrapper(model.vision, narrow, model.llm)
     narrow.in_dim, narrow.out_dim = 24, 31
-    with pytest.raises(ValueError, match="the connector makes tokens 31 wide, the LLM is 32 wide"):
+    with pytest.raises(ValueError, match="the connector makes tokens of width 31, but the LLM has width 32"):
         VLMWrapper(model.vision, narrow, model.llm)
 
 
@@ -298,7 +298,7 @@ def saved(tmp_path_factory) -> Path:
 
 TENSORS = {
     "vision": "visual.ln_post.weight",
-    "connector": None,  # whichever comes first
+    "connector": None,  # the first of the parts
     "llm": "model.layers.1.mlp.up_proj.weight",
 }
 

@@ -39,9 +39,9 @@ LLAVA = {"format": "llava_json", "images": None, "outside_images": False}
 @pytest.mark.parametrize(
     "data, said",
     [
-        ({"instruct": {}}, "names no source"),
+        ({"instruct": {}}, "contains no source"),
         ({"instruct": 5}, "data.instruct=5: expected a path"),
-        ({"instruct": ["a", "b"]}, "expected a path, or the sources by name"),
+        ({"instruct": ["a", "b"]}, "expected a path, or named sources"),
         ({"instruct": {"a": 5}}, "data.instruct.a=5: expected a path"),
         ({"instruct": {"path": 5}}, "expected a path"),
         ({"instruct": "x.json", "images": 5}, "data.images=5: expected a folder"),
