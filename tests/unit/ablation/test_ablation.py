@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import csv
 import json
 import math
@@ -12,10 +14,12 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from vlmtrain.ablation import Entry, compare, read_line, read_results, run_ablation
 from vlmtrain.ablation.budget import _equal_steps, decide
@@ -27,6 +31,33 @@ from vlmtrain.cli import ablate
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.reporting.charts import Series, line_chart, scatter_chart
 from vlmtrain.settings import compose
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_line_is_composed_and_planned_once():
+    """Ablations ask for the same settings and plans over and over; each asker gets a copy."""
+    composed, planned = {}, {}
+
+    def compose_once(overrides):
+        key = tuple(overrides)
+        if key not in composed:
+            composed[key] = compose(overrides)
+        return copy.deepcopy(composed[key])
+
+    def plan_once(settings, machine):
+        settings = copy.deepcopy(settings)
+        settings.run_dir = ""  # no plan depends on it
+        key = (OmegaConf.to_yaml(settings), machine)
+        if key not in planned:
+            planned[key] = plan_run(settings, machine)
+        return copy.deepcopy(planned[key])
+
+    with contextlib.ExitStack() as patches:
+        for module in ("budget", "jobs", "line"):
+            patches.enter_context(mock.patch(f"vlmtrain.ablation.{module}.compose", compose_once))
+        for module in ("budget", "results"):
+            patches.enter_context(mock.patch(f"vlmtrain.ablation.{module}.plan_run", plan_once))
+        yield
 
 
 def entry(label: str, exact: list[np.ndarray]) -> Entry:
