@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -16,6 +19,8 @@ class VLMTrainConfig(PreTrainedConfig):
 
     model_type = "vlmtrain"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    when_read: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+    """Called before a configuration is read; `registration` makes the model's class known here."""
 
     text_config: dict | PreTrainedConfig | None = None
     vision: dict | None = None
@@ -29,7 +34,5 @@ class VLMTrainConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        from .registration import register_model
-
-        register_model()
+        cls.when_read()
         return super().from_dict(config_dict, **kwargs)

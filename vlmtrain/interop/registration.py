@@ -27,6 +27,7 @@ def _register_config() -> None:
 
     from .own_config import VLMTrainConfig
 
+    VLMTrainConfig.when_read = staticmethod(_register_model)
     AutoConfig.register(VLMTrainConfig.model_type, VLMTrainConfig, exist_ok=True)
 
 
@@ -39,8 +40,8 @@ def _register_processor() -> None:
     AutoProcessor.register(VLMTrainConfig, VLMTrainProcessor, exist_ok=True)
 
 
-def register_model() -> None:
-    """Register the model class; its configuration asks for it when it is read."""
+def _register_model() -> None:
+    """Register the model class, whose modules are too many to load with transformers' tables."""
     from transformers import AutoModelForImageTextToText
 
     from .own import VLMTrainForConditionalGeneration
