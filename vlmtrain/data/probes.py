@@ -2,12 +2,12 @@
 
     (seed, split, i) -> category -> scene -> image, caption, questions -> Conversation
 
-| category | asks | combination held out |
+| category | question | held-out combination |
 |---|---|---|
 | color | the color of the shape at a place | color and shape |
 | shape | the shape at a place | color and shape |
 | count | how many shapes have a color | color and shape of what is counted |
-| position | on which side of one shape another is | the two colors |
+| position | the side of one shape on which another is | the two colors |
 | text | the digits and letters in the image | color and character |
 | small | color or shape of a small object among large ones | color and shape |
 
@@ -58,7 +58,7 @@ VOCABULARY: tuple[str, ...] = (
     "What", "color", "shape", "shapes", "is", "are", "the", "in", "How", "many", "there", "Which", "side", "of", "does",
     "it", "say", "small", "Describe", "picture", ".", ",", "?",
 )  # fmt: skip
-"""Every word and punctuation mark that the texts are made of."""
+"""All words and punctuation marks in the texts."""
 
 
 class Level(NamedTuple):

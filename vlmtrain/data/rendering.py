@@ -398,7 +398,7 @@ def without_marks(words: str) -> str:
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Raise BadSample, naming the conversation, unless its turns alternate and its marks match its pictures."""
+    """Raise BadSample, naming the conversation, unless its turns alternate and its marks match its images."""
     roles = [turn.role for turn in conversation.turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if len(spoken) < 2 or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):

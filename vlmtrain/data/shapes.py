@@ -65,7 +65,7 @@ VOCABULARY: tuple[str, ...] = (
     "the", "in", "What", "color", "shape", "shapes", "is", "of", "How", "many",
     "are", "there", "Describe", "picture", ".", ",", "?",
 )  # fmt: skip
-"""Every word and punctuation mark that the texts are made of."""
+"""All words and punctuation marks in the texts."""
 
 
 @dataclass(frozen=True)
