@@ -68,8 +68,8 @@ def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(firs
         file.write('{"step": 6, "lo')
     parted = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), check=False)
     assert parted.returncode == 1
-    assert "instruct: parts at step 3 of 5: loss was" in parted.stdout
-    assert "align: the 2 steps are the same to the bit, and its weights are the same" in parted.stdout
+    assert "instruct: diverges at step 3 of 5: loss was" in parted.stdout
+    assert "align: all 2 steps are bit-identical, and so are the weights" in parted.stdout
     assert "differs: versions.torch: 1.0 -> " in parted.stdout
     refused = run(*REPRODUCE, str(tmp_path / "nothing"), check=False)
     assert refused.returncode == 2 and "config.yaml is missing" in refused.stderr
