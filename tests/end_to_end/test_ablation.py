@@ -52,7 +52,7 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
     assert {entry["label"] for entry in json.loads(more.stdout)} == set(jobs)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == before
     refused = run(*command, "stages.instruct.max_steps=7", check=False)
-    assert refused.returncode == 2 and "began with another line" in refused.stderr
+    assert refused.returncode == 2 and "was started with other overrides" in refused.stderr
 
 
 @pytest.mark.slow
