@@ -1,4 +1,4 @@
-"""vlmtrain: train vision-language models stage by stage, and ablate the connector with one word."""
+"""vlmtrain: train vision-language models stage by stage and ablate the connector with one override."""
 
 __version__ = "0.1.0"
 

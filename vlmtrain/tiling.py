@@ -1,10 +1,10 @@
-"""Any-resolution pictures: cut into tiles, with one view of the whole (LLaVA-NeXT, published code).
+"""Any-resolution images: split into tiles, plus one view of the complete image (LLaVA-NeXT, published code).
 
-picture --scaled, centred--> canvas of rows x columns tiles --encoder, connector--> token grid --padding dropped-->
-tokens of the whole view, then the grid's rows, each with a newline token behind it
+image --scaled, centred--> canvas of rows x columns tiles --encoder, connector--> token grid --padding dropped-->
+tokens of the complete view, then the grid's rows, each followed by a newline token
 
-LLaVA-OneVision (published code, ``anyres_max_9``) scales a grid down that makes more tokens than so many tiles, and
-does not cut pictures that share a sample: each is one view with a newline behind it.
+LLaVA-OneVision (published code, ``anyres_max_9``) scales the token grid down if it has more tokens than a maximum
+number of tiles (here 9), and does not split images that share a sample: each is one view followed by a newline.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """How one picture is cut: rows x columns of tiles, and its own size in pixels.
+    """How one image is split: rows x columns of tiles, and its own size in pixels.
 
-    No rows and no columns: the view of the whole is all there is. most: tiles' worth of tokens that the grid keeps, 0
-    for all of it.
+    Without rows and columns, there is only the view of the complete image. most: the grid keeps at most the tokens of
+    this many tiles; 0: no limit.
     """
 
     rows: int
@@ -29,16 +29,16 @@ class Tiles(NamedTuple):
 
     @property
     def views(self) -> int:
-        """Tiles, and the view of the whole."""
+        """Number of tiles, plus the view of the complete image."""
         return self.rows * self.columns + 1
 
 
 def choose_tiles(
     size: tuple[int, int], tile: tuple[int, int], grids: Sequence[tuple[int, int]], most: int = 0
 ) -> Tiles:
-    """The grid ``(rows, columns)`` that shows a picture of `size` ``(H, W)`` best.
+    """Choose the grid ``(rows, columns)`` for an image of `size` ``(H, W)``.
 
-    That is the one with the most of the picture's own resolution, and of those the one with the least padding.
+    It is the grid that keeps most of the image's resolution and, among equals, has the least padding.
     """
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
@@ -51,7 +51,7 @@ def choose_tiles(
 
 
 def shown_part(grid: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of a token grid ``(h, w)`` without the padding around a picture of `size` ``(H, W)``."""
+    """Top, bottom, left, right of a token grid ``(h, w)`` without the padding around an image of `size` ``(H, W)``."""
     (rows, columns), (height, width) = grid, size
     if width * rows > height * columns:  # wider than the grid: padded above and below
         border = (rows - int(round(height * columns / width, 7))) // 2
@@ -61,7 +61,7 @@ def shown_part(grid: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, 
 
 
 def kept_grid(tiles: Tiles, shown: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """The ``(h, w)`` that a token grid `shown` is scaled to, of tiles with a `grid` each: itself where it may stay."""
+    """The ``(h, w)`` to which a token grid `shown`, with tiles of `grid` each, is scaled; the same within the limit."""
     if not tiles.most:
         return shown
     excess = math.sqrt(shown[0] * shown[1] / (tiles.most * grid[0] * grid[1]))
@@ -69,7 +69,7 @@ def kept_grid(tiles: Tiles, shown: tuple[int, int], grid: tuple[int, int]) -> tu
 
 
 def tiled_tokens(tiles: Tiles, tokens: int, grid: tuple[int, int] | None) -> int:
-    """Tokens of a picture whose views make `tokens` each, in a `grid` ``(h, w)``; None where they are in no order."""
+    """Tokens of an image whose views have `tokens` each, in a `grid` ``(h, w)``; None if they have no spatial order."""
     if grid is None:
         return tokens * tiles.views
     if tiles.views == 1:

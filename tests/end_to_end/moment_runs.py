@@ -2,9 +2,9 @@
 
 python moment_runs.py MOMENT... -- KEY=VALUE...
 
-SIGNAL@FILE:STEP     just behind the line of a step in metrics.jsonl or validation.jsonl
-SIGNAL@NAME:CALL     as that call begins, counted from 1, of one of CALLS
-clock                the clock of checkpoints stands, but for two seconds behind each step
+SIGNAL@FILE:STEP     right after the line of a step in metrics.jsonl or validation.jsonl
+SIGNAL@NAME:CALL     at the start of that call (counted from 1) of one of CALLS
+clock                the clock for checkpoints advances by two seconds after each step, and not otherwise
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`vlmtrain ablate`: the same start and the same data for all, a table of what was found, and nothing run twice."""
+"""`vlmtrain ablate`: all jobs have the same start and the same data, results are in a table, and no job runs twice."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
     jobs = {name: tmp_path / "jobs" / name for name in ("linear", "avgpool-window-2")}
     for seed in ("seed-0", "seed-1"):
         summaries = [json.loads((job / seed / "align" / "summary.json").read_text()) for job in jobs.values()]
-        for part in ("vision", "llm"):  # from the stages that all share
+        for part in ("vision", "llm"):  # from the shared stages
             assert len({summary["parts"][part]["sha256_before"] for summary in summaries}) == 1
         order = [[record["target_tokens"] for record in metrics(job / seed, "instruct")] for job in jobs.values()]
         assert order[0] == order[1] and len(order[0]) == STAGES["instruct"]
         used = json.loads((jobs["avgpool-window-2"] / seed / "align" / "summary.json").read_text())["feature_cache"]
-        assert used["hits"] > 0 and used["misses"] == 0  # the first connector's run left them
+        assert used["hits"] > 0 and used["misses"] == 0  # from the first connector's run
     results = {entry["label"]: entry for entry in json.loads((tmp_path / "results.json").read_text())}
     assert results["linear"]["tokens"] == 16 and results["avgpool-window-2"]["tokens"] == 4
     for name, entry in results.items():
@@ -52,12 +52,12 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
     assert {entry["label"] for entry in json.loads(more.stdout)} == set(jobs)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == before
     refused = run(*command, "stages.instruct.max_steps=7", check=False)
-    assert refused.returncode == 2 and "began with another line" in refused.stderr
+    assert refused.returncode == 2 and "was started with other overrides" in refused.stderr
 
 
 @pytest.mark.slow
 def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
-    """Killed with no warning at moments of any kind, and started again: the jobs end too, and nothing else changes."""
+    """When the command is killed at random moments and restarted, its jobs are killed too and the results are equal."""
     line = ["recipe=llava_1_5", "mini=true", "connectors=[linear,avgpool]", "workers=0"]
     line += ["stages.align.max_steps=3", "stages.instruct.max_steps=6", "stages.instruct.save_every=2"]
     line += ["stages.align.batch_size=4", "stages.instruct.batch_size=4"]
@@ -78,7 +78,7 @@ def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
     run(*command("killed"))
     found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
     for entries in found:
-        for entry in entries:  # what no two runs agree on
+        for entry in entries:  # these differ between any two runs
             del entry["samples_per_second"], entry["peak_memory_bytes"]
     assert found[0] == found[1]
     for connector in ("linear", "avgpool"):
@@ -91,7 +91,7 @@ def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_equal_seconds_a_rate_for_each_and_two_ranks_a_job(tmp_path):
-    """`budget=wall` gives steps by measured seconds, `sweep` the value of the lowest loss; jobs have their ranks."""
+    """`budget=wall` sets steps by measured seconds, `sweep` picks the lowest loss, and each job has its own ranks."""
     rates = "sweep.stages.instruct.train.llm=[1e-9,3e-3]"
     line = ["recipe=llava_1_5", "mini=true", "connectors=[linear,avgpool]", "ranks=2", "budget=wall", rates]
     line += ["sweep_steps=12", "stages.align.max_steps=4", "stages.instruct.max_steps=16", "workers=0"]

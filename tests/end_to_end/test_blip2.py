@@ -1,4 +1,4 @@
-"""The miniatures of BLIP-2 and InstructBLIP: every stage learns, and changes what it trains and nothing else."""
+"""The miniatures of BLIP-2 and InstructBLIP: every stage learns, and changes only what it trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from ..conftest import metrics, train
 
-# Fewer steps than mini=true takes by itself, and no pictures that the test does not need.
+# Fewer steps than the default of mini=true, and only the images that the test needs.
 SHORT = ["workers=0", "validation.samples=4", "validation.final_samples=4", "validation.max_new_tokens=4"]
 RECIPES = {
     "blip2": {"represent": 25, "generate": 20, "finetune": 20},
@@ -36,7 +36,7 @@ def test_every_stage_of_the_miniature_learns(recipe, tmp_path):
             part = summary["parts"].get(name)
             if part:
                 assert part["trained"] == (part["sha256_before"] != part["sha256_after"])
-                if not part["trained"]:  # what trains has been resized before
+                if not part["trained"]:  # parts that train have been resized before
                     assert part["sha256_before"] == frozen.setdefault(name, part["sha256_before"])
     last = json.loads((tmp_path / list(RECIPES[recipe])[-1] / "summary.json").read_text())
     assert last["validation"]["loss"] < last["validation"]["loss_at_start"]

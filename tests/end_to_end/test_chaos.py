@@ -1,7 +1,7 @@
-"""A run that is killed again and again, anywhere, ends as the one that nobody touched: to the bit.
+"""A run that is killed repeatedly at random moments is bit-identical to one that was never interrupted.
 
-Two stages on two ranks, with accumulation, packed rows, data workers and validation. What is killed is all of it at
-once, as when the machine fails, or one rank, or the launcher alone.
+Two stages on two ranks, with gradient accumulation, packed rows, data workers and validation. Either all processes are
+killed at once, as when the machine fails, or one rank, or only the launcher.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ def line(files, run_dir: Path, steps: dict[str, int]) -> list[str]:
 
 
 class Moments:
-    """When a run is killed: conditions on what its folder shows, each with a random delay behind it."""
+    """When a run is killed: conditions on the contents of its folder, each followed by a random delay."""
 
     def __init__(self, run_dir: Path, stages: list[str], dice: random.Random):
         self.run_dir, self.stages, self.dice = run_dir, stages, dice
 
     def stage(self) -> str:
-        """The stage that is running, or about to."""
+        """The stage that is running or comes next."""
         left = [stage for stage in self.stages if not (self.run_dir / stage / "summary.json").exists()]
         return left[0] if left else self.stages[-1]
 
     def reached(self, name: str) -> tuple[Callable[[], bool], float]:
-        """The condition of a kind of moment, from now on, and the seconds to wait behind it."""
+        """The condition for a kind of moment, counted from now, and the seconds to wait after it."""
         stage, before, left = self.stage(), self.progress(), self.unfinished()
         steps = self.saved(stage) + self.dice.randint(1, 5)
         first = self.run_dir / self.stages[0] / "summary.json"
@@ -77,7 +77,7 @@ class Moments:
         return tuple((file, file.stat().st_mtime_ns) for file in sorted(self.run_dir.glob("*/metrics.jsonl")))
 
     def unfinished(self) -> set[tuple[Path, int]]:
-        """Folders that are being written, or whose writing was cut short."""
+        """Folders that are being written, or whose writing was interrupted."""
         found = set()
         for pattern in ("*/*.partial", "*/checkpoints/*.partial"):
             for path in self.run_dir.glob(pattern):
@@ -86,7 +86,7 @@ class Moments:
         return found
 
     def saved(self, stage: str) -> int:
-        """The step behind which a stage goes on."""
+        """The step after which a stage resumes."""
         found = [int(path.name[5:]) for path in self.run_dir.glob(f"{stage}/checkpoints/step-??????")]
         return max(found, default=0)
 
@@ -97,7 +97,7 @@ class Moments:
         return steps > 0 and steps % VALIDATE_EVERY == 0 and told < steps // VALIDATE_EVERY
 
     def where(self, progress: tuple, left: set[tuple[Path, int]]) -> str:
-        """Where a killed run was, as its folder shows, beside what it showed before."""
+        """What a killed run was doing, judged by its folder now and before."""
         new = {path for path, _ in self.unfinished() - left}
         if any(path.parent.name == "checkpoints" for path in new):
             return "saving"
@@ -111,7 +111,7 @@ class Moments:
 
 
 def strike(launcher: psutil.Popen, victim: str, dice: random.Random) -> None:
-    """SIGKILL some of a run's processes; all must then be gone."""
+    """SIGKILL some of a run's processes; all of them must then end."""
     everyone = tree(launcher)
     ranks = ranks_of(launcher) if victim == "rank" else []
     if victim == "machine" or (victim == "rank" and not ranks):
@@ -126,7 +126,7 @@ def strike(launcher: psutil.Popen, victim: str, dice: random.Random) -> None:
 
 
 def killed_again_and_again(command: list[str], moments: Moments, plan: list[tuple[str, str]], log: Path) -> Counter:
-    """Run, kill, and run again, to the end. Returns how often a kill fell where."""
+    """Run, kill and restart until the run ends. Returns how often it was killed in each situation."""
     fell: Counter = Counter()
     for name, victim in plan:
         before = moments.progress(), moments.unfinished()

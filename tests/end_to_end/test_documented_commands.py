@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/: understood as it stands, and run in small; or a reason why not."""
+"""Every command of the README and docs/ parses as written and runs at small scale, or has a reason not to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOT_RUN = {
 
 
 def commands() -> list[tuple[str, str]]:
-    """Page and command, of indented blocks and of words in backticks that have arguments."""
+    """Page and command, from indented blocks and from code in backticks that has arguments."""
     found = []
     for page in PAGES:
         text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text())
@@ -75,7 +75,7 @@ PLACES = (
 
 
 def in_small(line: str, number: int = 0) -> str:
-    """The same line with files that are there, small parts and few steps."""
+    """The same command with existing files, small parts and few steps."""
     for pattern, place in PLACES:
         line = re.sub(pattern, place, line)
     line = re.sub(r"\b(OUT_DIR|EXPORTED|IMPORTED)\b", f"out-{number}", line)
@@ -108,7 +108,7 @@ def test_the_pages_have_commands():
 
 @pytest.fixture
 def own_modules(monkeypatch):
-    """What the pages' modules register is there for one test, and no other test sees it."""
+    """Limit what the pages' modules register to one test."""
     monkeypatch.delitem(sys.modules, "my_connectors", raising=False)
     with mock.patch.dict(CONNECTORS):
         yield
@@ -116,7 +116,7 @@ def own_modules(monkeypatch):
 
 @pytest.mark.parametrize("page, line", RUN, ids=lambda value: value[:60])
 def test_every_command_is_understood(page, line, tmp_path, monkeypatch, own_modules):
-    """Its options parse and its keys exist, before anything is loaded."""
+    """The options parse and the keys exist, before anything is loaded."""
     monkeypatch.chdir(tmp_path)
     write_own(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -135,7 +135,7 @@ def test_every_command_is_understood(page, line, tmp_path, monkeypatch, own_modu
 
 
 def write_own(folder: Path) -> None:
-    """The files that the pages have a user write."""
+    """Write the files that the pages tell a user to write."""
     named = re.compile(r"```\w+\n((?:# @.*\n)?# (\S+\.(?:py|yaml))\n.*?)```", re.DOTALL)
     for page in PAGES:
         for text, name in named.findall((ROOT / page).read_text()):
@@ -145,7 +145,7 @@ def write_own(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory, llava_files, tokenizer) -> Path:
-    """A folder with all that the commands name."""
+    """A folder with all files that the commands name."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
@@ -198,7 +198,7 @@ def test_every_command_runs(page, line, home):
 
 @pytest.mark.slow
 def test_every_python_block_runs(home):
-    """One after the other, so that a later one may use what an earlier one imported."""
+    """Run the commands in order, so that a later one can use what an earlier one imported."""
     for page in PAGES:
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
         code = "\n".join(block for block in blocks if not re.match(r"# \S+\.py\n", block))

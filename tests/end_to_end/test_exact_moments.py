@@ -1,4 +1,4 @@
-"""Runs killed or stopped at an exact moment: each step and each validation is told of once, and nothing is lost."""
+"""Runs killed or stopped at an exact moment: each step and each validation is recorded once, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_no_step_is_made_again_for_what_comes_behind_the_last(llava_files, tmp_p
 
 
 def test_checkpoints_by_the_clock(llava_files, tmp_path):
-    """More than six seconds behind the last one, at two seconds a step: every fifth."""
+    """More than six seconds after the previous one, at two seconds per step: every fifth step."""
     by_minutes = ("save_every=null", "save_every_minutes=0.1", "keep_last=9", "max_steps=24", "validate_every=null")
     more = [f"stages.instruct.{option}" for option in by_minutes]
     done = struck("clock", "SIGKILL@metrics.jsonl:17", line=command(llava_files, tmp_path, *more))

@@ -1,4 +1,4 @@
-"""A disk that fills up, or a damaged file of a checkpoint: said in a line, and the run goes on from what is sound."""
+"""A full disk or a damaged checkpoint file is reported in one line, and the run resumes from what is intact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 class State:
-    """A training state of one tensor."""
+    """A training state with one tensor."""
 
     updates: ClassVar = {"llm": 3}
 
@@ -32,7 +32,7 @@ class State:
 
 
 def limited(size: int):
-    """Let a process write no file larger than `size`; to it that is a full disk."""
+    """Keep a process from writing a file larger than `size`, which it sees as a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -49,7 +49,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 40 MB: the first stage's model and two checkpoints."""
+    """A file system of 40 MB, with room for the first stage's model and two checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
@@ -121,7 +121,7 @@ def test_every_byte_of_the_record_counts(tmp_path):
         file.write_bytes(changed)
         found = checkpoints.newest()
         assert found == whole or found == json.loads(sound)["record"], position
-        if found == whole:  # the damaged one was put aside
+        if found == whole:  # the damaged one was renamed
             file.parent.with_name("step-000008.damaged").rename(file.parent)
 
 

@@ -1,4 +1,4 @@
-"""The miniatures of the LLaVA family, Qwen-VL and CLIP: each stage trains what its paper says, and learns."""
+"""The miniatures of the LLaVA family, Qwen-VL and CLIP: each stage learns, and trains what its paper states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from ..conftest import metrics, train
 
-# What trains, stage by stage, as the papers and the released scripts have it.
+# What each stage trains, according to the papers and the released scripts.
 TRAINED = {
     "llava_1_0": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "llava_1_5": {"align": {"connector"}, "instruct": {"connector", "llm"}},

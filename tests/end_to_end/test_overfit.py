@@ -1,4 +1,4 @@
-"""A model that has seen a few samples often enough says their answers back, and not without the pictures."""
+"""A model that is trained on a few samples long enough reproduces their answers, but not without the images."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def test_answers_are_generated_back(llava_files, tmp_path):
     scores = json.loads(done.stdout)
     assert scores["questions"] == 32
     assert scores["exact_match"] == 1.0
-    # text-only questions need no picture; the others cannot be answered blind
+    # text-only questions need no image; the others cannot be answered without it
     assert scores["blind_exact_match"] < 0.6

@@ -1,4 +1,4 @@
-"""When some of a run's processes die: none outlives its launcher, and none stands in the way of the next run."""
+"""When some of a run's processes die, none outlives its launcher, and none blocks the next run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_ranks_and_workers_die_with_a_killed_launcher_and_a_killed_rank_is_repla
     with started(*command, ranks=2, log=tmp_path / "log") as launcher:
         wait_for(lambda: steps_of(tmp_path / "broken", "instruct") >= 7, 120, "no step was made")
         everyone = tree(launcher)
-        assert len(everyone) >= 1 + 2 * 2  # the launcher, two ranks, a worker each
+        assert len(everyone) >= 1 + 2 * 2  # the launcher, and two ranks with one worker each
         launcher.kill()
         assert_gone(everyone, 5)
     assert steps_of(tmp_path / "broken", "instruct") < 24
-    # the dead run's lock names a process that lives
+    # the dead run's lock names a live process
     (tmp_path / "broken" / ".lock").write_text(f"process {os.getpid()} on here\n")
     with started(*command, ranks=2, restarts=1, log=tmp_path / "log") as launcher:
         wait_for(lambda: steps_of(tmp_path / "broken", "instruct") >= 12, 120, "the run did not go on")

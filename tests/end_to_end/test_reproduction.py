@@ -1,4 +1,4 @@
-"""A run can be made again from its record; what differs is named, with the step where it began."""
+"""A run can be reproduced from its record; differences are named, with the first step that differs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first(llava_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "first"
     more = ["stages.instruct.max_steps=5", "stages.align.max_steps=2", "stages.instruct.validate_every=2"]
     more += ["stages.instruct.keep_best=true", "stages.instruct.save_every_minutes=0.1", "engine=zero1"]
-    more += ["stages.instruct.schedule.name=constant"]  # the last step of a cosine moves nothing
+    more += ["stages.instruct.schedule.name=constant"]  # the last step of a cosine schedule changes nothing
     train(*line(llava_files, folder, *more))
     return folder
 
@@ -52,7 +52,7 @@ def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(firs
     assert found["differences"] == []
     for name, steps in (("align", 2), ("instruct", 5)):
         assert found["stages"][name] == {"steps": steps, "parting": None, "same_model": True}
-    # as if the first run's third step had gone another way
+    # as if the first run's third step had been different
     records = metrics(first, "instruct")
     records[2]["loss"] *= 1.001
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -68,8 +68,8 @@ def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(firs
         file.write('{"step": 6, "lo')
     parted = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), check=False)
     assert parted.returncode == 1
-    assert "instruct: parts at step 3 of 5: loss was" in parted.stdout
-    assert "align: the 2 steps are the same to the bit, and its weights are the same" in parted.stdout
+    assert "instruct: diverges at step 3 of 5: loss was" in parted.stdout
+    assert "align: all 2 steps are bit-identical, and so are the weights" in parted.stdout
     assert "differs: versions.torch: 1.0 -> " in parted.stdout
     refused = run(*REPRODUCE, str(tmp_path / "nothing"), check=False)
     assert refused.returncode == 2 and "config.yaml is missing" in refused.stderr

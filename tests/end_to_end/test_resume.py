@@ -1,4 +1,4 @@
-"""A run that was killed or stopped goes on as if nothing had happened."""
+"""A run that was killed or stopped resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def line(files, run_dir, *more: str) -> list[str]:
 
 
 def interrupt(command: list[str], run_dir: Path, ranks: int, behind_step: int, number: int) -> int:
-    """Start a run, send it a signal once it is behind a step of instruct, and return its exit code."""
+    """Start a run, send it a signal after a step of instruct, and return its exit code."""
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
@@ -110,7 +110,7 @@ def test_losses_behind_an_interruption_are_bit_identical(engine, precision, rank
     ],
 )
 def test_another_number_of_ranks_goes_on_alike(engine, precision, before, after, llava_files, tmp_path):
-    """Everything trained, with two rates and a decaying group, so that a state in the wrong place would show."""
+    """Everything trains, with two rates and a group with layer decay, so that misplaced state would show."""
     groups = "stages.instruct.groups=[{match: vision, lr: 1e-4, layer_decay: 0.8}]"
     more = [f"engine={engine}", f"precision={precision}", groups, "stages.instruct.optimizer.weight_decay=0.1"]
     more += ["engine.parameter_persistence_threshold=0"] if engine == "zero3" else []
@@ -120,7 +120,7 @@ def test_another_number_of_ranks_goes_on_alike(engine, precision, before, after,
     assert 8 <= len(metrics(broken, "instruct")) < STEPS
     train(*line(llava_files, broken, *more), ranks=after)
     found, wanted = metrics(broken, "instruct"), metrics(whole, "instruct")
-    # in bf16 another order of summing rounds to other weights
+    # in bf16, a different order of summation rounds to different weights
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in found] == pytest.approx(
@@ -131,7 +131,7 @@ def test_another_number_of_ranks_goes_on_alike(engine, precision, before, after,
     if precision == "fp32":
         for part in ("vision", "connector", "llm"):
             ours, theirs = (module_state(load_part(part, run / "instruct" / "model")) for run in (broken, whole))
-            # AdamW moves an element by its rate however small its gradient, so single elements may differ
+            # AdamW changes an element by the learning rate however small its gradient, so single elements may differ
             difference = sum(float((ours[name] - tensor).square().sum()) for name, tensor in theirs.items())
             assert difference <= (1e-4) ** 2 * sum(float(tensor.square().sum()) for tensor in theirs.values()), part
 
@@ -151,7 +151,7 @@ DAMAGE = {"flipped": flip_a_byte, "cut": cut, "deleted": Path.unlink}
 
 @pytest.fixture(scope="module")
 def stopped(llava_files, tmp_path_factory) -> tuple[Path, list[dict]]:
-    """A run that was stopped with two checkpoints left, and what the whole run would have done."""
+    """A run that was stopped with two checkpoints left, and the metrics of the uninterrupted run."""
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
     train(*line(llava_files, whole))
     interrupt(line(llava_files, broken), broken, 1, 12, signal.SIGTERM)

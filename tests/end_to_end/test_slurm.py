@@ -1,4 +1,4 @@
-"""The launch scripts: signals reach the ranks, and what was stopped goes on. SLURM's commands are stand-ins."""
+"""The launch scripts: signals reach the ranks, and stopped runs resume. SLURM's commands are replaced by stubs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_job_near_its_time_limit_saves_and_requeues_itself(llava_files, tmp_pa
     job = submit("slurm.sbatch", command, environment, log)
     try:
         wait_for(lambda: steps_of(run_dir, "instruct") >= 3, 120, "no step was made")
-        job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@300` does: to the script alone
+        job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@300` does: only to the script
         assert job.wait(timeout=60) != 0
         steps = steps_of(run_dir, "instruct")
         assert (run_dir / "instruct" / "checkpoints" / f"step-{steps:06d}").is_dir()

@@ -1,4 +1,4 @@
-"""What a run says of itself: wandb without account or network, the log, the documented metrics, the page."""
+"""What a run reports: wandb without account or network, the log, the documented metrics, the model card, the page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tracked(files, folder, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(llava_files, tmp_path_factory):
-    """A run in two lines, the second of which goes on behind the first stage."""
+    """A run in two commands, the second of which continues after the first stage."""
     folder = tmp_path_factory.mktemp("runs") / "tracked"
     tracked(llava_files, folder, "stage=align")
     tracked(llava_files, folder)
@@ -50,12 +50,12 @@ def test_wandb_offline_needs_no_account_and_both_lines_are_one_run_with_one_axis
     files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
     assert (run_dir / "wandb_id.txt").read_text() in files[0].name
-    # each stage's last step has its answers too; step 4 a validation
+    # each stage's last step also has the answers; step 4 also has a validation
     assert [logged(file) for file in files] == [[1, 2, 2], [3, 4, 4, 5, 6, 6]]
 
 
 def records_of(data: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format: behind 7 bytes, blocks of 32 KiB of pieces with checksum, length and type."""
+    """Records of LevelDB's log format: after 7 bytes, blocks of 32 KiB of pieces with checksum, length and type."""
     position, pieces = 7, []
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:  # too small for another piece: filled up
@@ -64,13 +64,13 @@ def records_of(data: bytes) -> Iterator[bytes]:
         length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
         pieces.append(data[position + 7 : position + 7 + length])
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last of several
+        if kind in (1, 4):  # complete, or the last of several
             yield b"".join(pieces)
             pieces = []
 
 
 def logged(file: Path) -> list[int]:
-    """The total steps of what a file of wandb's tells, in its order."""
+    """The total steps in a file of wandb's, in their order."""
     found = []
     for data in records_of(file.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -82,7 +82,7 @@ def logged(file: Path) -> list[int]:
 
 
 def test_wandb_gets_pictures_with_answers_and_the_model(run_dir):
-    """What an offline run has kept for a later sync."""
+    """What an offline run has stored for a later sync."""
     folder = sorted(run_dir.glob("wandb/offline-run-*"))[-1]
     (table,) = folder.glob("files/media/table/instruct/answers_*.table.json")
     table = json.loads(table.read_text())

@@ -1,4 +1,4 @@
-"""The wheel carries its configurations and recipes: it works where there is no checkout."""
+"""The wheel contains the configurations and recipes, and works without a checkout."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_several_turns_and_a_further_picture(home, monkeypatch, capsys):
     first = greedy(home, ["<image>\nWhat is this?"], ["one.png"])
     second = greedy(home, ["<image>\nWhat is this?", first, "<image>\nAnd this?"], ["one.png", "other.png"])
     assert status == 0 and first in out and second in out
-    assert f"image {home / 'none.png'} does not exist" in out and "/image: expected a file behind it" in out
+    assert f"image {home / 'none.png'} does not exist" in out and "/image: expected a file name" in out
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_several_turns_and_a_further_picture(home, monkeypatch, capsys):
             "image standard input is not an image: it starts with b'words'",
         ),
         (["--image", "-", "--prompt", "What?"], b"", "image standard input is not an image: it is empty"),
-        (["--image", "-"], b"x", "--image - takes one picture from standard input (< FILE), and the question from"),
-        (["--image", "-", "--image", "-", "--prompt", "What?"], b"x", "--image - takes one picture"),
-        (["--web", "--port", "70000"], b"", "--port 70000: expected 0 (any that is free) to 65535"),
+        (["--image", "-"], b"x", "--image - reads one image from standard input (< FILE) and needs --prompt"),
+        (["--image", "-", "--image", "-", "--prompt", "What?"], b"x", "--image - reads one image"),
+        (["--web", "--port", "70000"], b"", "--port 70000: expected 0 (any free port) to 65535"),
         (["--web", "--port", "-1"], b"", "--port -1: expected 0"),
-        (["--web", "--prompt", "What?"], b"", "--web takes pictures and questions on its page"),
+        (["--web", "--prompt", "What?"], b"", "--web takes images and questions on its page"),
     ],
 )
 def test_what_cannot_be_shown_is_said(home, monkeypatch, capsys, line, given, words):

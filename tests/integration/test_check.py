@@ -225,7 +225,7 @@ def test_lengths_are_spread_as_their_histogram_says(data, checked):
 def table_numbers(text: str, stage: str) -> dict[str, list[int]]:
     """The numbers of a stage's table, by the row's name."""
     part = text[text.index(f"stage {stage} ") :]
-    rows = ("records", "samples", "pictures", "answers", "tokens", "problems")
+    rows = ("records", "samples", "images", "answers", "tokens", "problems")
     found = {}
     for row in rows:
         line = re.search(rf"^ +{row}  +(.*)$", part, re.MULTILINE).group(1)
@@ -241,7 +241,7 @@ def test_the_table_says_the_same_as_the_json(data, checked, workers, capsys):
         assert table_numbers(text, stage) == {
             "records": [report["records"]],
             "samples": [report["samples"], report["text_only"], report["duplicates"]],
-            "pictures": [report["images"]],
+            "images": [report["images"]],
             "answers": [report["answers"]],
             "tokens": [report["tokens"], report["image_tokens"], report["target_tokens"]],
             "problems": [len(report["problems"])],

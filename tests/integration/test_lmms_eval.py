@@ -189,9 +189,9 @@ def test_a_run_asks_tasks_behind_its_stages(ranks, own_task, tmp_path):
 
 
 def test_unknown_tasks_are_refused_before_training(own_task, tmp_path):
-    with pytest.raises(ValueError, match=r"lmms-eval knows no task 'own_prob'. Did you mean 'own_probes'"):
+    with pytest.raises(ValueError, match=r"lmms-eval has no task 'own_prob'. Did you mean 'own_probes'"):
         Benchmarks([str(own_task), "own_prob"], 4, None)
-    with pytest.raises(ValueError, match=r"absent.yaml is no file"):
+    with pytest.raises(ValueError, match=r"absent.yaml is not a file"):
         Benchmarks([str(tmp_path / "absent.yaml")], 4, None)
     (tmp_path / "nameless.yaml").write_text("dataset_path: nowhere\n")
     with pytest.raises(ValueError, match=r"nameless.yaml has no 'task'"):

@@ -1,4 +1,4 @@
-"""Which connector, at this budget: one job a connector and seed, and a table that says what can be told apart."""
+"""Compare connectors at an equal budget: one job per choice and seed, and a table of significant differences."""
 
 from .definition import Ablation, read_line
 from .jobs import run_ablation

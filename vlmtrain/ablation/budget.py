@@ -1,4 +1,4 @@
-"""What is held equal: steps, samples, FLOPs or seconds; and learning rates that each choice may have for itself."""
+"""Steps for an equal budget (steps, samples, FLOPs or seconds), and sweeps that tune each choice separately."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .definition import Ablation, Choice
 from .runner import Runner
 
 TIMED_STEPS, LEFT_OUT = 24, 8
-"""Steps that a timing takes, and how many of them it does not count."""
+"""Steps of a timing run, and how many of the first are not counted."""
 
 
 class Undecided(ValueError):
-    """Runs that failed in which a choice's own steps or rates were to be found."""
+    """Runs that should determine a choice's steps or swept values have failed."""
 
 
 def decide(ablation: Ablation, choice: Choice, runner: Runner) -> dict:
-    """What a choice's line gets beside its own: ``{"line": overrides, "sweep": {values: validation loss}}``.
+    """Determine the overrides that budget and sweep add to a choice's own.
 
-    Raises Undecided.
+    Returns ``{"line": overrides, "sweep": {values: validation loss}}``. Raises Undecided.
     """
     steps = _equal_steps(ablation, choice, runner)
     line = [f"stages.{stage}.max_steps={number}" for stage, number in steps.items()]
@@ -41,7 +41,7 @@ def decide(ablation: Ablation, choice: Choice, runner: Runner) -> dict:
 
 
 def _equal_steps(ablation: Ablation, choice: Choice, runner: Runner) -> dict[str, int]:
-    """Steps of each stage with a connector that take what the first choice takes by the recipe; {} under `steps`."""
+    """By stage with a connector, the steps that use as much as the recipe's with the first choice; {} for `steps`."""
     first = ablation.choices[0]
     if ablation.budget == "steps" or choice == first:
         return {}
@@ -74,9 +74,9 @@ def _whole(steps: float) -> int:
 
 
 def _seconds_per_step(ablation: Ablation, choice: Choice, runner: Runner) -> dict[str, float]:
-    """Median seconds of a step, by stage, measured in a short run of its own with nothing beside it.
+    """Median seconds per step, by stage, measured in a separate short run while no other job runs.
 
-    The first choice runs once before, so that all find the frozen features kept.
+    The first choice runs once before that, so that all timed runs find the frozen features in the cache.
     """
     for number, who in enumerate((ablation.choices[0], choice)):
         folder = ablation.folder / "timing" / (who.folder if number else "warm-up")
@@ -91,7 +91,7 @@ def _seconds_per_step(ablation: Ablation, choice: Choice, runner: Runner) -> dic
 def _sweep(
     ablation: Ablation, choice: Choice, runner: Runner, line: list[str], combinations: list[list[str]]
 ) -> list[float]:
-    """Validation loss of a short run for each combination of values; infinite for one that fails or has none."""
+    """Validation loss of a short run for each combination of values; infinite if the run fails or diverges."""
 
     *_, last = _plans(ablation, choice)
 
@@ -111,12 +111,12 @@ def _sweep(
 def _last_loss(folder: Path, stage: str) -> float:
     validation = read_summary(folder / stage)["validation"]
     if validation is None:
-        raise ValueError(f"a sweep needs a validation loss, and stage {stage} has no validation: set data.validation")
+        raise ValueError(f"a sweep needs a validation loss, but stage {stage} has no validation: set data.validation")
     return validation["loss"]
 
 
 def _short_run(ablation: Ablation, choice: Choice, runner: Runner, folder: Path, line: list[str], steps: int) -> None:
-    """A run of the first seed in which no stage with a connector takes more than `steps` steps."""
+    """Run the first seed with at most `steps` steps in each stage that has a connector."""
     planned = {name: plan.steps for name, plan in _plans(ablation, choice).items()}
     for override in line:
         key, _, value = override.partition("=")

@@ -1,4 +1,4 @@
-"""The line of an ablation: what is compared, and what all have in common."""
+"""The definition of an ablation, parsed from its overrides: what is compared and what all jobs share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLAIN = re.compile(r"[\w./:@-]+")
 
 @dataclass(frozen=True)
 class Choice:
-    """One entry of the table: a connector with its options, and a value of each further axis."""
+    """One row of the table: a connector with its options, and a value of each further axis."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -36,7 +36,7 @@ class Choice:
 
     @property
     def folder(self) -> str:
-        """The label as a file's name."""
+        """The label as a folder name."""
         return re.sub(r"[^\w.-]+", "-", self.label)
 
     @property
@@ -49,9 +49,9 @@ class Choice:
 class Ablation:
     """What is compared, and how.
 
-    line: what all jobs share. jobs: how many run at once; ranks: processes each. budget: what is held equal, one of
-    `BUDGETS`. metric: what the table is ordered by. sweep: keys and their values, of which each choice gets its best
-    by short runs of `sweep_steps` steps a stage.
+    line: overrides that all jobs share. jobs: how many run at once; ranks: processes per job. budget: what is held
+    equal, one of `BUDGETS`. metric: what the table is sorted by. sweep: keys and their candidate values; each choice
+    gets its best combination, found in short runs of `sweep_steps` steps per stage.
     """
 
     line: tuple[str, ...]
@@ -66,11 +66,11 @@ class Ablation:
     sweep_steps: int = 100
 
     def settings(self, choice: Choice, seed: int = 0) -> Run:
-        """The settings of one job, with what the budget and the sweep decided, as far as they have."""
+        """Settings of one job, including what the budget and the sweep have determined so far."""
         return compose([*self.line_of(choice), f"seed={seed}", f"run_dir={self.job(choice, seed)}"])
 
     def line_of(self, choice: Choice) -> list[str]:
-        """A job's line, but for its seed and folder."""
+        """Overrides of a job, without its seed and folder."""
         return [*self.line, *choice.line, *self.decisions().get(choice.label, {}).get("line", [])]
 
     def job(self, choice: Choice, seed: int) -> Path:
@@ -81,20 +81,20 @@ class Ablation:
         return self.folder / "decisions.json"
 
     def decisions(self) -> dict[str, dict]:
-        """By label, what the budget and the sweep decided."""
+        """What the budget and the sweep have determined, by label."""
         return read_json(self.decisions_file) if self.decisions_file.exists() else {}
 
     def sweep_lines(self) -> list[list[str]]:
-        """Each combination of the sweep's values, as overrides."""
+        """All combinations of the sweep's values, as overrides."""
         named = [[f"{key}={_text(value)}" for value in values] for key, values in self.sweep]
         return [list(combination) for combination in itertools.product(*named)]
 
 
 def read_line(overrides: Sequence[str]) -> Ablation:
-    """An ablation from its line; raises ValueError naming the key.
+    """Parse an ablation from its overrides. Raises ValueError naming the key.
 
     ``recipe=... connectors=[linear,{qformer:{num_queries:64}}] seeds=[0,1] axis.KEY=[...] sweep.KEY=[...]
-    sweep_steps=N budget=steps|samples|flops|wall metric=NAME jobs=N ranks=N run_dir=DIR`` and the rest of training's.
+    sweep_steps=N budget=steps|samples|flops|wall metric=NAME jobs=N ranks=N run_dir=DIR`` and overrides for training.
     """
     own: dict[str, Any] = {}
     by_key: dict[str, dict[str, tuple]] = {"axis": {}, "sweep": {}}
@@ -106,10 +106,10 @@ def read_line(overrides: Sequence[str]) -> Ablation:
             own[key] = value if key in ("run_dir", "budget", "metric") else _value(override)
         elif kind in by_key and rest:
             if rest in by_key[kind]:
-                raise ValueError(f"{override}: {key} is on the line twice")
+                raise ValueError(f"{override}: {key} is given twice")
             by_key[kind][rest] = tuple(_list(_value(f"values={value}"), key))
         elif key in ("connector", "seed"):
-            raise ValueError(f"{override}: an ablation takes {key}s=[...]")
+            raise ValueError(f"{override}: expected {key}s=[...] for an ablation")
         else:
             line.append(override)
     _check_keys(by_key, line)
@@ -117,7 +117,7 @@ def read_line(overrides: Sequence[str]) -> Ablation:
     choices = _choices(own, by_key["axis"])
     seeds = tuple(_whole(seed, "seeds", least=0) for seed in _list(own.get("seeds", [0]), "seeds"))
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={list(seeds)}: one is named twice")
+        raise ValueError(f"seeds={list(seeds)}: duplicate entry")
     name = compose([*line, *choices[0].line]).name
     folder = Path(own.get("run_dir") or f"runs/ablation-{name}")
     numbers = {key: _whole(own.get(key, 1), key, least=1) for key in ("jobs", "ranks")}
@@ -140,12 +140,12 @@ def _check_keys(by_key: dict[str, dict[str, tuple]], line: Sequence[str]) -> Non
     for kind, named in by_key.items():
         for key in named:
             if key in taken or key in ("connector", "seed", "run_dir"):
-                raise ValueError(f"{kind}.{key}: {key} is set by the line itself")
+                raise ValueError(f"{kind}.{key}: {key} is set elsewhere in the command")
             taken.add(key)
 
 
 def _check_budget(budget: str, by_key: dict[str, dict[str, tuple]]) -> None:
-    """Raise ValueError for an unknown budget, and for keys whose values it would overrule, or they it."""
+    """Raise ValueError for an unknown budget, and for axes and sweeps that conflict with it."""
     if budget not in BUDGETS:
         raise ValueError(f"budget={budget}: expected one of {', '.join(BUDGETS)}.{nearest(budget, BUDGETS)}")
     lengths = {"axis": ("max_steps", "epochs"), "sweep": ("max_steps", "epochs", "batch_size")}
@@ -166,30 +166,30 @@ def _choices(own: dict[str, Any], axes: dict[str, tuple]) -> tuple[Choice, ...]:
     )
     for key, values in {"connectors": tuple(named), **{f"axis.{key}": values for key, values in axes.items()}}.items():
         if any(value in values[:i] for i, value in enumerate(values)):
-            raise ValueError(f"{key}={own.get(key, list(values))}: one is named twice")
+            raise ValueError(f"{key}={own.get(key, list(values))}: duplicate entry")
     folders = [choice.folder for choice in choices]
     for i, folder in enumerate(folders):
         if folder in folders[:i]:
-            raise ValueError(f"two choices would have the folder {folder}: {choices[i].label} is one of them")
+            raise ValueError(f"two choices would use the same folder {folder}: one of them is {choices[i].label}")
     return choices
 
 
 def _value(override: str) -> Any:
     try:
         return OverridesParser.create().parse_override(override).value()
-    except Exception as error:  # the parser raises its own kinds
+    except Exception as error:  # the parser raises its own exception types
         raise ValueError(f"{override}: {first_line(error)}") from None
 
 
 def _list(value: Any, key: str) -> list:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{key}={value}: expected a list that is not empty")
+        raise ValueError(f"{key}={value}: expected a non-empty list")
     return value
 
 
 def _whole(value: Any, key: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key}={value}: expected a whole number from {least}")
+        raise ValueError(f"{key}={value}: expected an integer of at least {least}")
     return value
 
 
@@ -204,7 +204,7 @@ def _choice(entry: Any) -> Choice:
 
 
 def _text(value: Any) -> str:
-    """A value as a line has it: in Hydra's grammar, whose mappings have plain keys."""
+    """A value as an override: in Hydra's grammar, where the keys of mappings are not quoted."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_text(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list):
@@ -213,5 +213,5 @@ def _text(value: Any) -> str:
 
 
 def _short(key: str) -> str:
-    """A key without what all keys of its kind have."""
+    """A key without the parts that all keys of its kind share."""
     return key.removeprefix("stages.").replace(".train.", ".")

@@ -1,4 +1,4 @@
-"""What is checked before the jobs of an ablation run, and their order."""
+"""Run the jobs of an ablation, after checks that refuse what could not be compared."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .runner import Runner
 
 
 def run_ablation(ablation: Ablation, show_progress: bool = True) -> list[tuple[Choice, str]]:
-    """Run what is not finished. Returns the choices of which a job failed, and what it said; the others go on.
+    """Run all unfinished jobs. Returns the choice and the error message of each failed job; the other jobs continue.
 
-    Raises ValueError for what cannot work, before anything runs, and where what several jobs need has failed.
+    Raises ValueError for invalid settings, before anything runs, and if a run that several jobs depend on fails.
     """
     for choice in ablation.choices:
         _check_choice(ablation, choice)
@@ -43,46 +43,46 @@ def run_ablation(ablation: Ablation, show_progress: bool = True) -> list[tuple[C
 
 
 def _check_choice(ablation: Ablation, choice: Choice) -> None:
-    """Raise ValueError for a choice whose jobs could not be compared, or whose sweep could find nothing."""
+    """Raise ValueError for a choice whose jobs could not be compared, or whose sweep is invalid."""
     run = ablation.settings(choice)
     check_run(run, ablation.ranks)
     last = run.wanted[-1]
     compared = [stage.name for stage in run.stages.values() if "connector" in stage.parts]
     if last.name not in compared:
-        key = f"stages of recipe {run.name}, the last" if run.stage is None else "stage"
-        others = f"expected one of {', '.join(compared)}" if compared else "nor has any other"
+        key = f"recipe {run.name}: last stage" if run.stage is None else "stage"
+        others = f"expected one of {', '.join(compared)}" if compared else "no other stage has one"
         raise ValueError(f"{key}={last.name}: it has no connector to compare; {others}")
     if not run.validates(last):
         key = f"{last.prefix}.validation" if last.validation is None else f"data.{last.validation}"
-        raise ValueError(f"{key}=null: expected questions, whose answers an ablation compares after stage {last.name}")
+        raise ValueError(f"{key}=null: expected validation data; an ablation compares answers after stage {last.name}")
     _check_metric(ablation.metric, run, last.validation)
     _check_sweep(ablation, choice, run)
 
 
 def _check_metric(metric: str, run: Run, split: str) -> None:
-    """Raise ValueError for a metric that no answer of the jobs will have."""
+    """Raise ValueError for a metric that no answer of the jobs would have."""
     named = run.validation.metrics
     computed = METRICS if named is None else ["exact_match", *named]
     known = {name: key for key in computed for name in METRICS[key].each([])}
     if metric not in known:
         names = ", ".join(known)
         raise ValueError(
-            f"metric={metric}: expected one that each answer has of its own: {names}.{nearest(metric, known)}"
+            f"metric={metric}: expected a metric of single answers, one of {names}.{nearest(metric, known)}"
         )
     if metric == "exact_match":
-        return  # whatever is asked
+        return  # applies to every question
     judge = METRICS[known[metric]]
     source = build_source(run.data, split, (224, 224), run.seed)
     size = min(len(source), run.validation.final_samples or len(source))
     if not any(map(judge.recognised if named is None else judge.fits, _questions(source, size))):
-        said = f"it needs {judge.needs}, and none of the {size} conversations of data.{split} has one"
+        said = f"it requires {judge.needs}, which none of the {size} conversations of data.{split} has"
         if any(map(judge.fits, _questions(source, size))):
-            said += f"; validation.metrics=[{known[metric]}] takes answers as they are"
+            said += f"; validation.metrics=[{known[metric]}] uses the reference answers"
         raise ValueError(f"metric={metric}: {said}")
 
 
 def _questions(source: Source, size: int) -> Iterator[Answer]:
-    """Those of the first `size` conversations, not answered; broken records are told of by the jobs."""
+    """The unanswered questions of the first `size` conversations; the jobs report broken records."""
     for index in range(size):
         with contextlib.suppress(BadSample):
             for turn in source[index].turns:
@@ -104,7 +104,7 @@ def _check_sweep(ablation: Ablation, choice: Choice, run: Run) -> None:
 
 
 def _check_same(ablation: Ablation) -> None:
-    """Hold the folder to the command it began with; connectors, seeds and keys that change no result may be added."""
+    """Raise ValueError if another command started the folder; connectors, seeds and harmless keys may be added."""
     file = ablation.folder / "ablation.json"
     facts = {
         "line": _binding(ablation.line),
@@ -118,11 +118,13 @@ def _check_same(ablation: Ablation) -> None:
         changed = sorted(set(_binding(began["line"])) ^ set(facts["line"]))
         changed += [f"{key}={began[key]}" for key in facts if key != "line" and began[key] != facts[key]]
         if changed:
-            raise ValueError(f"{ablation.folder} began with another line ({', '.join(changed)}); set another run_dir")
+            raise ValueError(
+                f"{ablation.folder} was started with other overrides ({', '.join(changed)}); set another run_dir"
+            )
     make_folder(ablation.folder, f"run_dir={ablation.folder}")
     replace_text(file, json.dumps(facts, indent=2) + "\n")
 
 
 def _binding(line: Iterable[str]) -> list[str]:
-    """The overrides that no job of the same ablation may have otherwise."""
+    """The overrides that must be the same for all jobs of an ablation."""
     return sorted(override for override in line if not changes_no_result(override.partition("=")[0].lstrip("+~")))

@@ -1,4 +1,4 @@
-"""``ablation.html``: one self-contained page with the tables, charts, and answers side by side."""
+"""``ablation.html``: a self-contained page with the tables, charts and side-by-side answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .results import Entry
 
 SHOWN = 12
 SMOOTHED = 0.95
-_FRONT = "Filled, and joined by a line: none that costs as much or less scores higher (the Pareto front)."
+_FRONT = "Filled and joined by a line: the Pareto front, where no choice of equal or lower cost scores higher."
 
 _STYLE = """
 body { max-width: 1280px; } table { font-size: 13px; } .wide { overflow-x: auto; }
@@ -49,12 +49,12 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _scores(ablation: Ablation, entries: Sequence[Entry]) -> str:
-    """Score against what it takes, with the Pareto front marked."""
+    """Charts of score against cost, with the Pareto front marked."""
     metric = ablation.metric.replace("_", " ")
     costs = {
         "visual tokens": [entry.tokens for entry in entries],
         "training FLOPs": [entry.train_flops for entry in entries],
-        "parameters of the connector": [entry.parameters for entry in entries],
+        "connector parameters": [entry.parameters for entry in entries],
     }
     return "".join(
         scatter_chart(f"{metric} by {cost}", [(e.label, x, e.score) for e, x in zip(entries, values)], cost, front=True)
@@ -64,7 +64,7 @@ def _scores(ablation: Ablation, entries: Sequence[Entry]) -> str:
 
 
 def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
-    """Loss curves by stage: means over seeds, and what lies between the least and the most of them."""
+    """Loss curves by stage: the mean over seeds, and the band between their minimum and maximum."""
     settings = ablation.settings(choices[0])
     charts = ""
     for stage in (stage.name for stage in settings.wanted if "connector" in stage.parts):
@@ -72,7 +72,7 @@ def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
         for number, choice in enumerate(choices):
             files = [ablation.job(choice, seed) / stage / "metrics.jsonl" for seed in ablation.seeds]
             records = [read_records(file) for file in files]
-            length = min(map(len, records))  # an epoch of packed rows has a few steps more or less, by the seed's order
+            length = min(map(len, records))  # with packed rows, an epoch's steps vary a little with the seed
             curves = np.array([smooth([record["loss"] for record in seed[:length]], SMOOTHED) for seed in records])
             steps = [record["step"] for record in records[0][:length]]
             band = (curves.min(0).tolist(), curves.max(0).tolist()) if len(curves) > 1 else None
@@ -83,7 +83,7 @@ def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
 
 
 def _side_by_side(ablation: Ablation, choices: Sequence[Choice]) -> str:
-    """A few pictures, with what each answered: of the first seed, each picture's first question before any second."""
+    """A few images with each choice's answer for the first seed: every image's first question before any second."""
     samples = {choice.label: read_json(_last_stage(ablation, choice) / "samples.json") for choice in choices}
     first = next(iter(samples.values()))
     shown = sorted(range(len(first)), key=lambda i: first[i]["turn"])[:SHOWN]

@@ -1,10 +1,10 @@
-"""The runs of an ablation: each choice and seed in a folder of its own, in processes of their own.
+"""The runs of an ablation. Each choice and seed has a separate folder and separate processes.
 
-OUT/shared/1f0c.../seed-0/     stages that come before any connector, once a seed, for all choices that agree on them
+OUT/shared/1f0c.../seed-0/     stages before any connector, once per seed, for all choices that agree on them
 OUT/jobs/mlp/seed-0/           the run of one choice, with links to the shared stages
-OUT/sweep/mlp/1/               short runs that choose a learning rate, if asked for
+OUT/sweep/mlp/1/               short runs that choose the swept values, if there is a sweep
 OUT/timing/mlp/                short runs that measure speed, for budget=wall
-OUT/features/                  what the frozen encoder made of the pictures, for all of them
+OUT/features/                  the frozen encoder's cached features, for all runs
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REFRESH_SECONDS = 1.0
 
 
 class Runner:
-    """Starts the processes of jobs, at most ``ablation.jobs`` at once, and says how far they are."""
+    """Starts the processes of jobs, at most ``ablation.jobs`` at once, and shows their progress."""
 
     def __init__(self, ablation: Ablation, show_progress: bool):
         self.ablation = ablation
@@ -59,7 +59,7 @@ class Runner:
         self.bar.close()
 
     def at_once(self, function: Callable, items: Iterable) -> list:
-        """A function of each item, as many at once as there are to be jobs. Raises the first error."""
+        """Apply `function` to each item, at most ``ablation.jobs`` at once. Raises the first error."""
         with ThreadPoolExecutor(self.ablation.jobs) as pool:
             try:
                 return list(pool.map(function, items))
@@ -83,7 +83,7 @@ class Runner:
         self.at_once(run, folders.items())
 
     def shared(self, choice: Choice, seed: int) -> Path:
-        """Where the shared stages of a choice are: those that agree on all they depend on have one folder."""
+        """Folder of a choice's shared stages; choices that agree on all that these depend on share it."""
         settings = compose([*self.ablation.line, *choice.line])
         plain = dict(settings.composed)
         plain["stages"] = {stage.name: plain["stages"][stage.name] for stage in settings.before_connector()}
@@ -95,7 +95,7 @@ class Runner:
         return self.ablation.folder / "shared" / digest[:12] / f"seed-{seed}"
 
     def job(self, job: tuple[Choice, int]) -> tuple[Choice, str] | None:
-        """One of the runs that are compared; if it fails, its choice and why."""
+        """Run one of the jobs that are compared. Returns its choice and the reason if it fails."""
         choice, seed = job
         name, failure, has_run = f"{choice.label} seed {seed}", None, True
         try:
@@ -104,12 +104,12 @@ class Runner:
             failure = choice, f"{name}: {error}"
         self.bar.update()
         number = next(self.numbers)
-        if self.bar.disable and has_run:  # no terminal: a line a job
-            sys.stderr.write(f"{number} of {self.bar.total} jobs: {name} {'failed' if failure else 'is finished'}\n")
+        if self.bar.disable and has_run:  # no terminal: one line per job
+            sys.stderr.write(f"{number} of {self.bar.total} jobs: {name} {'failed' if failure else 'finished'}\n")
         return failure
 
     def run(self, choice: Choice, seed: int, folder: Path, line: Sequence[str]) -> bool:
-        """One run of all stages, from the shared ones on; whether any was left. Raises ValueError if it fails."""
+        """Run all stages after the shared ones. Returns whether any was left. Raises ValueError if the run fails."""
         settings = self.ablation.settings(choice, seed)
         for name in (stage.name for stage in settings.before_connector()):
             if not (folder / name).exists():
@@ -120,9 +120,9 @@ class Runner:
         return self._start(line, seed, folder, choice.label, settings.wanted)
 
     def _start(self, line: Sequence[str], seed: int, folder: Path, name: str, stages: Sequence[Stage]) -> bool:
-        """One training process, or several under torchrun, unless it is finished; whether it was not.
+        """Run one training process, or several under torchrun, unless the stages are finished.
 
-        Raises ValueError with its last words if it fails.
+        Returns whether anything ran. Raises ValueError with the last error of the output if it fails.
         """
         if _are_finished(folder, stages):
             return False
@@ -144,13 +144,13 @@ class Runner:
 
     @contextlib.contextmanager
     def _slot(self, folder: Path, name: str) -> Iterator[dict[str, str]]:
-        """A place to run in: the environment with its share of devices and threads."""
+        """Wait for a free slot. Yields the environment with its share of devices and threads."""
         devices = self.slots.get()
         self.running[folder] = name
         environment = dict(os.environ)
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
-        # more threads than cores wait for each other in every operation
+        # with more threads than cores, threads wait for each other in every operation
         environment.setdefault("OMP_NUM_THREADS", threads_each(self.ablation.jobs * self.ablation.ranks))
         try:
             yield environment
@@ -168,7 +168,7 @@ def _are_finished(folder: Path, stages: Sequence[Stage]) -> bool:
 
 
 def _where(folder: Path) -> str:
-    """The stage and step that a run has come to."""
+    """The stage and step that a run has reached."""
     files = sorted(folder.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
     if not files:
         return ""
@@ -184,12 +184,12 @@ def _visible_devices() -> list[str]:
 
 
 def threads_each(processes: int) -> str:
-    """Of torch's threads here, how many each of some processes has."""
+    """Number of threads for each of `processes` processes that share torch's threads."""
     return str(max(1, torch.get_num_threads() // processes))
 
 
 def device_slots(devices: Sequence[str], jobs: int, ranks: int) -> list[str | None]:
-    """Devices for each of the jobs that run at once; None (all of them) where there are too few for one a process."""
+    """Devices for each of the jobs that run at once; None (all devices) if there are fewer devices than processes."""
     if len(devices) < jobs * ranks:
         return [None] * jobs
     return [",".join(devices[job * ranks : (job + 1) * ranks]) for job in range(jobs)]

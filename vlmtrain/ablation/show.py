@@ -1,4 +1,4 @@
-"""An ablation's tables: for the terminal, and as Markdown, CSV and JSON."""
+"""The tables of an ablation, for the terminal and as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .results import FEW_SEEDS, Entry
 
 Table = list[tuple[str, ...]]
 NONE = "-"
-"""Where an entry was not asked what others were: an axis may change the data."""
+"""Shown where an entry lacks a score or category that others have, as an axis may change the data."""
 
 
 def write_results(ablation: Ablation, entries: Sequence[Entry]) -> None:
@@ -31,14 +31,14 @@ def write_results(ablation: Ablation, entries: Sequence[Entry]) -> None:
 
 
 def as_json(entry: Entry) -> dict:
-    """An entry's numbers."""
+    """The numbers of an entry, by name."""
     facts = {key: value for key, value in vars(entry).items() if key not in ("measured", "questions")}
     verdict = {"runs_differ_from_the_best": entry.runs_differ, "told_apart_from_the_best": entry.is_told_apart}
     return {**facts, **verdict, "seeds": len(entry.measured)}
 
 
 def _flat(facts: dict) -> dict:
-    """Numbers by column: those of a mapping as ``steps.instruct``, an interval's ends as ``interval.low``."""
+    """Numbers by column. Mappings become columns like ``steps.instruct``, interval ends become ``interval.low``."""
     found = {}
     for key, value in facts.items():
         if key in ("interval", "loss_interval"):
@@ -50,7 +50,7 @@ def _flat(facts: dict) -> dict:
 
 
 def tables(ablation: Ablation, entries: Sequence[Entry]) -> dict[str, Table]:
-    """By title: the table, what each category scored, and the other scores."""
+    """Tables by title: the main table, the scores of each category, and the other scores."""
     found = {"": main_table(ablation, entries)}
     kinds = sorted({kind for entry in entries for kind in entry.by_category})
     if kinds:
@@ -101,49 +101,51 @@ def markdown(ablation: Ablation, entries: Sequence[Entry]) -> str:
 
 
 def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
-    """What was held equal, and how far the table can be trusted."""
+    """A note on what was held equal and on the limits of the table."""
     seeds = len(ablation.seeds)
     plural = "s" if seeds > 1 else ""
     first = ablation.choices[0].label
     counts = {entry.samples for entry in entries}
     equal = {
-        "steps": "steps and samples" if len(counts) < 2 else "steps (samples as the table says)",
-        "samples": f"samples, as many as {first} takes",
-        "flops": f"training FLOPs of each stage, by plan, as many as {first} takes (so steps differ)",
-        "wall": f"seconds of training, by the speed of short runs, as many as {first} takes (so steps differ)",
+        "steps": "steps and samples" if len(counts) < 2 else "steps (samples differ, see the table)",
+        "samples": f"samples (as many as {first} uses)",
+        "flops": f"planned training FLOPs of each stage (as many as {first} uses, so steps differ)",
+        "wall": f"seconds of training, estimated from short runs (as many as {first} takes, so steps differ)",
     }[ablation.budget]
     axes = [key for key, _ in ablation.choices[0].axes]
-    apart = f", but for what {', '.join(axes)} itself changes" if axes else ""
+    apart = f", except for what {', '.join(axes)} changes" if axes else ""
     told = [
-        f"Equal for all{apart}: {equal}; the order of samples, all first weights but the connector's, and the "
+        f"Equal for all{apart}: {equal}; the order of samples; all initial weights except the connector's; and the "
         "questions.",
-        f"{seeds} seed{plural}; intervals (95 %) and p-values by a bootstrap over seeds and, the same for all seeds, "
-        "conversations; p-values are paired, against the best, and corrected for its being chosen among all pairs "
-        "(max-statistic)" + (", not below those of Tukey's range over seeds." if seeds >= FEW_SEEDS else "."),
+        f"{seeds} seed{plural}. Intervals (95 %) and p-values come from a bootstrap over seeds and conversations, with "
+        "the same conversations for all seeds. p-values are paired, against the best, and corrected for choosing the "
+        "best among all pairs (max-statistic)"
+        + (", and at least those of Tukey's range test over seeds." if seeds >= FEW_SEEDS else "."),
     ]
     if ablation.sweep:
         keys = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in ablation.sweep)
         told.append(
-            f"Each has its own best {keys}: that of the lowest validation loss after {ablation.sweep_steps} steps a "
-            f"stage at most, with seed {ablation.seeds[0]}."
+            f"Each choice uses its own best {keys}: that of the lowest validation loss after at most "
+            f"{ablation.sweep_steps} steps per stage with seed {ablation.seeds[0]}."
         )
     absent = [choice.label for choice in ablation.choices if choice.label not in {entry.label for entry in entries}]
     if absent:
-        told.append(f"Left out, as a job failed: {'; '.join(absent)}.")
+        told.append(f"Left out because a job failed: {'; '.join(absent)}.")
     blind = [entry.label for entry in entries if entry.blind >= entry.score]
     if blind:
         told.append(
-            f"Without seeing the picture as good: {'; '.join(blind)}; such a score tells nothing of the picture."
+            f"At least as good without the image: {'; '.join(blind)}. Such a score does not show that the model uses "
+            "the image."
         )
     at_once = f"{ablation.jobs} job{'s' if ablation.jobs > 1 else ''} at once"
     told.append(
-        f"samples/s is the last stage's as it ran, with {at_once} and whatever else the machine did, and with the "
-        "frozen encoder's features still to be made for the first job that needs them: it is no benchmark."
+        f"samples/s is measured in the last stage, with {at_once} and any other load on the machine; for the first job "
+        "that needs them, it includes computing the frozen encoder's features. It is not a benchmark."
     )
     if seeds < FEW_SEEDS:
         told.append(
-            f"With {seeds} seed{plural}, how much a connector differs from itself in another run cannot be told: "
-            '"runs differ" is said of these runs alone, small differences may be chance, and intervals are too narrow.'
+            f"With {seeds} seed{plural}, the variation between runs of the same connector cannot be estimated: "
+            '"runs differ" holds for these runs only, small differences may be chance, and intervals are too narrow.'
         )
     return " ".join(told)
 
@@ -172,7 +174,7 @@ def main_table(ablation: Ablation, entries: Sequence[Entry]) -> Table:
             *((" + ".join(f"{steps:,}" for steps in entry.steps.values()),) if by_steps else ()),
             *((f"{entry.samples:,}",) if by_samples else ()),
             f"{entry.samples_per_second:.1f}",
-            "not known" if entry.train_flops is None else f"{entry.train_flops:.2e}",
+            "not available" if entry.train_flops is None else f"{entry.train_flops:.2e}",
             f"{entry.peak_memory_bytes / 2**30:.2f} GiB",
             *(entry.chosen.get(key, "") for key in swept),
             _verdict(entry, entries[0]),

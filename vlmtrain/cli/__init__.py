@@ -1,4 +1,4 @@
-"""The ``vlmtrain`` command: a module a command, each with its arguments and what it does."""
+"""The ``vlmtrain`` command. Each subcommand is a module with its arguments and its implementation."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .. import __version__
 from . import ablate, chat, check, evaluate, export, features, import_model, plan, report, reproduce, tokens
 
 COMMANDS: dict[str, tuple[str, ModuleType]] = {
-    "check": ("read a recipe's data as training would, and list what is wrong", check),
-    "features": ("look at a recipe's pictures ahead of training, for features.cache", features),
+    "check": ("read a recipe's data as training does and list its problems", check),
+    "features": ("precompute the frozen encoder's features of a recipe's images, for features.cache", features),
     "evaluate": ("score a model's answers on held-out conversations", evaluate),
-    "chat": ("ask a model about a picture", chat),
-    "report": ("write report.html of a run", report),
-    "reproduce": ("train a run again from its record, and say where its losses part", reproduce),
-    "tokens": ("visual tokens of a picture, for any connectors", tokens),
-    "plan": ("what a recipe will take: parameters, tokens, FLOPs, GPU-hours, memory", plan),
-    "export": ("write a model for Hugging Face's transformers", export),
-    "import": ("make a model folder of a published LLaVA or BLIP-2, for init_from", import_model),
-    "ablate": ("train a recipe with several connectors, and say which differ", ablate),
+    "chat": ("chat with a model about an image", chat),
+    "report": ("write report.html for a run", report),
+    "reproduce": ("repeat a run from its record and report where the losses diverge", reproduce),
+    "tokens": ("count the visual tokens of an image for given connectors", tokens),
+    "plan": ("estimate what a recipe needs: parameters, tokens, FLOPs, GPU-hours, memory", plan),
+    "export": ("export a model for Hugging Face transformers", export),
+    "import": ("convert a published LLaVA or BLIP-2 to a model folder, for init_from", import_model),
+    "ablate": ("train a recipe with several connectors and report which differ", ablate),
 }
-"""Name: what it does, and its module: ``add_arguments(parser)`` and ``run(options)``."""
+"""By name: a summary, and a module with ``add_arguments(parser)`` and ``run(options)``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry of the ``vlmtrain`` command."""
+    """Entry point of the ``vlmtrain`` command."""
     options = _parse(arguments)
     from ..distributed.world import prepare_process
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a line on which key=value words and options may stand in any order."""
+    """Parse arguments in which key=value overrides and options may appear in any order."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
@@ -67,6 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, (summary, command) in COMMANDS.items():
         own = commands.add_parser(name, help=summary)
         command.add_arguments(own)
-        own.add_argument("--json", action="store_true", help="print the same as JSON")
+        own.add_argument("--json", action="store_true", help="print the result as JSON")
         own.set_defaults(run=command.run)
     return parser

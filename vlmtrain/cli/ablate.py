@@ -1,4 +1,4 @@
-"""``vlmtrain ablate``: train a recipe with several connectors, and say which differ."""
+"""``vlmtrain ablate``: train a recipe with several connectors and report which differ."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     take_overrides(
         parser,
-        "recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2], the rest of training's line; "
-        "axis.KEY=[...] for further axes, sweep.KEY=[...] sweep_steps=100 where each is to have its own best, "
-        "budget=steps|samples|flops|wall, metric=exact_match; jobs=N at once, ranks=N each, run_dir=DIR",
+        "recipe=NAME connectors=[linear,{qformer:{num_queries: 64}}] seeds=[0,1,2] and any overrides for training; "
+        "axis.KEY=[...] adds an axis; sweep.KEY=[...] sweep_steps=100 finds each choice's best value in short runs; "
+        "budget=steps|samples|flops|wall, metric=exact_match; jobs=N at once, ranks=N per job, run_dir=DIR",
     )
 
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _tell(ablation: Ablation, entries: Sequence[Entry], as_json_text: bool) -> None:
-    """Write the tables, and print them."""
+    """Write and print the tables."""
     from ..ablation.show import as_json, for_terminal, write_results
 
     write_results(ablation, entries)

@@ -1,4 +1,4 @@
-"""``vlmtrain check``: read a recipe's data as training would, and list what is wrong."""
+"""``vlmtrain check``: read a recipe's data as training does and list its problems."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from ..settings import Run, Stage
 
 SHOWN = 3
-"""Samples that are printed of each stage."""
+"""Number of samples printed per stage."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    take_overrides(parser, "the line that training would get")
+    take_overrides(parser, "the same overrides as for training")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes that read (default: one a core)"
+        "--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: one per core)"
     )
     parser.add_argument(
         "--clean-list",
         type=Path,
         metavar="FILE",
-        help="write which records are bad; data.clean_list=FILE trains without",
+        help="write the list of bad records to FILE; data.clean_list=FILE trains without them",
     )
 
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Namespace) -> tuple[dict, dict]:
-    """What is in a stage's data, printed unless it is wanted as JSON; and the reports of its splits."""
+    """Check the data of a stage. Returns the result, which is printed unless --json is set, and the splits' reports."""
     from ..data.checking import check_data, show_targets
     from ..data.sources import build_source
     from ..objectives import OBJECTIVES
@@ -138,14 +138,14 @@ def _print_sources(result: dict) -> None:
                 ("  records", f"{report['records']:,}"),
                 ("  samples", f"{report['samples']:,} ({report['text_only']:,} text-only, "
                               f"{report['duplicates']:,} duplicates)"),
-                ("  pictures", f"{report['images']:,}"),
+                ("  images", f"{report['images']:,}"),
                 ("  answers", f"{report['answers']:,}"),
-                ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of pictures, "
-                             f"{report['target_tokens']:,} trained)"),
+                ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of images, "
+                             f"{report['target_tokens']:,} trained on)"),
                 ("  problems", f"{len(report['problems']):,}"),
             ], indent=2, numbers=False)
         )  # fmt: skip
-        for title, key in (("tokens a sample", "length"), ("tokens of its pictures", "image_tokens_each")):
+        for title, key in (("tokens per sample", "length"), ("image tokens per sample", "image_tokens_each")):
             if report[key]:
                 spread = ", ".join(f"{which} {value:g}" for which, value in report[key].items())
                 print(f"    {title}: {spread}")

@@ -1,4 +1,4 @@
-"""What several commands share: kinds of arguments, checks and output."""
+"""Arguments, checks and output that several commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 MAX_PROBLEMS = 20
-"""Problems that are printed of each source."""
+"""Number of problems printed per source."""
 
 
 def take_overrides(parser: argparse.ArgumentParser, summary: str) -> None:
@@ -20,11 +20,11 @@ def take_modules(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a Python module of your own to import first, which registers connectors; may be repeated",
+        help="a custom Python module to import first, which registers connectors; may be repeated",
     )
 
 
 def check_writable(file: Path | None) -> None:
-    """Raise ValueError for a file that could not be written in the end, before the work is done."""
+    """Raise ValueError, before any work is done, if `file` cannot be written."""
     if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise ValueError(f"{file} cannot be written: is {file.parent} a folder that you may write to?")
+        raise ValueError(f"{file} cannot be written: expected {file.parent} to be a folder with write permission")

@@ -12,7 +12,7 @@ from .common import check_writable, take_overrides
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     take_overrides(parser, "data.validation=FILE data.images=DIR validation.samples=N")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="write every question and answer here, as JSON")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="write all questions and answers to FILE as JSON")
 
 
 def run(options: argparse.Namespace) -> None:

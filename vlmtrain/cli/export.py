@@ -1,4 +1,4 @@
-"""``vlmtrain export``: write a model for Hugging Face's transformers."""
+"""``vlmtrain export``: export a model for Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="hf",
         metavar="FORMAT",
-        help="llava, blip2: LLaVA's or BLIP-2's own class, loaded by transformers alone; vlmtrain: a class that needs "
-        "'import vlmtrain'; hf (default): the first of them that fits",
+        help="llava, blip2: the transformers class of LLaVA or BLIP-2, which loads without vlmtrain; vlmtrain: a class "
+        "that needs 'import vlmtrain'; hf (default): the first of these that fits",
     )
     take_modules(parser)
 

@@ -1,4 +1,4 @@
-"""``vlmtrain features``: look at a recipe's pictures ahead of training, for features.cache."""
+"""``vlmtrain features``: precompute the frozen encoder's features of a recipe's images, for features.cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .common import MAX_PROBLEMS, take_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    take_overrides(parser, "the line that training would get, with features.cache=DIR")
+    take_overrides(parser, "the same overrides as for training, with features.cache=DIR")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps({name: asdict(done) for name, done in filled.items()}, indent=2))
     else:
         for name, done in filled.items():
-            print(f"stage {name}: {done.computed:,} pictures computed, {done.known:,} known already")
+            print(f"stage {name}: {done.computed:,} images computed, {done.known:,} already cached")
             for problem in done.problems[:MAX_PROBLEMS]:
                 print(f"    {problem}")
     if any(done.problems for done in filled.values()):

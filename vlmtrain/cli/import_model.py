@@ -1,4 +1,4 @@
-"""``vlmtrain import``: make a model folder of a published LLaVA or BLIP-2, for init_from."""
+"""``vlmtrain import``: convert a published LLaVA or BLIP-2 to a model folder, for init_from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder, or a projector's file")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a Hugging Face folder or a projector file")
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
-    parser.add_argument("--llm", metavar="PATH", help="for a projector: the language model, a hub id or folder")
-    parser.add_argument("--vision", metavar="PATH", help="for a projector: the encoder, a hub id or folder")
-    parser.add_argument("--template", metavar="NAME", help="in place of the source's: vicuna_v1, chatml, bare, ...")
-    parser.add_argument("--image-fit", metavar="FIT", help="in place of the source's: squash, pad, crop")
+    parser.add_argument("--llm", metavar="PATH", help="language model of a projector: a hub id or folder")
+    parser.add_argument("--vision", metavar="PATH", help="vision encoder of a projector: a hub id or folder")
+    parser.add_argument(
+        "--template", metavar="NAME", help="replace the source's template: vicuna_v1, chatml, bare, ..."
+    )
+    parser.add_argument("--image-fit", metavar="FIT", help="replace the source's image fit: squash, pad, crop")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""``vlmtrain plan``: what a recipe will take: parameters, tokens, FLOPs, GPU-hours, memory."""
+"""``vlmtrain plan``: estimate what a recipe needs: parameters, tokens, FLOPs, GPU-hours, memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .common import take_overrides
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     take_overrides(
-        parser, "the line that training would get, and gpus=8 gpu_memory_gb=80 gpu_tflops=312 utilisation=0.4"
+        parser, "the same overrides as for training, and gpus=8 gpu_memory_gb=80 gpu_tflops=312 utilisation=0.4"
     )
 
 

@@ -1,4 +1,4 @@
-"""``vlmtrain report``: write report.html of a run."""
+"""``vlmtrain report``: write report.html for a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vlmtrain reproduce``: train a run again from its record, and say where its losses part."""
+"""``vlmtrain reproduce``: repeat a run from its record and report where the losses diverge."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: RUN_DIR-again)")
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes (default: as many as then)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: RUN_DIR-again)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="number of processes (default: that of the run)")
 
 
 def run(options: argparse.Namespace) -> None:
     from ..runs.reproduction import reproduce
 
     if options.ranks is not None and options.ranks < 1:
-        raise ValueError(f"--ranks {options.ranks}: expected a number from 1")
+        raise ValueError(f"--ranks {options.ranks}: expected an integer of at least 1")
     done = reproduce(options.run_dir, options.out, options.ranks)
     if options.json:
         stages = {
@@ -36,8 +36,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _parting(result) -> str:
     if result.parting is None:
-        weights = {True: ", and its weights are the same", False: ", but its weights differ", None: ""}
-        return f"the {result.steps} steps are the same to the bit{weights[result.same_model]}"
+        weights = {True: ", and so are the weights", False: ", but the weights differ", None: ""}
+        return f"all {result.steps} steps are bit-identical{weights[result.same_model]}"
     step, key, first, again = result.parting
-    share = f" ({abs(again - first) / max(abs(first), 1e-30):.1e} of it)" if None not in (first, again) else ""
-    return f"parts at step {step} of {result.steps}: {key} was {first}, is {again}{share}"
+    share = (
+        f" (relative difference {abs(again - first) / max(abs(first), 1e-30):.1e})"
+        if None not in (first, again)
+        else ""
+    )
+    return f"diverges at step {step} of {result.steps}: {key} was {first}, is now {again}{share}"

@@ -1,4 +1,4 @@
-"""``vlmtrain tokens``: visual tokens of a picture, for any connectors."""
+"""``vlmtrain tokens``: count the visual tokens of an image for given connectors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from .common import take_modules
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--image-size", nargs="+", type=int, required=True, metavar="PIXELS", help="side, or height width"
+        "--image-size", nargs="+", type=int, required=True, metavar="PIXELS", help="side length, or height and width"
     )
     parser.add_argument("--patch-size", type=int, required=True, metavar="PIXELS")
-    parser.add_argument("--tiles", type=int, default=1, metavar="N", help="views of that size a picture is cut into")
-    parser.add_argument("--thumbnail", action="store_true", help="and one view of the whole picture")
+    parser.add_argument(
+        "--tiles", type=int, default=1, metavar="N", help="views of that size that an image is split into"
+    )
+    parser.add_argument("--thumbnail", action="store_true", help="add one view of the complete image")
     parser.add_argument(
         "--connector",
         nargs="+",
         default=["linear"],
         metavar="NAME",
-        help="with options as NAME,key=value,... (default: linear, a token a patch)",
+        help="with options as NAME,key=value,... (default: linear, one token per patch)",
     )
-    parser.add_argument("--context", type=int, default=4096, metavar="N", help="the LLM's context (default: 4096)")
+    parser.add_argument(
+        "--context", type=int, default=4096, metavar="N", help="context length of the LLM (default: 4096)"
+    )
     take_modules(parser)
 
 
@@ -34,7 +38,9 @@ def run(options: argparse.Namespace) -> None:
     from ..reporting.tables import text_table
 
     if len(options.image_size) > 2:
-        raise ValueError(f"--image-size takes a side, or height and width, got {len(options.image_size)} numbers")
+        raise ValueError(
+            f"--image-size: expected a side length, or height and width, got {len(options.image_size)} numbers"
+        )
     size = (options.image_size[0], options.image_size[-1])
     found = []
     for choice in options.connector:
@@ -45,10 +51,10 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=2))
         return
-    rows = [("connector", "tokens", "a view", "views", f"of {options.context:,}")]
+    rows = [("connector", "tokens", "per view", "views", f"of {options.context:,}")]
     rows += [
         (each.connector, f"{each.tokens:,}", f"{each.tokens_per_view:,}", f"{each.views}", f"{each.context_share:.1%}")
         for each in found
     ]
-    print(f"{size[0]}x{size[1]} pixels, {found[0].grid[0]}x{found[0].grid[1]} patches a view")
+    print(f"{size[0]}x{size[1]} pixels, {found[0].grid[0]}x{found[0].grid[1]} patches per view")
     print(text_table(rows, indent=2))

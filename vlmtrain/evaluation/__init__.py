@@ -1,4 +1,4 @@
-"""What a trained model says: validation scores, and talking with it."""
+"""Evaluation of a trained model: validation scores and chat."""
 
 from .chat import Chat
 

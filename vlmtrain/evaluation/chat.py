@@ -1,4 +1,4 @@
-"""Talking with a trained model."""
+"""Chat with a trained model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .generation import generate
 
 
 class Chat:
-    """A conversation with a model about some pictures; remembers what was said.
+    """A conversation with a model about images. It keeps the previous turns.
 
-    images: paths, or anything with ``load() -> PIL.Image``, for the first question. Raises BadSample for one that
-    cannot be read.
+    images: paths, or objects with ``load() -> PIL.Image``, for the first question. Raises BadSample if one cannot be
+    read.
     """
 
     def __init__(self, model: VLMWrapper, processor: Processor, images: Sequence[ImageSource | str | Path] = ()):
@@ -34,7 +34,7 @@ class Chat:
         self.device, self.dtype = embeddings.device, embeddings.dtype
 
     def show(self, image: ImageSource | str | Path) -> None:
-        """Add a picture to the next question. Raises BadSample if it cannot be read."""
+        """Add an image to the next question. Raises BadSample if it cannot be read."""
         source = ImageOnDisk(Path(image)) if isinstance(image, str | Path) else image
         source.load()
         self.images = (*self.images, source)
@@ -42,7 +42,7 @@ class Chat:
     def say(self, words: str, max_new_tokens: int = 128, on_text: Callable[[str], None] | None = None) -> str:
         """The model's greedy answer to `words`, up to the template's end of turn.
 
-        on_text: called with each further piece of the answer as it is made; the pieces make up the answer.
+        on_text: called with each new piece of the answer as it is generated; the pieces add up to the answer.
         """
         shown = sum(turn.text.count(IMAGE_MARK) for turn in self.turns if turn.role == "user")
         words = "\n".join([*[IMAGE_MARK] * (len(self.images) - shown), words])
@@ -53,13 +53,13 @@ class Chat:
         streamer = on_text and Pieces(renderer, on_text)
         ids = generate(self.model, self.processor, batch, max_new_tokens=max_new_tokens, streamer=streamer)
         answer = renderer.decode(ids[0])
-        # a caption model (template plain) knows one exchange only
+        # a caption model (template plain) supports a single exchange
         self.turns = () if renderer.template == "plain" else (*asked, Turn("assistant", answer))
         return answer
 
 
 class Pieces(BaseStreamer):
-    """Gives words to `on_text` as their tokens come, one row; half a character or trailing space waits for the rest."""
+    """Streams the text of one row to `on_text`; incomplete characters and trailing spaces wait for further tokens."""
 
     def __init__(self, renderer: Renderer, on_text: Callable[[str], None]):
         self.renderer, self.on_text = renderer, on_text
@@ -67,7 +67,7 @@ class Pieces(BaseStreamer):
         self.text = ""
 
     def put(self, value: Tensor) -> None:
-        if value.dim() > 1:  # the prompt, of which there are no ids
+        if value.dim() > 1:  # the prompt, which has no ids
             return
         self.ids += value.tolist()
         text = self.renderer.decode(torch.tensor(self.ids))

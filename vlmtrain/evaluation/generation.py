@@ -1,4 +1,4 @@
-"""A model's answers to prompts, and how likely it takes given answers to be."""
+"""Generate answers to prompts, and compute the likelihood of given answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model import VLMWrapper
 
 
 class Likelihood(NamedTuple):
-    """Log-probability of an answer, end of turn included; its tokens; whether each of them is the likeliest."""
+    """Log-probability of an answer with its end of turn; its number of tokens; whether each is the most likely one."""
 
     total: float
     tokens: int
@@ -27,7 +27,7 @@ class Likelihood(NamedTuple):
 
 
 def generate(model: VLMWrapper, processor: Processor, batch: Batch, **options) -> Tensor:
-    """New tokens behind each row of a batch; greedy unless the options of transformers' ``generate`` say otherwise."""
+    """Generate tokens after each row of a batch, greedily unless `options`, passed to ``generate``, say otherwise."""
     return model.generate(
         batch.input_ids,
         batch.images,
@@ -59,10 +59,10 @@ def target_logits(model: VLMWrapper, batch: Batch, keep: Tensor) -> Tensor:
 def likelihoods(
     model: VLMWrapper, processor: Processor, samples: Sequence[Sample], device: torch.device, dtype: torch.dtype
 ) -> list[Likelihood]:
-    """Of each sample's last answer, in one batch. Without samples the same calls are made, and the list is empty."""
+    """Likelihood of each sample's last answer, in one batch. Without samples, the model is called all the same."""
     batch = processor.collate(list(samples), rows=1).to(device, dtype)
     starts = torch.tensor([sample.tokens.answers[-1][0] for sample in samples] or [0], device=device)
-    # a target stands one place before its token
+    # a target is one position before its token
     ahead = torch.arange(batch.input_ids.shape[1], device=device)[None] >= starts[:, None] - 1
     keep = ahead & (batch.targets != IGNORE)
     keep[:, 0] |= not samples

@@ -1,4 +1,4 @@
-"""lmms-eval's tasks, run on the model in memory behind a stage."""
+"""Run lmms-eval tasks after a stage, on the model in memory."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..settings import Validation
 
 
 def check_tasks(tasks: Sequence[str], is_sharded: bool) -> None:
-    """Raise ValueError for tasks that cannot be run because the ranks share the weights (ZeRO-3)."""
+    """Raise ValueError if tasks cannot be run because the weights are sharded over the ranks (ZeRO-3)."""
     if tasks and is_sharded:
         raise ValueError(
-            "validation.lmms_eval: ranks ask different questions, which zero3 on several processes cannot do; "
-            "train with zero2, or run lmms-eval on the model folder"
+            "validation.lmms_eval: ranks evaluate different questions, which zero3 on several processes does not "
+            "support; train with zero2, or run lmms-eval on the model folder"
         )
 
 
 def benchmarks_of(options: Validation) -> Benchmarks:
-    """The tasks that the settings name."""
+    """The tasks named in the settings."""
     return Benchmarks(options.lmms_eval, options.batch_size, options.final_samples)
 
 
 class Benchmarks:
-    """Tasks by lmms-eval's names, or as the YAML files of one's own.
+    """Tasks by their names in lmms-eval, or custom tasks by their YAML files.
 
-    limit: questions of each task, from its start; None: all. Every rank makes the same calls, and takes its share.
-    Raises ValueError, before anything is downloaded, where lmms-eval is not installed or does not know a task.
+    limit: number of questions per task, from its start; None: all. Every rank makes the same calls and takes its share.
+    Raises ValueError, before anything is downloaded, if lmms-eval is not installed or a task does not exist.
     """
 
     def __init__(self, tasks: Sequence[str], batch_size: int, limit: int | None):
@@ -45,28 +45,28 @@ class Benchmarks:
         files = [Path(task) for task in tasks if task.endswith(".yaml")]
         for file in files:
             if not file.is_file():
-                raise ValueError(f"validation.lmms_eval: {file} is no file")
+                raise ValueError(f"validation.lmms_eval: {file} is not a file")
         self.manager = TaskManager("ERROR", include_path=[str(file.parent) for file in files] or None)
         self.tasks = [_task_of(Path(task)) if task.endswith(".yaml") else task for task in tasks]
         for task in self.tasks:
             if task not in self.manager.all_tasks:
                 raise ValueError(
-                    f"validation.lmms_eval: lmms-eval knows no task '{task}'.{nearest(task, self.manager.all_tasks)} "
-                    "`python -m lmms_eval --tasks list` lists them; one of your own is named by its YAML file"
+                    f"validation.lmms_eval: lmms-eval has no task '{task}'.{nearest(task, self.manager.all_tasks)} "
+                    "`python -m lmms_eval --tasks list` lists them; give a custom task as its YAML file"
                 )
 
     def load(self) -> None:
-        """Load, and where need be download, the tasks' data. Raises ValueError if that fails."""
+        """Load the tasks' data, downloading it if necessary. Raises ValueError if that fails."""
         from lmms_eval.tasks import get_task_dict
 
         for task in self.tasks:
             try:
                 get_task_dict([task], self.manager)
-            except Exception as error:  # whatever a task's own code raises
+            except Exception as error:  # a task's code may raise anything
                 raise ValueError(f"validation.lmms_eval: the data of {task} cannot be loaded: {error}") from error
 
     def scores(self, model: VLMWrapper, processor: Processor, world: World) -> dict[str, dict[str, float]]:
-        """Each task's metrics by name; on every rank."""
+        """The metrics of each task, by name, on every rank."""
         from lmms_eval.evaluator import simple_evaluate
         from loguru import logger
 
@@ -95,12 +95,12 @@ def _task_of(file: Path) -> str:
 
     name = load_yaml_config(str(file), mode="simple").get("task")
     if not isinstance(name, str):
-        raise ValueError(f"validation.lmms_eval: {file} has no 'task', the name of what it describes")
+        raise ValueError(f"validation.lmms_eval: {file} has no 'task' key with the name of the task")
     return name
 
 
 def _metrics(values: dict) -> dict[str, float]:
-    """Numbers alone, without the filter in their names where it does nothing, and without errors of bootstraps."""
+    """Numeric metrics only, without the suffix of the filter "none", and without bootstrap errors."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()

@@ -1,9 +1,9 @@
-"""What answers are worth: metrics by name, over all questions and by category.
+"""Metrics of answers by name, over all questions and by category.
 
-answers -> worth of each (exact match, VQA accuracy, choices, CIDEr), and of all together (yes/no, BLEU-4)
+answers -> value of each answer (exact match, VQA accuracy, choices, CIDEr), and of all answers (yes/no, BLEU-4)
 
-Exact match is always computed, another metric where records carry what it needs; `validation.metrics` names those
-that must be, instead.
+Exact match is always computed, and other metrics if the records have what they need. `validation.metrics` instead
+names the metrics that must be computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .vqa import vqa_accuracy
 
 @dataclass(frozen=True)
 class Answer:
-    """One question put to the model. `conversation` and `turn` say where it stands; likelihoods: of its choices."""
+    """The answer to one question, located by `conversation` and `turn`. likelihoods: those of its choices."""
 
     conversation: int
     turn: int
@@ -33,7 +33,7 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it equals its reference, white space at the ends aside."""
+        """Whether the prediction equals the reference, ignoring white space at the ends."""
         return self.prediction.strip() == self.reference.strip()
 
     @property
@@ -42,10 +42,10 @@ class Answer:
 
 
 class Metric(NamedTuple):
-    """A way to judge answers.
+    """A way to score answers.
 
-    needs: what a record must have, in words. fits: whether an answer can be judged so. recognised: whether it is
-    without being asked to. each: values of answers, in order, by name. together: values of all, by name.
+    needs: what a record must have, for messages. fits: whether an answer can be scored. recognised: whether it is
+    scored by default. each: one value per answer, in order, by name. together: one value for all answers, by name.
     """
 
     needs: str
@@ -64,7 +64,7 @@ def _vqa_accuracy(answers: Sequence[Answer]) -> dict[str, list[float]]:
 
 
 def _choice(answers: Sequence[Answer]) -> dict[str, list[float]]:
-    """Whether the likeliest choice is the reference, by total log-probability and by its mean over tokens."""
+    """Whether the most likely choice is the reference, by total log-probability and by its mean over tokens."""
     plain = [_chosen(answer, [one.total for one in answer.likelihoods]) for answer in answers]
     normalised = [_chosen(answer, [one.mean for one in answer.likelihoods]) for answer in answers]
     return {"choice_accuracy": plain, "choice_accuracy_normalised": normalised}
@@ -86,13 +86,13 @@ def _bleu4(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def says_yes(text: str) -> bool:
-    """How POPE reads an answer: its first sentence says no if one of its words is no, No or not, else yes."""
+    """Parse an answer as POPE does: no if the first sentence contains the word no, No or not, else yes."""
     words = text.split(".")[0].replace(",", "").split()
     return not {"No", "no", "not"} & set(words)
 
 
 def _yes_no_pairs(answers: Sequence[Answer]) -> list[tuple[bool, bool]]:
-    """Whether an answer says yes, and whether it should."""
+    """Whether each answer is yes, and whether it should be."""
     return [(says_yes(answer.prediction), answer.reference.strip().lower() == "yes") for answer in answers]
 
 
@@ -124,15 +124,15 @@ METRICS: dict[str, Metric] = {
         "'answers'", lambda a: bool(a.grading.answers), lambda a: bool(a.grading.answers), each=_vqa_accuracy
     ),
     "choice": Metric("'choices'", lambda a: bool(a.grading.choices), lambda a: bool(a.grading.choices), each=_choice),
-    "yes_no": Metric("yes or no as its answer", _is_yes_no, _is_yes_no, _yes_no_accuracy, _yes_no),
+    "yes_no": Metric("'yes' or 'no' as its reference", _is_yes_no, _is_yes_no, _yes_no_accuracy, _yes_no),
     "cider": Metric("a caption", lambda a: True, lambda a: bool(a.grading.captions), each=_cider),
     "bleu4": Metric("a caption", lambda a: True, lambda a: bool(a.grading.captions), together=_bleu4),
 }
 
 
 class Grades(NamedTuple):
-    """total: value by name. by_category: the same for the questions of each category, and their number. each: for
-    every answer, its own values by name."""
+    """total: values by name. by_category: the same for the questions of each category, and their number. each: the
+    values of every answer, by name."""
 
     total: dict[str, float]
     by_category: dict[str, dict[str, float]]
@@ -140,9 +140,9 @@ class Grades(NamedTuple):
 
 
 def grade(answers: Sequence[Answer], names: Sequence[str] | None = None) -> Grades:
-    """Judge answers by exact match and the metrics `names`; None: all that are recognised from what records carry.
+    """Score answers by exact match and the metrics `names`; None: by all metrics that the records have the data for.
 
-    Raises ValueError for a named metric and a question that it cannot judge.
+    Raises ValueError if a named metric cannot score a question.
     """
     if names is not None:
         check_fits(answers, names)
@@ -170,7 +170,7 @@ def grade(answers: Sequence[Answer], names: Sequence[str] | None = None) -> Grad
 
 
 def check_fits(answers: Iterable[Answer], names: Sequence[str]) -> None:
-    """Raise ValueError for a named metric and a question that it cannot judge, whatever is answered."""
+    """Raise ValueError if a named metric cannot score a question, whatever the prediction."""
     for answer in answers:
         for name in names:
             if not METRICS[name].fits(answer):
@@ -198,7 +198,7 @@ def _totals(
 
 
 def check_metrics(names: Any) -> None:
-    """Raise ValueError unless `names` is None or a list of metrics."""
+    """Raise ValueError unless `names` is None or a list of metric names."""
     if names is None:
         return
     if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
@@ -212,17 +212,17 @@ def check_metrics(names: Any) -> None:
 
 
 PLAIN = ("loss", "perplexity", "cider", "bleu4")
-"""Values that are not shares of the questions."""
+"""Values that are not fractions of the questions."""
 
 
 def value_text(name: str, value: float) -> str:
-    """A value as people read it: shares in per cent."""
+    """Format a value, with fractions in per cent."""
     return f"{value:.4f}" if name.removeprefix("blind_") in PLAIN else f"{value:.1%}"
 
 
 def score_rows(scores: dict) -> list[tuple[str, ...]]:
-    """Scores as rows of a table: what, its value, and that of blanked pictures; then the categories' exact match."""
-    rows: list[tuple[str, ...]] = [("", "seeing", "blind")]
+    """Table rows of scores: name, value and value with blanked images; then the exact match of each category."""
+    rows: list[tuple[str, ...]] = [("", "with image", "blind")]
     for name in (name for name in scores if f"blind_{name}" in scores):
         shown = (value_text(name, scores[key]) for key in (name, f"blind_{name}"))
         rows.append((name.replace("_", " "), *shown))
@@ -233,6 +233,6 @@ def score_rows(scores: dict) -> list[tuple[str, ...]]:
 
 
 def benchmark_rows(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
-    """A table of lmms-eval's tasks and metrics, its head first."""
+    """Table rows of lmms-eval's tasks and metrics, header first."""
     rows = [(task, name, f"{value:.4g}") for task, values in scores.items() for name, value in values.items()]
     return [("lmms-eval task", "metric", "value"), *rows]

@@ -1,7 +1,7 @@
-"""Validation: the loss on held-out conversations, and the answers that the model really gives.
+"""Validation: the loss on held-out conversations, and the answers that the model generates.
 
-Every answer of a conversation is asked for with the conversation up to it, and judged (see metrics.py). The same
-questions on a blanked picture tell what the words alone give away.
+Every answer of a conversation is generated from the conversation up to it, and scored (see scores.py). The same
+questions with blanked images show how much can be answered from the text alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .scores import Answer, check_fits, grade
 
 
 class Validator:
-    """Runs a model over held-out conversations; every rank takes its share and makes the same calls.
+    """Runs a model on held-out conversations; every rank takes its share and makes the same calls.
 
-    sync_generation: keep generating until all ranks are done, as ZeRO-3 needs. skip_bad: leave broken records out.
-    metrics: names of those to compute; None: all that the records carry what they need for.
-    Everywhere, `size` is the number of conversations looked at, from the start of the source; None means all.
+    sync_generation: keep generating until all ranks are done, as ZeRO-3 requires. skip_bad: skip broken records.
+    metrics: names of the metrics to compute; None: all that the records have the data for.
+    In all methods, `size` is the number of conversations to use, from the start of the source; None means all.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Validator:
         self.sync_generation, self.skip_bad, self.metrics = sync_generation, skip_bad, metrics
 
     def check_metrics(self, size: int | None) -> None:
-        """Raise ValueError, before any model runs, for a named metric and a question that it cannot judge."""
+        """Raise ValueError, before any model runs, if a named metric cannot score a question."""
         if self.metrics is not None:
             check_fits(self._references(size), self.metrics)
 
     def _references(self, size: int | None) -> Iterator[Answer]:
-        """Every question with its reference, not answered; broken records are told of where they are used."""
+        """Every question with its reference, unanswered; broken records are reported where they are used."""
         for index in self._indices(size):
             with contextlib.suppress(BadSample):
                 conversation = self.processor.renderer.showable(self.source[index])
@@ -64,11 +64,11 @@ class Validator:
                     yield Answer(index, turn, question, true.text.strip(), "", true.grading)
 
     def loss(self, model: VLMWrapper, size: int | None, blind: bool = False) -> float:
-        """Mean cross-entropy of a target token, over all ranks."""
+        """Mean cross-entropy per target token, over all ranks."""
         return mean_loss(self.losses(model, size, blind))
 
     def losses(self, model: VLMWrapper, size: int | None, blind: bool = False) -> dict[int, tuple[float, float]]:
-        """Each conversation's cross-entropy, summed, and the weight of its targets; on every rank, those of all."""
+        """Each conversation's summed cross-entropy and the weight of its targets, for all ranks on every rank."""
         samples = sorted(self._samples(size), key=lambda item: len(item[2].tokens))
         found = {}
         for i in range(0, self._share(size), self.batch_size):
@@ -84,14 +84,14 @@ class Validator:
         return dict(sorted(item for rank in self.world.gather(found) for item in rank.items()))
 
     def answers(self, model: VLMWrapper, size: int | None, blind: bool = False) -> list[Answer]:
-        """Greedy answers to every question, in order; with `blind`, the pictures are blanked."""
+        """Greedy answers to all questions, in order; with `blind`, the images are blanked."""
         asked, offered = [], []
         for index, conversation, sample in self._samples(size):
             sample = _blanked(sample) if blind else sample
             spoken = [turn for turn in conversation.turns if turn.role != "system"]
             for turn, (start, _) in enumerate(sample.tokens.answers):
                 if start == 0:
-                    continue  # a bare text under `plain`: there is nothing to go on from
+                    continue  # text without an image under `plain`: there is no prompt
                 question, true = spoken[2 * turn].text.replace(IMAGE_MARK, "").strip(), spoken[2 * turn + 1]
                 asked.append((_prompt(sample, start), index, turn, question, true.text.strip(), true.grading))
                 for number, choice in enumerate(true.grading.choices):
@@ -115,7 +115,7 @@ class Validator:
     def _likelihoods(
         self, model: VLMWrapper, offered: list[tuple[Sample, int, int, int]]
     ) -> dict[tuple[int, int, int], Likelihood]:
-        """How likely each choice is as the last answer of its conversation, by conversation, turn and choice."""
+        """Likelihood of each choice as the last answer of its conversation, by conversation, turn and choice."""
         offered = sorted(offered, key=lambda item: len(item[0].tokens))
         rounds = int(self.world.max([-(-len(offered) // self.batch_size)])[0])
         found = {}
@@ -127,8 +127,8 @@ class Validator:
         return found
 
     def scores(self, model: VLMWrapper, size: int | None) -> tuple[dict, list[dict]]:
-        """Values by name, each with that of blanked pictures beside it; and each question with both answers, what they
-        are worth, and its conversation's loss and weight."""
+        """Values by name, each followed by its value with blanked images; and each question with both answers, their
+        scores, and its conversation's loss and weight."""
         seeing, blind = self.answers(model, size), self.answers(model, size, blind=True)
         grades, blind_grades = grade(seeing, self.metrics), grade(blind, self.metrics)
         losses, blind_losses = self.losses(model, size), self.losses(model, size, blind=True)
@@ -163,7 +163,7 @@ class Validator:
         return range(self.world.rank, total, self.world.size)
 
     def _share(self, size: int | None) -> int:
-        """The largest number of conversations that any rank looks at."""
+        """The largest number of conversations that any rank processes."""
         total = len(self.source) if size is None else min(size, len(self.source))
         return -(-total // self.world.size)
 
@@ -180,28 +180,28 @@ class Validator:
 
 
 def mean_loss(losses: Mapping[int, tuple[float, float]]) -> float:
-    """Of a target token, given the sums and weights of conversations."""
+    """Mean loss per target token, given the sums and weights of conversations."""
     return sum(total for total, _ in losses.values()) / max(sum(weight for _, weight in losses.values()), 1e-9)
 
 
 def perplexity(loss: float) -> float:
-    """What a mean cross-entropy in nats is worth as a number of equally likely tokens."""
-    return math.exp(min(loss, 700.0))  # beyond, a float would overflow
+    """Perplexity for a mean cross-entropy in nats."""
+    return math.exp(min(loss, 700.0))  # a float would overflow beyond this
 
 
 def _beside(values: dict[str, float], blind: dict[str, float]) -> dict[str, float]:
-    """Values, each followed by what it is with blanked pictures."""
+    """Values, each followed by its value with blanked images."""
     pairs = {key: (value, blind[key]) for key, value in values.items() if key != "questions"}
     return {name: value for key, pair in pairs.items() for name, value in zip((key, f"blind_{key}"), pair)}
 
 
 def _blanked(sample: Sample) -> Sample:
-    """A sample whose pictures are of the mean colour all over."""
+    """A sample whose images have the mean colour in every pixel."""
     return sample._replace(images=torch.zeros_like(sample.images))
 
 
 def _answered(conversation: Conversation, turn: int, words: str) -> Conversation:
-    """A conversation up to an exchange, ending in other words."""
+    """A conversation up to an exchange, with another final answer."""
     first = conversation.turns[0].role == "system"
     turns = (*conversation.turns[: first + 2 * turn + 1], Turn("assistant", words))
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
@@ -209,7 +209,7 @@ def _answered(conversation: Conversation, turn: int, words: str) -> Conversation
 
 
 def _prompt(sample: Sample, length: int) -> Sample:
-    """The first `length` tokens of a sample, with the pictures that they show."""
+    """The first `length` tokens of a sample, with the images that they refer to."""
     tokens = sample.tokens
     prompt = Rendered(
         tokens.input_ids[:length],
@@ -222,7 +222,7 @@ def _prompt(sample: Sample, length: int) -> Sample:
 
 
 def _shown(sample: Sample, tokens: Rendered) -> Sample:
-    """Other tokens about a sample's pictures, with those of the pictures that they show."""
+    """Other tokens for a sample, with those of its images that they refer to."""
     shown = int(tokens.image_index.max()) + 1 if len(tokens) else 0
     tiles = sample.tiles and sample.tiles[:shown]
     views = shown if tiles is None else sum(cut.views for cut in tiles)

@@ -1,6 +1,6 @@
-"""VQA accuracy: an answer is right to the degree that people gave it, after the official normalisation.
+"""VQA accuracy: an answer scores by how many annotators gave it, after the official normalisation.
 
-Antol et al., 2015; the normalisation is that of the official evaluation code (GT-Vision-Lab/VQA), oddities included.
+Antol et al., 2015; the normalisation is that of the official evaluation code (GT-Vision-Lab/VQA), quirks included.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 ENOUGH = 3
-"""As many others must have given an answer for it to count whole."""
+"""Number of other annotators who must have given an answer for it to count fully."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_COMMA = re.compile(r"\d,\d")
@@ -29,11 +29,11 @@ _CONTRACTED = """
 
 
 def _contractions() -> dict[str, str]:
-    """What a contraction is when it lacks one of its apostrophes."""
-    known = {"somebody'd": "somebodyd"}  # so it stands in the official table
+    """Contractions by their spelling with one apostrophe missing."""
+    known = {"somebody'd": "somebodyd"}  # as in the official table
     for whole in _CONTRACTED.split():
         known |= {whole[:i] + whole[i + 1 :]: whole for i, letter in enumerate(whole) if letter == "'"}
-    # these official entries have a capital, and are looked up in lower case: I'm, I've, I'd've
+    # left out, as the official code has them with a capital but looks them up in lower case: I'm, I've, I'd've
     return known
 
 
@@ -41,7 +41,7 @@ _CONTRACTIONS = _contractions()
 
 
 def normalise(text: str) -> str:
-    """An answer without punctuation, articles, capitals and words for numbers."""
+    """An answer in lower case, without punctuation and articles, and with digits for number words."""
     whole, glued = text, bool(_NUMBER_COMMA.search(text))
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in whole or f" {mark}" in whole
@@ -52,9 +52,9 @@ def normalise(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over people left out in turn of ``min(1, others who said the same / 3)``.
+    """Mean of ``min(1, matching answers of the others / 3)`` over the annotators, each left out in turn.
 
-    Where all said the same, nothing is normalised, as officially.
+    If all annotators agree, nothing is normalised, as in the official code.
     """
     prediction, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers))
     if len(set(answers)) > 1:

@@ -1,4 +1,4 @@
-"""What a recipe will take, known before anything is loaded: visual tokens, arithmetic, memory, time."""
+"""Estimates of what a recipe needs, made before anything is loaded: visual tokens, FLOPs, memory, time."""
 
 from .plan import StagePlan, plan_run
 from .tokens import VisualTokens, visual_tokens

@@ -1,8 +1,8 @@
-"""Arithmetic and activations of a model's parts, counted by running them on the meta device, where nothing is computed.
+"""FLOPs and activations of a model's parts, counted by running them on the meta device, where nothing is computed.
 
-The backward pass runs there too, so that gradients are counted where they flow: through what is frozen no further
-than something that trains. Attention is counted as fused kernels do it: half of a causal square, twice that for its
-gradients, and nothing of it kept for the backward pass but its inputs and its output.
+The backward pass runs there too, so that gradients are counted where they flow: through frozen modules only as far as
+something that trains. Attention is counted as in fused kernels: half of the square if it is causal, twice that for its
+gradients, and only its inputs and its output are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NAME = "vlmtrain_planning"
 
 @dataclass
 class PartCost:
-    """One pass of a part over one sample: FLOPs, and bytes that the backward pass needs, by block.
+    """Cost of a part for one sample: FLOPs, and the bytes that the backward pass needs, by block.
 
-    flops, backward_flops: of the two passes; block_flops: of the forward pass, by block. outside: what is kept outside
-    the blocks; block_input: what one of them reads. tokens: what it makes of one view of a picture.
+    flops, backward_flops: of the forward and the backward pass; block_flops: of the forward pass, by block. outside:
+    bytes kept outside the blocks; block_input: bytes of a block's input. tokens: tokens per view of an image.
     """
 
     flops: float = 0.0
@@ -38,7 +38,7 @@ class PartCost:
 
     @property
     def recomputed_flops(self) -> float:
-        """FLOPs of the blocks whose activations are computed again: of those that gradients flow through."""
+        """FLOPs of the blocks whose activations are recomputed, which are those that gradients flow through."""
         return sum(self.block_flops[block] for block in self.blocks)
 
     @property
@@ -48,20 +48,20 @@ class PartCost:
 
     @property
     def at_work(self) -> int:
-        """Bytes of gradients that are alive at once in the backward pass: as much as is kept of one block, or outside.
+        """Bytes of gradients alive at once in the backward pass: as many as are kept for one block, or outside.
 
-        Behind the blocks are the logits, whose gradient is as large as they are.
+        The logits are outside the blocks, and their gradient is as large as they are.
         """
         return max(self.outside, *self.blocks.values(), 0)
 
     @property
     def kept_checkpointed(self) -> int:
-        """Bytes kept where each block's activations are computed again: their inputs, and one block at a time."""
+        """Bytes kept with gradient checkpointing: the blocks' inputs, and the activations of one block at a time."""
         return self.outside + self.block_input * len(self.blocks) + max(self.blocks.values(), default=0)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention's memory without its arithmetic; `count` is called with that of the backward pass."""
+    """The memory of attention without its computation; `count` is called with the FLOPs of the backward pass."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, flops: float, count) -> Tensor:
@@ -78,7 +78,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class Meter:
-    """Counts what runs inside `part`, and there the backward pass that `backward` runs."""
+    """Counts what runs inside `part`, including the backward pass that `backward` runs there."""
 
     def __init__(self) -> None:
         self.costs: dict[str, PartCost] = {}
@@ -89,11 +89,11 @@ class Meter:
 
     @contextmanager
     def part(self, name: str, module: nn.Module, blocks: str | None) -> Iterator[None]:
-        """Count as `name` what `module` does; `blocks` is the path of its list of transformer blocks."""
+        """Count the operations of `module` as `name`; `blocks` is the path of its list of transformer blocks."""
         cost = self.costs.setdefault(name, PartCost())
         self._attention = 0.0
         known = {p.untyped_storage()._cdata for p in module.parameters()}
-        kept: list[Tensor] = []  # alive until the end, or a new tensor could take a seen one's place
+        kept: list[Tensor] = []  # kept alive to the end, or a new tensor could reuse an address
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -121,7 +121,7 @@ class Meter:
         cost.flops += self._flops() - cost.backward_flops
 
     def backward(self, name: str, outputs: Iterable[Tensor | None]) -> None:
-        """Run the backward pass from what `part` has made, as far as anything in it trains, and count it."""
+        """Run and count the backward pass from the outputs of a part, if anything in it trains."""
         wanted = [tensor for tensor in outputs if tensor is not None and tensor.requires_grad]
         before = self._flops()
         if wanted:
@@ -169,7 +169,7 @@ class Meter:
 
 @contextmanager
 def _attention_counted(attend) -> Iterator[None]:
-    """Send all attention through `attend`."""
+    """Route all attention through `attend`."""
     from transformers import AttentionInterface
 
     def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
@@ -180,7 +180,7 @@ def _attention_counted(attend) -> Iterator[None]:
         return attend(query, key, value, causal).transpose(1, 2), None
 
     AttentionInterface.register(NAME, library)
-    # torch's own attention would take a path of its own where nothing needs gradients
+    # torch's attention modules would take the fast path where nothing requires gradients
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
@@ -192,11 +192,11 @@ def _attention_counted(attend) -> Iterator[None]:
 
 
 def _uncounted(*arguments, **options) -> None:
-    raise AssertionError("attention outside a meter")
+    raise AssertionError("attention ran outside a Meter")
 
 
 def use_counted_attention(module: nn.Module) -> None:
-    """Let a Hugging Face model, or one inside `module`, attend through the `Meter` that counts when it runs."""
+    """Route the attention of Hugging Face models in `module` through the `Meter` that is active when they run."""
     from transformers import AttentionInterface
 
     if NAME not in AttentionInterface().valid_keys():

@@ -1,6 +1,6 @@
-"""Memory of a stage on one GPU, by ZeRO stage: what DeepSpeed keeps for each parameter, trained or frozen.
+"""Memory of a stage on one GPU, by ZeRO stage: what DeepSpeed keeps for each trained or frozen parameter.
 
-Held to the growth of small runs' memory by tests/distributed/test_memory_plan.py.
+tests/distributed/test_memory_plan.py checks it against the memory growth of small runs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 
 @dataclass(frozen=True)
 class States:
-    """Parameters of a stage by what happens to them. A frozen encoder stays outside the engine, whole on every GPU.
+    """Parameter counts of a stage. A frozen encoder stays outside the engine, unsharded on every GPU.
 
-    quantized: those of `frozen_inside` that are held in 4 bits. packed: the bytes of these; unpacked: how many of them
-    are at work at once, in full.
+    quantized: those of `frozen_inside` that are stored in 4 bits. packed: their bytes; unpacked: how many of them are
+    dequantized at once.
     """
 
     trained: int
@@ -29,25 +29,25 @@ class States:
     unpacked: int = 0
 
     def bytes(self, zero_stage: int, world_size: int, activations: int = 0) -> int:
-        """Weights, gradients, optimiser states, DeepSpeed's buffers and `activations` on one of `world_size` GPUs.
+        """Peak bytes on each of `world_size` GPUs: weights, gradients, optimizer states, buffers, `activations`.
 
-        At their peak: gradients on their way, in fp32, fill a bucket while the backward pass frees activations.
+        Gradients to be communicated, in fp32, fill a bucket while the backward pass frees activations.
         """
         weight = 2 if self.bf16 else 4
         inside = self.trained + self.frozen_inside - self.quantized
         held = weight * inside + self.packed
         bucket = 4 * min(self.trained, BUCKET)
-        # a bucket that holds everything is sent last, and without ZeRO all of them are
+        # a bucket that holds all gradients is sent last; without ZeRO, all buckets are
         left = 0.0 if zero_stage == 0 and not self.bf16 else 1 - min(1.0, BUCKET / max(1, self.trained))
         passing = max(activations, bucket + left * activations)
         if zero_stage == 0 and not self.bf16 and world_size == 1:
-            passing = max(0, activations - 4 * self.trained)  # nothing is sent: gradients take the place of activations
+            passing = max(0, activations - 4 * self.trained)  # nothing is sent: gradients replace the activations
         if zero_stage == 3:
-            # weights, an fp32 copy, two moments and gradients are sharded; what is at work is whole
+            # weights, an fp32 copy, two moments and gradients are sharded; what is in use is gathered
             sharded = held + 16 * self.trained
             whole = min(held, weight * LIVE) + weight * 2 * min(self.trained, BUCKET)
         elif self.bf16 and zero_stage < 2:
-            # DeepSpeed's bf16 optimizer keeps a step's gradients in fp32, whole, and copies them once
+            # DeepSpeed's bf16 optimizer keeps a step's gradients in fp32, unsharded, and copies them once
             sharded = 12 * self.trained
             whole = held + weight * self.trained + 8 * self.trained
         elif zero_stage == 0:

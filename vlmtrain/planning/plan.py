@@ -1,4 +1,4 @@
-"""What each stage of a recipe will take: parameters, tokens, arithmetic, time, memory. Needs no weights and no hub."""
+"""Estimate what each stage of a recipe needs: parameters, tokens, FLOPs, time, memory. Needs no weights and no hub."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ..training.trainable import Group, block_list, check_starts, freeze, part_s
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
 
-# A CUDA context, NCCL's buffers and the allocator's fragments.
+# The CUDA context, NCCL's buffers and fragmentation in the allocator.
 RESERVED_BYTES = 3 * 2**30
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of one kind. tflops: the peak of one, in the compute dtype; utilisation: the share of it that is reached."""
+    """GPUs of one kind. gpu_tflops: peak of one GPU in the compute dtype; utilisation: the fraction of it reached."""
 
     gpus: int = 8
     gpu_memory_gb: float = 80.0
@@ -43,13 +43,13 @@ class Machine:
 
 @dataclass
 class StagePlan:
-    """One stage. Sizes are in parameters, tokens, FLOPs and bytes.
+    """The plan of one stage. Sizes are in parameters, tokens, FLOPs and bytes.
 
-    parts: part -> its trainable and frozen parameters. view_tokens: what encoder and connector make of one view.
-    picture_tokens: least and most of one picture in the language model's sequence; where these differ, with tiles,
-    every picture counts as the most, and tokens_per_sample, FLOPs and hours are upper bounds. flops: of the
-    arithmetic that the update needs; hardware_flops: with what gradient checkpointing computes again. memory: ZeRO
-    stage -> bytes a GPU at `micro_batch_size`. fits: ZeRO stage -> the largest micro-batch that fits, 0 if none does.
+    parts: part -> its trainable and frozen parameters. view_tokens: part -> its tokens per view. picture_tokens:
+    minimum and maximum of one image in the language model's sequence; if these differ, with tiles, every image counts
+    as the maximum, and tokens_per_sample, FLOPs and hours are upper bounds. flops: FLOPs that the update needs;
+    hardware_flops: including what gradient checkpointing recomputes. memory: ZeRO stage -> bytes per GPU at
+    `micro_batch_size`. fits: ZeRO stage -> the largest micro-batch that fits, 0 if none does.
     """
 
     name: str
@@ -82,12 +82,12 @@ class StagePlan:
 
 
 def plan_run(run: Run, machine: Machine) -> list[StagePlan]:
-    """The plans of a run's stages. Raises ValueError for settings that cannot work."""
+    """Plan the stages of a run. Raises ValueError for invalid settings."""
     for name, value in vars(machine).items():
         if not 0 < value < math.inf or (name == "gpus" and value != int(value)):
             raise ValueError(f"{name}={value}: expected a positive {'whole ' * (name == 'gpus')}number")
     if machine.utilisation > 1:
-        raise ValueError(f"utilisation={machine.utilisation}: expected a share, up to 1")
+        raise ValueError(f"utilisation={machine.utilisation}: expected a fraction of at most 1")
     check_run(run, 1)
     return [_plan_stage(run, stage, machine) for stage in run.wanted]
 
@@ -138,7 +138,7 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
 
 
 class _Vocabulary:
-    """As much of a tokenizer as sizes depend on: how many tokens it knows."""
+    """The part of a tokenizer that sizes depend on: the size of its vocabulary."""
 
     def __init__(self, run: Run):
         from ..data.sources import vocabulary
@@ -165,7 +165,7 @@ class _Vocabulary:
 
 
 def _views(geometry: Geometry) -> int:
-    """Views of a picture: with tiles, of the largest grid."""
+    """Views of an image; with tiles, those of the largest grid."""
     return max((rows * columns + 1 for rows, columns in geometry.tile_grids), default=1)
 
 
@@ -184,7 +184,7 @@ def _sizes(part: str, module: nn.Module, groups: list[Group]) -> dict[str, int]:
 
 
 def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Group]]]:
-    """Shares of a stage's steps, and what trains in each: more and more of the groups, as their `from_step` comes."""
+    """Fractions of a stage's steps, and the groups that train in each, as groups join at their `from_step`."""
     starts = sorted({0, *(group.from_step for group in groups)})
     if steps is None or len(starts) == 1:
         return [(1.0, groups)]
@@ -203,7 +203,7 @@ def _measure(
     tokens: int,
     targets: int,
 ) -> dict[str, PartCost]:
-    """One sample through the parts, on the meta device."""
+    """Run one sample through the parts on the meta device."""
     meter = Meter()
     trains = trained_parts(groups)
     features = visual = None
@@ -257,7 +257,7 @@ def _measure(
 
 
 def _cut_off(features: VisionFeatures, trains: bool) -> VisionFeatures:
-    """Features for the connector alone, whose gradient is wanted where the encoder trains."""
+    """Features detached from the encoder, which require gradients if it trains."""
 
     def cut(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().requires_grad_(trains)
@@ -284,7 +284,7 @@ def _plan_memory(
     states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts))
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
-    # a packed row holds several samples; objectives that compare samples need all of a rank's at once
+    # a packed row holds several samples; objectives that compare samples need all samples of a rank at once
     in_a_row = max(1.0, stage.max_length / plan.tokens_per_sample) if stage.layout == "packed" else 1.0
     row = _kept(costs, stage.gradient_checkpointing, in_a_row * stage.expected.images)
     least = most if OBJECTIVES[stage.objective].compares_samples else 1
@@ -305,16 +305,16 @@ def _plan_memory(
 
 
 def quantized_sizes(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
-    """Of weights held in 4 bits: how many there are, their bytes, and how many the largest layer has."""
+    """Number of weights stored in 4 bits, their bytes, and the number of weights in the largest such layer."""
     layers = [layer for module in parts.values() for layer in quantized_layers(module).values()]
     sizes = [math.prod(layer.shape) for layer in layers]
     return sum(sizes), sum(bits.numel() for layer in layers for bits in layer.packed), max(sizes, default=0)
 
 
 def _kept(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -> int:
-    """Bytes of activations that the backward pass of a row with so many pictures needs, and of gradients at work there.
+    """Bytes of activations and live gradients in the backward pass of a row with `pictures` images.
 
-    What encoder and connector keep is `pictures` times that of one; without any they run on a stand-in.
+    Encoder and connector keep `pictures` times what they keep for one image; without images they run on a placeholder.
     """
     times = {part: max(1.0, pictures) if part in ("vision", "connector") else 1.0 for part in costs}
     kept = sum(
@@ -325,7 +325,7 @@ def _kept(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -
 
 
 def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
-    """Bytes that a sample of `tokens` tokens takes in the backward pass of a stage."""
+    """Bytes that the backward pass of a stage needs for a sample of `tokens` tokens."""
     parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
     groups = trained_groups(stage, parts)
     freeze(parts, groups, checkpointing=False)
@@ -334,5 +334,5 @@ def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
 
 
 def _divisor(number: int, limit: int) -> int:
-    """The largest divisor up to a limit: a micro-batch must divide a rank's share of the batch."""
+    """The largest divisor of `number` up to `limit`: a micro-batch must divide a rank's share of the batch."""
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Format a plan as text."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from .plan import Machine, StagePlan
 
 
 def show_plan(run: Run, plans: Sequence[StagePlan], machine: Machine) -> str:
-    """All stages of a recipe, one after the other."""
+    """The plans of all stages of a recipe, one after the other."""
     head = (
         f"{run.name}, connector {run.connector.name}, {run.precision}, on {machine.gpus} GPUs of "
         f"{machine.gpu_memory_gb:g} GB, {machine.gpu_tflops:g} TFLOP/s at {machine.utilisation:.0%}"
     )
     if run.init_from is not None:
-        head += f"\nThe parts are those that the line names: a plan does not look into init_from={run.init_from}"
+        head += f"\nThe parts are those that the overrides name: a plan does not read init_from={run.init_from}"
     return "\n\n".join([head, *(_show_stage(plan, run, machine) for plan in plans)])
 
 
 def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     least, most = plan.picture_tokens
-    picture = f"{least:,}" if least == most else f"{least:,} a view, up to {most:,}"
+    picture = f"{least:,}" if least == most else f"{least:,} per view, up to {most:,}"
     if not most:
         picture = "none in a language model's sequence"
     bound = "at most " if least != most else ""
-    view = ", ".join(f"{tokens:,} of {part}" for part, tokens in plan.view_tokens.items())
+    view = ", ".join(f"{tokens:,} from {part}" for part, tokens in plan.view_tokens.items())
     rows = [("", "trained", "frozen")]
     rows += [(part, f"{sizes['trainable']:,}", f"{sizes['frozen']:,}") for part, sizes in plan.parts.items()]
-    rows.append(("together", f"{plan.trainable:,}", f"{plan.frozen:,}"))
+    rows.append(("total", f"{plan.trainable:,}", f"{plan.frozen:,}"))
     facts = [
-        *([("tokens of a view", view)] if view else []),
-        ("tokens of a picture", picture),
-        ("tokens of a sample", f"{bound}{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
-        ("samples", "not known: give data, or stages.<name>.expected.samples" if plan.samples is None
+        *([("tokens per view", view)] if view else []),
+        ("tokens per image", picture),
+        ("tokens per sample", f"{bound}{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
+        ("samples", "unknown: set the data, or stages.<name>.expected.samples" if plan.samples is None
          else f"{plan.samples:,}"),
     ]  # fmt: skip
     if plan.steps is not None:
@@ -43,18 +43,21 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
             ("steps", f"{plan.steps:,} of {plan.batch_size:,} samples"),
             ("tokens trained on", f"{bound}{plan.steps * plan.batch_size * plan.tokens_per_sample:,}"),
             ("training FLOPs", f"{bound}{plan.flops:.3g} ({plan.hardware_flops:.3g} with recomputation)"),
-            ("GPU-hours", f"{bound}{plan.gpu_hours:,.1f} ({plan.gpu_hours / machine.gpus:,.1f} h on {machine.gpus})"),
+            (
+                "GPU-hours",
+                f"{bound}{plan.gpu_hours:,.1f} ({plan.gpu_hours / machine.gpus:,.1f} h on {machine.gpus} GPUs)",
+            ),
         ]
     else:
-        facts.append(("training FLOPs a sample", f"{bound}{plan.flops_per_sample:.3g}"))
+        facts.append(("training FLOPs per sample", f"{bound}{plan.flops_per_sample:.3g}"))
     if not plan.obstacle or plan.batch_size >= machine.gpus:
         memory = ", ".join(f"ZeRO-{stage} {size / 2**30:.1f} GiB" for stage, size in plan.memory.items())
-        facts.append((f"memory a GPU, micro-batch {plan.micro_batch_size}", memory))
+        facts.append((f"memory per GPU, micro-batch {plan.micro_batch_size}", memory))
     if plan.suggested_zero_stage is None:
         less = "gradient_checkpointing, a shorter max_length"
-        if OBJECTIVES[run.stages[plan.name].objective].compares_samples:  # all of a rank's at once
+        if OBJECTIVES[run.stages[plan.name].objective].compares_samples:  # it needs all samples of a rank at once
             less = "a smaller batch_size"
-        facts.append(("fits", plan.obstacle or f"no ZeRO stage: more GPUs, {less}, or offloading"))
+        facts.append(("fits", plan.obstacle or f"no ZeRO stage: use more GPUs, {less}, or offloading"))
     else:
         facts.append(
             ("fits", f"engine=zero{plan.suggested_zero_stage} "

@@ -1,4 +1,4 @@
-"""Sizes that are known before any model runs."""
+"""Visual tokens of an image, computed without running a model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from ..connectors import build_connector
 
-# Widths do not change how many tokens a connector makes; these are LLaVA-1.5's.
+# The number of a connector's tokens does not depend on the widths; these are LLaVA-1.5's.
 IN_DIM, OUT_DIM = 1024, 4096
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Tokens that one picture becomes. `views` counts its tiles and its thumbnail."""
+    """Visual tokens of one image. `views` counts its tiles and its thumbnail."""
 
     connector: str
     grid: tuple[int, int]
@@ -34,9 +34,9 @@ def visual_tokens(
     thumbnail: bool = False,
     context: int = 4096,
 ) -> VisualTokens:
-    """Visual tokens of a picture in `tiles` views of `image_size` ``(H, W)`` pixels, and their share of `context`.
+    """Count the tokens of an image in `tiles` views of `image_size` ``(H, W)`` pixels, and their share of `context`.
 
-    thumbnail: one more view, of the whole picture. Raises ValueError for sizes that do not fit.
+    thumbnail: add one view of the complete image. Raises ValueError for sizes that do not fit.
     """
     for name, value in (("--patch-size", patch_size), ("--tiles", tiles), ("--context", context)):
         if value < 1:

@@ -147,16 +147,19 @@ LINEAR = ["recipe=quickstart", "connectors=[linear]"]
     [
         ([*LINEAR, "stage=instuct"], "unknown stage 'instuct'"),
         (["recipe=quickstart"], r"connectors=\[...\] is not set"),
-        (["recipe=quickstart", "connectors=[linear,linear]"], r"connectors=\['linear', 'linear'\]: one is named twice"),
-        ([*LINEAR, "axis.precision=[fp32,fp32]"], r"axis.precision=\['fp32', 'fp32'\]: one is named twice"),
-        ([*LINEAR, "axis.wandb_project=['a+b','a*b']"], "two choices would have the folder linear-wandb_project-a-b-"),
-        ([*LINEAR, "axis.precision=[fp32]", "axis.precision=[bf16]"], "axis.precision is on the line twice"),
+        (["recipe=quickstart", "connectors=[linear,linear]"], r"connectors=\['linear', 'linear'\]: duplicate entry"),
+        ([*LINEAR, "axis.precision=[fp32,fp32]"], r"axis.precision=\['fp32', 'fp32'\]: duplicate entry"),
+        (
+            [*LINEAR, "axis.wandb_project=['a+b','a*b']"],
+            "two choices would use the same folder linear-wandb_project-a-b-",
+        ),
+        ([*LINEAR, "axis.precision=[fp32]", "axis.precision=[bf16]"], "axis.precision is given twice"),
         (
             [*LINEAR, "budget=flops", "axis.stages.instruct.max_steps=[10,40]"],
             "^axis.stages.instruct.max_steps: budget=flops sets the steps of each choice; expected budget=steps$",
         ),
         ([*LINEAR, "budget=samples", "sweep.stages.instruct.batch_size=[8,16]"], "budget=samples sets the steps"),
-        (["recipe=quickstart", "connectors=[]"], "not empty"),
+        (["recipe=quickstart", "connectors=[]"], "non-empty list"),
         (["recipe=quickstart", "connectors=[linear]", "seeds=[a]"], "seeds=a"),
         (["recipe=quickstart", "connectors=[linear]", "jobs=0"], "jobs=0"),
         (["recipe=quickstart", "connectors=[linear]", "connector=mlp"], "connector=mlp"),
@@ -164,7 +167,7 @@ LINEAR = ["recipe=quickstart", "connectors=[linear]"]
         (["recipe=quickstart", "connectors=[[linear]]"], "expected a name"),
         (["recipe=quickstart", "connectors=[mlp]", "budget=flop"], "budget=flop: .* Did you mean 'flops'"),
         (["recipe=quickstart", "connectors=[mlp]", "axis.connector=[mlp]"], "axis.connector: connector is set"),
-        (["recipe=quickstart", "connectors=[mlp]", "axis.llm=tiny"], "axis.llm=tiny: expected a list"),
+        (["recipe=quickstart", "connectors=[mlp]", "axis.llm=tiny"], "axis.llm=tiny: expected a non-empty list"),
         (["recipe=quickstart", "connectors=[mlp]", "axis.llm=[tin]"], "unknown llm 'tin'"),
         (
             ["recipe=quickstart", "connectors=[mlp]", "axis.workers=[0]", "sweep.workers=[1]"],
@@ -184,24 +187,24 @@ QUICKSTART = ["recipe=quickstart", "connectors=[linear,mlp]"]
 @pytest.mark.parametrize(
     "line, said",
     [
-        (["data.validation=null"], r"^data\.validation=null: expected questions"),
-        (["stages.instruct.validation=null"], r"^stages\.instruct\.validation=null: expected questions"),
+        (["data.validation=null"], r"^data\.validation=null: expected validation data"),
+        (["stages.instruct.validation=null"], r"^stages\.instruct\.validation=null: expected validation data"),
         (["stage=clip"], "^stage=clip: it has no connector to compare; expected one of align, instruct$"),
         (
             ["recipe=clip"],
-            "stages of recipe clip, the last=contrast: it has no connector to compare; nor has any other$",
+            "recipe clip: last stage=contrast: it has no connector to compare; no other stage has one$",
         ),
-        (["metric=exact_mach"], "^metric=exact_mach: expected one .* exact_match, .*Did you mean 'exact_match'"),
-        (["metric=bleu4"], "^metric=bleu4: expected one that each answer has of its own: exact_match, .*cider"),
-        (["metric=yes_no_f1"], "^metric=yes_no_f1: expected one"),
-        (["metric=cider", "validation.metrics=[yes_no]"], "^metric=cider: .*: exact_match, yes_no_accuracy"),
+        (["metric=exact_mach"], "^metric=exact_mach: expected a metric .* exact_match, .*Did you mean 'exact_match'"),
+        (["metric=bleu4"], "^metric=bleu4: expected a metric of single answers, one of exact_match, .*cider"),
+        (["metric=yes_no_f1"], "^metric=yes_no_f1: expected a metric of single answers"),
+        (["metric=cider", "validation.metrics=[yes_no]"], "^metric=cider: .* one of exact_match, yes_no_accuracy"),
         (
             ["metric=vqa_accuracy"],
-            "^metric=vqa_accuracy: it needs 'answers', and none of the 80 .* data.validation has",
+            "^metric=vqa_accuracy: it requires 'answers', which none of the 80 .* data.validation has",
         ),
         (
             ["metric=cider", "validation.final_samples=3"],
-            r"^metric=cider: it needs a caption, and none of the 3 .*; validation.metrics=\[cider\] takes answers",
+            r"^metric=cider: it requires a caption, which none of the 3 .*; validation.metrics=\[cider\] uses the ref",
         ),
         (
             ["sweep.stages.clip.train.vision=[1e-3,2e-3]"],
@@ -263,7 +266,7 @@ def test_a_failed_job_stops_no_other_and_the_finished_are_told_of(tmp_path, monk
     assert str(tmp_path / "jobs/pixel_shuffle/seed-0/output.log") in str(said.value)
     printed, told = capsys.readouterr()
     assert told.splitlines() == ["1 of 4 jobs: mlp seed 0 failed", "3 of 4 jobs: pixel_shuffle seed 0 failed"]
-    assert "Left out, as a job failed: mlp; pixel_shuffle." in printed and "samples/s is the last stage's" in printed
+    assert "Left out because a job failed: mlp; pixel_shuffle." in printed and "samples/s is measured in" in printed
     assert [entry["label"] for entry in json.loads((tmp_path / "results.json").read_text())].count("linear") == 1
     assert "avgpool" in (tmp_path / "ablation.html").read_text()
 
@@ -276,7 +279,7 @@ def test_a_choice_whose_sweep_fails_stops_no_other(tmp_path, monkeypatch, capsys
     (tmp_path / "decisions.json").write_text(json.dumps({"linear": {"line": [], "sweep": {}}}))
     with pytest.raises(ValueError, match=r"^2 of 4 jobs failed: mlp: no run of the sweep finished; see [^;]*$"):
         ablate.run(Namespace(overrides=[*line, "sweep.stages.instruct.train.llm=[1e-3,2e-3]"], json=False))
-    assert "Left out, as a job failed: mlp." in capsys.readouterr().out
+    assert "Left out because a job failed: mlp." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -345,10 +348,10 @@ def table_of(folder: Path, line: list[str], jobs: dict[str, dict]) -> tuple[list
 def test_the_note_names_those_that_do_as_well_without_the_picture(tmp_path):
     jobs = ["connectors=[mlp,linear]"], {"mlp": {}, "linear": {}}
     entries, said = table_of(tmp_path, *jobs)
-    assert "Without seeing" not in said
+    assert "without the image" not in said
     ablation = read_line([*QUICKSTART, f"run_dir={tmp_path}"])
     blinded = [replace(entry, blind=entry.score) if entry.label == "mlp" else entry for entry in entries]
-    assert "Without seeing the picture as good: mlp; " in note(ablation, blinded)
+    assert "At least as good without the image: mlp. " in note(ablation, blinded)
 
 
 def test_the_table_says_what_an_axis_makes_unequal(tmp_path):
@@ -362,8 +365,7 @@ def test_the_table_says_what_an_axis_makes_unequal(tmp_path):
     assert [float(row["interval.high"]) for row in rows] == [entry.interval[1] for entry in entries]
     assert {row["samples"] for row in rows} == {"8", "32"} and rows[0]["steps.instruct"] == "1"
     assert (
-        "| samples |" in said
-        and "Equal for all, but for what stages.instruct.batch_size itself changes: steps (" in said
+        "| samples |" in said and "Equal for all, except for what stages.instruct.batch_size changes: steps (" in said
     )
 
 
@@ -394,7 +396,7 @@ def test_an_ablation_goes_on_with_other_keys_that_no_result_hangs_on(tmp_path, m
     assert run_ablation(read_line(line), False)
     more = ["workers=0", "stages.instruct.micro_batch_size=1", "collective_timeout=99", "stages.instruct.save_every=5"]
     assert run_ablation(read_line([*line, *more]), False), "it began its job again"
-    with pytest.raises(ValueError, match=r"began with another line \(stages.instruct.max_length=99\)"):
+    with pytest.raises(ValueError, match=r"was started with other overrides \(stages.instruct.max_length=99\)"):
         run_ablation(read_line([*line, "stages.instruct.max_length=99"]), False)
 
 
@@ -493,7 +495,7 @@ def test_with_few_seeds_it_says_that_it_cannot_tell():
     assert bad.runs_differ and not bad.is_told_apart
     ablation = read_line(["recipe=quickstart", "connectors=[linear]", "seeds=[0,1]"])
     assert main_table(ablation, two)[2][-1].endswith("runs differ")
-    assert "cannot be told" in note(ablation, two)
+    assert "cannot be estimated" in note(ablation, two)
 
 
 def test_a_category_has_its_own_score_with_the_blind_one_beside():

@@ -173,7 +173,7 @@ def test_a_stage_without_a_language_model_shows_what_it_handles(capsys):
     assert stage.view_tokens == {"vision": 17, "connector": 16} and stage.picture_tokens == (0, 0)  # 4 x 4 and CLS
     main(["plan", "recipe=blip2", "mini=true", "stage=represent"])
     shown = capsys.readouterr().out
-    assert "17 of vision, 16 of connector" in shown and "none in a language model's sequence" in shown
+    assert "17 from vision, 16 from connector" in shown and "none in a language model's sequence" in shown
 
 
 def test_frozen_weights_keep_fewer_activations():
@@ -228,7 +228,7 @@ def test_a_micro_batch_is_no_more_than_a_gpus_share(capsys):
     assert plan(*line)["align"].micro_batch_size == 4  # 32 on 8 GPUs
     main(["plan", *line, "gpus=64"])
     shown = capsys.readouterr().out
-    assert "batch_size=32 is not a multiple of 64 GPUs" in shown and "memory a GPU" not in shown
+    assert "batch_size=32 is not a multiple of 64 GPUs" in shown and "memory per GPU" not in shown
 
 
 def test_what_would_help_is_named(capsys):
@@ -242,7 +242,7 @@ def test_what_would_help_is_named(capsys):
 
 def test_what_tiles_make_at_most_is_shown_as_such(capsys):
     line = ["plan", "recipe=llava_1_5", "mini=true", "stage=align"]
-    bounded = ("tokens of a sample", "tokens trained on", "training FLOPs", "GPU-hours")
+    bounded = ("tokens per sample", "tokens trained on", "training FLOPs", "GPU-hours")
     for more, bound in ([], False), (["stages.align.image_fit=tiles"], True):
         main([*line, *more])
         facts = [fact.strip() for fact in capsys.readouterr().out.splitlines()]
