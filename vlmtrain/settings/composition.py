@@ -6,6 +6,7 @@ line -> groups (vision=, connector=, ...) -> recipe -> options of the choices ma
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import re
 import sys
@@ -37,6 +38,7 @@ SPLIT = re.compile(r"data\.\w+")
 MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
 
 
+@functools.cache
 def register_recipes() -> None:
     """Make the files of recipes/ the choices of the Hydra group `recipe`."""
     store = ConfigStore.instance()
