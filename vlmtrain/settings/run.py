@@ -92,30 +92,33 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class OpenClipOptions:
+class Encoder:
+    """What encoders of all providers have."""
+
+    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
+    layer: int = key(whole())
+    levels: tuple[int, ...] | None = key(optional(_LAYERS))
+
+
+@dataclass(frozen=True)
+class OpenClipOptions(Encoder):
     """An encoder of open_clip."""
 
     provider: str = key(one_of("open_clip"))
     name: str | None = key(optional(TEXT))
     pretrained: str | None = key(optional(TEXT))
     model_config: Mapping | None = key(optional(MAPPING))
-    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
-    layer: int = key(whole())
-    levels: tuple[int, ...] | None = key(optional(_LAYERS))
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
-class HFVisionOptions:
+class HFVisionOptions(Encoder):
     """An encoder of Hugging Face's transformers."""
 
     provider: str = key(one_of("hf"))
     path: str = key(TEXT)
     trust_remote_code: bool = key(SWITCH)
-    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
-    layer: int = key(whole())
-    levels: tuple[int, ...] | None = key(optional(_LAYERS))
     image_mean: tuple[float, ...] | None = key(optional(_CHANNELS))
     image_std: tuple[float, ...] | None = key(optional(_CHANNELS))
     name: ClassVar[None] = None
