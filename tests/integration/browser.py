@@ -34,7 +34,7 @@ class Browser:
         self._session = attached["sessionId"]
 
     def call(self, method: str, **parameters) -> dict:
-        """The result of a command; events are passed over."""
+        """The result of a command; events are skipped."""
         self._count += 1
         command = {"id": self._count, "method": method, "params": parameters}
         if self._session:
@@ -52,18 +52,18 @@ class Browser:
                 return reply["result"]
 
     def open(self, url: str) -> None:
-        """Go to a page and wait until it is there."""
+        """Go to a page and wait until it is loaded."""
         self.call("Page.navigate", url=url)
         self.run("new Promise(done => document.readyState == 'complete' ? done() : addEventListener('load', done))")
 
     def run(self, script: str) -> object:
-        """The value of an expression, once it is settled."""
+        """The value of an expression, after its promise is settled."""
         found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def picture(self, file: Path) -> None:
-        """Write what the page looks like, as PNG."""
+        """Write a screenshot of the page as PNG."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the fuzz test breaks data with, and what it judges the outcome by: plain rules and other readers."""
+"""Tools of the fuzz test: what breaks the data, and what judges the outcome by plain rules and other readers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def picture(seed: int, kind: str = "PNG") -> bytes:
-    """A picture of noise, no two alike."""
+    """An image of noise; no two are alike."""
     pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind)
@@ -29,7 +29,7 @@ def picture(seed: int, kind: str = "PNG") -> bytes:
 
 
 DEEP = "<deep>"
-"""Stands for lists in lists, deeper than Python can write them."""
+"""Placeholder for nested lists, deeper than Python can write them."""
 WEIRD: list[Any] = [
     None, True, False, 0, -1, 3.5, 1e308, float("nan"), float("inf"), 10**400, "", " ", "\n\t", "\0", "a\0b",
     "x" * 9000, "<image>", "<image>" * 30, " <image>", "<image", "<IMAGE>", "\ud800", "\udfff tail", "\u202eright",
@@ -45,13 +45,13 @@ PATHS: list[Any] = [
 
 
 def as_json(value: Any, rng: random.Random, depth: int) -> bytes:
-    """JSON, with `depth` lists in one another for each DEEP."""
+    """JSON, with `depth` nested lists for each DEEP."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
     return text.replace(f'"{DEEP}"', "[" * depth + "]" * depth).encode("utf-8", "surrogatepass")
 
 
 def paths(value: Any, here: tuple = ()) -> list[tuple]:
-    """Where the parts of nested lists and objects are."""
+    """The paths of all parts of nested lists and objects."""
     found = [here]
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in items:
@@ -60,7 +60,7 @@ def paths(value: Any, here: tuple = ()) -> list[tuple]:
 
 
 def mutated(value: Any, rng: random.Random) -> Any:
-    """`value` with one of its parts replaced, lost, doubled, renamed, moved or spoilt."""
+    """`value` with one of its parts replaced, deleted, duplicated, renamed, moved or corrupted."""
     path = rng.choice(paths(value))
     if not path:
         return copy.deepcopy(rng.choice(WEIRD)) if rng.random() < 0.3 else value
@@ -85,7 +85,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
 
 
 def broken_bytes(data: bytes, rng: random.Random) -> bytes:
-    """`data` cut, or with bytes changed, put in, taken out or repeated."""
+    """`data` truncated, or with bytes changed, inserted, removed or repeated."""
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         where = rng.randrange(len(data) + 1)
@@ -109,11 +109,11 @@ def broken_bytes(data: bytes, rng: random.Random) -> bytes:
 # judging
 
 Verdict = tuple[list[str], list[np.ndarray]]
-"""The answers in order, and the pictures' pixels."""
+"""The answers in order, and the images' pixels."""
 
 
 def judged(turns: Sequence[tuple[str, str]] | None, pictures: Sequence[bytes | None] | None) -> Verdict | None:
-    """What a record must become; None if it must be refused. A picture is its bytes, or None if it has none."""
+    """What a record must become; None if it must be refused. An image is its bytes, or None if it has none."""
     if turns is None or pictures is None:
         return None
     roles = [role for role, _ in turns]
@@ -131,7 +131,7 @@ def judged(turns: Sequence[tuple[str, str]] | None, pictures: Sequence[bytes | N
 
 
 def decoded(data: bytes | None) -> np.ndarray | None:
-    """Pixels of PNG or JPEG bytes, as Pillow has them; None if there are none, or of an absurd shape."""
+    """Pixels of PNG or JPEG bytes, as Pillow decodes them; None if there are none, or if their shape is absurd."""
     if not isinstance(data, bytes):
         return None
     with warnings.catch_warnings():
@@ -146,7 +146,7 @@ def decoded(data: bytes | None) -> np.ndarray | None:
 
 
 def llava_turns(messages: object) -> list[tuple[str, str]] | None:
-    """Turns of LLaVA's messages; None if they are none."""
+    """Turns of LLaVA's messages; None if they are not valid."""
     if not isinstance(messages, list) or not messages:
         return None
     turns = []
@@ -171,7 +171,7 @@ def in_front(turns: list[tuple[str, str]] | None, pictures: int) -> list[tuple[s
 
 
 def quiet(call: Callable, *arguments: Any, **options: Any) -> Any:
-    """What a call gives, or the exception that it ends with."""
+    """What a call returns, or the exception that it raises."""
     try:
         return call(*arguments, **options)
     except Exception as error:

@@ -1,8 +1,8 @@
-"""Models here beside the same as Hugging Face's classes: the cases that tests check and the parity table reports.
+"""Parity of vlmtrain models with Hugging Face's classes: the cases that tests check and the parity table reports.
 
-An export's case is a model folder of ours and what `export` makes of it; an import's a random published model and what
-`import_model` makes of that. Either way both answer the same questions about the same pictures, Hugging Face's in a
-process of its own (transformers_only.py), alone and in one batch.
+The case of an export is a model folder and its export; the case of an import is a random published model and its
+import. In both cases, the two models answer the same questions about the same images, one by one and in one batch.
+Hugging Face's model runs in a separate process (transformers_only.py).
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ LONG: Talk = (
 )
 AGAIN: Talk = (user(f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "a red circle"), user("Sure?")), ("large.png",)
 OTHER: Talk = (user(f"{IMAGE_MARK}\nWhich of them is red, 1 or 2?"),), ("square.png",)
-# InstructBLIP's processor pads instructions on the left, where positions begin: so they are equally long
+# InstructBLIP's processor pads instructions on the left, which shifts positions: so all have the same length
 EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
 
 
 class Parity(NamedTuple):
-    """How two models agree on the same talks, alone and in one batch.
+    """How two models agree on the same conversations, one by one and in one batch.
 
     logits: largest difference, relative to the largest; pixels: in grey levels of 255. spread: how far the answers'
-    first logits lie apart, which says whether pictures and words matter.
+    first logits lie apart, which shows whether images and text matter.
     """
 
     model_class: str
@@ -93,7 +93,7 @@ def draw_pictures(folder: Path) -> Path:
 
 
 def typed(turn: Turn) -> dict:
-    """A turn as Hugging Face's processors are told of it."""
+    """A turn in the format of Hugging Face's processors."""
     content = []
     for line in turn.text.split("\n"):
         content.append({"type": "image"} if line == IMAGE_MARK else {"type": "text", "text": line})
@@ -101,7 +101,7 @@ def typed(turn: Turn) -> dict:
 
 
 def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "pil") -> dict:
-    """What transformers_only.py is told."""
+    """A job for transformers_only.py."""
     return {
         "backend": backend,
         "folder": str(folder),
@@ -111,14 +111,14 @@ def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "
 
 
 def run_outside(home: Path, jobs: list[dict], *own: str) -> list[dict]:
-    """What transformers makes of some folders; own: with vlmtrain imported."""
+    """The output of transformers for some folders; own: with vlmtrain imported."""
     (home / "jobs.json").write_text(json.dumps(jobs))
     run(sys.executable, str(SCRIPT), str(home / "jobs.json"), str(home / "found.pt"), *own, cwd=home)
     return torch.load(home / "found.pt", weights_only=True)
 
 
 def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
-    """What a model folder makes of them."""
+    """The output of a model folder."""
     model, processor = VLMWrapper.from_pretrained(folder), Processor.from_pretrained(folder)
     answers = []
     for turns, names in talks:
@@ -137,7 +137,7 @@ def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
 
 
 def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Parity:
-    """`found` outside, against the model folder."""
+    """Compare `found`, the output of transformers, with the model folder."""
     answers = run_here(folder, talks, pictures)
     pairs = [pair for which in ("alone", "batch") for pair in zip(answers, found[which], strict=True)]
     ends = torch.stack([each["logits"][-1] for each in answers])
@@ -153,7 +153,7 @@ def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Par
 
 
 def _same_prompt(batch, ids: list[int]) -> bool:
-    """The same words, and one other id at all places of pictures."""
+    """The same text, and one other id at all image positions."""
     found, is_text = torch.tensor(ids), ~batch.is_image[0]
     if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0][is_text]):
         return False
@@ -165,7 +165,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def grey_levels(pixels: Tensor, ours: dict) -> float:
-    """The largest difference of pixels, of 255 levels. LLaVA-NeXT's come padded to equally many views a picture."""
+    """The largest difference of pixels, of 255 levels. LLaVA-NeXT pads images to the same number of views."""
     batch = ours["batch"]
     expected = batch.images
     if pixels.dim() == 5:
@@ -178,7 +178,7 @@ def grey_levels(pixels: Tensor, ours: dict) -> float:
 
 
 class Case(NamedTuple):
-    """What is exported, and the class that it should become."""
+    """A model to export, and the class that it should become."""
 
     vision: str = "clip"
     llm: str = "llama"
@@ -278,11 +278,11 @@ BLIP_CASES = {
     "reads, its own tower": blip2(vision="instructblip", llm="opt", layer=-1, **READS),
 }
 EXPORTS = {"llava": LLAVA_CASES, "blip2": BLIP_CASES, "vlmtrain": OWN_CASES}
-"""Cases by what they are for; those of ``vlmtrain`` load only where it is imported."""
+"""Cases by their target; those of ``vlmtrain`` load only where it is imported."""
 
 
 def export_all(cases: dict[str, Case], home: Path, *own: str) -> dict[str, dict]:
-    """What transformers makes of the exports of some cases; own: with vlmtrain imported."""
+    """The output of transformers for the exports of some cases; own: with vlmtrain imported."""
     pictures, jobs = draw_pictures(home / "pictures"), []
     for name, case in cases.items():
         build(case, home / name / "model")
@@ -331,7 +331,7 @@ def build_tokenizer(case: Case) -> PreTrainedTokenizerBase:
 
 
 def frameless_tokenizer() -> PreTrainedTokenizerBase:
-    """For a Q-Former to read with: another than the language model's, which frames nothing by itself."""
+    """A tokenizer for a Q-Former: different from the language model's, and without special tokens around the text."""
     tokenizer = byte_tokenizer("first")
     tokenizer.backend_tokenizer.post_processor = None
     return tokenizer
@@ -343,7 +343,7 @@ CHATTING = [ONE, TWO, ((*TWO[0], Turn("assistant", "The 2nd"), user("Sure?")), T
 
 
 class Source(NamedTuple):
-    """What is taken in, what it is, and what is asked of it.
+    """A model to import, its kind, and the questions it gets.
 
     write: writes the model as Hugging Face's class to ``hf`` in a folder; returns what `import_model` is told, where
     that is not the model itself. kind: the class, or whose a projector is.
@@ -399,7 +399,7 @@ IMPORTS = {"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES}
 
 
 def import_all(sources: dict[str, Source], home: Path) -> dict[str, dict]:
-    """What some published models make of talks, against the model folders that they are imported to."""
+    """Compare published models with the model folders that they are imported to, on the same conversations."""
     pictures, jobs, done = draw_pictures(home / "pictures"), [], {}
     for name, source in sources.items():
         told = source.write(home / name) or {"source": home / name / "hf"}

@@ -1,4 +1,4 @@
-"""Random models as others publish them: LLaVA, BLIP-2 and InstructBLIP of Hugging Face, and projectors alone."""
+"""Random models in published formats: LLaVA, BLIP-2 and InstructBLIP of Hugging Face, and projectors alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PROCESSORS = {
         **BICUBIC, size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
     ),
 }
-# as the published ones are written: pictures first, then words, from items alone
+# as in the published ones: images first, then text, only from items
 ITEMS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' }}{% else %}{{ 'A: ' }}{% endif %}"
     "{% for item in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -65,7 +65,7 @@ ITEMS = (
 def build_llava(
     folder: Path, kind: str = "llava", vision: str = "clip", llm: str = "llama", fit: str = "crop", **options
 ) -> nn.Module:
-    """Write a random LLaVA as Hugging Face would."""
+    """Write a random LLaVA in Hugging Face's format."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer("always")
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
@@ -109,7 +109,7 @@ def reading_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def build_blip(folder: Path, kind: str = "blip-2", llm: str = "opt", end: int | None = None, **options) -> nn.Module:
-    """Write a random BLIP-2 or InstructBLIP as Hugging Face would. end: what answers end with, if not with </s>."""
+    """Write a random BLIP-2 or InstructBLIP in Hugging Face's format. end: the end of answers, if not </s>."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer("always")
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
@@ -144,7 +144,7 @@ def build_blip(folder: Path, kind: str = "blip-2", llm: str = "opt", end: int | 
 
 
 def build_parts(folder: Path, depth: int = 2) -> dict[str, Path]:
-    """Write a random LLaVA, and its projector as LLaVA publishes it beside the parts that it stands between.
+    """Write a random LLaVA, and its projector as LLaVA publishes it, with the parts that it connects.
 
     Returns what `import_model` is told of the projector.
     """
@@ -186,7 +186,7 @@ def build_shuffling(folder: Path, kind: str) -> dict[str, Path]:
 
 @torch.no_grad()
 def shuffling_difference(folder: Path, told: dict[str, Path], kind: str) -> float:
-    """How far a picture's tokens are from the published arithmetic, with squares of patches put together by hand."""
+    """How far an image's tokens are from the published computation, with squares of patches concatenated by hand."""
     images, state = torch.randn(2, 3, SIDE, SIDE), load_file(told["source"])
     hidden = HF_VISION["clip"]().from_pretrained(folder / "clip")(images, output_hidden_states=True)
     grid = hidden.hidden_states[-1][:, 1:].unflatten(1, (4, 4))

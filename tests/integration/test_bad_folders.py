@@ -1,4 +1,4 @@
-"""Folders that are not what they should be: one line that names the file or tensor, and what was expected."""
+"""Invalid folders: the error is one line that names the file or tensor, and what was expected."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_an_untied_head_where_a_tied_one_is_expected(tmp_path, tokenizer):
     state = load_file(tmp_path / "model.safetensors")
     table = state["model.embed_tokens.weight"]
     save_file({**state, "lm_head.weight": table.clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(build_llm(str(tmp_path)).lm_head.weight, table)  # the same once more: nothing is lost
+    assert torch.equal(build_llm(str(tmp_path)).lm_head.weight, table)  # once more: nothing is lost
     save_file({**state, "lm_head.weight": table + 1}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight differs from the embeddings, .* ties"):
         build_llm(str(tmp_path))
@@ -117,7 +117,7 @@ def test_init_from_takes_published_models_in(tmp_path, llava_files):
     same = {part: parts[0][part]["sha256"] == parts[1][part]["sha256"] for part in parts[0]}
     assert same == {"vision": True, "connector": False, "llm": True}
     assert Processor.from_pretrained(tmp_path / "run" / "instruct" / "model").geometry.size == (32, 32)
-    assert "is finished" in train(*line, "stages.instruct.max_steps=1").stdout  # the same line again
+    assert "is finished" in train(*line, "stages.instruct.max_steps=1").stdout  # the same command again
 
 
 def test_init_from_says_what_it_cannot_take(tmp_path, model):

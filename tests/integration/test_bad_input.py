@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line that says what to change, before the first step, with nothing overwritten."""
+"""A user's mistake ends in one line that says what to change, before the first step, and overwrites nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def start(run_dir, files, *more: str) -> None:
-    """Compose and start a run in this process; it must fail at the door."""
+    """Compose and start a run in this process; it must fail before training."""
     data = [f"data.{key}={path}" for key, path in files.items()]
     few = ["stages.align.max_steps=1", "stages.instruct.max_steps=1", "workers=0"]
     train_run(
@@ -76,7 +76,7 @@ def test_a_line_that_does_not_compose_names_the_nearest(line, words):
         (["llm.config.model_type=bert"], ["llm.config.model_type=bert", "causal language model"]),
         (
             ["stages.instruct.max_steps=null", "stages.instruct.groups=[{match: vision, lr: 1e-4, from_step: 1}]"],
-            ["from_step=1", "only 1 steps"],  # 24 samples, 32 a step
+            ["from_step=1", "only 1 steps"],  # 24 samples, 32 per step
         ),
         (["stages.align.fresh=[]"], ["stage align needs weights for its connector", "stages.align.fresh"]),
         (["stage=instruct"], ["stage instruct needs weights for its connector", "init_from"]),
@@ -132,7 +132,7 @@ def test_settings_that_cannot_work_name_the_key(more, words, llava_files, tmp_pa
 
 
 def bert(folder, **shape) -> str:
-    """A BERT's folder without weights."""
+    """The folder of a BERT, without weights."""
     config = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertConfig(**config | {"intermediate_size": 64} | shape).save_pretrained(folder)
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))})

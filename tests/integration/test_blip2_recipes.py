@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP: what trains and how large it is, against the papers; and what their stages refuse."""
+"""BLIP-2 and InstructBLIP: what trains and its size, compared with the papers; and what their stages refuse."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def small(recipe: str, *more: str) -> Run:
 
 
 def hand_on(settings: Run, stage: str, previous: Path | None, folder: Path) -> Path:
-    """A model folder as the stage would leave it if it learned nothing."""
+    """A model folder as the stage would write it if it learned nothing."""
     parts = build_parts(settings, settings.stages[stage], previous, build_tokenizer(settings))
     kept = [parts.get(part) for part in ("vision", "connector", "llm")]
     VLMWrapper(*kept).save_pretrained(folder)
@@ -115,13 +115,13 @@ def test_a_stage_reads_what_it_should():
 
 
 def test_a_connector_that_reads_no_text_ignores_it(tmp_path):
-    """So that one word swaps it: the instruction is only for those who read."""
+    """So that one override swaps it: only connectors that read text get the instruction."""
     settings = small("instructblip", "connector=mlp", "stages.instruct.fresh=[connector]")
     parts = build_skeleton(settings, settings.stages["instruct"], build_tokenizer(settings))
     assert not parts["connector"].reads_text
 
 
-# what cannot work is said at the door
+# what cannot work is refused before training
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_cannot_work_is_said_before_anything_trains(recipe, more, said, tmp
 
 
 def test_what_is_handed_on_is_looked_at_too(tmp_path):
-    """The same line with another Q-Former than the model folder's."""
+    """The same command with a different Q-Former from the model folder's."""
     settings = small("instructblip")
     first = hand_on(settings, "represent", None, tmp_path / "first")
     build_processor(

@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP exported: transformers alone makes the same tokens, logits and answers of them."""
+"""Exported BLIP-2 and InstructBLIP have the same tokens, logits and answers in transformers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published BLIP-2 and InstructBLIP taken in: their logits, their processors' prompts, their greedy answers."""
+"""Imported BLIP-2 and InstructBLIP have the logits, the processors' prompts and the greedy answers of the source."""
 
 from __future__ import annotations
 

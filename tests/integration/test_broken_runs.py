@@ -1,4 +1,4 @@
-"""Run folders with broken files, and places where none can be: one line that names the file."""
+"""Run folders with broken files, and invalid places for them: the error is one line that names the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECORD = {"machine": {"processes": 1, "threads": 1}}
 
 @pytest.fixture
 def run_dir(llava_files, tmp_path) -> Path:
-    """A run whose first stage is finished, as far as its files tell."""
+    """A run whose first stage is finished, according to its files."""
     folder = RunFolder(tmp_path / "run")
     line = ("recipe=llava_1_5", "mini=true", *data_overrides(llava_files), f"run_dir={folder.root}")
     few = ("stages.align.max_steps=1", "stages.instruct.max_steps=1", "workers=0")

@@ -1,4 +1,4 @@
-"""Talking: the same answer however it is asked for, in pieces, in turns, from standard input, on a page."""
+"""Chat: the same answer for every way to ask, in pieces, in turns, from standard input, on a page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A model folder, and two pictures."""
+    """A model folder and two images."""
     folder = tmp_path_factory.mktemp("chat")
     build(Case(), folder / "model")
     for number, name in enumerate(("one.png", "other.png")):
@@ -212,7 +212,7 @@ def test_a_bad_picture_is_named(home):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_the_answers(home, server, tmp_path):
-    """Two pictures and three questions, one of them a mistake, on the page itself."""
+    """Two images and three questions, one of them invalid, on the page itself."""
     browser = Browser(tmp_path)
     try:
         browser.open(server)

@@ -1,4 +1,4 @@
-"""`vlmtrain check` finds every planted defect, counts what is there, and its clean list trains without a skip."""
+"""`vlmtrain check` finds every planted defect and counts the data; training with its clean list skips nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MINI = ("recipe=llava_1_5", "mini=true")
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A PNG that says how large it is, and has next to nothing of that."""
+    """A PNG that declares a large size but has hardly any data."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")]
     parts = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
@@ -98,7 +98,7 @@ def make_pictures(folder: Path) -> None:
 
 
 def good_record(number: int) -> dict:
-    """Records with none, one and two pictures, of one and two exchanges, all different."""
+    """Records with zero, one and two images, and one and two exchanges, all different."""
     colors = ("red", "green", "blue")
     name, other = colors[number % 3], colors[(number + 1) % 3]
     question = [human("<image>\nWhat color is this?"), gpt(f"{name}, and number {number}")]
@@ -116,7 +116,7 @@ def as_line(record: dict) -> bytes:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict:
-    """Captions without a fault, and conversations with one of each, in the midst of good ones."""
+    """Valid captions, and conversations with one defect of each kind among valid ones."""
     folder = tmp_path_factory.mktemp("check")
     make_pictures(folder / "images")
     captions = [
@@ -137,7 +137,7 @@ def data(tmp_path_factory) -> dict:
 
 
 def check(*line: object, code: int, capsys) -> str:
-    """What the command prints, or its error, in this process; it must end with `code`."""
+    """The output of the command, or its error, in this process; it must exit with `code`."""
     capsys.readouterr()
     words = ["check", *MINI, "--workers", "0", *map(str, line)]
     if code == 0:
@@ -171,7 +171,7 @@ def test_every_defect_is_listed_with_its_file_its_number_and_its_id(data, checke
 
 
 def counted(records: list[dict], template: str) -> dict[str, int]:
-    """What a report should say, counted with the tokenizer and its own chat template alone."""
+    """The expected report, counted with only the tokenizer and its own chat template."""
     tokenizer = build_tiny_tokenizer(VOCABULARY)
     totals = dict.fromkeys(("samples", "images", "text_only", "answers", "tokens", "image_tokens", "target_tokens"), 0)
     for record in records:

@@ -1,4 +1,4 @@
-"""A stage may change how its connector works, as long as the weights stay what they are."""
+"""A stage may change how its connector works, as long as its weights still fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_another_window_makes_fewer_tokens_of_the_same_weights(llava_files, tmp_
     for name, tensor in module_state(align).items():
         torch.testing.assert_close(module_state(instruct)[name], tensor, rtol=0, atol=1e-9)
     pictures = {stage: metrics(tmp_path, stage)[0]["image_tokens"] for stage in ("align", "instruct")}
-    assert pictures["align"] == 4 * align.num_tokens(*grid)  # a picture a record
+    assert pictures["align"] == 4 * align.num_tokens(*grid)  # one image per record
     assert pictures["instruct"] % instruct.num_tokens(*grid) == 0 and pictures["instruct"] > 0
     assert read_manifest(tmp_path / "instruct" / "model")["connector"]["stage"] == "instruct"
     planned = plan_run(compose([*SMALL, *line]), Machine())

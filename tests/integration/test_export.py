@@ -1,4 +1,4 @@
-"""Exported models where vlmtrain cannot be imported: the same tokens, logits and answers, alone and in batches."""
+"""Exported models without vlmtrain have the same tokens, logits and answers, one by one and in batches."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_whatever_else_loads_once_vlmtrain_is_imported(name, own):
 
 
 def test_the_quicker_scaling_is_off_by_rounding_only(exported, pictures):
-    """Not on pictures of the encoder's size, which nothing scales."""
+    """Not on images of the encoder's size, which are not scaled."""
     folder, talks = exported["clip"]["home"], LLAVA_CASES["clip"].talks
     (found,) = run_outside(folder, [job(folder / "out", talks, pictures, backend=None)])
     parity = measure(found, folder / "model", talks, pictures)
@@ -172,7 +172,7 @@ def test_the_own_class_generates_what_transformers_callers_ask_for(tmp_path, pic
 
 @pytest.fixture(scope="module")
 def own_class(tmp_path_factory) -> tuple:
-    """A model of the own class, and its processor."""
+    """A model of vlmtrain's class, and its processor."""
     folder = tmp_path_factory.mktemp("own_class")
     build(Case(connector="avgpool", options={"window": 2}), folder / "model")
     export(folder / "model", folder / "out", "vlmtrain")
@@ -181,7 +181,7 @@ def own_class(tmp_path_factory) -> tuple:
 
 
 def test_the_own_class_takes_no_loss_at_pictures(own_class, pictures):
-    """Labels that are the ids, as transformers' collators have them: image tokens are nothing to predict."""
+    """Labels that equal the ids, as in transformers' collators: image tokens are not predicted."""
     model, theirs = own_class
     inputs = theirs(Image.open(pictures / "wide.png"), f"{IMAGE_MARK}what is this", return_tensors="pt")
     ids = inputs["input_ids"]

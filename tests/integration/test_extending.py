@@ -1,4 +1,4 @@
-"""A connector from a user's own module: the page's example, as it stands there, in every command."""
+"""A connector from a user's module: the example of the page, as written, in every command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def block(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """Where the user works: the module, their own options, and a run of it."""
+    """The user's folder: the module, its options, and a run with it."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "my_connectors.py").write_text(block("my_connectors.py"))
     (folder / "my_configs" / "connector").mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_names_are_not_taken_twice():
     assert "none" not in CONNECTORS
 
 
-# Hydra's manners
+# Hydra's behaviour
 
 
 def test_cfg_shows_what_applies(tmp_path):

@@ -1,4 +1,4 @@
-"""Cached features: the same run to the bit, and what is damaged is computed again."""
+"""Cached features: the run is bit-identical, and damaged entries are computed again."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_limit_holds_for_all_that_write_at_once(tmp_path, encoder):
     several = [cache(tmp_path / "all", encoder, limit) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda each, own: [features(each, image[None]) for image in own], several, images.chunk(4)))
-    assert size_of(tmp_path / "all") == limit  # none of it is left unused either
+    assert size_of(tmp_path / "all") == limit  # all of it is used
     del several
     features(cache(tmp_path / "all", encoder, limit), images)
     assert size_of(tmp_path / "all") == limit
@@ -217,7 +217,7 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path, encoder):
     wanted = features(cache(tmp_path, encoder), images[:1])
     for file in (path for path in tmp_path.iterdir() if path.is_file()):
         file.unlink()
-        file.mkdir()  # a root user may write to a read-only folder, but to no folder as to a file
+        file.mkdir()  # root may write to a read-only folder, but cannot write a file where there is a folder
     again = cache(tmp_path, encoder)
     assert torch.equal(features(again, images).patches[:1], wanted.patches)
     assert (again.hits, again.misses) == (1, 1)
@@ -255,7 +255,7 @@ def fill(*line: str, check: bool = True):
 def test_a_cache_that_was_filled_ahead_knows_every_picture(llava_files, tmp_path):
     line = [*line_of(llava_files), "precision=bf16", f"features.cache={tmp_path / 'cache'}"]
     done = json.loads(fill(*line, "--json").stdout)
-    assert done["align"] == {"known": 20, "computed": 4, "problems": []}  # four pictures, shown by 24 records
+    assert done["align"] == {"known": 20, "computed": 4, "problems": []}  # four images, used by 24 records
     assert done["instruct"]["computed"] == 4 < done["instruct"]["known"]  # the same four, but padded
     train(*line, f"run_dir={tmp_path / 'run'}")
     for stage in ("align", "instruct"):

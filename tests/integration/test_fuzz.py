@@ -1,4 +1,4 @@
-"""However broken the data: a record becomes the sample that it says, or a problem in one line that names it."""
+"""However broken the data, a record becomes the sample that it describes, or a one-line problem that names it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..conftest import gpt, human
 from .fuzz_tools import SIDE, Verdict, as_json, broken_bytes, in_front, judged, llava_turns, mutated, picture, quiet
 
 PICTURE_TOKENS = 2
-LONGEST = 10  # seconds that one file may take
+LONGEST = 10  # maximum seconds for one file
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def opened(open_source, name: str):
 
 
 def assert_record(source, index: int, processor: Processor, verdict: Verdict | None, name: str) -> str:
-    """Hold record `index` to the verdict; says how it ended."""
+    """Compare record `index` with the verdict; returns the outcome."""
     try:
         sample = processor(source[index])
     except BadSample as error:
@@ -106,7 +106,7 @@ def assert_record(source, index: int, processor: Processor, verdict: Verdict | N
 
 
 def assert_some_end(source, index: int, processor: Processor, name: str) -> None:
-    """A record of which no other reader can tell what it says is a sample or a problem, and nothing else."""
+    """A record that no other reader can interpret is a sample or a problem, and nothing else."""
     try:
         assert len(processor(source[index]).tokens.answers) > 0
     except BadSample as error:
@@ -117,7 +117,7 @@ def assert_some_end(source, index: int, processor: Processor, name: str) -> None
 
 
 def make_folder(folder: Path) -> Path:
-    """A folder of pictures, broken ones among them, and one outside of it."""
+    """A folder of images, some of them broken, and one image outside of it."""
     images = folder / "images"
     (images / "sub").mkdir(parents=True)
     for number in range(4):
@@ -134,7 +134,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def llava_record(number: int, rng: random.Random) -> dict:
-    """A good record of up to three exchanges and three pictures."""
+    """A valid record of up to three exchanges and three images."""
     names = [f"{rng.randrange(4)}.{rng.choice(['png', 'jpg'])}" for _ in range(rng.randrange(4))]
     turns = [{"from": "system", "value": rng.choice(["You see a picture.", "", " "])}] if rng.random() < 0.2 else []
     for i in range(rng.choice([1, 1, 2, 3])):
@@ -155,7 +155,7 @@ def llava_verdict(record: object, images: Path) -> Verdict | None:
 
 
 def inside(name: str, folder: Path) -> bytes | None:
-    """The bytes of a file by its path in a folder that it may not lead out of."""
+    """The bytes of a file by its path in a folder, which the path must not leave."""
     real = quiet(os.path.realpath, folder / name)
     if not isinstance(real, str) or "\\" in name or not real.startswith(f"{folder.resolve()}/"):
         return None
@@ -164,7 +164,7 @@ def inside(name: str, folder: Path) -> bytes | None:
 
 
 def standard_json(data: bytes) -> object:
-    """What the standard parser makes of bytes; those that are no UTF-8 stay recognisable."""
+    """The result of the standard parser for bytes; bytes that are not UTF-8 stay recognisable."""
     return json.loads(data.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
 
 
@@ -292,7 +292,7 @@ def any_messages(rng: random.Random) -> list | None:
 
 
 def any_table(rng: random.Random, rows: int) -> pa.Table:
-    """Rows with holes, odd words and broken pictures, in one of the forms that data sets have."""
+    """Rows with gaps, odd text and broken images, in one of the forms that data sets have."""
     kind = rng.choice([pa.binary(), PICTURE, pa.list_(PICTURE)])
     pictures = []
     for _ in range(rows):
@@ -431,7 +431,7 @@ def test_arrow_files(seed, processor, tmp_path):
 
 
 def any_members(number: int, rng: random.Random) -> dict[str, bytes]:
-    """Members of a record by extension, broken now and then."""
+    """Members of a record by extension, sometimes broken."""
     pictures = [picture(rng.randrange(50), "PNG") for _ in range(rng.choice([1, 1, 2]))]
     members = {f"{i}.png": data for i, data in enumerate(pictures)}
     record = rng.choice(
@@ -473,7 +473,7 @@ def shard_of(records: list[dict[str, bytes]], rng: random.Random) -> bytes:
 
 
 def shard_verdict(members: list[tuple[str, bytes]]) -> Verdict | None:
-    """What the members of a record, by extension, must become."""
+    """The expected result for the members of a record, by extension."""
     found = dict(members)
     if len(found) < len(members):
         return None
@@ -499,7 +499,7 @@ def shard_verdict(members: list[tuple[str, bytes]]) -> Verdict | None:
 
 
 def grouped(data: bytes) -> dict[str, list[tuple[str, bytes]]] | None:
-    """Members of a shard by record, as tarfile reads them; None if it cannot."""
+    """Members of a shard by record, as tarfile reads them; None if it fails."""
     groups: dict[str, list[tuple[str, bytes]]] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8", errors="surrogateescape") as tar:

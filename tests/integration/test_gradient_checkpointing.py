@@ -1,4 +1,4 @@
-"""Activations that are computed again change no loss."""
+"""Gradient checkpointing does not change the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published models taken in: the source's logits and greedy answers, its template and pictures; and what is refused."""
+"""Imported models have the source's logits, greedy answers, template and image processing; and what is refused."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path):
 
 @pytest.fixture
 def published(tmp_path) -> Path:
-    """A folder with an encoder, a language model and a projector between them."""
+    """A folder with an encoder, a language model and the projector that connects them."""
     build_parts(tmp_path)
     return tmp_path
 

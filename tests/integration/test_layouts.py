@@ -1,4 +1,4 @@
-"""The same samples padded, packed and one by one: the same loss, the same gradients, and no sample sees another."""
+"""Padded, packed and single samples have the same loss and gradients, and no sample sees another."""
 
 from __future__ import annotations
 

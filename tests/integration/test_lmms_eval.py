@@ -1,4 +1,4 @@
-"""vlmtrain's models in lmms-eval, with tasks made here; skipped where lmms-eval is not installed."""
+"""vlmtrain's models in lmms-eval, with tasks made here; skipped if lmms-eval is not installed."""
 
 from __future__ import annotations
 

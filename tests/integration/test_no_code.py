@@ -1,4 +1,4 @@
-"""Nothing that a data set holds is run: no pickle, no script, no tag, no member, no template in its words."""
+"""No code in a data set is executed: no pickle, no script, no tag, no archive member, no template in its text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..conftest import gpt, human
 
 
 class Payload:
-    """Makes a folder where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -37,7 +37,7 @@ class Payload:
 
 @pytest.fixture
 def mark(tmp_path) -> Path:
-    """What the payload makes; a test fails if it is there at its end."""
+    """The folder that the payload creates; a test fails if it exists at the end."""
     path = tmp_path / "it ran"
     pickle.loads(pickle.dumps(Payload(path)))
     assert path.is_dir()

@@ -1,4 +1,4 @@
-"""A model folder that is not what was saved is refused by the name of a file or tensor; nothing in it is run."""
+"""A model folder that differs from what was saved is refused, naming a file or tensor; nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .test_no_code import Payload, mark  # noqa: F401 - a fixture
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """A whole model folder, of tiny parts."""
+    """A complete model folder of tiny parts."""
     folder = tmp_path_factory.mktemp("models") / "model"
     settings = compose(["recipe=quickstart", "stages.instruct.fresh=[vision,connector,llm]"])
     tokenizer = build_tokenizer(settings)
@@ -140,7 +140,7 @@ class Model(LlamaForCausalLM):
 
 @pytest.fixture
 def with_code(sound, tmp_path, mark, monkeypatch) -> Path:  # noqa: F811
-    """The folder of a language model that asks for code of its own."""
+    """The folder of a language model that requires custom code."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = Path(shutil.copytree(sound / "llm", tmp_path / "llm"))
     shutil.copytree(sound / "processor", folder, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""Validation against plain computations: choices by likelihood, blanked pictures, and batches of any size."""
+"""Validation compared with plain computations: choices by likelihood, blanked images, and batches of any size."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_choices_are_as_likely_as_their_tokens_one_after_another(model, question
 @torch.no_grad()
 def test_batches_of_any_size_give_the_same_answers_and_likelihoods(model, questions):
     one, many, again = (validator(model, questions, size).answers(model[0], None) for size in (1, 8, 8))
-    assert many == again  # to the bit
+    assert many == again  # bit-identical
     assert [a.prediction for a in one] == [a.prediction for a in many] and any(a.prediction for a in one)
     for a, b in zip(one, many):
         assert [x.total for x in a.likelihoods] == pytest.approx([x.total for x in b.likelihoods], abs=1e-4)
@@ -99,7 +99,7 @@ def test_blind_values_are_those_of_grey_pictures(model, questions):
     ]
     scores, shown = validator(model, questions).scores(wrapper, None)
     plain, _ = validator(model, grey).scores(wrapper, None)
-    # the mean colour is not a whole number of 255ths
+    # the mean colour is not a multiple of 1/255
     assert scores["blind_loss"] == pytest.approx(plain["loss"], abs=1e-3) and scores["loss"] != scores["blind_loss"]
     assert scores["perplexity"] == pytest.approx(torch.tensor(scores["loss"]).exp().item())
     for key in ("choice_accuracy", "blind_choice_accuracy", "blind_exact_match", "choice_accuracy_normalised"):

@@ -1,4 +1,4 @@
-"""Small random encoders, language models and tokenizers of the kinds that exports and imports meet."""
+"""Small random encoders, language models and tokenizers of the kinds that exports and imports handle."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ HF_VISION = {
 
 @register_model
 def tiny_siglip(pretrained: bool = False, **options) -> nn.Module:
-    """SigLIP's image tower as timm builds it, small."""
+    """A small SigLIP image tower as timm builds it."""
     shape = {"patch_size": PATCH, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
     shape |= {"class_token": False, "act_layer": "gelu_tanh"}
     return vision_transformer._create_vision_transformer("tiny_siglip", pretrained, **{**shape, **options})
@@ -67,7 +67,7 @@ def tiny_siglip(pretrained: bool = False, **options) -> nn.Module:
 
 @register_model
 def tiny_eva(pretrained: bool = False, **options) -> nn.Module:
-    """EVA-CLIP's image tower as timm builds it, small."""
+    """A small EVA-CLIP image tower as timm builds it."""
     shape = {"patch_size": PATCH, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
     return _create_eva("tiny_eva", pretrained, **{**shape, "init_values": None, **options})
 
@@ -104,7 +104,7 @@ TOWERS = {
 
 
 def stir(module: nn.Module) -> nn.Module:
-    """Far from where all outputs are alike."""
+    """Move the weights away from values where all outputs are alike."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn(parameter.shape))

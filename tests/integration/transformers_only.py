@@ -1,8 +1,8 @@
-"""Run exported folders with transformers alone. Arguments: a file of jobs, and where to put what comes out.
+"""Run exported folders with transformers alone. Arguments: a file of jobs, and a path for the output.
 
 A job is {"folder", "backend", "questions": [[{"role", "content"}, ...], ...], "pictures": [[file, ...], ...]}; for each
-question, the prompt's ids, the logits and the greedy answer, alone and in one batch with the others. A third argument
-lets vlmtrain be imported, and imports it.
+question, the output has the prompt's ids, the logits and the greedy answer, alone and in one batch with the others. A
+third argument allows vlmtrain to be imported, and imports it.
 """
 
 # ruff: noqa: E402
@@ -28,7 +28,7 @@ NEW = 12
 
 
 def prompt(processor, question: list) -> str:
-    """BLIP-2's processors keep no template; published ones are told the words alone."""
+    """BLIP-2's processors have no template; published ones get only the text."""
     speaker = processor if processor.chat_template else processor.tokenizer
     if speaker.chat_template is None:
         return "".join(item.get("text", "") for item in question[-1]["content"])
