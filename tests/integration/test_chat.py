@@ -186,7 +186,7 @@ def test_mistakes_on_the_page_are_answered_in_one_line(server):
         (b"{", {}, 400, "Expecting property name"),
         ([], {}, 400, "expected an object"),
         ({**asked, "pictures": ["?"]}, {}, 400, "expected a list of files in base64"),
-        ({**asked, "pictures": ["YWJj"]}, {}, 400, "image picture1 is not an image: it starts with b'abc'"),
+        ({**asked, "pictures": ["YWJj"]}, {}, 400, "image picture 1 is not an image: it starts with b'abc'"),
         ({**asked, "words": " "}, {}, 400, "words: expected a question"),
         ({**asked, "words": "<image>"}, {}, 400, "1 <image> marks in the user's turns, but 0 images"),
         ({**asked, "turns": [{"role": "user", "text": "<image>"}]}, {}, 400, "more pictures than there are"),

@@ -40,7 +40,7 @@ def test_bf16_may_round_elsewhere():
 
 
 def test_packed_rows_need_padded_ones_beside_them():
-    assert "void: packed needs ours" in disagreement(case(packed=[2.0], trainer=[2.0]), "packed", "trainer")
+    assert "void: packed requires ours" in disagreement(case(packed=[2.0], trainer=[2.0]), "packed", "trainer")
 
 
 def test_a_row_has_ratios_of_speed_and_memory():
