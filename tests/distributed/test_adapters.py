@@ -242,7 +242,7 @@ def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer
         ("{llm: {targets: [qproj]}}", "lora.llm.targets: qproj matches no linear layer; there are down_proj"),
         ("{llm: {rang: 8}}", "has no option 'rang'. Did you mean 'rank'"),
         ("{llm: {rank: 0}}", "lora.llm.rank=0: expected a positive whole number"),
-        ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected 0 to below 1"),
+        ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected a number of at least 0 and below 1"),
         ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
         ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),
         ("{llm: 8}", "stages.instruct.lora={'llm': 8}: expected null or {part: {rank: 16, ...}}"),

@@ -118,7 +118,7 @@ def test_a_line_that_does_not_compose_names_the_nearest(line, words):
         (["stages.instruct.image_tiles=[[1,2,3]]"], ["stages.instruct.image_tiles=[[1, 2, 3]]", "[rows, columns]"]),
         (["stages.instruct.image_tiles_alone=5"], ["stages.instruct.image_tiles_alone=5", "true or false"]),
         (["stages.instruct.expected.images=abc"], ["stages.instruct.expected.images=abc"]),
-        (["llm.new_tokens=abc"], ["llm.new_tokens=abc", "a list of words"]),
+        (["llm.new_tokens=abc"], ["llm.new_tokens=abc", "a list of non-empty strings"]),
         (["stages.instruct.objective=contrastive"], ["objective"]),
     ],
 )  # fmt: skip
