@@ -1,4 +1,4 @@
-"""Ranks whose data differ do not wait for each other for ever, and make the update that one rank makes.
+"""Ranks with different kinds of data do not deadlock, and make the same update as a single rank.
 
 ``python -m tests.distributed.hang_runs`` prints the table.
 """

@@ -1,4 +1,4 @@
-"""Tokens that a run adds: one token each, and trainable while every other embedding stays as it is."""
+"""Tokens that a run adds: one ID each, and trainable while all other embeddings remain unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = "['<box>','</box>']"
 
 @pytest.fixture(scope="module")
 def boxes(llava_files, tmp_path_factory) -> dict:
-    """Questions that are answered with a place."""
+    """Questions whose answers contain new tokens."""
     folder = tmp_path_factory.mktemp("boxes")
     colors = ("red", "green", "blue", "yellow")
     records = [
