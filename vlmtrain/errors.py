@@ -1,4 +1,4 @@
-"""Wording of errors: what was meant, and what was found."""
+"""Helpers for error messages: suggestions, shortened values and printable text."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for a misspelt word, or an empty string."""
+    """Return `` Did you mean 'x'?`` for a misspelt name, or an empty string if no known name is similar."""
     match = difflib.get_close_matches(word, list(known), 1)
     return f" Did you mean '{match[0]}'?" if match else ""
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
-    """The first few of many names, sorted, and how many more there are."""
+    """Format the first few names, sorted, and the number of remaining ones."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return printable(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
 
 
 def printable(text: str, limit: int = 500) -> str:
-    """Text that some file holds, for a message: shortened, with what no terminal or log can show escaped."""
+    """Shorten text from a file for a message, and escape it if it contains non-printable characters."""
     if len(text) > limit:
         text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
     return text if text.isprintable() else repr(text)[1:-1]
@@ -37,5 +37,5 @@ _repr.maxlevel = 4
 
 
 def shown(value: object) -> str:
-    """A value for an error message: short, however large or deep it is."""
+    """Format a value for an error message, shortened if it is large or deeply nested."""
     return printable(_repr.repr(value), 300)

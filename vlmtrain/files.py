@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and JSON that is read back."""
+"""Atomic writes of files and folders, and reading and writing of JSON."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .errors import first_line
 
 
 def make_folder(folder: Path, named: str) -> None:
-    """Make a folder unless it is there. Raises ValueError, saying how the line named it, if it cannot be written to."""
+    """Create a folder unless it exists. Raises ValueError, starting with `named`, if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
-        raise ValueError(f"{named} is no folder that can be written to: {error}") from None
+        raise ValueError(f"{named} is not a writable folder: {error}") from None
 
 
 def check_new_folder(folder: Path, named: str) -> None:
-    """Raise ValueError unless `folder` can be written: it is empty or not there, and what it stands in can be."""
+    """Raise ValueError unless `folder` can be created: it must be empty or absent, and its parent must be writable."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: choose another folder")
+        raise ValueError(f"{folder} already exists: choose another folder")
     make_folder(folder.parent, f"{named} {folder}: {folder.parent}")
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a whole file or nothing of it, on the disk when this returns."""
+    """Write a text file atomically. The file is synced to disk when this returns."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -40,22 +40,22 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Mapping | list) -> None:
-    """Write a whole JSON file or nothing of it."""
+    """Write a JSON file atomically."""
     replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file that vlmtrain wrote. Raises ValueError if it is missing or broken."""
+    """Read a JSON file written by vlmtrain. Raises ValueError if it is missing or invalid."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{file} is missing: the folder is not complete") from None
+        raise ValueError(f"{file} is missing: the folder is incomplete") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is not valid JSON: {first_line(error)}") from None
 
 
 def sync(*paths: Path) -> None:
-    """Have what was written to files and folders on the disk."""
+    """Flush files and folders to disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -65,7 +65,7 @@ def sync(*paths: Path) -> None:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """The same file under another name, where the file system allows; otherwise a copy."""
+    """Hard-link a file where the file system supports it; otherwise copy it."""
     try:
         os.link(source, target)
     except OSError:
@@ -73,9 +73,9 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Put the folder `partial` in the place of `target`, which is there whole, old or new, whatever happens.
+    """Replace `target` with the folder `partial`. The old or the new folder is always complete on disk.
 
-    `restore_folder` mends what a kill between the two renames leaves.
+    If the process is killed between the two renames, `restore_folder` recovers the old one.
     """
     old = _aside(target)
     restore_folder(target)
@@ -88,7 +88,7 @@ def replace_folder(partial: Path, target: Path) -> None:
 
 
 def restore_folder(target: Path) -> None:
-    """Give `target` its place back if a kill came just as it was being replaced."""
+    """Recover the old `target` if the process was killed while replacing it."""
     if _aside(target).exists() and not target.exists():
         _aside(target).rename(target)
         sync(target.parent)

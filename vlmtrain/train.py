@@ -22,7 +22,7 @@ from .settings.locations import CONFIGS
 
 @contextlib.contextmanager
 def users_errors() -> Iterator[None]:
-    """A user's mistake ends the process with one line, not a trace; of many ranks, one says it."""
+    """Report a user error as a single line without a traceback, from one rank only, and exit with status 2."""
     try:
         yield
     except ValueError as error:
@@ -32,22 +32,25 @@ def users_errors() -> Iterator[None]:
             sys.stderr.write(f"vlmtrain: error: {error}\n")
         raise SystemExit(2) from None
     except Exception as error:
-        # safetensors has an error of its own for a file that cannot be written
+        # safetensors raises a separate error type if a file cannot be written
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and type(error).__name__ != "SafetensorError":
             raise
-        sys.stderr.write(f"vlmtrain: error: {error}; the same line goes on from the last checkpoint\n")
+        sys.stderr.write(f"vlmtrain: error: {error}; run the same command to resume from the last checkpoint\n")
         raise SystemExit(2) from None
 
 
 def train(run: Run) -> None:
-    """Train a run, as one of the ranks that torchrun started, or alone; leaves no world."""
+    """Train a run, as one of the ranks started by torchrun or as a single process.
+
+    The process group is not destroyed.
+    """
     from .distributed.world import OUTSIDE_STEPS, Stopped
     from .training.engine.joining import join_world
 
-    # the watch of a run speaks first: it knows what a rank was doing
+    # longer than the limit of the run's watch, which should report first: it includes what each rank was doing
     world = join_world(OUTSIDE_STEPS * run.collective_timeout + 60)
-    from .training.run import train_run  # its imports read what joining has set
+    from .training.run import train_run  # its imports read settings made by join_world
 
     try:
         train_run(run, world)
@@ -63,7 +66,7 @@ def _run(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Entry of ``python -m vlmtrain.train``."""
+    """Entry point of ``python -m vlmtrain.train``."""
     die_with_launcher()
     with users_errors():
         sys.argv[1:] = prepare_line(sys.argv[1:])
@@ -73,7 +76,7 @@ def main() -> None:
         return
     try:
         _run()
-    finally:  # the jobs of --multirun share a world: DeepSpeed keeps the groups of its first one
+    finally:  # the jobs of --multirun share a process group: DeepSpeed keeps the groups of the first job
         from .distributed.world import leave_world
 
         leave_world()

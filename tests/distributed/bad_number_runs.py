@@ -1,8 +1,9 @@
-"""Trains where one rank's numbers go wrong, all in one process group. Run by test_bad_numbers.py:
+"""Trains with non-finite numbers on one rank, all cases in one process group. Run by test_bad_numbers.py:
 
 python bad_number_runs.py FOLDER ENGINE-PRECISION...
 
-A sample's id says what happens where it is: the loss, or the gradient behind a sound loss, is not a number.
+The ID of a sample determines what happens in its micro-batch: either the loss is NaN, or the loss is finite and its
+gradient is infinite.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def line(folder: Path, *more: str) -> list[str]:
 
 @dataclass
 class Wrong:
-    """What goes wrong: in micro-batches with which samples, or in all on the last rank, from which step on."""
+    """The faults to inject: in micro-batches with these samples, or in all on the last rank, after `behind` steps."""
 
     samples: set[str] = field(default_factory=set)
     everywhere: bool = False
@@ -79,7 +80,7 @@ def go_wrong(wrong: Wrong) -> None:
 
 
 def watch(found: list[dict]) -> None:
-    """Note of each step whether the whole training state is as it was."""
+    """Record for each step whether the complete training state is unchanged."""
     update = step.StepRunner._update
 
     def watched(self, number, data, weight):
@@ -107,7 +108,7 @@ def interrupt_at_bad_steps() -> None:
 
 
 def train(folder: Path, world, *more: str) -> str:
-    """Train to the end, however often the run stops; returns what it says if it fails."""
+    """Train to the end, resuming whenever the run stops. Returns the error message if it fails."""
     while True:
         try:
             run.train_run(compose(line(folder, *more)), world)
@@ -142,7 +143,7 @@ if __name__ == "__main__":
     if world.size > 1:
         interrupt_at_bad_steps()
         train(folder / "interrupted", world, "engine=zero1", "precision=bf16")
-        # another engine, among bad steps
+        # a new engine is built between bad steps
         later = (
             "stages.instruct.train.vision=null",
             "stages.instruct.groups=[{match: vision, lr: 1e-3, from_step: 6}]",

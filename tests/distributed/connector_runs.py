@@ -42,13 +42,13 @@ def line(folder: Path, engine: str, precision: str, name: str) -> list[str]:
         f"engine={engine}",
         f"precision={precision}",
         f"run_dir={folder / name}",
-        # at published sizes nothing is small enough to stay whole
+        # so that all parameters are partitioned, as at published sizes
         *(["engine.parameter_persistence_threshold=0"] if engine == "zero3" else []),
     ]
 
 
 def record(folder: Path, settings: Run, world: World) -> None:
-    """Leave beside a run what its tests compare: the first weights, what is trainable, a reloaded model's loss."""
+    """Save what the tests compare: initial weights, names of trainable parameters, and the loss of the saved model."""
     tokenizer = build_tokenizer(settings)
     connector = build_parts(settings, settings.stages["instruct"], None, tokenizer)["connector"]
     save_file(module_state(connector), folder / "initial_connector.safetensors")

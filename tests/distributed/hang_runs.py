@@ -1,8 +1,8 @@
-"""Data that differs from rank to rank, everything trained, all in one process group. Run by test_hangs.py:
+"""Trains all parts on data that differs between ranks, in one process group. Run by test_hangs.py:
 
-python -m tests.distributed.hang_runs                   # prints how far two ranks are from one, as Markdown
+python -m tests.distributed.hang_runs                   # prints the differences between two ranks and one, as Markdown
 python hang_runs.py FOLDER ENGINE...                    # every kind of data, under each engine
-python -m torch.distributed.run ... hang_runs.py FOLDER --stuck   # one rank never comes back from a forward pass
+python -m torch.distributed.run ... hang_runs.py FOLDER --stuck   # one rank hangs in a forward pass
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from vlmtrain.settings import compose
 from vlmtrain.train import train
 from vlmtrain.training.run import train_run
 
-# pixels of each record's pictures: at two ranks and a micro-batch of one, neighbours stand beside each other
+# image sizes of each record in pixels: with two ranks and a micro-batch size of one, neighbours run at the same time
 KINDS = {
-    "text beside pictures": [[], [(60, 40)], [], [(40, 60), (60, 60)], [], [(50, 50)], [], [(60, 40)]],
+    "text and images": [[], [(60, 40)], [], [(40, 60), (60, 60)], [], [(50, 50)], [], [(60, 40)]],
     "a text-only step": [[]] * 4 + [[(60, 40)]] * 4,
     "empty lists": [None, [(60, 40)]] * 4,
     "uneven tail": [[(60, 40)], [], [(40, 40)], [(40, 60)], []],
@@ -38,13 +38,13 @@ Table = dict[tuple[str, str], float]
 
 
 def launch(ranks: int, *words: str, **options) -> subprocess.CompletedProcess:
-    """This module as ranks of torchrun."""
+    """Run this module under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run([*launcher, __file__, *words], capture_output=True, text=True, timeout=900, **options)
 
 
 def measure(folder: Path) -> Table:
-    """The largest relative difference, of losses and of the first gradient norm, between two ranks and one."""
+    """The largest relative difference between two ranks and one, over all losses and the first gradient norm."""
     alone, together = folder / "alone", folder / "together"
     for ranks, place, engines in ((1, alone, ENGINES[:1]), (2, together, ENGINES)):
         done = launch(ranks, str(place), *engines)
@@ -109,12 +109,12 @@ def run_all(folder: Path, engines: list[str]) -> None:
 
 
 def get_stuck(folder: Path) -> None:
-    """Rank 1 stays in its second step's forward pass; rank 0 waits for it."""
+    """Make rank 1 hang in the forward pass of its second step, while rank 0 waits for it."""
     calls, forward = [], LanguageModelling.forward
 
     def stuck(self, model, batch, features):
         calls.append(batch.ids)
-        while launched_rank() == 1 and len(calls) == 3:  # two micro-batches a step
+        while launched_rank() == 1 and len(calls) == 3:  # two micro-batches per step
             time.sleep(1)
         return forward(self, model, batch, features)
 

@@ -1,8 +1,8 @@
-"""Trains a few steps and prints what memory grew by, and what the plan says. Run by test_memory_plan.py:
+"""Trains a few steps and prints the measured and the planned increase in memory. Run by test_memory_plan.py:
 
 python memory_runs.py FOLDER ENGINE PRECISION PARTS BATCH_SIZE
 
-PARTS: those that train, like connector+llm; llm:nf4 trains adapters over weights of 4 bits.
+PARTS: the trained parts, such as connector+llm; llm:nf4 trains adapters over 4-bit weights.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def status(key: str) -> int:
 
 
 def settle() -> None:
-    """Give back what is free, and forget the highest mark so far."""
+    """Return free memory to the system, and reset the peak."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def warm_up(engine: str, dtype: torch.dtype) -> None:
-    """What libraries take once, whatever they are used for: a step of a small engine, and attention and products."""
+    """Trigger one-time allocations of libraries: a step of a small engine, attention and matrix products."""
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": int(engine[4])},

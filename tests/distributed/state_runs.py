@@ -1,7 +1,7 @@
-"""Checkpoints taken up and written again, by engine, all in one process group. Run by test_state_over_ranks.py:
+"""Loads checkpoints and writes them again with each engine, in one process group. Run by test_state_over_ranks.py:
 
-python state_runs.py FOLDER NAME          # trains, and leaves FOLDER/NAME-ENGINE with a checkpoint
-python state_runs.py FOLDER FROM NAME     # takes up FOLDER/FROM-ENGINE and writes FOLDER/NAME-ENGINE
+python state_runs.py FOLDER NAME          # trains and writes a checkpoint to FOLDER/NAME-ENGINE
+python state_runs.py FOLDER FROM NAME     # loads FOLDER/FROM-ENGINE and writes FOLDER/NAME-ENGINE
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEP = 4
 
 
 def line(run_dir: Path, engine: str) -> list[str]:
-    """Everything trained, with three rates, layer decay, and weight decay on some."""
+    """Train all parts, with three learning rates, layer decay, and weight decay for some parameters."""
     groups = "{match: vision, lr: 1e-4, layer_decay: 0.8}, {match: 'llm.layers[1:]', lr: 3e-4}"
     return [
         *("recipe=quickstart", "stage=instruct", "stages.instruct.fresh=[vision,connector,llm]", "workers=0"),

@@ -1,4 +1,4 @@
-"""Low-rank adapters: trained as peft trains them, merged when the stage ends, and kept in peft's form."""
+"""Low-rank adapters: equal to training with peft, merged at the end of the stage, and saved in peft's format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..conftest import data_overrides, metrics, run, train
 from ..stages import make_stage
 
 STEPS = 6
-EPS = 1e-3  # where a gradient all but vanishes, AdamW with less divides one rounding error by another
+EPS = 1e-3  # with a smaller value, AdamW divides rounding errors by each other where gradients nearly vanish
 LORA = "{rank: 4, alpha: 12, dropout: 0.0, targets: all}"
 
 
@@ -43,7 +43,7 @@ def line(files, run_dir, *more: str) -> list[str]:
 
 
 def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
-    """The same stage with peft's own wrapper and plain torch; its losses, and its merged language model's weights."""
+    """The losses and the merged language model's weights of the same stage, trained with peft and plain torch."""
     from peft import LoraConfig, get_peft_model
 
     from vlmtrain.data.loader import StepStream, step_loader
@@ -64,7 +64,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
     rate = 2e-3
-    with torch.no_grad():  # the run draws A from a generator of its own; begin where it began
+    with torch.no_grad():  # the run initialises A with other random numbers; start from the same values
         for name, parameter in wrapped.named_parameters():
             if "lora_A" in name:
                 torch.manual_seed(sum(map(ord, name.removeprefix("base_model.model."))))
@@ -90,7 +90,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
 
 @pytest.fixture(scope="module")
 def aligned(llava_files, tmp_path_factory) -> Path:
-    """A run whose first stage is done, and adapters to begin the second with."""
+    """A run whose first stage is finished."""
     folder = tmp_path_factory.mktemp("aligned")
     train(*line(llava_files, folder, "stage=align"))
     return folder
@@ -98,7 +98,7 @@ def aligned(llava_files, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(aligned, tmp_path_factory) -> Path:
-    """Adapters in peft's form, made by peft, with A as `peft_alone` has it and B zero."""
+    """Adapters created by peft, with the same A as in `peft_alone` and with B zero."""
     from peft import LoraConfig, get_peft_model
 
     folder = tmp_path_factory.mktemp("adapters")
@@ -132,11 +132,11 @@ def test_a_stage_equals_pefts_own(engine, ranks, aligned, adapters, llava_files,
         torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-6, msg=name)
         if name.endswith("proj.weight"):
             assert (tensor - begin[name]).abs().max() > 1e-2, name
-    # the adapters alone, by peft on the base that they were trained on, give the merged model
+    # the adapters, loaded with peft on the base model that they were trained on, give the merged model
     again = PeftModel.from_pretrained(load_part("llm", base), model / "adapters" / "llm").merge_and_unload()
     for name, tensor in module_state(again).items():
         torch.testing.assert_close(tensor, found[name], rtol=1e-5, atol=1e-7, msg=name)
-    card = (model / "README.md").read_text()  # the merged size, and the adapters beside it
+    card = (model / "README.md").read_text()  # the size of the merged model, and the adapters
     assert f"| {sum(parameter.numel() for parameter in load_part('llm', base).parameters()):,} |" in card
     assert "Adapters of llm: rank 4, alpha 12, on " in card and "also stored separately in `adapters/llm`" in card
     parts = json.loads((tmp_path / "instruct" / "summary.json").read_text())["parts"]
@@ -223,7 +223,7 @@ def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer
     assert "\n" not in str(error.value)
     peft_alone = PeftModel.from_pretrained(plain_llm(tokenizer), tmp_path / "made").eval()
     torch.testing.assert_close(peft_alone(ids).logits, llm(ids).logits, rtol=1e-5, atol=1e-6)
-    # what peft has written says nothing of its base, and is taken as it is
+    # adapters saved by peft have no hash of their base weights, and are accepted
     peft_alone.save_pretrained(tmp_path / "theirs")
     small_llm(tokenizer, {"init_from": str(tmp_path / "theirs"), "weights": [whole]})
     config = json.loads((tmp_path / "made" / "adapter_config.json").read_text())
@@ -242,7 +242,7 @@ def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer
         ("{llm: {targets: [qproj]}}", "lora.llm.targets: qproj matches no linear layer; there are down_proj"),
         ("{llm: {rang: 8}}", "has no option 'rang'. Did you mean 'rank'"),
         ("{llm: {rank: 0}}", "lora.llm.rank=0: expected a positive whole number"),
-        ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected 0 to below 1"),
+        ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected a number of at least 0 and below 1"),
         ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
         ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),
         ("{llm: 8}", "stages.instruct.lora={'llm': 8}: expected null or {part: {rank: 16, ...}}"),

@@ -1,4 +1,4 @@
-"""Numbers that go wrong on one rank: all ranks leave the step out, say whose samples they were, and stop in time."""
+"""Non-finite numbers on one rank: all ranks skip the step, report its samples, and stop after too many of them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_before_them(runs):
 
 
 def test_they_are_counted_over_interruptions_and_the_checkpoint_before_them_stays(runs):
-    """Stopped behind step 5 and with a new engine behind step 6, all of them bad from step 4 on."""
+    """Stopped after step 5 and with a new engine after step 6; all steps are bad from step 4 on."""
     said = json.loads((runs[2] / "report.json").read_text())["stopped in between"]
     assert "4 steps in a row made no update (bad_steps.in_a_row=4); at step 7 the loss is not finite" in said
     saved = sorted(path.name for path in (runs[2] / "between" / "instruct" / "checkpoints").iterdir())

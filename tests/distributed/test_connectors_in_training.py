@@ -1,4 +1,4 @@
-"""Every connector trains: the loss falls, every tensor moves, ZeRO-3 on two ranks agrees, reloading is exact."""
+"""Every connector trains: the loss falls, every tensor changes, ZeRO-3 on two ranks agrees, reloading is exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = sorted(CONNECTORS)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """One folder of runs for each way to train, each made by one process group."""
+    """One folder of runs per training setup, each from a single process group."""
     folders = {}
     for way, ranks, engine, precision in (
         ("alone", 1, "zero0", "fp32"),
@@ -40,7 +40,7 @@ def test_the_loss_falls_and_every_tensor_moves(name, runs):
     before = load_file(runs["alone"] / name / "initial_connector.safetensors")
     after = load_file(runs["alone"] / name / "instruct" / "model" / "connector" / "model.safetensors")
     still = [key for key in before if torch.equal(before[key], after[key])]
-    # constants: position tables, batch statistics and the like are saved, but not trained
+    # constants such as position tables and batch statistics are saved, but not trained
     trained = json.loads((runs["alone"] / name / "trained.json").read_text())
     assert not set(still) & set(trained)
 

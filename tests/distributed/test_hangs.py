@@ -1,4 +1,4 @@
-"""Ranks whose data differ do not wait for each other for ever, and make the update that one rank makes.
+"""Ranks with different kinds of data do not deadlock, and make the same update as a single rank.
 
 ``python -m tests.distributed.hang_runs`` prints the table.
 """
@@ -29,7 +29,7 @@ def test_ranks_that_hang_say_what_they_do_and_end(tmp_path):
     write_data(tmp_path / "data", "tiles")
     done = launch(2, str(tmp_path), "--stuck")
     assert done.returncode != 0
-    assert len(re.findall(r"^\[rank 1\] hangs: nothing new for \d+ s", done.stderr, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\[rank 1\] hangs: no progress for \d+ s", done.stderr, re.MULTILINE)) == 1
     said = done.stderr[done.stderr.index("[rank 1] hangs") :]
     assert re.search(r"doing: instruct step 2, micro-batch 1 of 2: forward\n  samples: .*tiles-\d\)?\n", said)
     assert re.search(r"in: .*StageModule > LanguageModelling\n", said) and "hang_runs.py" in said

@@ -1,4 +1,4 @@
-"""`vlmtrain plan` on memory, against what small runs' memory grows by over a baseline before the engine exists."""
+"""Memory estimates of `vlmtrain plan` against the memory that small runs use after the engine is created."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from ..conftest import run_script
 
-# The C library then gives back what is freed, so that what is resident is what is in use.
+# With these, the C library returns freed memory, so that resident memory equals memory in use.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 RUNS = Path(__file__).with_name("memory_runs.py")
 
@@ -37,7 +37,7 @@ RUNS = Path(__file__).with_name("memory_runs.py")
     ],
 )
 def test_memory_grows_as_planned(engine, precision, ranks, trained, tmp_path):
-    batch = "4" if "llm" in trained else "16"  # with little state, activations are what there is to see
+    batch = "4" if "llm" in trained else "16"  # with little state, activations dominate
     done = run_script(RUNS, str(tmp_path), engine, precision, trained, batch, ranks=ranks, env=EXACT)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"grown"')))
     assert found["planned"] == pytest.approx(found["grown"], rel=0.2), found

@@ -1,4 +1,4 @@
-"""Tokens that a run adds: one token each, and trainable while every other embedding stays as it is."""
+"""Tokens that a run adds: one ID each, and trainable while all other embeddings remain unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = "['<box>','</box>']"
 
 @pytest.fixture(scope="module")
 def boxes(llava_files, tmp_path_factory) -> dict:
-    """Questions that are answered with a place."""
+    """Questions whose answers contain new tokens."""
     folder = tmp_path_factory.mktemp("boxes")
     colors = ("red", "green", "blue", "yellow")
     records = [
@@ -83,7 +83,7 @@ def test_new_tokens_that_nobody_named_are_an_error(boxes, tmp_path):
     wrong = "stages.instruct.groups=[{match: llm.new_tokens, lr: 1e-2}]"
     for more, said in (
         (["llm.new_tokens=[]", wrong], "stages.instruct.groups[0].match=llm.new_tokens, but llm.new_tokens is empty"),
-        (["llm.new_tokens=['']"], "llm.new_tokens=['']: expected a list of words"),
+        (["llm.new_tokens=['']"], "llm.new_tokens=['']: expected a list of non-empty strings"),
     ):
         done = run(sys.executable, "-m", "vlmtrain.train", *line(boxes, tmp_path, *more), check=False)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr[-2000:]

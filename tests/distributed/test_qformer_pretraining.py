@@ -1,4 +1,4 @@
-"""BLIP-2's first stage on two ranks equals one rank: losses and gradients, also where a rank has no pair at all."""
+"""BLIP-2's first stage gives the same losses and gradients on two ranks as on one, even if a rank has no samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from ..conftest import metrics, train
 
-# 17 samples in steps of 8: every third step is a single pair, and the second rank has none.
+# 17 samples in steps of 8: every third step has a single sample, and the second rank has none.
 LINE = [
     "recipe=blip2",
     "mini=true",
@@ -19,7 +19,7 @@ LINE = [
 ENGINES = {
     "zero0": ["engine=zero0"],
     "zero2": ["engine=zero2"],
-    # at published sizes no parameter is small enough to stay whole
+    # so that all parameters are partitioned, as at published sizes
     "zero3": ["engine=zero3", "engine.parameter_persistence_threshold=0"],
 }
 
@@ -37,6 +37,6 @@ def test_two_ranks_equal_one(engine, alone, tmp_path):
     found = metrics(tmp_path, "represent")
     assert [record["samples"] for record in found] == [8, 8, 1] * 2
     for step, (one, two) in enumerate(zip(alone, found, strict=True)):
-        # equal norms of gradients, and equal losses behind them, leave no room for a wrong gradient
+        # a wrong gradient would change the gradient norms or the losses after the update
         for key in ("loss", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-5), f"{key} of step {step + 1}"

@@ -1,4 +1,4 @@
-"""Adapters over weights of 4 bits: trained as plain adapters are on the weights that these bits stand for."""
+"""Adapters over 4-bit weights train in the same way as plain adapters over the dequantized weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def line(files, run_dir, base: Path, quantize: str, steps: int, *more: str) -> l
 
 @pytest.fixture(scope="module")
 def bases(llava_files, tmp_path_factory) -> tuple[Path, Path]:
-    """A model to begin with, and the same with the language model's linear layers as bitsandbytes unpacks them."""
+    """An initial model, and the same model with the linear layers of its LLM quantized and dequantized."""
     folder = tmp_path_factory.mktemp("bases")
     train(*plain_line(llava_files, folder / "run", "stage=align"))
     base, unpacked = folder / "run" / "align" / "model", folder / "unpacked"
@@ -74,7 +74,7 @@ def test_a_stage_equals_plain_adapters_on_the_unpacked_weights(engine, precision
     for name, tensor in held.items():
         torch.testing.assert_close(tensor, plain[name], rtol=1e-5, atol=1e-6, msg=name)
     parts = [json.loads((model.parent / "summary.json").read_text())["parts"]["llm"] for model in models]
-    assert parts[0]["sha256_before"] == parts[1]["sha256_before"]  # what it began with is what the bits stand for
+    assert parts[0]["sha256_before"] == parts[1]["sha256_before"]  # both start from the dequantized weights
     assert all(parts[0][key] == parts[1][key] for key in ("parameters", "trainable_parameters", "frozen_parameters"))
 
 

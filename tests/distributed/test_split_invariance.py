@@ -1,7 +1,7 @@
-"""The same global batch gives the same update, however it is split: ranks, accumulation, ZeRO stage.
+"""The same global batch gives the same update for any number of ranks, accumulation steps and any ZeRO stage.
 
-The data mixes text-only records with records of one and of two pictures; at two ranks and a micro-batch of
-one, a rank with text only stands beside a rank with pictures all the time.
+The data mixes text-only records with records of one and of two images. With two ranks and a micro-batch size of one,
+a rank with only text often runs at the same time as a rank with images.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 from ..conftest import data_overrides, metrics, train
 
 STEPS = 20
-# at published sizes no parameter is small enough to stay whole
+# so that all parameters are partitioned, as at published sizes
 ZERO_3 = ["engine=zero3", "engine.parameter_persistence_threshold=0"]
 SPLITS = {
     "two ranks": (2, []),
@@ -70,7 +70,7 @@ def test_losses_do_not_depend_on_the_split(split, reference, llava_files, tmp_pa
 
 
 def compare(found: list[dict], reference: list[dict]) -> None:
-    # equal norms of the first gradient, and equal losses behind it, leave no room for a wrong gradient
+    # a wrong gradient would change the first gradient norm or the losses after the update
     assert found[0]["grad_norm"] == pytest.approx(reference[0]["grad_norm"], rel=1e-5)
     for step in range(5):
         assert found[step]["loss"] == pytest.approx(reference[step]["loss"], rel=1e-5), f"step {step + 1}"

@@ -1,4 +1,4 @@
-"""A checkpoint taken up by another number of ranks holds what it held: to the bit, and with every group's rate."""
+"""A checkpoint loaded with another number of ranks and saved again is bitwise identical, including all rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that begin to train within a stage: as a loop in plain torch does it, on any engine, interrupted or not."""
+"""Parts that start to train within a stage: equal to a plain torch loop with any engine, interrupted or not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def single_stage(files, run_dir) -> list[str]:
         "stages.align.fresh=[vision,connector,llm]",
         f"stages.align.groups={GROUPS}",
         "stages.align.optimizer.weight_decay=0.1",
-        "stages.align.optimizer.eps=1e-4",  # or AdamW's first step makes much of gradients that are rounding errors
+        "stages.align.optimizer.eps=1e-4",  # otherwise AdamW's first step amplifies gradients that are rounding errors
         "stages.align.max_grad_norm=null",
         "stages.align.schedule.name=constant",
         "stages.align.schedule.warmup_ratio=0",
@@ -38,7 +38,7 @@ def single_stage(files, run_dir) -> list[str]:
 
 
 def plain_torch(overrides: list[str]) -> list[float]:
-    """The losses of the same stage in a loop of ten lines, with AdamW over what trains, from when it trains."""
+    """The losses of the same stage in a plain torch loop, where AdamW gets each parameter when it starts to train."""
     from vlmtrain.data.loader import StepStream, step_loader
     from vlmtrain.data.sources import build_source
     from vlmtrain.model import VLMWrapper

@@ -59,13 +59,13 @@ def test_a_validation_is_told_of_once_where_the_stop_came_before_it_and_a_kill_b
 def test_no_step_is_made_again_for_what_comes_behind_the_last(llava_files, tmp_path, whole):
     free = command(llava_files, tmp_path, "stages.instruct.save_every=null")
     stopped = struck(f"SIGTERM@metrics.jsonl:{STEPS - 1}", line=free)
-    assert stopped.returncode == 0 and f"stopped behind step {STEPS} of {STEPS}" in stopped.stdout
+    assert stopped.returncode == 0 and f"stopped after step {STEPS} of {STEPS}" in stopped.stdout
     before = (tmp_path / "instruct" / "metrics.jsonl").read_bytes()
     for moment in ("SIGKILL@scores:1", "SIGKILL@write_manifest:1"):
         assert struck(moment, line=free).returncode == -signal.SIGKILL
         assert saved(tmp_path) == [f"step-{STEPS:06d}"] and not (tmp_path / "instruct" / "summary.json").exists()
     done = train(*free)
-    assert f"going on behind step {STEPS}\n" in done.stdout
+    assert f"resuming after step {STEPS}\n" in done.stdout
     assert (tmp_path / "instruct" / "metrics.jsonl").read_bytes() == before
     assert_same(tmp_path, whole)
     assert not (tmp_path / "instruct" / "checkpoints").exists()

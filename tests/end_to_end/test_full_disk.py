@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(llava_files, small_disk, w
     assert saved and not any(name.endswith(".partial") for name in saved)
     subprocess.run(["mount", "-o", "remount,size=400m", small_disk], check=True)
     done = train(*command)
-    assert f"going on behind step {int(saved[-1][5:])}" in done.stdout
+    assert f"resuming after step {int(saved[-1][5:])}" in done.stdout
     assert losses(small_disk / "run") == losses(whole)
 
 
@@ -87,7 +87,7 @@ def test_a_stage_whose_last_checkpoint_finds_no_room_leaves_its_model(llava_file
     largest = max(file.stat().st_size for file in (whole / "instruct" / "model").rglob("*"))
     command = line(llava_files, tmp_path, "stages.instruct.save_every=null", "workers=0")
     done = train(*command, preexec_fn=limited(largest + MEGABYTE // 8))
-    assert "could not be written" in done.stdout + done.stderr and "goes on to its model" in done.stdout + done.stderr
+    assert "could not be written" in done.stdout + done.stderr and "training is complete" in done.stdout + done.stderr
     model = Path("instruct", "model", "vlmtrain.json")
     assert (tmp_path / model).read_bytes() == (whole / model).read_bytes()
     assert losses(tmp_path) == losses(whole)

@@ -34,7 +34,7 @@ def test_ranks_and_workers_die_with_a_killed_launcher_and_a_killed_rank_is_repla
         wait_for(lambda: len(found := ranks_of(launcher)) == 2 and not {*found} & {*first}, 60, "no new ranks")
         assert launcher.wait(timeout=120) == 0
     said = (tmp_path / "log").read_text()
-    assert said.count("going on behind step") == 2
+    assert said.count("resuming after step") == 2
     assert "forcefully exiting" not in said, "the rank that was left did not end by itself"
     train(*line(llava_files, tmp_path / "whole", "engine=zero1", "workers=1", "precision=fp32"), ranks=2)
     found, wanted = (metrics(tmp_path / run, "instruct") for run in ("broken", "whole"))

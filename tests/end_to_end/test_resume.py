@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(kind, which, 
     DAMAGE[kind](saved[-1] / which)
     (saved[-1].parent / "step-000099.partial").mkdir()
     done = train(*line(llava_files, run_dir))
-    assert f"{saved[-1]} is damaged" in done.stdout and f"going on behind step {int(saved[0].name[5:])}" in done.stdout
+    assert f"{saved[-1]} is damaged" in done.stdout and f"resuming after step {int(saved[0].name[5:])}" in done.stdout
     assert [r["loss"] for r in metrics(run_dir, "instruct")] == [r["loss"] for r in stopped[1]]
 
 

@@ -75,7 +75,7 @@ def test_a_job_near_its_time_limit_saves_and_requeues_itself(llava_files, tmp_pa
         assert job.wait(timeout=120) == 0
     finally:
         kill(tree(job))
-    assert f"going on behind step {steps}\n" in log.read_text()
+    assert f"resuming after step {steps}\n" in log.read_text()
     assert json.loads((run_dir / "instruct" / "summary.json").read_text())["steps"] == 60
     assert (tmp_path / "calls").read_text() == "3 cores\nrequeue 7\n3 cores\n"
 
@@ -95,6 +95,6 @@ def test_a_signal_to_a_launch_script_saves_on_all_ranks(script, number, llava_fi
     finally:
         kill(tree(job))
     steps = steps_of(run_dir, "instruct")
-    assert f"instruct: stopped behind step {steps} of 400" in log.read_text()
+    assert f"instruct: stopped after step {steps} of 400" in log.read_text()
     record = json.loads((run_dir / "instruct" / "checkpoints" / f"step-{steps:06d}" / "vlmtrain.json").read_text())
     assert len(record["record"]["files"]) == 2

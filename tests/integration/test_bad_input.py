@@ -118,7 +118,7 @@ def test_a_line_that_does_not_compose_names_the_nearest(line, words):
         (["stages.instruct.image_tiles=[[1,2,3]]"], ["stages.instruct.image_tiles=[[1, 2, 3]]", "[rows, columns]"]),
         (["stages.instruct.image_tiles_alone=5"], ["stages.instruct.image_tiles_alone=5", "true or false"]),
         (["stages.instruct.expected.images=abc"], ["stages.instruct.expected.images=abc"]),
-        (["llm.new_tokens=abc"], ["llm.new_tokens=abc", "a list of words"]),
+        (["llm.new_tokens=abc"], ["llm.new_tokens=abc", "a list of non-empty strings"]),
         (["stages.instruct.objective=contrastive"], ["objective"]),
     ],
 )  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
     assert f"{key}{tmp_path / 'wide'}: this BERT does not fit the Q-Former" in wide and "(60, 48)" in wide
     other = bert(tmp_path / "other")
     RobertaConfig().save_pretrained(other)
-    assert f"{key}{other} is a roberta: expected a BERT" in refused(other)
+    assert f"{key}{other} is a roberta model: expected BERT" in refused(other)
     assert f"{key}{tmp_path / 'none'}" in refused(str(tmp_path / "none"))
 
 
@@ -175,11 +175,11 @@ def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, to
         parts["llm"] = build_random_llm(config, tokenizer)
     settings = compose(["recipe=llava_1_5", "llm.path=mine", f"init_from={tmp_path}"])
     check_widths(settings, settings.stages["instruct"], parts, {"connector", "vision", "llm"})  # the folder's own fit
-    with pytest.raises(ValueError, match=r"64 wide, the language model of llm.path=mine reads them 128 wide") as error:
+    with pytest.raises(ValueError, match=r"64, but the language model of llm.path=mine has width 128") as error:
         check_widths(settings, settings.stages["instruct"], parts, {"connector", "vision"})
     assert f"init_from={tmp_path}" in str(error.value)
     parts["connector"] = build_connector("linear", 100, 128)
-    with pytest.raises(ValueError, match=r"100 wide, the encoder of vision.name=ViT-L-14-336 makes them 128 wide"):
+    with pytest.raises(ValueError, match=r"100, but the encoder of vision.name=ViT-L-14-336 has width 128"):
         check_widths(settings, settings.stages["instruct"], parts, {"connector"})
 
 

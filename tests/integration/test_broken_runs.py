@@ -73,7 +73,7 @@ def test_a_broken_file_of_a_model_is_named(name, content, model, capsys):  # noq
 
 @pytest.mark.parametrize("place", ["/etc/hostname", "/proc/run"])
 def test_a_run_folder_that_cannot_be_one_is_named(place, run_dir, llava_files, capsys):
-    with pytest.raises(ValueError, match=f"run_dir={place} is no folder that can be written to: "):
+    with pytest.raises(ValueError, match=f"run_dir={place} is not a writable folder: "):
         start(place, llava_files)
     assert place in refused(capsys, "reproduce", str(run_dir), "--out", place)
     assert place in refused(capsys, "ablate", "recipe=quickstart", "connectors=[linear]", f"run_dir={place}")

@@ -43,8 +43,8 @@ def test_another_window_makes_fewer_tokens_of_the_same_weights(llava_files, tmp_
 
 def test_options_that_need_new_weights_are_refused_at_the_door(llava_files, tmp_path):
     for change, said in (
-        ("{mlp: {depth: 3}}", "not handed on, and not in stages.instruct.fresh: layers.4"),
-        ("{mpl: {depth: 3}}", "names no connector: mpl. Did you mean 'mlp'?"),
+        ("{mlp: {depth: 3}}", "not in the received connector and not in stages.instruct.fresh: layers.4"),
+        ("{mpl: {depth: 3}}", "unknown connector mpl. Did you mean 'mlp'?"),
         ("{mlp: {deep: 3}}", "Unknown option stages.instruct.connector_options.mlp.deep of 'mlp'"),
     ):
         wrong = [*SMALL, *data_overrides(llava_files), f"run_dir={tmp_path}"]

@@ -106,9 +106,9 @@ def test_bad_folders_are_named(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, words in (
-        (["export", str(tmp_path / "model"), str(tmp_path / "full")], "full exists already"),
-        (["export", "none", str(tmp_path / "full" / "file" / "out")], "full/file is no folder that can be written to"),
-        (["import", "none", str(tmp_path / "full" / "file" / "out")], "full/file is no folder that can be written to"),
+        (["export", str(tmp_path / "model"), str(tmp_path / "full")], "full already exists"),
+        (["export", "none", str(tmp_path / "full" / "file" / "out")], "full/file is not a writable folder"),
+        (["import", "none", str(tmp_path / "full" / "file" / "out")], "full/file is not a writable folder"),
         (["export", str(tmp_path / "none"), str(tmp_path / "out")], "none is not a model folder"),
     ):
         with pytest.raises(SystemExit):

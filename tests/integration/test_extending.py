@@ -104,7 +104,7 @@ def test_a_folder_of_ones_own_adds_choices(home):
 def test_a_module_that_is_not_there_is_named(home):
     done = train("recipe=quickstart", "modules=[no_such_module]", cwd=home, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "modules=['no_such_module']: there is no module no_such_module here or on PYTHONPATH" in done.stderr
+    assert "modules=['no_such_module']: no module no_such_module in the working directory" in done.stderr
 
 
 def test_names_are_not_taken_twice():

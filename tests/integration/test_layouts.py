@@ -113,7 +113,7 @@ def test_an_attention_that_cannot_be_is_refused_before_anything_trains(more, sai
 
 def test_flash_attention_in_fp32_is_refused():
     line = ["recipe=llava_1_5", "mini=true", "precision=fp32", "llm.attn_implementation=flash_attention_2"]
-    with pytest.raises(ValueError, match="flash_attention_2 has no fp32: set precision=bf16"):
+    with pytest.raises(ValueError, match="flash_attention_2 does not support fp32: set precision=bf16"):
         compose(line)
 
 

@@ -1,9 +1,9 @@
-"""From sources to the batches of an optimiser step.
+"""Builds the batches of each optimiser step from the data sources.
 
-    (seed, epoch) -> stream of samples -> cut into steps -> dealt to ranks -> micro-batches
+    (seed, epoch) -> stream of samples -> split into steps -> distributed to ranks -> micro-batches
 
-Which samples make up a step depends on nothing but the seed and the position, so any number of ranks,
-workers or accumulation steps trains on the same data, and a resumed run goes on exactly.
+The samples of a step depend only on the seed and the position in the stream. Any number of ranks, workers or
+accumulation steps therefore trains on the same data, and a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .records import BadSample, Conversation
 from .rendering import Rendered
 
 LAYOUTS = ("padded", "packed")
-MEASURED = 1024  # samples from which a stream's lengths are estimated
+MEASURED = 1024  # samples used to estimate the lengths in a stream
 
 
 class Planned(NamedTuple):
-    """A sample with its tokens; its pictures are still on disk. `position` is that in the stream."""
+    """A tokenized sample whose images are not loaded yet. `position` is its position in the stream."""
 
     position: int
     index: int
@@ -39,7 +39,7 @@ class Planned(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A record that is left out: its place in the stream, its index, and why."""
+    """A skipped record: its position in the stream, its index, and the reason."""
 
     position: int
     index: int
@@ -49,7 +49,7 @@ class BadRecord(NamedTuple):
 class PlannedStep(NamedTuple):
     """The samples of one optimiser step, in rows, for all ranks.
 
-    cursor: where the stream goes on behind this step, for `Batching.steps`.
+    cursor: where the stream continues after this step, for `Batching.steps`.
     """
 
     rows: list[list[Planned]]
@@ -60,7 +60,8 @@ class PlannedStep(NamedTuple):
 class StepData(NamedTuple):
     """One rank's share of an optimiser step. Counts are this rank's.
 
-    weight: sum of the targets' loss weights; padded_tokens: tokens and padding; drawn: samples of each source.
+    weight: sum of the loss weights of the target tokens. padded_tokens: tokens including padding. drawn: number of
+    samples from each source.
     """
 
     micro_batches: list[Batch]
@@ -76,31 +77,31 @@ class StepData(NamedTuple):
 
 
 class Batching(Protocol):
-    """A layout: how the stream is cut into steps, and a step into the micro-batches of ranks."""
+    """A layout: how the stream is split into steps, and each step into the micro-batches of the ranks."""
 
     steps_per_epoch: int
     accumulation: int
     micro_rows: int
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
-        """Steps ``first + worker``, ``first + worker + workers``, ... without end."""
+        """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
         ...
 
     def order(self, row: list[Planned]) -> int:
-        """What rows that run at the same time should have in common."""
+        """Sort key of a row: rows with similar keys run at the same time."""
         ...
 
     def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch: ...
 
 
 class _Reader:
-    """Reads the stream's samples up to their tokens."""
+    """Reads and tokenizes the samples of the stream."""
 
     def __init__(self, mixture: Mixture, processor: Processor):
         self.mixture, self.processor = mixture, processor
 
     def read(self, position: int, bad: list[BadRecord]) -> Planned | None:
-        """The sample at a position; None, and an entry in `bad`, for a broken record."""
+        """Return the sample at a position, or None for a broken record, which is appended to `bad`."""
         index = self.mixture.draw(position)
         try:
             conversation = self.mixture[index]
@@ -111,7 +112,7 @@ class _Reader:
 
 
 class PaddedBatching:
-    """A sample a row, padded on the right; rows of about the same length run together."""
+    """One sample per row, padded on the right. Rows of similar length run together."""
 
     def __init__(self, mixture: Mixture, processor: Processor, batch_size: int, accumulation: int, micro_rows: int):
         self.reader = _Reader(mixture, processor)
@@ -131,7 +132,7 @@ class PaddedBatching:
             step += workers
 
     def positions(self, step: int) -> range:
-        """The stream's positions that a step trains on. The last step of an epoch may have fewer than the others."""
+        """Stream positions of a step. The last step of an epoch may have fewer samples than the others."""
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.batch_size
         end = min(start + self.batch_size, self.epoch_size)
@@ -145,11 +146,12 @@ class PaddedBatching:
 
 
 class PackedBatching:
-    """Several samples a row, rows filled to `row_length` tokens, the same number of rows every step.
+    """Several samples per row. Rows are filled up to `row_length` tokens; every step has the same number of rows.
 
-    `batch_size` and `micro_batch_size` are samples in the mean, as the beginning of the stream tells. An epoch has no
-    edge: the stream goes on into the next one, and what still waits for a row when a stage ends is not trained on.
-    by_source: whether a row holds samples of one source only (Qwen-VL packs those of a task).
+    `batch_size` and `micro_batch_size` are average numbers of samples, estimated from the beginning of the stream.
+    Epochs have no boundary: the stream continues into the next one. Samples that are not in a row when a stage ends
+    are not trained on.
+    by_source: whether each row holds samples of a single source only (Qwen-VL packs samples of the same task).
     """
 
     def __init__(
@@ -193,7 +195,7 @@ class PackedBatching:
             position = cursor["position"]
             for kept in cursor["waiting"]:
                 wait_for(kept)
-            bad.clear()  # they were counted when they were met first
+            bad.clear()  # already counted when they were first read
         number, skip = 0, 0 if cursor else first
         while True:
             rows = []
@@ -224,9 +226,9 @@ class PackedBatching:
 
 @dataclass
 class StepStream(IterableDataset):
-    """The steps of a stage as one rank sees them, from step `first` to ``last - 1``.
+    """One rank's share of the steps of a stage, from step `first` to ``last - 1``.
 
-    cursor: that of the step before `first`, where a layout needs it.
+    cursor: the cursor of the step before `first`, for layouts that need it.
     """
 
     plan: Batching
@@ -246,9 +248,9 @@ class StepStream(IterableDataset):
             yield self._deal(next(steps))
 
     def _deal(self, step: PlannedStep) -> StepData:
-        """This rank's micro-batches: like rows run at the same time on all ranks, and all have equally many."""
+        """Build this rank's micro-batches. Similar rows run at the same time, and all ranks have equally many."""
         plan, together = self.plan, self.plan.micro_rows * self.world_size
-        # what the plan found is everyone's; one rank reports it
+        # all ranks find the same bad records while planning; only one reports them
         bad = list(step.bad) if self.rank == 0 else []
         rows = sorted(step.rows, key=plan.order)
         batches, tokens, drawn = [], [], [0] * len(self.mixture.sources)
@@ -285,7 +287,7 @@ class StepStream(IterableDataset):
 
 
 def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[StepData]:
-    """A stage's steps, prepared ahead by `workers` processes (0: in this one)."""
+    """Iterate over the steps of a stage, prefetched by `workers` processes (0: loaded in the main process)."""
     loader = DataLoader(
         stream,
         batch_size=None,
@@ -296,21 +298,22 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
     )
     steps = iter(loader)
     atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # behind those of the libraries, so that it runs before them
+    atexit.register(_end_workers)  # registered after the handlers of the libraries, so that it runs before them
     return steps
 
 
 def _end_workers() -> None:
-    """Where an error ends the trainer: its workers ignore the signal that Python would send them, and wait for."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take a worker's death for a failure
+    """Kill the workers when an error ends the trainer. They ignore SIGTERM, so Python would wait for them at exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise PyTorch reports the killed workers as a failure
     for worker in active_children():
         worker.kill()
 
 
 def _follow_the_trainer(worker: int) -> None:
-    """A scheduler signals every process of a job; the trainer decides, and needs its workers until it has saved.
+    """Make a worker end with the trainer and ignore stop signals.
 
-    A dead trainer's workers would hold its run folder's lock.
+    A scheduler signals every process of a job. Only the trainer handles the signal, and it needs its workers until it
+    has saved a checkpoint. Workers that outlive the trainer would keep the lock of the run folder.
     """
     die_with(parent_process().pid)
     for number in (signal.SIGTERM, signal.SIGUSR1):

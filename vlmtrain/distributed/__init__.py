@@ -1,1 +1,1 @@
-"""The processes of a run, and how they end."""
+"""The processes of a run, their communication and their shutdown."""

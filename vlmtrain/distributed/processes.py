@@ -1,7 +1,7 @@
-"""Processes that end with the one that started them, however it ended, so that nothing of a dead run goes on; and what
-a process knows of itself.
+"""Process utilities: end a process together with its parent, so that no process of a dead run survives, and query the
+rank and the peak memory of the current process.
 
-python -m vlmtrain.distributed.processes MODULE [ARGUMENT ...]      # runs a module so
+python -m vlmtrain.distributed.processes MODULE [ARGUMENT ...]      # runs a module that ends with its parent
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process once `parent`, which must have started it, is dead. Linux; elsewhere nothing.
+    """Have the kernel kill this process when `parent`, the process that started it, dies. No effect outside Linux.
 
-    To the kernel the parent is the thread that started this process, not the others beside it.
+    For the kernel, the parent is the thread that started this process, not the other threads of the parent process.
     """
     if not sys.platform.startswith("linux"):
         return
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # the parent died before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_with_launcher() -> None:
-    """Under torchrun, whose ranks would outlive it: end when it ends."""
+    """Under torchrun, end this process when the launcher ends, as ranks would otherwise outlive it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())
 
 
 def launched_rank() -> int:
-    """This process's rank as torchrun tells it, before any group exists; 0 in a single process."""
+    """Rank of this process as set by torchrun, available before a process group exists; 0 for a single process."""
     return int(os.environ.get("RANK", 0))
 
 
 def peak_resident_bytes() -> int:
-    """The most host memory that this process has held.
+    """Peak resident memory of this process on the host, in bytes.
 
-    Not by getrusage where Linux says it better: there it begins with what the parent held when it started this one.
+    On Linux the value comes from VmHWM, because ``ru_maxrss`` of getrusage starts at the memory that the parent held
+    when it started this process.
     """
     status = Path("/proc/self/status")
     if not status.exists():

@@ -1,4 +1,4 @@
-"""The processes of a run: ranks, device, and the few things that they say to each other."""
+"""The ranks of a run, their devices and the collective operations between them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-OUTSIDE_STEPS = 10  # times as long as in a step, ranks may wait for each other: starting, saving, validating
+OUTSIDE_STEPS = 10  # factor on the timeout of a step while starting, saving or validating
 
 
 @dataclass(frozen=True)
 class World:
-    """One process's place among the ranks of a run."""
+    """This process's rank, the number of ranks and the device."""
 
     rank: int
     size: int
@@ -41,7 +41,7 @@ class World:
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks."""
+        """The values of all ranks, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -49,7 +49,7 @@ class World:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """The main rank's value, on every rank."""
+        """The value of the main rank, broadcast to all ranks."""
         if self.size == 1:
             return value
         box = [value]
@@ -62,16 +62,16 @@ class World:
 
 
 def prepare_process() -> bool:
-    """Settings that libraries read when they are imported; call it before they are. Returns whether there is a GPU.
+    """Configure settings that libraries read on import; call it before importing them. Returns whether there is a GPU.
 
-    Products are the same in every command: features computed ahead are those that training would compute.
+    All commands use the same TF32 settings, so that precomputed features equal those that training would compute.
     """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it has to detect the accelerator
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     return has_gpu
 
@@ -82,7 +82,7 @@ def leave_world() -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGUSR1, so that the loop can save at the end of its step."""
+    """Records SIGTERM or SIGUSR1, so that the training loop can save a checkpoint at the end of the step."""
 
     def __init__(self) -> None:
         self.received = False
@@ -94,4 +94,4 @@ class StopSignal:
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """The run was told to stop and has saved its state."""

@@ -1,7 +1,7 @@
-"""From a command to a run's settings.
+"""Builds the settings of a run from a command.
 
-`composition` has Hydra compose the configuration, `fields` reads plain values into typed objects, and `run` and `stage`
-list every key with its bounds.
+`composition` composes the configuration with Hydra, `fields` reads plain values into typed objects, and `run` and
+`stage` declare every key with its bounds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""From a command line to a run's settings: Hydra composes, and what the user named wins.
+"""Composes the settings of a run from a command line with Hydra. Later sources override earlier ones:
 
-line -> groups (vision=, connector=, ...) -> recipe -> options of the choices made -> line
+groups (vision=, connector=, ...) -> recipe -> the recipe's options for the selected choices -> command line
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "ze
 
 @functools.cache
 def register_recipes() -> None:
-    """Make the files of recipes/ the choices of the Hydra group `recipe`."""
+    """Register the files in recipes/ as choices of the Hydra group `recipe`."""
     store = ConfigStore.instance()
     for file in sorted(RECIPES.glob("*.yaml")):
         store.store(group="recipe", name=file.stem, package="_global_", node=OmegaConf.load(file))
 
 
 def load_modules(overrides: Sequence[str]) -> None:
-    """Import the modules that ``modules=[...]`` names, from the working directory too, and make what they register
-    choices of the group `connector`. Raises ValueError for one that is not there."""
+    """Import the modules in ``modules=[...]``, which may be in the working directory, so that they can register
+    connectors. Raises ValueError for a module that does not exist."""
     for override in overrides:
         key, _, _ = override.partition("=")
         if key.lstrip("+") == "modules":
@@ -57,7 +57,7 @@ def load_modules(overrides: Sequence[str]) -> None:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules, from the working directory too. Raises ValueError for one that is not there."""
+    """Import modules, which may be in the working directory. Raises ValueError for a module that does not exist."""
     if str(Path.cwd()) not in sys.path and names:
         sys.path.append(str(Path.cwd()))
     for name in names:
@@ -66,11 +66,13 @@ def import_modules(names: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name is None or not str(name).startswith(error.name):
                 raise
-            raise ValueError(f"modules={list(names)}: there is no module {name} here or on PYTHONPATH") from None
+            raise ValueError(
+                f"modules={list(names)}: no module {name} in the working directory or on PYTHONPATH"
+            ) from None
 
 
 def register_connectors() -> None:
-    """Make connectors that come with no YAML file choices of the group `connector`, under their own defaults."""
+    """Register connectors without a YAML file as choices of the group `connector`, with their default options."""
     for name in CONNECTORS:
         if not (CONFIGS / "connector" / f"{name}.yaml").exists():
             node = {"name": name, **connector_options(name)}
@@ -78,7 +80,7 @@ def register_connectors() -> None:
 
 
 def with_mini(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a line, in which ``mini=true`` stands for the small parts that it does not name itself."""
+    """Expand ``mini=true`` to the small choices of all groups that the overrides do not set."""
     if "mini=true" not in (override.lower() for override in overrides):
         return list(overrides)
     named = {override.split("=")[0] for override in overrides}
@@ -86,18 +88,24 @@ def with_mini(overrides: Sequence[str]) -> list[str]:
 
 
 def _with_open_mappings(overrides: Sequence[str]) -> list[str]:
-    """The overrides, of which those of a mapping that may have any keys can add some: Hydra's ``++``."""
+    """Add Hydra's ``++`` to overrides of mappings with arbitrary keys, so that they can add keys."""
     return [f"++{override}" if OPEN_MAPPINGS.match(override) else override for override in overrides]
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> Run:
-    """The settings that a command's Hydra overrides mean. Raises ValueError naming the key and the nearest one."""
+    """Compose the settings of a run from Hydra overrides.
+
+    Raises ValueError naming the key and, if it is unknown, the closest known one.
+    """
     config = _compose("train", with_mini(overrides), config_dir)
     return read_run(finish(config, config.hydra))
 
 
 def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
-    """The settings of ``vlmtrain evaluate``. Raises ValueError naming the key and the nearest one."""
+    """Compose the settings of ``vlmtrain evaluate``.
+
+    Raises ValueError naming the key and, if it is unknown, the closest known one.
+    """
     config = _compose("evaluate", overrides)
     with open_dict(config):
         config.pop("hydra", None)
@@ -119,9 +127,10 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None)
 
 
 def prepare_line(line: Sequence[str]) -> list[str]:
-    """A line as Hydra takes it: its own options first, ``mini=true`` spelt out, modules of the user's loaded.
+    """Prepare command-line arguments for Hydra.
 
-    Raises ValueError for a line that does not compose, in our words rather than Hydra's.
+    Hydra's own options come first, ``mini=true`` is expanded and custom modules are imported. Raises
+    ValueError, with a shorter message than Hydra's, for arguments that do not compose.
     """
     arguments = get_args_parser().parse_intermixed_args(list(line))
     options = list(line)
@@ -138,7 +147,10 @@ def prepare_line(line: Sequence[str]) -> list[str]:
 
 
 def shown_settings(line: Sequence[str]) -> str | None:
-    """What ``--cfg job`` is to print, as YAML: the settings that apply, ??? where one is missing; None if not asked."""
+    """Return the output of ``--cfg job``: the effective settings as YAML, with ??? for missing values.
+
+    Returns None if ``--cfg job`` is not given.
+    """
     arguments = get_args_parser().parse_intermixed_args(list(line))
     if arguments.cfg != "job":
         return None
@@ -150,13 +162,13 @@ def shown_settings(line: Sequence[str]) -> str | None:
 
 
 def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete: bool = True) -> dict[str, Any]:
-    """A composed configuration as plain values, with the recipe's options for the choices made.
+    """Convert a composed configuration to plain values, and apply the recipe's options for the selected choices.
 
-    hydra: Hydra's own part of it; None asks the job that is running. must_be_complete: whether a key that is left open
-    is an error.
+    hydra: Hydra's own configuration; None uses that of the running job. must_be_complete: whether a missing value is an
+    error.
     """
     hydra = HydraConfig.get() if hydra is None else hydra
-    # `connector=qformer` names a choice, not the options of it
+    # `connector=qformer` selects a choice and does not set its options
     groups = set(hydra.runtime.choices)
     named = [key for o in hydra.overrides.task if (key := o.split("=")[0].lstrip("+~")) not in groups]
     settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
@@ -188,15 +200,16 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
 
 
 def _named_of_connector(hydra: DictConfig) -> set[str]:
-    """``connector`` and its options, as far as the line names them."""
+    """The keys ``connector`` and ``connector.*`` that the command line sets."""
     keys = (override.split("=")[0].lstrip("+") for override in hydra.overrides.task)
     return {key for key in keys if key.split(".")[0] == "connector"}
 
 
 def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:
-    """What sets a job of ``--multirun`` apart from the others, for its folder's name.
+    """Suffix for the folder name of a ``--multirun`` job: the overrides in which it differs from the other jobs.
 
-    That has the names of recipe and connector anyway; a choice under another name (a connector's further options) not.
+    The folder name already contains the names of the recipe and the connector. A choice with a name other than its
+    connector's (the same connector with other options) is part of the suffix.
     """
     if hydra.mode is not RunMode.MULTIRUN:
         return ""
@@ -205,7 +218,7 @@ def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:
 
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings as (dotted key, value)."""
+    """Yield the leaves of nested mappings as (dotted key, value)."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -214,7 +227,7 @@ def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> None:
-    """Set the options whose keys exist and which the command line did not name."""
+    """Apply options, except those that the command line sets. Raises ValueError for an unknown key."""
     known = dict(flatten(OmegaConf.to_container(settings)))
     for key, value in _settable(options, known):
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
@@ -225,9 +238,9 @@ def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> N
 
 
 def _settable(options: Mapping, known: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options down to the keys that are known; one that is null so far may become a whole mapping.
+    """Flatten options down to the known keys. A key that is null may be set to a mapping.
 
-    A split of the data is replaced as a whole: it may name other sources.
+    A data split is replaced completely, because it may have other sources.
     """
     for key, value in options.items():
         is_split = SPLIT.fullmatch(f"{prefix}{key}")
@@ -252,7 +265,7 @@ def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
-    """Keys that the rest of a line could override; an empty list if that does not compose either."""
+    """Keys of the configuration composed from the other overrides; empty if these do not compose either."""
     try:
         with_hydra = hydra_compose(name, list(overrides))
     except (ConfigCompositionException, HydraException, OmegaConfBaseException):
@@ -261,7 +274,7 @@ def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str:
-    """The closest key; of equally long ones, the one that differs in the fewest places."""
+    """Return `` Did you mean 'x'?`` for the most similar known key or prefix of one, or an empty string."""
     prefixes = {".".join(k.split(".")[: key.count(".") + 1]) for k in known}
     match = difflib.get_close_matches(key, sorted(prefixes | set(known)), 1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else ""

@@ -1,10 +1,10 @@
-"""Typed settings from plain mappings: every key of the right kind and within its bounds, and no key unknown.
+"""Reads typed settings from plain mappings, and checks the names, types and bounds of all keys.
 
     @dataclass(frozen=True)
     class BadSteps:
         in_a_row: int = key(whole(1))          # consecutive bad steps that stop the run
 
-A dataclass lists the keys of one level. `read` fills it, or raises a ValueError that names the key.
+A dataclass declares the keys of one level. `read` fills it, or raises a ValueError that names the key.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from ..errors import nearest
 
 T = TypeVar("T")
 OPEN = "???"
-"""What Hydra has for a value that the user still has to give."""
+"""Hydra's marker for a missing value, which the user must set."""
 
 
 class Kind(NamedTuple):
-    """What a key may hold. `expected` completes the error message; `build` turns a value and its key into a field."""
+    """The values that a key accepts.
+
+    `expected` completes the error message. `build` converts a value, given its key, to the value of the field.
+    """
 
     expected: str
     fits: Callable[[Any], bool]
@@ -35,14 +38,14 @@ class Kind(NamedTuple):
 
 
 def key(kind: Kind, default: Any = MISSING) -> Any:
-    """A dataclass field that is read from a key of this kind; without a default, the key must be there."""
+    """Declare a dataclass field that is read from a key of the given kind. Without a default, the key is required."""
     return field(metadata={"kind": kind}, **({} if default is MISSING else {"default": default}))
 
 
 def read(cls: type[T], given: Mapping[str, Any], prefix: str = "", **filled: Any) -> T:
-    """The dataclass `cls` from the mapping found at `prefix` (``"stages.align."``); `filled` are fields without a key.
+    """Build the dataclass `cls` from the mapping at `prefix`, such as ``"stages.align."``.
 
-    Raises ValueError for a key that `cls` does not have, one that is missing, or a value of another kind.
+    `filled` sets fields that have no key. Raises ValueError for an unknown key, a missing key or an invalid value.
     """
     known = {f.name: f for f in fields(cls) if "kind" in f.metadata}
     for name in given:
@@ -51,7 +54,7 @@ def read(cls: type[T], given: Mapping[str, Any], prefix: str = "", **filled: Any
             raise ValueError(f"unknown key '{prefix}{name}'.{match}")
     missing = [name for name, f in known.items() if name not in given and f.default is MISSING]
     if missing:
-        raise ValueError(f"{prefix}{missing[0]} is missing: no configuration file or command sets it")
+        raise ValueError(f"{prefix}{missing[0]} is missing: neither a configuration file nor the command sets it")
     values = {
         name: value if value == OPEN else known[name].metadata["kind"](value, f"{prefix}{name}")
         for name, value in given.items()
@@ -60,7 +63,7 @@ def read(cls: type[T], given: Mapping[str, Any], prefix: str = "", **filled: Any
 
 
 def optional(kind: Kind) -> Kind:
-    """null, or a value of the kind."""
+    """Accept null in addition to the values of a kind."""
     return Kind(
         f"{kind.expected}, or null",
         lambda value: value is None or kind.fits(value),
@@ -69,12 +72,12 @@ def optional(kind: Kind) -> Kind:
 
 
 def whole(least: float = -math.inf, most: float = math.inf) -> Kind:
-    """A whole number within bounds, ends included."""
+    """Accept integers within inclusive bounds."""
     return Kind(f"a whole number{_bounds(least, most)}", lambda value: is_whole(value) and least <= value <= most)
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Kind:
-    """A finite number within bounds, ends included."""
+    """Accept finite numbers within inclusive bounds."""
 
     def fits(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -92,7 +95,7 @@ def is_whole(value: Any) -> bool:
 
 
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-TEXT = Kind("a text", lambda value: isinstance(value, str))
+TEXT = Kind("a string", lambda value: isinstance(value, str))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
 
 
@@ -101,7 +104,7 @@ def one_of(*names: str) -> Kind:
 
 
 def list_of(kind: Kind, expected: str, sizes: Sequence[int] | None = None) -> Kind:
-    """A list, read as a tuple, of values of one kind."""
+    """Accept lists of values of one kind, converted to tuples."""
 
     def fits(value: Any) -> bool:
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
@@ -113,12 +116,12 @@ def list_of(kind: Kind, expected: str, sizes: Sequence[int] | None = None) -> Ki
 
 
 def section(cls: type, expected: str = "a mapping") -> Kind:
-    """Keys one level down."""
+    """Accept a nested mapping, which is read into the dataclass `cls`."""
     return Kind(expected, MAPPING.fits, lambda value, key: read(cls, value, f"{key}."))
 
 
 def by_name(kind: Kind, expected: str) -> Kind:
-    """A mapping from names of the user's to values of one kind."""
+    """Accept mappings from arbitrary names to values of one kind."""
     return Kind(
         expected,
         lambda value: isinstance(value, Mapping) and all(map(kind.fits, value.values())),
@@ -127,7 +130,10 @@ def by_name(kind: Kind, expected: str) -> Kind:
 
 
 NAMES = list_of(TEXT, "a list of names")
-WORDS = list_of(Kind("a word", lambda value: isinstance(value, str) and bool(value.strip())), "a list of words")
+WORDS = list_of(
+    Kind("a non-empty string", lambda value: isinstance(value, str) and bool(value.strip())),
+    "a list of non-empty strings",
+)
 _SIDE = whole(1)
 IMAGE_SIZE = Kind(
     "null, pixels, or [height, width]",

@@ -1,4 +1,4 @@
-"""Where the configuration groups and the recipes are: in the installed package, or beside it in a checkout."""
+"""Paths of the configuration groups and the recipes: in the installed package, or next to it in a checkout."""
 
 from __future__ import annotations
 

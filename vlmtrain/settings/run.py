@@ -1,4 +1,4 @@
-"""The settings of a run: the keys of configs/train.yaml and of the groups that it chooses from, in typed form."""
+"""Typed settings of a run: the keys of configs/train.yaml and of the configuration groups."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MODULES = Kind(
 
 @dataclass(frozen=True)
 class BadSampleLimit:
-    """How many bad samples ``on_bad_sample=skip`` may leave out before the run stops."""
+    """How many bad samples ``on_bad_sample=skip`` may skip before the run stops."""
 
     share: float = key(number(0, 1))  # of the records
     in_a_row: int = key(whole(1))
@@ -49,9 +49,9 @@ class BadSampleLimit:
 
 @dataclass(frozen=True)
 class BadStepOptions:
-    """Steps whose loss or gradient is not finite, and losses far above the others."""
+    """Handling of steps with a non-finite loss or gradient, and of loss spikes."""
 
-    in_a_row: int = key(whole(1))  # such steps that stop the run
+    in_a_row: int = key(whole(1))  # consecutive skipped steps that stop the run
     spike: float | None = key(optional(number(1)))  # standard deviations above the mean of the last 100 losses
     skip_spikes: bool = key(SWITCH)
 
@@ -67,10 +67,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Validation:
-    """What is asked during a stage and after it."""
+    """Validation during a stage and after it."""
 
     samples: int | None = key(optional(whole(1)))  # conversations, during a stage
-    batch_size: int = key(whole(1))  # conversations a rank runs at once
+    batch_size: int = key(whole(1))  # conversations per batch on each rank
     max_new_tokens: int = key(whole(1))
     metrics: tuple[str, ...] | None = key(optional(NAMES))
     final_samples: int | None = key(optional(whole(1)), None)  # conversations, after the stage
@@ -79,12 +79,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class Engine:
-    """DeepSpeed's ZeRO stage, and what is offloaded."""
+    """DeepSpeed's ZeRO stage and offloading."""
 
     zero_stage: int = key(whole(0, 3))
     offload_optimizer: str = key(one_of("none", "cpu"))
     offload_parameters: str = key(one_of("none", "cpu"))
-    parameter_persistence_threshold: int | None = key(whole(0), None)  # elements, of ZeRO-3 alone
+    parameter_persistence_threshold: int | None = key(whole(0), None)  # elements; ZeRO-3 only
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3 and self.parameter_persistence_threshold is None:
@@ -93,7 +93,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What encoders of all providers have."""
+    """The keys that every vision encoder has."""
 
     image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
     layer: int = key(whole())
@@ -102,7 +102,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class OpenClipOptions(Encoder):
-    """An encoder of open_clip."""
+    """A vision encoder from open_clip."""
 
     provider: str = key(one_of("open_clip"))
     name: str | None = key(optional(TEXT))
@@ -114,7 +114,7 @@ class OpenClipOptions(Encoder):
 
 @dataclass(frozen=True)
 class HFVisionOptions(Encoder):
-    """An encoder of Hugging Face's transformers."""
+    """A vision encoder from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
     path: str = key(TEXT)
@@ -128,7 +128,7 @@ class HFVisionOptions(Encoder):
 
 @dataclass(frozen=True)
 class TinyLLM:
-    """A language model with random weights and a tokenizer of the procedural data's words."""
+    """A language model with random weights and a tokenizer built from the vocabulary of the procedural data."""
 
     provider: str = key(one_of("tiny"))
     config: Mapping = key(MAPPING)
@@ -141,7 +141,7 @@ class TinyLLM:
 
 @dataclass(frozen=True)
 class HFLLM:
-    """A causal language model of Hugging Face's transformers."""
+    """A causal language model from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
     path: str = key(TEXT)
@@ -162,7 +162,7 @@ def options_of(part: Vision | LLM) -> dict[str, Any]:
 
 
 def _by_provider(**classes: type) -> Kind:
-    """A part whose keys depend on who provides it."""
+    """A part whose keys depend on its provider."""
 
     def build(value: Mapping, name: str) -> Any:
         provider = value.get("provider")
@@ -195,7 +195,7 @@ def _stages(value: Mapping, key: str) -> dict[str, Stage]:
 
 @dataclass(frozen=True)
 class Run:
-    """All settings of a run. `composed` is the same as plain values, which config.yaml records."""
+    """All settings of a run. `composed` holds them as plain values, as recorded in config.yaml."""
 
     composed: Mapping[str, Any]
     name: str = key(TEXT)  # the recipe
@@ -233,13 +233,13 @@ class Run:
             )
         attention = self.llm.attn_implementation
         if attention and attention.startswith("flash_attention") and self.precision == "fp32":
-            raise ValueError(f"llm.attn_implementation={attention} has no fp32: set precision=bf16")
+            raise ValueError(f"llm.attn_implementation={attention} does not support fp32: set precision=bf16")
         check_fallback(self.llm.chat_template, "llm.chat_template")
         for stage in self.stages.values():
             for name, options in (stage.connector_options or {}).items():
                 if name not in CONNECTORS:
                     raise ValueError(
-                        f"{stage.prefix}.connector_options names no connector: {name}.{nearest(name, CONNECTORS)}"
+                        f"{stage.prefix}.connector_options: unknown connector {name}.{nearest(name, CONNECTORS)}"
                     )
                 check_options(name, options, f"{stage.prefix}.connector_options.{name}")
         splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
@@ -247,25 +247,28 @@ class Run:
 
     @property
     def wanted(self) -> tuple[Stage, ...]:
-        """The stages that this command asks for, in order: all, or the one that ``stage`` names."""
+        """The stages that the command trains, in order: all, or the one selected by ``stage``."""
         return tuple(stage for stage in self.stages.values() if self.stage in (None, stage.name))
 
     def before_connector(self) -> tuple[Stage, ...]:
-        """The wanted stages before the first one of the recipe that has a connector."""
+        """The wanted stages before the recipe's first stage with a connector."""
         first = min((stage.position for stage in self.stages.values() if "connector" in stage.parts), default=None)
         return tuple(stage for stage in self.wanted if first is None or stage.position < first)
 
     def up_to(self, stage: Stage) -> tuple[Stage, ...]:
-        """The recipe's stages up to `stage`, included."""
+        """The recipe's stages up to and including `stage`."""
         return tuple(self.stages.values())[: stage.position + 1]
 
     def resized_by(self, stage: Stage) -> Stage | None:
-        """The stage that gave the encoder of `stage` its image size: that, or one before; None for its own size."""
+        """The stage that set the image size of the encoder in `stage`: `stage` itself or an earlier one.
+
+        None if the encoder has its original size.
+        """
         sized = [each for each in self.up_to(stage) if "vision" in each.parts and each.image_size is not None]
         return sized[-1] if sized else None
 
     def connector_of(self, stage: Stage) -> ConnectorChoice:
-        """The connector as `stage` wants it: with what that stage and those before it change."""
+        """The connector of `stage`, with the options changed by that stage and the stages before it."""
         options = dict(self.connector.options)
         for each in self.up_to(stage):
             options |= (each.connector_options or {}).get(self.connector.name, {})
@@ -273,7 +276,7 @@ class Run:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether some stage cuts images into tiles, for which the connector needs a newline token."""
+        """Whether any stage splits images into tiles, which requires a newline token in the connector."""
         return any(stage.image_fit == "tiles" for stage in self.stages.values())
 
     def validates(self, stage: Stage) -> bool:
@@ -281,12 +284,12 @@ class Run:
         return stage.validation is not None and self.data.get(stage.validation) is not None
 
     def with_values(self, **values: Any) -> Run:
-        """The run with other values of some keys, given as config.yaml has them."""
+        """Return a copy of the run with other values for some keys, in the format of config.yaml."""
         return read_run({**self.composed, **values})
 
 
 def read_run(composed: Mapping[str, Any]) -> Run:
-    """A run from its composed configuration, as plain values. Raises ValueError naming the key."""
+    """Read a run from its composed configuration, given as plain values. Raises ValueError naming the key."""
     return read(Run, composed, composed=composed)
 
 

@@ -1,6 +1,6 @@
 """The settings of one stage: the keys under ``stages.<name>``.
 
-configs/objective/language_modelling.yaml explains each of them to users.
+configs/objective/language_modelling.yaml documents each key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .fields import (
 )  # fmt: skip
 
 STAGE_PARTS = ("vision", "connector", "llm", "objective")
-"""What a stage may have and train. The objective's heads and towers are no part of the model."""
+"""The parts that a stage may have and train. The heads and towers of the objective do not belong to the model."""
 
 
 def _learning_rate(value: Any, name: str) -> float | None:
@@ -42,19 +42,19 @@ def _learning_rate(value: Any, name: str) -> float | None:
     except (TypeError, ValueError):
         rate = 0.0
     if not 0 < rate < math.inf:
-        raise ValueError(f"{name}={value}: a learning rate is positive, null freezes")
+        raise ValueError(f"{name}={value}: expected a positive learning rate, or null to freeze")
     return rate
 
 
 _RATE = Kind("a learning rate", lambda value: True, _learning_rate)
 _ABOVE_0 = Kind("a positive number", lambda value: number(0).fits(value) and value > 0)
-_BELOW_1 = Kind("0 to below 1", lambda value: number(0).fits(value) and value < 1)
+_BELOW_1 = Kind("a number of at least 0 and below 1", lambda value: number(0).fits(value) and value < 1)
 _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One entry of ``groups``: parameters of a part that train at a rate of their own."""
+    """One entry of ``groups``: parameters of a part with a separate learning rate."""
 
     match: str = key(TEXT)
     lr: float | None = key(_RATE)
@@ -89,7 +89,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class ConnectorText:
-    """What a connector that reads text itself is given."""
+    """Text input of a connector that reads text."""
 
     read: str | None = key(optional(one_of("instruction", "answer")))
     bert: str | None = key(optional(TEXT))
@@ -98,26 +98,26 @@ class ConnectorText:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW's."""
+    """Options of AdamW."""
 
-    betas: tuple[float, float] = key(list_of(_BELOW_1, "two numbers from 0, below 1", sizes=(2,)))
+    betas: tuple[float, float] = key(list_of(_BELOW_1, "two numbers, each at least 0 and below 1", sizes=(2,)))
     eps: float = key(number(0))
     weight_decay: float = key(number(0))
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """The learning rate over a stage."""
+    """Learning-rate schedule of a stage."""
 
     name: str = key(one_of("cosine", "linear", "constant"))
     warmup_ratio: float = key(number(0, 1))  # of the stage's steps
-    warmup_steps: int | None = key(optional(whole(0)))  # instead of the ratio
+    warmup_steps: int | None = key(optional(whole(0)))  # takes precedence over the ratio
     min_lr: float = key(number(0))
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What `vlmtrain plan` assumes about data that is not given."""
+    """Assumptions of `vlmtrain plan` about data that is not available."""
 
     samples: int | None = key(optional(whole(1)))
     images: float = key(number(0))  # per sample, on average
@@ -127,7 +127,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `name` is its key under ``stages``; `position` is its place among them, from 0."""
+    """One stage. `name` is its key under ``stages``; `position` is its zero-based position among them."""
 
     name: str
     position: int = field(compare=False)
@@ -170,12 +170,12 @@ class Stage:
 
     @property
     def prefix(self) -> str:
-        """How messages name the stage's keys: ``stages.<name>``."""
+        """Prefix of the stage's keys in messages: ``stages.<name>``."""
         return f"stages.{self.name}"
 
     @property
     def rates(self) -> dict[str, float]:
-        """Part to learning rate, of the parts that train as a whole."""
+        """Learning rates by part, for the parts that have one in ``train``."""
         return {part: rate for part, rate in self.train.items() if rate is not None}
 
     def trains(self, part: str) -> bool:
@@ -184,13 +184,13 @@ class Stage:
 
     @property
     def builds_connector(self) -> bool:
-        """Whether the stage builds its connector anew, though one is handed on to it."""
+        """Whether the stage builds a new connector even if it receives one."""
         within = any(entry.startswith("connector.") for entry in (*self.fresh, *self.drops))
         return within or bool(self.connector_options)
 
     @property
     def starts_connector(self) -> bool:
-        """Whether the stage starts its connector, or something within it, from other weights than those handed on."""
+        """Whether the stage starts the connector, or a module in it, from weights other than those it receives."""
         return "connector" in self.fresh or self.builds_connector
 
     def __post_init__(self) -> None:
@@ -200,28 +200,28 @@ class Stage:
         if self.keep_best and (self.validate_every is None or self.validation is None):
             raise ValueError(f"{self.prefix}.keep_best=true needs {self.prefix}.validate_every and validation")
         if self.pack_by and self.layout != "packed":
-            raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source where layout=packed")
+            raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
         if self.layout == "packed" and "llm" not in self.parts:
             raise ValueError(f"{self.prefix}.layout=packed needs the part llm, which is not in {self.prefix}.parts")
 
     def _check_parts(self) -> None:
         for part in self.parts:
             if part not in STAGE_PARTS:
-                raise ValueError(f"{self.prefix}.parts names {part}; the parts are {', '.join(STAGE_PARTS)}")
+                raise ValueError(f"{self.prefix}.parts names {part}: expected one of {', '.join(STAGE_PARTS)}")
         for option in ("fresh", "drops"):
             for entry in getattr(self, option):
                 part, dot, _ = entry.partition(".")
                 if part not in STAGE_PARTS:
-                    raise ValueError(f"{self.prefix}.{option} names {entry}; the parts are {', '.join(STAGE_PARTS)}")
+                    raise ValueError(f"{self.prefix}.{option} names {entry}: the parts are {', '.join(STAGE_PARTS)}")
                 if dot and part != "connector":
                     raise ValueError(
-                        f"{self.prefix}.{option} names {entry}: only what is within the connector can be named"
+                        f"{self.prefix}.{option} names {entry}: only modules of the connector can be named"
                     )
 
     def _check_training(self) -> None:
         unknown = set(self.train) - set(STAGE_PARTS)
         if unknown:
-            raise ValueError(f"{self.prefix}.train names {some(unknown)}; the parts are {', '.join(STAGE_PARTS)}")
+            raise ValueError(f"{self.prefix}.train names {some(unknown)}: the parts are {', '.join(STAGE_PARTS)}")
         absent = set(self.rates) - set(self.parts)
         if absent:
             raise ValueError(

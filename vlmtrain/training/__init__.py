@@ -1,1 +1,1 @@
-"""Training: a run is stages, a stage is weights, an engine and a loop."""
+"""Training: a run consists of stages; a stage builds the model, the engine and the training loop."""

@@ -1,11 +1,12 @@
-"""Low-rank adapters (LoRA; Hu et al., 2021) on any part, through peft: what a part trains instead of its own weights.
+"""Low-rank adapters (LoRA; Hu et al., 2021) for any part, with peft.
 
     lora: {llm: {rank: 128, alpha: 256, dropout: 0.05}}
 
-A part with adapters trains these alone, at the part's learning rate (`groups` may name weights of its own beside them).
-When the stage ends they are merged into the weights, ``W + alpha / rank * B A``, and kept beside them in peft's form.
-With ``quantize: nf4`` the weights under the adapters are held in 4 bits (see `vlmtrain.training.quantized`): W is then
-what these 4 bits stand for, in training, when it is merged, and as the base that the adapters fit.
+A part with adapters trains only the adapters, at the part's learning rate (`groups` can select original weights in
+addition). At the end of the stage, they are merged into the weights, ``W + alpha / rank * B A``, and also saved
+separately in peft's format. With ``quantize: nf4``, the weights under the adapters are stored in 4 bits (see
+`vlmtrain.training.quantized`). W is then the dequantized weight: in training, in merging, and as the base model that
+the adapters belong to.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ from ..model.parts import state_hash
 from ..settings import LoRA, Stage
 from .quantized import PACKED, QuantizedLinear, quantized_layers
 
-FOLDER = "adapters"  # within a model folder, a folder a part
+FOLDER = "adapters"  # within a model folder, with one folder per part
 _ADAPTER = "default"
 _BASE = ".base_layer."
 _UNDER = f"{_BASE}weight"
-_BELONGS_TO = "base_sha256"  # in the metadata of the adapters' tensors, where peft passes it by
+_BELONGS_TO = "base_sha256"  # in the metadata of the adapter's safetensors file, which peft ignores
 
-# options of peft that change neither how adapters are scaled nor what they are added to
+# options of peft that affect neither the scaling of adapters nor the weights that they are added to
 _HARMLESS = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "eva_config"),
     *("layers_to_transform", "layers_pattern", "runtime_config", "megatron_config", "megatron_core"),
     *("ensure_weight_tying", "qalora_group_size"),
 )
-_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others take something off the base's weights
+_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # other values modify the base weights
 _IDLE = (None, False, "none", [], {})
 
 
 def add_adapters(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
-    """Put the adapters of a stage into its parts. They change nothing until they are trained.
+    """Add the adapters of a stage to its parts. New adapters do not change the output until they are trained.
 
-    Raises ValueError for targets that match nothing, or adapters to begin with that do not fit.
+    Raises ValueError for targets that match no layer, or adapters in `init_from` that do not fit.
     """
     for part, options in (stage.lora or {}).items():
         if part not in parts:
@@ -70,7 +71,7 @@ def add_adapters(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
         )
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         peft.inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
-        for parameter in trainable:  # peft freezes them; here groups may still choose some
+        for parameter in trainable:  # peft freezes them, but groups may still select some
             parameter.requires_grad_(True)
         for layer in _layers(module).values():
             layer.to(dtype)
@@ -83,7 +84,7 @@ def add_adapters(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
 def _peft(key: str, quantize: str | None) -> Any:
     if quantize and not find_spec("bitsandbytes"):
         raise ValueError(f"{key}.quantize={quantize} needs bitsandbytes: pip install -e '.[qlora]'")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about missing kernels that are not used here
     try:
         import peft
     except ImportError:
@@ -92,10 +93,11 @@ def _peft(key: str, quantize: str | None) -> Any:
 
 
 def _targets(module: nn.Module, wanted: str | tuple[str, ...], key: str) -> list[str]:
-    """Names of the linear layers that get adapters: all but the one to the vocabulary, or those that patterns name.
+    """Names of the linear layers that get adapters: those that match the patterns, or all but the output embedding.
 
-    A name is matched from its end, by whole words: ``q_proj`` or ``layers.*.mlp.*``. torch's MultiheadAttention keeps
-    its projections in one tensor, or reads them past their layer, so that it cannot have any.
+    A pattern matches the last components of a name: ``q_proj`` or ``layers.*.mlp.*``. Layers of torch's
+    MultiheadAttention cannot have adapters, because it stores its projections in one tensor or bypasses the forward
+    pass of the layer.
     """
     head = getattr(module, "get_output_embeddings", lambda: None)()
     linear = [
@@ -121,17 +123,17 @@ def _targets(module: nn.Module, wanted: str | tuple[str, ...], key: str) -> list
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have adapters, by path."""
+    """The layers with adapters, by path."""
     return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
 
 
 def is_adapter(parameter: str) -> bool:
-    """Whether a parameter of a part, by name, belongs to an adapter."""
+    """Whether the parameter of this name belongs to an adapter."""
     return ".lora_" in parameter
 
 
 def _unpacked(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's `state` with the weights that are held in 4 bits as these stand for them, under their usual names."""
+    """Return a part's `state` with 4-bit weights dequantized, under their usual names."""
     packed = {f"{path}.": layer for path, layer in quantized_layers(module).items()}
     whole = {f"{prefix}weight": layer.unpacked(state, prefix) for prefix, layer in packed.items()}
     bits = {prefix + name for prefix in packed for name in PACKED}
@@ -139,7 +141,7 @@ def _unpacked(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def merged(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's `state` as it is without adapters: merged into the weights, under their own names."""
+    """Return a part's `state` with the adapters merged into the weights, under the original names."""
     layers = _layers(module)
     plain = _unpacked(module, state)
     found = {name.replace(_BASE, "."): tensor for name, tensor in plain.items() if not is_adapter(name)}
@@ -147,13 +149,13 @@ def merged(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         a, b = (state[f"{path}.lora_{half}.{_ADAPTER}.weight"].float() for half in "AB")
         change = layer.scaling[_ADAPTER] * (b @ a)
         weight = found[f"{path}.weight"]
-        # in fp32, and rounded once
+        # added in fp32 and rounded once
         found[f"{path}.weight"] = (weight.float() + (change.T if layer.fan_in_fan_out else change)).to(weight.dtype)
     return found
 
 
 def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, base: str | None) -> None:
-    """Write the adapters of a part as ``PeftModel.from_pretrained`` reads them. base: the path of the part they fit."""
+    """Save the adapters of a part for ``PeftModel.from_pretrained``. base: path of the base model."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -162,7 +164,7 @@ def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, 
         for name, tensor in state.items()
         if is_adapter(name)
     }
-    # one entry: safetensors writes several in an order of chance, and equal adapters should be equal files
+    # a single entry: safetensors writes several in random order, and equal adapters should give identical files
     said = {_BELONGS_TO: _base_hash(module, state)}
     save_file(adapters, folder / "adapter_model.safetensors", metadata=said)
     config = {**module.peft_config[_ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
@@ -170,9 +172,9 @@ def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, 
 
 
 def _base_hash(module: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Hash of the weights under a part's adapters, rounded to bf16: the same in either compute dtype.
+    """Hash of the weights under a part's adapters, rounded to bf16, so that it does not depend on the compute dtype.
 
-    Of those held in 4 bits it is that of what these stand for.
+    Weights stored in 4 bits are dequantized first.
     """
     under = {name: tensor for name, tensor in _unpacked(module, state).items() if name.endswith(_UNDER)}
     return state_hash({name: tensor.detach().to(torch.bfloat16) for name, tensor in under.items()})
@@ -183,7 +185,7 @@ def _plain(value: object) -> object:
 
 
 def _check_options(config: Mapping, file: Path, key: str) -> None:
-    """Raise ValueError for adapters that peft would scale or apply otherwise than plain LoRA."""
+    """Raise ValueError for adapters that peft scales or applies differently from plain LoRA."""
     kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
     others = {"peft_type": kind} if kind != "LORA" else {}
     others |= {"init_lora_weights": start} if start not in _HARMLESS_STARTS else {}
@@ -195,7 +197,7 @@ def _check_options(config: Mapping, file: Path, key: str) -> None:
 
 
 def _load(module: nn.Module, folder: Path, options: LoRA, key: str) -> None:
-    """Begin with adapters that were saved. Raises ValueError naming what does not fit."""
+    """Load saved adapters. Raises ValueError naming the options or tensors that do not fit."""
     if not (folder / "adapter_config.json").exists():
         raise ValueError(f"{key}.init_from={folder} holds no adapters: it has no adapter_config.json")
     config = read_json(folder / "adapter_config.json")
@@ -216,22 +218,22 @@ def _load(module: nn.Module, folder: Path, options: LoRA, key: str) -> None:
         f"{what}: {some(names)}"
         for what, names in (
             ("missing", own.keys() - given.keys()),
-            ("of no use", given.keys() - own.keys()),
-            ("of another shape", {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape}),
+            ("not expected", given.keys() - own.keys()),
+            ("wrong shape", {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape}),
         )
         if names
     ]
     if problems:
         raise ValueError(f"{key}.init_from={folder} does not fit: {'; '.join(problems)}")
     with safe_open(file, framework="pt") as opened:
-        belongs_to = (opened.metadata() or {}).get(_BELONGS_TO)  # adapters that peft has saved do not say
+        belongs_to = (opened.metadata() or {}).get(_BELONGS_TO)  # absent from adapters saved by peft
     parameters = dict(module.named_parameters())
     is_known = not any(parameter.is_meta for parameter in parameters.values())
     if belongs_to and is_known and _base_hash(module, parameters) != belongs_to:
         raise ValueError(
-            f"{key}.init_from={folder} was trained on other weights than init_from gives the stage: set init_from to "
-            "the model that these adapters began with, before they were merged (merged again, they would count twice), "
-            "and quantize as it was then"
+            f"{key}.init_from={folder} was trained on base weights other than those of this stage: set init_from to "
+            "the model that these adapters were trained on, before merging (otherwise they would be applied twice), "
+            "and use the same quantize"
         )
     with torch.no_grad():
         for name, parameter in own.items():

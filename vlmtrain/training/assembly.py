@@ -1,4 +1,4 @@
-"""Which weights a stage starts from: each part from the stage before, its published source, or fresh."""
+"""Builds the parts of a stage with their initial weights: from the previous stage, a published model, or random."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from .processing import naming_size, text_vocab
 from .seeding import seed_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BUILD_ORDER = ("vision", "llm", "connector", "objective")  # a connector's widths come from what it joins
+BUILD_ORDER = ("vision", "llm", "connector", "objective")  # a connector's widths come from the parts that it connects
 
 
 def build_tokenizer(run: Run) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer, with its new tokens; with `init_from`, that model's."""
+    """Build the language model's tokenizer and add the new tokens. With `init_from`, it comes from that model."""
     if run.init_from is not None:
         read_manifest(Path(run.init_from))
         tokenizer = Processor.from_pretrained(run.init_from).tokenizer
@@ -59,11 +59,11 @@ def build_parts(
     tokenizer: PreTrainedTokenizerBase,
     only: Collection[str] = STAGE_PARTS,
 ) -> dict[str, nn.Module]:
-    """The parts that a stage needs, with the weights that it starts from, in the compute dtype.
+    """Build the parts of a stage with their initial weights, in the compute dtype.
 
-    previous: the model folder of the stage before, or `init_from`; None for a run's first stage. only: leaves out the
-    stage's other parts.
-    Raises ValueError for weights that are not there or do not fit.
+    previous: the model folder of the previous stage, or `init_from`; None for the first stage of a run. only: builds
+    only these parts of the stage.
+    Raises ValueError for weights that are missing or do not fit.
     """
     dtype = DTYPES[run.precision]
     saved = read_manifest(previous) if previous is not None else {}
@@ -79,7 +79,7 @@ def build_parts(
                 parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
                 take_over(parts[part], handed_on, stage)
             elif part == "connector" and stage.image_fit == "tiles" and not isinstance(parts[part], TiledConnector):
-                parts[part] = TiledConnector(parts[part]).to(dtype)  # it comes from a run without tiles
+                parts[part] = TiledConnector(parts[part]).to(dtype)  # trained in a run without tiles
         else:
             parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
         if part == "vision" and stage.image_size is not None:
@@ -99,7 +99,7 @@ def _trusts_code(run: Run, part: str) -> bool:
 def check_origins(run: Run, stage: Stage, parts: Collection[str], handed_on: Collection[str]) -> None:
     """Raise ValueError if one of the `parts` of a stage would silently start from random weights.
 
-    handed_on: the parts that the stage before, or `init_from`, leaves to it.
+    handed_on: the parts that the previous stage or `init_from` provides.
     """
     for part in parts:
         if part not in handed_on and part not in stage.fresh and not _has_source(run, part):
@@ -112,7 +112,7 @@ def check_origins(run: Run, stage: Stage, parts: Collection[str], handed_on: Col
 def build_skeleton(
     run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
 ) -> dict[str, nn.Module]:
-    """The parts of a stage without weights, on the meta device: what sizes and lengths depend on."""
+    """Build the parts of a stage on the meta device, without weights, to determine sizes and lengths."""
     parts: dict[str, nn.Module] = {}
     with torch.device("meta"):
         for part in (p for p in BUILD_ORDER if p in stage.parts):
@@ -128,13 +128,13 @@ def build_skeleton(
 
 
 def published_llm(path: str) -> dict | None:
-    """The Hugging Face configuration of a language model that recipes name, where it is known without a hub."""
+    """The Hugging Face configuration of a language model used in recipes, if it is available without the hub."""
     known = OmegaConf.to_container(OmegaConf.load(CONFIGS / "published_llms.yaml"))
     return known.get(path)
 
 
 def _has_source(run: Run, part: str) -> bool:
-    """Whether a part's configuration says where its weights come from (or, for a mini run, that it needs none)."""
+    """Whether a part's configuration specifies the source of its weights. In mini runs, no source is needed."""
     if part == "vision":
         return run.mini or run.vision.provider == "hf" or run.vision.pretrained is not None
     return part == "llm" and (run.mini or run.llm.provider == "hf")

@@ -1,4 +1,7 @@
-"""Steps whose numbers go wrong: found alike on every rank, written down with their samples, and not without limit."""
+"""Detects steps with a non-finite loss or gradient and loss spikes, identically on all ranks.
+
+Bad steps are recorded with their samples, and too many in a row stop the run.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,23 @@ from typing import NamedTuple
 from .log import logger
 from .metrics import Metrics
 
-WINDOW = 100  # losses that a spike is measured against
-ENOUGH = 20  # of them, before any loss can be called a spike
-LEAST_DEVIATION = 1e-3  # of the mean: losses that hardly move make no spike of a breath
+WINDOW = 100  # number of losses that a spike is compared with
+ENOUGH = 20  # minimum number of losses before spikes are detected
+LEAST_DEVIATION = 1e-3  # relative to the mean, so that tiny changes of an almost constant loss are not spikes
 
 
 class Fault(NamedTuple):
-    """What is wrong with a step, and whether it makes no update."""
+    """The problem with a step, and whether its update is skipped."""
 
     problem: str
     skipped: bool
 
 
 class BadSteps:
-    """The bad steps of a stage so far. A skipped one leaves weights, moments and AdamW's counts as they are.
+    """The bad steps of a stage so far. A skipped step leaves weights, moments and step counts of AdamW unchanged.
 
-    options: `bad_steps` of the settings; file: ``bad_steps.jsonl`` on the main rank.
-    saved: what `state` said when the stage was interrupted.
+    options: `bad_steps` of the settings. file: ``bad_steps.jsonl`` on the main rank.
+    saved: the value of `state` when the stage was interrupted.
     """
 
     def __init__(self, stage: str, options: Mapping, file: Metrics | None, saved: Mapping | None = None):
@@ -40,7 +43,7 @@ class BadSteps:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "losses": self.losses}
 
     def judge(self, loss: float) -> Fault | None:
-        """What a step's loss, the same number on every rank, says before its update is made."""
+        """Check the loss of a step, which is the same on all ranks, before the update."""
         if not math.isfinite(loss):
             return Fault("the loss is not finite", True)
         if self.spike is None or len(self.losses) < ENOUGH:
@@ -53,9 +56,9 @@ class BadSteps:
         return Fault(f"the loss is {deviations:.1f} deviations above its mean, {mean:.4g}", self.skip_spikes)
 
     def count(self, step: int, loss: float, fault: Fault | None, samples: Sequence[str]) -> None:
-        """Take account of a step behind it. Raises ValueError where too many in a row made no update.
+        """Record the outcome of a step. Raises ValueError if too many steps in a row made no update.
 
-        samples: the ids of those that a fault is about.
+        samples: the IDs of the samples involved in a fault.
         """
         if fault is None or not fault.skipped:
             self.in_a_row = 0
@@ -67,12 +70,12 @@ class BadSteps:
         self.spikes += math.isfinite(loss) and "deviations" in fault.problem
         if self.file:
             told = f"{self.stage} step {step}: {fault.problem}{': no update' if fault.skipped else ''}"
-            logger.warning(f"{told}; its samples are in bad_steps.jsonl")
+            logger.warning(f"{told}; see bad_steps.jsonl for its samples")
             self.file.write({"step": step, "loss": loss, **fault._asdict(), "samples": list(samples)})
         if self.in_a_row >= self.limit:
             raise ValueError(
                 f"{self.stage}: {self.in_a_row} steps in a row made no update (bad_steps.in_a_row={self.limit}); at "
-                f"step {step} {fault.problem}, with the samples {', '.join(samples[:8])}; bad_steps.jsonl has all. The "
-                f"checkpoint before them is kept: look at these samples, or begin another run_dir with lower rates in "
-                f"stages.{self.stage}.train"
+                f"step {step} {fault.problem}, with the samples {', '.join(samples[:8])}; bad_steps.jsonl lists all of "
+                f"them. The checkpoint before these steps is kept: check the samples, or start in a new run_dir with "
+                f"lower learning rates in stages.{self.stage}.train"
             )

@@ -1,4 +1,4 @@
-"""How a stage's batch is cut: into the micro-batches of each rank, padded or packed."""
+"""Splits the batch of a stage into the micro-batches of each rank, padded or packed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..settings import Stage
 
 
 def build_batching(source: Mixture, processor: Processor, stage: Stage, world_size: int) -> Batching:
-    """How the data of a stage becomes its steps. Raises ValueError if the batch cannot be split so."""
+    """Build the batching of a stage. Raises ValueError if the batch cannot be split over the ranks."""
     if stage.layout == "packed":
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
         return PackedBatching(source, processor, *sizes, stage.pack_by == "source")
@@ -17,7 +17,7 @@ def build_batching(source: Mixture, processor: Processor, stage: Stage, world_si
 
 
 def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:
-    """(accumulation, micro_batch_size) of a stage. Raises ValueError if the batch cannot be split so."""
+    """Return (accumulation, micro_batch_size) of a stage. Raises ValueError if the batch size is not divisible."""
     batch, micro = stage.batch_size, stage.micro_batch_size
     if batch % world_size:
         raise ValueError(f"{stage.prefix}.batch_size={batch} is not a multiple of the {world_size} processes")

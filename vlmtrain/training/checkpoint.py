@@ -1,4 +1,4 @@
-"""Resumable checkpoints of a stage: whole or absent, checked when they are read, and only the last few."""
+"""Resumable checkpoints of a stage: written atomically, verified when read, and limited to the most recent ones."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ NAME = re.compile(r"step-(\d+)")
 
 
 class Checkpoints:
-    """``checkpoints/step-000100`` folders of one stage. A folder gets its name only once it is complete.
+    """``checkpoints/step-000100`` folders of one stage. A folder gets its final name only once it is complete.
 
-    cost: how many this process has saved, the seconds that they took, and the bytes of the last one.
+    cost: number of checkpoints saved by this process, the seconds that this took, and the bytes of the last one.
     """
 
     def __init__(self, folder: Path, keep_last: int, world: World):
@@ -33,9 +33,9 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def save(self, state: TrainingState, step: int, record: dict, prune: bool = True) -> None:
-        """Write the state behind optimiser step `step`, then drop the oldest beyond `keep_last`, if they are to go.
+        """Write the state after optimiser step `step`, then delete all but the last `keep_last` if `prune` is set.
 
-        Raises ValueError on every rank if one of them cannot write; the checkpoints before stay as they are.
+        Raises ValueError on every rank if any rank cannot write. Earlier checkpoints then remain unchanged.
         """
         started = time.monotonic()
         name = f"step-{step:06d}"
@@ -56,11 +56,11 @@ class Checkpoints:
 
     @property
     def minutes_since(self) -> float:
-        """Since the last save, or the stage's start."""
+        """Minutes since the last save, or since the start of the stage."""
         return (time.monotonic() - self.saved_at) / 60
 
     def _prepare(self, partial: Path) -> str | None:
-        """Make room, and an empty folder; returns what stood in the way."""
+        """Remove partial checkpoints and create an empty folder. Returns the problem if this fails."""
         for left in self.folder.glob("*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         try:
@@ -71,16 +71,16 @@ class Checkpoints:
         return None
 
     def _check(self, step: int, problem: str | None) -> None:
-        """Raise ValueError on every rank if the main one has a problem."""
+        """Raise ValueError on every rank if the main rank has a problem."""
         problem = self.world.from_main(problem)
         if problem:
             raise ValueError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {problem}; those before it are "
-                "as they were, and the same line goes on from the last of them"
+                f"the checkpoint of step {step} could not be written to {self.folder}: {problem}; earlier "
+                "checkpoints are unchanged: run the same command to resume from the last one"
             )
 
     def _write(self, state: TrainingState, partial: Path, step: int, record: dict) -> int:
-        """Write all files; returns their bytes."""
+        """Write all files. Returns their total size in bytes."""
         tensors = state.share(self.world.rank, self.world.size)
         file = partial / f"state-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
         problem, facts = None, {}
@@ -106,9 +106,9 @@ class Checkpoints:
         return sum(fact["bytes"] for fact in files.values())
 
     def newest(self) -> dict:
-        """The record of the newest checkpoint that is sound, with ``step`` 0 if there are none.
+        """Return the record of the newest intact checkpoint, with ``step`` 0 if there are no checkpoints.
 
-        A damaged one is named in the log, and the one before it is taken. Raises ValueError if all are damaged.
+        Damaged checkpoints are logged and skipped. Raises ValueError if all of them are damaged.
         """
         record = self.world.from_main(self._newest_sound() if self.world.is_main else None)
         if "problem" in record:
@@ -116,7 +116,7 @@ class Checkpoints:
         return record
 
     def load(self, record: dict, state: TrainingState) -> None:
-        """Take up the checkpoint of a record. Raises ValueError if the state is another stage's."""
+        """Load the checkpoint of a record. Raises ValueError if its state belongs to another stage."""
         if record["step"]:
             folder = self.folder / f"step-{record['step']:06d}"
             state.load([folder / name for name in sorted(record["files"])], record["step"], record["updates"])
@@ -128,22 +128,20 @@ class Checkpoints:
             try:
                 record = _checked(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning(f"{folder} is damaged and not used: {error}")
+                logger.warning(f"{folder} is damaged and is ignored: {error}")
                 damaged.append(folder)
                 continue
-            for newer in damaged:  # or `keep_last` would keep it in place of sound ones
+            for newer in damaged:  # otherwise `keep_last` would count it in place of intact ones
                 aside = newer.with_name(f"{newer.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 newer.rename(aside)
             return record
         if complete:
-            return {
-                "problem": f"every checkpoint in {self.folder} is damaged: delete the folder to begin the stage anew"
-            }
+            return {"problem": f"every checkpoint in {self.folder} is damaged: delete the folder to restart the stage"}
         return {"step": 0}
 
     def clear(self) -> None:
-        """Remove all: the stage is finished."""
+        """Delete all checkpoints once the stage is finished."""
         if self.world.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -153,19 +151,19 @@ class Checkpoints:
 
 
 def _checked(folder: Path) -> dict:
-    """A checkpoint's record. Raises ValueError or OSError unless every file is as it was written."""
+    """Return a checkpoint's record. Raises ValueError or OSError unless every file is as it was written."""
     found = json.loads((folder / RECORD).read_text())
     record = found["record"]
     if _record_hash(record) != found["sha256"]:
-        raise ValueError(f"{RECORD} is not what was written: its hash differs")
+        raise ValueError(f"{RECORD} has changed since it was written: its hash differs")
     if folder.name != f"step-{record['step']:06d}":
-        raise ValueError(f"it is that of step {record['step']}")
+        raise ValueError(f"it belongs to step {record['step']}")
     for name, facts in record["files"].items():
         file = folder / name
         if file.stat().st_size != facts["bytes"]:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes, {facts['bytes']} were written")
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, expected {facts['bytes']}")
         if _sha256(file) != facts["sha256"]:
-            raise ValueError(f"{name} is not what was written: its hash differs")
+            raise ValueError(f"{name} has changed since it was written: its hash differs")
     return record
 
 

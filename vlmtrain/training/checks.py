@@ -1,4 +1,4 @@
-"""What is refused before training: settings that contradict each other, and parts or data that do not fit."""
+"""Checks before training: contradicting settings, and parts or data that do not fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .trainable import check_starts, trained_groups
 def check_run(run: Run, world_size: int) -> None:
     """Raise ValueError for settings that cannot work on `world_size` processes, before anything is loaded or written.
 
-    Each key by itself has been checked when the settings were read.
+    Individual keys are already checked when the settings are read.
     """
     check_metrics(run.validation.metrics)
     check_tasks(run.validation.lmms_eval, run.engine.zero_stage == 3 and world_size > 1)
@@ -52,7 +52,7 @@ def _check_layout(stage: Stage, world_size: int) -> None:
     if stage.layout == "packed":
         if compares:
             raise ValueError(
-                f"{stage.prefix}.layout=packed is for language modelling: objective={stage.objective} is not"
+                f"{stage.prefix}.layout=packed supports only language modelling, not objective={stage.objective}"
             )
         return
     accumulation, _ = split_batch(stage, world_size)
@@ -66,19 +66,19 @@ def _check_layout(stage: Stage, world_size: int) -> None:
     if stage.batch_size < 2:
         raise ValueError(f"{comparing}, but {stage.prefix}.batch_size={stage.batch_size}")
     if stage.image_fit == "tiles":
-        raise ValueError(f"{comparing}, a picture with a text: {stage.prefix}.image_fit=tiles cannot be; use squash")
+        raise ValueError(f"{comparing}, one image per text: {stage.prefix}.image_fit=tiles cannot work; use squash")
 
 
 def check_stages(run: Run, folder: RunFolder) -> None:
-    """Raise ValueError for a stage ahead whose parts, lengths or data cannot work; no weights are loaded."""
+    """Raise ValueError for unfinished stages whose parts, lengths or data cannot work. No weights are loaded."""
     tokenizer = build_tokenizer(run)
     source = Path(run.init_from) if run.init_from is not None else None
     handed_on = set(read_manifest(source)) if source else set()
-    given = set(handed_on)  # parts as `init_from` has them, not as the settings do
+    given = set(handed_on)  # parts that come from `init_from` rather than from the settings
     connector = connector_skeleton(source) if source else None
     for stage in run.stages.values():
         if folder.is_finished(stage.name):
-            folder.summary(stage.name)  # raises if it is broken, before anything is trained
+            folder.summary(stage.name)  # raises if the file is damaged, before anything is trained
             connector = connector_skeleton(folder.model(stage.name))
         elif stage in run.wanted:
             check_origins(run, stage, stage.parts, handed_on)
@@ -103,7 +103,7 @@ def check_stages(run: Run, folder: RunFolder) -> None:
             data = _check_source(run, stage.data, image_size_of(parts))
             if run.validates(stage) and stage.validation != stage.data:
                 _check_source(run, stage.validation, image_size_of(parts))
-            if stage.layout == "padded":  # packed rows are counted when the stage begins
+            if stage.layout == "padded":  # packed rows are counted when the stage starts
                 steps = stage.max_steps or math.ceil(data.epoch_size / stage.batch_size) * stage.epochs
                 check_starts(groups, stage, steps)
         else:
@@ -112,7 +112,7 @@ def check_stages(run: Run, folder: RunFolder) -> None:
 
 
 def _check_bert(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError, naming the key, if the BERT that a stage begins with does not fit its parts' skeletons.
+    """Raise ValueError, naming the key, if the BERT model that a stage starts from does not fit its parts.
 
     None of its weights are read.
     """
@@ -122,7 +122,7 @@ def _check_bert(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
         return
     config = load_hf_config(bert, key)
     if config.model_type != "bert":
-        raise ValueError(f"{key}={bert} is a {config.model_type}: expected a BERT")
+        raise ValueError(f"{key}={bert} is a {config.model_type} model: expected BERT")
     from transformers import AutoModelForMaskedLM
 
     with torch.device("meta"):
@@ -135,29 +135,29 @@ def _check_bert(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
 
 
 def check_widths(run: Run, stage: Stage, parts: Mapping[str, nn.Module], given: Collection[str]) -> None:
-    """Raise ValueError if the connector of `init_from` does not fit an encoder or language model of the settings.
+    """Raise ValueError if the connector of `init_from` does not fit the encoder or language model of the settings.
 
-    given: the parts that come from `init_from` too, which fit each other.
+    given: the parts that also come from `init_from`, which fit each other.
     """
     connector, source = parts["connector"], f"init_from={run.init_from}"
-    advice = f"give it the one it was trained with, or list connector in {stage.prefix}.fresh"
+    advice = f"use the one it was trained with, or list connector in {stage.prefix}.fresh"
     if "connector" not in given:
         return
     encoder, llm = _key("vision", run.vision), _key("llm", run.llm)
     if "vision" not in given and connector.in_dim not in (parts["vision"].width, (parts["vision"].width,)):
         raise ValueError(
-            f"the connector of {source} reads features {connector.in_dim} wide, the encoder of {encoder} "
-            f"makes them {parts['vision'].width} wide: {advice}"
+            f"the connector of {source} expects features of width {connector.in_dim}, but the encoder of {encoder} "
+            f"has width {parts['vision'].width}: {advice}"
         )
     if "llm" in parts and "llm" not in given and connector.out_dim != hidden_width(parts["llm"]):
         raise ValueError(
-            f"the connector of {source} makes tokens {connector.out_dim} wide, the language model of "
-            f"{llm} reads them {hidden_width(parts['llm'])} wide: {advice}"
+            f"the connector of {source} produces tokens of width {connector.out_dim}, but the language model of "
+            f"{llm} has width {hidden_width(parts['llm'])}: {advice}"
         )
 
 
 def _key(group: str, part: Vision | LLM) -> str:
-    """Key and value that choose an encoder or a language model."""
+    """Key and value that select an encoder or a language model."""
     for key in ("path", "name"):
         if getattr(part, key, None) is not None:
             return f"{group}.{key}={getattr(part, key)}"

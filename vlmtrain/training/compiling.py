@@ -1,4 +1,4 @@
-"""`torch.compile` for the blocks of encoder and language model, which are the same code over and over."""
+"""`torch.compile` for the transformer blocks of the encoder and the language model, which share the same code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ COMPILED = ("vision", "llm")
 
 
 def compile_blocks(parts: Mapping[str, nn.Module]) -> None:
-    """Compile every transformer block by itself, for any batch and length: one compilation serves them all.
+    """Compile every transformer block separately, with dynamic shapes, so that one compilation serves all blocks.
 
-    What is compiled has the same modules, parameters and names.
+    Modules, parameters and names do not change.
     """
     for part in (part for part in COMPILED if part in parts):
         path, _ = block_list(parts[part])

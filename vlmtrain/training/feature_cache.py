@@ -1,7 +1,7 @@
-"""Features of a frozen encoder on disk, so that it looks at each picture once.
+"""Disk cache for the features of a frozen encoder, so that it processes each image once.
 
-DIR/<encoder>/<ab>/<picture>.safetensors, one file a view: the name of the folder is the hash of the encoder's weights,
-architecture, layers and picture size, that of the file the hash of the pixels as the encoder sees them.
+DIR/<encoder>/<ab>/<image>.safetensors, one file per view. The folder name is the hash of the encoder's weights,
+architecture, layers and image size. The file name is the hash of the pixels that the encoder receives.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ STALE_SECONDS = 3600
 
 
 class FeatureCache:
-    """Features of one encoder, read where they are known and computed and written where they are not.
+    """Features of one encoder: read from disk if they are cached, otherwise computed and written.
 
-    encoder_hash: of its weights. limit: bytes that there may be below `folder`, of all runs that share it.
-    stored: what features are rounded to, those that were just computed too, so that a picture looks the same each
-    time; None for the encoder's own dtype. Several processes may share a folder: a file is written under another
-    name first. One that is damaged is computed again. A folder that cannot be written is only read.
+    encoder_hash: hash of its weights. limit: maximum size of `folder` in bytes, over all runs that share it.
+    stored: dtype that features are rounded to, including newly computed ones, so that an image has the same features
+    each time; None for the encoder's dtype. Several processes may share a folder: files are written under a temporary
+    name first. A damaged file is recomputed. A folder that cannot be written is used read-only.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class FeatureCache:
         try:
             self.budget = _Budget(folder, limit)
         except OSError as error:
-            logger.warning(f"features.cache={folder} is only read, as it cannot be written: {error}")
+            logger.warning(f"features.cache={folder} is used read-only, as it cannot be written: {error}")
             self.budget = None
         self.names = {"patches", *(f"level{i}" for i in range(len(encoder.levels)))}
         self.hits = self.misses = 0
 
     @classmethod
     def of(cls, options: Features, encoder: VisionEncoder, encoder_hash: str) -> FeatureCache:
-        """The cache that the settings `features` speak of."""
+        """Create the cache that the settings `features` describe."""
         stored = DTYPES[options.dtype] if options.dtype else None
         return cls(Path(options.cache), encoder, encoder_hash, int(options.max_gb * 2**30), stored)
 
     def __call__(self, images: Tensor, keys: Sequence[str]) -> VisionFeatures:
-        """Features of views ``(V, 3, H, W)`` with their `keys`, on the views' device."""
+        """Return the features of views ``(V, 3, H, W)`` with their `keys`, on the device of the views."""
         found = {key: self._read(key) for key in keys}
         missing = {key: number for number, key in enumerate(keys) if found[key] is None}
         if missing:
@@ -102,7 +102,7 @@ class FeatureCache:
     def _write(self, key: str, tensors: dict[str, Tensor]) -> None:
         if self.budget is None:
             return
-        tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}  # two may be one layer
+        tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}  # two may be the same layer
         data = save(tensors, metadata={"crc": _checksum(tensors)})
         file = self._file(key)
         partial = file.with_suffix(f".{secrets.token_hex(8)}{PARTIAL}")
@@ -110,7 +110,7 @@ class FeatureCache:
             file.parent.mkdir(exist_ok=True)
             replaced = file.stat().st_size if file.exists() else 0
             if not self.budget.take(len(data) - replaced):
-                logger.warning(f"{self.root} is full (features.max_gb): other pictures are looked at each time")
+                logger.warning(f"{self.root} is full (features.max_gb): other images are not cached")
                 self.budget = None
                 return
             partial.write_bytes(data)
@@ -123,12 +123,12 @@ class FeatureCache:
 
 
 class _Budget:
-    """Bytes that may be written below `folder`, by all processes that hold one of these at the same time.
+    """Limits the bytes in `folder`, over all processes that use it at the same time.
 
-    ``.bytes`` there has how many there are, under a lock. ``.users`` is locked by all holders: who comes first counts
-    the files, for some may have been deleted or left half-written since, and removes what is half-written for
-    `STALE_SECONDS`. A process that dies while it writes an entry leaves it counted until then. On a file system
-    without locks the limit holds roughly. Raises OSError where nothing can be written.
+    The file ``.bytes`` holds the current total and is locked for updates. All users hold a shared lock on ``.users``.
+    The first one counts the files again, as some may have been deleted or left partially written, and removes partial
+    files older than `STALE_SECONDS`. If a process dies while writing an entry, the entry counts until then. On a file
+    system without locks, the limit is approximate. Raises OSError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, limit: int):
@@ -143,7 +143,7 @@ class _Budget:
         self.take(0)
 
     def take(self, size: int) -> bool:
-        """Whether `size` more bytes may be written; they are counted then."""
+        """Reserve `size` bytes. Returns whether they fit within the limit."""
         _lock(self.counter, fcntl.LOCK_EX)
         try:
             known = os.pread(self.counter, 32, 0)
@@ -167,7 +167,7 @@ class _Budget:
 
     def _open(self, name: str) -> int:
         file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-        weakref.finalize(self, os.close, file)  # which gives its lock back
+        weakref.finalize(self, os.close, file)  # which releases the lock
         return file
 
 
@@ -177,7 +177,7 @@ def _lock(file: int, how: int) -> None:
     except BlockingIOError:
         raise
     except OSError:
-        pass  # some network file systems have no locks
+        pass  # some network file systems do not support locks
 
 
 def _tensors(features: VisionFeatures, row: int) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def _tensors(features: VisionFeatures, row: int) -> dict[str, Tensor]:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    """CRC-32 over names, shapes, dtypes and bytes: a flipped bit in a file's header may change each of them."""
+    """CRC-32 over names, shapes, dtypes and bytes. A flipped bit in the header can change any of the first three."""
     crc = 0
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -1,4 +1,4 @@
-"""``vlmtrain features``: a frozen encoder's features of a stage's pictures, computed ahead of training."""
+"""``vlmtrain features``: computes the features of a frozen encoder for the images of a stage before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .processing import build_processor, image_size_of
 
 @dataclass
 class Filled:
-    """What a stage's first epoch came to. known: views that the cache had; computed: views that it has now."""
+    """Result for the first epoch of a stage. known: views already cached. computed: views added to the cache."""
 
     known: int
     computed: int
@@ -33,10 +33,10 @@ class Filled:
 
 
 def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
-    """Write into ``features.cache`` what training would look up in its first epoch, stage by stage.
+    """Fill ``features.cache`` with the features that training would look up in its first epoch, stage by stage.
 
-    Stages that train their encoder have nothing to keep, and neither has one whose encoder an earlier stage of the
-    same run is going to train. Raises ValueError if that leaves none.
+    This excludes stages that train their encoder, and stages whose encoder is trained by an earlier stage of the same
+    run. Raises ValueError if no stage is left.
     """
     check_run(run, world_size=1)
     if run.features.cache == "off":
@@ -45,14 +45,14 @@ def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
     if not possible:
         names = ", ".join(stage.name for stage in run.wanted)
         raise ValueError(
-            f"no features can be computed ahead: {names} train the encoder, have none, or take it from a stage that "
-            " trains it first (then stage=NAME init_from=MODEL_DIR says where it is)"
+            f"no features can be computed in advance: {names} train the encoder, have none, or get it from a stage "
+            "that trains it first (in this case set stage=NAME init_from=MODEL_DIR)"
         )
     return {stage.name: _fill(run, stage, show_progress) for stage in possible}
 
 
 def _knows_encoder(run: Run, stage: Stage) -> bool:
-    """Whether the encoder of a stage is known before training: no stage up to it trains it in this run."""
+    """Whether the encoder weights of a stage are known before training: no stage up to it trains them in this run."""
     first = stage.position if run.stage and run.init_from else 0
     return "vision" in stage.parts and not any(each.trains("vision") for each in run.up_to(stage)[first:])
 
@@ -84,7 +84,7 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
 
 
 def _encoder(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> VisionEncoder:
-    """The encoder that the stage starts from, alone."""
+    """Build only the encoder that the stage starts from."""
     previous = Path(run.init_from) if run.init_from else None
     encoder = build_parts(run, stage, previous, tokenizer, only=("vision",))["vision"].eval()
     resized = run.resized_by(stage)

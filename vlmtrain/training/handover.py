@@ -1,11 +1,11 @@
-"""What a stage takes over of a connector that it builds anew.
+"""Initialises a connector that a stage rebuilds from the one that it receives.
 
     fresh: [connector.proj]
     drops: [connector.core.embedding, connector.core.layers.*.text_ffn]
 
-Where `fresh` or `drops` name something within the connector, or `connector_options` change how it works, it is built as
-the stage wants it, and every tensor comes from the one handed on, but for those that are fresh here or dropped there.
-All others must agree in name and shape.
+If `fresh` or `drops` name modules within the connector, or `connector_options` change its options, the stage builds a
+new connector. Every tensor of it is copied from the received connector, except those in `fresh`; tensors of the
+received connector in `drops` are discarded. All others must agree in name and shape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PART = "connector"
 
 
 def tensors_taken(new: nn.Module, old: nn.Module, stage: Stage) -> dict[str, Tensor]:
-    """The tensors of `new` that come from `old`, by name. Raises ValueError naming those that do not fit."""
+    """The tensors of `new` that are copied from `old`, by name. Raises ValueError naming those that do not fit."""
     own, handed_on = _state(new), _state(old)
     fresh = {tensor for tensor in own if _is_named(tensor, stage.fresh)}
     dropped = {tensor for tensor in handed_on if _is_named(tensor, (*stage.fresh, *stage.drops))}
@@ -42,22 +42,22 @@ def tensors_taken(new: nn.Module, old: nn.Module, stage: Stage) -> dict[str, Ten
     problems = [
         f"{what}: {some(names)}"
         for what, names in (
-            (f"nothing of this name is there to be made fresh ({stage.prefix}.fresh)", idle),
-            (f"not handed on, and not in {stage.prefix}.fresh", missing),
-            (f"handed on without a place, and not in {stage.prefix}.drops", left),
-            ("of another shape", shapes),
+            (f"no tensor of this name in the new connector ({stage.prefix}.fresh)", idle),
+            (f"not in the received connector and not in {stage.prefix}.fresh", missing),
+            (f"not in the new connector and not in {stage.prefix}.drops", left),
+            ("wrong shape", shapes),
         )
         if names
     ]
     if problems:
         raise ValueError(
-            f"the {PART} that stage {stage.name} builds cannot take over the one handed on: {'; '.join(problems)}"
+            f"the {PART} that stage {stage.name} builds does not fit the one it receives: {'; '.join(problems)}"
         )
     return {tensor: own[tensor] for tensor in both}
 
 
 def take_over(new: nn.Module, old: nn.Module, stage: Stage) -> None:
-    """Copy into `new` what it takes over of `old`."""
+    """Copy the tensors of `old` that `new` uses."""
     handed_on = _state(old)
     with torch.no_grad():
         for tensor, place in tensors_taken(new, old, stage).items():
@@ -65,7 +65,7 @@ def take_over(new: nn.Module, old: nn.Module, stage: Stage) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors under the names that they have without tiles."""
+    """Tensors by the names that they have in a connector without tiles."""
     return {tensor.removeprefix("connector."): value for tensor, value in module.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""What a model given as `init_from` decides: the parts that a run starts from, and its connector."""
+"""Applies `init_from`: the parts that a run starts from, and the options of its connector."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .handover import PART
 
 
 def take_in(run: Run, folder: RunFolder) -> tuple[Run, list[str]]:
-    """The settings with what `init_from` decides, and what of them that overrules (see `adopt_connector`).
+    """Return the settings with `init_from` applied, and warnings about overridden keys (see `adopt_connector`).
 
-    A published model becomes a model folder in the run's own: the first call imports it (see
-    `vlmtrain.interop.importing`). Raises ValueError naming file, tensor and expectation.
+    The first call imports a published model as a model folder within the run folder (see
+    `vlmtrain.interop.importing`). Raises ValueError naming the file, the tensor and what was expected.
     """
     finished = [name for name in run.stages if folder.is_finished(name)]
     run, overruled = adopt_connector(_imported(run, folder), finished)
@@ -32,7 +32,7 @@ def _imported(run: Run, folder: RunFolder) -> Run:
     if not source or not (source.is_file() or ((source / "config.json").exists() and not is_model_folder(source))):
         return run
     parts = {}
-    if source.is_file():  # a projector alone: the line names what it was trained with
+    if source.is_file():  # only a projector: the command names the models that it was trained with
         parts = {"llm": run.llm.path, "template": run.llm.chat_template, "vision": run.vision.path}
     target, record = folder.root / "imported", folder.root / "imported.json"
     wanted = {"source": str(source.resolve()), **parts, "fingerprint": fingerprint(source)}
@@ -47,10 +47,10 @@ def _imported(run: Run, folder: RunFolder) -> Run:
 
 
 def adopt_connector(run: Run, finished: Collection[str]) -> tuple[Run, list[str]]:
-    """The settings with the connector that `init_from` holds, where the run goes on with it; and what that overrules.
+    """Return the settings with the connector of `init_from`, if the run uses it, and a warning about overridden keys.
 
-    finished: stages that the run has behind it. Raises ValueError, naming the keys, where the line itself, or a stage
-    that builds its connector anew, says something else.
+    finished: the finished stages of the run. Raises ValueError naming the keys if the command, or a stage that builds
+    a new connector, requires a different one.
     """
     ahead = (stage for stage in run.stages.values() if stage in run.wanted or stage.name in finished)
     stage = next((stage for stage in ahead if PART in stage.parts), None)
@@ -62,7 +62,7 @@ def adopt_connector(run: Run, finished: Collection[str]) -> tuple[Run, list[str]
     if chosen.name != kind and (anew or PART in run.named):
         raise ValueError(
             f"connector={chosen.name}, but init_from={run.init_from} holds the connector {kind}: set "
-            f"connector={kind}, or list {PART} in {stage.prefix}.fresh to start another from random weights"
+            f"connector={kind}, or list {PART} in {stage.prefix}.fresh to start a new one from random weights"
         )
     if anew:
         return run, []
@@ -72,17 +72,17 @@ def adopt_connector(run: Run, finished: Collection[str]) -> tuple[Run, list[str]
     for key in differing:
         if f"{PART}.{key}" in run.named:
             raise ValueError(
-                f"{PART}.{key}={options[key]}, but the connector in init_from={run.init_from} has {held[key]}: it "
-                "is trained already"
+                f"{PART}.{key}={options[key]}, but the connector in init_from={run.init_from} has {held[key]} and is "
+                "already trained"
             )
     said = [f"connector={chosen.name} ({kind} is used)"] if chosen.name != kind else []
     said += [f"{PART}.{key}={options[key]} ({held[key]} is used)" for key in differing]
     run = run.with_values(connector=held)
-    return run, [f"init_from={run.init_from} overrules {', '.join(said)}"] if said else []
+    return run, [f"init_from={run.init_from} overrides {', '.join(said)}"] if said else []
 
 
 def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:
-    """What the next stage prepares pictures by otherwise than the model in `init_from` has seen them, as a warning."""
+    """Return a warning if the next stage preprocesses images differently from the model in `init_from`."""
     ahead = (stage for stage in run.wanted if stage.name not in finished)
     stage = next((stage for stage in ahead if "vision" in stage.parts), None)
     file = Path(run.init_from or "", "processor", "processor.json")

@@ -1,4 +1,4 @@
-"""The log of a run: lines on the terminal and in train.log."""
+"""The log of a run, written to the terminal and to train.log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger("vlmtrain")
 
 
 def set_up_logging(file: Path | None) -> None:
-    """Send log lines to the terminal, and to `file` if given; silence other libraries' chatter."""
+    """Log to the terminal, and to `file` if given. Without a file, log only errors."""
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if file else logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar or sparse lines, metrics.jsonl, wandb."""
+"""Files with one JSON object per step: metrics.jsonl and others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ..files import replace_text
 
 
 class Metrics:
-    """A file of one object a step, as metrics.jsonl, written by the main rank. What is not finite becomes null."""
+    """A file with one JSON object per step, such as metrics.jsonl, written by the main rank.
+
+    Non-finite numbers are written as null.
+    """
 
     def __init__(self, file: Path, first_step: int):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            # steps behind the checkpoint will be trained again
+            # steps after the checkpoint are trained again
             kept = [line for line in file.read_text().splitlines() if _step_of(line) <= first_step]
             replace_text(file, "".join(line + "\n" for line in kept))
         self._file = open(file, "a", buffering=1)  # noqa: SIM115 - open as long as the stage
@@ -27,7 +30,7 @@ class Metrics:
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Have what was written on the disk."""
+        """Flush the file to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -42,4 +45,4 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
-        return float("inf")  # a line cut short by a crash
+        return float("inf")  # a line truncated by a crash

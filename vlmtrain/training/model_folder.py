@@ -1,4 +1,4 @@
-"""The model folders that a stage leaves: its last model, and its best."""
+"""Writes the model folders of a stage: its final model and its best one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .trainable import Group, groups_of
 
 
 class ModelWriter:
-    """Writes model folders of one stage, each whole or not at all.
+    """Writes model folders of one stage atomically.
 
-    groups: what the stage trains; previous: the model folder that it started from, if any.
+    groups: the parameter groups that the stage trains. previous: the model folder that it started from, if any.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ModelWriter:
         self.previous, self.world = previous, world
 
     def write(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
-        """Write a folder in the place of `target`, on the main rank; every rank gets the parts' hashes."""
+        """Write a model folder to `target`, replacing it, on the main rank. Returns the hashes of the parts on all."""
         partial = target.with_name(f"{target.name}.partial")
         manifest, hashes, before = {}, {}, {}
         if self.world.is_main:
@@ -59,7 +59,7 @@ class ModelWriter:
                 whole = merged(module, state)
                 if before.get(part, {}).get("sha256") != hashes[part].whole:
                     save_part(part, module, partial / part, whole)
-                else:  # frozen since the folder was written last
+                else:  # unchanged since the folder was last written
                     shutil.copytree(target / part, partial / part, copy_function=link_or_copy)
                 manifest[part] = {**part_facts(whole, hashes[part].whole), "stage": self.stage.name if groups else None}
                 if whole.keys() != state.keys():
@@ -74,9 +74,9 @@ class ModelWriter:
         return self.world.from_main(hashes)
 
     def _base(self, part: str) -> str | None:
-        """Where the weights are that a part began with: a folder or hub id, None if nowhere.
+        """The source of the weights that a part started from: a folder or hub ID, or None.
 
-        The settings' own only where neither `init_from` nor a stage before has put others in their place.
+        This is the path in the settings only if neither `init_from` nor an earlier stage has replaced the weights.
         """
         handed_on = {} if self.previous is None else read_manifest(self.previous)
         is_others = self.run.init_from is not None or handed_on.get(part, {}).get("stage") is not None
@@ -85,7 +85,7 @@ class ModelWriter:
         return getattr(getattr(self.run, part), "path", None)
 
     def _hand_on(self, folder: Path, manifest: dict[str, dict]) -> None:
-        """Parts that this stage did without stay in the model, as links to the same files where possible."""
+        """Keep parts that this stage does not use in the model, as links to the same files where possible."""
         if self.previous is None:
             return
         for part, facts in read_manifest(self.previous).items():
@@ -97,7 +97,7 @@ class ModelWriter:
 
 
 def _known_parts(folder: Path) -> dict[str, dict]:
-    """The parts of a folder that is to be replaced; none if there is no sound one."""
+    """The parts of a folder that will be replaced; empty if there is no valid folder."""
     try:
         return read_manifest(folder)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What trains, how fast: parameter groups by part, and the learning rate as a function of the step."""
+"""Parameter groups of the optimizer, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .trainable import Group
 class Schedule:
     """Learning rate over a stage: linear warm-up to the peak, then `name` down to `min_lr`.
 
-    Step `s` (from 0) trains at the rate of the end of that step, so the first step moves and the last
-    one reaches `min_lr`.
+    Step `s` (from 0) uses the rate at the end of that step, so the first step has a non-zero rate and the last one
+    reaches `min_lr`.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Schedule:
 
     @classmethod
     def of(cls, options: ScheduleOptions, total_steps: int) -> Schedule:
-        """The schedule of a stage of `total_steps` steps."""
+        """Build the schedule of a stage with `total_steps` steps."""
         warmup = options.warmup_steps
         if warmup is None:
             warmup = math.ceil(options.warmup_ratio * total_steps)
@@ -46,9 +46,10 @@ class Schedule:
 
 
 def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], weight_decay: float) -> list[dict]:
-    """AdamW groups of what trains, two each: matrices decay; biases, 1-D tensors and rows of a table do not.
+    """Build AdamW's parameter groups: up to two per group, with and without weight decay.
 
-    Each carries its `label`, `peak_lr` and `scale`: under ZeRO the parameters themselves are replaced.
+    Weight decay applies to matrices, but not to biases, 1-D tensors and selected rows of embeddings. Each group carries
+    its `label`, `peak_lr` and `scale`, because ZeRO replaces the parameters themselves.
     """
     found = []
     for group in groups:

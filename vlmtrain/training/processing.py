@@ -1,4 +1,4 @@
-"""What turns conversations into a stage's batches: the image geometry, the tokenizers and the lengths."""
+"""Builds the processor that turns conversations into batches: image geometry, tokenizers and lengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..settings import Run, Stage
 
 @contextmanager
 def naming_size(run: Run, stage: Stage) -> Iterator[None]:
-    """Say which stage's image_size makes a grid that the connector of `stage` cannot take."""
+    """Add the key of the image size to errors about a grid that the connector of `stage` does not support."""
     try:
         yield
     except GridError as error:
@@ -31,7 +31,7 @@ def naming_size(run: Run, stage: Stage) -> Iterator[None]:
 
 
 def text_vocab(options: Mapping, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """How many words a stage's connector knows; None where it reads none."""
+    """The vocabulary size of a stage's connector; None if it does not read text."""
     if stage.connector_text.read is None:
         return None
     return options["text_vocab"] or text_vocabulary(_text_tokenizer(stage, tokenizer)).size
@@ -49,7 +49,7 @@ def build_processor(
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Processor:
-    """What turns conversations into this stage's batches. Raises ValueError if lengths cannot work."""
+    """Build the processor of a stage, which turns conversations into batches. Raises ValueError for invalid lengths."""
     with naming_size(run, stage):
         geometry = build_geometry(stage, parts, objective)
     check_lengths(stage, geometry, parts)
@@ -65,10 +65,10 @@ def build_processor(
 
 
 def check_lengths(stage: Stage, geometry: Geometry | None, parts: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if a picture leaves no room for words, or a sample is longer than a model's positions."""
+    """Raise ValueError if an image leaves no room for text, or a sample may exceed the positions of a model."""
     if geometry is not None and geometry.most_tokens >= stage.max_length:
         raise ValueError(
-            f"{stage.prefix}.max_length={stage.max_length} leaves no room for text: a picture takes up to "
+            f"{stage.prefix}.max_length={stage.max_length} leaves no room for text: an image takes up to "
             f"{geometry.most_tokens} tokens"
         )
     limit = max_positions(parts["llm"]) if "llm" in parts else None
@@ -87,25 +87,25 @@ def check_lengths(stage: Stage, geometry: Geometry | None, parts: Mapping[str, n
 def _build_reader(
     run: Run, stage: Stage, parts: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> TextReader | None:
-    """What the stage's connector reads of a conversation, if it reads text."""
+    """Build the reader for the text input of the stage's connector; None if it does not read text."""
     if "connector" not in parts or not parts["connector"].reads_text:
         return None
     key = f"{stage.prefix}.connector_text"
     if stage.connector_text.read is None and run.init_from is not None:
-        return Processor.from_pretrained(run.init_from).reader  # what its connector has read so far
+        return Processor.from_pretrained(run.init_from).reader  # the reader that its connector was trained with
     reader = TextReader(_text_tokenizer(stage, tokenizer), stage.connector_text.read, stage.connector_text.max_length)
     if reader.reads == "answer" and "llm" in parts:
-        raise ValueError(f"{key}.read=answer would show the connector what the language model is to say")
+        raise ValueError(f"{key}.read=answer would show the connector what the language model has to predict")
     size, positions = (run.connector.options[key] for key in ("text_vocab", "text_positions"))
     if size is not None and size < reader.vocabulary.size:
-        raise ValueError(f"connector.text_vocab={size}, but the words of {key} are {reader.vocabulary.size}")
+        raise ValueError(f"connector.text_vocab={size}, but the vocabulary of {key} has size {reader.vocabulary.size}")
     if positions < reader.max_length:
         raise ValueError(f"{key}.max_length={reader.max_length} is longer than connector.text_positions={positions}")
     return reader
 
 
 def build_geometry(stage: Stage, parts: dict[str, nn.Module], objective: Objective) -> Geometry | None:
-    """How pictures reach the stage's encoder, and how many tokens they become; None without an encoder."""
+    """Build the image geometry of a stage: preprocessing and number of tokens. None without an encoder."""
     vision: VisionEncoder | None = parts.get("vision")
     if vision is None:
         return None
@@ -119,5 +119,5 @@ def build_geometry(stage: Stage, parts: dict[str, nn.Module], objective: Objecti
 
 
 def image_size_of(parts: dict[str, nn.Module]) -> tuple[int, int]:
-    """``(H, W)`` that pictures are wanted in, where there is an encoder to say so."""
+    """Image size ``(H, W)`` of the encoder, or a default without an encoder."""
     return parts["vision"].image_size if "vision" in parts else (224, 224)

@@ -1,4 +1,4 @@
-"""How far a stage is: a bar on a terminal, lines elsewhere."""
+"""Progress of a stage: a progress bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .log import logger
 
 
 class Progress:
-    """One bar on a terminal; elsewhere a line every `seconds`."""
+    """A progress bar on a terminal; elsewhere a log line every `seconds`."""
 
     def __init__(self, stage: str, total: int, first: int, seconds: float = 15.0):
         self.stage, self.total, self.seconds = stage, total, seconds

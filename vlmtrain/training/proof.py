@@ -1,4 +1,4 @@
-"""Proof of what a stage trained: hashes of its parts before and after."""
+"""Hashes of the parts before and after a stage, which show which of them it trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .trainable import Group, part_size
 
 
 class Hashes(NamedTuple):
-    """SHA-256 of a part's state, and of the halves of it that a stage trains and leaves alone."""
+    """SHA-256 of a part's complete state, and of its trained and frozen tensors separately."""
 
     whole: str
     trained: str
@@ -22,7 +22,10 @@ class Hashes(NamedTuple):
 
 
 def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group]) -> Hashes:
-    """Hashes of a part's state: whole, of what its `groups` train (with the part's buffers, if any do), of the rest."""
+    """Compute the hashes of a part's state: of all tensors, of those that its `groups` train, and of the rest.
+
+    If a part trains, its buffers count as trained.
+    """
     rows = {name: group.rows for group in groups for name in group.names}
     parameters = {name for name, _ in module.named_parameters()}
     moves = {name for name in state if name in rows or (rows and name not in parameters)}
@@ -42,7 +45,10 @@ def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence
 
 
 def part_summary(name: str, module: nn.Module, groups: Sequence[Group], before: Hashes, after: Hashes) -> dict:
-    """Numbers and hashes of the part `name`. Raises RuntimeError unless what trained moved and the rest did not."""
+    """Parameter counts, learning rates and hashes of the part `name`.
+
+    Raises RuntimeError if trained tensors did not change or frozen ones did.
+    """
     if before.frozen != after.frozen:
         raise RuntimeError(f"{name} is frozen but changed")
     if groups and before.trained == after.trained:

@@ -1,9 +1,9 @@
-"""Linear layers whose frozen weights are held in 4 bits, under adapters (QLoRA; Dettmers et al., 2023).
+"""Linear layers with frozen 4-bit weights, for use under adapters (QLoRA; Dettmers et al., 2023).
 
     lora: {llm: {rank: 64, alpha: 16, quantize: nf4}}
 
-bitsandbytes packs and unpacks. With the paper's double quantisation a weight takes 4 bits, a 64th of its block's scale
-in 8 bits, and a 64 * 256th of the scales' scale in 32: 4.127 bits.
+bitsandbytes quantizes and dequantizes. With double quantization as in the paper, a weight takes 4 bits, plus 8 / 64
+bits for the scale of its block and 32 / (64 * 256) bits for the scale of the scales: 4.127 bits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _BLOCK, _SCALES_BLOCK = 64, 256
 
 
 class QuantizedLinear(nn.Module):
-    """``(..., in) -> (..., out)`` like the linear layer that it takes the place of, whose weight it holds in NF4.
+    """Linear layer ``(..., in) -> (..., out)`` that stores the weight of the layer it replaces in NF4.
 
-    All that is packed are bytes, which no change of dtype reaches: codes ``(N / 2, 1)``, two a byte; the blocks' scales
-    ``(N / 64,)``; and, as fp32, these scales' mean and the scales of what is left ``(4 + 4 N / (64 * 256),)``. The
-    weight is packed as bf16, so that the codes are the same in either compute dtype, and unpacked in the input's.
+    All packed tensors are bytes, which a change of dtype does not affect: codes ``(N / 2, 1)``, two per byte; the
+    scales of the blocks ``(N / 64,)``; and, as fp32, the mean of these scales and the scales of the remainder
+    ``(4 + 4 N / (64 * 256),)``. The weight is quantized from bf16, so that the codes do not depend on the compute
+    dtype, and dequantized to the dtype of the input.
     """
 
     def __init__(self, linear: nn.Linear | Conv1D):
@@ -44,11 +45,11 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, unpacked, as it stands in a plain layer."""
+        """The dequantized weight, with the shape and dtype of a plain layer."""
         return _unpack(*self.packed, self.shape, self.dtype)
 
     def unpacked(self, state: Mapping[str, Tensor], prefix: str) -> Tensor:
-        """The same of the tensors that a part's `state` has under `prefix`."""
+        """Dequantize the weight from the tensors of a part's `state` under `prefix`."""
         return _unpack(*(state[prefix + name] for name in PACKED), self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T`` that keeps W packed for the backward pass; W has no gradient."""
+    """``x W^T``, with W kept in 4 bits for the backward pass. W has no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor, scale_scales: Tensor, shape: tuple, transposed: bool):
@@ -74,7 +75,7 @@ class _Product(torch.autograd.Function):
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and the scales' scales of a weight."""
+    """Quantize a weight into codes, scales and the scales of the scales."""
     if weight.is_meta:
         blocks = math.ceil(weight.numel() / _BLOCK)
         shapes = ((math.ceil(weight.numel() / 2), 1), (blocks,), (4 + 4 * math.ceil(blocks / _SCALES_BLOCK),))
@@ -98,12 +99,12 @@ def _unpack(codes: Tensor, scales: Tensor, scale_scales: Tensor, shape: tuple[in
 
 @lru_cache
 def _scale_codes(device: torch.device) -> Tensor:
-    """What the 256 codes of a scale stand for."""
+    """The values of the 256 codes of a scale."""
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map().to(device)
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
-    """The layers of a part that are held in 4 bits, by path."""
+    """The layers of a part with 4-bit weights, by path."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}

@@ -1,4 +1,4 @@
-"""A run: the stages of a recipe, one after the other, each from the model that the one before left."""
+"""A run: the stages of a recipe in order. Each stage starts from the model of the previous one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .watch import Watch
 
 
 def train_run(run: Run, world: World) -> None:
-    """Train all wanted stages that are not finished. Raises ValueError for users' mistakes."""
+    """Train all wanted stages that are not finished. Raises ValueError for errors that the user can fix."""
     check_run(run, world.size)
     folder, warnings = RunFolder(run.run_dir), []
     if world.is_main:
@@ -32,7 +32,7 @@ def train_run(run: Run, world: World) -> None:
         if run.validation.lmms_eval:
             benchmarks_of(run.validation).load()
         changed = folder.write_config(run, provenance(run, world))
-        warnings = [f"not as when the run was here last, so further steps may differ: {each}" for each in changed]
+        warnings = [f"changed since this run was last started, so further steps may differ: {each}" for each in changed]
         warnings += [unlocked] if unlocked else []
     world.barrier()
     run, overruled = take_in(run, folder)
@@ -55,13 +55,13 @@ def _train_stages(run: Run, folder: RunFolder, world: World, wandb: WandB, watch
         if folder.is_finished(name):
             if stage in run.wanted and world.is_main:
                 logger.info(f"stage {name} is finished: {folder.model(name)}")
-                # what a run that was killed just then has left, and left out
+                # clean up and complete the stage if the run was killed just after finishing it
                 shutil.rmtree(folder.checkpoints(name), ignore_errors=True)
                 if not (folder.model(name) / "README.md").exists():
                     write_card(folder.root, name, folder.model(name))
         elif stage in run.wanted:
             if world.max([float(stop.received)])[0]:
-                raise Stopped(f"stopped before stage {name}; the same line goes on from here")
+                raise Stopped(f"stopped before stage {name}; run the same command to resume")
             summary = train_stage(run, stage, previous, folder, world, stop, wandb, watch)
             if world.is_main:
                 logger.info(_result(summary))

@@ -1,4 +1,4 @@
-"""Random numbers that depend on their purpose alone."""
+"""Random seeds that depend only on their purpose."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def seed_for(*key: object) -> None:
-    """Seed torch for one purpose, so that what comes before does not shift it."""
+    """Seed torch for one purpose, independently of random numbers drawn before."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

@@ -1,4 +1,4 @@
-"""Bad samples that a run trains without: counted alike on every rank, and not without limit."""
+"""Counts the bad samples that a run skips, identically on all ranks, and stops the run if there are too many."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from ..data.loader import BadRecord
 
-ALWAYS_ALLOWED = 10  # of a small set, a few bad records are a large share
+ALWAYS_ALLOWED = 10  # in a small data set, a few bad records are a large share
 
 
 class Skips:
     """The bad samples of a stage so far.
 
-    records: of the stage's data; share: of them, that may be bad; in_a_row: bad samples one after the other.
-    saved: what `state` said when the stage was interrupted.
+    records: number of records in the stage's data. share: share of them that may be bad. in_a_row: maximum number of
+    consecutive bad samples. saved: the value of `state` when the stage was interrupted.
     """
 
     def __init__(self, records: int, share: float, in_a_row: int, saved: dict | None = None):
@@ -28,7 +28,7 @@ class Skips:
         return {"skipped": self.skipped, "records": sorted(self.records), "last": self.last, "run": self.run}
 
     def add(self, found: Sequence[BadRecord]) -> None:
-        """Count the bad samples of a step, in the order of the stream. Raises ValueError where they are too many."""
+        """Count the bad samples of a step, in the order of the stream. Raises ValueError if there are too many."""
         for bad in found:
             self.skipped += 1
             self.records.add(bad.index)

@@ -1,4 +1,4 @@
-"""One stage of a recipe, from the weights it starts with to the model folder it leaves."""
+"""Trains one stage of a recipe, from its initial weights to its model folder."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def train_stage(
     wandb: WandB,
     watch: Watch,
 ) -> dict:
-    """Train a stage from the model folder `previous`, to its end. Returns its summary.
+    """Train a stage from the model folder `previous` to its end. Returns its summary.
 
-    Goes on from the stage's newest checkpoint, if there is one. Where more begins to train within the stage, an engine
-    of its own goes on from a checkpoint too. Raises Stopped when told to stop, with the state saved; ValueError or
-    BadSample for what the user must mend.
+    Resumes from the stage's newest checkpoint, if there is one. If more parameters start to train within the stage, a
+    new engine is built at that step and also resumes from a checkpoint. Raises Stopped on a stop signal, after saving
+    the state, and ValueError or BadSample for errors that the user can fix.
     """
     summary = None
     while summary is None:
@@ -112,7 +112,7 @@ class _Stage:
         return build_source(self.settings.data, split, image_size_of(self.parts), self.settings.seed)
 
     def run(self, stop: StopSignal, wandb: WandB) -> dict | None:
-        """Train until the stage ends, or until more of it begins to train: then there is no summary yet."""
+        """Train until the stage ends, or until more parameters start to train. In the latter case, return None."""
         if self.world.is_main:
             restore_folder(self.folder.stage(self.name) / "best")
         before = {
@@ -137,7 +137,7 @@ class _Stage:
         self._check_start({part: found.whole for part, found in before.items()})
         self.checkpoints.load(record, engine.training_state)
         if record["step"] and self.world.is_main:
-            logger.info(f"{self.name}: going on behind step {record['step']}")
+            logger.info(f"{self.name}: resuming after step {record['step']}")
         limit = self.settings.bad_sample_limit
         self.skips = Skips(len(self.source), limit.share, limit.in_a_row, record.get("skips"))
         record.setdefault("seconds", 0.0)
@@ -147,7 +147,7 @@ class _Stage:
         validation = StageValidation(self.stage, self.settings.validation, validator, self.models, best, record)
         validation.start(engine)
         self._train(engine, validation, stop, wandb)
-        self.watch.doing(f"stage {self.name}: its last validation and its model", outside=True)
+        self.watch.doing(f"stage {self.name}: final validation and model", outside=True)
         summary = None
         if self.end == self.total_steps:
             summary = self._finish(engine, validation, before)
@@ -156,16 +156,16 @@ class _Stage:
         return summary
 
     def _check_start(self, now: dict[str, str]) -> None:
-        """Raise ValueError if a part is not what the stage began with: a checkpoint has only what is trained."""
+        """Raise ValueError if a part differs from the start of the stage: checkpoints contain only trained tensors."""
         for part, known in self.record.setdefault("began_with", now).items():
             if now[part] != known:
                 raise ValueError(
                     f"stage {self.name} began with other weights of its {part} (SHA-256 {known[:16]}, now "
-                    f"{now[part][:16]}): put them back where they came from, or begin another run_dir"
+                    f"{now[part][:16]}): restore the original files, or set another run_dir"
                 )
 
     def _feature_cache(self, hashes: dict[str, Hashes]) -> FeatureCache | None:
-        """The cache that is asked for, where the stage has an encoder and leaves it frozen."""
+        """The feature cache, if it is enabled and the stage has a frozen encoder."""
         options = self.settings.features
         if options.cache == "off" or "vision" not in self.parts or "vision" in trained_parts(self.groups):
             return None
@@ -174,7 +174,7 @@ class _Stage:
 
     def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, wandb: WandB) -> None:
         first, total, record = self.record["step"], self.total_steps, self.record
-        # a stop comes before its step's validation, so that one may be told of and not be in the checkpoint
+        # a stop comes before the validation of its step, so a validation may be logged that is not in the checkpoint
         kept = {"metrics": first, "validation": record.get("validated", 0), "bad_steps": first}
         metrics, scores, bad_steps = (
             Metrics(self.folder.stage(self.name) / f"{name}.jsonl", last) if self.world.is_main else None
@@ -200,7 +200,7 @@ class _Stage:
                 progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             record["bad_steps"] = self.bad_steps.state
-            self.watch.doing(f"{self.name} behind step {step + 1}: validating, saving", outside=True)
+            self.watch.doing(f"{self.name} after step {step + 1}: validating, saving", outside=True)
             if not done.stopping:
                 validation.on_schedule(engine, total, scores, wandb)
             if done.stopping or step + 1 == self.end or self._is_save_due(step + 1, done.is_late):
@@ -208,16 +208,15 @@ class _Stage:
                     file.sync()
                 self._save(engine, is_needed=done.stopping or step + 1 < total)
             if done.stopping:
-                raise Stopped(
-                    f"{self.name}: stopped behind step {step + 1} of {total}; the same line goes on from here"
-                )
+                raise Stopped(f"{self.name}: stopped after step {step + 1} of {total}; run the same command to resume")
         for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
 
     def _save(self, engine: StageEngine, is_needed: bool) -> None:
-        """Write a checkpoint. Raises ValueError if one that is needed cannot be written.
+        """Write a checkpoint. Raises ValueError if it cannot be written and is needed.
 
-        That behind the last step saves a kill's victims the steps since the one before; the model takes less room.
+        The checkpoint after the last step only avoids repeating steps if the run is killed before the model is written.
+        The model needs less disk space than a checkpoint.
         """
         try:
             prune = not self.bad_steps.in_a_row
@@ -226,15 +225,15 @@ class _Stage:
             if is_needed:
                 raise
             if self.world.is_main:
-                logger.warning(f"{error}; the stage has its weights, and goes on to its model")
+                logger.warning(f"{error}; training is complete, continuing with the model folder")
 
     def _is_late(self) -> bool:
-        """Whether a checkpoint is due by the main rank's clock."""
+        """Whether a checkpoint is due according to the clock of the main rank."""
         minutes = self.stage.save_every_minutes
         return self.world.is_main and minutes is not None and self.checkpoints.minutes_since > minutes
 
     def _is_save_due(self, step: int, is_late: bool) -> bool:
-        """Not among steps that make no update, or the checkpoints from before them would be dropped."""
+        """Whether to save after a step. Never between skipped steps, as the checkpoints before them would be pruned."""
         every = self.stage.save_every
         return not self.bad_steps.in_a_row and (bool(every and step % every == 0) or is_late)
 
@@ -295,23 +294,23 @@ class _Stage:
         return summary
 
     def _benchmark(self, engine: StageEngine) -> dict[str, dict[str, float]]:
-        """Each task's metrics, of a model that can be asked about pictures."""
+        """The metrics of each task, for models that can answer questions about images."""
         options = self.settings.validation
         if not options.lmms_eval or not {"vision", "connector", "llm"} <= set(self.parts):
             return {}
-        self.watch.doing(f"stage {self.name}: its benchmarks", outside=True)
+        self.watch.doing(f"stage {self.name}: benchmarks", outside=True)
         with engine.evaluating():
             return benchmarks_of(options).scores(engine.model, self.processor, self.world)
 
     def _cache_use(self, cache: FeatureCache | None) -> dict | None:
-        """Pictures that the cache knew and did not, on all ranks."""
+        """Number of images that were and were not in the cache, summed over ranks."""
         if cache is None:
             return None
         hits, misses = self.world.sum([cache.hits, cache.misses])
         return {"hits": int(hits), "misses": int(misses)}
 
     def _shares(self, drawn: list[int]) -> dict:
-        """Samples trained on, by source."""
+        """Number and share of samples trained on, by source."""
         total = max(1, sum(drawn))
         return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
 

@@ -1,4 +1,4 @@
-"""What a stage reports: a table of what trains before it starts, and answers with their images after it."""
+"""Reports of a stage: a table of the trained parameters before it starts, and sample answers with images after it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SHOWN_SAMPLES = 48
 
 
 def training_table(parts: Mapping[str, nn.Module], groups: Sequence[Group], waiting: Sequence[Group]) -> str:
-    """What trains, how many parameters it has and at which rate, and what is frozen.
+    """A table of the trained parameters with their learning rates, and of the frozen ones.
 
-    waiting: the groups that begin to train later in the stage.
+    waiting: the groups that start to train later in the stage.
     """
     rows = [("part", "parameters", "learning rate")]
     for part, module in parts.items():

@@ -1,4 +1,4 @@
-"""Validation of a stage: at its start, on schedule and at its end; and the best model so far."""
+"""Validation of a stage at its start, on schedule and at its end, and selection of the best model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .tracking import WandB
 
 
 class StageValidation:
-    """Validates a stage that has validation data; without any, `validator` is None and every call does nothing.
+    """Validates a stage. If the stage has no validation data, `validator` is None and every call is a no-op.
 
-    record: the stage's resumable record, which says what has been validated. best: folder of the best model.
+    record: the stage's resumable record, which includes the completed validations. best: folder of the best model.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class StageValidation:
         self.models, self.best, self.record = models, best, record
 
     def start(self, engine: StageEngine) -> None:
-        """Take the loss before the first step. Raises ValueError for a metric that some question has no data for."""
+        """Compute the loss before the first step. Raises ValueError for a metric that lacks data for some question."""
         if self.validator is None:
             return
         sizes = self.options.samples, self.options.final_samples
@@ -42,9 +42,9 @@ class StageValidation:
                 self.record["validation_at_start"] = self.validator.loss(engine.model, self.options.samples)
 
     def on_schedule(self, engine: StageEngine, end: int, scores: Metrics | None, wandb: WandB) -> None:
-        """Validate if it is time to, and it was not done before the stage was stopped here.
+        """Validate if a validation is due and was not done before the stage was interrupted.
 
-        end: the stage's last step, after which it is validated as a whole.
+        end: the last step of the stage, after which `finish` validates on the final samples.
         """
         step, every = self.record["step"], self.stage.validate_every
         due = self.validator and every and step and step % every == 0 and step < end
@@ -59,7 +59,7 @@ class StageValidation:
         self._keep_best(engine, step, found["loss"])
 
     def finish(self, engine: StageEngine, end: int) -> tuple[dict | None, list[dict]]:
-        """Scores and answers after the last step."""
+        """Compute the scores and answers after the last step."""
         if self.validator is None:
             return None, []
         with engine.evaluating():

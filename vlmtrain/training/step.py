@@ -1,4 +1,4 @@
-"""One optimiser step on all ranks: totals, forward and backward, and what is wrong with its numbers."""
+"""One optimiser step on all ranks: totals, forward and backward passes, and detection of bad steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .watch import Watch
 
 
 class StepDone(NamedTuple):
-    """A step's metrics, whether some rank was told to stop or to save, and the samples drawn from each source."""
+    """Metrics of a step, whether any rank has to stop or save, and the number of samples from each source."""
 
     values: dict
     stopping: bool
@@ -53,11 +53,11 @@ class StepRunner:
     def run(self, step: int, data: StepData, started: float, waited: float, stopping: bool, is_late: bool) -> StepDone:
         """Train on a step's data.
 
-        started: ``time.perf_counter()`` before its data were waited for. waited: seconds of that. stopping, is_late:
-        whether this rank was told to stop, and whether a checkpoint is due by the clock.
+        started: ``time.perf_counter()`` before waiting for the data. waited: seconds spent waiting. stopping: whether
+        this rank received a stop signal. is_late: whether a checkpoint is due by time.
         """
         ids = [sample for batch in data.micro_batches for sample in batch.ids]
-        self.watch.doing(f"{self.stage} step {step + 1}: its totals over ranks", ids)
+        self.watch.doing(f"{self.stage} step {step + 1}: summing totals over ranks", ids)
         weight, samples, tokens, image_tokens, target_tokens, padded, bad, stops, late, *drawn = self.world.sum(
             [
                 self.objective.weight(data),
@@ -99,19 +99,19 @@ class StepRunner:
         return torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else peak_resident_bytes()
 
     def _update(self, step: int, data: StepData, weight: float) -> tuple[float, float]:
-        """Run a step's micro-batches and update the weights, unless the numbers are wrong: loss, and gradient norm.
+        """Run the micro-batches of a step and update the weights. Returns the loss and the gradient norm.
 
-        Every engine drops a step whose gradient is not finite on some rank.
+        Bad steps make no update: every engine skips a step whose gradient is not finite on some rank.
         """
         losses: list[Tensor] = []
         for i, batch in enumerate(data.micro_batches):
-            # Randomness (dropout) depends on where in the run we are, so resuming needs no generator state.
+            # Randomness (dropout) depends on the position in the run, so resuming needs no generator state.
             seed_for(self.seed, self.stage, step, i, self.world.rank)
             where = f"{self.stage} step {step + 1}, micro-batch {i + 1} of {len(data.micro_batches)}"
             self.watch.doing(f"{where}: forward", batch.ids)
             loss = self.engine.loss(batch.to(self.world.device, self.engine.dtype))
             losses.append(loss.detach().float())
-            loss = loss * (1 + 0 * loss.detach())  # NaN, and with it every gradient, where the loss is not finite
+            loss = loss * (1 + 0 * loss.detach())  # a non-finite loss becomes NaN, and so do all gradients
             if self.bad_steps.skip_spikes and i + 1 == len(data.micro_batches):  # waits for the device
                 fault = self.bad_steps.judge(self._mean_loss(losses, weight))
                 loss = loss * math.nan if fault else loss
@@ -125,11 +125,11 @@ class StepRunner:
         return mean, norm
 
     def _mean_loss(self, losses: list[Tensor], weight: float) -> float:
-        """A step's loss over all ranks, from the summed losses of this rank's micro-batches."""
+        """Loss of a step over all ranks, from the summed losses of this rank's micro-batches."""
         return self.world.sum([float(torch.stack(losses).sum())])[0] / weight
 
     def _suspects(self, data: StepData, losses: list[Tensor]) -> list[str]:
-        """Ids, over all ranks, of the samples of micro-batches whose loss is not finite, or else of the whole step."""
+        """Sample IDs, over all ranks, of micro-batches with a non-finite loss, or of the step if there are none."""
         found = [(batch.ids, bool(torch.isfinite(loss))) for batch, loss in zip(data.micro_batches, losses)]
         everyone = [batch for rank in self.world.gather(found) for batch in rank]
         wrong = [batch for batch in everyone if not batch[1]]

@@ -1,4 +1,4 @@
-"""Metrics, validation images and models sent to a tracker."""
+"""Experiment tracking: metrics, validation images and models."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..files import replace_text
 
 
 class WandB:
-    """Metrics to Weights & Biases, if asked for; ``offline`` needs neither account nor network.
+    """Logs metrics to Weights & Biases, if enabled. ``offline`` needs neither an account nor a network.
 
-    steps_before: those of the stages that are finished.
+    steps_before: number of steps of the finished stages.
     """
 
     def __init__(self, mode: str, project: str, folder: Path, config: dict):
@@ -30,17 +30,17 @@ class WandB:
 
         record = folder / "wandb_id.txt"
         run_id = record.read_text().strip() if record.exists() else ""
-        if not run_id:  # chosen and kept before wandb knows it: a kill between must not make two runs of one
+        if not run_id:  # chosen and saved before wandb.init, so that a killed run does not become two runs
             run_id = secrets.token_hex(4)
             replace_text(record, run_id)
         self.run = wandb.init(
             project=project, name=folder.name, dir=folder, mode=mode, config=config, id=run_id, resume="allow"
         )
-        # a resumed run tells of some steps again: its axis is what we count, not how often it has logged
+        # a resumed run logs some steps again, so the axis is the step count and not the number of log calls
         self.run.define_metric("*", step_metric="total_step")
 
     def log(self, stage: str, record: dict[str, Any]) -> None:
-        """A record with its ``step`` within the stage."""
+        """Log a record. Its ``step`` counts within the stage."""
         if self.run is None:
             return
         rates = {f"{stage}/learning_rate/{part}": lr for part, lr in record.get("learning_rate", {}).items()}
@@ -48,7 +48,7 @@ class WandB:
         self.run.log({"total_step": self.steps_before + record["step"], **values, **rates})
 
     def finish_stage(self, stage: str, folder: Path, with_model: bool) -> None:
-        """The stage's pictures with questions and answers as a table; its model folder as an artifact, if asked."""
+        """Log a table of the stage's images, questions and answers, and, if `with_model`, its model as an artifact."""
         if self.run is None:
             return
         import wandb

@@ -1,12 +1,12 @@
-"""What a stage trains, and how fast: its `train` mapping, and the finer patterns of `groups`.
+"""The parameters that a stage trains and their learning rates, from `train` and the finer patterns of `groups`.
 
     train:  {vision: null, connector: 1e-3, llm: null}
     groups: [{match: "vision.blocks[20:]", lr: 2e-6, layer_decay: 0.9}, {match: "llm.*norm*", lr: 1e-4, from_step: 500}]
 
-A pattern is a part's name, or names within it behind a dot: ``*`` stands for anything, and ``blocks`` (or ``layers``)
-for the part's transformer blocks, whatever the library calls them, with a slice of them in brackets. ``llm.new_tokens``
-are the embeddings of the tokens that llm.new_tokens adds, in and out, and no others. With `from_step`
-what it matches is frozen for so many optimiser steps of the stage, and then trains.
+A pattern is the name of a part, optionally followed by a dot and a parameter name within it. ``*`` matches anything.
+``blocks`` (or ``layers``) matches the part's transformer blocks, whatever the library calls them, with an optional
+slice in brackets. ``llm.new_tokens`` matches only the input and output embeddings of the tokens that llm.new_tokens
+adds. With `from_step`, the matched parameters are frozen for that many optimiser steps of the stage and then train.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ NEW_TOKENS = "llm.new_tokens"
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one part that train at `lr` times `scale`, behind `from_step` steps of the stage.
+    """Parameters of one part that train at `lr` times `scale`, after the first `from_step` steps of the stage.
 
-    `label` is the part, or the pattern that chose them. rows: the rows of a matrix that train, None for all.
+    label: the part, or the pattern that selected them. rows: the rows of a matrix that train; None for all.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Group:
     rows: tuple[int, ...] | None = None
 
     def size(self, module: nn.Module) -> int:
-        """How many numbers train, of the part `module`."""
+        """Number of trained parameters in the part `module`."""
         shapes = [full_shape(module.get_parameter(name)) for name in self.names]
         if self.rows is not None:
             shapes = [(len(self.rows), *shape[1:]) for shape in shapes]
@@ -52,7 +52,7 @@ class Group:
 
 
 def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
-    """Those of a part."""
+    """The groups of a part."""
     return [group for group in groups if group.part == part]
 
 
@@ -62,7 +62,7 @@ def trained_parts(groups: Sequence[Group]) -> set[str]:
 
 
 def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
-    """The parameters that a stage trains. Where several patterns match one, the first decides.
+    """The parameters that a stage trains. If several patterns match a parameter, the first one applies.
 
     Raises ValueError for a pattern that matches nothing.
     """
@@ -83,14 +83,15 @@ def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
             in_bits = [n for n in packed if pattern.fullmatch(n)] if entry.match != part else []
             if in_bits and entry.lr is not None:
                 raise ValueError(
-                    f"{key}.match={entry.match} would train {some(in_bits)}, held in 4 bits by "
-                    f"{stage.prefix}.lora.{part}.quantize: let it match less, like {part}.*lora_* or {part}.*norm*"
+                    f"{key}.match={entry.match} would train {some(in_bits)}, which is stored in 4 bits due to "
+                    f"{stage.prefix}.lora.{part}.quantize: use a narrower pattern, such as {part}.*lora_* or "
+                    f"{part}.*norm*"
                 )
             packed = [n for n in packed if n not in in_bits]
             if not matched:
                 everything = [n for n, _ in parts[part].named_parameters()]
                 raise ValueError(
-                    f"{key}.match={entry.match} matches no parameter that is left of {part}; it has {some(everything)}"
+                    f"{key}.match={entry.match} matches no remaining parameter of {part}; it has {some(everything)}"
                 )
             left = [n for n in left if n not in set(matched)]
             if entry.lr is not None:
@@ -104,7 +105,7 @@ def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
 
 
 def check_starts(groups: Sequence[Group], stage: Stage, steps: int | None) -> None:
-    """Raise ValueError for a group of a stage that would begin to train when its `steps`, if known, are over."""
+    """Raise ValueError for a group that would start to train only after the last of the `steps`, if they are known."""
     for group in groups:
         if steps is not None and group.from_step >= steps:
             raise ValueError(
@@ -114,26 +115,26 @@ def check_starts(groups: Sequence[Group], stage: Stage, steps: int | None) -> No
 
 
 def _new_tokens(llm: nn.Module, entry: Pattern, left: list[str], key: str) -> Group:
-    """The rows of the new tokens in the embeddings, in and out."""
+    """The rows of the new tokens in the input and output embeddings."""
     if not getattr(llm, "new_token_ids", ()):
         raise ValueError(f"{key}.match={NEW_TOKENS}, but llm.new_tokens is empty")
     tables = {id(table.weight) for table in (llm.get_input_embeddings(), llm.get_output_embeddings())}
     names = tuple(name for name, parameter in llm.named_parameters() if id(parameter) in tables and name in left)
     if not names or entry.lr is None or entry.layer_decay is not None:
-        raise ValueError(f"{key}: {NEW_TOKENS} takes an lr and no layer_decay, and stands before what has them too")
+        raise ValueError(f"{key}: {NEW_TOKENS} needs an lr and no layer_decay, and must precede entries that match it")
     return Group(NEW_TOKENS, "llm", entry.lr, 1.0, names, entry.from_step, llm.new_token_ids)
 
 
 def _own(names: list[str]) -> list[str]:
-    """What a whole part's name stands for: its adapters, if it has any."""
+    """The parameters that the name of a part selects: its adapters if it has any, otherwise all."""
     return [name for name in names if is_adapter(name)] or names
 
 
 def _by_depth(entry: Pattern, names: list[str], module: nn.Module) -> list[Group]:
-    """One group, or with layer decay one a block: the rate shrinks by `decay` with every block below the top.
+    """Return one group or, with layer decay, one per block, with a rate that decays with the distance to the top.
 
-    Block i of L, from 1, has ``decay ** (L + 1 - i)``; what is before the blocks counts as 0, what is behind as L + 1
-    (BEiT; LAVIS, published code).
+    Block i of L, from 1, has the scale ``decay ** (L + 1 - i)``. Parameters before the blocks count as block 0, those
+    after them as block L + 1 (BEiT; LAVIS, published code).
     """
     decay, facts = entry.layer_decay, (entry.match, entry.part, entry.lr)
     if decay is None:
@@ -151,7 +152,7 @@ def _by_depth(entry: Pattern, names: list[str], module: nn.Module) -> list[Group
 
 
 def block_list(module: nn.Module) -> tuple[str, int]:
-    """Path and number of a part's transformer blocks: the longest list of modules, the outermost of equals.
+    """Path and number of a part's transformer blocks: the longest list of modules, the outermost if several are equal.
 
     Raises ValueError if there is none.
     """
@@ -162,7 +163,7 @@ def block_list(module: nn.Module) -> tuple[str, int]:
 
 
 def _pattern(match: str, module: nn.Module, key: str) -> str:
-    """A pattern as a regular expression over the part's parameter names."""
+    """Convert a pattern to a regular expression over the part's parameter names."""
     _, _, rest = match.partition(".")
     if not rest:
         return ".*"
@@ -180,7 +181,7 @@ def _pattern(match: str, module: nn.Module, key: str) -> str:
 
 def _within(index: int | None, count: int, key: str) -> int:
     if index is None or not -count <= index < count:
-        raise ValueError(f"{key}.match: block {index} of {count}")
+        raise ValueError(f"{key}.match: block {index} does not exist, as there are {count} blocks")
     return index
 
 
@@ -189,7 +190,7 @@ def _glob(text: str) -> str:
 
 
 def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: bool) -> None:
-    """Let exactly the parameters of `groups` train; parts without any go to eval mode."""
+    """Make exactly the parameters of `groups` trainable. Parts without trained parameters are set to eval mode."""
     for part, module in parts.items():
         trained = {name for group in groups if group.part == part for name in group.names}
         for name, parameter in module.named_parameters():
@@ -200,14 +201,14 @@ def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: b
                     _train_rows(module.get_parameter(name), group.rows)
         module.train(bool(trained))
         if checkpointing and part == "llm":
-            # Activations are recomputed in training mode only; a frozen model without dropout loses nothing by it.
+            # Activations are recomputed only in training mode, which does not affect a frozen model without dropout.
             module.gradient_checkpointing_enable({"use_reentrant": False})
             if not trained and not _drops_out(module):
                 module.train()
 
 
 def _train_rows(parameter: nn.Parameter, rows: tuple[int, ...]) -> None:
-    """Zero the gradient of all other rows: AdamW without weight decay then leaves them as they are, to the bit."""
+    """Zero the gradient of all other rows, so that AdamW without weight decay leaves them bitwise unchanged."""
 
     def keep(gradient: Tensor) -> Tensor:
         chosen = torch.zeros(len(gradient), 1, device=gradient.device, dtype=gradient.dtype)
@@ -218,7 +219,7 @@ def _train_rows(parameter: nn.Parameter, rows: tuple[int, ...]) -> None:
 
 
 def part_size(module: nn.Module) -> int:
-    """How many numbers a part has, those held in 4 bits among them."""
+    """Number of parameters of a part, including those stored in 4 bits."""
     packed = quantized_layers(module).values()
     bits = {id(parameter) for layer in packed for parameter in layer.packed}
     plain = (math.prod(full_shape(parameter)) for parameter in module.parameters() if id(parameter) not in bits)

@@ -1,4 +1,4 @@
-"""What each rank is doing, told when it does nothing else for too long: ranks that wait for each other say what for."""
+"""Watchdog for hangs: reports what each rank is doing if it makes no progress for too long."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 
 from ..distributed.world import OUTSIDE_STEPS
 
-TO_SPEAK = 5.0  # seconds between a rank's words and its end, in which the others speak too
+TO_SPEAK = 5.0  # seconds between a rank's report and its exit, so that the other ranks can report too
 
 
 class Watch:
-    """Ends the process when `doing` is not called for `limit` seconds. A single rank waits for nobody: it has no limit.
+    """Ends the process if `doing` is not called for `limit` seconds. A single rank has no limit.
 
-    It does not depend on the library that the ranks talk through: NCCL's own timeouts say nothing of the batch.
+    It does not depend on the communication library; the timeouts of NCCL, for example, do not report the batch.
     """
 
     def __init__(self, limit: float, rank: int, world_size: int):
@@ -37,7 +37,10 @@ class Watch:
         self._over.set()
 
     def doing(self, what: str, samples: Sequence[str] = (), outside: bool = False) -> None:
-        """Note what this rank begins to do. samples: ids of those it does it with; outside: of steps."""
+        """Record what this rank starts to do.
+
+        samples: IDs of the samples involved. outside: whether this is outside of steps, which have a shorter limit.
+        """
         self._now = (time.monotonic(), what, tuple(samples), self.limit * (OUTSIDE_STEPS if outside else 1))
 
     def _run(self) -> None:
@@ -50,7 +53,7 @@ class Watch:
                 os._exit(1)
 
     def report(self) -> str:
-        """What this rank is doing, since when, with what, and in which module."""
+        """Report what this rank is doing, for how long, with which samples and in which module."""
         since, what, samples, _ = self._now
         frame = sys._current_frames().get(self._main.ident)
         modules: list[nn.Module] = []
@@ -60,7 +63,7 @@ class Watch:
             if isinstance(owner, nn.Module) and frame.f_code.co_name in ("forward", "_call_impl"):
                 modules = modules if modules and modules[0] is owner else [owner, *modules]
             frame = frame.f_back
-        lines = [f"[rank {self.rank}] hangs: nothing new for {time.monotonic() - since:.0f} s (collective_timeout)"]
+        lines = [f"[rank {self.rank}] hangs: no progress for {time.monotonic() - since:.0f} s (collective_timeout)"]
         lines.append(f"  doing: {what}")
         if samples:
             lines.append(f"  samples: {', '.join(samples)}")

@@ -82,7 +82,7 @@ def plan(*overrides: str) -> None:
         (["stages.instruct.connector_options={mlp: {dpeth: 3}}"], "stages.instruct.connector_options.mlp.dpeth"),
         (["engine.zero_stage=4"], "engine.zero_stage=4: expected a whole number from 0 to 3"),
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
-        (["init_from=5"], "init_from=5: expected a text"),
+        (["init_from=5"], "init_from=5: expected a string"),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused_by_every_command(overrides, said, capsys):

@@ -75,12 +75,12 @@ def test_tiles_change_no_name():
 @pytest.mark.parametrize(
     "first, second, stage, said",
     [
-        ({}, {"num_queries": 4}, {}, r"of another shape: core.query_tokens \(\(1, 3, 8\) becomes \(1, 4, 8\)\)"),
-        ({}, {"depth": 4}, {}, r"not handed on, and not in stages.s.fresh: core.layers.3"),
-        ({"depth": 4}, {}, {}, r"handed on without a place, and not in stages.s.drops: core.layers.3"),
+        ({}, {"num_queries": 4}, {}, r"wrong shape: core.query_tokens \(\(1, 3, 8\) becomes \(1, 4, 8\)\)"),
+        ({}, {"depth": 4}, {}, r"not in the received connector and not in stages.s.fresh: core.layers.3"),
+        ({"depth": 4}, {}, {}, r"not in the new connector and not in stages.s.drops: core.layers.3"),
         ({}, {}, {"drops": ["connector.core.embedding"]}, r"stages.s.drops: core.layers.0.text_ffn"),
         ({}, {}, {"fresh": []}, r"stages.s.fresh: proj.bias, proj.weight|stages.s.fresh: proj"),
-        ({}, {}, {"fresh": ["connector.proj", "connector.projection"]}, "to be made fresh.*connector.projection"),
+        ({}, {}, {"fresh": ["connector.proj", "connector.projection"]}, "no tensor of this name.*connector.projection"),
         ({}, {"vision_norm": False}, {}, "stages.s.drops: ln_vision"),
     ],
 )

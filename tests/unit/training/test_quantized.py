@@ -166,7 +166,7 @@ def test_adapters_go_on_over_the_same_bits_alone(tokenizer, tmp_path):
     # their base is what the 4 bits stand for, also where it is written out
     dense = on_unpacked_weights(plain_llm(tokenizer))
     torch.testing.assert_close(again(dense, quantize=None), expected, rtol=1e-5, atol=1e-5)
-    said = r"stages\.s\.lora\.llm\.init_from=.*made was trained on other weights .* and quantize as it was then"
+    said = r"stages\.s\.lora\.llm\.init_from=.*made was trained on base weights other .* use the same quantize"
     for other, quantize in ((plain_llm(tokenizer), None), (on_merged(llm, tokenizer), "nf4")):
         with pytest.raises(ValueError, match=said) as error:
             again(other, quantize=quantize)
@@ -199,11 +199,11 @@ def stage_of(*overrides: str):
     [
         (
             "{match: 'llm.layers[-1:]', lr: 1e-3}",
-            r"would train .*layers\.1\..*held in 4 bits by stages\.instruct\.lora",
+            r"would train .*layers\.1\..*stored in 4 bits due to stages\.instruct\.lora",
         ),
         (
             "{match: llm.*q_proj.base_layer.weight, lr: 1e-3}",
-            r"would train .*q_proj\.base_layer\.weight.*held in 4 bits",
+            r"would train .*q_proj\.base_layer\.weight.*stored in 4 bits",
         ),
         ("{match: 'llm.layers[-1:].*lora_*', lr: 1e-3}", None),
         ("{match: 'llm.*norm*', lr: 1e-3}", None),

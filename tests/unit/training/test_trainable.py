@@ -113,9 +113,9 @@ def test_freeze_lets_exactly_those_train(parts):
 @pytest.mark.parametrize(
     "entry, said",
     [
-        ({"match": "llm.layers[7]", "lr": 1e-4}, "block 7 of 5"),
-        ({"match": "llm.layers[9:]", "lr": 1e-4}, "matches no parameter"),
-        ({"match": "llm.nothing", "lr": 1e-4}, "matches no parameter"),
+        ({"match": "llm.layers[7]", "lr": 1e-4}, "block 7 does not exist, as there are 5 blocks"),
+        ({"match": "llm.layers[9:]", "lr": 1e-4}, "matches no remaining parameter"),
+        ({"match": "llm.nothing", "lr": 1e-4}, "matches no remaining parameter"),
         ({"match": "lmm", "lr": 1e-4}, "the stage has the parts"),
         ({"match": "llm", "lr": -1}, "groups.0..lr=-1"),
         ({"match": "llm", "rate": 1}, "unknown key 'stages.s.groups.0..rate'"),

@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun started, or one alone, through DeepSpeed."""
+"""Initialises the process group with DeepSpeed, for the ranks of torchrun or a single process."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from packaging.version import Version
 
 from ...distributed.world import World, prepare_process
 
-KNOWN_DEEPSPEED = ("0.19.8", "0.20")  # from the first up to below the second
+KNOWN_DEEPSPEED = ("0.19.8", "0.20")  # from the first (inclusive) to the second (exclusive)
 
 
 def join_world(timeout: float = 3600.0) -> World:
     """Join the process group that torchrun describes; without torchrun, a group of one.
 
-    timeout: seconds that a rank waits for the others, at most.
+    timeout: maximum time in seconds that a rank waits for the others.
     """
     has_gpu = prepare_process()
     if "RANK" not in os.environ:
@@ -31,7 +31,7 @@ def join_world(timeout: float = 3600.0) -> World:
 
     check_version(deepspeed.__version__)
     if not has_gpu:
-        # gloo alone will do: the shared-memory kernel would be compiled for a minute first
+        # gloo is sufficient: the shared-memory kernel would take a minute to compile
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
@@ -44,24 +44,25 @@ def join_world(timeout: float = 3600.0) -> World:
 
 
 def check_version(version: str) -> None:
-    """Raise ValueError for a DeepSpeed whose private attributes may not be those that this folder reads.
+    """Raise ValueError for a DeepSpeed version whose private attributes may differ from those that this folder uses.
 
     The state of ZeRO-1 and 2 is read from ``_hp_mapping`` and ``_dp_group`` of parameters, that of ZeRO-3 from
-    ``ds_id`` and ``ds_shape``; no public call has them.
+    ``ds_id`` and ``ds_shape``. There is no public API for them.
     """
     first, end = map(Version, KNOWN_DEEPSPEED)
     if not first <= Version(version) < end:
         raise ValueError(
-            f"DeepSpeed {version} is installed: expected {first} up to below {end}, whose private attributes vlmtrain "
-            f"reads; pip install 'deepspeed>={first},<{end}'"
+            f"DeepSpeed {version} is installed: expected at least {first} and below {end}, as vlmtrain uses private "
+            f"attributes of it; pip install 'deepspeed>={first},<{end}'"
         )
 
 
 def _rejoin_behind_a_restart(backend: str, device: torch.device, timeout: timedelta) -> None:
-    """Where torchrun has replaced the ranks of its one node, form their group apart from what the dead ones left.
+    """After a restart by torchrun on a single node, form the process group under a new prefix of the store.
 
-    torchrun keeps its store over restarts, and with it the addresses of dead ranks (PyTorch issue 135712). Of several
-    nodes each counts its own restarts: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store.
+    torchrun keeps its store across restarts, and with it the addresses of dead ranks (PyTorch issue 135712). With
+    several nodes, each counts its own restarts; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new
+    store.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

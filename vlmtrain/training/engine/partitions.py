@@ -1,4 +1,4 @@
-"""What ZeRO leaves of a parameter on a rank."""
+"""Access to parameters that ZeRO partitions over ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, of which under ZeRO-3 a rank holds only its share."""
+    """The full shape of a parameter, of which a rank holds only a partition under ZeRO-3."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of one stage: trained parts inside, a frozen encoder outside."""
+"""The DeepSpeed engine of one stage. It contains the trained parts; a frozen encoder stays outside."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..trainable import Group, trained_parts
 from .partitions import gathered
 from .state import TrainingState
 
-# Clipping at this norm never clips, but makes every engine report the norm.
+# Clipping at this norm has no effect, but makes every engine report the norm.
 NO_CLIPPING = 1e9
 
 
 class StageModule(nn.Module):
-    """What the engine runs: a model and an objective, batch in, summed loss out."""
+    """The module that the engine runs: computes the summed loss of a batch from a model and an objective."""
 
     def __init__(self, model: VLMWrapper, objective: Objective):
         super().__init__()
@@ -39,9 +39,9 @@ class StageModule(nn.Module):
 
 
 class StageEngine:
-    """One stage's engine. Everything that knows DeepSpeed is here.
+    """The DeepSpeed engine of one stage.
 
-    A frozen vision encoder stays outside, replicated, so that a rank may call it at any time.
+    A frozen vision encoder stays outside of it and is replicated, so that a rank can call it at any time.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class StageEngine:
         self._frozen_vision = vision.to(device) if vision is not None and is_frozen else None
         inside = None if self._frozen_vision is not None else vision
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
-        # DeepSpeed's plain data parallelism cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
+        # DeepSpeed without ZeRO cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
         self.zero_stage = max(1, engine.zero_stage) if self.dtype is torch.bfloat16 else engine.zero_stage
         adamw_groups = parameter_groups(parts, groups, stage.optimizer.weight_decay)
         optimizer = build_optimizer(adamw_groups, stage.optimizer, offload=engine.offload_optimizer != "none")
-        # plain fp32 data parallelism is the one engine that reports no gradient norm
+        # fp32 without ZeRO is the only engine that does not report the gradient norm
         self._clips_itself = self.zero_stage == 0
         self._max_norm = stage.max_grad_norm or NO_CLIPPING
         self._trained = [parameter for group in adamw_groups for parameter in group["params"]]
@@ -84,18 +84,18 @@ class StageEngine:
             )
         self.world_size = self._engine.dp_world_size
         if self._clips_itself and self.world_size == 1:
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients, for a sum over one rank
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum over one rank
 
     @property
     def model(self) -> VLMWrapper:
-        """The whole model as it is now, for validation."""
+        """The complete model in its current state, for validation."""
         inner = self._engine.module.model
         if self._frozen_vision is None:
             return inner
         return VLMWrapper(self._frozen_vision, inner.connector, inner.llm)
 
     def set_rates(self, step: int) -> dict[str, float]:
-        """Set every group's learning rate for a step; returns them by label, under layer decay the highest."""
+        """Set the learning rates of all groups for a step. Returns the highest rate of each label."""
         rates: dict[str, float] = {}
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.schedule.rate(step, group["peak_lr"]) * group["scale"]
@@ -103,7 +103,7 @@ class StageEngine:
         return rates
 
     def loss(self, batch: Batch) -> Tensor:
-        """Summed loss of a micro-batch on this rank."""
+        """Compute the summed loss of a micro-batch on this rank."""
         features = None
         if self._frozen_vision is not None:
             with torch.no_grad():
@@ -112,19 +112,19 @@ class StageEngine:
         return self._engine(batch, features)
 
     def backward(self, loss: Tensor, total_weight: float) -> None:
-        """Add a micro-batch's gradients of (global summed loss / total_weight); step at the last one.
+        """Accumulate a micro-batch's gradients of (global summed loss / total_weight); update after the last one.
 
-        A step whose gradient is not finite on some rank makes no update on any.
+        If the gradient of a step is not finite on some rank, no rank makes an update.
         """
-        # the engine averages over ranks what should be summed
+        # the engine averages over ranks where a sum is required
         self._engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
         if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
             for parameter in self._trained:
-                if parameter.grad is None:  # as the sum over ranks has it: momentum goes on
+                if parameter.grad is None:  # as in the sum over ranks, so that momentum still applies
                     parameter.grad = torch.zeros_like(parameter)
             self._own_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
             if not torch.isfinite(self._own_norm):
-                self._engine.zero_grad()  # AdamW leaves alone what has no gradient; the other engines look themselves
+                self._engine.zero_grad()  # AdamW skips parameters without gradient; other engines check it themselves
         self._engine.step()
 
     def grad_norm(self) -> float:
@@ -132,9 +132,9 @@ class StageEngine:
         return float(self._own_norm if self._clips_itself else self._engine.get_global_grad_norm())
 
     def state(self, part: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-        """Full weights of a part on the host, gathered over ranks; every rank must call.
+        """Full weights of a part on the host, gathered over ranks. Every rank must call this.
 
-        keep: whether this rank wants them; others take part and get an empty dict.
+        keep: whether this rank keeps them; other ranks take part and get an empty dict.
         """
         state = {}
         for name, tensor in _named_tensors(part):
@@ -145,7 +145,7 @@ class StageEngine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode and no gradients, for validation."""
+        """Context with eval mode and without gradients, for validation."""
         modes = {module: module.training for module in self._engine.module.modules()}
         self._engine.module.eval()
         try:
@@ -157,7 +157,7 @@ class StageEngine:
 
     @property
     def training_state(self) -> TrainingState:
-        """What the stage must remember to go on."""
+        """The state that a checkpoint must save to resume the stage."""
         buffers = {
             f"{part}.{name}": tensor
             for part in dict.fromkeys(group.part for group in self._groups)
@@ -178,7 +178,7 @@ class StageEngine:
 
     def _config(self, engine: Engine, accumulation: int) -> dict:
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: rows vary, and the loss is weighted by hand
+            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: row counts vary, and the loss is weighted here
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if self._clips_itself else self._max_norm,
             "zero_optimization": {"stage": self.zero_stage},
@@ -202,7 +202,7 @@ class StageEngine:
 
 
 def build_optimizer(groups: list[dict], options: OptimizerOptions, offload: bool) -> torch.optim.Optimizer:
-    """AdamW over `groups`; DeepSpeed's CPU kernel where the states are offloaded from a GPU."""
+    """Build AdamW over `groups`, with DeepSpeed's CPU kernel if the states are offloaded from a GPU."""
     if offload and torch.cuda.is_available():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -211,20 +211,20 @@ def build_optimizer(groups: list[dict], options: OptimizerOptions, offload: bool
 
 
 def _register_borrowed_parameters(module: nn.Module) -> None:
-    """Tell ZeRO-3 of parameters that are used outside their own module's call, where it would not gather them."""
+    """Register parameters used outside the forward pass of their own module, which ZeRO-3 would not gather."""
     for child in module.modules():
-        if isinstance(child, nn.MultiheadAttention):  # it reads its output projection's weights itself
+        if isinstance(child, nn.MultiheadAttention):  # it accesses the weights of its output projection directly
             for parameter in child.out_proj.parameters():
                 deepspeed.zero.register_external_parameter(child, parameter)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, tied ones once."""
+    """Yield parameters and persistent buffers. Tied parameters appear once."""
     yield from module.named_parameters()
     yield from _persistent_buffers(module)
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the state dict has beside parameters, which under ZeRO-3 are empty there."""
+    """Yield the entries of the state dict that are not parameters, which are empty there under ZeRO-3."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     yield from ((name, tensor) for name, tensor in module.state_dict().items() if name not in parameters)

@@ -1,6 +1,6 @@
-"""What a stage must remember to go on: of each trained parameter, by name, its fp32 weights and AdamW's moments.
+"""The state to resume a stage: the fp32 weights and AdamW's moments of each trained parameter, by name.
 
-Nothing in it speaks of ranks, partitions or ZeRO stages, so any number of processes and any engine can go on from it.
+It does not depend on ranks, partitions or ZeRO stages, so any number of processes and any engine can resume from it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ KINDS = ("weight", *MOMENTS)
 class TrainingState:
     """Reads and writes the state of an engine's trained parameters and of their parts' buffers.
 
-    starts: the step of the stage behind which each of them begins to train, where that is not the first.
-    Every rank must make the same calls: the state is gathered parameter by parameter.
+    starts: the step of the stage after which a parameter starts to train, for those that do not train from the start.
+    Every rank must make the same calls, because the state is gathered parameter by parameter.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class TrainingState:
         self.engine, self.zero_stage, self.starts = engine, zero_stage, starts
         self.parameters, self.buffers = dict(parameters), dict(buffers)
         inner = engine.optimizer
-        # DeepSpeed wraps AdamW under ZeRO, and leaves it alone without
+        # DeepSpeed wraps AdamW only under ZeRO
         self.adamw = inner if zero_stage == 0 else inner.optimizer
 
     def share(self, rank: int, world_size: int) -> dict[str, Tensor]:
-        """The tensors that `rank` is to write: parameters are dealt to ranks one by one."""
+        """The tensors that `rank` writes. Parameters are distributed to ranks round-robin."""
         if not any(self.updates.values()):
             self._make_moments(self.updates)  # no update has been made yet
         mine: dict[str, Tensor] = {}
@@ -64,13 +64,14 @@ class TrainingState:
 
     @property
     def updates(self) -> dict[str, int]:
-        """Updates that AdamW has made, by the label of the parameters' group."""
+        """Number of updates that AdamW has made, by the label of the parameter group."""
         return {label: int(self.adamw.state.get(flat, {}).get("step", 0)) for label, flat in self._flats()}
 
     def load(self, files: list[Path], step: int, updates: Mapping[str, int]) -> None:
-        """Take up the files of all ranks' shares, saved behind `step`. Raises ValueError naming what does not fit.
+        """Load the files of all ranks, saved after `step`. Raises ValueError naming the tensors that do not fit.
 
-        updates: those made, by the groups' labels. What begins to train only now is not in the files, and stays.
+        updates: number of updates made, by group label. Parameters that start to train at this step are not in the
+        files and keep their values.
         """
         where = self._index(files)
         new = {name for name, start in self.starts.items() if start == step}
@@ -100,12 +101,12 @@ class TrainingState:
     def _check_names(self, found: set[str], folder: Path, new: set[str]) -> None:
         wanted = {f"{name}/{kind}" for name in self.parameters.keys() - new for kind in KINDS}
         wanted |= {f"{name}/buffer" for name in self.buffers.keys() - new}
-        for problem, names in (("lacks", wanted - found), ("has, of no use here,", found - wanted)):
+        for problem, names in (("lacks", wanted - found), ("has unexpected tensors", found - wanted)):
             if names:
                 raise ValueError(f"{folder} {problem} {some(names)}: it was saved by another stage")
 
     def _check_shapes(self, opened: Mapping[Path, safe_open], where: Mapping[str, Path], new: set[str]) -> None:
-        """Before anything is taken up, so that nothing is taken up half."""
+        """Check all shapes before loading, so that the state is never partially loaded."""
         shapes = {f"{n}/{kind}": full_shape(p) for n, p in self.parameters.items() if n not in new for kind in KINDS}
         shapes |= {f"{n}/buffer": tensor.shape for n, tensor in self.buffers.items() if n not in new}
         for key, wanted in shapes.items():
@@ -114,7 +115,7 @@ class TrainingState:
                 raise ValueError(f"{where[key]}: {key} has the shape {tuple(found)}, expected {tuple(wanted)}")
 
     def _full(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """The parameter's whole fp32 weight and moments; a collective call under ZeRO."""
+        """Yield the parameter's full fp32 weight and moments. This is a collective call under ZeRO."""
         for kind in KINDS:
             if self.zero_stage == 0:
                 yield kind, parameter if kind == "weight" else self.adamw.state[parameter][kind]
@@ -130,7 +131,7 @@ class TrainingState:
 
     @staticmethod
     def _span(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """What of a flattened parameter this rank holds under ZeRO-1 and 2."""
+        """The span of a flattened parameter that this rank holds under ZeRO-1 and 2."""
         address = parameter._hp_mapping.lp_fragment_address
         return whole.narrow(0, address.start, address.numel)
 
@@ -146,14 +147,14 @@ class TrainingState:
         groups = self.adamw.param_groups
         if self.zero_stage < 3:
             return [(group["label"], flat) for group in groups for flat in group["params"]]
-        inner = self.engine.optimizer  # shows AdamW one flat tensor at a time
+        inner = self.engine.optimizer  # passes one flat tensor at a time to AdamW
         return [
             (groups[inner.sub_group_to_group_id[number]]["label"], flat)
             for number, flat in enumerate(inner.fp32_partitioned_groups_flat)
         ]
 
     def _make_moments(self, updates: Mapping[str, int]) -> None:
-        """AdamW makes its state at its first update; make it now, to be filled."""
+        """Create the state of AdamW, which it would create at its first update, so that it can be filled."""
         for label, flat in self._flats():
             self.adamw.state[flat] = {
                 "step": torch.tensor(float(updates.get(label, 0)), device=flat.device),
@@ -165,14 +166,14 @@ class TrainingState:
             self._set_partition(parameter, kind, value)
             return
         if kind == "weight":
-            parameter.data.copy_(value)  # every rank holds it whole
+            parameter.data.copy_(value)  # every rank holds all of it
         elif self.zero_stage == 0:
             self.adamw.state[parameter][kind].copy_(value)
         if self.zero_stage in (1, 2) and parameter._hp_mapping is not None:
             self._fragment(parameter, kind).copy_(self._span(parameter, value.flatten()))
 
     def _set_partition(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        """ZeRO-3: every rank holds its partition only, the last ones padded."""
+        """Set this rank's partition under ZeRO-3. The last partitions are padded."""
         size = parameter.ds_tensor.numel()
         rank = dist.get_rank(parameter.ds_process_group)
         flat = value.flatten()[rank * size : (rank + 1) * size]
@@ -182,5 +183,5 @@ class TrainingState:
             return
         safe_set_local_fp32_param(parameter, part)
         parameter.ds_tensor.data.copy_(part)
-        if parameter.numel() == value.numel():  # one that stays whole on every rank
+        if parameter.numel() == value.numel():  # a persistent parameter, which is not partitioned
             parameter.data.copy_(value.view_as(parameter))
