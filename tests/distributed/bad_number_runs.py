@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
+from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.distributed.world import Stopped, leave_world
 from vlmtrain.objectives.language_modelling import LanguageModelling

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
+from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.sources import build_source

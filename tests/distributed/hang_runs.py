@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
+from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.distributed.processes import launched_rank
 from vlmtrain.distributed.world import leave_world

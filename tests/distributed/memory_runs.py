@@ -17,7 +17,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from torch.nn import functional as F
-from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
+from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.distributed.world import leave_world
 from vlmtrain.planning.memory import States

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from vlmtrain.training.engine.stage_engine.stage_engine.joining import join_world
+from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.distributed.world import Stopped, leave_world
 from vlmtrain.settings import compose

@@ -44,12 +44,13 @@ class Clusters:
 
 @dataclass
 class Entry:
-    """One choice: a connector, and a value of each further axis. `measured` is its score, a seed after the other.
+    """One choice: a connector, and a value of each further axis. `measured` is its score, one entry per seed.
 
-    interval, loss_interval: 95 % over seeds and conversations; p_value: of the difference to the best, corrected for
-    all pairs (see `compare`), None for the best itself. scores: all that validation computed, means over seeds.
-    by_category: score, interval, and score with the picture blanked. chosen: what the sweep chose. steps: of the stages
-    with a connector; samples: that the first seed's took. questions: what was asked, and the references.
+    interval, loss_interval: 95 % intervals over seeds and conversations. p_value: of the difference to the best,
+    corrected for all pairs (see `compare`); None for the best itself. scores: everything that validation computed,
+    averaged over seeds. by_category: score, interval, and score with the image blanked. chosen: the values that the
+    sweep chose. steps: of the stages with a connector. samples: number that the first seed was trained on. questions:
+    the questions and their references.
     """
 
     label: str
@@ -287,5 +288,5 @@ def _interval(measured: Sequence[Clusters]) -> Interval:
 def _finished(stage: Path) -> dict:
     summary = read_summary(stage)
     if summary is None:
-        raise ValueError(f"{stage} has no summary.json: the job has not finished; run the same line again")
+        raise ValueError(f"{stage} has no summary.json: the job has not finished; repeat the command to resume it")
     return summary
