@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.distributed.world import Stopped, leave_world
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.settings import compose
 from vlmtrain.training import run, step
 from vlmtrain.training.bad_steps import BadSteps
+from vlmtrain.training.engine.joining import join_world
 
 STEPS = 6
 LOSS, GRADIENT, HIGH = "instruct-3", "instruct-9", "instruct-12"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.sources import build_source
@@ -21,6 +20,7 @@ from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import module_state
 from vlmtrain.settings import Run, compose
 from vlmtrain.training.assembly import build_parts, build_tokenizer
+from vlmtrain.training.engine.joining import join_world
 from vlmtrain.training.run import train_run
 
 

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.distributed.processes import launched_rank
 from vlmtrain.distributed.world import leave_world
@@ -23,6 +22,7 @@ from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.runs.records import read_records
 from vlmtrain.settings import compose
 from vlmtrain.train import train
+from vlmtrain.training.engine.joining import join_world
 from vlmtrain.training.run import train_run
 
 # image sizes of each record in pixels: with two ranks and a micro-batch size of one, neighbours run at the same time

@@ -17,7 +17,6 @@ from pathlib import Path
 import deepspeed
 import torch
 from torch.nn import functional as F
-from vlmtrain.training.engine.joining import join_world
 
 from vlmtrain.distributed.world import leave_world
 from vlmtrain.planning.memory import States
@@ -25,6 +24,7 @@ from vlmtrain.planning.plan import kept_by_sample, quantized_sizes
 from vlmtrain.settings import compose
 from vlmtrain.training import stage as stages
 from vlmtrain.training.assembly import DTYPES
+from vlmtrain.training.engine.joining import join_world
 from vlmtrain.training.run import train_run
 from vlmtrain.training.trainable import part_size
 

@@ -13,12 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-from vlmtrain.training.engine.joining import join_world
-
 from vlmtrain.distributed.world import Stopped, leave_world
 from vlmtrain.settings import compose
 from vlmtrain.training import run, stage
 from vlmtrain.training.bad_steps import BadSteps
+from vlmtrain.training.engine.joining import join_world
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3")
 STEP = 4
