@@ -137,7 +137,7 @@ class Stage:
     drops: tuple[str, ...] = key(NAMES)
     train: Mapping[str, float | None] = key(by_name(_RATE, "{part: learning rate}"))
     groups: tuple[Pattern, ...] = key(list_of(section(Pattern), "a list of {match: PATTERN, lr: LR}"))
-    lora: Mapping[str, LoRA] | None = key(optional(by_name(section(LoRA), "null or {part: {rank: 16, ...}}")))
+    lora: Mapping[str, LoRA] | None = key(optional(by_name(section(LoRA), "{part: {rank: 16, ...}}")))
     data: str = key(TEXT)
     validation: str | None = key(optional(TEXT))
     template: str = key(TEXT)
