@@ -44,7 +44,7 @@ class BadSampleLimit:
     """How many bad samples ``on_bad_sample=skip`` may skip before the run stops."""
 
     share: float = key(number(0, 1))  # of the records
-    in_a_row: int = key(whole(1))
+    in_a_row: int = key(whole(1))  # consecutive bad samples
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BadStepOptions:
 
     in_a_row: int = key(whole(1))  # consecutive skipped steps that stop the run
     spike: float | None = key(optional(number(1)))  # standard deviations above the mean of the last 100 losses
-    skip_spikes: bool = key(SWITCH)
+    skip_spikes: bool = key(SWITCH)  # make no update on a spike
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Features:
 
     cache: str = key(TEXT)  # a folder, or off
     max_gb: float = key(number(0))  # GiB, over all runs that share the folder
-    dtype: str | None = key(Kind("null or bf16", lambda value: value in (None, "bf16")))
+    dtype: str | None = key(Kind("null or bf16", lambda value: value in (None, "bf16")))  # null: as computed
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Validation:
 
     samples: int | None = key(optional(whole(1)))  # conversations, during a stage
     batch_size: int = key(whole(1))  # conversations per batch on each rank
-    max_new_tokens: int = key(whole(1))
-    metrics: tuple[str, ...] | None = key(optional(NAMES))
+    max_new_tokens: int = key(whole(1))  # per answer
+    metrics: tuple[str, ...] | None = key(optional(NAMES))  # besides exact match; null: all that apply
     final_samples: int | None = key(optional(whole(1)), None)  # conversations, after the stage
     lmms_eval: tuple[str, ...] = key(list_of(TEXT, "a list of names, or of YAML files"), ())
 
@@ -96,8 +96,8 @@ class Encoder:
     """The keys that every vision encoder has."""
 
     image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
-    layer: int = key(whole())
-    levels: tuple[int, ...] | None = key(optional(_LAYERS))
+    layer: int = key(whole())  # index into the hidden states
+    levels: tuple[int, ...] | None = key(optional(_LAYERS))  # further layers; null: as the connector needs
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class OpenClipOptions(Encoder):
     """A vision encoder from open_clip."""
 
     provider: str = key(one_of("open_clip"))
-    name: str | None = key(optional(TEXT))
-    pretrained: str | None = key(optional(TEXT))
-    model_config: Mapping | None = key(optional(MAPPING))
+    name: str | None = key(optional(TEXT))  # model name
+    pretrained: str | None = key(optional(TEXT))  # weights tag or file; null: random
+    model_config: Mapping | None = key(optional(MAPPING))  # instead of a name
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
 
@@ -117,10 +117,10 @@ class HFVisionOptions(Encoder):
     """A vision encoder from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
-    path: str = key(TEXT)
-    trust_remote_code: bool = key(SWITCH)
-    image_mean: tuple[float, ...] | None = key(optional(_CHANNELS))
-    image_std: tuple[float, ...] | None = key(optional(_CHANNELS))
+    path: str = key(TEXT)  # hub ID or folder
+    trust_remote_code: bool = key(SWITCH)  # run code from the hub ID or folder
+    image_mean: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
+    image_std: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
     name: ClassVar[None] = None
     pretrained: ClassVar[None] = None
     model_config: ClassVar[None] = None
@@ -131,10 +131,10 @@ class TinyLLM:
     """A language model with random weights and a tokenizer built from the vocabulary of the procedural data."""
 
     provider: str = key(one_of("tiny"))
-    config: Mapping = key(MAPPING)
-    chat_template: str | None = key(optional(TEXT))
-    new_tokens: tuple[str, ...] = key(WORDS)
-    attn_implementation: str | None = key(optional(TEXT))
+    config: Mapping = key(MAPPING)  # Hugging Face configuration
+    chat_template: str | None = key(optional(TEXT))  # name or Jinja template
+    new_tokens: tuple[str, ...] = key(WORDS)  # added to the tokenizer
+    attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
 
@@ -144,11 +144,11 @@ class HFLLM:
     """A causal language model from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
-    path: str = key(TEXT)
-    chat_template: str | None = key(optional(TEXT))
-    new_tokens: tuple[str, ...] = key(WORDS)
-    trust_remote_code: bool = key(SWITCH)
-    attn_implementation: str | None = key(optional(TEXT))
+    path: str = key(TEXT)  # hub ID or folder
+    chat_template: str | None = key(optional(TEXT))  # if the tokenizer has none
+    new_tokens: tuple[str, ...] = key(WORDS)  # added to the tokenizer
+    trust_remote_code: bool = key(SWITCH)  # run code from the hub ID or folder
+    attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     config: ClassVar[None] = None
 
 
@@ -199,23 +199,23 @@ class Run:
 
     composed: Mapping[str, Any]
     name: str = key(TEXT)  # the recipe
-    modules: tuple[str, ...] = key(_MODULES)
-    stage: str | None = key(optional(TEXT))
+    modules: tuple[str, ...] = key(_MODULES)  # imported first
+    stage: str | None = key(optional(TEXT))  # the only stage to run
     run_dir: str = key(TEXT)
-    init_from: str | None = key(optional(TEXT))
-    named: tuple[str, ...] = key(NAMES)
-    mini: bool = key(SWITCH)
+    init_from: str | None = key(optional(TEXT))  # model to start from
+    named: tuple[str, ...] = key(NAMES)  # connector keys set by the command
+    mini: bool = key(SWITCH)  # small random parts and generated data
     seed: int = key(whole(0))
-    compile: bool = key(SWITCH)
-    precision: str = key(one_of("fp32", "bf16"))
+    compile: bool = key(SWITCH)  # the transformer blocks
+    precision: str = key(one_of("fp32", "bf16"))  # compute dtype
     on_bad_sample: str = key(one_of("raise", "skip"))
     bad_sample_limit: BadSampleLimit = key(section(BadSampleLimit))
     bad_steps: BadStepOptions = key(section(BadStepOptions))
     collective_timeout: float = key(number(1))  # seconds
-    workers: int = key(whole(0))
+    workers: int = key(whole(0))  # data processes per rank
     wandb: str = key(one_of("disabled", "offline", "online"))
     wandb_project: str = key(TEXT)
-    wandb_model: bool = key(SWITCH)
+    wandb_model: bool = key(SWITCH)  # upload model folders
     features: Features = key(section(Features))
     validation: Validation = key(section(Validation))
     vision: Vision = key(_by_provider(open_clip=OpenClipOptions, hf=HFVisionOptions))

@@ -56,12 +56,12 @@ _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 class Pattern:
     """One entry of ``groups``: parameters of a part with a separate learning rate."""
 
-    match: str = key(TEXT)
-    lr: float | None = key(_RATE)
+    match: str = key(TEXT)  # parameter names, or blocks of a part
+    lr: float | None = key(_RATE)  # null freezes
     layer_decay: float | None = key(
         optional(Kind("a number above 0 and up to 1", lambda value: number(0, 1).fits(value) and value > 0)), None
     )
-    from_step: int = key(whole(0), 0)
+    from_step: int = key(whole(0), 0)  # steps of the stage before it trains
 
     @property
     def part(self) -> str:
@@ -73,7 +73,7 @@ class LoRA:
     """Low-rank adapters of one part."""
 
     rank: int = key(Kind("a positive whole number", whole(1).fits), 16)
-    alpha: float = key(_ABOVE_0, 32)
+    alpha: float = key(_ABOVE_0, 32)  # adapters are scaled by alpha / rank
     dropout: float = key(_BELOW_1, 0.0)
     targets: str | tuple[str, ...] = key(
         Kind(
@@ -83,7 +83,7 @@ class LoRA:
         ),
         "all",
     )
-    init_from: str | None = key(optional(TEXT), None)
+    init_from: str | None = key(optional(TEXT), None)  # folder of adapters to start from
     quantize: str | None = key(Kind("null or nf4", lambda value: value in (None, "nf4")), None)
 
 
@@ -91,8 +91,8 @@ class LoRA:
 class ConnectorText:
     """Text input of a connector that reads text."""
 
-    read: str | None = key(optional(one_of("instruction", "answer")))
-    bert: str | None = key(optional(TEXT))
+    read: str | None = key(optional(one_of("instruction", "answer")))  # null: nothing
+    bert: str | None = key(optional(TEXT))  # hub ID or folder; null: the LLM's tokenizer
     max_length: int = key(whole(1))  # tokens, [CLS] and [SEP] included
 
 
@@ -102,24 +102,24 @@ class OptimizerOptions:
 
     betas: tuple[float, float] = key(list_of(_BELOW_1, "two numbers, each at least 0 and below 1", sizes=(2,)))
     eps: float = key(number(0))
-    weight_decay: float = key(number(0))
+    weight_decay: float = key(number(0))  # of matrices
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
     """Learning-rate schedule of a stage."""
 
-    name: str = key(one_of("cosine", "linear", "constant"))
+    name: str = key(one_of("cosine", "linear", "constant"))  # after the warm-up
     warmup_ratio: float = key(number(0, 1))  # of the stage's steps
     warmup_steps: int | None = key(optional(whole(0)))  # takes precedence over the ratio
-    min_lr: float = key(number(0))
+    min_lr: float = key(number(0))  # rate after the last step
 
 
 @dataclass(frozen=True)
 class Expected:
     """Assumptions of `vlmtrain plan` about data that is not available."""
 
-    samples: int | None = key(optional(whole(1)))
+    samples: int | None = key(optional(whole(1)))  # records
     images: float = key(number(0))  # per sample, on average
     text_tokens: float = key(number(0))  # per sample, on average
     answer_share: float = key(number(0, 1))  # of the text tokens
@@ -131,40 +131,38 @@ class Stage:
 
     name: str
     position: int = field(compare=False)
-    objective: str = key(TEXT)
-    parts: tuple[str, ...] = key(NAMES)
-    fresh: tuple[str, ...] = key(NAMES)
-    drops: tuple[str, ...] = key(NAMES)
+    objective: str = key(TEXT)  # name of the training loss
+    parts: tuple[str, ...] = key(NAMES)  # parts that the stage needs
+    fresh: tuple[str, ...] = key(NAMES)  # parts, or names in the connector, with new weights
+    drops: tuple[str, ...] = key(NAMES)  # parts, or names in the connector, removed
     train: Mapping[str, float | None] = key(by_name(_RATE, "{part: learning rate}"))
     groups: tuple[Pattern, ...] = key(list_of(section(Pattern), "a list of {match: PATTERN, lr: LR}"))
     lora: Mapping[str, LoRA] | None = key(optional(by_name(section(LoRA), "{part: {rank: 16, ...}}")))
-    data: str = key(TEXT)
-    validation: str | None = key(optional(TEXT))
-    template: str = key(TEXT)
+    data: str = key(TEXT)  # split to train on
+    validation: str | None = key(optional(TEXT))  # split to validate on
+    template: str = key(TEXT)  # how conversations are rendered
     image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
     image_fit: str = key(one_of(*FITS))
-    image_tiles: tuple[tuple[int, int], ...] = key(
-        Kind("a list of [rows, columns]", *list_of(_GRID, "", sizes=range(1, 10_000))[1:])
-    )
-    image_tiles_most: int | None = key(optional(whole(1)))
-    image_tiles_alone: bool = key(SWITCH)
+    image_tiles: tuple[tuple[int, int], ...] = key(list_of(_GRID, "a list of [rows, columns]", sizes=range(1, 10_000)))
+    image_tiles_most: int | None = key(optional(whole(1)))  # tiles' worth of tokens
+    image_tiles_alone: bool = key(SWITCH)  # tile only single images
     connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
     connector_text: ConnectorText = key(section(ConnectorText))
-    layout: str = key(one_of(*LAYOUTS))
-    pack_by: str | None = key(optional(one_of("source")))
+    layout: str = key(one_of(*LAYOUTS))  # samples per row
+    pack_by: str | None = key(optional(one_of("source")))  # what the samples of a row share
     max_length: int = key(whole(2))  # tokens
     epochs: int = key(whole(1))
-    max_steps: int | None = key(optional(whole(1)))
+    max_steps: int | None = key(optional(whole(1)))  # optimizer steps; null: epochs
     batch_size: int = key(whole(1))  # samples per optimiser step, over all ranks
     micro_batch_size: int | None = key(optional(whole(1)))  # samples per rank
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))
-    max_grad_norm: float | None = key(optional(number(0)))
-    gradient_checkpointing: bool = key(SWITCH)
+    max_grad_norm: float | None = key(optional(number(0)))  # null: no clipping
+    gradient_checkpointing: bool = key(SWITCH)  # of the language model
     save_every: int | None = key(optional(whole(1)))  # steps
     save_every_minutes: float | None = key(optional(number(0.1)))
     keep_last: int = key(whole(1))  # checkpoints
-    keep_best: bool = key(SWITCH)
+    keep_best: bool = key(SWITCH)  # the lowest validation loss
     validate_every: int | None = key(optional(whole(1)))  # steps
     expected: Expected = key(section(Expected))
 
