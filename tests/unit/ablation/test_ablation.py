@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import functools
 import json
 import math
 import re
@@ -19,7 +20,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from vlmtrain.ablation import Entry, compare, read_line, read_results, run_ablation
 from vlmtrain.ablation.budget import _equal_steps, decide
@@ -35,26 +35,23 @@ from vlmtrain.settings import compose
 
 @pytest.fixture(scope="module", autouse=True)
 def each_line_is_composed_and_planned_once():
-    """Ablations ask for the same settings and plans over and over; each asker gets a copy."""
-    composed, planned = {}, {}
+    """Ablations compose the same settings and make the same plans over and over."""
+    planned = {}
 
+    @functools.cache
     def compose_once(overrides):
-        key = tuple(overrides)
-        if key not in composed:
-            composed[key] = compose(overrides)
-        return copy.deepcopy(composed[key])
+        return compose(overrides)
 
-    def plan_once(settings, machine):
-        settings = copy.deepcopy(settings)
-        settings.run_dir = ""  # no plan depends on it
-        key = (OmegaConf.to_yaml(settings), machine)
+    def plan_once(run, machine):
+        key = json.dumps({**run.composed, "run_dir": ""}, sort_keys=True), machine  # no plan depends on the folder
         if key not in planned:
-            planned[key] = plan_run(settings, machine)
+            planned[key] = plan_run(run, machine)
         return copy.deepcopy(planned[key])
 
     with contextlib.ExitStack() as patches:
-        for module in ("budget", "jobs", "line"):
-            patches.enter_context(mock.patch(f"vlmtrain.ablation.{module}.compose", compose_once))
+        for module in ("budget", "definition", "jobs", "runner"):
+            target = f"vlmtrain.ablation.{module}.compose"
+            patches.enter_context(mock.patch(target, lambda overrides: compose_once(tuple(overrides))))
         for module in ("budget", "results"):
             patches.enter_context(mock.patch(f"vlmtrain.ablation.{module}.plan_run", plan_once))
         yield

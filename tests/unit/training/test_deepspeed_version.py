@@ -18,7 +18,9 @@ def test_known_versions_pass(version):
 
 @pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "1.0"])
 def test_other_versions_are_refused(version):
-    with pytest.raises(ValueError, match=rf"DeepSpeed {version} is installed: expected 0\.19\.8 up to below 0\.20"):
+    with pytest.raises(
+        ValueError, match=rf"DeepSpeed {version} is installed: expected at least 0\.19\.8 and below 0\.20"
+    ):
         check_version(version)
 
 
