@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests at once: a file's go one after the other. Most start one process, some two.
+# Test processes. The tests of a file run in order in one of them; most start one more process, some two.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -13,7 +13,7 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' $(PIP_OPTIONS)
 	touch $@
 
-demo: $(BIN)/.installed  ## train the quickstart's four stages, and question the model on pictures it never saw
+demo: $(BIN)/.installed  ## train the quickstart's four stages and question the model about images it never saw
 	$(BIN)/python -m vlmtrain.train recipe=quickstart $(ARGS)
 
 test: $(BIN)/.installed  ## all tests but the slow ones
@@ -26,7 +26,7 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-table: $(BIN)/.installed  ## measure connectors, exports and imports against their references, into the pages
+table: $(BIN)/.installed  ## measure connectors, exports and imports against their references and update the tables
 	$(BIN)/python benchmarks/connector_table.py --write README.md
 	$(BIN)/python benchmarks/parity_table.py --write docs/recipes.md
 
