@@ -108,7 +108,7 @@ def test_a_module_that_is_not_there_is_named(home):
 
 
 def test_names_are_not_taken_twice():
-    with pytest.raises(ValueError, match=r"connector 'mlp' is vlmtrain\.connectors\.mlp\.MLP already"):
+    with pytest.raises(ValueError, match=r"connector 'mlp' is already vlmtrain\.connectors\.mlp\.MLP"):
 
         @register("mlp")
         class Other(Connector):
