@@ -1,4 +1,4 @@
-"""What an ablation found: scores with their uncertainty, and which differences are more than chance."""
+"""The results of an ablation: scores, their uncertainty, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..runs.records import read_records, read_summary
 from .definition import Ablation, Choice
 
 DRAWS, BLOCK = 2000, 100
-"""Bootstrap draws, and how many of them are made at once."""
+"""Number of bootstrap draws, and draws per block."""
 
 RANGES = 100_000
-"""Simulated ranges."""
+"""Number of simulated ranges."""
 
 ROUNDING = 1e-12
-"""A difference that is none."""
+"""Differences up to this size count as zero."""
 
 LEVEL = 0.05
 FEW_SEEDS = 3
@@ -32,7 +32,7 @@ Interval = tuple[float, float]
 
 @dataclass
 class Clusters:
-    """Values of a seed's conversations, by number: sums, and what those are divided by (questions, or tokens)."""
+    """Sums and counts (of questions or tokens) for each conversation of one seed."""
 
     sums: np.ndarray
     counts: np.ndarray
@@ -75,19 +75,19 @@ class Entry:
 
     @property
     def runs_differ(self) -> bool:
-        """Whether these runs answer differently from the best one's, by more than the choice of questions explains."""
+        """Whether these runs differ from the best ones by more than the choice of questions explains."""
         return self.p_value is not None and self.p_value < LEVEL
 
     @property
     def is_told_apart(self) -> bool:
-        """Whether other runs may be expected to differ too: that takes several."""
+        """Whether further runs can be expected to differ too, which takes several seeds to show."""
         return self.runs_differ and len(self.measured) >= FEW_SEEDS
 
 
 def read_results(ablation: Ablation, without: Collection[Choice] = ()) -> list[Entry]:
-    """The results of all choices but some, best first. Raises ValueError for a job without the metric.
+    """The results of all choices except `without`, best first. Raises ValueError for a job without the metric.
 
-    Only what was asked the same questions as the best is compared with it: an axis may change the data.
+    Only choices with the same questions as the best are compared with it, since an axis can change the data.
     """
     entries = [_entry(ablation, choice) for choice in ablation.choices if choice not in without]
     entries.sort(key=lambda entry: -entry.score)
@@ -174,12 +174,12 @@ def _by_category(answers: list[list[dict]], metric: str) -> dict[str, tuple[floa
 
 
 def compare(entries: Sequence[Entry]) -> None:
-    """Set every entry's `p_value` against the best: the chance of so large a difference between any two of equals.
+    """Set the `p_value` of every entry except the best: that of its difference to the best, corrected for all pairs.
 
-    The best is chosen by the same answers, so a difference to it is held against the largest of all pairs: in a
-    bootstrap of seeds and conversations, paired, each in its own standard errors (the max-statistic of Westfall and
-    Young, 1993). From `FEW_SEEDS` seeds on also by Tukey's studentized range over the seeds, which are its blocks,
-    since drawing a few seeds makes too little of how much they differ. The larger of the two counts.
+    The best is chosen from the same answers, so its differences are compared with the largest difference of all pairs,
+    in a paired bootstrap of seeds and conversations, in units of each pair's standard error (the max-statistic of
+    Westfall and Young, 1993). With `FEW_SEEDS` seeds or more, Tukey's studentized range with seeds as blocks is used
+    too, because a bootstrap of a few seeds underestimates how much they differ. The larger p-value counts.
     """
     best = max(entries, key=lambda entry: entry.score)
     others = [entry for entry in entries if entry is not best]
@@ -194,7 +194,7 @@ def compare(entries: Sequence[Entry]) -> None:
 
 
 def _by_bootstrap(best: Entry, others: Sequence[Entry]) -> np.ndarray:
-    """p-values of the others' differences to the best."""
+    """p-values of the differences between the other entries and the best one."""
     means = np.array([_mean_of(entry.measured) for entry in (best, *others)])
     off = np.stack([_draws(entry.measured) for entry in (best, *others)]) - means[:, None]
     largest = np.zeros(off.shape[1])
@@ -213,7 +213,7 @@ def _by_bootstrap(best: Entry, others: Sequence[Entry]) -> np.ndarray:
 
 
 def _by_seeds(best: Entry, others: Sequence[Entry]) -> np.ndarray:
-    """p-values of the others' differences to the best, from how much connectors and seeds go their own ways."""
+    """The same p-values, from the interaction between connectors and seeds."""
     means = np.array([[_mean_of([seed]) for seed in entry.measured] for entry in (best, *others)])
     choices, seeds = means.shape
     own = means.mean(1)
@@ -225,9 +225,9 @@ def _by_seeds(best: Entry, others: Sequence[Entry]) -> np.ndarray:
 
 
 def studentized_range(values: np.ndarray, choices: int, degrees: int) -> np.ndarray:
-    """Chances that normal means of a number of choices lie as far apart, in standard errors of `degrees` degrees.
+    """Probability that the range of `choices` normal means, in standard errors of `degrees` degrees, is as large.
 
-    By simulation: to 0.002 where the chance is 0.05. Tukey (1953).
+    Simulated, with an error of 0.002 where the probability is 0.05. Tukey (1953).
     """
     reached = RANGES - np.searchsorted(_ranges(choices, degrees), values)
     return (1 + reached) / (1 + RANGES)
@@ -235,19 +235,19 @@ def studentized_range(values: np.ndarray, choices: int, degrees: int) -> np.ndar
 
 @lru_cache
 def _ranges(choices: int, degrees: int) -> np.ndarray:
-    """Ranges of `choices` standard normal numbers in units of an error of its own, sorted."""
+    """Sorted ranges of `choices` standard normal numbers, each divided by an independent estimate of the error."""
     rng = np.random.default_rng(0)
     errors = np.sqrt(rng.chisquare(degrees, RANGES) / degrees)
     return np.sort(np.ptp(rng.standard_normal((RANGES, choices)), axis=1) / errors)
 
 
 def _draws(measured: Sequence[Clusters]) -> np.ndarray:
-    """Means of seeds drawn again and of conversations drawn again, the same for all seeds, `DRAWS` times.
+    """Means of resampled seeds and conversations, `DRAWS` times; a draw has the same conversations for all seeds.
 
-    The draws are those of any other entry with as many seeds and conversations. Seeds answer the same questions of
-    recorded data, so more seeds leave the questions' share of the error as it is (Owen, 2007, calls this the
-    pigeonhole bootstrap: it errs on the side of width). Of data made from the seed, a number is another conversation
-    in each; drawn together, what these differ by still averages out.
+    Entries with equally many seeds and conversations have the same draws. All seeds answer the same questions of
+    recorded data, so more seeds do not reduce the part of the error that comes from the questions (the pigeonhole
+    bootstrap of Owen, 2007, whose intervals are if anything too wide). If the data is generated from the seed, a number
+    is a different conversation for each seed; although they are drawn together, their differences average out.
     """
     sums, counts = _side_by_side(measured)
     seeds, conversations = sums.shape
@@ -262,13 +262,13 @@ def _draws(measured: Sequence[Clusters]) -> np.ndarray:
 
 
 def _times(rng: np.random.Generator, number: int) -> np.ndarray:
-    """How often each of a number of things is drawn, of as many with replacement: [BLOCK, number]."""
+    """How often each of `number` items is drawn in `number` draws with replacement: [BLOCK, number]."""
     drawn = rng.integers(number, size=(BLOCK, number)) + number * np.arange(BLOCK)[:, None]
     return np.bincount(drawn.ravel(), minlength=BLOCK * number).reshape(BLOCK, number).astype(float)
 
 
 def _side_by_side(measured: Sequence[Clusters]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and counts of all seeds' conversations: [seeds, conversations], 0 where a seed has none of it."""
+    """Sums and counts of the conversations of all seeds: [seeds, conversations], 0 where a seed has no value."""
     sums, counts = np.zeros((2, len(measured), max(len(seed.sums) for seed in measured)))
     for number, seed in enumerate(measured):
         sums[number, : len(seed.sums)], counts[number, : len(seed.counts)] = seed.sums, seed.counts

@@ -1,4 +1,4 @@
-"""CIDEr-D and BLEU-4 of captions, as COCO's caption evaluation computes them, without its Java tokeniser.
+"""CIDEr-D and BLEU-4 of captions, as COCO's caption evaluation computes them, without its Java tokenizer.
 
 Words are split as the Penn Treebank does in plain sentences: lower case, no punctuation, "n't" and "'s" apart.
 """

@@ -1,4 +1,4 @@
-"""A page to talk with a model, for this machine's browser: nothing but Python's own server.
+"""A local web page for conversations with a model, served by the standard library.
 
 GET /      the page
 POST /say  {"pictures": [base64, ...], "turns": [{"role", "text"}, ...], "words": "..."} -> the answer, as it is made
@@ -19,14 +19,14 @@ from ..data.images import ImageInMemory
 from ..data.records import IMAGE_MARK, Turn
 from .chat import Chat
 
-HOST = "127.0.0.1"  # whoever reaches the page may use the model
+HOST = "127.0.0.1"  # everyone who can reach the page can use the model
 MAX_BYTES = 64 * 2**20
 POLICY = "default-src 'self' 'unsafe-inline'; img-src data:"
 PAGE = Path(__file__).with_name("page.html")
 
 
 def serve(chat: Chat, port: int, max_new_tokens: int) -> None:
-    """Serve the page until interrupted. Raises ValueError for a port that is taken."""
+    """Serve the page until interrupted. Raises ValueError if the port is in use."""
     server = build_server(chat, port, max_new_tokens)
     print(f"http://{HOST}:{server.server_port}/ (Ctrl-C ends)", flush=True)
     with server:
@@ -34,7 +34,7 @@ def serve(chat: Chat, port: int, max_new_tokens: int) -> None:
 
 
 def build_server(chat: Chat, port: int, max_new_tokens: int) -> ThreadingHTTPServer:
-    """A server that is not running yet; port 0 is any that is free. Raises ValueError for one that is taken."""
+    """A server that has not started; port 0 means any free port. Raises ValueError if the port is in use."""
     lock = threading.Lock()  # one answer at a time
 
     class Handler(_Handler):
@@ -42,7 +42,7 @@ def build_server(chat: Chat, port: int, max_new_tokens: int) -> ThreadingHTTPSer
             with lock:
                 pictures = _pictures(asked)
                 turns = _turns(asked, len(pictures))
-                if chat.processor.renderer.template == "plain":  # which knows one exchange only
+                if chat.processor.renderer.template == "plain":  # which supports a single exchange
                     pictures, turns = pictures[_marks(turns) :] or pictures[-1:], ()
                 one = Chat(chat.model, chat.processor, pictures)
                 one.turns = turns
@@ -63,7 +63,7 @@ def _pictures(asked: dict) -> list[ImageInMemory]:
 
 
 def _turns(asked: dict, pictures: int) -> tuple[Turn, ...]:
-    """What was said before; its marks are of the first pictures, the others belong to the question."""
+    """The previous turns. Their marks stand for the first images; the other images belong to the question."""
     try:
         turns = tuple(Turn(turn["role"], turn["text"]) for turn in asked["turns"])
         asks = [asked["words"], *(turn.text for turn in turns)]
@@ -82,7 +82,7 @@ def _marks(turns: tuple[Turn, ...]) -> int:
 
 class _Handler(BaseHTTPRequestHandler):
     def answer(self, asked: dict) -> None:
-        """Send the answer to a question in pieces. Raises ValueError for one that cannot be answered."""
+        """Stream the answer to a question. Raises ValueError if the question is invalid."""
         raise NotImplementedError
 
     def do_GET(self) -> None:
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.begun = False
         host = self.headers.get("Host", "").rpartition(":")[0]
         size = self.headers.get("Content-Length", "")
-        is_ours = host in (HOST, "localhost")  # a page of another site, under any name, may not ask
+        is_ours = host in (HOST, "localhost")  # pages of other sites must not send requests
         if self.path != "/say" or not is_ours:
             self.refuse(404, "questions go to /say")
         elif self.headers.get_content_type() != "application/json" or not size.isdigit() or int(size) > MAX_BYTES:
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise ValueError("expected an object")
             self.answer(asked)
             self.send("")
-        except (BrokenPipeError, ConnectionResetError):  # the reader left
+        except (BrokenPipeError, ConnectionResetError):  # the client disconnected
             pass
         except (ValueError, KeyError) as error:
             if not self.begun:
@@ -135,4 +135,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *arguments) -> None:
-        """Nothing: the terminal is the user's."""
+        """Log nothing: the terminal belongs to the user."""

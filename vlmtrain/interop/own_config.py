@@ -20,7 +20,7 @@ class VLMTrainConfig(PreTrainedConfig):
     model_type = "vlmtrain"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
     when_read: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
-    """Called before a configuration is read; `registration` makes the model's class known here."""
+    """Called before a configuration is read; `registration` registers the model class here."""
 
     text_config: dict | PreTrainedConfig | None = None
     vision: dict | None = None

@@ -1,4 +1,4 @@
-"""``import vlmtrain`` makes our class known to transformers' Auto classes, without loading transformers by itself."""
+"""Register our class with transformers' Auto classes on ``import vlmtrain``, without importing transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 def register() -> None:
-    """Register the configuration and the processor, now or as soon as transformers' tables of them are loaded."""
+    """Register the configuration and the processor now, or as soon as transformers has loaded its registries."""
     waiting = {}
     for module, action in _ACTIONS.items():
         if module in sys.modules:
@@ -41,7 +41,7 @@ def _register_processor() -> None:
 
 
 def _register_model() -> None:
-    """Register the model class, whose modules are too many to load with transformers' tables."""
+    """Register the model class, which imports too many modules to load with transformers' registries."""
     from transformers import AutoModelForImageTextToText
 
     from .own import VLMTrainForConditionalGeneration
@@ -57,7 +57,7 @@ _ACTIONS: dict[str, Callable[[], None]] = {
 
 
 class _AfterLoading(MetaPathFinder):
-    """Runs an action behind the loading of each of some modules."""
+    """Runs an action after each of the given modules has been imported."""
 
     def __init__(self, actions: dict[str, Callable[[], None]]):
         self.actions = actions

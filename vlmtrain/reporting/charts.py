@@ -1,4 +1,4 @@
-"""Charts as inline SVG, for pages that must stand alone."""
+"""Charts as inline SVG, for self-contained pages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 40
@@ -15,11 +15,11 @@ MAX_POINTS = 400
 
 
 DASHES = ("", "6 3", "2 2", "9 3 2 3")
-"""Strokes of lines beyond the first six, which take the colors again."""
+"""Dash patterns of lines beyond the first six, which reuse the colors."""
 
 
 class Series(NamedTuple):
-    """One line: `faint` ones are drawn behind, without an entry in the legend. band: least and most at each x."""
+    """One line. `faint` lines are in the background and not in the legend. band: minimum and maximum at each x."""
 
     name: str
     x: Sequence[float]
@@ -31,7 +31,7 @@ class Series(NamedTuple):
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str = "step", legend_below: bool = False) -> str:
-    """An SVG line chart; points that are not finite are left out. An empty string without any point.
+    """An SVG line chart without the points that are not finite; an empty string if no point is left.
 
     legend_below: put the names in rows under the chart, where there are many.
     """
@@ -125,7 +125,7 @@ def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_labe
         left, low = _room(x, y, CHARACTER * len(text), taken)
         taken.append((left, low - 9, left + CHARACTER * len(text), low + 2))
         if abs(low - 4 - y) > 8:
-            # far from its point: a line says which it belongs to
+            # far from its point: a line connects the two
             end = left - 2 if left > x else left + CHARACTER * len(text) + 2
             out.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{low - 4:.1f}"/>')
         out.append(f'<text class="tick" x="{left:.1f}" y="{low:.1f}">{escape(text)}</text>')
@@ -133,13 +133,13 @@ def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_labe
 
 
 CHARACTER = 6.2
-"""Width of a letter of a label, at most, in pixels."""
+"""Maximum width of a character of a label, in pixels."""
 
 Box = tuple[float, float, float, float]
 
 
 def _room(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[float, float]:
-    """Where a label of a point may stand, by its left end and base line, with nothing under it: as near as possible."""
+    """The free position of a label that is nearest to its point, as the left end of its baseline."""
     for far in range(0, HEIGHT, 2):
         for shift in (far, -far):
             for left in (x + 9 + min(far, 14), x - 9 - min(far, 14) - width):
@@ -188,7 +188,7 @@ def _frame(
 
 
 def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start; where there is no value, it stays as it was."""
+    """Exponential moving average with bias correction; it does not change where there is no value."""
     out, mean, norm = [], 0.0, 0.0
     for value in values:
         if value is not None:
