@@ -20,7 +20,8 @@ from PIL import Image
 from tests.conftest import ROOT, run
 from vlmtrain.cli import _parse
 from vlmtrain.connectors import CONNECTORS
-from vlmtrain.settings import compose, load_modules
+from vlmtrain.settings import compose
+from vlmtrain.settings.composition import load_modules
 
 PAGES = ("README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")))
 COMMAND = re.compile(r"((\.venv/bin/)?(python|torchrun|vlmtrain|make|pip|source|sbatch|launch/\w+\.sh)|HEAD=\S+) .*")
