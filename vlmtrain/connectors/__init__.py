@@ -70,9 +70,9 @@ def register(name: str) -> Callable[[type[Connector]], type[Connector]]:
 
 
 def _class(name: str) -> type[Connector]:
-    if name not in CONNECTORS:
+    if not isinstance(name, str) or name not in CONNECTORS:
         raise ValueError(
-            f"Unknown connector '{name}'.{nearest(name, CONNECTORS)} Available: {', '.join(CONNECTORS)} (for a "
+            f"Unknown connector '{name}'.{nearest(str(name), CONNECTORS)} Available: {', '.join(CONNECTORS)} (for a "
             "custom connector, pass the module that registers it: modules=[...], or --module)"
         )
     return CONNECTORS[name]
@@ -82,7 +82,11 @@ def connector_options(name: str) -> dict[str, Any]:
     """Return the options of the connector `name` with their defaults."""
     parameters = inspect.signature(_class(name)).parameters
     fixed = ("in_dim", "out_dim", "input_grid")
-    return {key: parameter.default for key, parameter in parameters.items() if key not in fixed}
+    return {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if key not in fixed and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
 
 
 def check_options(name: str, options: Iterable[str], key: str = "connector") -> None:

@@ -59,6 +59,8 @@ def check_keys(data: Mapping, splits: Collection[str]) -> None:
 
     splits: those that the run's stages read; the splits in `PURPOSES` are also allowed.
     """
+    if not isinstance(data.get("format"), str):
+        raise ValueError(f"data.format={data.get('format')}: expected one of {', '.join(FORMATS)}")
     entries = [entry for split in splits for entry in _entries(data.get(split))]
     formats = {data.get("format"), *(entry["format"] for entry in entries if "format" in entry)}
     options = {option for name in formats if name in FORMATS for option in FORMATS[name][2]}

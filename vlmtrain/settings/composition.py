@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..connectors import CONNECTORS, connector_options
 from ..errors import first_line, nearest
-from .fields import read
+from .fields import OPEN, read
 from .locations import CONFIGS, RECIPES
 from .run import Evaluation, Run, read_run
 
@@ -53,7 +54,10 @@ def load_modules(overrides: Sequence[str]) -> None:
         key, _, _ = override.partition("=")
         if key.lstrip("+") == "modules":
             names = OverridesParser.create().parse_override(override).value()
-            import_modules([names] if isinstance(names, str) else names)
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{override}: expected a list of module names")
+            import_modules(names)
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -75,13 +79,16 @@ def register_connectors() -> None:
     """Register connectors without a YAML file as choices of the group `connector`, with their default options."""
     for name in CONNECTORS:
         if not (CONFIGS / "connector" / f"{name}.yaml").exists():
-            node = {"name": name, **connector_options(name)}
+            options = connector_options(name)
+            required = {option: OPEN for option, default in options.items() if default is inspect.Parameter.empty}
+            node = {"name": name, **options, **required}
             ConfigStore.instance().store(group="connector", name=name, node=node)
 
 
 def with_mini(overrides: Sequence[str]) -> list[str]:
     """Expand ``mini=true`` to the small choices of all groups that the overrides do not set."""
-    if "mini=true" not in (override.lower() for override in overrides):
+    mini = [value for key, _, value in (o.partition("=") for o in overrides) if key.lstrip("+") == "mini"]
+    if not mini or mini[-1].strip().lower() != "true":
         return list(overrides)
     named = {override.split("=")[0] for override in overrides}
     return [f"{group}={choice}" for group, choice in MINI_CHOICES.items() if group not in named] + list(overrides)

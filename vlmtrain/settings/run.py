@@ -242,6 +242,12 @@ class Run:
                         f"{stage.prefix}.connector_options: unknown connector {name}.{nearest(name, CONNECTORS)}"
                     )
                 check_options(name, options, f"{stage.prefix}.connector_options.{name}")
+        for stage in self.stages.values():
+            if stage.validation is not None and stage.validation not in self.data:
+                raise ValueError(
+                    f"{stage.prefix}.validation={stage.validation}: the data group has no such split."
+                    f"{nearest(stage.validation, self.data)}"
+                )
         splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
         check_keys(self.data, splits)
 

@@ -38,7 +38,7 @@ def _learning_rate(value: Any, name: str) -> float | None:
     if value is None:
         return None
     try:
-        rate = float(value)
+        rate = 0.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         rate = 0.0
     if not 0 < rate < math.inf:

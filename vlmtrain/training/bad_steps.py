@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ..settings.run import BadStepOptions
 from .log import logger
 from .metrics import Metrics
 
@@ -31,7 +32,7 @@ class BadSteps:
     saved: the value of `state` when the stage was interrupted.
     """
 
-    def __init__(self, stage: str, options: Mapping, file: Metrics | None, saved: Mapping | None = None):
+    def __init__(self, stage: str, options: BadStepOptions, file: Metrics | None, saved: Mapping | None = None):
         self.stage, self.file = stage, file
         self.limit, self.spike, self.skip_spikes = options.in_a_row, options.spike, options.skip_spikes
         saved = saved or {"skipped": 0, "in_a_row": 0, "spikes": 0, "losses": []}

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-KINDS = ("nf4",)
 PACKED = ("codes", "scales", "scale_scales")
 _BLOCK, _SCALES_BLOCK = 64, 256
 

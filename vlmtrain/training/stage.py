@@ -42,8 +42,6 @@ from .tracking import WandB
 from .trainable import check_starts, freeze, groups_of, trained_groups, trained_parts
 from .watch import Watch
 
-SHOWN_SAMPLES = 48
-
 
 def train_stage(
     run: Run,

@@ -82,6 +82,11 @@ def plan(*overrides: str) -> None:
         (["stages.instruct.connector_options={mlp: {dpeth: 3}}"], "stages.instruct.connector_options.mlp.dpeth"),
         (["engine.zero_stage=4"], "engine.zero_stage=4: expected a whole number from 0 to 3"),
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
+        (["stages.instruct.train.llm=true"], "stages.instruct.train.llm=True: expected a positive learning rate"),
+        (["stages.instruct.validation=validaton"], "no such split. Did you mean 'validation'?"),
+        (["modules=3"], "modules=3: expected a list of module names"),
+        (["data.format=null"], "data.format=None: expected one of"),
+        (["connector.name=null"], "Unknown connector 'None'"),
         (["init_from=5"], "init_from=5: expected a string"),
     ],
 )
@@ -121,6 +126,27 @@ def test_the_options_of_a_users_own_connector_are_those_of_its_class(monkeypatch
     assert compose([*line, "connector.slack=0.1"]).connector.options == {"depth": 2, "slack": 0.1}
     with pytest.raises(ValueError, match=r"connector\.hidden_dim of 'wide'"):
         compose([*line, "+connector.hidden_dim=8"])
+
+
+class Needy(CONNECTORS["mlp"]):
+    """A connector with an option that has no default."""
+
+    def __init__(self, in_dim: int, out_dim: int, width: int, **more: int):
+        super().__init__(in_dim, out_dim, hidden_dim=width)
+
+
+def test_an_option_without_a_default_stays_open_until_it_is_set(monkeypatch):
+    monkeypatch.setitem(CONNECTORS, "needy", Needy)
+    with pytest.raises(ValueError, match=r"set connector\.width"):
+        compose(["recipe=quickstart", "connector=needy"])
+    assert compose(["recipe=quickstart", "connector=needy", "connector.width=8"]).connector.options == {"width": 8}
+    assert compose(["recipe=quickstart"]).connector.name == "mlp"
+
+
+@pytest.mark.parametrize("mini", [["++mini=true"], ["mini= true"], ["mini=false", "mini=True"]])
+def test_mini_chooses_the_small_parts_however_it_is_written(mini):
+    run = compose(["recipe=llava_1_5", *mini])
+    assert run.mini and (run.llm.provider, run.data["format"]) == ("tiny", "shapes")
 
 
 def test_settings_cannot_be_changed():
