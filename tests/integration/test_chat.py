@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
+import socket
 import sys
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.integration.browser import CHROMIUM, Browser
 from tests.integration.model_parity import Case, build
 from vlmtrain.cli import main
 from vlmtrain.data.images import ImageOnDisk
@@ -152,89 +148,61 @@ def test_what_cannot_be_shown_is_said(home, monkeypatch, capsys, line, given, wo
 # the page
 
 
-@pytest.fixture
-def server(home):
-    running = web.build_server(Chat(*parts(home)), 0, NEW)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    running.server_close()
+def client(home: Path):
+    """The page, and a reader of it through gradio's own client."""
+    from gradio_client import Client
+
+    page = web.build_page(Chat(*parts(home)), NEW)
+    _, url, _ = page.launch(server_name=web.HOST, prevent_thread_lock=True, ssr_mode=False, quiet=True)
+    return page, Client(url, verbose=False)
 
 
-def post(url: str, body: object, **headers: str) -> tuple[int, str]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+def ask(reader, words: str, *files: Path) -> list[str]:
+    """The answer as it grows."""
+    from gradio_client import handle_file
+
+    job = reader.submit({"text": words, "files": [handle_file(str(file)) for file in files]}, api_name="/answer")
+    job.result(timeout=120)
+    return job.outputs()
+
+
+def test_the_page_answers_as_the_command_does(home):
+    page, reader = client(home)
+    broken = home / "broken.png"
+    broken.write_bytes(b"words")
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+        grown = ask(reader, "What is this?", home / "one.png")
+        first = grown[-1]
+        assert first == greedy(home, ["<image>\nWhat is this?"], ["one.png"])
+        assert len(grown) > 1 and all(first.startswith(said) for said in grown)
+        for words, files, said in (
+            ("And <image>?", (), "2 <image> marks in the user's turns, but 1 image"),
+            ("And this?", (broken,), r"broken\.png is not an image"),
+            (" ", (), "expected a question"),
+        ):
+            with pytest.raises(Exception, match=said) as refused:
+                ask(reader, words, *files)
+            assert "\n" not in str(refused.value)
+        second = greedy(home, ["<image>\nWhat is this?", first, "<image>\nAnd this?"], ["one.png", "other.png"])
+        assert ask(reader, "And this?", home / "other.png")[-1] == second
+    finally:
+        page.close()
 
 
-def test_the_page_answers_as_the_command_does(home, server):
-    one, other = (base64.b64encode((home / name).read_bytes()).decode() for name in ("one.png", "other.png"))
-    first = greedy(home, ["<image>\nWhat is this?"], ["one.png"])
-    assert post(f"{server}/say", {"pictures": [one], "turns": [], "words": "What is this?"}) == (200, first)
-    turns = [{"role": "user", "text": "<image>\nWhat is this?"}, {"role": "assistant", "text": first}]
-    second = greedy(home, ["<image>\nWhat is this?", first, "<image>\nAnd this?"], ["one.png", "other.png"])
-    assert post(f"{server}/say", {"pictures": [one, other], "turns": turns, "words": "And this?"}) == (200, second)
+def test_a_port_that_is_taken_is_named(home):
+    with socket.create_server((web.HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port} cannot be used"):
+            web.serve(Chat(*parts(home)), port, NEW)
 
 
-def test_mistakes_on_the_page_are_answered_in_one_line(server):
-    asked = {"pictures": [], "turns": [], "words": "What?"}
-    for body, headers, status, words in (
-        (b"{", {}, 400, "Expecting property name"),
-        ([], {}, 400, "expected an object"),
-        ({**asked, "pictures": ["?"]}, {}, 400, "expected a list of files in base64"),
-        ({**asked, "pictures": ["YWJj"]}, {}, 400, "image picture 1 is not an image: it starts with b'abc'"),
-        ({**asked, "words": " "}, {}, 400, "words: expected a question"),
-        ({**asked, "words": "<image>"}, {}, 400, "1 <image> marks in the user's turns, but 0 images"),
-        ({**asked, "turns": [{"role": "user", "text": "<image>"}]}, {}, 400, "more pictures than there are"),
-        ({**asked, "turns": [1]}, {}, 400, "expected pictures, turns of role and text"),
-        (asked, {"Content-Type": "text/plain"}, 400, "expected JSON"),
-        (asked, {"Host": "example.org:80"}, 404, "questions go to /say"),
-    ):
-        got, said = post(f"{server}/say", body, **headers)
-        assert got == status and words in said and "\n" not in said, said
-
-
-def test_a_port_that_is_taken_is_named(home, server):
-    port = int(server.rpartition(":")[2])
-    with pytest.raises(ValueError, match=f"--port {port} cannot be used"):
-        web.build_server(Chat(*parts(home)), port, NEW)
+def test_without_gradio_the_page_says_what_to_install(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[web\]'"):
+        web.build_page(Chat(*parts(home)), NEW)
 
 
 def test_a_bad_picture_is_named(home):
     (home / "broken.png").write_bytes((home / "one.png").read_bytes()[:300])
     with pytest.raises(BadSample, match=r"image .*broken\.png cannot be decoded"):
         Chat(*parts(home), [home / "broken.png"])
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_a_browser_shows_the_answers(home, server, tmp_path):
-    """Two images and three questions, one of them invalid, on the page itself."""
-    browser = Browser(tmp_path)
-    try:
-        browser.open(server)
-        for name in ("one.png", "other.png"):
-            data = base64.b64encode((home / name).read_bytes()).decode()
-            letters = f"Uint8Array.from(atob('{data}'), letter => letter.charCodeAt(0))"
-            browser.run(f"add([new File([{letters}], '{name}', {{type: 'image/png'}})])")
-            browser.run("ask('What is this?')")
-        browser.run("ask('And <image>?')")
-        browser.run("id('words').value = 'Sure?'; id('form').requestSubmit()")
-        browser.run("new Promise(done => setInterval(() => id('ask').disabled || done(), 50))")
-        said = browser.run("[...document.querySelectorAll('.assistant, .problem')].map(turn => turn.textContent)")
-        pictures = browser.run(
-            "[...document.querySelectorAll('.user')].map(turn => turn.querySelectorAll('img').length)"
-        )
-        talk, expected = [], []
-        for words in ("<image>\nWhat is this?", "<image>\nWhat is this?", "Sure?"):
-            talk.append(words)
-            names = ["one.png", "other.png"][: str(talk).count("<image>")]
-            expected.append(greedy(home, talk, names))
-            talk.append(expected[-1])
-        assert [said[0], said[1], said[3]] == expected and pictures == [1, 1, 0, 0]
-        assert "3 <image> marks in the user's turns, but 2 images" in said[2]
-    finally:
-        browser.close()
