@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import first_line, nearest, shown
-from .images import EncodedImage, ImageInMemory, PictureFolder
-from .records import IMAGE_MARK, BadSample, Conversation, Turn
-from .turns import (
-    GRADING,
-    answer_turns,
-    caption_turns,
-    filled_list,
-    graded,
-    llava_turns,
-    pictures_in_front,
-    record_name,
-    role_of,
-)
+import numpy as np
+
+from ..errors import first_line, nearest
+from .grading import GRADING
+from .images import ImageFolder
+from .record_reader import FORMS, KEYS, RecordReader
+from .records import BadSample, Conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from pyarrow import Array
 
-COLUMNS = {
-    "messages": ("messages", "conversations", "texts"),
-    "question": ("question",),
-    "answer": ("answer",),
-    "caption": ("caption", "text"),
-    "image": ("image", "images", "jpg", "png"),
-    "id": ("id",),
-    **{role: () for role in GRADING},
-}
+COLUMNS = {**KEYS, "image": (*KEYS["image"], "jpg", "png"), **{role: () for role in GRADING}}
 """Roles of columns, and the column names that are recognised for each (none for roles that only evaluation uses)."""
-FORMS = (("messages",), ("question", "answer"), ("caption",))
-"""Combinations of roles that provide a record's text; a dataset has one of them."""
 _END = b"\xff\xff\xff\xff\0\0\0\0"
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
 
 
 class HFDataset:
     """A split of a dataset as a sequence of conversations; memory-mapped, and read row by row.
 
-    path: a folder made by ``save_to_disk``, a folder or glob of .parquet, .arrow or .json files, one such file,
-    or a hub id. split: of a dataset with several splits. name: the configuration, if there are several.
+    path: a folder made by ``save_to_disk``, a folder or glob of .parquet, .arrow, .json, .csv or .tsv files, one such
+    file, or a hub id. split: of a dataset with several splits. name: the configuration, if there are several.
     columns: the column of each role, e.g. ``{"question": "query", "answer": "label", "image": "img"}``; other roles
-    are recognised by the names of columns (`COLUMNS`).
-    images: the folder to which image paths are relative (default: `path`, if it is a folder); outside: whether the
-    paths may lead out of it.
+    are recognised by the names of columns (`COLUMNS`). images: the folder to which image paths are relative (default:
+    `path`, if it is a folder); outside: whether the paths may lead out of it. options: of `RecordReader`.
 
-    messages are ``{"from", "value"}``, ``{"role", "content"}`` with a string or typed items, or
-    ``{"user", "assistant"}``. Images are encoded bytes, paths or both, one or a list. In forms without image marks
-    (questions, captions, user/assistant pairs), images come first.
+    A column with lists of captions gives one conversation per caption.
 
     Raises ValueError if the dataset cannot be loaded or its columns are ambiguous; a broken record raises
     BadSample when it is accessed.
@@ -70,34 +52,56 @@ class HFDataset:
         columns: Mapping[str, str | None] | None = None,
         images: str | Path | None = None,
         outside: bool = False,
+        **options,
     ):
         self.name = Path(path).name
         data = _load(os.fspath(path), split, name)
         _check_ends([entry["filename"] for entry in data.cache_files], path)
         if not len(data):
             raise ValueError(f"dataset {path} is empty: no records")
-        self.columns = choose_columns(columns or {}, data.column_names, str(path))
-        for role in ("question", "answer", "caption"):
-            kind = data.features[self.columns[role]] if role in self.columns else None
-            if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
+        ignored = options.get("ignored", ())
+        present = [column for column in data.column_names if column not in ignored]
+        self.columns = choose_columns(columns or {}, present, str(path))
+        for role in ("question", "caption"):
+            kind = _innermost(data.features.get(self.columns.get(role)))
+            if role in self.columns and getattr(kind, "dtype", "string") not in ("string", "large_string", "json"):
                 raise ValueError(f"columns.{role}={self.columns[role]} of {path} must contain strings, got {kind}")
-        self.images = PictureFolder(path if images is None and os.path.isdir(path) else images, outside)
+        for column in set(present) - set(self.columns.values()):
+            _refuse_media(data.features[column], column, path)
+        folder = ImageFolder(path if images is None and os.path.isdir(path) else images, outside)
+        self.reader = RecordReader(folder, keys=self.columns, **options)
+        self.features = {column: data.features[column] for column in present}
         # in Arrow format, so that only the requested row is read and images stay encoded
-        self.rows = data.select_columns(sorted(set(self.columns.values()))).with_format("arrow")
+        self.rows = data.select_columns(present).with_format("arrow")
+        self._ends = self._caption_ends()
+
+    def _caption_ends(self) -> np.ndarray | None:
+        """The number of captions up to the end of each row, if rows have lists of captions."""
+        column = self.columns.get("caption")
+        if not isinstance(self.features.get(column), _lists()):
+            return None
+        import pyarrow.compute as pc
+
+        captions = self.rows.select_columns([column])[:][column]
+        return np.cumsum(pc.fill_null(pc.list_value_length(captions), 0).to_numpy())
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if self._ends is None else int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < len(self):
             raise IndexError(index)
         where = f"{self.name} record {index}"
-        row = self._row(index, where)
-        record = {role: row[column] for role, column in self.columns.items()}
-        name = record_name(where, record.get("id"))
-        images = self._pictures(record.get("image"), name)
-        turns = graded(self._turns(record, len(images), name), record, name)
-        return Conversation(name, turns, images)
+        if self._ends is None:
+            return self.reader.read(self._row(index, where), where)
+        row = int(np.searchsorted(self._ends, index, side="right"))
+        record, column = self._row(row, where), self.columns["caption"]
+        captions = record[column]
+        caption = captions[index - int(self._ends[row])]  # counted from the end of the row
+        conversation = self.reader.read({**record, column: caption}, where)
+        *before, said = conversation.turns
+        grading = replace(said.grading, captions=tuple(map(str, captions)))
+        return replace(conversation, turns=(*before, replace(said, grading=grading)))
 
     def _row(self, index: int, where: str) -> dict:
         try:
@@ -107,41 +111,58 @@ class HFDataset:
                 for chunk in column.chunks:
                     _check_contents(chunk)
             (row,) = table.to_pylist()
-            return row
+            return {column: _decoded(value, self.features[column]) for column, value in row.items()}
         except Exception as error:  # damaged columns can raise any exception
             raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
 
-    def _turns(self, record: dict, pictures: int, name: str) -> tuple[Turn, ...]:
-        if "caption" in record:
-            return caption_turns(record["caption"], pictures, name)
-        if "question" in record:
-            return pictures_in_front(answer_turns(record["question"], record["answer"], name), pictures)
-        key, messages = self.columns["messages"], _rows(record["messages"])
-        keys = filled_list(messages, key, name)[0]
-        if isinstance(keys, dict) and {"user", "assistant"} <= keys.keys():
-            pairs = [answer_turns(pair["user"], pair["assistant"], name) for pair in messages]
-            return pictures_in_front(tuple(turn for pair in pairs for turn in pair), pictures)
-        if isinstance(keys, dict) and {"role", "content"} <= keys.keys():
-            return tuple(
-                Turn(role_of(message["role"], "role", name), _content(message["content"], name)) for message in messages
-            )
-        return llava_turns(messages, key, name)
 
-    def _pictures(self, value: object, name: str) -> tuple[EncodedImage, ...]:
-        if value is None or value == "":
-            return ()
-        values = value if isinstance(value, list) else [value]
-        return tuple(
-            self._picture(one, f"{i} of column '{self.columns['image']}'", name) for i, one in enumerate(values)
+def _lists() -> tuple[type, ...]:
+    import datasets
+
+    return datasets.List, datasets.LargeList, list
+
+
+def _innermost(feature: object) -> object:
+    while isinstance(feature, _lists()):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    return feature
+
+
+def _decoded(value: object, feature: object) -> object:
+    """A value with the names of class labels, and with the values that the library stores as JSON text."""
+    import datasets
+
+    if value is None:
+        return None
+    if isinstance(feature, datasets.Json):
+        return json.loads(value) if isinstance(value, str | bytes) else value
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.int2str(value) if value >= 0 else None
+    if isinstance(feature, dict):
+        return {key: _decoded(value[key], inner) for key, inner in feature.items()}
+    if isinstance(feature, _lists()) and isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else feature.feature
+        return [_decoded(item, inner) for item in value]
+    return value
+
+
+def _refuse_media(feature: object, column: str, path: str | Path) -> None:
+    """Raise ValueError for an unused column of images, videos or other binary data."""
+    import datasets
+
+    feature = _innermost(feature)
+    kind = type(feature).__name__
+    is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary") and isinstance(feature, datasets.Value)
+    if is_binary or isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
+        use = (
+            f"set data.columns.image={column}, or "
+            if is_binary or kind == "Image"
+            else "videos and audio are not supported; "
         )
-
-    def _picture(self, value: object, label: str, name: str) -> EncodedImage:
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
-        if isinstance(data, bytes):
-            return ImageInMemory(data, label)
-        if isinstance(path, str) and path:
-            return self.images.picture(path, name)
-        raise BadSample(f"{name}: image {label} must be bytes or a path, got {shown(value)}")
+        raise ValueError(
+            f"dataset {path}: nothing reads the column {column} ({'binary' if is_binary else kind}): {use}ignore it "
+            f"with data.ignore=[{column}]"
+        )
 
 
 def _check_contents(array: Array) -> None:
@@ -172,6 +193,8 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
         role: [chosen[role]] if role in chosen else [c for c in names if c in present]
         for role, names in COLUMNS.items()
     }
+    for role in ("question", "answer"):
+        known[role] = known[role][:1]
     named = [form for form in FORMS if any(role in chosen for role in form)]
     forms = named or [form for form in FORMS if all(known[role] for role in form)]
     if len(forms) != 1 or any(len(known[role]) != 1 for role in forms[0]):
@@ -184,30 +207,7 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
             f"cannot determine which column of {path} contains the images; set columns.image to one of "
             f"{', '.join(known['image'])}"
         )
-    return {role: known[role][0] for role in (*forms[0], "image", "id", *GRADING) if known[role]}
-
-
-def _rows(messages: object) -> object:
-    """Messages as a list of objects, also if the dataset stores them as an object of lists."""
-    if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
-        return [dict(zip(messages, row)) for row in zip(*messages.values())]
-    return messages
-
-
-def _content(content: object, name: str) -> str:
-    """Text of a message, with a mark for each typed item that is an image."""
-    if isinstance(content, str):
-        return content
-    parts = []
-    for item in filled_list(content, "content", name):
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "image":
-            parts.append(IMAGE_MARK)
-        elif kind == "text" and isinstance(item.get("text"), str):
-            parts.append(item["text"])
-        else:
-            raise BadSample(f"{name}: an item of 'content' must be of type text or image, got {shown(item)}")
-    return "".join(parts)
+    return {role: known[role][0] for role in (*forms[0], "image", "system", "id", *GRADING) if known[role]}
 
 
 def _load(path: str, split: str, name: str | None) -> Dataset:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,10 +166,11 @@ class ImageInFile(EncodedImage):
         return head, read_span(self.file, self.offset + self.length - tail, tail)
 
 
-class PictureFolder:
-    """Images by path relative to a folder; paths may lead out of the folder only if `outside`.
+class ImageFolder:
+    """Images as records name them: encoded, or by path relative to a folder.
 
-    folder: None if there are no images. Raises ValueError if it does not exist.
+    folder: None if no path is relative. outside: whether paths may lead out of the folder. Raises ValueError if the
+    folder does not exist.
     """
 
     def __init__(self, folder: str | Path | None, outside: bool = False):
@@ -175,6 +178,24 @@ class PictureFolder:
             raise ValueError(f"data.images={folder} is not a folder")
         self.folder, self.outside = folder, outside
         self._inside = None if folder is None else os.path.join(os.path.realpath(folder), "")
+
+    def read(self, value: object, label: str, name: str) -> EncodedImage:
+        """The image of record `name`: a path, bytes, base64, a data URL, or an object with one of these.
+
+        label: of an encoded image. Raises BadSample if `value` is none of these, or if a path is not allowed.
+        """
+        if isinstance(value, dict):
+            given = [value[key] for key in ("bytes", "data", "base64", "path", "url") if value.get(key) is not None]
+            value = given[0] if given else value
+        if isinstance(value, bytes):
+            return ImageInMemory(value, label)
+        if not isinstance(value, str) or not value:
+            raise BadSample(f"{name}: image {label} must be bytes, base64 or a path, got {shown(value)}")
+        if _is_encoded(value):
+            return ImageInMemory(_decoded(value, label, name), label)
+        if re.match(r"(https?|s3|gs|ftp)://", value, re.IGNORECASE):
+            raise BadSample(f"{name}: image {shown(value)} is a URL; images are not downloaded, so save them as files")
+        return self.picture(value.removeprefix("file://"), name)
 
     def picture(self, path: str, name: str) -> ImageOnDisk:
         """The image of record `name` at `path`. Raises BadSample if the path is not allowed."""
@@ -196,6 +217,38 @@ class PictureFolder:
             return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), file)
         except (OSError, ValueError):
             return ""
+
+
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # of JPEG, PNG, GIF and WebP files
+_EXTENSION = re.compile(r"[^\n]{1,4000}\.(jpe?g|png|webp|gif|bmp|tiff?|jp2|avif)", re.IGNORECASE)
+
+
+def _is_encoded(text: str) -> bool:
+    """Whether text is a data URL, or an image in base64 rather than a path."""
+    return text.startswith("data:") or (len(text) > 80 and text.startswith(_BASE64_STARTS))
+
+
+def _decoded(text: str, label: str, name: str) -> bytes:
+    header, comma, data = text.partition(",") if text.startswith("data:") else ("", "", text)
+    if header and not (comma and header.endswith(";base64")):
+        raise BadSample(f"{name}: image {label} is a data URL without base64: {shown(header)}")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise BadSample(f"{name}: image {label} is not valid base64: {first_line(error)}") from None
+
+
+def is_image_value(value: object) -> bool:
+    """Whether a value of a record is an image or the path of one, or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and all(map(is_image_value, value))
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes) or (
+            set(value) <= {"bytes", "path"} and is_image_value(value.get("path"))
+        )
+    return isinstance(value, bytes) or (
+        isinstance(value, str) and (_is_encoded(value) or bool(_EXTENSION.fullmatch(value)))
+    )
 
 
 @lru_cache(maxsize=2**16)

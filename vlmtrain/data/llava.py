@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from ..errors import nearest, shown
-from .images import ImageOnDisk, PictureFolder
+from .images import ImageFolder
 from .indexed_json import IndexedJson
-from .records import BadSample, Conversation, Source
+from .record_reader import RecordReader
+from .records import Conversation, Source
 from .subsets import Concatenation, Subset
-from .turns import graded, llava_turns, record_name
 
 MIXTURES = (".yaml", ".yml")
 MAX_PATH = 4096
@@ -33,37 +33,22 @@ _STRATEGY = re.compile(r"(first|end|random)\s*:\s*(\d+(?:\.\d+)?%|\d+)")
 class LlavaJson:
     """A LLaVA file (JSON, or JSONL with one record per line) as a sequence of conversations.
 
-    images: the folder to which the ``image`` paths of records are relative; None if no record has an image.
-    outside: whether those paths may lead out of that folder.
-    Records without ``image`` are text-only; a list of images corresponds to several marks. ``category``, ``answers``,
-    ``captions`` and ``choices`` are used for evaluation.
+    images: the folder to which image paths are relative; None if no record has a path. outside: whether those paths
+    may lead out of that folder. options: of `RecordReader`, which describes the records.
 
-    Raises ValueError if the file or the folder is missing, unreadable or empty; a single broken record
-    raises BadSample when it is accessed.
+    Raises ValueError if the file is missing, unreadable or empty; a single broken record raises BadSample when it is
+    accessed.
     """
 
-    def __init__(self, file: str | Path, images: str | Path | None, outside: bool = False):
-        self.images = PictureFolder(images, outside)
+    def __init__(self, file: str | Path, images: str | Path | None, outside: bool = False, **options):
+        self.reader = RecordReader(ImageFolder(images, outside), **options)
         self.records = IndexedJson(file)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Conversation:
-        record, where = self.records[index], self.records.name(index)
-        if not isinstance(record, dict):
-            raise BadSample(f"{where}: expected an object, got {type(record).__name__}")
-        name = record_name(where, record.get("id"))
-        turns = graded(llava_turns(record.get("conversations"), "conversations", name), record, name)
-        return Conversation(name, turns, self._pictures(record.get("image"), name))
-
-    def _pictures(self, image: object, name: str) -> tuple[ImageOnDisk, ...]:
-        if image is None or image == "":
-            return ()
-        paths = image if isinstance(image, list) else [image]
-        if not all(isinstance(path, str) and path for path in paths):
-            raise BadSample(f"{name}: 'image' must be a path or a list of paths, got {shown(image)}")
-        return tuple(self.images.picture(path, name) for path in paths)
+        return self.reader.read(self.records[index], self.records.name(index))
 
 
 class MixturePart(NamedTuple):
@@ -73,16 +58,17 @@ class MixturePart(NamedTuple):
     strategy: str
 
 
-def open_llava(file: str | Path, images: str | Path | None, seed: int = 0, outside: bool = False) -> Source:
+def open_llava(file: str | Path, images: str | Path | None, seed: int = 0, outside: bool = False, **options) -> Source:
     """Open a LLaVA file, or the concatenated files of a YAML mixture.
 
-    seed: of the selection by ``random``, which is the same for every rank, epoch and run. Raises ValueError.
+    seed: of the selection by ``random``, which is the same for every rank, epoch and run. options: of `RecordReader`.
+    Raises ValueError.
     """
     if Path(file).suffix.lower() not in MIXTURES:
-        return LlavaJson(file, images, outside)
+        return LlavaJson(file, images, outside, **options)
     sources = []
     for number, part in enumerate(read_mixture(file)):
-        source = LlavaJson(part.path, images, outside)
+        source = LlavaJson(part.path, images, outside, **options)
         numbers = _chosen(part.strategy, len(source), seed * 1_000_003 + number)
         sources.append(source if numbers is None else Subset(source, numbers))
     return Concatenation(sources)

@@ -28,13 +28,14 @@ class Grading:
 
     category: kind of question, which is reported separately. answers: of several annotators (VQA has ten). captions:
     reference captions that are equivalent to the text. choices: options of a multiple-choice question, one of which is
-    the text.
+    the text. problem: why evaluation cannot use the annotations.
     """
 
     category: str | None = None
     answers: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    problem: str | None = None
 
 
 UNGRADED = Grading()
@@ -42,20 +43,26 @@ UNGRADED = Grading()
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance. `role` is ``system``, ``user`` or ``assistant``."""
+    """One utterance. `role` is ``system``, ``user`` or ``assistant``; `weight` is the loss weight of its tokens."""
 
     role: str
     text: str
     grading: Grading = UNGRADED
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sample: turns in order, and the images that correspond to their ``<image>`` marks."""
+    """One sample: turns in order, and the images that correspond to their ``<image>`` marks.
+
+    unused: keys of the record that were not read. repaired: whether turns were dropped or joined.
+    """
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[ImageSource, ...] = ()
+    unused: tuple[str, ...] = ()
+    repaired: bool = False
 
 
 class BadSample(ValueError):

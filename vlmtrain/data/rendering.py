@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
+from .grading import check_grading
 from .records import IMAGE_MARK, BadSample, Conversation, Turn
 from .templates import BLIP, chat_template
 
@@ -145,7 +146,11 @@ class Renderer:
         return len(self.tokenizer(words, add_special_tokens=False).input_ids)
 
     def showable(self, conversation: Conversation) -> Conversation:
-        """The part of a held-out conversation that the template can render: captions have only one exchange."""
+        """The part of a held-out conversation that the template can render: captions have only one exchange.
+
+        Raises BadSample if evaluation cannot use the annotations of its turns.
+        """
+        check_grading(conversation.id, conversation.turns)
         if self._chat is not None:
             return conversation
         turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
@@ -207,10 +212,12 @@ class Renderer:
 
         input_ids, answer = torch.tensor(ids), torch.tensor(answer_of)
         trains = torch.cat([answer[1:] >= 0, torch.tensor([False])])
-        targets = torch.where(trains, input_ids.roll(-1), IGNORE)
+        of_turns = torch.tensor([turn.weight for turn in conversation.turns if turn.role == "assistant"])
+        weights = torch.where(trains, of_turns[answer.roll(-1)], 0.0)
+        targets = torch.where(weights > 0, input_ids.roll(-1), IGNORE)
         turns = range(int(answer.max()) + 1)
         ranges = tuple((int((answer == turn).nonzero()[0]), int((answer == turn).nonzero()[-1]) + 1) for turn in turns)
-        return Rendered(input_ids, targets, trains.float(), torch.tensor(image_of), ranges)
+        return Rendered(input_ids, targets, weights, torch.tensor(image_of), ranges)
 
     def _spans(self, conversation: Conversation) -> list[_Span]:
         if self._chat is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import first_line, nearest
@@ -19,11 +18,10 @@ from .images import EncodedImage
 from .llava import open_llava
 from .mixture import Mixture
 from .probes import CATEGORIES, Probes
-from .records import BadSample, Conversation, Source
+from .records import BadSample, Source
 from .rendering import check_conversation
 from .shapes import Shapes
 from .subsets import Subset
-from .turns import pictures_in_front
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
 """Splits that the `data` group may contain, whether or not a recipe uses them."""
@@ -64,7 +62,7 @@ def check_keys(data: Mapping, splits: Collection[str]) -> None:
     entries = [entry for split in splits for entry in _entries(data.get(split))]
     formats = {data.get("format"), *(entry["format"] for entry in entries if "format" in entry)}
     options = {option for name in formats if name in FORMATS for option in FORMATS[name][2]}
-    known = {"format", "clean_list", "prepend_missing_marks", *options, *PURPOSES, *splits}
+    known = {"format", "clean_list", *options, *PURPOSES, *splits}
     for name in data:
         if name not in known:
             raise ValueError(f"unknown key 'data.{name}'.{nearest(name, known)}")
@@ -86,37 +84,49 @@ def _open(options: Mapping, given: set[str], key: str, image_size: tuple[int, in
     if name not in FORMATS:
         raise ValueError(f"{key}: unknown format '{name}'.{nearest(name, FORMATS)} Available: {', '.join(FORMATS)}")
     opener, needed, known = FORMATS[name]
-    allowed = {needed, "format", "prepend_missing_marks", "weight", "samples", *known}
+    allowed = {needed, "format", "weight", "samples", *known}
     strange = sorted(given - allowed)
     if strange:
         raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], allowed)}")
     if options.get(needed) is None:
         raise ValueError(f"{key}.{needed} is not set")
-    for switch in ("outside_images", "prepend_missing_marks"):
+    for switch in ("outside_images", "prepend_missing_marks", "repair"):
         if not isinstance(options.get(switch, False), bool):
             raise ValueError(f"data.{switch}={options[switch]}: expected true or false")
     if not isinstance(options.get("images"), str | None):
         raise ValueError(f"data.images={options['images']}: expected a folder")
-    source = opener(options, image_size, seed)
-    return _WithMarks(source) if options.get("prepend_missing_marks") else source
+    ignored = options.get("ignore", [])
+    if not isinstance(ignored, list | tuple) or not all(isinstance(name, str) for name in ignored):
+        raise ValueError(f"data.ignore={ignored}: expected a list of keys")
+    return opener(options, image_size, seed)
+
+
+def _reading(options: Mapping) -> dict:
+    """How the records of a source are read, as options of `RecordReader`."""
+    return {
+        "ignored": tuple(options.get("ignore", ())),
+        "images_first": options.get("prepend_missing_marks", False),
+        "repair": options.get("repair", False),
+    }
 
 
 def _open_llava(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
-    return open_llava(options["path"], options.get("images"), seed, outside=options.get("outside_images", False))
+    outside = options.get("outside_images", False)
+    return open_llava(options["path"], options.get("images"), seed, outside, **_reading(options))
 
 
 def _open_hf(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
     from .hf_dataset import HFDataset
 
     columns = {role: column for role, column in (options.get("columns") or {}).items() if column is not None}
-    more = {"images": options.get("images"), "outside": options.get("outside_images", False)}
+    more = {"images": options.get("images"), "outside": options.get("outside_images", False), **_reading(options)}
     return HFDataset(options["path"], options.get("split", "train"), options.get("name"), columns, **more)
 
 
 def _open_webdataset(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
     from .webdataset import WebDataset
 
-    return WebDataset(options["path"])
+    return WebDataset(options["path"], **_reading(options))
 
 
 def _open_shapes(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
@@ -133,11 +143,13 @@ def vocabulary(data: Mapping) -> tuple[str, ...]:
     return probes.VOCABULARY if data["format"] == "probes" else shapes.VOCABULARY
 
 
+READING = ("ignore", "prepend_missing_marks", "repair")
+"""Options of all formats that read records."""
 Opener = Callable[[Mapping, tuple[int, int], int], Source]
 FORMATS: dict[str, tuple[Opener, str, tuple[str, ...]]] = {
-    "llava_json": (_open_llava, "path", ("images", "outside_images")),
-    "hf": (_open_hf, "path", ("images", "outside_images", "columns", "split", "name")),
-    "webdataset": (_open_webdataset, "path", ()),
+    "llava_json": (_open_llava, "path", ("images", "outside_images", *READING)),
+    "hf": (_open_hf, "path", ("images", "outside_images", "columns", "split", "name", *READING)),
+    "webdataset": (_open_webdataset, "path", READING),
     "shapes": (_open_shapes, "size", ("split",)),
     "probes": (_open_probes, "size", ("split", "difficulty", "categories")),
 }
@@ -186,20 +198,6 @@ def _without_bad(sources: Mapping[str, Source], file: Path, split: str) -> dict[
         if not len(clean[name]):
             raise ValueError(f"data.clean_list={file} excludes all records of data.{split} ({name})")
     return clean
-
-
-class _WithMarks:
-    """A source whose images come before the first user turn if the text has no marks."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Conversation:
-        conversation = self.source[index]
-        return replace(conversation, turns=pictures_in_front(conversation.turns, len(conversation.images)))
 
 
 def first_problems(source: Source, limit: int = 1) -> list[str]:

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,14 @@ import numpy as np
 
 from ..errors import first_line, printable
 from .file_index import Index, cached_index, read_span
-from .images import ImageInFile
+from .images import ImageFolder, ImageInFile
 from .indexed_json import parse_json
-from .records import BadSample, Conversation, Turn
+from .record_reader import KEYS, RecordReader, record_name
+from .records import BadSample, Conversation
 from .subsets import Concatenation
-from .turns import answer_turns, caption_turns, graded, llava_turns, pictures_in_front, record_name
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif")
+UNSUPPORTED = ("mp4", "avi", "mov", "mkv", "webm", "mp3", "wav", "flac", "ogg", "heic")
 WORDS = ("json", "txt", "caption")
 MAX_PICTURE = 2**30
 MAX_WORDS = 16 * 2**20
@@ -43,17 +45,18 @@ class WebDataset(Concatenation):
     path: a .tar file, a folder of .tar files, a glob, or brace notation (``shard-{000..012}.tar``).
 
     The members of a record share their path up to the first dot of the file name. Its images are the members with an
-    image extension (``0001.0.jpg 0001.1.jpg``, in that order). Its text is a ``.json`` (LLaVA's ``conversations``, or
-    ``question`` and ``answer``, or ``caption``), a ``.txt`` or a ``.caption``. If the user's text has no ``<image>``
-    mark, the images come first. For evaluation a ``.json`` may have ``category``, ``answers``, ``captions`` and
-    ``choices``.
+    image extension (``0001.0.jpg 0001.1.jpg``, in that order). Its text is a ``.json`` with one of the forms of
+    `record_reader`, a ``.txt`` or a ``.caption``. If the user's text has no ``<image>`` mark, the images come first.
+
+    options: of `RecordReader`.
 
     Raises ValueError if a shard is missing, compressed or unreadable, or if there are no records; a broken
     record raises BadSample when it is accessed.
     """
 
-    def __init__(self, path: str | Path):
-        super().__init__([_Shard(shard) for shard in shard_paths(path)])
+    def __init__(self, path: str | Path, **options):
+        reader = RecordReader(ImageFolder(None), images_first=True, **options)
+        super().__init__([_Shard(shard, reader) for shard in shard_paths(path)])
         if not len(self):
             raise ValueError(f"{path} is empty: no records")
 
@@ -69,8 +72,8 @@ class _Member(NamedTuple):
 class _Shard:
     """The records of one tar file."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, reader: RecordReader):
+        self.path, self.reader = path, reader
         try:
             self.index = cached_index(path, "tar", lambda: _index_shard(path))
             self.size = path.stat().st_size
@@ -82,14 +85,24 @@ class _Shard:
 
     def __getitem__(self, index: int) -> Conversation:
         members = self._members(index)
-        name = record_name(f"{self.path.name} record {index}", _key(members[0].name)[0])
+        where, id = f"{self.path.name} record {index}", _key(members[0].name)[0]
+        name = record_name(where, id)
         self._check(members, name)
         pictures = sorted((m for m in members if m.extension.rpartition(".")[2] in PICTURES), key=_natural)
         words = {member.extension: member for member in members if member.extension in WORDS}
         record = self._json(words["json"], name) if "json" in words else {}
-        turns = graded(self._turns(record, words, len(pictures), name), record, name)
+        captions = [key for key in ("txt", "caption") if key in words]
+        if captions and not self.reader.has_turns(record):
+            if len(captions) > 1:
+                raise BadSample(f"{name}: expected one .txt or .caption, got both")
+            others = {key: value for key, value in record.items() if key not in KEYS["caption"]}
+            record = {**others, "caption": self._text(words[captions[0]], name)}
+        if not record:
+            raise BadSample(f"{name}: expected a .txt, a .caption or a .json, got none of these")
         images = tuple(ImageInFile(self.path, m.offset, m.size, m.name) for m in pictures)
-        return Conversation(name, turns, images)
+        conversation = self.reader.read(record, where, id, images)
+        further = [f".{m.extension}" for m in members if m.extension not in WORDS and m not in pictures]
+        return replace(conversation, unused=(*conversation.unused, *further))
 
     def _members(self, index: int) -> list[_Member]:
         columns, members = self.index, []
@@ -109,25 +122,12 @@ class _Shard:
                 raise BadSample(f"{what} is {_KINDS[member.kind]}")
             if member.offset + member.size > self.size:
                 raise BadSample(f"{what} is truncated: it has {member.size} bytes, but the shard ends before them")
+            if member.extension.rpartition(".")[2] in UNSUPPORTED:
+                raise BadSample(f"{what} is not supported: only images are")
             if member.size > (MAX_WORDS if member.extension in WORDS else MAX_PICTURE):
                 raise BadSample(f"{what} has {member.size} bytes: too many")
         if len({member.extension for member in members}) < len(members):
             raise BadSample(f"{name}: two members with the same name: {printable(', '.join(m.name for m in members))}")
-
-    def _turns(self, record: dict, words: dict[str, _Member], pictures: int, name: str) -> tuple[Turn, ...]:
-        if "conversations" in record:
-            return pictures_in_front(llava_turns(record["conversations"], "conversations", name), pictures)
-        if "question" in record:
-            return pictures_in_front(answer_turns(record["question"], record.get("answer"), name), pictures)
-        texts = [self._text(words[key], name) for key in ("txt", "caption") if key in words]
-        texts = texts or [record[key] for key in ("caption",) if key in record]
-        if len(texts) != 1:
-            found = ", ".join(f".{key}" for key in words) or "none of these"
-            raise BadSample(
-                f"{name}: expected one .txt or .caption, or a .json with conversations, question and answer, or "
-                f"caption; got {found}"
-            )
-        return caption_turns(texts[0], pictures, name)
 
     def _json(self, member: _Member, name: str) -> dict:
         record = parse_json(self._bytes(member), f"{name}: member {printable(member.name)}")

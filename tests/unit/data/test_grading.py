@@ -8,30 +8,32 @@ import pytest
 from PIL import Image
 
 from tests.conftest import gpt, human
+from vlmtrain.data.grading import check_grading, graded, read_grading
 from vlmtrain.data.llava import LlavaJson
 from vlmtrain.data.records import UNGRADED, BadSample, Grading, Turn
 from vlmtrain.data.sources import build_source
-from vlmtrain.data.turns import graded, read_grading
 
 TALK = (Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?"), Turn("assistant", "d"))
 
 
-def test_a_record_speaks_of_all_its_turns_or_of_its_only_answer():
-    assert [turn.grading.category for turn in graded(TALK, {"category": "x"}, "r")] == [None, "x", None, "x"]
-    (_, only) = graded(TALK[:2], {"choices": ["b", "c"], "category": 3}, "r")
+def problems(turns: tuple[Turn, ...], record: dict) -> list[str | None]:
+    return [turn.grading.problem for turn in graded(turns, record) if turn.role == "assistant"]
+
+
+def test_a_record_describes_all_its_turns_or_its_only_answer():
+    assert [turn.grading.category for turn in graded(TALK, {"category": "x"})] == [None, "x", None, "x"]
+    (_, only) = graded(TALK[:2], {"choices": ["b", "c"], "category": 3})
     assert only.grading == Grading(category="3", choices=("b", "c"))
-    with pytest.raises(BadSample, match=r"r: the record has 2 answers: put answers, captions and choices"):
-        graded(TALK, {"choices": ["b", "d"]}, "r")
-    assert graded(TALK, {}, "r") is TALK
-    with pytest.raises(BadSample, match=r"r: the answer 'b' is not one of its 'choices', \['B', 'c'\]"):
-        graded(TALK[:2], {"choices": ["B", "c"]}, "r")
-    with pytest.raises(BadSample, match=r"not one of its 'choices'"):
-        graded((TALK[0], Turn("assistant", "b", Grading(choices=("c",)))), {}, "r")
+    two = "the record has 2 answers: put answers, captions and choices into its turns"
+    assert problems(TALK, {"choices": ["b", "d"]}) == [two, two]
+    assert graded(TALK, {}) == TALK
+    assert problems(TALK[:2], {"choices": ["B", "c"]}) == ["the answer 'b' is not one of its 'choices', ['B', 'c']"]
+    assert problems((TALK[0], Turn("assistant", "b", Grading(choices=("c",)))), {}) != [None]
 
 
 def test_vqa_annotations_are_read_as_they_are():
     people = [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
-    assert read_grading({"answers": people}, "r").answers == ("red",) * 10
+    assert read_grading({"answers": people}).answers == ("red",) * 10
 
 
 @pytest.mark.parametrize(
@@ -40,13 +42,15 @@ def test_vqa_annotations_are_read_as_they_are():
         ({"answers": ["a", "b", "c"]}, "'answers' must be of at least 4 annotators"),
         ({"answers": "red"}, "'answers' must be a non-empty list"),
         ({"choices": []}, "'choices' must be a non-empty list"),
-        ({"captions": [1]}, "'captions' must be a list of strings, got 1"),
+        ({"captions": [True]}, "'captions' must be a list of strings, got True"),
         ({"category": ["x"]}, "'category' must be a string"),
     ],
 )
-def test_what_cannot_be_read_names_the_record(record, said):
+def test_annotations_that_evaluation_cannot_use_are_a_problem_of_evaluation_alone(record, said):
+    turns = graded(TALK[:2], record)
     with pytest.raises(BadSample, match=f"rec: {said}"):
-        read_grading(record, "rec")
+        check_grading("rec", turns)
+    assert [(turn.role, turn.text) for turn in turns] == [("user", "a?"), ("assistant", "b")]
 
 
 def test_the_formats_carry_it(tmp_path):

@@ -141,7 +141,7 @@ def test_pictures_are_opened_by_our_own_decoder(tmp_path):
     eps = io.BytesIO()
     picture().save(eps, "EPS")
     source = HFDataset(save(tmp_path, {"image": [eps.getvalue()], "caption": ["x"]}, features))
-    with pytest.raises(BadSample, match=r"image 0 of column 'image' is not an image: it starts with b'%!PS"):
+    with pytest.raises(BadSample, match=r"image 0 of 'image' is not an image: it starts with b'%!PS"):
         source[0].images[0].load()
 
 
@@ -271,7 +271,7 @@ def test_indices_beyond_the_end_are_errors(tmp_path):
         ("empty.parquet", b"", r"empty\.parquet cannot be loaded: "),
         ("broken.arrow", b"no arrow", r"broken\.arrow cannot be loaded: "),
         ("broken.jsonl", b'{"a": ', r"broken\.jsonl cannot be loaded: "),
-        ("data.csv", b"a,b", r"data\.csv cannot be loaded: expected files of one kind, \.parquet"),
+        ("data.txt", b"a,b", r"data\.txt cannot be loaded: expected files of one kind, \.parquet"),
     ],
 )
 def test_what_cannot_be_loaded_is_an_error_in_one_line(tmp_path, name, content, message):
@@ -392,9 +392,9 @@ def test_columns_that_are_not_clear_are_an_error(given, present, message):
         choose_columns(given, present, "data")
 
 
-@pytest.mark.parametrize("role", ["caption", "answer"])
+@pytest.mark.parametrize("role", ["caption", "question"])
 def test_a_column_of_numbers_is_no_column_of_words(tmp_path, role):
-    path = save(tmp_path, {role: [3], "question": ["q"]} if role == "answer" else {role: [3]})
+    path = save(tmp_path, {role: [3], "answer": ["a"]} if role == "question" else {role: [3]})
     with pytest.raises(ValueError, match=rf"columns\.{role}={role} of .*data must contain strings, got .*int64"):
         HFDataset(path)
 
@@ -403,33 +403,36 @@ def test_a_column_of_numbers_is_no_column_of_words(tmp_path, role):
 
 
 BROKEN = {
-    "no messages": ({"messages": [talk("q", "a"), None]}, "'messages' must be a non-empty list, got None"),
+    "no messages": ({"messages": [talk("q", "a"), None]}, "expected 'messages'; got 'id'"),
     "empty messages": ({"messages": [talk("q", "a"), []]}, "'messages' must be a non-empty list"),
-    "a text": ({"messages": ["q", "q"]}, "'messages' must be a non-empty list, got 'q'"),
+    "a text": ({"messages": ["q", "q"]}, "'messages' is a string, but not JSON"),
     "texts": ({"messages": [["q"], ["q"]]}, "a turn must be an object"),
     "an unknown speaker": ({"messages": [[{"from": "bot", "value": "x"}]] * 2}, "'from' must be one of human"),
     "no value": ({"messages": [[{"from": "human", "value": None}]] * 2}, "a turn must be an object"),
     "an unknown role": ({"messages": [[{"role": "tool", "content": "x"}]] * 2}, "'role' must be one of human"),
-    "no content": ({"messages": [[{"role": "user", "content": None}]] * 2}, "'content' must be a non-empty list"),
+    "no content": ({"messages": [[{"role": "user", "content": None}]] * 2}, "a turn must be an object"),
     "an unknown item": (
         {"messages": [[{"role": "user", "content": [{"type": "video"}]}]] * 2},
         "must be of type text or image",
     ),
     "a null pair": ({"texts": [[{"user": "q", "assistant": None}]] * 2}, "the answer must be a string, got None"),
-    "no question": ({"question": ["q", None], "answer": ["a", "b"]}, "the question must be a string, got None"),
-    "no caption": ({"caption": ["x", None], "image": [encoded()] * 2}, "the caption must be a string, got None"),
+    "no question": (
+        {"question": ["q", None], "answer": ["a", "b"]},
+        "expected 'question' and 'answer'; got 'answer', 'id'",
+    ),
+    "no caption": ({"caption": ["x", None], "image": [encoded()] * 2}, "expected 'caption'; got 'image', 'id'"),
     "a caption alone": ({"caption": ["x", "y"], "image": [encoded(), None]}, "a caption but no image"),
     "a picture of another type": (
         {"caption": ["x", "y"], "image": [3, 4]},
-        "image 0 of column 'image' must be bytes or a path, got 4",
+        "image 0 of 'image' must be bytes, base64 or a path, got 4",
     ),
     "a picture that is null": (
         {"caption": ["x", "y"], "image": [[encoded()], [None]]},
-        "must be bytes or a path, got None",
+        "must be bytes, base64 or a path, got None",
     ),
     "a picture of nothing": (
         {"caption": ["x", "y"], "image": [{"bytes": None, "path": None}, {"bytes": None, "path": ""}]},
-        "must be bytes or a path",
+        "must be bytes, base64 or a path",
     ),
 }
 

@@ -76,8 +76,8 @@ def test_text_only_data_need_no_folder(tmp_path):
 
 
 def test_further_keys_do_no_harm(tmp_path, images):
-    record = {"id": "a", "image": "red.png", "conversations": marked("<image>", "red"), "images": 3, "source": [None]}
-    record["conversations"][0]["weight"] = "x"
+    record = {"id": "a", "image": "red.png", "conversations": marked("<image>", "red"), "images": [], "source": [None]}
+    record["conversations"][0]["language"] = "x"
     plain = {key: record[key] for key in ("id", "image")} | {"conversations": marked("<image>", "red")}
     one, two = read(tmp_path, [record, plain], images)
     assert one.turns == two.turns and one.images == two.images
@@ -103,18 +103,30 @@ def test_chat_role_names_are_taken_too(tmp_path):
 BROKEN = {
     "not an object": ("text", "expected an object, got str"),
     "null": (None, "expected an object, got NoneType"),
-    "no conversations": ({"id": "x"}, "'conversations' must be a non-empty list, got None"),
+    "no conversations": ({"id": "x"}, "expected 'conversations', or 'question' and 'answer', or 'caption'; got 'id'"),
     "empty conversations": ({"id": "x", "conversations": []}, "'conversations' must be a non-empty list"),
-    "conversations of another type": ({"id": "x", "conversations": "hi"}, "must be a non-empty list, got 'hi'"),
+    "conversations of another type": ({"id": "x", "conversations": "hi"}, "is a string, but not JSON"),
     "a turn that is text": ({"id": "x", "conversations": ["hi"]}, "a turn must be an object"),
     "a turn without value": ({"id": "x", "conversations": [{"from": "human"}]}, "a turn must be an object"),
-    "a value of another type": ({"id": "x", "conversations": [{"from": "human", "value": 3}]}, "a turn must be"),
+    "a value of another type": (
+        {"id": "x", "conversations": [{"from": "human", "value": 3}]},
+        "'value' must be a string",
+    ),
     "a turn without role": ({"id": "x", "conversations": [{"value": "q"}]}, "'from' must be one of human, .*got None"),
     "an unknown role": ({"id": "x", "conversations": [{"from": "bot", "value": "q"}]}, "'from' must be .*got 'bot'"),
     "a role of another type": ({"id": "x", "conversations": [{"from": ["human"], "value": "q"}]}, "'from' must be"),
-    "a picture of another type": ({"id": "x", "image": 5, "conversations": TALK}, "'image' must be a path"),
-    "an empty picture name": ({"id": "x", "image": [""], "conversations": TALK}, "'image' must be a path"),
-    "pictures of another type": ({"id": "x", "image": ["red.png", 5], "conversations": TALK}, "'image' must be a path"),
+    "a picture of another type": (
+        {"id": "x", "image": 5, "conversations": TALK},
+        "of 'image' must be bytes, base64 or a path",
+    ),
+    "an empty picture name": (
+        {"id": "x", "image": [""], "conversations": TALK},
+        "of 'image' must be bytes, base64 or a path",
+    ),
+    "pictures of another type": (
+        {"id": "x", "image": ["red.png", 5], "conversations": TALK},
+        "of 'image' must be bytes, base64 or a path",
+    ),
     "an absolute path": ({"id": "x", "image": "/etc/passwd", "conversations": TALK}, "leads out of"),
     "a path upwards": ({"id": "x", "image": "../data.json", "conversations": TALK}, "leads out of"),
     "a path that turns back": (
@@ -122,7 +134,10 @@ BROKEN = {
         "leads out of",
     ),
     "a path in Windows' way": ({"id": "x", "image": "deep\\blue.png", "conversations": TALK}, "has backslashes"),
-    "a list within a list": ({"id": "x", "image": [["red.png"]], "conversations": TALK}, "'image' must be a path"),
+    "a list within a list": (
+        {"id": "x", "image": [["red.png"]], "conversations": TALK},
+        "of 'image' must be bytes, base64 or a path",
+    ),
     "a deep value": ({"id": "x", "conversations": [DEEP]}, "a turn must be an object"),
     "a deep role": ({"id": "x", "conversations": [{"from": DEEP, "value": "q"}]}, "'from' must be one of"),
 }

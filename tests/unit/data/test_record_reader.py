@@ -1,0 +1,177 @@
+"""Records of every form: what is read, and what is refused because it would change training."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from vlmtrain.data.images import ImageFolder
+from vlmtrain.data.record_reader import RecordReader
+from vlmtrain.data.records import BadSample, Conversation
+from vlmtrain.data.rendering import Renderer, check_conversation
+
+COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+QUESTION, ANSWER = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+PICTURED = {"image": "red.png", "conversations": [{"from": "human", "value": "<image>\nq"}, ANSWER]}
+
+
+def encoded(color: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (24, 24), COLORS[color]).save(out, "PNG")
+    return out.getvalue()
+
+
+def in_base64(color: str) -> str:
+    return base64.b64encode(encoded(color)).decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> ImageFolder:
+    home = tmp_path_factory.mktemp("images")
+    for color in COLORS:
+        (home / f"{color}.png").write_bytes(encoded(color))
+    return ImageFolder(home)
+
+
+def colors(conversation: Conversation) -> list[str]:
+    named = {value: name for name, value in COLORS.items()}
+    return [named[image.load().getpixel((0, 0))] for image in conversation.images]
+
+
+def texts(conversation: Conversation) -> list[str]:
+    return [turn.text for turn in conversation.turns]
+
+
+def chat(*contents: object) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def words(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+FORMS = {
+    "OpenAI, images beside": ({"messages": chat("<image>q", "a"), "images": ["red.png"]}, ["<image>q", "a"], ["red"]),
+    "typed items": (
+        {"messages": chat([words("1: "), {"type": "image"}, words(" 2: "), {"type": "image"}], "a"),
+         "images": ["red.png", "blue.png"]},
+        ["1: <image> 2: <image>", "a"], ["red", "blue"],
+    ),
+    "items with an index": (
+        {"messages": chat([{"type": "image", "index": 1}, {"type": "image", "index": 0, "text": None}], [words("a")]),
+         "images": ["red.png", "blue.png"]},
+        ["<image><image>", "a"], ["blue", "red"],
+    ),
+    "items with paths": (
+        {"messages": chat([{"type": "image", "image": "blue.png"}, words("q")], "a")}, ["<image>q", "a"], ["blue"],
+    ),
+    "items with a data URL": (
+        {"messages": chat([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{in_base64('red')}"}}],
+                          "a")},
+        ["<image>", "a"], ["red"],
+    ),
+    "prompt and completion as texts": ({"prompt": "q", "completion": "a"}, ["q", "a"], []),
+    "prompt and completion as messages": (
+        {"prompt": chat("q"), "completion": [{"role": "assistant", "content": "a"}]}, ["q", "a"], [],
+    ),
+    "prompt as messages": ({"prompt": chat("q", "a", "r"), "completion": "b"}, ["q", "a", "r", "b"], []),
+    "query and label": ({"query": "q", "label": 3, "image": "red.png"}, ["<image>\nq", "3"], ["red"]),
+    "the most frequent of several answers": (
+        {"question": "q", "answers": ["x", "a", "a"], "image": "red.png"}, ["<image>\nq", "a"], ["red"],
+    ),
+    "conversations as JSON text": ({"conversations": json.dumps([QUESTION, ANSWER])}, ["q", "a"], []),
+    "one caption in a list": ({"captions": ["a"], "image": "red.png"}, ["<image>", "a"], ["red"]),
+    "a system text": ({"system": "s", "conversations": [QUESTION, ANSWER]}, ["s", "q", "a"], []),
+    "base64": ({**PICTURED, "image": in_base64("blue")}, ["<image>\nq", "a"], ["blue"]),
+    "bytes": ({**PICTURED, "image": {"bytes": encoded("blue"), "path": None}}, ["<image>\nq", "a"], ["blue"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("record, said, seen", FORMS.values(), ids=FORMS)
+def test_every_form_is_read(folder, record, said, seen):
+    conversation = RecordReader(folder).read(record, "r")
+    assert texts(conversation) == said and colors(conversation) == seen
+    assert conversation.unused == ()
+    check_conversation(conversation)
+
+
+REFUSED = {
+    "videos": ({**PICTURED, "videos": ["a.mp4"]}, "'videos' is not supported; data.ignore=.videos. trains without it"),
+    "a video": ({**PICTURED, "video": "a.mp4"}, "'video' is not supported"),
+    "tools": ({**PICTURED, "tools": "[{}]"}, "'tools' is not supported"),
+    "another image column": ({**PICTURED, "mask": {"bytes": b"x", "path": None}}, "'mask' contains an image"),
+    "images beside an image": ({**PICTURED, "images": ["blue.png"]}, "'images' contains an image that nothing reads"),
+    "a path of another name": (
+        {"img": "red.png", "conversations": [QUESTION, ANSWER]}, "'img' contains an image .*data.columns.image=img",
+    ),
+    "a path under any name": ({"file": "red.png", "conversations": [QUESTION, ANSWER]}, "'file' contains an image"),
+    "a weight of the record": ({**PICTURED, "loss": 0.5}, "'loss' is not supported"),
+    "a call of a tool": ({"messages": [*chat("q", "a"), {**chat("q")[0], "tool_calls": [1]}]}, "'tool_calls' is not"),
+    "two system texts": (
+        {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("q", "a")]}, "'system' and a system turn",
+    ),
+    "several captions": ({"captions": ["a", "b"], "image": "red.png"}, "the caption must be a string"),
+    "a URL": ({**PICTURED, "image": "https://example.org/a.png"}, "is a URL; images are not downloaded"),
+    "an index that leads nowhere": (
+        {"messages": chat([{"type": "image", "index": 1}], "a"), "images": ["red.png"]}, "indices .1., but there are 1",
+    ),
+    "a weight of a question": ({"conversations": [{**QUESTION, "weight": 1}, ANSWER]}, "only the assistant's turns"),
+    "a negative weight": ({"conversations": [QUESTION, {**ANSWER, "weight": -1}]}, "'weight' of at least 0"),
+    "two weights": ({"conversations": [QUESTION, {**ANSWER, "weight": 1, "loss": 0}]}, "must have one 'weight'"),
+    "a data URL without base64": ({**PICTURED, "image": "data:image/png,abc"}, "data URL without base64"),
+    "text that is no base64": ({**PICTURED, "image": "/9j/" + "?" * 90}, "is not valid base64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("record, message", REFUSED.values(), ids=REFUSED)
+def test_what_would_change_training_is_refused(folder, record, message):
+    with pytest.raises(BadSample, match=f"^r: .*{message}"):
+        RecordReader(folder).read(record, "r")
+
+
+def test_other_keys_are_listed_as_unused_and_ignored_keys_are_not(folder):
+    talk = [{**QUESTION, "language": "en"}, ANSWER]
+    record = {"conversations": talk, "source": "x", "video": "a.mp4", "width": 5, "image_id": 7}
+    conversation = RecordReader(folder, ignored=["video"]).read(record, "r")
+    assert sorted(conversation.unused) == ["conversations[].language", "image_id", "source", "width"]
+
+
+@pytest.mark.parametrize(
+    "given, weights", [({"weight": 0}, [0, 1]), ({"weight": 0.5}, [0.5, 1]), ({"loss": False}, [0, 1]), ({}, [1, 1])]
+)
+def test_the_weight_of_a_turn_is_the_loss_weight_of_its_tokens(folder, tokenizer, given, weights):
+    talk = [QUESTION, {**ANSWER, **given}, QUESTION, ANSWER]
+    rendered = Renderer(tokenizer, "chat", 100).render(RecordReader(folder).read({"conversations": talk}, "r"), [])
+    for (start, end), weight in zip(rendered.answers, weights):
+        assert set(rendered.weights[start - 1 : end - 1].tolist()) == {weight}
+        assert (rendered.targets[start - 1 : end - 1] >= 0).all() == (weight > 0)
+
+
+REPAIRED = {
+    "a first answer": ("aqa", ["q", "a"]),
+    "a last question": ("qaq", ["q", "a"]),
+    "two questions": ("qqa", ["q\nq", "a"]),
+    "two answers": ("qaa", ["q", "a\na"]),
+    "nothing to repair": ("qaqa", ["q", "a", "q", "a"]),
+}
+
+
+@pytest.mark.parametrize("turns, expected", REPAIRED.values(), ids=REPAIRED)
+def test_turns_are_repaired_if_that_is_wanted(folder, turns, expected):
+    record = {"conversations": [{"q": QUESTION, "a": ANSWER}[turn] for turn in turns]}
+    conversation = RecordReader(folder, repair=True).read(record, "r")
+    assert texts(conversation) == expected
+    assert conversation.repaired == (len(turns) != 4)
+    untouched = RecordReader(folder).read(record, "r")
+    assert len(untouched.turns) == len(turns) and not untouched.repaired
+
+
+def test_the_images_of_a_dropped_question_are_dropped_too(folder):
+    talk = [{"from": "human", "value": "<image>"}, ANSWER, {"from": "human", "value": "<image>"}]
+    record = {"conversations": talk, "image": ["blue.png", "red.png"]}
+    conversation = RecordReader(folder, repair=True).read(record, "r")
+    assert colors(conversation) == ["blue"] and texts(conversation) == ["<image>", "a"]

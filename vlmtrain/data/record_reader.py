@@ -1,0 +1,378 @@
+"""Reads records of all data formats: mappings with the keys that public data sets use.
+
+A record has its text in one of three forms:
+
+    turns      conversations | messages | texts         a list of turns, or such a list as a JSON string
+    exchange   question | query | prompt                and  answer | label | answers | completion | response
+    caption    caption | text | captions
+
+A turn is ``{"from", "value"}`` (LLaVA), ``{"role", "content"}`` with a string or typed items (OpenAI, ms-swift, TRL),
+or ``{"user", "assistant"}``. A key that would change training is read or refused; all others are listed in
+`Conversation.unused`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..errors import first_line, printable, shown
+from .grading import GRADING, graded, read_grading
+from .images import ImageFolder, is_image_value
+from .records import IMAGE_MARK, BadSample, Conversation, ImageSource, Turn
+
+KEYS = {
+    "messages": ("conversations", "messages", "texts"),
+    "question": ("question", "query", "prompt"),
+    "answer": ("answer", "label", "answers", "completion", "response"),
+    "caption": ("caption", "text", "captions"),
+    "image": ("image", "images"),
+    "system": ("system",),
+    "id": ("id",),
+}
+"""Keys of a record by role; the first one that is present is read."""
+FORMS = (("messages",), ("question", "answer"), ("caption",))
+"""Roles that together provide a record's text."""
+SPEAKERS = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
+    "system": "system",
+}
+WEIGHTS = ("weight", "loss", "train")
+"""Keys of a turn that give its loss weight; only the first may be a number other than 0 and 1."""
+REFUSED = re.compile(
+    r"(.*_)?(videos?|audios?|tools|tool_calls|functions?|function_call|reasoning_content|chosen|rejected|"
+    r"rejected_response|history|objects|loss|loss_scale|loss_weight|sample_weight|weight|images?|img|picture)"
+)
+"""Keys whose content would change training if it was read."""
+
+
+class _Said(NamedTuple):
+    """A turn and the images of its marks.
+
+    A mark is an image, its position among the record's images, or None for the next one of these.
+    """
+
+    turn: Turn
+    marks: tuple[ImageSource | int | None, ...] = ()
+
+
+@dataclass
+class RecordReader:
+    """Converts records to conversations.
+
+    images: where image paths are looked up. keys: the key of each role (of `KEYS` and `GRADING`); None: the usual
+    names. ignored: keys that are not read. images_first: put images before the user's first text if it has no marks, as
+    the forms without turns always do. repair: make turns alternate by dropping a first assistant turn and a last user
+    turn, and by joining consecutive turns of one speaker.
+    """
+
+    images: ImageFolder
+    keys: Mapping[str, str] | None = None
+    ignored: Sequence[str] = ()
+    images_first: bool = False
+    repair: bool = False
+
+    def has_turns(self, record: Mapping) -> bool:
+        """Whether a record has its text in turns, or in a question."""
+        roles = self._roles({key: value for key, value in record.items() if value is not None})
+        return "messages" in roles or "question" in roles
+
+    def read(
+        self, record: object, where: str, id: object = None, images: Sequence[ImageSource] | None = None
+    ) -> Conversation:
+        """Convert a record. `images` replaces those that the record names. Raises BadSample, naming the record."""
+        if not isinstance(record, Mapping):
+            raise BadSample(f"{where}: expected an object, got {type(record).__name__}")
+        record = {key: value for key, value in record.items() if value is not None and key not in self.ignored}
+        found = self._roles(record)
+        values = {role: record[key] for role, key in found.items()}
+        name = record_name(where, values.get("id") if id is None else id)
+        form = next((form for form in FORMS if all(role in values for role in form)), None)
+        if form is None:
+            got = ", ".join(f"'{printable(str(key), 40)}'" for key in list(record)[:12]) or "no keys"
+            raise BadSample(f"{name}: expected {self._expected()}; got {got}")
+        if images is None:
+            images = self._images(values.get("image"), found.get("image"), name)
+        used = {found[role] for role in (*form, "image", "system", "id", *GRADING) if role in found}
+        unused = [key for key in record if key not in used]
+        for key in unused:
+            _refuse_if_needed(key, record[key], bool(images), name)
+        said = self._said(form, values, found[form[0]], len(images), unused, name)
+        if "system" in values:
+            said = [_system(values["system"], said, name), *said]
+        said, unmarked = _with_images(said, images, name)
+        kept = _alternating(said) if self.repair else said
+        turns = graded(tuple(each.turn for each in kept), {role: values[role] for role in GRADING if role in values})
+        marked = tuple(image for each in kept for image in each.marks)
+        return Conversation(name, turns, marked + unmarked, tuple(dict.fromkeys(unused)), kept != said)
+
+    def _roles(self, record: Mapping) -> dict[str, str]:
+        """The record's key of each role that it has."""
+        if self.keys is not None:
+            return {role: key for role, key in self.keys.items() if key in record}
+        usual = {role: next((key for key in keys if key in record), None) for role, keys in KEYS.items()}
+        return {role: key for role, key in usual.items() if key} | {key: key for key in GRADING if key in record}
+
+    def _expected(self) -> str:
+        """The keys of a record's text, for messages."""
+        names = {role: keys[0] for role, keys in KEYS.items()} if self.keys is None else self.keys
+        forms = [" and ".join(f"'{names[role]}'" for role in form) for form in FORMS if set(form) <= names.keys()]
+        return ", or ".join(forms)
+
+    def _images(self, value: object, key: str | None, name: str) -> tuple[ImageSource, ...]:
+        if value is None or value == "":
+            return ()
+        values = value if isinstance(value, list) else [value]
+        return tuple(self.images.read(one, f"{i} of '{key}'", name) for i, one in enumerate(values))
+
+    def _said(
+        self, form: tuple[str, ...], values: Mapping, key: str, images: int, unused: list[str], name: str
+    ) -> list[_Said]:
+        if form == ("caption",):
+            caption, captions = values["caption"], values["caption"]
+            if isinstance(captions, list) and len(captions) == 1:
+                (caption,) = captions
+            if not isinstance(caption, str):
+                raise BadSample(f"{name}: the caption must be a string, got {shown(caption)}")
+            if not images:
+                raise BadSample(f"{name}: the record has a caption but no image")
+            return [_user("\n".join([IMAGE_MARK] * images)), _Said(Turn("assistant", caption))]
+        messages = values["messages"] if form == ("messages",) else self._exchange(values, name)
+        return self._messages(messages, key, images, unused, name)
+
+    @staticmethod
+    def _exchange(values: Mapping, name: str) -> list:
+        """A question and its answer as messages. Both may be lists of messages (TRL's prompt and completion)."""
+        question, answer = values["question"], values["answer"]
+        if isinstance(question, list):
+            return question + (answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])
+        return [{"user": question, "assistant": answer_text(answer, name)}]
+
+    def _messages(self, value: object, key: str, images: int, unused: list[str], name: str) -> list[_Said]:
+        messages = filled_list(_rows(_parsed(value, key, name)), key, name)
+        if isinstance(messages[0], dict) and {"user", "assistant"} <= messages[0].keys():
+            said = [turn for pair in messages for turn in self._pair(pair, key, unused, name)]
+            return _images_first(said, images)
+        said = [self._turn(message, key, unused, name) for message in messages]
+        return _images_first(said, images) if self.images_first else said
+
+    def _pair(self, pair: object, key: str, unused: list[str], name: str) -> tuple[_Said, _Said]:
+        if not isinstance(pair, dict):
+            raise BadSample(f"{name}: expected an object with 'user' and 'assistant', got {shown(pair)}")
+        for role, what in (("user", "question"), ("assistant", "answer")):
+            if not isinstance(pair.get(role), str):
+                raise BadSample(f"{name}: the {what} must be a string, got {shown(pair.get(role))}")
+        _note_unused(pair, ("user", "assistant"), key, unused, name)
+        return _user(pair["user"]), _Said(Turn("assistant", pair["assistant"]))
+
+    def _turn(self, message: object, key: str, unused: list[str], name: str) -> _Said:
+        is_chat = isinstance(message, dict) and "role" in message and "from" not in message
+        speaker, words = ("role", "content") if is_chat else ("from", "value")
+        if not isinstance(message, dict) or message.get(words) is None:
+            raise BadSample(
+                f"{name}: a turn must be an object with 'from' and a string 'value', or 'role' and 'content', got "
+                f"{shown(message)}"
+            )
+        role, content = role_of(message.get(speaker), speaker, name), message[words]
+        if is_chat and not isinstance(content, str):
+            text, marks = self._items(content, key, unused, name)
+        elif isinstance(content, str):
+            text, marks = content, (None,) * content.count(IMAGE_MARK)
+        else:
+            raise BadSample(f"{name}: 'value' must be a string, got {shown(content)}")
+        if role != "assistant":
+            if any(message.get(weight) for weight in WEIGHTS):
+                raise BadSample(
+                    f"{name}: only the assistant's turns are trained, but a turn of the {role} has a weight"
+                )
+            _note_unused(message, (speaker, words, *WEIGHTS, *GRADING), key, unused, name)
+            return _Said(Turn(role, text), marks if role == "user" else ())
+        _note_unused(message, (speaker, words, *WEIGHTS, *GRADING), key, unused, name)
+        return _Said(Turn(role, text, read_grading(message), _weight(message, name)))
+
+    def _items(self, content: object, key: str, unused: list[str], name: str) -> tuple[str, tuple]:
+        """Text of typed items, with a mark for each image, and the images of the marks."""
+        texts, marks = [], []
+        for item in filled_list(content, "content", name):
+            item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind == "text" and isinstance(item.get("text"), str):
+                texts.append(item["text"])
+                marks += [None] * item["text"].count(IMAGE_MARK)
+            elif kind in ("image", "image_url"):
+                texts.append(IMAGE_MARK)
+                marks.append(self._item_image(item, name))
+            else:
+                raise BadSample(f"{name}: an item of 'content' must be of type text or image, got {shown(item)}")
+            _note_unused(item, ("type", "text", "index", *_ITEM_IMAGES), f"{key}[].content", unused, name)
+        return "".join(texts), tuple(marks)
+
+    def _item_image(self, item: Mapping, name: str) -> ImageSource | int | None:
+        named = [key for key in _ITEM_IMAGES if key in item]
+        if "index" in item:
+            if named or not isinstance(item["index"], int) or isinstance(item["index"], bool):
+                raise BadSample(f"{name}: an image item must have an 'index' or an image, got {shown(item)}")
+            return item["index"]
+        if len(named) > 1:
+            raise BadSample(f"{name}: an image item must have one image, got {' and '.join(named)}")
+        return self.images.read(item[named[0]], "of 'content'", name) if named else None
+
+
+_ITEM_IMAGES = ("image", "image_url", "url", "path", "base64", "data")
+
+
+def _user(text: str) -> _Said:
+    return _Said(Turn("user", text), (None,) * text.count(IMAGE_MARK))
+
+
+def record_name(where: str, id: object) -> str:
+    """Name of a record in messages: its file and number, and its id if it has one."""
+    if id is None:
+        return where
+    return f"{where} (id {printable(id, 200) if isinstance(id, str) else shown(id)})"
+
+
+def role_of(value: object, key: str, name: str) -> str:
+    """Map a speaker's name to ``system``, ``user`` or ``assistant``. Raises BadSample."""
+    role = SPEAKERS.get(value) if isinstance(value, str) else None
+    if role is None:
+        raise BadSample(f"{name}: '{key}' must be one of {', '.join(SPEAKERS)}, got {shown(value)}")
+    return role
+
+
+def filled_list(value: object, key: str, name: str) -> list:
+    """Return `value` if it is a non-empty list, else raise BadSample."""
+    if not isinstance(value, list) or not value:
+        raise BadSample(f"{name}: '{key}' must be a non-empty list, got {shown(value)}")
+    return value
+
+
+def answer_text(value: object, name: str) -> str:
+    """The text of an answer: a string, a number, or the most frequent of several answers (the first among equals).
+
+    Raises BadSample.
+    """
+    values = value if isinstance(value, list) and value else [value]
+    values = [item.get("answer") if isinstance(item, dict) else item for item in values]
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise BadSample(f"{name}: the answer must be a string, got {shown(value)}")
+    return str(Counter(values).most_common(1)[0][0])
+
+
+def _parsed(value: object, key: str, name: str) -> object:
+    """A list of turns, also from its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"{name}: '{key}' is a string, but not JSON: {first_line(error)}") from None
+
+
+def _rows(messages: object) -> object:
+    """Messages as a list of objects, also if they are stored as an object of lists."""
+    if isinstance(messages, dict) and messages and all(isinstance(column, list) for column in messages.values()):
+        return [dict(zip(messages, row)) for row in zip(*messages.values())]
+    return messages
+
+
+def _weight(message: Mapping, name: str) -> float:
+    """The loss weight of an assistant's turn. Raises BadSample."""
+    given = [key for key in WEIGHTS if message.get(key) is not None]
+    if not given:
+        return 1.0
+    value = message[given[0]]
+    is_number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    if len(given) > 1 or not is_number or (given[0] != "weight" and value not in (0, 1)):
+        said = {key: message[key] for key in given}
+        raise BadSample(
+            f"{name}: a turn must have one 'weight' of at least 0, or 'loss' or 'train' of 0 or 1, got {said}"
+        )
+    return float(value)
+
+
+def _system(words: object, said: Sequence[_Said], name: str) -> _Said:
+    if not isinstance(words, str):
+        raise BadSample(f"{name}: 'system' must be a string, got {shown(words)}")
+    if said and said[0].turn.role == "system":
+        raise BadSample(f"{name}: the record has a 'system' and a system turn")
+    return _Said(Turn("system", words))
+
+
+def _note_unused(item: Mapping, known: Iterable[str], where: str, unused: list[str], name: str) -> None:
+    """Add the unknown keys of a turn or an item to `unused`. Raises BadSample for one that would change training."""
+    for key, value in item.items():
+        if key not in known and value is not None:
+            _refuse_if_needed(key, value, True, name)
+            unused.append(f"{where}[].{key}")
+
+
+def _refuse_if_needed(key: object, value: object, has_images: bool, name: str) -> None:
+    """Raise BadSample for the content of an unused key that would change training if it was read.
+
+    Further paths of images are allowed if the record has images: they are often the origin of these.
+    """
+    if not value or not isinstance(key, str):
+        return
+    is_image = is_image_value(value)
+    if is_image and isinstance(value, str) and has_images and REFUSED.fullmatch(key) is None:
+        return
+    if is_image:
+        raise BadSample(
+            f"{name}: '{key}' contains an image that nothing reads: set data.columns.image={key} (data=hf), rename it "
+            f"to 'image', or ignore it with data.ignore=[{key}]"
+        )
+    if REFUSED.fullmatch(key):
+        raise BadSample(f"{name}: '{key}' is not supported; data.ignore=[{key}] trains without it")
+
+
+def _images_first(said: Sequence[_Said], images: int) -> list[_Said]:
+    """Turns with one mark per image, each on its own line, before the user's first text, unless it has marks."""
+    first = next((i for i, each in enumerate(said) if each.turn.role == "user"), None)
+    if first is None or any(each.marks for each in said):
+        return list(said)
+    marked = _user("\n".join([IMAGE_MARK] * images + [said[first].turn.text]))
+    return [*said[:first], marked, *said[first + 1 :]]
+
+
+def _with_images(
+    said: Sequence[_Said], images: Sequence[ImageSource], name: str
+) -> tuple[list[_Said], tuple[ImageSource, ...]]:
+    """Turns with the images of their marks, and the images without a mark. Raises BadSample for a wrong index."""
+    flat = [mark for each in said for mark in each.marks]
+    indices = [mark for mark in flat if isinstance(mark, int)]
+    if indices and None in flat:
+        raise BadSample(f"{name}: some image items have an 'index' and others have none")
+    if not all(0 <= index < len(images) for index in indices):
+        raise BadSample(f"{name}: the image items have the indices {indices}, but there are {len(images)} images")
+    rest = list(images)
+
+    def image_of(mark: ImageSource | int | None) -> ImageSource | None:
+        if isinstance(mark, int):
+            return images[mark]
+        return rest.pop(0) if mark is None and rest else mark
+
+    found = [each._replace(marks=tuple(filter(None, map(image_of, each.marks)))) for each in said]
+    return found, () if indices else tuple(rest)
+
+
+def _alternating(said: Sequence[_Said]) -> list[_Said]:
+    """Turns that alternate between user and assistant, starting with the user and ending with the assistant."""
+    out = [each for each in said[:1] if each.turn.role == "system"]
+    start = len(out)
+    for each in said[start:]:
+        last = out[-1].turn if len(out) > start else None
+        if last and (last.role, last.weight) == (each.turn.role, each.turn.weight):
+            text = f"{last.text}\n{each.turn.text}"
+            out[-1] = _Said(replace(each.turn, text=text), out[-1].marks + each.marks)
+        elif last or each.turn.role == "user":
+            out.append(each)
+    while len(out) > start and out[-1].turn.role == "user":
+        out.pop()
+    return out
