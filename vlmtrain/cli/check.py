@@ -143,6 +143,8 @@ def _print_sources(result: dict) -> None:
                 ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of images, "
                              f"{report['target_tokens']:,} trained on)"),
                 ("  problems", f"{len(report['problems']):,}"),
+                *([("  repaired", f"{report['repaired']:,}")] if report["repaired"] else []),
+                *([("  not read", ", ".join(report["unused"]))] if report["unused"] else []),
             ], indent=2, numbers=False)
         )  # fmt: skip
         for title, key in (("tokens per sample", "length"), ("image tokens per sample", "image_tokens_each")):

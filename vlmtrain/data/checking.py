@@ -34,6 +34,8 @@ class Reading(NamedTuple):
     target_tokens: int = 0
     answers: int = 0
     content: bytes = b""
+    unused: tuple[str, ...] = ()
+    repaired: bool = False
 
 
 @dataclass
@@ -41,7 +43,9 @@ class SourceReport:
     """Totals of a source, the distribution of its lengths, and all problems.
 
     length, image_tokens_each: shortest, median and longest; histograms: (from, to, samples); duplicates: samples
-    with the same text and images as an earlier one; bad_records: indices of the records with problems.
+    with the same text and images as an earlier one; bad_records: indices of the records with problems. unused: keys
+    and columns that were not read, with the number of samples that have them; repaired: samples whose turns were
+    dropped or joined.
     """
 
     records: int = 0
@@ -53,6 +57,8 @@ class SourceReport:
     image_tokens: int = 0
     target_tokens: int = 0
     duplicates: int = 0
+    repaired: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
     length: dict[str, float] = field(default_factory=dict)
     length_histogram: list[tuple[int, int, int]] = field(default_factory=list)
     image_tokens_each: dict[str, float] = field(default_factory=dict)
@@ -97,6 +103,8 @@ class _Readings(Dataset):
             int((tokens.weights > 0).sum()),
             len(tokens.answers),
             content.digest(),
+            conversation.unused,
+            conversation.repaired,
         )
 
 
@@ -129,6 +137,9 @@ def check_data(
         report.image_tokens += reading.image_tokens
         report.target_tokens += reading.target_tokens
         report.duplicates += reading.content in seen
+        report.repaired += reading.repaired
+        for key in reading.unused:
+            report.unused[key] = report.unused.get(key, 0) + 1
         seen.add(reading.content)
         lengths[name][reading.length] += 1
         if reading.images:

@@ -112,7 +112,7 @@ REFUSED = {
     "a weight of the record": ({**PICTURED, "loss": 0.5}, "'loss' is not supported"),
     "a call of a tool": ({"messages": [*chat("q", "a"), {**chat("q")[0], "tool_calls": [1]}]}, "'tool_calls' is not"),
     "two system texts": (
-        {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("q", "a")]}, "'system' and a system turn",
+        {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("q", "a")]}, "'system' and a system",
     ),
     "several captions": ({"captions": ["a", "b"], "image": "red.png"}, "the caption must be a string"),
     "a URL": ({**PICTURED, "image": "https://example.org/a.png"}, "is a URL; images are not downloaded"),
