@@ -17,7 +17,7 @@ VICUNA_V1 = (
     "{% set turns = messages %}{% endif %}"
     "{{ system }}"
     "{% for turn in turns %}"
-    "{% if turn.role == 'user' %}{{ ' USER: ' + turn.content }}"
+    "{% if turn.role == 'user' %}{{ (' ' if loop.first else '') + 'USER: ' + turn.content }}"
     "{% else %}{{ ' ASSISTANT: ' + turn.content + eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"

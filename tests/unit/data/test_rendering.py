@@ -329,6 +329,16 @@ def test_no_picture_is_ever_cut(tokenizer):
 # refusing
 
 
+def test_vicuna_joins_turns_as_llava_does():
+    """The system text and user turns end with a space, answers with </s> and nothing else (conv_vicuna_v1)."""
+    conversation, seps, expected = talk("q", "a", "r", "b", system="s"), (" ", "</s>"), "s "
+    for i, (role, text) in enumerate(zip(("USER", "ASSISTANT") * 2, ("q", "a", "r", "b"))):
+        expected += f"{role}: {text}{seps[i % 2]}"
+    texts = renderer("llama_bpe", "vicuna_v1").template_texts(conversation.turns)
+    said = [*(turn.text for turn in conversation.turns), ""]
+    assert "".join(before + words for before, words in zip(texts, said)) == f"<s>{expected}"
+
+
 def test_no_chat_template_is_an_error_that_says_what_to_set():
     tokenizer = copy.deepcopy(all_tokenizers()["llama_bpe"])
     with pytest.raises(ValueError, match=r"no chat template: set llm\.chat_template"):
