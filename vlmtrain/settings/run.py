@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..connectors import CONNECTORS, check_options
@@ -18,7 +18,6 @@ from .fields import (
     TEXT,
     WORDS,
     Kind,
-    by_name,
     key,
     list_of,
     number,
@@ -156,11 +155,6 @@ Vision = OpenClipOptions | HFVisionOptions
 LLM = TinyLLM | HFLLM
 
 
-def options_of(part: Vision | LLM) -> dict[str, Any]:
-    """The keys of an encoder or a language model, as plain values."""
-    return asdict(part)
-
-
 def _by_provider(**classes: type) -> Kind:
     """A part whose keys depend on its provider."""
 
@@ -189,7 +183,8 @@ def _connector(value: Mapping, key: str) -> ConnectorChoice:
 
 def _stages(value: Mapping, key: str) -> dict[str, Stage]:
     return {
-        name: read(Stage, keys, f"{key}.{name}.", name=name, position=i) for i, (name, keys) in enumerate(value.items())
+        name: read(Stage, MAPPING(keys, f"{key}.{name}"), f"{key}.{name}.", name=name, position=i)
+        for i, (name, keys) in enumerate(value.items())
     }
 
 
@@ -223,7 +218,7 @@ class Run:
     llm: LLM = key(_by_provider(tiny=TinyLLM, hf=HFLLM))
     data: Mapping[str, Any] = key(MAPPING)  # see vlmtrain.data.sources
     engine: Engine = key(section(Engine))
-    stages: Mapping[str, Stage] = key(Kind("{name: {...}}", by_name(MAPPING, "").fits, _stages))
+    stages: Mapping[str, Stage] = key(Kind("{name: {...}}", MAPPING.fits, _stages))
 
     def __post_init__(self) -> None:
         if self.stage is not None and self.stage not in self.stages:
@@ -237,17 +232,13 @@ class Run:
         check_fallback(self.llm.chat_template, "llm.chat_template")
         for stage in self.stages.values():
             for name, options in (stage.connector_options or {}).items():
+                key = f"{stage.prefix}.connector_options"
                 if name not in CONNECTORS:
-                    raise ValueError(
-                        f"{stage.prefix}.connector_options: unknown connector {name}.{nearest(name, CONNECTORS)}"
-                    )
-                check_options(name, options, f"{stage.prefix}.connector_options.{name}")
-        for stage in self.stages.values():
+                    raise ValueError(f"{key}: unknown connector {name}.{nearest(name, CONNECTORS)}")
+                check_options(name, options, f"{key}.{name}")
             if stage.validation is not None and stage.validation not in self.data:
-                raise ValueError(
-                    f"{stage.prefix}.validation={stage.validation}: the data group has no such split."
-                    f"{nearest(stage.validation, self.data)}"
-                )
+                key, hint = f"{stage.prefix}.validation={stage.validation}", nearest(stage.validation, self.data)
+                raise ValueError(f"{key}: the data group has no such split.{hint}")
         splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
         check_keys(self.data, splits)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import build_vision
 from ..objectives import build_objective
-from ..settings import STAGE_PARTS, Run, Stage, options_of
+from ..settings import STAGE_PARTS, Run, Stage
 from ..settings.locations import CONFIGS
 from .adapters import add_adapters
 from .handover import take_over
@@ -150,7 +151,7 @@ def _build(
     weights: bool = True,
 ) -> nn.Module:
     if part == "vision":
-        return build_vision(**options_of(run.vision), dtype=dtype, weights=weights)
+        return build_vision(**asdict(run.vision), dtype=dtype, weights=weights)
     if part == "llm":
         llm = run.llm
         if llm.provider == "tiny":
