@@ -38,10 +38,7 @@ class StageModule(nn.Module):
 
 
 class StageEngine:
-    """The DeepSpeed engine of one stage.
-
-    A frozen vision encoder stays outside of it and is replicated, so that a rank can call it at any time.
-    """
+    """Trains the parts of one stage. A frozen encoder is replicated, so that a rank can call it at any time."""
 
     def __init__(
         self,
@@ -191,12 +188,10 @@ class StageEngine:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
         if self.dtype is torch.bfloat16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        for device, theirs in (
-            (engine.offload_optimizer, "offload_optimizer"),
-            (engine.offload_parameters, "offload_param"),
-        ):
+        offloads = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+        for option, device in offloads.items():
             if device != "none":
-                config["zero_optimization"][theirs] = {"device": device, "pin_memory": torch.cuda.is_available()}
+                config["zero_optimization"][option] = {"device": device, "pin_memory": torch.cuda.is_available()}
         return config
 
 
