@@ -74,7 +74,8 @@ def build_parts(
     for part in wanted:
         seed_for(run.seed, part)
         if part in PARTS and part in saved and part not in stage.fresh:
-            parts[part] = load_part(part, previous, dtype, _trusts_code(run, part))
+            trusts_code = getattr(getattr(run, part), "trust_remote_code", False)
+            parts[part] = load_part(part, previous, dtype, trusts_code)
             if part == "connector" and stage.builds_connector:
                 handed_on = parts.pop(part)
                 parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
@@ -91,10 +92,6 @@ def build_parts(
     seed_for(run.seed, "adapters")
     add_adapters(stage, parts)
     return parts
-
-
-def _trusts_code(run: Run, part: str) -> bool:
-    return part in ("vision", "llm") and getattr(run, part).trust_remote_code
 
 
 def check_origins(run: Run, stage: Stage, parts: Collection[str], handed_on: Collection[str]) -> None:

@@ -56,7 +56,6 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
-    """The groups of a part."""
     return [group for group in groups if group.part == part]
 
 
