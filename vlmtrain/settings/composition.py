@@ -30,7 +30,7 @@ from ..connectors import CONNECTORS, connector_options
 from ..errors import first_line, nearest
 from .fields import OPEN, read
 from .locations import CONFIGS, RECIPES
-from .run import Evaluation, Run, read_run
+from .run import MODULES, Evaluation, Run, read_run
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
@@ -53,10 +53,7 @@ def load_modules(overrides: Sequence[str]) -> None:
         key, _, _ = override.partition("=")
         if key.lstrip("+") == "modules":
             names = OverridesParser.create().parse_override(override).value()
-            names = [names] if isinstance(names, str) else names
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"{override}: expected a list of module names")
-            import_modules(names)
+            import_modules(MODULES(names, "modules"))
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -65,9 +62,9 @@ def import_modules(names: Sequence[str]) -> None:
         sys.path.append(str(Path.cwd()))
     for name in names:
         try:
-            importlib.import_module(str(name))
+            importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not str(name).startswith(error.name):
+            if error.name is None or not name.startswith(error.name):
                 raise
             raise ValueError(
                 f"modules={list(names)}: no module {name} in the working directory or on PYTHONPATH"
@@ -129,11 +126,12 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None)
             raise ValueError(_explain(name, error, overrides)) from None
 
 
-def prepare_line(line: Sequence[str]) -> list[str]:
-    """Prepare command-line arguments for Hydra.
+def read_line(line: Sequence[str]) -> tuple[list[str], str | None]:
+    """Prepare command-line arguments for Hydra, and return the output of ``--cfg job`` if it is given.
 
-    Hydra's own options come first, ``mini=true`` is expanded and custom modules are imported. Raises
-    ValueError, with a shorter message than Hydra's, for arguments that do not compose.
+    Hydra's own options come first, ``mini=true`` is expanded and custom modules are imported. The output is the
+    effective settings as YAML, with ??? for missing values. Raises ValueError, with a shorter message than Hydra's, for
+    arguments that do not compose.
     """
     arguments = get_args_parser().parse_intermixed_args(list(line))
     options = list(line)
@@ -141,24 +139,15 @@ def prepare_line(line: Sequence[str]) -> list[str]:
         options.remove(override)
     overrides = with_mini(arguments.overrides)
     register_choices(overrides)
-    if not (arguments.multirun or arguments.cfg or arguments.help or arguments.hydra_help or arguments.info):
+    shown = None
+    if arguments.cfg == "job":
+        config = _compose("train", overrides, arguments.config_dir)
+        settings = finish(config, config.hydra, must_be_complete=False)
+        read_run(settings)
+        shown = OmegaConf.to_yaml(OmegaConf.select(OmegaConf.create(settings), arguments.package or ""))
+    elif not (arguments.multirun or arguments.cfg or arguments.help or arguments.hydra_help or arguments.info):
         compose(overrides, arguments.config_dir)
-    return [*options, *_with_open_mappings(overrides)]
-
-
-def shown_settings(line: Sequence[str]) -> str | None:
-    """Return the output of ``--cfg job``: the effective settings as YAML, with ??? for missing values.
-
-    Returns None if ``--cfg job`` is not given.
-    """
-    arguments = get_args_parser().parse_intermixed_args(list(line))
-    if arguments.cfg != "job":
-        return None
-    config = _compose("train", arguments.overrides, arguments.config_dir)
-    composed = finish(config, config.hydra, must_be_complete=False)
-    read_run(composed)
-    settings, package = OmegaConf.create(composed), arguments.package
-    return OmegaConf.to_yaml(OmegaConf.select(settings, package) if package else settings)
+    return [*options, *_with_open_mappings(overrides)], shown
 
 
 def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete: bool = True) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from .stage import Stage
 
 _LAYERS = list_of(whole(), "a list of layers")
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
-_MODULES = Kind(
-    "a list of modules",
+MODULES = Kind(
+    "a list of module names",
     lambda value: isinstance(value, str) or NAMES.fits(value),
     lambda value, key: (value,) if isinstance(value, str) else tuple(value),
 )
@@ -194,7 +194,7 @@ class Run:
 
     composed: Mapping[str, Any]
     name: str = key(TEXT)  # the recipe
-    modules: tuple[str, ...] = key(_MODULES)  # imported first
+    modules: tuple[str, ...] = key(MODULES)  # imported first
     stage: str | None = key(optional(TEXT))  # the only stage to run
     run_dir: str = key(TEXT)
     init_from: str | None = key(optional(TEXT))  # model to start from
@@ -294,7 +294,7 @@ def read_run(composed: Mapping[str, Any]) -> Run:
 class Evaluation:
     """The settings of ``vlmtrain evaluate``: configs/evaluate.yaml."""
 
-    modules: Sequence[str] = key(_MODULES)
+    modules: Sequence[str] = key(MODULES)
     seed: int = key(whole(0))
     validation: Validation = key(section(Validation))
     data: Mapping[str, Any] = key(MAPPING)
