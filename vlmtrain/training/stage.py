@@ -98,7 +98,7 @@ class _Stage:
             attend_in_segments(self.parts["llm"])
         if settings.compile:
             compile_blocks(self.parts)
-        self.schedule = Schedule.of(stage.schedule, self.total_steps)
+        self.schedule = Schedule(stage.schedule, self.total_steps)
 
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, image_size_of(self.parts), self.settings.seed)
