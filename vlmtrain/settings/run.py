@@ -222,10 +222,8 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.stage is not None and self.stage not in self.stages:
-            raise ValueError(
-                f"unknown stage '{self.stage}'.{nearest(self.stage, self.stages)} "
-                f"The recipe's stages: {', '.join(self.stages)}"
-            )
+            hint, known = nearest(self.stage, self.stages), ", ".join(self.stages)
+            raise ValueError(f"unknown stage '{self.stage}'.{hint} The recipe's stages: {known}")
         attention = self.llm.attn_implementation
         if attention and attention.startswith("flash_attention") and self.precision == "fp32":
             raise ValueError(f"llm.attn_implementation={attention} does not support fp32: set precision=bf16")

@@ -183,8 +183,6 @@ class Stage:
             raise ValueError(f"{self.prefix}.keep_best=true needs {self.prefix}.validate_every and validation")
         if self.pack_by and self.layout != "packed":
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
-        if self.layout == "packed" and "llm" not in self.parts:
-            raise ValueError(f"{self.prefix}.layout=packed needs the part llm, which is not in {self.prefix}.parts")
 
     def _check_parts(self) -> None:
         modules = ("fresh", "drops")  # may also name modules of the connector
@@ -196,9 +194,11 @@ class Stage:
         used = {f"train.{part}": part for part in self.rates}
         used |= {f"groups[{i}].match={group.match}": group.part for i, group in enumerate(self.groups)}
         used |= {f"lora.{part}": part for part in self.lora or ()}
+        used |= {"layout=packed": "llm"} if self.layout == "packed" else {}
         for entry, part in used.items():
             if part not in self.parts:
-                raise ValueError(f"{self.prefix}.{entry}: the stage has only {', '.join(self.parts)}")
+                has = ", ".join(self.parts)
+                raise ValueError(f"{self.prefix}.{entry} needs the part {part}, but the stage has only {has}")
 
     def _check_training(self) -> None:
         for i, group in enumerate(self.groups):
@@ -209,9 +209,7 @@ class Stage:
         if not self.rates and not moving:
             raise ValueError(f"stage {self.name} would train nothing: set a learning rate in {self.prefix}.train")
         if not self.rates and all(group.from_step for group in moving):
-            raise ValueError(
-                f"stage {self.name} would train nothing at first: every entry of {self.prefix}.groups has a from_step"
-            )
+            raise ValueError(f"stage {self.name} would train nothing at first: each of its groups has a from_step")
         rates = self.rates | {group.match: group.lr for group in moving}
         too_low = [label for label, rate in rates.items() if rate < self.schedule.min_lr]
         if too_low:
