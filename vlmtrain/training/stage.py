@@ -257,6 +257,7 @@ class _Stage:
     def _finish(self, engine: StageEngine, validation: StageValidation, before: dict[str, Hashes]) -> dict:
         scores, answers = validation.finish(engine, self.total_steps)
         after = self.models.write(engine, self.folder.model(self.name))
+        drawn, total = self.record["drawn"], max(1, sum(self.record["drawn"]))
         summary = {
             "stage": self.name,
             "steps": self.total_steps,
@@ -267,7 +268,7 @@ class _Stage:
             "loss_spikes": self.bad_steps.spikes,
             "checkpoints": self.checkpoints.cost,
             "best": self.record.get("best"),
-            "data": self._shares(self.record["drawn"]),
+            "data": {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)},
             "world_size": self.world.size,
             "validation": scores,
             "lmms_eval": self._benchmark(engine),
@@ -302,8 +303,3 @@ class _Stage:
             return None
         hits, misses = self.world.sum([cache.hits, cache.misses])
         return {"hits": int(hits), "misses": int(misses)}
-
-    def _shares(self, drawn: list[int]) -> dict:
-        """Number and share of samples trained on, by source."""
-        total = max(1, sum(drawn))
-        return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
