@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,22 +23,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is broken: {error}") from None
 
 
-def load_strictly(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a module. Raises ValueError listing the tensors that do not fit."""
-    state, own = read_tensors(path), module.state_dict()
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+def mismatches(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """The tensors of a file that do not fit a model's own, as text: missing, unexpected or of another shape."""
     shapes = [
         f"{name} (file {tuple(state[name].shape)}, model {tuple(own[name].shape)})"
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]
-    problems = [
-        f"{what}: {some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-        if names
-    ]
+    found = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "wrong shape": shapes}
+    return "; ".join(f"{what}: {some(names)}" for what, names in found.items() if names)
+
+
+def load_strictly(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a module. Raises ValueError listing the tensors that do not fit."""
+    state = read_tensors(path)
+    problems = mismatches(state, module.state_dict())
     if problems:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {problems}")
     module.load_state_dict(state, assign=True)
 
 
