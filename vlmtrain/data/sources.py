@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from torch.utils.data import Subset
+
 from ..errors import first_line, nearest
 from . import probes, shapes
 from .images import EncodedImage
@@ -22,7 +24,6 @@ from .probes import CATEGORIES, Probes
 from .records import BadSample, Conversation, Source
 from .rendering import check_conversation
 from .shapes import Shapes
-from .subsets import Subset
 from .turns import pictures_in_front
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
