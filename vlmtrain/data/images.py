@@ -43,7 +43,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """Transpositions that undo an EXIF orientation."""
-_QUARTER_TURNS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 T = TypeVar("T")
 
@@ -227,8 +226,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = _UPRIGHT.get(_orientation(image)) in _QUARTER_TURNS
-    return image.size if turned else image.size[::-1]
+    return image.size if _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
