@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import some
-from .base import Connector, VisionFeatures
-from .checks import require_divisible, require_fraction, require_grid, require_positive
+from .base import QueryConnector, VisionFeatures
+from .checks import require_divisible, require_fraction, require_positive
 from .layers import Attention, init_linears
 from .published import Names
 
@@ -204,7 +204,7 @@ _HF = (
 )
 
 
-class QFormer(Connector):
+class QFormer(QueryConnector):
     """Learned queries in a BERT with cross-attention, then a linear layer (BLIP-2, section 3 and published code).
 
     ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, for any grid; ``features.prefix`` (CLS) is read as well,
@@ -252,7 +252,7 @@ class QFormer(Connector):
         vision_norm_eps: float = 1e-5,
     ):
         super().__init__(in_dim, hidden_size if out_dim is None else out_dim)
-        self.reads_text = text_vocab is not None
+        self.num_queries, self.reads_text = num_queries, text_vocab is not None
         self.ln_vision = nn.LayerNorm(in_dim, eps=vision_norm_eps) if vision_norm else nn.Identity()
         self.core = QFormerCore(
             in_dim,
@@ -269,19 +269,12 @@ class QFormer(Connector):
         )
         self.proj = nn.Identity() if out_dim is None else nn.Linear(hidden_size, out_dim)
 
-    def output_grid(self, height: int, width: int) -> None:
-        require_grid(height, width)
-
-    def num_tokens(self, height: int, width: int) -> int:
-        self.output_grid(height, width)
-        return self.core.num_queries
-
     def forward(
         self, features: VisionFeatures, text_ids: Tensor | None = None, text_mask: Tensor | None = None
     ) -> Tensor:
         vision = self.read(features)
         mask = instruction_mask(self, text_ids, text_mask)
-        return self.proj(self.core(vision, text_ids, mask)[:, : self.core.num_queries])
+        return self.proj(self.core(vision, text_ids, mask)[:, : self.num_queries])
 
     def read(self, features: VisionFeatures) -> Tensor:
         """Return the sequence that the queries read from an image, ``(B, P + H*W, in_dim)``."""
@@ -327,7 +320,7 @@ def sequence(features: VisionFeatures) -> Tensor:
     return patches if features.prefix is None else torch.cat([features.prefix, patches], dim=1)
 
 
-def instruction_mask(connector: Connector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:
+def instruction_mask(connector: QueryConnector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:
     """Mask ``(B, 1, queries + T)``: every position may attend to the queries and to real instruction tokens."""
     if connector.reads_text != (text_ids is not None):
         raise ValueError(
@@ -337,5 +330,5 @@ def instruction_mask(connector: Connector, text_ids: Tensor | None, text_mask: T
         )
     if text_mask is None:
         return None
-    queries = text_mask.new_ones(len(text_mask), connector.core.num_queries, dtype=torch.bool)
+    queries = text_mask.new_ones(len(text_mask), connector.num_queries, dtype=torch.bool)
     return torch.cat([queries, text_mask.bool()], dim=1)[:, None]
