@@ -197,9 +197,7 @@ class PictureFolder:
             return ""
 
 
-@lru_cache(maxsize=2**16)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+_real_folder = lru_cache(maxsize=2**16)(os.path.realpath)
 
 
 def _check_size(size: tuple[int, int]) -> None:

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import active_children, parent_process
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -76,26 +76,12 @@ class StepData(NamedTuple):
     cursor: dict
 
 
-class Batching(Protocol):
+class Batching:
     """A layout: how the stream is split into steps, and each step into the micro-batches of the ranks."""
 
     steps_per_epoch: int
     accumulation: int
     micro_rows: int
-
-    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
-        """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
-        ...
-
-    def order(self, row: list[Planned]) -> int:
-        """Sort key of a row: rows with similar keys run at the same time."""
-        ...
-
-    def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch: ...
-
-
-class _Reader:
-    """Reads and tokenizes the samples of the stream."""
 
     def __init__(self, mixture: Mixture, processor: Processor):
         self.mixture, self.processor = mixture, processor
@@ -110,12 +96,23 @@ class _Reader:
             bad.append(BadRecord(position, index, str(error)))
             return None
 
+    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
+        """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
+        raise NotImplementedError
 
-class PaddedBatching:
+    def order(self, row: list[Planned]) -> int:
+        """Sort key of a row: rows with similar keys run at the same time."""
+        raise NotImplementedError
+
+    def collate(self, rows: list[list[Sample]]) -> Batch:
+        raise NotImplementedError
+
+
+class PaddedBatching(Batching):
     """One sample per row, padded on the right. Rows of similar length run together."""
 
     def __init__(self, mixture: Mixture, processor: Processor, batch_size: int, accumulation: int, micro_rows: int):
-        self.reader = _Reader(mixture, processor)
+        super().__init__(mixture, processor)
         self.batch_size, self.epoch_size = batch_size, mixture.epoch_size
         self.accumulation, self.micro_rows = accumulation, micro_rows
         self.steps_per_epoch = math.ceil(self.epoch_size / batch_size)
@@ -127,7 +124,7 @@ class PaddedBatching:
         step = first + worker
         while True:
             bad: list[BadRecord] = []
-            read = (self.reader.read(position, bad) for position in self.positions(step))
+            read = (self.read(position, bad) for position in self.positions(step))
             yield PlannedStep([[sample] for sample in read if sample], bad, {})
             step += workers
 
@@ -141,11 +138,11 @@ class PaddedBatching:
     def order(self, row: list[Planned]) -> int:
         return len(row[0].tokens)
 
-    def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch:
-        return processor.collate([row[0] for row in rows], rows=1)
+    def collate(self, rows: list[list[Sample]]) -> Batch:
+        return self.processor.collate([row[0] for row in rows], rows=1)
 
 
-class PackedBatching:
+class PackedBatching(Batching):
     """Several samples per row. Rows are filled up to `row_length` tokens; every step has the same number of rows.
 
     `batch_size` and `micro_batch_size` are average numbers of samples, estimated from the beginning of the stream.
@@ -163,7 +160,7 @@ class PackedBatching:
         world_size: int,
         by_source: bool = False,
     ):
-        self.reader = _Reader(mixture, processor)
+        super().__init__(mixture, processor)
         self.by_source = by_source
         kinds = len(mixture.sources) if by_source else 1
         self.ahead = min(kinds * lookahead(mixture.epoch_size), mixture.epoch_size)
@@ -211,17 +208,17 @@ class PackedBatching:
             number += 1
 
     def _piece(self, position: int, bad: list[BadRecord]) -> tuple[Piece, Planned] | None:
-        sample = self.reader.read(position, bad)
+        sample = self.read(position, bad)
         if sample is None:
             return None
-        kind = self.reader.mixture.source_number(sample.index) if self.by_source else 0
+        kind = self.mixture.source_number(sample.index) if self.by_source else 0
         return Piece(position, len(sample.tokens), int((sample.tokens.image_index >= 0).sum()), kind), sample
 
     def order(self, row: list[Planned]) -> int:
         return sum(len(sample.conversation.images) for sample in row)
 
-    def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch:
-        return processor.pack([sample for row in rows for sample in row])
+    def collate(self, rows: list[list[Sample]]) -> Batch:
+        return self.processor.pack([sample for row in rows for sample in row])
 
 
 @dataclass
@@ -264,7 +261,7 @@ class StepStream(IterableDataset):
                         tokens.append(planned.tokens)
                         drawn[self.mixture.source_number(planned.index)] += 1
                 loaded.append([sample for _, sample in samples if sample])
-            batches.append(plan.collate(self.processor, [row for row in loaded if row]))
+            batches.append(plan.collate([row for row in loaded if row]))
         return StepData(
             batches,
             weight=sum(float(t.weights.sum()) for t in tokens),

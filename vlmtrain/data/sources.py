@@ -109,9 +109,8 @@ def _open_llava(options: Mapping, image_size: tuple[int, int], seed: int) -> Sou
 def _open_hf(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
     from .hf_dataset import HFDataset
 
-    columns = {role: column for role, column in (options.get("columns") or {}).items() if column is not None}
-    more = {"images": options.get("images"), "outside": options.get("outside_images", False)}
-    return HFDataset(options["path"], options.get("split", "train"), options.get("name"), columns, **more)
+    names = (options.get("split", "train"), options.get("name"), options.get("columns"))
+    return HFDataset(options["path"], *names, options.get("images"), options.get("outside_images", False))
 
 
 def _open_webdataset(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
