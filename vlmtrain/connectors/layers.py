@@ -99,11 +99,8 @@ class ConvNorm(nn.Sequential):
         groups: int = 1,
         activation: type[nn.Module] | None = None,
     ):
-        layers: list[nn.Module] = [
-            nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False),
-            LayerNorm2d(out_dim),
-        ]
-        super().__init__(*layers, *([activation()] if activation else []))
+        convolution = nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(convolution, LayerNorm2d(out_dim), *([activation()] if activation else []))
 
 
 class SqueezeExcite(nn.Module):

@@ -52,19 +52,8 @@ class MEQFormer(QueryConnector):
         self.reads_text = text_vocab is not None
         self.encoder_dropout = encoder_dropout
         self.projections = nn.ModuleList(nn.Linear(width, hidden_dim) for width in self.in_dim)
-        self.core = QFormerCore(
-            hidden_dim,
-            self.num_queries,
-            hidden_size,
-            depth,
-            num_heads,
-            intermediate_size,
-            cross_every,
-            dropout,
-            text_vocab,
-            text_positions,
-            text_ffn=False,
-        )
+        layers = (hidden_size, depth, num_heads, intermediate_size, cross_every, dropout)
+        self.core = QFormerCore(hidden_dim, self.num_queries, *layers, text_vocab, text_positions, text_ffn=False)
         self.proj = nn.Linear(hidden_size, out_dim)
 
     def forward(

@@ -254,19 +254,8 @@ class QFormer(QueryConnector):
         super().__init__(in_dim, hidden_size if out_dim is None else out_dim)
         self.num_queries, self.reads_text = num_queries, text_vocab is not None
         self.ln_vision = nn.LayerNorm(in_dim, eps=vision_norm_eps) if vision_norm else nn.Identity()
-        self.core = QFormerCore(
-            in_dim,
-            num_queries,
-            hidden_size,
-            depth,
-            num_heads,
-            intermediate_size,
-            cross_every,
-            dropout,
-            text_vocab,
-            text_positions,
-            text_ffn=True,
-        )
+        layers = (hidden_size, depth, num_heads, intermediate_size, cross_every, dropout)
+        self.core = QFormerCore(in_dim, num_queries, *layers, text_vocab, text_positions, text_ffn=True)
         self.proj = nn.Identity() if out_dim is None else nn.Linear(hidden_size, out_dim)
 
     def forward(
@@ -298,7 +287,9 @@ class QFormer(QueryConnector):
             tensor = state_dict.get(theirs)
             if tensor is None:
                 missing.add(theirs)
-            elif tensor.shape != own.shape and (name != "embedding.words.weight" or not _is_start(tensor, own)):
+            elif tensor.shape != own.shape and (
+                name != "embedding.words.weight" or tensor.shape[1:] != own.shape[1:] or len(tensor) > len(own)
+            ):
                 shapes.add(f"{theirs} (expected {tuple(own.shape)}, got {tuple(tensor.shape)})")
             else:
                 found.append((own, tensor))
@@ -308,10 +299,6 @@ class QFormer(QueryConnector):
         with torch.no_grad():
             for own, tensor in found:
                 own[: len(tensor)].copy_(tensor)
-
-
-def _is_start(rows: Tensor, table: Tensor) -> bool:
-    return rows.shape[1:] == table.shape[1:] and len(rows) <= len(table)
 
 
 def sequence(features: VisionFeatures) -> Tensor:

@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,9 +105,7 @@ def check_data(
     held_out: read the records as validation does, not as training.
     """
     reports = {name: SourceReport(records=len(source)) for name, source in mixture.sources.items()}
-    names, starts = list(reports), [0]
-    for report in reports.values():
-        starts.append(starts[-1] + report.records)
+    names, starts = list(reports), [0, *accumulate(report.records for report in reports.values())]
     lengths: dict[str, Counter] = {name: Counter() for name in names}
     image_tokens: dict[str, Counter] = {name: Counter() for name in names}
     seen: set[bytes] = set()

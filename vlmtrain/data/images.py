@@ -80,7 +80,9 @@ class EncodedImage:
                     return read(image)
             except UnidentifiedImageError:
                 file.seek(0)
-                raise BadSample(f"image {self.label} is not an image: {_described(file.read(16))}") from None
+                head = file.read(16)
+                found = f"it starts with {head!r}, which is not one of {', '.join(FORMATS)}" if head else "it is empty"
+                raise BadSample(f"image {self.label} is not an image: {found}") from None
             except Exception as error:  # decoders can raise any exception for malformed bytes
                 raise BadSample(f"image {self.label} cannot be decoded: {first_line(error)}") from None
 
@@ -210,10 +212,6 @@ def _check_size(size: tuple[int, int]) -> None:
         raise ValueError(f"it has {width}x{height} pixels: a side of more than {MAX_SIDE}")
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
-
-
-def _described(head: bytes) -> str:
-    return f"it starts with {head!r}, which is not one of {', '.join(FORMATS)}" if head else "it is empty"
 
 
 def _orientation(image: Image.Image) -> int | None:

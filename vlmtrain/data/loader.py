@@ -255,12 +255,16 @@ class StepStream(IterableDataset):
             mine = rows[number * together : (number + 1) * together][self.rank :: self.world_size]
             loaded = []
             for row in mine:
-                samples = [(planned, self._load(planned, bad)) for planned in row]
-                for planned, sample in samples:
-                    if sample:
+                samples = []
+                for planned in row:
+                    try:
+                        samples.append(self.processor.load(planned.conversation, planned.tokens))
+                    except BadSample as error:
+                        bad.append(BadRecord(planned.position, planned.index, str(error)))
+                    else:
                         tokens.append(planned.tokens)
                         drawn[self.mixture.source_number(planned.index)] += 1
-                loaded.append([sample for _, sample in samples if sample])
+                loaded.append(samples)
             batches.append(plan.collate([row for row in loaded if row]))
         return StepData(
             batches,
@@ -274,13 +278,6 @@ class StepStream(IterableDataset):
             bad=bad,
             cursor=step.cursor,
         )
-
-    def _load(self, planned: Planned, bad: list[BadRecord]) -> Sample | None:
-        try:
-            return self.processor.load(planned.conversation, planned.tokens)
-        except BadSample as error:
-            bad.append(BadRecord(planned.position, planned.index, str(error)))
-            return None
 
 
 def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[StepData]:

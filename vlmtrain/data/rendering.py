@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -117,10 +117,13 @@ class Renderer:
         """
         check_conversation(conversation)
         conversation = self._with_system_taken(conversation)
+        turns = conversation.turns
         if self._chat is not None:
             self._check_words(conversation)
-        turns = conversation.turns
-        unseen = self._unseen(conversation)
+            unseen = 0
+        else:  # the question, which is not rendered
+            question = turns[0].text.replace(IMAGE_MARK, "").strip()
+            unseen = len(self.tokenizer(question, add_special_tokens=False).input_ids)
         while True:
             rendered = self._render(replace(conversation, turns=turns), image_tokens)
             if len(rendered) + unseen <= self.max_length:
@@ -136,13 +139,6 @@ class Renderer:
         if not (rendered.weights > 0).any():
             raise BadSample(f"{conversation.id}: nothing to learn: no assistant text")
         return rendered
-
-    def _unseen(self, conversation: Conversation) -> int:
-        """Number of tokens of the question that ``plain`` omits."""
-        if self._chat is not None:
-            return 0
-        words = conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
-        return len(self.tokenizer(words, add_special_tokens=False).input_ids)
 
     def showable(self, conversation: Conversation) -> Conversation:
         """The part of a held-out conversation that the template can render: captions have only one exchange."""
@@ -328,18 +324,13 @@ class Renderer:
         for span in spans:
             answer = -1 if span.answer is None else span.answer
             position = 0
-            for cut in self._cuts(span.text) if span.is_words else ():
+            while span.is_words and (match := self._special.search(span.text, position)):
+                cut = match.start() + 1
                 out += self._encode([*run, (span.text[position:cut], answer)])
                 run = [(_AFTER_CUT, _DROPPED)]
                 position = cut
             run.append((span.text[position:], answer))
         return out + self._encode(run)
-
-    def _cuts(self, words: str) -> Iterator[int]:
-        position = 0
-        while match := self._special.search(words, position):
-            position = match.start() + 1
-            yield position
 
     def _encode(self, run: list[tuple[str, int]]) -> list[tuple[int, int, int]]:
         text = "".join(piece for piece, _ in run)
