@@ -148,10 +148,9 @@ class QFormerCore(nn.Module):
             for i in range(depth)
         )
         init_linears(self)
-        nn.init.normal_(self.query_tokens, std=0.02)
-        if self.embedding is not None:
-            nn.init.normal_(self.embedding.words.weight, std=0.02)
-            nn.init.normal_(self.embedding.positions.weight, std=0.02)
+        tables = [] if self.embedding is None else self.embedding.parameters()
+        for table in (self.query_tokens, *tables):
+            nn.init.normal_(table, std=0.02)
 
     def forward(
         self,

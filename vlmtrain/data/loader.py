@@ -13,6 +13,7 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import active_children, parent_process
 from typing import NamedTuple
 
@@ -121,12 +122,10 @@ class PaddedBatching(Batching):
         return f"{self.batch_size} samples"
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
-        step = first + worker
-        while True:
+        for step in count(first + worker, workers):
             bad: list[BadRecord] = []
             read = (self.read(position, bad) for position in self.positions(step))
             yield PlannedStep([[sample] for sample in read if sample], bad, {})
-            step += workers
 
     def positions(self, step: int) -> range:
         """Stream positions of a step. The last step of an epoch may have fewer samples than the others."""
@@ -193,8 +192,8 @@ class PackedBatching(Batching):
             for kept in cursor["waiting"]:
                 wait_for(kept)
             bad.clear()  # already counted when they were first read
-        number, skip = 0, 0 if cursor else first
-        while True:
+        skip = 0 if cursor else first
+        for number in count():
             rows = []
             while len(rows) < self.budget.rows:
                 while len(waiting) < self.ahead:
@@ -205,7 +204,6 @@ class PackedBatching(Batching):
             if number >= skip and (number - skip) % workers == worker:
                 yield PlannedStep(rows, bad, {"position": position, "waiting": [piece.position for piece in waiting]})
             bad = []
-            number += 1
 
     def _piece(self, position: int, bad: list[BadRecord]) -> tuple[Piece, Planned] | None:
         sample = self.read(position, bad)
