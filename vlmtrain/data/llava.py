@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from ..errors import nearest, shown
 from .images import ImageOnDisk, PictureFolder
 from .indexed_json import IndexedJson
+from .mixture import Concatenation
 from .records import BadSample, Conversation, Source
-from .subsets import Concatenation, Subset
 from .turns import graded, llava_turns, record_name
 
 MIXTURES = (".yaml", ".yml")

@@ -21,8 +21,8 @@ from ..errors import first_line, printable
 from .file_index import Index, cached_index, read_span
 from .images import ImageInFile
 from .indexed_json import parse_json
+from .mixture import Concatenation
 from .records import BadSample, Conversation, Turn
-from .subsets import Concatenation
 from .turns import answer_turns, caption_turns, graded, llava_turns, pictures_in_front, record_name
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")

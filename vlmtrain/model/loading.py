@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -49,10 +50,8 @@ def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
     trust_remote_code: whether to run custom code of the folder or hub id. Raises ValueError if such code is required
     and not allowed, or if there is no model.
     """
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -64,11 +63,9 @@ def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
 
 def know_blip_towers() -> None:
     """Register BLIP-2's image towers with transformers' Auto classes, which cannot load them on their own."""
-    from transformers import AutoConfig, AutoModel, Blip2VisionModel, InstructBlipVisionModel
-
-    for tower in (Blip2VisionModel, InstructBlipVisionModel):
-        AutoConfig.register(tower.config_class.model_type, tower.config_class, exist_ok=True)
-        AutoModel.register(tower.config_class, tower, exist_ok=True)
+    for tower in (transformers.Blip2VisionModel, transformers.InstructBlipVisionModel):
+        transformers.AutoConfig.register(tower.config_class.model_type, tower.config_class, exist_ok=True)
+        transformers.AutoModel.register(tower.config_class, tower, exist_ok=True)
 
 
 def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) -> nn.Module:
@@ -81,8 +78,6 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
     options.setdefault("trust_remote_code", False)
     if is_ours:
         options["use_safetensors"] = True  # never fall back to a pickle file
-    import transformers
-
     if auto_class == "AutoModel":
         know_blip_towers()
     level = transformers.logging.get_verbosity()
@@ -106,9 +101,8 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
 
 def _check_tied(model: nn.Module, path: str) -> None:
     """Raise ValueError if a file holds a separate head although the configuration ties it to the embeddings."""
-    inner = getattr(
-        model, "language_model", None
-    )  # BLIP-2's classes contain a complete model, whose configuration is the relevant one
+    # BLIP-2's classes contain a complete model, whose configuration is the relevant one.
+    inner = getattr(model, "language_model", None)
     owner = inner if inner is not None and inner.get_output_embeddings() is not None else model
     if not getattr(owner.config, "tie_word_embeddings", False) or owner.get_output_embeddings() is None:
         return
