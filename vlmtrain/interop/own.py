@@ -34,7 +34,7 @@ from ..model.vision import HFVision, OpenClipVision, VisionEncoder
 from ..tiling import Tiles
 from .chat_template import typed_speech
 from .fitting import DoesNotFit
-from .llava import Exported, check_parts, generation_settings
+from .llava import Exported, generation_settings
 from .own_config import VLMTrainConfig
 
 
@@ -288,8 +288,7 @@ def _as_tuple(value: object) -> object:
 
 
 def as_own(model: VLMWrapper, processor: Processor) -> Exported:
-    """Wrap the unchanged model for transformers' Auto classes. Raises DoesNotFit if a part is missing."""
-    check_parts(model, processor)
+    """Wrap the unchanged model for transformers' Auto classes. Raises DoesNotFit for custom encoders."""
     speech = typed_speech(processor)
     text_config = model.llm.config
     config = VLMTrainConfig(
