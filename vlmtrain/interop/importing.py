@@ -123,26 +123,19 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
     source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype=dtype).eval()
     file, preparation = _preparation(folder)
     look = {key: getattr(preparation, key) for key in ("image_mean", "image_std")}
+    grids, reader = (), None
     if is_blip:
-        model = blip_parts(source, look)
+        model, reader, template = blip_parts(source, look), reader_of(folder, config), template or BLIP
         end_answers(tokenizer, source)
-        fitting, reader = fit or _fit(preparation), reader_of(folder, config)
-        processor = _processor(folder, tokenizer, model, fitting, (), template or BLIP, reader)
     else:
-        model, grids = _from_llava(folder, source, look)
-        fitting = fit or ("tiles" if grids else _fit(preparation))
-        processor = _processor(folder, tokenizer, model, fitting, grids, template)
+        vision, llm = _encoder(folder, source, look), _language_model(source)
+        model = VLMWrapper(vision, _connector(folder, source, vision, llm), llm).eval()
+        grids = _tile_grids(folder, config, vision) if config.model_type == "llava_next" else ()
+    fitting = fit or ("tiles" if grids else _fit(preparation))
+    processor = _processor(folder, tokenizer, model, fitting, grids, template, reader)
     if fit is None:
         _check_pixels(file, preparation, processor.geometry)
     return model, processor, compare_logits(Exported(source, None, ()), model, processor)
-
-
-def _from_llava(folder: Path, source: PreTrainedModel, look: dict) -> tuple[VLMWrapper, tuple[tuple[int, int], ...]]:
-    """The parts of the model, and the grids of tiles into which images are cut."""
-    vision = _encoder(folder, source, look)
-    llm = _language_model(source)
-    model = VLMWrapper(vision, _connector(folder, source, vision, llm), llm).eval()
-    return model, _tile_grids(folder, source.config, vision) if source.config.model_type == "llava_next" else ()
 
 
 def _preparation(folder: Path) -> tuple[Path, ImageProcessingMixin]:
