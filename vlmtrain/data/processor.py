@@ -288,7 +288,7 @@ class Processor:
             raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
-        geometry = saved and Geometry(**{key: _as_tuple(value) for key, value in saved.items()})
+        geometry = saved and Geometry(**{key: as_tuple(value) for key, value in saved.items()})
         tokenizer = _saved_tokenizer(folder)
         if reader:
             own = folder / OWN_TOKENIZER
@@ -316,5 +316,6 @@ def _naming(conversation: Conversation) -> Iterator[None]:
         raise BadSample(f"{conversation.id}: {error}") from None
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+def as_tuple(value: object) -> object:
+    """Nested lists, as JSON has them, as tuples; other values unchanged."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from ..data.loader import StepData, StepStream, step_loader
 from ..data.mixture import Mixture
 from ..data.sources import build_source
 from ..distributed.world import Stopped, StopSignal, World
-from ..evaluation.lmms_eval import benchmarks_of
+from ..evaluation.lmms_eval import Benchmarks
 from ..evaluation.validation import Validator
 from ..files import restore_folder, write_json
 from ..model.attention import attend_in_segments
@@ -295,7 +295,8 @@ class _Stage:
             return {}
         self.watch.doing(f"stage {self.name}: benchmarks", outside=True)
         with engine.evaluating():
-            return benchmarks_of(options).scores(engine.model, self.processor, self.world)
+            benchmarks = Benchmarks(options.lmms_eval, options.batch_size, options.final_samples)
+            return benchmarks.scores(engine.model, self.processor, self.world)
 
     def _cache_use(self, cache: FeatureCache | None) -> dict | None:
         """Number of images that were and were not in the cache, summed over ranks."""
