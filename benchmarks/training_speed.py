@@ -277,7 +277,7 @@ def build_model(case: Case) -> None:
     records = json.loads((folder / "data.json").read_text())
     with (folder / "samples.jsonl").open("w") as file:
         for position in range(len(source)):
-            planned = plan.reader.read(position, [])
+            planned = plan.read(position, [])
             tokens = planned.tokens
             ids = tokens.input_ids.masked_fill(tokens.image_index >= 0, image_id).tolist()
             labels = [-100, *tokens.targets[:-1].tolist()]  # the Hugging Face model shifts the labels

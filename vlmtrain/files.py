@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ def check_new_folder(folder: Path, named: str) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists: choose another folder")
     make_folder(folder.parent, f"{named} {folder}: {folder.parent}")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a path next to `folder`; what is written there becomes `folder`, unless an error is raised."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from .distributed.processes import die_with_launcher, launched_rank
 from .settings import Run, read_run
-from .settings.composition import finish, prepare_line, shown_settings
+from .settings.composition import finish, read_line
 from .settings.locations import CONFIGS
 
 
@@ -69,8 +69,7 @@ def main() -> None:
     """Entry point of ``python -m vlmtrain.train``."""
     die_with_launcher()
     with users_errors():
-        sys.argv[1:] = prepare_line(sys.argv[1:])
-        shown = shown_settings(sys.argv[1:])
+        sys.argv[1:], shown = read_line(sys.argv[1:])
     if shown is not None:
         print(shown, end="")
         return

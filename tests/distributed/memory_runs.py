@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from vlmtrain.distributed.world import leave_world
 from vlmtrain.planning.memory import States
-from vlmtrain.planning.plan import kept_by_sample, quantized_sizes
-from vlmtrain.settings import compose
+from vlmtrain.planning.plan import _answer_tokens, _kept, _measure, _Vocabulary, quantized_sizes
+from vlmtrain.settings import Run, Stage, compose
 from vlmtrain.training import stage as stages
-from vlmtrain.training.assembly import DTYPES
+from vlmtrain.training.assembly import DTYPES, build_skeleton
 from vlmtrain.training.engine.joining import join_world
 from vlmtrain.training.run import train_run
-from vlmtrain.training.trainable import part_size
+from vlmtrain.training.trainable import freeze, part_size, trained_groups
 
 WIDTH, LAYERS, HEADS = 768, 6, 12
 
@@ -86,6 +86,15 @@ def warm_up(engine: str, dtype: torch.dtype) -> None:
     heads = states.view(1, 1024, HEADS, -1).transpose(1, 2)
     attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
     (F.silu(attended @ weight) @ weight.T).sum().backward()
+
+
+def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
+    """Bytes that the backward pass of a stage needs for a sample of `tokens` tokens."""
+    parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
+    groups = trained_groups(stage, parts)
+    freeze(parts, groups, checkpointing=False)
+    costs = _measure(parts, groups, stage, 1, tokens, _answer_tokens(stage.expected, tokens))
+    return _kept(costs, stage.gradient_checkpointing, stage.expected.images)
 
 
 def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> None:

@@ -245,7 +245,7 @@ def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer
         ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected a number of at least 0 and below 1"),
         ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
         ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),
-        ("{llm: 8}", "stages.instruct.lora={'llm': 8}: expected {part: {rank: 16, ...}}, or null"),
+        ("{llm: 8}", "stages.instruct.lora.llm=8: expected a mapping"),
         ("{llm: {targets: 5}}", "lora.llm.targets=5: expected all, or a list of at least one name"),
         ("{llm: {init_from: nowhere}}", "init_from=nowhere holds no adapters"),
     ],

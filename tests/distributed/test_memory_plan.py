@@ -18,11 +18,11 @@ RUNS = Path(__file__).with_name("memory_runs.py")
     "engine, precision, ranks, trained",
     [
         ("zero0", "fp32", 1, "connector+llm"),
-        ("zero1", "fp32", 2, "connector+llm"),
+        pytest.param("zero1", "fp32", 2, "connector+llm", marks=pytest.mark.slow),
         ("zero2", "bf16", 2, "connector+llm"),
         ("zero3", "fp32", 2, "connector+llm"),
         ("zero0", "fp32", 1, "connector"),
-        ("zero2", "bf16", 2, "connector"),
+        pytest.param("zero2", "bf16", 2, "connector", marks=pytest.mark.slow),
         ("zero0", "fp32", 1, "connector+llm:nf4"),
         pytest.param("zero2", "bf16", 1, "connector", marks=pytest.mark.slow),
         pytest.param("zero3", "fp32", 2, "connector", marks=pytest.mark.slow),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from vlmtrain.connectors import build_connector
 from vlmtrain.distributed.world import World
 from vlmtrain.model.llm import build_random_llm
 from vlmtrain.model.vision import build_vision
-from vlmtrain.settings import compose, options_of
+from vlmtrain.settings import compose
 from vlmtrain.training.checks import check_widths
 from vlmtrain.training.run import train_run
 
@@ -112,7 +113,7 @@ def test_a_line_that_does_not_compose_names_the_nearest(line, words):
         (["stages.instruct.train=null"], ["stages.instruct.train=None"]),
         (["stages.instruct.fresh=[conector]"], ["stages.instruct.fresh names conector"]),
         (["stages.align.drops=null"], ["stages.align.drops=None", "a list of names"]),
-        (["stages.instruct.connector_options={mlp: null}"], ["stages.instruct.connector_options={'mlp': None}"]),
+        (["stages.instruct.connector_options={mlp: null}"], ["stages.instruct.connector_options.mlp=None"]),
         (["stages.instruct.image_size=[48]"], ["stages.instruct.image_size=[48]", "[height, width]"]),
         (["stages.instruct.image_size=-48"], ["stages.instruct.image_size=-48"]),
         (["stages.instruct.image_tiles=[[1,2,3]]"], ["stages.instruct.image_tiles=[[1, 2, 3]]", "[rows, columns]"]),
@@ -169,7 +170,7 @@ def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
 
 def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, tokenizer):
     with torch.device("meta"):
-        encoder = build_vision(**options_of(compose(["recipe=quickstart"]).vision))
+        encoder = build_vision(**asdict(compose(["recipe=quickstart"]).vision))
         parts = {"vision": encoder, "connector": build_connector("linear", 128, 64)}
         config = {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
         parts["llm"] = build_random_llm(config, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.runs.folder import RunFolder
-from vlmtrain.settings import Run, compose, options_of
+from vlmtrain.settings import Run, compose
 from vlmtrain.training.assembly import build_parts, build_skeleton, build_tokenizer
 from vlmtrain.training.checks import check_run, check_stages
 from vlmtrain.training.processing import build_processor
@@ -58,7 +59,7 @@ def test_sizes_are_the_published_ones():
 
 
 def test_the_encoder_gives_257_tokens_of_its_last_layer_but_one():
-    options = options_of(compose(["recipe=blip2"]).vision)
+    options = asdict(compose(["recipe=blip2"]).vision)
     with torch.device("meta"):
         vision = build_vision(**options, weights=False)
         features = vision(torch.empty(1, 3, *vision.image_size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +63,9 @@ def _equal_steps(ablation: Ablation, choice: Choice, runner: Runner) -> dict[str
     return {name: _whole(reference[name].steps * timed_first[name] / timed[name]) for name in own}
 
 
-def _plans(ablation: Ablation, choice: Choice) -> Mapping[str, StagePlan]:
-    settings = compose([*ablation.line, *choice.line])
-    plans = plan_run(settings, Machine())
+def _plans(ablation: Ablation, choice: Choice, line: Sequence[str] = ()) -> Mapping[str, StagePlan]:
+    """By name, the stages with a connector. line: overrides in addition to the choice's own."""
+    plans = plan_run(compose([*ablation.line, *choice.line, *line]), Machine())
     return {plan.name: plan for plan in plans if "connector" in plan.parts}
 
 
@@ -92,7 +92,6 @@ def _sweep(
     ablation: Ablation, choice: Choice, runner: Runner, line: list[str], combinations: list[list[str]]
 ) -> list[float]:
     """Validation loss of a short run for each combination of values; infinite if the run fails or diverges."""
-
     *_, last = _plans(ablation, choice)
 
     def loss(item: tuple[int, list[str]]) -> float:
@@ -102,26 +101,14 @@ def _sweep(
             _short_run(ablation, choice, runner, folder, [*line, *values], ablation.sweep_steps)
         except ValueError:
             return math.inf
-        found = _last_loss(folder, last)
+        found = read_summary(folder / last)["validation"]["loss"]
         return found if math.isfinite(found) else math.inf
 
     return runner.at_once(loss, enumerate(combinations))
 
 
-def _last_loss(folder: Path, stage: str) -> float:
-    validation = read_summary(folder / stage)["validation"]
-    if validation is None:
-        raise ValueError(f"a sweep needs a validation loss, but stage {stage} has no validation: set data.validation")
-    return validation["loss"]
-
-
 def _short_run(ablation: Ablation, choice: Choice, runner: Runner, folder: Path, line: list[str], steps: int) -> None:
     """Run the first seed with at most `steps` steps in each stage that has a connector."""
-    planned = {name: plan.steps for name, plan in _plans(ablation, choice).items()}
-    for override in line:
-        key, _, value = override.partition("=")
-        if key.endswith(".max_steps"):
-            planned[key.split(".")[1]] = int(value)
-    kept = [override for override in line if not override.partition("=")[0].endswith(".max_steps")]
+    planned = {name: plan.steps for name, plan in _plans(ablation, choice, line).items()}
     short = [f"stages.{name}.max_steps={min(steps, own or steps)}" for name, own in planned.items()]
-    runner.run(choice, ablation.seeds[0], folder, [*ablation.line, *choice.line, *kept, *short])
+    runner.run(choice, ablation.seeds[0], folder, [*ablation.line, *choice.line, *line, *short])

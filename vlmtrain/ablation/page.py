@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
@@ -57,7 +56,7 @@ def _scores(ablation: Ablation, entries: Sequence[Entry]) -> str:
         "connector parameters": [entry.parameters for entry in entries],
     }
     return "".join(
-        scatter_chart(f"{metric} by {cost}", [(e.label, x, e.score) for e, x in zip(entries, values)], cost, front=True)
+        scatter_chart(f"{metric} by {cost}", [(e.label, x, e.score) for e, x in zip(entries, values)], cost)
         for cost, values in costs.items()
         if None not in values
     )
@@ -84,7 +83,10 @@ def _losses(ablation: Ablation, choices: Sequence[Choice]) -> str:
 
 def _side_by_side(ablation: Ablation, choices: Sequence[Choice]) -> str:
     """A few images with each choice's answer for the first seed: every image's first question before any second."""
-    samples = {choice.label: read_json(_last_stage(ablation, choice) / "samples.json") for choice in choices}
+    samples = {}
+    for choice in choices:
+        last = ablation.job(choice, ablation.seeds[0]) / ablation.settings(choice).wanted[-1].name
+        samples[choice.label] = read_json(last / "samples.json")
     first = next(iter(samples.values()))
     shown = sorted(range(len(first)), key=lambda i: first[i]["turn"])[:SHOWN]
     cards = []
@@ -103,7 +105,3 @@ def _side_by_side(ablation: Ablation, choices: Sequence[Choice]) -> str:
         cards.append(f'<div class="card">{pictures}<dl>{question}{answers}</dl></div>')
     title = f"Side by side, seed {ablation.seeds[0]}"
     return f"<h2>{title}</h2><div class=cards>{''.join(cards)}</div>" if cards else ""
-
-
-def _last_stage(ablation: Ablation, choice: Choice) -> Path:
-    return ablation.job(choice, ablation.seeds[0]) / ablation.settings(choice).wanted[-1].name

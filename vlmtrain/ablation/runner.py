@@ -151,7 +151,8 @@ class Runner:
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         # with more threads than cores, threads wait for each other in every operation
-        environment.setdefault("OMP_NUM_THREADS", threads_each(self.ablation.jobs * self.ablation.ranks))
+        processes = self.ablation.jobs * self.ablation.ranks
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
         try:
             yield environment
         finally:
@@ -181,11 +182,6 @@ def _visible_devices() -> list[str]:
     if named is not None:
         return [device for device in named.split(",") if device]
     return [str(device) for device in range(torch.cuda.device_count())]
-
-
-def threads_each(processes: int) -> str:
-    """Number of threads for each of `processes` processes that share torch's threads."""
-    return str(max(1, torch.get_num_threads() // processes))
 
 
 def device_slots(devices: Sequence[str], jobs: int, ranks: int) -> list[str | None]:

@@ -47,17 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments in which key=value overrides and options may appear in any order."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if rest:
-        options.overrides += rest
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlmtrain",
         description="Train vision-language models stage by stage. Training itself: python -m vlmtrain.train --help",
@@ -69,4 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(own)
         own.add_argument("--json", action="store_true", help="print the result as JSON")
         own.set_defaults(run=command.run)
-    return parser
+    options, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    return options

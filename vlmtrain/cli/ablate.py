@@ -5,13 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from .common import take_overrides
-
-if TYPE_CHECKING:
-    from ..ablation import Ablation, Entry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,24 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..ablation import read_line, read_results, run_ablation
+    from ..ablation.show import as_json, for_terminal, write_results
 
     ablation = read_line(options.overrides)
     failed = run_ablation(ablation, show_progress=sys.stderr.isatty())
     entries = read_results(ablation, without=[choice for choice, _ in failed])
     if entries:
-        _tell(ablation, entries, options.json)
+        write_results(ablation, entries)
+    if entries and options.json:
+        print(json.dumps([as_json(entry) for entry in entries], indent=2))
+    elif entries:
+        print(for_terminal(ablation, entries), f"page: {ablation.folder / 'ablation.html'}", sep="\n\n")
     if failed:
         number = len(ablation.choices) * len(ablation.seeds)
         told = "; ".join(dict.fromkeys(said for _, said in failed))
         raise ValueError(f"{len(failed)} of {number} jobs failed: {told}")
-
-
-def _tell(ablation: Ablation, entries: Sequence[Entry], as_json_text: bool) -> None:
-    """Write and print the tables."""
-    from ..ablation.show import as_json, for_terminal, write_results
-
-    write_results(ablation, entries)
-    if as_json_text:
-        print(json.dumps([as_json(entry) for entry in entries], indent=2))
-    else:
-        print(for_terminal(ablation, entries), f"page: {ablation.folder / 'ablation.html'}", sep="\n\n")

@@ -39,9 +39,7 @@ def _parting(result) -> str:
         weights = {True: ", and so are the weights", False: ", but the weights differ", None: ""}
         return f"all {result.steps} steps are bit-identical{weights[result.same_model]}"
     step, key, first, again = result.parting
-    share = (
-        f" (relative difference {abs(again - first) / max(abs(first), 1e-30):.1e})"
-        if None not in (first, again)
-        else ""
-    )
+    share = ""
+    if None not in (first, again):
+        share = f" (relative difference {abs(again - first) / max(abs(first), 1e-30):.1e})"
     return f"diverges at step {step} of {result.steps}: {key} was {first}, is now {again}{share}"

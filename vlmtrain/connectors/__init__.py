@@ -12,8 +12,7 @@ from typing import Any
 
 from ..errors import nearest
 from .base import Connector, VisionFeatures
-from .c_abstractor import CAbstractor
-from .d_abstractor import DAbstractor
+from .honeybee import CAbstractor, DAbstractor
 from .hunyuan import HunyuanMerger
 from .ldp import LDP, LDPv2
 from .meq_former import MEQFormer

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .checks import check_features, require_positive
+from .checks import check_features, require_grid, require_positive
 from .published import Names, load
 
 
@@ -98,3 +98,16 @@ class Connector(nn.Module):
         without a published counterpart (see each class) keep their values, with a warning.
         """
         load(self, state_dict, self.PUBLISHED)
+
+
+class QueryConnector(Connector):
+    """A connector whose `num_queries` learned queries read a grid of any size; its tokens form no grid."""
+
+    num_queries: int
+
+    def output_grid(self, height: int, width: int) -> None:
+        require_grid(height, width)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        self.output_grid(height, width)
+        return self.num_queries

@@ -107,21 +107,3 @@ def _check_tensor(tensor: Tensor, name: str, rank: int, shape: str, width: int) 
             f"features.{name}: expected width {width} (the connector's in_dim), got {tensor.shape[-1]}; "
             "build the connector with the encoder's width"
         )
-
-
-def require_fixed_grid(
-    grid: tuple[int, int] | None, input_grid: tuple[int, int] | None, connector: str
-) -> tuple[int, int]:
-    """Return `grid` after checking that it is the one grid for which the connector's tables were built."""
-    if input_grid is None:
-        raise ValueError(
-            f"{connector} has position tables of a fixed size: expected input_grid=(height, width), the patch grid "
-            "of the encoder, got None"
-        )
-    require_grid(*grid)
-    if tuple(grid) != tuple(input_grid):
-        raise GridError(
-            f"grid {grid[0]}x{grid[1]}: {connector} was built for input_grid {input_grid[0]}x{input_grid[1]} and its "
-            "position tables are not resized; build it with another input_grid or change the image size"
-        )
-    return tuple(grid)

@@ -99,11 +99,8 @@ class ConvNorm(nn.Sequential):
         groups: int = 1,
         activation: type[nn.Module] | None = None,
     ):
-        layers: list[nn.Module] = [
-            nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False),
-            LayerNorm2d(out_dim),
-        ]
-        super().__init__(*layers, *([activation()] if activation else []))
+        convolution = nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(convolution, LayerNorm2d(out_dim), *([activation()] if activation else []))
 
 
 class SqueezeExcite(nn.Module):
@@ -123,8 +120,6 @@ class SqueezeExcite(nn.Module):
 def sincos_positions(dim: int, height: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine table ``(height*width, dim)``; the first half encodes the column (MAE's code)."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
-    )
-    angles = [(axis.reshape(-1, 1) * frequencies) for axis in (columns, rows)]
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (height, width)), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()

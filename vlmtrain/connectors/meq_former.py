@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Connector, VisionFeatures
-from .checks import check_features, require_fraction, require_grid, require_positive
+from .base import QueryConnector, VisionFeatures
+from .checks import check_features, require_fraction, require_positive
 from .qformer import QFormerCore, instruction_mask, sequence
 
 
-class MEQFormer(Connector):
+class MEQFormer(QueryConnector):
     """Multi-encoder querying transformer (BRAVE, Kar et al., ECCV 2024, section 3).
 
     `in_dim` is a tuple with one width per encoder, and `forward` takes a tuple of features in the same order; for a
@@ -48,30 +48,13 @@ class MEQFormer(Connector):
         super().__init__((in_dim,) if isinstance(in_dim, int) else tuple(in_dim), out_dim)
         require_positive(hidden_dim=hidden_dim)
         require_fraction(encoder_dropout=encoder_dropout)
+        self.num_queries = 32 * len(self.in_dim) if num_queries is None else num_queries
         self.reads_text = text_vocab is not None
         self.encoder_dropout = encoder_dropout
         self.projections = nn.ModuleList(nn.Linear(width, hidden_dim) for width in self.in_dim)
-        self.core = QFormerCore(
-            hidden_dim,
-            32 * len(self.in_dim) if num_queries is None else num_queries,
-            hidden_size,
-            depth,
-            num_heads,
-            intermediate_size,
-            cross_every,
-            dropout,
-            text_vocab,
-            text_positions,
-            text_ffn=False,
-        )
+        layers = (hidden_size, depth, num_heads, intermediate_size, cross_every, dropout)
+        self.core = QFormerCore(hidden_dim, self.num_queries, *layers, text_vocab, text_positions, text_ffn=False)
         self.proj = nn.Linear(hidden_size, out_dim)
-
-    def output_grid(self, height: int, width: int) -> None:
-        require_grid(height, width)
-
-    def num_tokens(self, height: int, width: int) -> int:
-        self.output_grid(height, width)
-        return self.core.num_queries
 
     def forward(
         self,
@@ -90,7 +73,7 @@ class MEQFormer(Connector):
         parts = [project(sequence(encoder)) for project, encoder in zip(self.projections, encoders, strict=True)]
         mask = instruction_mask(self, text_ids, text_mask)
         tokens = self.core(torch.cat(parts, dim=1), text_ids, mask, self.encoder_mask(parts))
-        return self.proj(tokens[:, : self.core.num_queries])
+        return self.proj(tokens[:, : self.num_queries])
 
     def encoder_mask(self, parts: list[Tensor]) -> Tensor | None:
         """Mask ``(B, N)`` of the concatenated features that are visible: in training some encoders are hidden."""

@@ -18,10 +18,7 @@ class MLP(Connector):
 
     PUBLISHED = (
         Names("model.mm_projector.", ((r"^layers\.", ""),)),
-        Names(
-            "model.multi_modal_projector.",
-            ((r"^layers\.(\d+)", lambda match: f"linear_{int(match[1]) // 2 + 1}"),),
-        ),
+        Names("model.multi_modal_projector.", ((r"^layers\.(\d+)", lambda match: f"linear_{int(match[1]) // 2 + 1}"),)),
         Names("", ((r"^layers\.(\d+)", lambda match: f"proj{int(match[1]) // 2 + 1}"),)),  # KempnerForge
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Connector, VisionFeatures
-from .checks import require_grid, require_positive
+from .base import QueryConnector, VisionFeatures
+from .checks import require_positive
 from .layers import Attention
 from .published import Names
 
@@ -32,7 +32,7 @@ class PerceiverLayer(nn.Module):
         return latents + self.feed_forward(latents)
 
 
-class PerceiverResampler(Connector):
+class PerceiverResampler(QueryConnector):
     """`num_queries` latents pass through `depth` layers (Flamingo, section 3.1.1 and appendix A.1.1).
 
     ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, for any grid. The layers have width in_dim, their
@@ -81,13 +81,6 @@ class PerceiverResampler(Connector):
         )
         self.norm = nn.LayerNorm(in_dim)
         self.proj = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim)
-
-    def output_grid(self, height: int, width: int) -> None:
-        require_grid(height, width)
-
-    def num_tokens(self, height: int, width: int) -> int:
-        self.output_grid(height, width)
-        return self.num_queries
 
     def forward(self, features: VisionFeatures) -> Tensor:
         x = self.check(features).flatten(1, 2)

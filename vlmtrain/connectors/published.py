@@ -61,15 +61,6 @@ def published_state(module: nn.Module, names: Names) -> dict[str, Tensor]:
     return {name: torch.cat([own[part] for part in parts]) for name, parts in expected.items()}
 
 
-def drop_cls_position(state_dict: dict[str, Tensor], num_positions: int) -> dict[str, Tensor]:
-    """Drop the first position, of the CLS token, which older Honeybee checkpoints contain in addition."""
-
-    def has_cls(name: str, tensor: Tensor) -> bool:
-        return name.endswith("pos_emb") and tensor.ndim == 3 and tensor.shape[1] == num_positions + 1
-
-    return {name: tensor[:, 1:] if has_cls(name, tensor) else tensor for name, tensor in state_dict.items()}
-
-
 def _prefixes(prefix: str) -> list[str]:
     parts = prefix.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]

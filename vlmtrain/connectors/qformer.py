@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import some
-from .base import Connector, VisionFeatures
-from .checks import require_divisible, require_fraction, require_grid, require_positive
+from .base import QueryConnector, VisionFeatures
+from .checks import require_divisible, require_fraction, require_positive
 from .layers import Attention, init_linears
 from .published import Names
 
@@ -148,10 +148,9 @@ class QFormerCore(nn.Module):
             for i in range(depth)
         )
         init_linears(self)
-        nn.init.normal_(self.query_tokens, std=0.02)
-        if self.embedding is not None:
-            nn.init.normal_(self.embedding.words.weight, std=0.02)
-            nn.init.normal_(self.embedding.positions.weight, std=0.02)
+        tables = [] if self.embedding is None else self.embedding.parameters()
+        for table in (self.query_tokens, *tables):
+            nn.init.normal_(table, std=0.02)
 
     def forward(
         self,
@@ -204,7 +203,7 @@ _HF = (
 )
 
 
-class QFormer(Connector):
+class QFormer(QueryConnector):
     """Learned queries in a BERT with cross-attention, then a linear layer (BLIP-2, section 3 and published code).
 
     ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, for any grid; ``features.prefix`` (CLS) is read as well,
@@ -252,36 +251,18 @@ class QFormer(Connector):
         vision_norm_eps: float = 1e-5,
     ):
         super().__init__(in_dim, hidden_size if out_dim is None else out_dim)
-        self.reads_text = text_vocab is not None
+        self.num_queries, self.reads_text = num_queries, text_vocab is not None
         self.ln_vision = nn.LayerNorm(in_dim, eps=vision_norm_eps) if vision_norm else nn.Identity()
-        self.core = QFormerCore(
-            in_dim,
-            num_queries,
-            hidden_size,
-            depth,
-            num_heads,
-            intermediate_size,
-            cross_every,
-            dropout,
-            text_vocab,
-            text_positions,
-            text_ffn=True,
-        )
+        layers = (hidden_size, depth, num_heads, intermediate_size, cross_every, dropout)
+        self.core = QFormerCore(in_dim, num_queries, *layers, text_vocab, text_positions, text_ffn=True)
         self.proj = nn.Identity() if out_dim is None else nn.Linear(hidden_size, out_dim)
-
-    def output_grid(self, height: int, width: int) -> None:
-        require_grid(height, width)
-
-    def num_tokens(self, height: int, width: int) -> int:
-        self.output_grid(height, width)
-        return self.core.num_queries
 
     def forward(
         self, features: VisionFeatures, text_ids: Tensor | None = None, text_mask: Tensor | None = None
     ) -> Tensor:
         vision = self.read(features)
         mask = instruction_mask(self, text_ids, text_mask)
-        return self.proj(self.core(vision, text_ids, mask)[:, : self.core.num_queries])
+        return self.proj(self.core(vision, text_ids, mask)[:, : self.num_queries])
 
     def read(self, features: VisionFeatures) -> Tensor:
         """Return the sequence that the queries read from an image, ``(B, P + H*W, in_dim)``."""
@@ -305,7 +286,9 @@ class QFormer(Connector):
             tensor = state_dict.get(theirs)
             if tensor is None:
                 missing.add(theirs)
-            elif tensor.shape != own.shape and (name != "embedding.words.weight" or not _is_start(tensor, own)):
+            elif tensor.shape != own.shape and (
+                name != "embedding.words.weight" or tensor.shape[1:] != own.shape[1:] or len(tensor) > len(own)
+            ):
                 shapes.add(f"{theirs} (expected {tuple(own.shape)}, got {tuple(tensor.shape)})")
             else:
                 found.append((own, tensor))
@@ -317,17 +300,13 @@ class QFormer(Connector):
                 own[: len(tensor)].copy_(tensor)
 
 
-def _is_start(rows: Tensor, table: Tensor) -> bool:
-    return rows.shape[1:] == table.shape[1:] and len(rows) <= len(table)
-
-
 def sequence(features: VisionFeatures) -> Tensor:
     """Concatenate prefix and patches of one encoder, ``(B, P + H*W, C)``."""
     patches = features.patches.flatten(1, 2)
     return patches if features.prefix is None else torch.cat([features.prefix, patches], dim=1)
 
 
-def instruction_mask(connector: Connector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:
+def instruction_mask(connector: QueryConnector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:
     """Mask ``(B, 1, queries + T)``: every position may attend to the queries and to real instruction tokens."""
     if connector.reads_text != (text_ids is not None):
         raise ValueError(
@@ -337,5 +316,5 @@ def instruction_mask(connector: Connector, text_ids: Tensor | None, text_mask: T
         )
     if text_mask is None:
         return None
-    queries = text_mask.new_ones(len(text_mask), connector.core.num_queries, dtype=torch.bool)
+    queries = text_mask.new_ones(len(text_mask), connector.num_queries, dtype=torch.bool)
     return torch.cat([queries, text_mask.bool()], dim=1)[:, None]

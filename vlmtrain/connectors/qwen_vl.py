@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from .base import Connector, VisionFeatures
 from .checks import require_divisible, require_grid, require_positive
-from .layers import (
-    MULTIHEAD_ATTENTION,
-    Attention,
-    init_linears,
-    init_multihead_attention,
-    sincos_positions,
-)
+from .layers import MULTIHEAD_ATTENTION, Attention, init_linears, init_multihead_attention, sincos_positions
 from .published import Names
 
 

@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,13 +77,9 @@ class _Readings(Dataset):
         self.mixture, self.processor, self.held_out = mixture, processor, held_out
 
     def __len__(self) -> int:
-        return -(-len(self.mixture) // CHUNK)
+        return len(self.mixture)
 
-    def __getitem__(self, chunk: int) -> list[Reading]:
-        end = min((chunk + 1) * CHUNK, len(self.mixture))
-        return [self._read(index) for index in range(chunk * CHUNK, end)]
-
-    def _read(self, index: int) -> Reading:
+    def __getitem__(self, index: int) -> Reading:
         content = hashlib.blake2b(digest_size=16)
         try:
             conversation = self.mixture[index]
@@ -116,9 +113,7 @@ def check_data(
     held_out: read the records as validation does, not as training.
     """
     reports = {name: SourceReport(records=len(source)) for name, source in mixture.sources.items()}
-    names, starts = list(reports), [0]
-    for report in reports.values():
-        starts.append(starts[-1] + report.records)
+    names, starts = list(reports), [0, *accumulate(report.records for report in reports.values())]
     lengths: dict[str, Counter] = {name: Counter() for name in names}
     image_tokens: dict[str, Counter] = {name: Counter() for name in names}
     seen: set[bytes] = set()
@@ -151,8 +146,8 @@ def check_data(
 
 
 def _read_all(readings: _Readings, workers: int, show_progress: bool) -> Iterator[Reading]:
-    loader = DataLoader(readings, batch_size=None, num_workers=workers)
-    with tqdm(total=len(readings.mixture), unit="record", disable=not show_progress, leave=False) as bar:
+    loader = DataLoader(readings, batch_size=CHUNK, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(readings), unit="record", disable=not show_progress, leave=False) as bar:
         for chunk in loader:
             bar.update(len(chunk))
             yield from chunk
@@ -194,22 +189,14 @@ def write_clean_list(file: Path, checked: Mapping[str, Mapping[str, SourceReport
 def show_targets(tokens: Rendered, processor: Processor, color: bool) -> str:
     """Text of a sample with the trained tokens marked: green on a terminal, else in double angle brackets."""
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
-    out, position = [], 0
-    while position < len(tokens):
-        stop = position
-        if tokens.image_index[position] >= 0:
-            while stop < len(tokens) and tokens.image_index[stop] == tokens.image_index[position]:
-                stop += 1
-            out.append(f"[image: {stop - position} tokens]")
+    trained = [False, *(tokens.weights > 0).tolist()]
+    positions = zip(tokens.input_ids.tolist(), tokens.image_index.tolist(), trained)
+    out = []
+    for (image, is_trained), run in groupby(positions, key=lambda position: position[1:]):
+        ids = [token for token, *_ in run]
+        if image >= 0:
+            out.append(f"[image: {len(ids)} tokens]")
         else:
-            trained = _is_trained(tokens, position)
-            while stop < len(tokens) and tokens.image_index[stop] < 0 and _is_trained(tokens, stop) == trained:
-                stop += 1
-            text = processor.tokenizer.decode(tokens.input_ids[position:stop])
-            out.append(f"{start}{text}{end}" if trained else text)
-        position = stop
+            text = processor.tokenizer.decode(ids)
+            out.append(f"{start}{text}{end}" if is_trained else text)
     return "".join(out)
-
-
-def _is_trained(tokens: Rendered, position: int) -> bool:
-    return position > 0 and bool(tokens.weights[position - 1] > 0)

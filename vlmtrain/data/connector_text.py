@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .records import IMAGE_MARK, Conversation
@@ -81,9 +82,5 @@ class TextReader:
 
 def pad_texts(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Ids ``(N, T)``, padded on the right, and a mask that is True at real tokens."""
-    width = max(len(text) for text in texts)
-    ids = torch.zeros(len(texts), width, dtype=torch.long)
-    mask = torch.zeros(len(texts), width, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)], mask[row, : len(text)] = text, True
-    return ids, mask
+    mask = pad_sequence([torch.ones_like(text, dtype=torch.bool) for text in texts], batch_first=True)
+    return pad_sequence(texts, batch_first=True), mask

@@ -45,7 +45,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """Transpositions that undo an EXIF orientation."""
-_QUARTER_TURNS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 T = TypeVar("T")
 
@@ -83,7 +82,9 @@ class EncodedImage:
                     return read(image)
             except UnidentifiedImageError:
                 file.seek(0)
-                raise BadSample(f"image {self.label} is not an image: {_described(file.read(16))}") from None
+                head = file.read(16)
+                found = f"it starts with {head!r}, which is not one of {', '.join(FORMATS)}" if head else "it is empty"
+                raise BadSample(f"image {self.label} is not an image: {found}") from None
             except Exception as error:  # decoders can raise any exception for malformed bytes
                 raise BadSample(f"image {self.label} cannot be decoded: {first_line(error)}") from None
 
@@ -251,9 +252,7 @@ def is_image_value(value: object) -> bool:
     )
 
 
-@lru_cache(maxsize=2**16)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+_real_folder = lru_cache(maxsize=2**16)(os.path.realpath)
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -268,10 +267,6 @@ def _check_size(size: tuple[int, int]) -> None:
         raise ValueError(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
-def _described(head: bytes) -> str:
-    return f"it starts with {head!r}, which is not one of {', '.join(FORMATS)}" if head else "it is empty"
-
-
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
@@ -280,8 +275,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = _UPRIGHT.get(_orientation(image)) in _QUARTER_TURNS
-    return image.size if turned else image.size[::-1]
+    return image.size if _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

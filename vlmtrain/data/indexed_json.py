@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import stat
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -91,12 +90,9 @@ class IndexedJson:
         return {"starts": starts[filled], "ends": ends[filled], "lines": np.flatnonzero(filled) + 1}
 
     def _index_array(self) -> Index:
-        starts, ends = array("q"), array("q")
         with open(self.file, "rb") as file:
-            for start, end in _ArrayScanner(self.file, file).elements():
-                starts.append(start)
-                ends.append(end)
-        return {"starts": np.array(starts, np.int64), "ends": np.array(ends, np.int64)}
+            bounds = np.fromiter(_ArrayScanner(self.file, file).elements(), np.dtype((np.int64, 2)))
+        return {"starts": bounds[:, 0], "ends": bounds[:, 1]}
 
 
 def parse_json(data: bytes, where: str) -> object:

@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from ..errors import nearest, shown
 from .images import ImageFolder
 from .indexed_json import IndexedJson
+from .mixture import Concatenation
 from .record_reader import RecordReader
 from .records import Conversation, Source
-from .subsets import Concatenation, Subset
 
 MIXTURES = (".yaml", ".yml")
 MAX_PATH = 4096

@@ -13,8 +13,9 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import active_children, parent_process
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -76,26 +77,12 @@ class StepData(NamedTuple):
     cursor: dict
 
 
-class Batching(Protocol):
+class Batching:
     """A layout: how the stream is split into steps, and each step into the micro-batches of the ranks."""
 
     steps_per_epoch: int
     accumulation: int
     micro_rows: int
-
-    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
-        """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
-        ...
-
-    def order(self, row: list[Planned]) -> int:
-        """Sort key of a row: rows with similar keys run at the same time."""
-        ...
-
-    def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch: ...
-
-
-class _Reader:
-    """Reads and tokenizes the samples of the stream."""
 
     def __init__(self, mixture: Mixture, processor: Processor):
         self.mixture, self.processor = mixture, processor
@@ -110,12 +97,23 @@ class _Reader:
             bad.append(BadRecord(position, index, str(error)))
             return None
 
+    def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
+        """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
+        raise NotImplementedError
 
-class PaddedBatching:
+    def order(self, row: list[Planned]) -> int:
+        """Sort key of a row: rows with similar keys run at the same time."""
+        raise NotImplementedError
+
+    def collate(self, rows: list[list[Sample]]) -> Batch:
+        raise NotImplementedError
+
+
+class PaddedBatching(Batching):
     """One sample per row, padded on the right. Rows of similar length run together."""
 
     def __init__(self, mixture: Mixture, processor: Processor, batch_size: int, accumulation: int, micro_rows: int):
-        self.reader = _Reader(mixture, processor)
+        super().__init__(mixture, processor)
         self.batch_size, self.epoch_size = batch_size, mixture.epoch_size
         self.accumulation, self.micro_rows = accumulation, micro_rows
         self.steps_per_epoch = math.ceil(self.epoch_size / batch_size)
@@ -124,12 +122,10 @@ class PaddedBatching:
         return f"{self.batch_size} samples"
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
-        step = first + worker
-        while True:
+        for step in count(first + worker, workers):
             bad: list[BadRecord] = []
-            read = (self.reader.read(position, bad) for position in self.positions(step))
+            read = (self.read(position, bad) for position in self.positions(step))
             yield PlannedStep([[sample] for sample in read if sample], bad, {})
-            step += workers
 
     def positions(self, step: int) -> range:
         """Stream positions of a step. The last step of an epoch may have fewer samples than the others."""
@@ -141,11 +137,11 @@ class PaddedBatching:
     def order(self, row: list[Planned]) -> int:
         return len(row[0].tokens)
 
-    def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch:
-        return processor.collate([row[0] for row in rows], rows=1)
+    def collate(self, rows: list[list[Sample]]) -> Batch:
+        return self.processor.collate([row[0] for row in rows], rows=1)
 
 
-class PackedBatching:
+class PackedBatching(Batching):
     """Several samples per row. Rows are filled up to `row_length` tokens; every step has the same number of rows.
 
     `batch_size` and `micro_batch_size` are average numbers of samples, estimated from the beginning of the stream.
@@ -163,7 +159,7 @@ class PackedBatching:
         world_size: int,
         by_source: bool = False,
     ):
-        self.reader = _Reader(mixture, processor)
+        super().__init__(mixture, processor)
         self.by_source = by_source
         kinds = len(mixture.sources) if by_source else 1
         self.ahead = min(kinds * lookahead(mixture.epoch_size), mixture.epoch_size)
@@ -196,8 +192,8 @@ class PackedBatching:
             for kept in cursor["waiting"]:
                 wait_for(kept)
             bad.clear()  # already counted when they were first read
-        number, skip = 0, 0 if cursor else first
-        while True:
+        skip = 0 if cursor else first
+        for number in count():
             rows = []
             while len(rows) < self.budget.rows:
                 while len(waiting) < self.ahead:
@@ -208,20 +204,19 @@ class PackedBatching:
             if number >= skip and (number - skip) % workers == worker:
                 yield PlannedStep(rows, bad, {"position": position, "waiting": [piece.position for piece in waiting]})
             bad = []
-            number += 1
 
     def _piece(self, position: int, bad: list[BadRecord]) -> tuple[Piece, Planned] | None:
-        sample = self.reader.read(position, bad)
+        sample = self.read(position, bad)
         if sample is None:
             return None
-        kind = self.reader.mixture.source_number(sample.index) if self.by_source else 0
+        kind = self.mixture.source_number(sample.index) if self.by_source else 0
         return Piece(position, len(sample.tokens), int((sample.tokens.image_index >= 0).sum()), kind), sample
 
     def order(self, row: list[Planned]) -> int:
         return sum(len(sample.conversation.images) for sample in row)
 
-    def collate(self, processor: Processor, rows: list[list[Sample]]) -> Batch:
-        return processor.pack([sample for row in rows for sample in row])
+    def collate(self, rows: list[list[Sample]]) -> Batch:
+        return self.processor.pack([sample for row in rows for sample in row])
 
 
 @dataclass
@@ -258,13 +253,17 @@ class StepStream(IterableDataset):
             mine = rows[number * together : (number + 1) * together][self.rank :: self.world_size]
             loaded = []
             for row in mine:
-                samples = [(planned, self._load(planned, bad)) for planned in row]
-                for planned, sample in samples:
-                    if sample:
+                samples = []
+                for planned in row:
+                    try:
+                        samples.append(self.processor.load(planned.conversation, planned.tokens))
+                    except BadSample as error:
+                        bad.append(BadRecord(planned.position, planned.index, str(error)))
+                    else:
                         tokens.append(planned.tokens)
                         drawn[self.mixture.source_number(planned.index)] += 1
-                loaded.append([sample for _, sample in samples if sample])
-            batches.append(plan.collate(self.processor, [row for row in loaded if row]))
+                loaded.append(samples)
+            batches.append(plan.collate([row for row in loaded if row]))
         return StepData(
             batches,
             weight=sum(float(t.weights.sum()) for t in tokens),
@@ -277,13 +276,6 @@ class StepStream(IterableDataset):
             bad=bad,
             cursor=step.cursor,
         )
-
-    def _load(self, planned: Planned, bad: list[BadRecord]) -> Sample | None:
-        try:
-            return self.processor.load(planned.conversation, planned.tokens)
-        except BadSample as error:
-            bad.append(BadRecord(planned.position, planned.index, str(error)))
-            return None
 
 
 def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[StepData]:

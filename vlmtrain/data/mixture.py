@@ -1,4 +1,4 @@
-"""Mixing of sources: an endless stream of records in which every epoch has the same share of each source.
+"""Several sources as one: concatenated, or mixed into an endless stream in which every epoch has the same shares.
 
 source  --permutation after permutation-->  a source's draws  --shuffled together-->  an epoch
 """
@@ -6,17 +6,39 @@ source  --permutation after permutation-->  a source's draws  --shuffled togethe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from .records import Conversation, Source
-from .subsets import Concatenation
 
 
-class Mixture:
+class Concatenation:
+    """All records of the first source, then all of the second, and so on."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self._parts = tuple(sources)
+        self._ends = list(accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Conversation:
+        number = self.source_number(index)
+        return self._parts[number][index - (self._ends[number - 1] if number else 0)]
+
+    def source_number(self, index: int) -> int:
+        """Position of the source to which a record belongs."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return bisect_right(self._ends, index)
+
+
+class Mixture(Concatenation):
     """Named sources combined: a sequence of all their records, and the order in which training draws them.
 
     counts: number of records drawn from each source per epoch, by name; None draws each record once. A source that is
@@ -27,23 +49,13 @@ class Mixture:
     """
 
     def __init__(self, sources: Mapping[str, Source], counts: Mapping[str, int] | None = None, seed: int = 0):
+        super().__init__(list(sources.values()))
         self.sources = dict(sources)
         self.counts = {name: counts[name] if counts else len(source) for name, source in self.sources.items()}
         self.seed = seed
         self.epoch_size = sum(self.counts.values())
-        self._all = Concatenation(list(self.sources.values()))
         # a process reads at most two epochs at once: the end of one and the beginning of the next
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def __getitem__(self, index: int) -> Conversation:
-        return self._all[index]
-
-    def source_number(self, index: int) -> int:
-        """Position in `sources` of the source to which a record belongs."""
-        return self._all.number(index)
 
     def draw(self, position: int) -> int:
         """Index of the record at a position of the endless stream."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from PIL import ImageDraw, ImageFont
@@ -180,18 +181,11 @@ class Probes:
         return Conversation(f"{self.split}-{index}", tuple(turns), () if self.split == "text" else (picture,))
 
 
-def _color_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
-    items = _objects(rng, level, level.objects, held_out)
-    asked = _asked(items, held_out)
-    return _scene(
-        rng, level, items, [(f"What color is the {_place(level, item)} shape?", item.color) for item in asked]
-    )
-
-
-def _shape_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
-    items = _objects(rng, level, level.objects, held_out)
-    asked = _asked(items, held_out)
-    return _scene(rng, level, items, [(f"What shape is in the {_place(level, item)}?", item.shape) for item in asked])
+def _place_scene(rng: random.Random, level: Level, held_out: bool, attribute: str, question: str) -> Scene:
+    """Objects, and the question about an attribute of the one at each place."""
+    items = _objects(rng, level, held_out)
+    asked = [(question.format(_place(level, item)), getattr(item, attribute)) for item in _asked(items, held_out)]
+    return _scene(rng, level, items, asked)
 
 
 def _count_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
@@ -244,7 +238,7 @@ def _text_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
 
 def _small_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
     """The small object is the held-out one. An image has a question about color or shape, as each reveals the other."""
-    items = _objects(rng, level, level.objects, held_out)
+    items = _objects(rng, level, held_out)
     chosen = _asked(items, held_out)[0] if held_out else rng.choice(items)
     small = Item(chosen.color, chosen.shape, chosen.row, chosen.column, chosen.x, chosen.y, level.small)
     items = tuple(small if item is chosen else item for item in items)
@@ -255,8 +249,8 @@ def _small_scene(rng: random.Random, level: Level, held_out: bool) -> Scene:
 
 
 SCENES = {
-    "color": _color_scene,
-    "shape": _shape_scene,
+    "color": partial(_place_scene, attribute="color", question="What color is the {} shape?"),
+    "shape": partial(_place_scene, attribute="shape", question="What shape is in the {}?"),
     "count": _count_scene,
     "position": _position_scene,
     "text": _text_scene,
@@ -264,10 +258,10 @@ SCENES = {
 }
 
 
-def _objects(rng: random.Random, level: Level, number: int, held_out: bool) -> tuple[Item, ...]:
+def _objects(rng: random.Random, level: Level, held_out: bool) -> tuple[Item, ...]:
     """Objects with different colors and shapes; if `held_out`, one of them is a held-out pair."""
     while True:
-        pairs = list(zip(rng.sample(list(COLORS), number), rng.sample(SHAPES, number)))
+        pairs = list(zip(rng.sample(list(COLORS), level.objects), rng.sample(SHAPES, level.objects)))
         if sum(pair in HELD_OUT for pair in pairs) == held_out:
             return _placed(rng, level, pairs)
 

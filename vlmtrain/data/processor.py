@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import first_line
@@ -212,21 +214,18 @@ class Processor:
 
         Images that are not in the tokens of a row (because a prompt was cut before them) must not be in `samples`.
         """
-        rows = max(rows, len(samples), 1)
-        width = max((len(s.tokens) for s in samples), default=1)
-        input_ids = torch.full((rows, width), self.filler)
-        targets = torch.full((rows, width), IGNORE)
-        weights = torch.zeros(rows, width)
-        is_image = torch.zeros(rows, width, dtype=torch.bool)
-        lengths = torch.ones(rows, dtype=torch.long)
-        for row, sample in enumerate(samples):
-            tokens, length = sample.tokens, len(sample.tokens)
-            input_ids[row, :length] = tokens.input_ids
-            targets[row, :length] = tokens.targets
-            weights[row, :length] = tokens.weights
-            is_image[row, :length] = tokens.image_index >= 0
-            lengths[row] = length
-        return self._batch(samples, input_ids, targets, weights, is_image, lengths)
+        empty = Rendered(torch.tensor([self.filler]), torch.tensor([IGNORE]), torch.zeros(1), torch.tensor([-1]), ())
+        tokens = [sample.tokens for sample in samples]
+        tokens += [empty] * (max(rows, 1) - len(samples))
+        pad = partial(pad_sequence, batch_first=True)
+        return self._batch(
+            samples,
+            input_ids=pad([t.input_ids for t in tokens], padding_value=self.filler),
+            targets=pad([t.targets for t in tokens], padding_value=IGNORE),
+            weights=pad([t.weights for t in tokens]),
+            is_image=pad([t.image_index >= 0 for t in tokens]),
+            lengths=torch.tensor([len(t) for t in tokens]),
+        )
 
     def pack(self, samples: list[Sample]) -> Batch:
         """Concatenate samples in a single row; without samples, a row of one position with zero weight."""
@@ -289,7 +288,7 @@ class Processor:
             raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
-        geometry = saved and Geometry(**{key: _as_tuple(value) for key, value in saved.items()})
+        geometry = saved and Geometry(**{key: as_tuple(value) for key, value in saved.items()})
         tokenizer = _saved_tokenizer(folder)
         if reader:
             own = folder / OWN_TOKENIZER
@@ -317,5 +316,6 @@ def _naming(conversation: Conversation) -> Iterator[None]:
         raise BadSample(f"{conversation.id}: {error}") from None
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+def as_tuple(value: object) -> object:
+    """Nested lists, as JSON has them, as tuples; other values unchanged."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value

@@ -15,11 +15,9 @@ class ImageSource(Protocol):
 
     def load(self) -> Image.Image:
         """Decode the image as RGB. Raises `BadSample` if it is missing or broken."""
-        ...
 
     def size(self) -> tuple[int, int]:
         """Size ``(H, W)`` of the loaded image, without decoding it if possible. Raises `BadSample`."""
-        ...
 
 
 @dataclass(frozen=True)

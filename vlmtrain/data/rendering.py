@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -118,10 +118,13 @@ class Renderer:
         """
         check_conversation(conversation)
         conversation = self._with_system_taken(conversation)
+        turns = conversation.turns
         if self._chat is not None:
             self._check_words(conversation)
-        turns = conversation.turns
-        unseen = self._unseen(conversation)
+            unseen = 0
+        else:  # the question, which is not rendered
+            question = turns[0].text.replace(IMAGE_MARK, "").strip()
+            unseen = len(self.tokenizer(question, add_special_tokens=False).input_ids)
         while True:
             rendered = self._render(replace(conversation, turns=turns), image_tokens)
             if len(rendered) + unseen <= self.max_length:
@@ -137,13 +140,6 @@ class Renderer:
         if not (rendered.weights > 0).any():
             raise BadSample(f"{conversation.id}: nothing to learn: no assistant text")
         return rendered
-
-    def _unseen(self, conversation: Conversation) -> int:
-        """Number of tokens of the question that ``plain`` omits."""
-        if self._chat is not None:
-            return 0
-        words = conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
-        return len(self.tokenizer(words, add_special_tokens=False).input_ids)
 
     def showable(self, conversation: Conversation) -> Conversation:
         """The part of a held-out conversation that the template can render: captions have only one exchange.
@@ -178,46 +174,31 @@ class Renderer:
         return (text.split("\n")[0] if self.template == "plain" else text).strip()
 
     def _render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
-        ids: list[int] = []
-        answer_of: list[int] = []  # assistant turn that a token belongs to, or -1
-        image_of: list[int] = []
-        chunk: list[_Span] = []
+        tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the image to which it belongs, or -1
         images = iter(enumerate(image_tokens))
-
-        def flush() -> None:
-            for token, answer in self._tokenize(chunk):
-                ids.append(token)
-                answer_of.append(answer)
-                image_of.append(-1)
-            chunk.clear()
-
+        chunk: list[_Span] = []  # text that is tokenised together
         for span in self._spans(conversation):
-            if not span.is_image:
-                if span.is_start:
-                    flush()
+            if span.is_image or span.is_start:
+                tokens += self._tokenize(chunk)
+                chunk = []
+            if span.is_image:
+                index, count = next(images)
+                tokens += [(self.filler, -1, index)] * count
+            else:
                 chunk.append(span)
-                continue
-            flush()
-            index, count = next(images)
-            ids += [self.filler] * count
-            answer_of += [-1] * count
-            image_of += [index] * count
-        flush()
+        tokens += self._tokenize(chunk)
         if self._chat is None:
             # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
-            for token in self.stop_ids[:1]:
-                ids.append(token)
-                answer_of.append(0)
-                image_of.append(-1)
+            tokens += [(token, 0, -1) for token in self.stop_ids[:1]]
 
-        input_ids, answer = torch.tensor(ids), torch.tensor(answer_of)
+        input_ids, answer, image_index = map(torch.tensor, zip(*tokens))
         trains = torch.cat([answer[1:] >= 0, torch.tensor([False])])
         of_turns = torch.tensor([turn.weight for turn in conversation.turns if turn.role == "assistant"])
         weights = torch.where(trains, of_turns[answer.roll(-1)], 0.0)
         targets = torch.where(weights > 0, input_ids.roll(-1), IGNORE)
         turns = range(int(answer.max()) + 1)
         ranges = tuple((int((answer == turn).nonzero()[0]), int((answer == turn).nonzero()[-1]) + 1) for turn in turns)
-        return Rendered(input_ids, targets, weights, torch.tensor(image_of), ranges)
+        return Rendered(input_ids, targets, weights, image_index, ranges)
 
     def _spans(self, conversation: Conversation) -> list[_Span]:
         if self._chat is None:
@@ -339,31 +320,26 @@ class Renderer:
         spans += [span for span in _with_images(user.text) if span.is_image]
         return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0)]
 
-    def _tokenize(self, spans: list[_Span]) -> list[tuple[int, int]]:
-        """Token ids of consecutive text spans, each with the assistant turn to which it belongs (or -1).
+    def _tokenize(self, spans: list[_Span]) -> list[tuple[int, int, int]]:
+        """Token ids of consecutive text spans, each with the assistant turn to which it belongs (or -1), and -1.
 
         The spans are tokenised as one string, as in the language model's own training. Special-token strings in the
         text of a turn are cut after their first character, so that the tokenizer never sees a complete one.
         """
-        out: list[tuple[int, int]] = []
+        out: list[tuple[int, int, int]] = []
         run: list[tuple[str, int]] = []
         for span in spans:
             answer = -1 if span.answer is None else span.answer
             position = 0
-            for cut in self._cuts(span.text) if span.is_words else ():
+            while span.is_words and (match := self._special.search(span.text, position)):
+                cut = match.start() + 1
                 out += self._encode([*run, (span.text[position:cut], answer)])
                 run = [(_AFTER_CUT, _DROPPED)]
                 position = cut
             run.append((span.text[position:], answer))
         return out + self._encode(run)
 
-    def _cuts(self, words: str) -> Iterator[int]:
-        position = 0
-        while match := self._special.search(words, position):
-            position = match.start() + 1
-            yield position
-
-    def _encode(self, run: list[tuple[str, int]]) -> list[tuple[int, int]]:
+    def _encode(self, run: list[tuple[str, int]]) -> list[tuple[int, int, int]]:
         text = "".join(piece for piece, _ in run)
         if not text:
             return []
@@ -375,7 +351,7 @@ class Renderer:
             # Trailing white space of a token does not count.
             end = start + len(text[start:end].rstrip()) if text[start:end].strip() else end
             out.append((token, run[bisect_left(ends, max(end, 1))][1]))
-        return [(token, answer) for token, answer in out if answer != _DROPPED]
+        return [(token, answer, -1) for token, answer in out if answer != _DROPPED]
 
 
 _AFTER_CUT, _DROPPED = "\n", -2

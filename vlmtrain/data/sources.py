@@ -12,6 +12,8 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from torch.utils.data import Subset
+
 from ..errors import first_line, nearest
 from . import probes, shapes
 from .images import EncodedImage
@@ -21,7 +23,6 @@ from .probes import CATEGORIES, Probes
 from .records import BadSample, Source
 from .rendering import check_conversation
 from .shapes import Shapes
-from .subsets import Subset
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
 """Splits that the `data` group may contain, whether or not a recipe uses them."""
@@ -36,7 +37,7 @@ def build_source(data: Mapping, split: str, image_size: tuple[int, int], seed: i
     """
     if data.get(split) is None:
         raise ValueError(f"data.{split} is required but not set")
-    named = data[split] if _is_mixture(data[split]) else {split: data[split]}
+    named = _named(data, split)
     if not named:
         raise ValueError(f"data.{split}={{}} contains no source")
     sources, wanted = {}, {}
@@ -59,8 +60,8 @@ def check_keys(data: Mapping, splits: Collection[str]) -> None:
     """
     if not isinstance(data.get("format"), str):
         raise ValueError(f"data.format={data.get('format')}: expected one of {', '.join(FORMATS)}")
-    entries = [entry for split in splits for entry in _entries(data.get(split))]
-    formats = {data.get("format"), *(entry["format"] for entry in entries if "format" in entry)}
+    entries = [entry for split in splits for entry in _named(data, split).values() if isinstance(entry, Mapping)]
+    formats = {data["format"], *(entry["format"] for entry in entries if "format" in entry)}
     options = {option for name in formats if name in FORMATS for option in FORMATS[name][2]}
     known = {"format", "clean_list", *options, *PURPOSES, *splits}
     for name in data:
@@ -68,15 +69,11 @@ def check_keys(data: Mapping, splits: Collection[str]) -> None:
             raise ValueError(f"unknown key 'data.{name}'.{nearest(name, known)}")
 
 
-def _entries(split: object) -> list[Mapping]:
-    """The sources of a split that are given as mappings."""
-    named = split.values() if isinstance(split, Mapping) and _is_mixture(split) else [split]
-    return [entry for entry in named if isinstance(entry, Mapping)]
-
-
-def _is_mixture(entry: object) -> bool:
-    """Whether a split's value contains several named sources; the options of a single source include its location."""
-    return isinstance(entry, Mapping) and not {"path", "size"} & set(entry)
+def _named(data: Mapping, split: str) -> Mapping:
+    """The sources of a split by name. A single source, whose options include its location, has the split's name."""
+    entry = data.get(split)
+    is_mixture = isinstance(entry, Mapping) and not {"path", "size"} & set(entry)
+    return entry if is_mixture else {split: entry}
 
 
 def _open(options: Mapping, given: set[str], key: str, image_size: tuple[int, int], seed: int) -> Source:
@@ -118,9 +115,9 @@ def _open_llava(options: Mapping, image_size: tuple[int, int], seed: int) -> Sou
 def _open_hf(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:
     from .hf_dataset import HFDataset
 
-    columns = {role: column for role, column in (options.get("columns") or {}).items() if column is not None}
-    more = {"images": options.get("images"), "outside": options.get("outside_images", False), **_reading(options)}
-    return HFDataset(options["path"], options.get("split", "train"), options.get("name"), columns, **more)
+    names = (options.get("split", "train"), options.get("name"), options.get("columns"))
+    folder = (options.get("images"), options.get("outside_images", False))
+    return HFDataset(options["path"], *names, *folder, **_reading(options))
 
 
 def _open_webdataset(options: Mapping, image_size: tuple[int, int], seed: int) -> Source:

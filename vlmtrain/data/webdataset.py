@@ -22,9 +22,9 @@ from ..errors import first_line, printable
 from .file_index import Index, cached_index, read_span
 from .images import ImageFolder, ImageInFile
 from .indexed_json import parse_json
+from .mixture import Concatenation
 from .record_reader import KEYS, RecordReader, record_name
 from .records import BadSample, Conversation
-from .subsets import Concatenation
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif")
 UNSUPPORTED = ("mp4", "avi", "mov", "mkv", "webm", "mp3", "wav", "flac", "ogg", "heic")
@@ -55,7 +55,7 @@ class WebDataset(Concatenation):
     """
 
     def __init__(self, path: str | Path, **options):
-        reader = RecordReader(ImageFolder(None), images_first=True, **options)
+        reader = RecordReader(ImageFolder(None), **{**options, "images_first": True})
         super().__init__([_Shard(shard, reader) for shard in shard_paths(path)])
         if not len(self):
             raise ValueError(f"{path} is empty: no records")

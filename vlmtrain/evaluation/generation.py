@@ -26,33 +26,21 @@ class Likelihood(NamedTuple):
         return self.total / max(1, self.tokens)
 
 
+def model_inputs(batch: Batch) -> dict:
+    """The texts and images of a batch, as the arguments of `VLMWrapper.forward` and `VLMWrapper.generate`."""
+    names = ("input_ids", "images", "is_image", "tiles", "text_ids", "text_mask")
+    return {name: getattr(batch, name) for name in names}
+
+
 def generate(model: VLMWrapper, processor: Processor, batch: Batch, **options) -> Tensor:
     """Generate tokens after each row of a batch, greedily unless `options`, passed to ``generate``, say otherwise."""
-    return model.generate(
-        batch.input_ids,
-        batch.images,
-        batch.is_image,
-        batch.lengths,
-        batch.tiles,
-        batch.text_ids,
-        batch.text_mask,
-        eos_token_id=processor.renderer.stop_ids,
-        pad_token_id=processor.filler,
-        **{"do_sample": False, **options},
-    )
+    options = {"do_sample": False, "eos_token_id": processor.renderer.stop_ids, **options}
+    return model.generate(**model_inputs(batch), lengths=batch.lengths, pad_token_id=processor.filler, **options)
 
 
 def target_logits(model: VLMWrapper, batch: Batch, keep: Tensor) -> Tensor:
     """Logits at the positions in `keep`, as float32."""
-    return model(
-        batch.input_ids,
-        batch.images,
-        batch.is_image,
-        keep=keep,
-        tiles=batch.tiles,
-        text_ids=batch.text_ids,
-        text_mask=batch.text_mask,
-    ).float()
+    return model(**model_inputs(batch), keep=keep).float()
 
 
 @torch.no_grad()

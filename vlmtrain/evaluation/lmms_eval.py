@@ -9,7 +9,6 @@ from ..data.processor import Processor
 from ..distributed.world import World
 from ..errors import nearest
 from ..model import VLMWrapper
-from ..settings import Validation
 
 
 def check_tasks(tasks: Sequence[str], is_sharded: bool) -> None:
@@ -19,11 +18,6 @@ def check_tasks(tasks: Sequence[str], is_sharded: bool) -> None:
             "validation.lmms_eval: ranks evaluate different questions, which zero3 on several processes does not "
             "support; train with zero2, or run lmms-eval on the model folder"
         )
-
-
-def benchmarks_of(options: Validation) -> Benchmarks:
-    """The tasks named in the settings."""
-    return Benchmarks(options.lmms_eval, options.batch_size, options.final_samples)
 
 
 class Benchmarks:

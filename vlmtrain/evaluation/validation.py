@@ -142,11 +142,10 @@ class Validator:
                 kind: {**_beside(values, blind_grades.by_category[kind]), "questions": values["questions"]}
                 for kind, values in grades.by_category.items()
             }
+        told = ("conversation", "turn", "question", "reference", "prediction")
         shown = [
             {
-                **{
-                    key: getattr(answer, key) for key in ("conversation", "turn", "question", "reference", "prediction")
-                },
+                **{key: getattr(answer, key) for key in told},
                 "blind_prediction": other.prediction,
                 "exact": answer.is_exact,
                 "category": answer.grading.category,
@@ -211,13 +210,8 @@ def _answered(conversation: Conversation, turn: int, words: str) -> Conversation
 def _prompt(sample: Sample, length: int) -> Sample:
     """The first `length` tokens of a sample, with the images that they refer to."""
     tokens = sample.tokens
-    prompt = Rendered(
-        tokens.input_ids[:length],
-        torch.full((length,), IGNORE),
-        torch.zeros(length),
-        tokens.image_index[:length],
-        (),
-    )
+    targets, weights = torch.full((length,), IGNORE), torch.zeros(length)
+    prompt = Rendered(tokens.input_ids[:length], targets, weights, tokens.image_index[:length], ())
     return _shown(sample, prompt)
 
 

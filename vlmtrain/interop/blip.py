@@ -8,13 +8,11 @@ import torch
 from tokenizers import AddedToken, processors
 from torch import Tensor, nn
 from transformers import (
-    Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
     Blip2QFormerConfig,
     Blip2VisionModel,
     BlipImageProcessorPil,
-    InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     InstructBlipQFormerConfig,
@@ -29,9 +27,8 @@ from ..data.processor import Geometry, Processor
 from ..model import VLMWrapper
 from .blip_towers import as_blip_tower
 from .chat_template import Speech, spoken_words, typed_speech
-from .fitting import DoesNotFit
-from .llava import ROUNDING, Exported, check_parts, filled, generation_settings
-from .towers import OWN_FORMAT
+from .fitting import DoesNotFit, filled
+from .llava import ROUNDING, Exported, generation_settings
 
 
 @torch.no_grad()
@@ -40,24 +37,20 @@ def as_blip(model: VLMWrapper, processor: Processor) -> Exported:
 
     Unchanged tensors are shared. Raises DoesNotFit for parts that these classes do not support.
     """
-    check_parts(model, processor)
     connector, reads = model.connector, model.connector.reads_text
     _check(connector, processor.geometry)
     tower_class = InstructBlipVisionModel if reads else Blip2VisionModel
     tower = as_blip_tower(model.vision, connector.ln_vision, tower_class)
     speech, queries = _speech(processor)
+    blip2, instructblip, *_ = QFormer.PUBLISHED
     text_config, language = _language_state(model.llm, speech, processor)
     state = {
         **{f"vision_model.{name}": tensor for name, tensor in tower.state_dict().items()},
-        **_qformer_state(connector),
+        **published_state(connector, instructblip if reads else blip2),
         **language,
     }
-    config_class, model_class = (
-        (InstructBlipConfig, InstructBlipForConditionalGeneration)
-        if reads
-        else (Blip2Config, Blip2ForConditionalGeneration)
-    )
-    config = config_class(
+    model_class = InstructBlipForConditionalGeneration if reads else Blip2ForConditionalGeneration
+    config = model_class.config_class(
         vision_config=tower.config.to_dict(),
         qformer_config=_qformer_config(connector).to_dict(),
         text_config=text_config.to_dict(),
@@ -88,16 +81,14 @@ def as_blip(model: VLMWrapper, processor: Processor) -> Exported:
 def _check(connector: nn.Module, geometry: Geometry) -> None:
     """Raise DoesNotFit for a connector or an image preparation that the classes do not support."""
     if not isinstance(connector, QFormer):
-        raise DoesNotFit(f"connector={connector.config['name']}: BLIP-2's classes support only qformer ({OWN_FORMAT})")
+        raise DoesNotFit(f"connector={connector.config['name']}: BLIP-2's classes support only qformer")
     if not isinstance(connector.ln_vision, nn.LayerNorm):
         raise DoesNotFit(
-            f"connector.vision_norm=false: BLIP-2's classes normalise the encoder's features ({OWN_FORMAT}; or train "
-            "with connector.vision_norm=true)"
+            "connector.vision_norm=false: BLIP-2's classes normalise the encoder's features (train with "
+            "connector.vision_norm=true)"
         )
     if geometry.fit != "squash":
-        raise DoesNotFit(
-            f"image_fit={geometry.fit}: BLIP-2's processors stretch images ({OWN_FORMAT}; or image_fit=squash)"
-        )
+        raise DoesNotFit(f"image_fit={geometry.fit}: BLIP-2's processors stretch images (train with image_fit=squash)")
 
 
 def _speech(processor: Processor) -> tuple[Speech, int]:
@@ -108,7 +99,7 @@ def _speech(processor: Processor) -> tuple[Speech, int]:
     if processor.reader:
         raise DoesNotFit(
             f"template={renderer.template}: in InstructBLIP's processor the Q-Former reads the complete prompt, not "
-            f"the instruction ({OWN_FORMAT}; or train with template=blip)"
+            "the instruction (train with template=blip)"
         )
     speech = typed_speech(processor)
     mark = speech.tokenizer.convert_ids_to_tokens(speech.image_id)
@@ -140,11 +131,6 @@ def _qformer_config(connector: QFormer) -> Blip2QFormerConfig | InstructBlipQFor
     return InstructBlipQFormerConfig(**options, vocab_size=words, max_position_embeddings=positions)
 
 
-def _qformer_state(connector: QFormer) -> dict[str, Tensor]:
-    blip2, instructblip, *_ = QFormer.PUBLISHED
-    return published_state(connector, instructblip if connector.reads_text else blip2)
-
-
 def _language_state(llm: nn.Module, speech: Speech, processor: Processor) -> tuple:
     """Configuration and tensors of the language model, with an additional row for the image token."""
     config = copy.deepcopy(llm.config.get_text_config())
@@ -171,24 +157,21 @@ def _with_rows(table: Tensor, rows: int) -> Tensor:
 def _reading_tokenizer(reader: TextReader) -> PreTrainedTokenizerBase:
     """The Q-Former's tokenizer, which adds the special tokens itself. Raises DoesNotFit if that is not possible."""
     tokenizer = copy.deepcopy(reader.tokenizer)
-    frame = {}
-    for letter, token_id in (("start", reader.vocabulary.start), ("end", reader.vocabulary.end)):
+    frame = []
+    for name, token_id in (("[CLS]", reader.vocabulary.start), ("[SEP]", reader.vocabulary.end)):
         if token_id >= len(tokenizer):
-            name = {"start": "[CLS]", "end": "[SEP]"}[letter]
             tokenizer.add_tokens([AddedToken(name, special=True, normalized=False)], special_tokens=True)
-        frame[letter] = (tokenizer.convert_ids_to_tokens(token_id), token_id)
-    pair = [f"{frame[name][0]}" for name in ("start", "end")]
+        frame.append((tokenizer.convert_ids_to_tokens(token_id), token_id))
+    start, end = (token for token, _ in frame)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        f"{pair[0]} $A {pair[1]}", f"{pair[0]} $A {pair[1]} $B {pair[1]}", list(dict.fromkeys(frame.values()))
+        f"{start} $A {end}", f"{start} $A {end} $B {end}", list(dict.fromkeys(frame))
     )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = pair[1]
+        tokenizer.pad_token = end
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
     tokenizer.model_max_length = tokenizer.init_kwargs["model_max_length"] = reader.max_length
     words = "What color is it, 1 or 2?"
     if tokenizer(words).input_ids != reader.encode(words).tolist():
-        raise DoesNotFit(
-            f"the connector's tokenizer cannot be exported so that it adds its special tokens itself ({OWN_FORMAT})"
-        )
+        raise DoesNotFit("the connector's tokenizer cannot be exported so that it adds its special tokens itself")
     return tokenizer

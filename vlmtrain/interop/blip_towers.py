@@ -9,30 +9,15 @@ from torch import Tensor, nn
 from transformers import Blip2VisionModel, InstructBlipVisionModel
 
 from ..model.vision import HFVision, OpenClipVision, VisionEncoder
-from .fitting import DoesNotFit, relative_difference, tolerance
-from .towers import OWN_FORMAT, build_tower, gelu_name, renamed, scale_layers
+from .fitting import DoesNotFit, filled, relative_difference, tolerance
+from .towers import CLIP_NAMES, TIMM_NAMES, check_square, gelu_name, renamed, scale_layers
 
 FITTING = "EVA-CLIP or another open_clip ViT with a class token and no norm before its blocks, or BLIP-2's own encoder"
 
-_OPEN_CLIP = (
-    (r"^conv1\.", "embeddings.patch_embedding."),
-    (r"^class_embedding$", "embeddings.class_embedding"),
-    (r"^positional_embedding$", "embeddings.position_embedding"),
-    (r"^transformer\.resblocks\.", "encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.in_proj_", ".self_attn.qkv."),
-    (r"\.attn\.out_proj\.", ".self_attn.projection."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
-_TIMM = (
-    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"^cls_token$", "embeddings.class_embedding"),
-    (r"^pos_embed$", "embeddings.position_embedding"),
-    (r"^blocks\.", "encoder.layers."),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attn\.qkv\.", ".self_attn.qkv."),
-    (r"\.attn\.proj\.", ".self_attn.projection."),
+# BLIP-2's towers have no embedding module for positions, and another name for attention's output projection
+_BLIP_NAMES = (
+    (r"position_embedding\.weight$", "position_embedding"),
+    (r"\.self_attn\.out_proj\.", ".self_attn.projection."),
 )
 
 
@@ -42,12 +27,7 @@ def as_blip_tower(vision: VisionEncoder, norm: nn.LayerNorm, model_class: type[n
 
     model_class: Blip2VisionModel or InstructBlipVisionModel. Raises DoesNotFit for unsupported towers.
     """
-    height, width = vision.image_size
-    if height != width or vision.patch_size[0] != vision.patch_size[1]:
-        raise DoesNotFit(
-            f"vision.image_size={height}x{width} with patches of {vision.patch_size[0]}x{vision.patch_size[1]}: "
-            f"BLIP-2's classes require square images and patches ({OWN_FORMAT})"
-        )
+    check_square(vision)
     depth = vision.layer if vision.layer > 0 else vision.num_blocks + vision.layer + 1
     state, shape = _plain_vit(vision)
     blocks = re.compile(r"encoder\.layers\.(\d+)\.")
@@ -56,13 +36,14 @@ def as_blip_tower(vision: VisionEncoder, norm: nn.LayerNorm, model_class: type[n
     config = model_class.config_class(
         hidden_size=vision.width,
         num_hidden_layers=depth,
-        image_size=height,
+        image_size=vision.image_size[0],
         patch_size=vision.patch_size[0],
         qkv_bias="encoder.layers.0.self_attn.qkv.bias" in state,
         **shape,
     )
-    model = build_tower(model_class, config, state, next(vision.parameters()).dtype)
-    probe = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(next(vision.parameters()))
+    model = filled(model_class, config, state, next(vision.parameters()).dtype)
+    probe = torch.randn(1, 3, *vision.image_size, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(next(vision.parameters()))
     features = vision.eval()(probe)
     expected = torch.cat([features.prefix, features.patches.flatten(1, 2)], dim=1)
     difference = relative_difference(model.eval()(probe).last_hidden_state, norm(expected))
@@ -70,7 +51,7 @@ def as_blip_tower(vision: VisionEncoder, norm: nn.LayerNorm, model_class: type[n
         raise DoesNotFit(
             f"{model_class.__name__} with the weights of this image tower and connector.vision_norm gives different "
             f"features, by {difference:.1g} relative to the largest (eps of the norms: {norm.eps:g} and "
-            f"{config.layer_norm_eps:g}; {OWN_FORMAT})"
+            f"{config.layer_norm_eps:g})"
         )
     return model
 
@@ -89,7 +70,7 @@ def _plain_vit(vision: VisionEncoder) -> tuple[dict[str, Tensor], dict]:
     if isinstance(vision, OpenClipVision):
         return _timm(vision.visual.trunk) if vision._is_timm else _open_clip(vision)
     tower = type(vision.encoder).__name__ if isinstance(vision, HFVision) else type(vision).__name__
-    raise DoesNotFit(f"{tower} is not supported by BLIP-2's classes, which take {FITTING} ({OWN_FORMAT})")
+    raise DoesNotFit(f"{tower} is not supported by BLIP-2's classes, which take {FITTING}")
 
 
 def _open_clip(vision: OpenClipVision) -> tuple[dict[str, Tensor], dict]:
@@ -97,14 +78,14 @@ def _open_clip(vision: OpenClipVision) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(visual.ln_pre, nn.Identity) or not hasattr(first.mlp, "c_fc"):
         raise DoesNotFit(
             f"an open_clip ViT with a norm before its blocks (CLIP) is not supported by BLIP-2's classes, which take "
-            f"{FITTING} ({OWN_FORMAT})"
+            f"{FITTING}"
         )
     state = {name: each for name, each in visual.state_dict().items() if not re.match(r"proj$|attn_pool|ln_post", name)}
     scale_layers(state, r"\.ls_([12])\.gamma$", ("attn.out_proj", "mlp.c_proj"))
     state["class_embedding"] = state["class_embedding"][None, None]
     state["positional_embedding"] = state["positional_embedding"][None]
     state["conv1.bias"] = state["conv1.weight"].new_zeros(vision.width)
-    return renamed(state, _OPEN_CLIP), {
+    return renamed(state, CLIP_NAMES + _BLIP_NAMES), {
         "intermediate_size": first.mlp.c_fc.out_features,
         "num_attention_heads": first.attn.num_heads,
         "hidden_act": "quick_gelu" if vision.config.get("quick_gelu") else "gelu",
@@ -117,7 +98,7 @@ def _timm(trunk: nn.Module) -> tuple[dict[str, Tensor], dict]:
     if getattr(trunk, "cls_token", None) is None or not hasattr(first.mlp, "fc1") or first.attn.qkv is None:
         raise DoesNotFit(
             f"timm's {type(trunk).__name__} without a class token or with gated layers is not supported by BLIP-2's "
-            f"classes, which take {FITTING} ({OWN_FORMAT})"
+            f"classes, which take {FITTING}"
         )
     behind = re.compile(r"norm\.|fc_norm|head|attn_pool")  # after the last block; not used here
     state = {name: each for name, each in trunk.state_dict().items() if not behind.match(name)}
@@ -125,7 +106,7 @@ def _timm(trunk: nn.Module) -> tuple[dict[str, Tensor], dict]:
     for name in [name for name in state if name.endswith(".q_bias")]:  # EVA's keys have no bias
         q, v = state.pop(name), state.pop(name.replace(".q_bias", ".v_bias"))
         state[name.replace(".q_bias", ".qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return renamed(state, _TIMM), {
+    return renamed(state, TIMM_NAMES + _BLIP_NAMES), {
         "intermediate_size": first.mlp.fc1.out_features,
         "num_attention_heads": first.attn.num_heads,
         "hidden_act": gelu_name(first.mlp.act),

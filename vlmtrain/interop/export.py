@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,11 @@ import transformers
 from PIL import Image
 
 from ..connectors.qformer import QFormer
+from ..data.images import ImageInMemory
 from ..data.processor import Batch, Processor
 from ..data.records import IMAGE_MARK, Conversation, Turn
-from ..files import check_new_folder
+from ..evaluation.generation import model_inputs
+from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
 from ..reporting.card import write_export_card
 from .blip import as_blip
@@ -46,74 +47,66 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
     model, processor = VLMWrapper.from_pretrained(source), Processor.from_pretrained(source)
     exported, difference = _chosen(model, processor, form)
     transformers.utils.logging.disable_progress_bar()
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    exported.model.save_pretrained(partial)
-    exported.processor.save_pretrained(partial)
-    write_export_card(source, partial, type(exported.model).__name__, difference, exported.remarks)
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
-    return Export(str(out), type(exported.model).__name__, difference, exported.remarks)
+    done = Export(str(out), type(exported.model).__name__, difference, exported.remarks)
+    with new_folder(out) as partial:
+        exported.model.save_pretrained(partial)
+        exported.processor.save_pretrained(partial)
+        write_export_card(source, partial, *done[1:])
+    return done
 
 
 def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exported, float]:
     """The first class allowed by `form` that gives the same logits, and the difference of the logits."""
+    for part in ("vision", "connector", "llm"):
+        if getattr(model, part) is None:
+            raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
+    if processor.geometry is None:
+        raise DoesNotFit("the model's processor does not accept images: export a stage that does")
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
             takes_queries = form == "blip2" or (form == "hf" and isinstance(model.connector, QFormer))
             exported = (as_blip if takes_queries else as_llava)(model, processor)
-            return exported, _checked(model, processor, exported)
+            return exported, compare_logits(exported, model, processor)
         except DoesNotFit as error:
             if form != "hf":
-                raise
+                raise DoesNotFit(f"{error}; --format vlmtrain supports all models") from error
             remarks = (f"loads only after 'import vlmtrain': {error}",)
     from .own import as_own
 
-    exported = as_own(model, processor)
-    return exported._replace(remarks=(*remarks, *exported.remarks)), _checked(model, processor, exported)
+    exported = as_own(model, processor)._replace(remarks=remarks)
+    return exported, compare_logits(exported, model, processor)
 
 
 @torch.no_grad()
-def _checked(model: VLMWrapper, processor: Processor, exported: Exported) -> float:
+def compare_logits(exported: Exported, model: VLMWrapper, processor: Processor) -> float:
     """Difference of the logits for a question about an image. Raises DoesNotFit if it is more than rounding."""
-    batch = probe(processor)
-    text = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
-    expected = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles, **text)
-    found = hf_logits(exported, batch)[..., : expected.shape[-1]]
+    dtype = next(exported.model.parameters()).dtype
+    batch = _probe(processor)
+    batch = batch._replace(images=batch.images.to(dtype))
+    expected = model(**model_inputs(batch))
+    found = _hf_logits(exported, batch)[..., : expected.shape[-1]]
     difference = relative_difference(found, expected)
-    if not difference <= tolerance(expected.dtype):
+    if not difference <= tolerance(dtype):
         raise DoesNotFit(
-            f"{type(exported.model).__name__} gives different logits from {type(model.llm).__name__} (by "
-            f"{difference:.1g} relative to the largest): it does not scale or cap them as that class does "
-            "(--format vlmtrain supports all models)"
+            f"{type(exported.model).__name__} gives different logits from {type(model.llm).__name__} with the same "
+            f"weights (by {difference:.1g} relative to the largest): only one of them scales or caps them"
         )
     return difference
 
 
-def probe(processor: Processor) -> Batch:
+def _probe(processor: Processor) -> Batch:
     """A question about a noise image whose aspect ratio differs from the encoder's."""
     height, width = processor.geometry.size
     pixels = torch.randint(0, 256, (height, width + width // 2, 3), generator=torch.Generator().manual_seed(0))
-    picture = Image.fromarray(pixels.to(torch.uint8).numpy())
+    encoded = BytesIO()
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(encoded, "PNG")
+    picture = ImageInMemory(encoded.getvalue(), "probe")
     question = Turn("user", f"{IMAGE_MARK}\nWhat is this?")
-    return processor.collate([processor.prompt(Conversation("probe", (question,), (_Shown(picture),)))])
+    return processor.collate([processor.prompt(Conversation("probe", (question,), (picture,)))])
 
 
-class _Shown(NamedTuple):
-    """An image that is already in memory."""
-
-    picture: Image.Image
-
-    def load(self) -> Image.Image:
-        return self.picture
-
-    def size(self) -> tuple[int, int]:
-        return self.picture.height, self.picture.width
-
-
-def hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
+def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
     """Logits ``(B, T, V)`` of a Hugging Face model for one of our batches with images."""
     options = {"pixel_values": batch.images}
     if exported.model.config.model_type == "vlmtrain":

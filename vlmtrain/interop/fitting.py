@@ -1,15 +1,31 @@
-"""Checks whether a class of another library can represent a model."""
+"""Whether a class of another library can represent a model, and models of such classes with given weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import some
 
 TOLERANCE = 1e-4
 
 
 class DoesNotFit(ValueError):
-    """A class of another library cannot represent the model; the message gives the reason and an alternative."""
+    """A class of another library cannot represent the model; the message gives the reason."""
+
+
+def filled(model_class: type[PreTrainedModel], config, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model with the weights `state`. Raises DoesNotFit listing the tensors that do not fit."""
+    with torch.device("meta"):
+        empty = model_class(config)
+    own = empty.state_dict()
+    missing = own.keys() - state.keys() - empty.all_tied_weights_keys.keys()
+    misshaped = (name for name in state if name not in own or own[name].shape != state[name].shape)
+    if wrong := {*missing, *misshaped}:
+        raise DoesNotFit(f"{model_class.__name__} does not support these parts: {some(wrong)}")
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def relative_difference(one: Tensor, other: Tensor) -> float:

@@ -4,8 +4,6 @@ single projectors."""
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +25,7 @@ from ..data.processor import Geometry, Processor
 from ..data.rendering import Renderer
 from ..data.templates import BLIP
 from ..errors import first_line
-from ..files import check_new_folder, read_json
+from ..files import check_new_folder, new_folder, read_json
 from ..model import VLMWrapper
 from ..model.llm import load_tokenizer, max_positions
 from ..model.loading import load_hf_config, load_hf_model
@@ -35,8 +33,8 @@ from ..model.parts import make_connector
 from ..model.tiled import TiledConnector
 from ..model.vision import HFVision, VisionEncoder
 from ..reporting.card import write_import_card
-from .export import hf_logits, probe
-from .fitting import relative_difference, tolerance
+from .export import compare_logits
+from .fitting import filled
 from .importing_blip import MODEL_CLASSES as BLIP_CLASSES
 from .importing_blip import blip_parts, check_blip, end_answers, reader_of
 from .importing_projectors import projector_parts
@@ -99,16 +97,12 @@ def import_model(
         difference, classes = None, {}
     else:
         raise ValueError(f"{source} does not exist: expected a Hugging Face folder or a projector file")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
     fitted, name = processor.geometry.fit, model.connector.config["name"]
     done = Import(str(out), str(source), name, processor.renderer.template, fitted, difference)
-    write_import_card(partial, done._asdict(), classes)
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
+    with new_folder(out) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_import_card(partial, done._asdict(), classes)
     return done
 
 
@@ -129,44 +123,19 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
     source = load_hf_model(MODEL_CLASSES[config.model_type], str(folder), is_ours=True, dtype=dtype).eval()
     file, preparation = _preparation(folder)
     look = {key: getattr(preparation, key) for key in ("image_mean", "image_std")}
+    grids, reader = (), None
     if is_blip:
-        model = blip_parts(source, look)
+        model, reader, template = blip_parts(source, look), reader_of(folder, config), template or BLIP
         end_answers(tokenizer, source)
-        fitting, reader = fit or _fit(preparation), reader_of(folder, config)
-        processor = _processor(folder, tokenizer, model, fitting, (), template or BLIP, reader)
     else:
-        model, grids = _from_llava(folder, source, look)
-        fitting = fit or ("tiles" if grids else _fit(preparation))
-        processor = _processor(folder, tokenizer, model, fitting, grids, template)
+        vision, llm = _encoder(folder, source, look), _language_model(source)
+        model = VLMWrapper(vision, _connector(folder, source, vision, llm), llm).eval()
+        grids = _tile_grids(folder, config, vision) if config.model_type == "llava_next" else ()
+    fitting = fit or ("tiles" if grids else _fit(preparation))
+    processor = _processor(folder, tokenizer, model, fitting, grids, template, reader)
     if fit is None:
         _check_pixels(file, preparation, processor.geometry)
-    return model, processor, _compared(source, model, processor)
-
-
-def _from_llava(folder: Path, source: PreTrainedModel, look: dict) -> tuple[VLMWrapper, tuple[tuple[int, int], ...]]:
-    """The parts of the model, and the grids of tiles into which images are cut."""
-    vision = _encoder(folder, source, look)
-    llm = _language_model(source)
-    model = VLMWrapper(vision, _connector(folder, source, vision, llm), llm).eval()
-    return model, _tile_grids(folder, source.config, vision) if source.config.model_type == "llava_next" else ()
-
-
-@torch.no_grad()
-def _compared(source: PreTrainedModel, model: VLMWrapper, processor: Processor) -> float:
-    """Difference of the logits from the source's. Raises ValueError if it is more than rounding."""
-    batch = probe(processor)
-    dtype = next(source.parameters()).dtype
-    batch = batch._replace(images=batch.images.to(dtype))
-    expected = hf_logits(Exported(source, None, ()), batch)
-    text = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
-    found = model(batch.input_ids, batch.images, batch.is_image, tiles=batch.tiles, **text)
-    difference = relative_difference(found, expected)
-    if not difference <= tolerance(dtype):
-        raise ValueError(
-            f"{type(model.llm).__name__} gives different logits from {type(source).__name__} with the same weights (by "
-            f"{difference:.1g} relative to the largest): it scales or caps them"
-        )
-    return difference
+    return model, processor, compare_logits(Exported(source, None, ()), model, processor)
 
 
 def _preparation(folder: Path) -> tuple[Path, ImageProcessingMixin]:
@@ -254,13 +223,7 @@ def _language_model(source: PreTrainedModel) -> nn.Module:
     }
     if not config.tie_word_embeddings:
         state["lm_head.weight"] = head.detach()
-    llm, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=head.dtype, output_loading_info=True
-    )
-    wrong = sorted(str(name) for kind in ("missing_keys", "unexpected_keys") for name in info[kind])
-    if wrong:
-        raise ValueError(f"the source's language model does not fit {model_class.__name__}: {wrong[0]}")
-    return llm.eval()
+    return filled(model_class, config, state, head.dtype)
 
 
 def _connector(folder: Path, source: PreTrainedModel, vision: VisionEncoder, llm: nn.Module) -> nn.Module:

@@ -26,12 +26,11 @@ from ..connectors.layers import ACTIVATIONS
 from ..connectors.mlp import MLP
 from ..data.processor import Geometry, Processor
 from ..data.records import IMAGE_MARK
-from ..errors import some
 from ..model import VLMWrapper
 from ..model.tiled import TiledConnector
 from .chat_template import Speech, typed_speech
-from .fitting import DoesNotFit
-from .towers import OWN_FORMAT, as_hf_tower
+from .fitting import DoesNotFit, filled
+from .towers import as_hf_tower
 
 ROUNDING = (
     "transformers resizes them with torchvision, whose rounding differs by one grey level for some pixels; "
@@ -53,21 +52,20 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
 
     Unchanged tensors are shared. Raises DoesNotFit for parts that these classes do not support.
     """
-    check_parts(model, processor)
     tiled = processor.geometry.fit == "tiles"
     connector = model.connector.connector if isinstance(model.connector, TiledConnector) else model.connector
     projector, activation = _projector(connector)
-    tower, speech = as_hf_tower(model.vision), typed_speech(processor)
-    if tower.prefix > 1:
+    (tower, prefix), speech = as_hf_tower(model.vision), typed_speech(processor)
+    if prefix > 1:
         raise DoesNotFit(
-            f"the encoder has {tower.prefix} prefix tokens: LLaVA's classes drop at most one, and would treat "
-            f"registers as patches ({OWN_FORMAT})"
+            f"the encoder has {prefix} prefix tokens: LLaVA's classes drop at most one, and would treat registers as "
+            "patches"
         )
     text_config, language = _language_state(model.llm, speech.image_id)
     image_processor, remarks = _image_processor(processor.geometry)
-    strategy = "default" if tower.prefix else "full"
+    strategy = "default" if prefix else "full"
     options = {
-        "vision_config": tower.model.config,
+        "vision_config": tower.config,
         "text_config": text_config,
         "image_token_index": speech.image_id,
         "image_seq_length": processor.geometry.tokens,
@@ -77,7 +75,7 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
         "tie_word_embeddings": text_config.tie_word_embeddings,
     }
     state = {
-        **{f"model.vision_tower.{name}": tensor for name, tensor in tower.model.state_dict().items()},
+        **{f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()},
         **{f"model.multi_modal_projector.{name}": tensor for name, tensor in projector.items()},
         **language,
     }
@@ -95,32 +93,23 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
         speech.tokenizer,
         patch_size=model.vision.patch_size[0],
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=tower.prefix,
+        num_additional_image_tokens=prefix,
         chat_template=speech.template,
         image_token=IMAGE_MARK,
     )
     return Exported(exported, hf_processor, remarks)
 
 
-def check_parts(model: VLMWrapper, processor: Processor) -> None:
-    """Raise DoesNotFit if a part is missing."""
-    for part in ("vision", "connector", "llm"):
-        if getattr(model, part) is None:
-            raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
-    if processor.geometry is None:
-        raise DoesNotFit("the model's processor does not accept images: export a stage that does")
-
-
 def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Weights of a two-layer LLaVA projector that is equivalent to `connector`, and the name of its activation."""
     if not isinstance(connector, MLP):
         raise DoesNotFit(
-            f"connector={connector.config['name']}: LLaVA's classes support only linear and mlp ({OWN_FORMAT}; "
-            "or train with connector=mlp)"
+            f"connector={connector.config['name']}: LLaVA's classes support only linear and mlp (train "
+            "with connector=mlp)"
         )
     layers = [layer for layer in connector.layers if isinstance(layer, nn.Linear)]
     if len(layers) > 2:
-        raise DoesNotFit(f"connector.depth={len(layers)}: LLaVA's projector has two layers ({OWN_FORMAT})")
+        raise DoesNotFit(f"connector.depth={len(layers)}: LLaVA's projector has two layers")
     first, width = layers[0], connector.out_dim
     if len(layers) == 1:  # add a second layer that passes on the output of the first
         identity, nothing = torch.eye(width).to(first.weight), torch.zeros(width).to(first.weight)
@@ -129,8 +118,7 @@ def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
     second, hidden = layers[1], first.out_features
     if hidden > width:
         raise DoesNotFit(
-            f"connector.hidden_dim={hidden}: LLaVA's projector cannot be wider than the language model, {width} "
-            f"({OWN_FORMAT})"
+            f"connector.hidden_dim={hidden}: LLaVA's projector cannot be wider than the language model, {width}"
         )
     # all supported activations map zero to zero, so units with zero weights have no effect
     pad = width - hidden
@@ -147,9 +135,7 @@ def _language_state(llm: nn.Module, image_id: int) -> tuple:
     """Configuration and tensors of the language model under LLaVA's names, with a row for the image token."""
     head, base = llm.get_output_embeddings(), llm.base_model
     if base is llm or head is None or getattr(head, "bias", None) is not None:
-        raise DoesNotFit(
-            f"{type(llm).__name__}: LLaVA's classes require a language model whose head has no bias ({OWN_FORMAT})"
-        )
+        raise DoesNotFit(f"{type(llm).__name__}: LLaVA's classes require a language model whose head has no bias")
     config = copy.deepcopy(llm.config.get_text_config())
     table = llm.get_input_embeddings().weight
     lacking = max(0, image_id + 1 - len(table))
@@ -168,18 +154,6 @@ def _language_state(llm: nn.Module, image_id: int) -> tuple:
 def _with_rows(table: Tensor, rows: int) -> Tensor:
     """Append zero rows to an embedding table: their logits are 0, and generation suppresses these tokens."""
     return nn.functional.pad(table.detach(), (0, 0, 0, rows)) if rows else table.detach()
-
-
-def filled(model_class: type[PreTrainedModel], config, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """Build a model with the weights `state`. Raises DoesNotFit listing the tensors that do not fit."""
-    state = {name: tensor.detach() for name, tensor in state.items()}
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    wrong = {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]}
-    if wrong:
-        raise DoesNotFit(f"{model_class.__name__} does not support these parts: {some(wrong)} ({OWN_FORMAT})")
-    return model.eval()
 
 
 def generation_settings(processor: Processor, speech: Speech) -> GenerationConfig:
@@ -206,9 +180,7 @@ def _image_processor(geometry: Geometry):
         return CLIPImageProcessorPil(**cropping), remarks
     if geometry.fit == "tiles":
         if geometry.tiles_most or geometry.tiles_alone:
-            raise DoesNotFit(
-                "LLaVA-NeXT's class does not support image_tiles_most and image_tiles_alone (--format vlmtrain does)"
-            )
+            raise DoesNotFit("LLaVA-NeXT's class does not support image_tiles_most and image_tiles_alone")
         pinpoints = [[rows * side, columns * side] for rows, columns in geometry.tile_grids]
         return LlavaNextImageProcessorPil(**cropping, image_grid_pinpoints=pinpoints), remarks
     return LlavaImageProcessorPil(**options, size=square, do_center_crop=False, do_pad=True), remarks

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..data.connector_text import TextReader, pad_texts
 from ..data.images import ImageOnDisk, to_rgb, to_tensor
-from ..data.processor import OWN_TOKENIZER, Geometry, Processor
+from ..data.processor import OWN_TOKENIZER, Geometry, Processor, as_tuple
 from ..data.records import IMAGE_MARK
 from ..data.rendering import IGNORE
 from ..model import VLMWrapper
@@ -34,7 +34,7 @@ from ..model.vision import HFVision, OpenClipVision, VisionEncoder
 from ..tiling import Tiles
 from .chat_template import typed_speech
 from .fitting import DoesNotFit
-from .llava import Exported, check_parts, generation_settings
+from .llava import Exported, generation_settings
 from .own_config import VLMTrainConfig
 
 
@@ -213,7 +213,7 @@ class VLMTrainProcessor(ProcessorMixin):
         instructions: for a connector that reads text, the user's text about each image. Raises ValueError if the
         numbers of image tokens, images and instructions do not match.
         """
-        geometry = Geometry(**{key: _as_tuple(value) for key, value in self.geometry.items()})
+        geometry = Geometry(**{key: as_tuple(value) for key, value in self.geometry.items()})
         pictures = [_opened(picture) for picture in _flat(images)]
         texts = [text] if isinstance(text, str) else list(text or ())
         marks = sum(one.count(self.image_token) for one in texts)
@@ -283,13 +283,8 @@ def _flat(images: object) -> list:
     return [one for each in images for one in _flat(each)] if isinstance(images, list | tuple) else [images]
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
-
-
 def as_own(model: VLMWrapper, processor: Processor) -> Exported:
-    """Wrap the unchanged model for transformers' Auto classes. Raises DoesNotFit if a part is missing."""
-    check_parts(model, processor)
+    """Wrap the unchanged model for transformers' Auto classes. Raises DoesNotFit for custom encoders."""
     speech = typed_speech(processor)
     text_config = model.llm.config
     config = VLMTrainConfig(

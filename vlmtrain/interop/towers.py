@@ -4,66 +4,63 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..model.vision import HFVision, OpenClipVision, VisionEncoder
-from .fitting import DoesNotFit, relative_difference, tolerance
+from .fitting import DoesNotFit, filled, relative_difference, tolerance
 
-OWN_FORMAT = "--format vlmtrain supports all models"
-
-_CLIP_NAMES = (
-    (r"^conv1\.weight$", "embeddings.patch_embedding.weight"),
+CLIP_NAMES = (
+    (r"^conv1\.", "embeddings.patch_embedding."),
     (r"^class_embedding$", "embeddings.class_embedding"),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^ln_pre\.", "pre_layrnorm."),
     (r"^ln_post\.", "post_layernorm."),
-    (r"^transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
+    (r"^transformer\.resblocks\.", "encoder.layers."),
     (r"\.ln_([12])\.", r".layer_norm\1."),
     (r"\.attn\.in_proj_", ".self_attn.qkv."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-_SIGLIP_NAMES = (
+TIMM_NAMES = (
     (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding.weight"),
     (r"^norm\.", "post_layernorm."),
-    (r"^blocks\.(\d+)\.", r"encoder.layers.\1."),
+    (r"^blocks\.", "encoder.layers."),
     (r"\.norm([12])\.", r".layer_norm\1."),
     (r"\.attn\.qkv\.", ".self_attn.qkv."),
     (r"\.attn\.proj\.", ".self_attn.out_proj."),
 )
 
 
-class Tower(NamedTuple):
-    """A Hugging Face vision model, and the number of tokens before its patches."""
-
-    model: nn.Module
-    prefix: int
-
-
 @torch.no_grad()
-def as_hf_tower(vision: VisionEncoder) -> Tower:
+def as_hf_tower(vision: VisionEncoder) -> tuple[nn.Module, int]:
     """Convert `vision` to a Hugging Face model whose ``hidden_states[vision.layer]`` are the same features.
 
-    Unchanged tensors are shared. Raises DoesNotFit for towers without a suitable class.
+    Returns the model, which shares unchanged tensors, and the number of tokens before its patches. Raises DoesNotFit
+    for towers without a suitable class.
     """
-    height, width = vision.image_size
-    if height != width or vision.patch_size[0] != vision.patch_size[1]:
-        raise DoesNotFit(
-            f"vision.image_size={height}x{width} with patches of {vision.patch_size[0]}x{vision.patch_size[1]}: "
-            f"Hugging Face's classes require square images and patches ({OWN_FORMAT})"
-        )
+    check_square(vision)
     if isinstance(vision, HFVision):
         model = _at_own_size(vision)
     elif isinstance(vision, OpenClipVision):
         model = _siglip(vision) if vision._is_timm else _clip(vision)
     else:
-        raise DoesNotFit(f"{type(vision).__name__} has no counterpart in transformers ({OWN_FORMAT})")
-    return Tower(model, _checked(vision, model))
+        raise DoesNotFit(f"{type(vision).__name__} has no counterpart in transformers")
+    return model, _checked(vision, model)
+
+
+def check_square(vision: VisionEncoder) -> None:
+    """Raise DoesNotFit unless images and patches are square."""
+    (height, width), patch = vision.image_size, vision.patch_size
+    if height != width or patch[0] != patch[1]:
+        raise DoesNotFit(
+            f"vision.image_size={height}x{width} with patches of {patch[0]}x{patch[1]}: Hugging Face's classes require "
+            "square images and patches"
+        )
 
 
 def _checked(vision: VisionEncoder, model: nn.Module) -> int:
@@ -78,8 +75,7 @@ def _checked(vision: VisionEncoder, model: nn.Module) -> int:
         if difference <= tolerance(parameter.dtype):
             return prefix
     raise DoesNotFit(
-        f"Hugging Face's {type(model).__name__} with the weights of this image tower gives different features "
-        f"({OWN_FORMAT})"
+        f"Hugging Face's {type(model).__name__} with the weights of this image tower gives different features"
     )
 
 
@@ -93,7 +89,7 @@ def _at_own_size(vision: HFVision) -> nn.Module:
     if len(tables) != 1 or not hasattr(getattr(encoder, "embeddings", None), "interpolate_pos_encoding"):
         raise DoesNotFit(
             f"vision.image_size={size} is not the encoder's own size ({_side(encoder.config.image_size)}), and the "
-            f"position table of {type(encoder).__name__} cannot be resized to it ({OWN_FORMAT})"
+            f"position table of {type(encoder).__name__} cannot be resized to it"
         )
     table = state[tables[0]]
     nothing = torch.empty(1, 0, vision.width, dtype=table.dtype, device=table.device)
@@ -101,7 +97,7 @@ def _at_own_size(vision: HFVision) -> nn.Module:
     state[tables[0]] = positions if table.dim() == 3 else positions[0]
     config = copy.deepcopy(encoder.config)
     config.image_size = size
-    return build_tower(type(encoder), config, state, table.dtype)
+    return filled(type(encoder), config, state, table.dtype)
 
 
 def _side(size: int | list[int] | tuple[int, int]) -> int:
@@ -128,20 +124,6 @@ def _taken_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[name] = tensor
     return found
-
-
-def build_tower(model_class: type, config, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """Build a `model_class` with the weights `state`. Raises DoesNotFit with an unexpected or missing tensor."""
-    with torch.device("meta"):
-        expected = model_class(config).state_dict()
-    wrong = sorted(
-        name
-        for name in expected.keys() | state.keys()
-        if name not in expected or name not in state or expected[name].shape != state[name].shape
-    )
-    if wrong:
-        raise DoesNotFit(f"this image tower is not a {model_class.__name__}: {wrong[0]} differs ({OWN_FORMAT})")
-    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def gelu_name(activation: nn.Module) -> str:
@@ -180,7 +162,7 @@ def _clip(vision: OpenClipVision) -> nn.Module:
         hidden_act="quick_gelu" if vision.config.get("quick_gelu") else "gelu",
         layer_norm_eps=first.ln_1.eps,
     )
-    return build_tower(CLIPVisionModel, config, _taken_apart(renamed(state, _CLIP_NAMES)), visual.conv1.weight.dtype)
+    return filled(CLIPVisionModel, config, _taken_apart(renamed(state, CLIP_NAMES)), visual.conv1.weight.dtype)
 
 
 def _siglip(vision: OpenClipVision) -> nn.Module:
@@ -190,9 +172,9 @@ def _siglip(vision: OpenClipVision) -> nn.Module:
     trunk = vision.visual.trunk
     first = trunk.blocks[0]
     if not hasattr(first.mlp, "fc1") or not hasattr(first.attn, "num_heads"):
-        raise DoesNotFit(f"timm's {type(trunk).__name__} has no counterpart in transformers ({OWN_FORMAT})")
-    state = {name: tensor for name, tensor in trunk.state_dict().items() if not name.startswith(("attn_pool.", "head"))}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc_norm.")}
+        raise DoesNotFit(f"timm's {type(trunk).__name__} has no counterpart in transformers")
+    unused = ("attn_pool.", "head", "fc_norm.")
+    state = {name: tensor for name, tensor in trunk.state_dict().items() if not name.startswith(unused)}
     if "pos_embed" in state:
         state["pos_embed"] = state["pos_embed"].flatten(0, 1)
     if "norm.weight" not in state:
@@ -208,5 +190,5 @@ def _siglip(vision: OpenClipVision) -> nn.Module:
         layer_norm_eps=getattr(first.norm1, "eps", 1e-6),
         vision_use_head=False,
     )
-    state = _taken_apart(renamed(state, _SIGLIP_NAMES))
-    return build_tower(SiglipVisionModel, config, state, trunk.patch_embed.proj.weight.dtype)
+    state = _taken_apart(renamed(state, TIMM_NAMES))
+    return filled(SiglipVisionModel, config, state, trunk.patch_embed.proj.weight.dtype)

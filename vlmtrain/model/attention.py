@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,12 +49,8 @@ def attend_in_segments(llm: nn.Module) -> None:
 def segment_arguments(boundaries: Tensor) -> dict:
     """Arguments that Hugging Face models pass on to attention; `boundaries` ``(S + 1,)`` int32."""
     longest = int(boundaries.diff().max())
-    return {
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    bounds = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+    return {**bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def _mask(*arguments, attention_mask: Tensor | None = None, **options) -> Tensor | None:
@@ -80,45 +79,27 @@ def segment_attention(
     packed row (B = 1), None for rows of one sample. Returns ``(B, T, H, d)``.
     """
     assert unused.get("s_aux") is None, "attention sinks"
-    options = {"scale": scaling, "dropout_p": dropout}
+    attend = partial(_attend, window=sliding_window, softcap=softcap, scale=scaling, dropout_p=dropout)
     if cu_seq_lens_q is None:
-        out = _attend(query, key, value, attention_mask, sliding_window, softcap, options)
-        return out.transpose(1, 2), None
+        return attend(query, key, value, attention_mask).transpose(1, 2), None
     if query.is_cuda and softcap is None and (flash := _flash_varlen()) and query.dtype != torch.float32:
         window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
-        longest = unused["max_length_q"]
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        out = flash(
-            *rows,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            longest,
-            longest,
-            dropout_p=dropout,
-            softmax_scale=scaling,
-            causal=True,
-            window_size=window,
-        )
-        return out[None], None
-    out = _attend_each(query, key, value, cu_seq_lens_q, sliding_window, softcap, options)
-    return out.transpose(1, 2), None
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, unused["max_length_q"], unused["max_length_q"])
+        options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True, "window_size": window}
+        return flash(*rows, *bounds, **options)[None], None
+    return _attend_each(attend, query, key, value, cu_seq_lens_q).transpose(1, 2), None
 
 
 # It would be recompiled for every number of segments. torch.compiler.disable would import the compiler here.
 @torch._disable_dynamo
 def _attend_each(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    window: int | None,
-    softcap: float | None,
-    options: dict,
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor
 ) -> Tensor:
     """Causal attention within each segment, one segment at a time; ``(B, H, T, d)``."""
     sizes = boundaries.diff().tolist()
     pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
-    return torch.cat([_attend(*piece, None, window, softcap, options) for piece in pieces], dim=2)
+    return torch.cat([attend(*piece, mask=None) for piece in pieces], dim=2)
 
 
 def _attend(
@@ -128,7 +109,8 @@ def _attend(
     mask: Tensor | None,
     window: int | None,
     softcap: float | None,
-    options: dict,
+    scale: float | None,
+    dropout_p: float,
 ) -> Tensor:
     """Attention with `mask`, or causal attention without one; ``(B, H, T, d)``."""
     rows, columns = query.shape[2], key.shape[2]
@@ -138,17 +120,15 @@ def _attend(
         mask = (ahead <= 0) & (ahead > -window)
     groups = query.shape[1] // key.shape[1]
     if softcap is None:
-        causal = mask is None and rows > 1
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, enable_gqa=groups > 1, **options
-        )
+        options = {"is_causal": mask is None and rows > 1, "enable_gqa": groups > 1, "scale": scale}
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, **options)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * options["scale"]
+    scores = query @ key.transpose(2, 3) * scale
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), options["dropout_p"])
+    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout_p)
     return weights @ value
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
 from .loading import load_hf_config, load_hf_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def build_llm(
@@ -33,14 +30,12 @@ def build_llm_skeleton(
     path: str, dtype: torch.dtype, config: Mapping | None, trust_remote_code: bool = False
 ) -> nn.Module:
     """Build the architecture without weights, from `config` or the configuration of a hub id or folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if config is None:
         known = load_hf_config(path, "llm.path", trust_remote_code)
     else:
-        known = AutoConfig.for_model(**config)
+        known = transformers.AutoConfig.for_model(**config)
     _check_causal(known, f"llm.path={path}")
-    return AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code).to(dtype)
+    return transformers.AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code).to(dtype)
 
 
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -49,19 +44,15 @@ def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: to
     config: a Hugging Face configuration with its ``model_type``; the vocabulary size and special token ids are taken
     from the tokenizer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options = dict(config)
-    full = AutoConfig.for_model(
-        options.pop("model_type"),
-        **options,
+    full = transformers.AutoConfig.for_model(
+        **config,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     _check_causal(full, f"llm.config.model_type={full.model_type}")
-    return AutoModelForCausalLM.from_config(full).to(dtype)
+    return transformers.AutoModelForCausalLM.from_config(full).to(dtype)
 
 
 def _check_causal(config, given: str) -> None:
@@ -88,12 +79,10 @@ def _check_causal(config, given: str) -> None:
 
 def load_tokenizer(path: str, key: str = "llm.path", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of a model. Raises ValueError if there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={path} has no tokenizer: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{key}={path} has no tokenizer: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{key}={path}: a fast tokenizer (tokenizer.json) is required, got {type(tokenizer).__name__}")
     return tokenizer

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -22,22 +24,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is broken: {error}") from None
 
 
-def load_strictly(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a module. Raises ValueError listing the tensors that do not fit."""
-    state, own = read_tensors(path), module.state_dict()
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+def mismatches(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """The tensors of a file that do not fit a model's own, as text: missing, unexpected or of another shape."""
     shapes = [
         f"{name} (file {tuple(state[name].shape)}, model {tuple(own[name].shape)})"
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]
-    problems = [
-        f"{what}: {some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-        if names
-    ]
+    found = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "wrong shape": shapes}
+    return "; ".join(f"{what}: {some(names)}" for what, names in found.items() if names)
+
+
+def load_strictly(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a module. Raises ValueError listing the tensors that do not fit."""
+    state = read_tensors(path)
+    problems = mismatches(state, module.state_dict())
     if problems:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {problems}")
     module.load_state_dict(state, assign=True)
 
 
@@ -47,10 +50,8 @@ def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
     trust_remote_code: whether to run custom code of the folder or hub id. Raises ValueError if such code is required
     and not allowed, or if there is no model.
     """
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -62,11 +63,9 @@ def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
 
 def know_blip_towers() -> None:
     """Register BLIP-2's image towers with transformers' Auto classes, which cannot load them on their own."""
-    from transformers import AutoConfig, AutoModel, Blip2VisionModel, InstructBlipVisionModel
-
-    for tower in (Blip2VisionModel, InstructBlipVisionModel):
-        AutoConfig.register(tower.config_class.model_type, tower.config_class, exist_ok=True)
-        AutoModel.register(tower.config_class, tower, exist_ok=True)
+    for tower in (transformers.Blip2VisionModel, transformers.InstructBlipVisionModel):
+        transformers.AutoConfig.register(tower.config_class.model_type, tower.config_class, exist_ok=True)
+        transformers.AutoModel.register(tower.config_class, tower, exist_ok=True)
 
 
 def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) -> nn.Module:
@@ -79,8 +78,6 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
     options.setdefault("trust_remote_code", False)
     if is_ours:
         options["use_safetensors"] = True  # never fall back to a pickle file
-    import transformers
-
     if auto_class == "AutoModel":
         know_blip_towers()
     level = transformers.logging.get_verbosity()
@@ -104,9 +101,8 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
 
 def _check_tied(model: nn.Module, path: str) -> None:
     """Raise ValueError if a file holds a separate head although the configuration ties it to the embeddings."""
-    inner = getattr(
-        model, "language_model", None
-    )  # BLIP-2's classes contain a complete model, whose configuration is the relevant one
+    # BLIP-2's classes contain a complete model, whose configuration is the relevant one.
+    inner = getattr(model, "language_model", None)
     owner = inner if inner is not None and inner.get_output_embeddings() is not None else model
     if not getattr(owner.config, "tie_word_embeddings", False) or owner.get_output_embeddings() is None:
         return

@@ -6,15 +6,15 @@ whose features it returns. It keeps prefix tokens (CLS, registers) separate from
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -124,16 +124,6 @@ class VisionEncoder(nn.Module):
         raise NotImplementedError
 
 
-@contextlib.contextmanager
-def _without_warnings(wanted: bool) -> Iterator[None]:
-    """Silence open_clip's warning about random weights, which are intended for a skeleton."""
-    logging.disable(logging.WARNING if wanted else logging.NOTSET)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
@@ -213,9 +203,10 @@ class OpenClipVision(VisionEncoder):
         own = _pair(config["vision_cfg"]["image_size"])
         size = image_size if image_size is None or isinstance(image_size, int) else tuple(image_size)
         here = torch.get_default_device()
+        # without open_clip's warning about random weights, which are intended if `pretrained` is None
+        logging.disable(logging.WARNING if pretrained is None else logging.NOTSET)
         try:
-            with _without_warnings(pretrained is None):
-                model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size, device=here)
+            model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size, device=here)
         except Exception as error:  # open_clip can raise any exception for a tag, download or file that does not load
             if pretrained is None:
                 raise
@@ -224,6 +215,8 @@ class OpenClipVision(VisionEncoder):
                 f"({first_line(error)}): expected a file, or one of its tags: "
                 f"{some(open_clip.list_pretrained_tags_by_model(name)) or 'there are none'}"
             ) from None
+        finally:
+            logging.disable(logging.NOTSET)
         config["vision_cfg"]["image_size"] = list(_pair(model.visual.image_size))
         config["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in model.visual.modules())
         preprocess = open_clip.get_model_preprocess_cfg(model)
@@ -355,10 +348,10 @@ class HFVision(VisionEncoder):
         geometry = {"image_size": image_size or _preprocessor_size(preprocessor)}
         geometry |= {"image_mean": list(mean), "image_std": list(std)}
         if weights:
-            return cls(load_hf_model("AutoModel", path, config=config, dtype=dtype, **trust), geometry, layer, levels)
-        from transformers import AutoModel
-
-        return cls(AutoModel.from_config(config, **trust).to(dtype), geometry, layer, levels)
+            encoder = load_hf_model("AutoModel", path, config=config, dtype=dtype, **trust)
+        else:
+            encoder = transformers.AutoModel.from_config(config, **trust).to(dtype)
+        return cls(encoder, geometry, layer, levels)
 
     def _resize(self, before: tuple[int, int]) -> None:
         self.geometry = {**self.geometry, "image_size": list(self.image_size)}

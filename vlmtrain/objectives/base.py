@@ -32,10 +32,10 @@ class Objective(nn.Module):
         """Build the objective for a stage's other parts; its texts are encoded by `tokenizer`."""
         return cls()
 
-    @staticmethod
-    def weight(data: StepData) -> float:
-        """This rank's part of the weight by which the summed loss is divided."""
-        raise NotImplementedError
+    @classmethod
+    def weight(cls, data: StepData) -> float:
+        """This rank's part of the weight by which the summed loss is divided: of its samples, or of its tokens."""
+        return data.samples if cls.compares_samples else data.weight
 
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
         """Loss summed over the batch, a scalar. `features` are given if the encoder is frozen."""

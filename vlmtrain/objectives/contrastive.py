@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..connectors import VisionFeatures
-from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
 from ..settings import Vision
@@ -49,10 +48,6 @@ class Contrastive(Objective):
         end = tokenizer.eos_token_id
         text = {**config["text_cfg"], "vocab_size": len(tokenizer), "pool_type": "none"}
         return cls(_build_text_tower(config["embed_dim"], text), end, text["context_length"])
-
-    @staticmethod
-    def weight(data: StepData) -> float:
-        return data.samples
 
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
         rows = int((batch.weights.sum(1) > 0).sum())  # padding rows without weight come last

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..connectors import VisionFeatures
-from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
 from .base import Objective
@@ -16,10 +15,6 @@ class LanguageModelling(Objective):
     """Weighted sum of token cross-entropies; logits are computed only at positions with a target."""
 
     needs = ("llm",)
-
-    @staticmethod
-    def weight(data: StepData) -> float:
-        return data.weight
 
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
         keep = batch.weights > 0

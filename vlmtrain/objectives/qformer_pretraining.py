@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from ..connectors import VisionFeatures
 from ..connectors.layers import init_linears
 from ..connectors.qformer import EPS, QFormerCore, Words
-from ..data.loader import StepData
 from ..data.processor import Batch
 from ..model import VLMWrapper
 from ..settings import Vision
@@ -87,10 +86,6 @@ class QFormerPretraining(Objective):
                 "connector_text.read=answer"
             )
         return cls(embedding.words.embedding_dim, embedding.words.num_embeddings)
-
-    @staticmethod
-    def weight(data: StepData) -> float:
-        return data.samples
 
     def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
         return sum(self.losses(model, batch, features))

@@ -7,10 +7,10 @@ gradients, and only its inputs and its output are kept for the backward pass.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -135,29 +135,23 @@ class Meter:
         self._attention += flops
 
     def _watch(self, module: nn.Module, blocks: str | None, cost: PartCost) -> list:
-        hooks = []
-        for name, child in module.named_modules():
-            found = blocks and re.fullmatch(rf"{re.escape(blocks)}\.(\d+)", name)
-            if found:
-                hooks.append(child.register_forward_pre_hook(self._enter(int(found.group(1)), cost), with_kwargs=True))
-                hooks.append(child.register_forward_hook(self._leave(cost)))
-        return hooks
+        """Hooks that note the current block, the FLOPs that it takes, and the size of its input."""
 
-    def _enter(self, number: int, cost: PartCost):
-        def enter(module: nn.Module, arguments: tuple, options: Mapping) -> None:
+        def enter(number: int, module: nn.Module, arguments: tuple, options: Mapping) -> None:
             self._block, self._before = number, self._flops()
             states = next((a for a in (*arguments, *options.values()) if isinstance(a, Tensor)), None)
             if states is not None and torch.is_grad_enabled():
                 cost.block_input = states.numel() * states.element_size()
 
-        return enter
-
-    def _leave(self, cost: PartCost):
         def leave(*_) -> None:
             cost.block_flops[self._block] = cost.block_flops.get(self._block, 0.0) + self._flops() - self._before
             self._block = None
 
-        return leave
+        hooks = []
+        for number, block in enumerate(module.get_submodule(blocks).children() if blocks else ()):
+            hooks.append(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True))
+            hooks.append(block.register_forward_hook(leave))
+        return hooks
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         rows, columns = query.shape[-2], key.shape[-2]

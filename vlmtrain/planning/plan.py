@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -196,12 +195,7 @@ def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Gr
 
 
 def _measure(
-    parts: Mapping[str, nn.Module],
-    groups: list[Group],
-    stage: Stage,
-    views: int,
-    tokens: int,
-    targets: int,
+    parts: Mapping[str, nn.Module], groups: list[Group], stage: Stage, views: int, tokens: int, targets: int
 ) -> dict[str, PartCost]:
     """Run one sample through the parts on the meta device."""
     meter = Meter()
@@ -212,7 +206,7 @@ def _measure(
         use_counted_attention(vision)
         dtype = next(vision.parameters()).dtype
         pictures = torch.empty(views, 3, *vision.image_size, device="meta", dtype=dtype)
-        with meter.part("vision", vision, block_list(vision)[0]), _gradients("vision" in trains):
+        with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled("vision" in trains):
             features = vision(pictures)
             meter.backward("vision", (features.patches, features.prefix, *features.levels))
         prefix = 0 if features.prefix is None else features.prefix.shape[1]
@@ -240,7 +234,7 @@ def _measure(
         gradient = bool({"vision", "connector"} & trains) and visual is not None
         row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
         kept = torch.arange(targets, device="meta")
-        with meter.part("llm", llm, block_list(llm)[0]), _gradients(gradient or "llm" in trains):
+        with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(gradient or "llm" in trains):
             logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
             meter.backward("llm", (token_losses(logits.flatten(0, 1), kept),))
     if hasattr(parts.get("objective"), "text"):
@@ -263,10 +257,6 @@ def _cut_off(features: VisionFeatures, trains: bool) -> VisionFeatures:
         return None if tensor is None else tensor.detach().requires_grad_(trains)
 
     return VisionFeatures(cut(features.patches), cut(features.prefix), tuple(map(cut, features.levels)))
-
-
-def _gradients(wanted: bool):
-    return nullcontext() if wanted else torch.no_grad()
 
 
 def _plan_memory(
@@ -322,15 +312,6 @@ def _kept(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -
         for part, cost in costs.items()
     )
     return round(kept + max(times[part] * cost.at_work for part, cost in costs.items()))
-
-
-def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
-    """Bytes that the backward pass of a stage needs for a sample of `tokens` tokens."""
-    parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
-    groups = trained_groups(stage, parts)
-    freeze(parts, groups, checkpointing=False)
-    costs = _measure(parts, groups, stage, 1, tokens, _answer_tokens(stage.expected, tokens))
-    return _kept(costs, stage.gradient_checkpointing, stage.expected.images)
 
 
 def _divisor(number: int, limit: int) -> int:

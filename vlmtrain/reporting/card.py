@@ -20,12 +20,8 @@ from ..runs.records import read_config, read_summary
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"
-SHARES = (
-    "exact_match",
-    "choice_accuracy",
-    "choice_accuracy_normalised",
-    "yes_no_accuracy",
-)  # of questions that are right
+# scores that are the fraction of the questions answered correctly
+SHARES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "yes_no_accuracy")
 
 _COUNTED = ("running_mean", "running_var", "num_batches_tracked")
 _USE = (
@@ -59,7 +55,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             _table(
                 ("stage", "objective", "trained (learning rate)", "frozen", "steps x batch"), _stage_rows(config, done)
             ),
-            _started(config),
+            f"The run started from the model folder `{start}`.\n" if start else "",
             "## Data\n",
             _table(("stage", "source", "samples drawn", "fingerprint"), _data_rows(config, done)),
             "The fingerprint is the beginning of a SHA-256: of a file, of both ends of a large file, or of the names "
@@ -164,19 +160,13 @@ def _held_name(folder: Path) -> str:
     if folder.name == "connector":
         given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", *FIXED))
         return f"`{config['name']}`" + (f" ({given})" if given else "")
-    tower = config.get("model_config", {}).get("vision_cfg")
-    name = (
-        "open_clip: " + tower.get("timm_model_name", "ViT")
-        if tower
-        else ", ".join(config.get("architectures") or [config["model_type"]])
-    )
-    sizes = tower or config
-    layers, width = (_first(sizes, keys) for keys in (("num_hidden_layers", "layers"), ("hidden_size", "width")))
+    if tower := config.get("model_config", {}).get("vision_cfg"):
+        name = "open_clip: " + tower.get("timm_model_name", "ViT")
+        layers, width = tower.get("layers"), tower.get("width")
+    else:
+        name = ", ".join(config.get("architectures") or [config["model_type"]])
+        layers, width = config.get("num_hidden_layers"), config.get("hidden_size")
     return f"{name}, {layers} layers of {width}" if layers and width else name
-
-
-def _first(options: Mapping, keys: tuple[str, ...]) -> object:
-    return next((options[key] for key in keys if options.get(key)), None)
 
 
 def _size(folder: Path) -> int:
@@ -214,10 +204,6 @@ def _rate(facts: Mapping) -> str:
     return f"{rate:g}" if isinstance(rate, int | float) else json.dumps(rate)
 
 
-def _started(config: Mapping) -> str:
-    return f"The run started from the model folder `{config['init_from']}`.\n" if config.get("init_from") else ""
-
-
 def _data_rows(config: Mapping, done: Mapping[str, Mapping]) -> Iterator[tuple]:
     for name, summary in done.items():
         split = config["data"].get(config["stages"][name]["data"])
@@ -238,12 +224,8 @@ def score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
         judged = _judged(run_dir / stage / "answers.json")
         for name in (name for name in scores if f"blind_{name}" in scores):
             count, seeing, blind = judged.get(name), scores[name], scores[f"blind_{name}"]
-            short_hash = (
-                f"{count or scores['questions']:,}",
-                _with_interval(name, seeing, count),
-                value_text(name, blind),
-            )
-            yield stage, name.replace("_", " "), *short_hash
+            questions, shown = f"{count or scores['questions']:,}", _with_interval(name, seeing, count)
+            yield stage, name.replace("_", " "), questions, shown, value_text(name, blind)
         for kind, values in scores.get("by_category", {}).items():
             exact = _with_interval("exact_match", values["exact_match"], values["questions"])
             blind = value_text("exact_match", values["blind_exact_match"])

@@ -13,7 +13,6 @@ WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 40
 MAX_POINTS = 400
 
-
 DASHES = ("", "6 3", "2 2", "9 3 2 3")
 """Dash patterns of lines beyond the first six, which reuse the colors."""
 
@@ -35,43 +34,42 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step", lege
 
     legend_below: put the names in rows under the chart, where there are many.
     """
-    series = [_thin(_finite(s)) for s in series]
+    series = [_drawn(s) for s in series]
     series = [s for s in series if s.x]
     if not series:
         return ""
     heights = [y for s in series for values in (s.y, *(s.band or ())) for y in values]
     x_ticks = _ticks(min(min(s.x) for s in series), max(max(s.x) for s in series))
     y_ticks = _ticks(min(heights), max(heights))
-    x_at, y_at = _scales(x_ticks, y_ticks)
     names = [s.name for s in series if s.name and not s.faint]
     columns = max(1, int((WIDTH - 10) / (40 + CHARACTER * max(map(len, names), default=0))))
     rows = -(-len(names) // columns) if legend_below else 0
-    out = _frame(title, x_ticks, y_ticks, x_at, y_at, x_label, HEIGHT + 18 * rows)
+    out, x_at, y_at = _frame(title, x_ticks, y_ticks, x_label, HEIGHT + 18 * rows)
     for s in series:
         if s.band:
             low, high = ([f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, edge)] for edge in s.band)
             out.append(f'<polygon points="{" ".join(low + high[::-1])}" fill="{_color(s)}" opacity="0.15"/>')
     named = 0
     for s in series:
-        color = _color(s)
+        color, dash = _color(s), DASHES[s.color // len(COLORS) % len(DASHES)]
         points = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, s.y))
         opacity, width = (0.25, 1) if s.faint else (1, 2)
-        stroke = f'stroke="{color}" stroke-width="{width}" stroke-dasharray="{_dash(s)}" opacity="{opacity}"'
+        stroke = f'stroke="{color}" stroke-width="{width}" stroke-dasharray="{dash}" opacity="{opacity}"'
         out.append(f'<polyline points="{points}" fill="none" {stroke}/>')
         if s.dots:
             out += [f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5" fill="{color}"/>' for x, y in zip(s.x, s.y)]
-        if not s.faint and s.name and legend_below:
+        if s.faint or not s.name:
+            continue
+        if legend_below:
             x, y = 14 + named % columns * (WIDTH - 10) / columns, HEIGHT + 12 + 18 * (named // columns)
             out.append(f'<line x1="{x}" x2="{x + 20}" y1="{y - 4}" y2="{y - 4}" {stroke}/>')
             out.append(f'<text class="tick" x="{x + 25}" y="{y}">{escape(_cut(s.name, 65))}</text>')
-            named += 1
-        elif not s.faint and s.name:
-            # right of the title, from the right edge inwards
+        else:  # right of the title, from the right edge inwards
             x = WIDTH - RIGHT - 90 * named
             out.append(
                 f'<text class="tick" x="{x}" y="16" text-anchor="end" style="fill:{color}">{escape(s.name)}</text>'
             )
-            named += 1
+        named += 1
     return "".join([*out, "</svg>"])
 
 
@@ -79,45 +77,26 @@ def _color(series: Series) -> str:
     return COLORS[series.color % len(COLORS)]
 
 
-def _dash(series: Series) -> str:
-    return DASHES[series.color // len(COLORS) % len(DASHES)]
-
-
 def _cut(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _scales(x_ticks: Sequence[float], y_ticks: Sequence[float]) -> tuple[Callable, Callable]:
-    """Where values are on the chart, in pixels."""
-
-    def x_at(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * _share(value, x_ticks)
-
-    def y_at(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(value, y_ticks)
-
-    return x_at, y_at
-
-
-def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_label: str, front: bool = False) -> str:
+def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_label: str) -> str:
     """An SVG of named points ``(name, x, y)``.
 
-    front: join those that no other beats at no more x (the Pareto front), and draw the others hollow.
+    Those that no other beats at no more x (the Pareto front) are joined by a line; the others are hollow.
     """
     x_ticks = _ticks(min(x for _, x, _ in points), max(x for _, x, _ in points))
     y_ticks = _ticks(min(y for *_, y in points), max(y for *_, y in points))
-    x_at, y_at = _scales(x_ticks, y_ticks)
-    out = _frame(title, x_ticks, y_ticks, x_at, y_at, x_label, HEIGHT)
+    out, x_at, y_at = _frame(title, x_ticks, y_ticks, x_label, HEIGHT)
     best = [p for p in points if not any(x <= p[1] and y >= p[2] and (x, y) != p[1:] for _, x, y in points)]
-    taken: list[Box] = []
-    if front:
-        corners = [(x_at(x), y_at(y)) for _, x, y in sorted(best, key=lambda p: p[1])]
-        taken += [box for pair in zip(corners, corners[1:]) for box in _along(*pair)]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        out.append(f'<polyline points="{line}" fill="none" stroke="{COLORS[0]}" stroke-width="1.5" opacity="0.6"/>')
+    corners = [(x_at(x), y_at(y)) for _, x, y in sorted(best, key=lambda p: p[1])]
+    taken = [box for pair in zip(corners, corners[1:]) for box in _along(*pair)]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    out.append(f'<polyline points="{line}" fill="none" stroke="{COLORS[0]}" stroke-width="1.5" opacity="0.6"/>')
     places = {p: (x_at(p[1]), y_at(p[2])) for p in points}
     for p, (x, y) in places.items():
-        fill = COLORS[0] if not front or p in best else "#fff"
+        fill = COLORS[0] if p in best else "#fff"
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{COLORS[0]}"/>')
     taken += [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
     for (name, *_), (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
@@ -163,15 +142,16 @@ def _overlap(a: Box, b: Box) -> bool:
 
 
 def _frame(
-    title: str,
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_at: Callable[[float], float],
-    y_at: Callable[[float], float],
-    x_label: str,
-    height: int,
-) -> list[str]:
-    """The beginning of a chart: its title, grid and axes."""
+    title: str, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, height: int
+) -> tuple[list[str], Callable[[float], float], Callable[[float], float]]:
+    """The beginning of a chart: its title, grid and axes; and functions from x and y values to pixels."""
+
+    def x_at(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * ((value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]))
+
+    def y_at(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * ((value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
     out.append(f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>')
     for tick in y_ticks:
@@ -184,7 +164,7 @@ def _frame(
         out.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     out.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    return out
+    return out, x_at, y_at
 
 
 def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float]:
@@ -198,20 +178,12 @@ def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float]:
     return out
 
 
-def _finite(series: Series) -> Series:
-    kept = [i for i, y in enumerate(series.y) if math.isfinite(y)]
-    return _picked(series, kept)
-
-
-def _thin(series: Series) -> Series:
-    stride = max(1, math.ceil(len(series.x) / MAX_POINTS))
-    return _picked(series, range(0, len(series.x), stride))
-
-
-def _picked(series: Series, numbers: Sequence[int]) -> Series:
-    """Some of a series' points."""
-    band = series.band and tuple([edge[i] for i in numbers] for edge in series.band)
-    return series._replace(x=[series.x[i] for i in numbers], y=[series.y[i] for i in numbers], band=band)
+def _drawn(series: Series) -> Series:
+    """The finite points of a series; of more than `MAX_POINTS`, every second, third, ..."""
+    finite = [i for i, y in enumerate(series.y) if math.isfinite(y)]
+    kept = finite[:: max(1, math.ceil(len(finite) / MAX_POINTS))]
+    band = series.band and tuple([edge[i] for i in kept] for edge in series.band)
+    return series._replace(x=[series.x[i] for i in kept], y=[series.y[i] for i in kept], band=band)
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -221,10 +193,6 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, max(last, first + 1) + 1)]
-
-
-def _share(value: float, ticks: Sequence[float]) -> float:
-    return (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
 def _label(value: float) -> str:

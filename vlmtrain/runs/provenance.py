@@ -64,17 +64,14 @@ def _read_paths(run: Run) -> Iterator[Path]:
 
 def differences(before: Mapping, now: Mapping) -> list[str]:
     """Differences between two records, one per line; modification times count only if there is no hash."""
-    old, new = ({key: dict(_compared(record, key)) for key in KEYS[:-1]} for record in (before, now))
-    return [
-        f"{key}.{name}: {old[key].get(name)} -> {new[key].get(name)}"
-        for key in KEYS[:-1]
-        for name in sorted(old[key].keys() | new[key].keys())
-        if old[key].get(name) != new[key].get(name)
-    ]
+    old, new = (dict(_compared(record)) for record in (before, now))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
 
 
-def _compared(record: Mapping, key: str) -> Iterator[tuple[str, object]]:
-    for name, value in (record.get(key) or {}).items():
-        if key == "files":
-            value = {k: v for k, v in value.items() if k != "modified" or "sha256" not in value}
-        yield name, value
+def _compared(record: Mapping) -> Iterator[tuple[str, object]]:
+    for key in KEYS[:-1]:
+        for name, value in (record.get(key) or {}).items():
+            if key == "files":
+                value = {k: v for k, v in value.items() if k != "modified" or "sha256" not in value}
+            yield f"{key}.{name}", value

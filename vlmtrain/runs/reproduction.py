@@ -60,13 +60,12 @@ def reproduce(run_dir: Path, out: Path | None = None, ranks: int | None = None) 
     began = [name for name in config["stages"] if (run_dir / name / "metrics.jsonl").exists()]
     if not began or "machine" not in record:
         raise ValueError(f"{run_dir} contains no steps to compare with, or no record of how they were made")
-    everything = began == list(config["stages"])
     config |= {"run_dir": str(out), "wandb": "disabled", "stage": None}
     if _is_finished(out, began):
         # its result may be outdated: code, libraries and machine may have changed
         raise ValueError(f"{out} already contains a finished rerun: remove it, or choose another folder with --out")
     _take_folder(config, out)
-    for stage in [None] if everything else began:
+    for stage in [None] if began == list(config["stages"]) else began:
         _run(out, stage, ranks or record["machine"]["processes"], record["machine"]["threads"])
     if not _is_finished(out, began):
         raise ValueError(f"the run in {out} was stopped; the same command resumes it")
@@ -113,15 +112,10 @@ def compare(first: Path, again: Path) -> StageResult:
     ]
     if len(now) < len(then):  # more steps are not a difference: the first run may have been interrupted
         partings.append(Parting(len(now) + 1, "steps", len(then), len(now)))
-    manifests = [folder / "model" / "vlmtrain.json" for folder in (first, again)]
-    both = all(file.exists() for file in manifests)
-    return StageResult(
-        len(pairs), next(iter(partings), None), _hashes(manifests[0]) == _hashes(manifests[1]) if both else None
-    )
-
-
-def _hashes(manifest: Path) -> dict[str, str]:
-    return {part: facts["sha256"] for part, facts in read_json(manifest)["parts"].items()}
+    manifests = [read_json(file) for folder in (first, again) if (file := folder / "model" / "vlmtrain.json").exists()]
+    hashes = [{part: facts["sha256"] for part, facts in manifest["parts"].items()} for manifest in manifests]
+    same_model = hashes[0] == hashes[1] if len(hashes) == 2 else None
+    return StageResult(len(pairs), next(iter(partings), None), same_model)
 
 
 def main() -> None:

@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 from .composition import compose, compose_evaluation, flatten, import_modules
-from .run import LLM, ConnectorChoice, Engine, Evaluation, Features, Run, Validation, Vision, options_of, read_run
+from .run import LLM, Engine, Features, Run, Validation, Vision, read_run
 from .stage import STAGE_PARTS, Expected, LoRA, Pattern, Stage
 
 __all__ = [
     "LLM",
     "STAGE_PARTS",
-    "ConnectorChoice",
     "Engine",
-    "Evaluation",
     "Expected",
     "Features",
     "LoRA",
@@ -28,6 +26,5 @@ __all__ = [
     "compose_evaluation",
     "flatten",
     "import_modules",
-    "options_of",
     "read_run",
 ]

@@ -5,13 +5,12 @@ groups (vision=, connector=, ...) -> recipe -> the recipe's options for the sele
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +30,7 @@ from ..connectors import CONNECTORS, connector_options
 from ..errors import first_line, nearest
 from .fields import OPEN, read
 from .locations import CONFIGS, RECIPES
-from .run import Evaluation, Run, read_run
+from .run import MODULES, Evaluation, Run, read_run
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
@@ -54,10 +53,7 @@ def load_modules(overrides: Sequence[str]) -> None:
         key, _, _ = override.partition("=")
         if key.lstrip("+") == "modules":
             names = OverridesParser.create().parse_override(override).value()
-            names = [names] if isinstance(names, str) else names
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"{override}: expected a list of module names")
-            import_modules(names)
+            import_modules(MODULES(names, "modules"))
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -66,17 +62,19 @@ def import_modules(names: Sequence[str]) -> None:
         sys.path.append(str(Path.cwd()))
     for name in names:
         try:
-            importlib.import_module(str(name))
+            importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not str(name).startswith(error.name):
+            if error.name is None or not name.startswith(error.name):
                 raise
             raise ValueError(
                 f"modules={list(names)}: no module {name} in the working directory or on PYTHONPATH"
             ) from None
 
 
-def register_connectors() -> None:
-    """Register connectors without a YAML file as choices of the group `connector`, with their default options."""
+def register_choices(overrides: Sequence[str]) -> None:
+    """Make the recipes, and connectors without a YAML file with their default options, available to Hydra."""
+    load_modules(overrides)
+    register_recipes()
     for name in CONNECTORS:
         if not (CONFIGS / "connector" / f"{name}.yaml").exists():
             options = connector_options(name)
@@ -109,10 +107,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Run:
 
 
 def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
-    """Compose the settings of ``vlmtrain evaluate``.
-
-    Raises ValueError naming the key and, if it is unknown, the closest known one.
-    """
+    """Compose the settings of ``vlmtrain evaluate``. Raises ValueError as `compose` does."""
     config = _compose("evaluate", overrides)
     with open_dict(config):
         config.pop("hydra", None)
@@ -122,9 +117,7 @@ def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
 def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     overrides = _with_open_mappings(overrides)
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
-    load_modules(overrides)
-    register_recipes()
-    register_connectors()
+    register_choices(overrides)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
@@ -133,39 +126,28 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None)
             raise ValueError(_explain(name, error, overrides)) from None
 
 
-def prepare_line(line: Sequence[str]) -> list[str]:
-    """Prepare command-line arguments for Hydra.
+def read_line(line: Sequence[str]) -> tuple[list[str], str | None]:
+    """Prepare command-line arguments for Hydra, and return the output of ``--cfg job`` if it is given.
 
-    Hydra's own options come first, ``mini=true`` is expanded and custom modules are imported. Raises
-    ValueError, with a shorter message than Hydra's, for arguments that do not compose.
+    Hydra's own options come first, ``mini=true`` is expanded and custom modules are imported. The output is the
+    effective settings as YAML, with ??? for missing values. Raises ValueError, with a shorter message than Hydra's, for
+    arguments that do not compose.
     """
     arguments = get_args_parser().parse_intermixed_args(list(line))
     options = list(line)
     for override in arguments.overrides:
         options.remove(override)
     overrides = with_mini(arguments.overrides)
-    load_modules(overrides)
-    register_recipes()
-    register_connectors()
-    asks = arguments.help or arguments.hydra_help or arguments.info
-    if not (arguments.multirun or asks or arguments.cfg):
+    register_choices(overrides)
+    shown = None
+    if arguments.cfg == "job":
+        config = _compose("train", overrides, arguments.config_dir)
+        settings = finish(config, config.hydra, must_be_complete=False)
+        read_run(settings)
+        shown = OmegaConf.to_yaml(OmegaConf.select(OmegaConf.create(settings), arguments.package or ""))
+    elif not (arguments.multirun or arguments.cfg or arguments.help or arguments.hydra_help or arguments.info):
         compose(overrides, arguments.config_dir)
-    return [*options, *_with_open_mappings(overrides)]
-
-
-def shown_settings(line: Sequence[str]) -> str | None:
-    """Return the output of ``--cfg job``: the effective settings as YAML, with ??? for missing values.
-
-    Returns None if ``--cfg job`` is not given.
-    """
-    arguments = get_args_parser().parse_intermixed_args(list(line))
-    if arguments.cfg != "job":
-        return None
-    config = _compose("train", arguments.overrides, arguments.config_dir)
-    composed = finish(config, config.hydra, must_be_complete=False)
-    read_run(composed)
-    settings, package = OmegaConf.create(composed), arguments.package
-    return OmegaConf.to_yaml(OmegaConf.select(settings, package) if package else settings)
+    return [*options, *_with_open_mappings(overrides)], shown
 
 
 def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete: bool = True) -> dict[str, Any]:
@@ -175,9 +157,8 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
     error.
     """
     hydra = HydraConfig.get() if hydra is None else hydra
-    # `connector=qformer` selects a choice and does not set its options
-    groups = set(hydra.runtime.choices)
-    named = [key for o in hydra.overrides.task if (key := o.split("=")[0].lstrip("+~")) not in groups]
+    keys = {override.split("=")[0].lstrip("+~") for override in hydra.overrides.task}
+    named = keys - set(hydra.runtime.choices)  # `connector=qformer` selects a choice and does not set its options
     settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     with open_dict(settings):
         settings.pop("hydra", None)
@@ -191,7 +172,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
                     _lay_over(settings, {group: options}, named)
         if settings.mini:
             _lay_over(settings, mini, named)
-        settings.named = sorted(_named_of_connector(hydra))
+        settings.named = sorted(key for key in keys if key.split(".")[0] == "connector")
         if settings.run_dir is None:
             suffix = "-mini" if settings.mini else ""
             apart = _swept(hydra, settings.name, settings.connector.name)
@@ -206,12 +187,6 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
     return OmegaConf.to_container(settings)
 
 
-def _named_of_connector(hydra: DictConfig) -> set[str]:
-    """The keys ``connector`` and ``connector.*`` that the command line sets."""
-    keys = (override.split("=")[0].lstrip("+") for override in hydra.overrides.task)
-    return {key for key in keys if key.split(".")[0] == "connector"}
-
-
 def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:
     """Suffix for the folder name of a ``--multirun`` job: the overrides in which it differs from the other jobs.
 
@@ -224,37 +199,30 @@ def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:
     return "".join("-" + re.sub(r"[^\w.=-]+", "_", o) for o in hydra.overrides.task if o not in known)
 
 
-def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings as (dotted key, value)."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+def flatten(
+    config: Mapping, prefix: str = "", is_leaf: Callable[[str], bool] = lambda key: False
+) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings as (dotted key, value). Mappings that `is_leaf` accepts are leaves too."""
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and not is_leaf(key):
+            yield from flatten(value, f"{key}.", is_leaf)
         else:
-            yield f"{prefix}{key}", value
+            yield key, value
 
 
-def _lay_over(settings: DictConfig, options: Mapping, named: Sequence[str]) -> None:
-    """Apply options, except those that the command line sets. Raises ValueError for an unknown key."""
+def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> None:
+    """Apply options, except those that the command line sets. Raises ValueError for an unknown key.
+
+    A key that is null may be set to a mapping. A data split is replaced completely, as it may have other sources.
+    """
     known = dict(flatten(OmegaConf.to_container(settings)))
-    for key, value in _settable(options, known):
+    for key, value in flatten(options, is_leaf=lambda key: key in known or SPLIT.fullmatch(key) is not None):
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
             continue
         if key not in known and not any(each.startswith(f"{key}.") for each in known):
             raise ValueError(f"the recipe sets {key}, which does not exist.{nearest(key, known)}")
         OmegaConf.update(settings, key, value, merge=False)
-
-
-def _settable(options: Mapping, known: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Flatten options down to the known keys. A key that is null may be set to a mapping.
-
-    A data split is replaced completely, because it may have other sources.
-    """
-    for key, value in options.items():
-        is_split = SPLIT.fullmatch(f"{prefix}{key}")
-        if isinstance(value, Mapping) and value and f"{prefix}{key}" not in known and not is_split:
-            yield from _settable(value, known, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
@@ -264,24 +232,14 @@ def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
         kind, choice = group.groups()
         available = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return f"unknown {kind} '{choice}'.{nearest(choice, available)} Available: {', '.join(available)}"
-    key = re.search(r"Could not override '([^']+)'", text)
-    if key:
-        known = _known_keys(name, [o for o in overrides if o.split("=")[0].lstrip("+~") != key.group(1)])
-        return f"unknown key '{key.group(1)}'.{_nearest_key(key.group(1), known)}"
-    return first_line(error)
-
-
-def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
-    """Keys of the configuration composed from the other overrides; empty if these do not compose either."""
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if not unknown:
+        return first_line(error)
+    key = unknown.group(1)
     try:
-        with_hydra = hydra_compose(name, list(overrides))
-    except (ConfigCompositionException, HydraException, OmegaConfBaseException):
-        return []
-    return [key for key, _ in flatten(OmegaConf.to_container(with_hydra))]
-
-
-def _nearest_key(key: str, known: Sequence[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the most similar known key or prefix of one, or an empty string."""
-    prefixes = {".".join(k.split(".")[: key.count(".") + 1]) for k in known}
-    match = difflib.get_close_matches(key, sorted(prefixes | set(known)), 1, cutoff=0.5)
-    return f" Did you mean '{match[0]}'?" if match else ""
+        others = [override for override in overrides if override.split("=")[0].lstrip("+~") != key]
+        known = dict(flatten(OmegaConf.to_container(hydra_compose(name, others))))
+    except (HydraException, OmegaConfBaseException):  # the other overrides do not compose either
+        known = {}
+    shortened = {".".join(each.split(".")[: key.count(".") + 1]) for each in known}
+    return f"unknown key '{key}'.{nearest(key, sorted(shortened | known.keys()))}"

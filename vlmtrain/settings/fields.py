@@ -73,7 +73,7 @@ def optional(kind: Kind) -> Kind:
 
 def whole(least: float = -math.inf, most: float = math.inf) -> Kind:
     """Accept integers within inclusive bounds."""
-    return Kind(f"a whole number{_bounds(least, most)}", lambda value: is_whole(value) and least <= value <= most)
+    return Kind(f"a whole number{_bounds(least, most)}", lambda value: type(value) is int and least <= value <= most)
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Kind:
@@ -88,10 +88,6 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
 
 def _bounds(least: float, most: float) -> str:
     return (f" from {least:g}" if least > -math.inf else "") + (f" to {most:g}" if most < math.inf else "")
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
@@ -123,9 +119,7 @@ def section(cls: type, expected: str = "a mapping") -> Kind:
 def by_name(kind: Kind, expected: str) -> Kind:
     """Accept mappings from arbitrary names to values of one kind."""
     return Kind(
-        expected,
-        lambda value: isinstance(value, Mapping) and all(map(kind.fits, value.values())),
-        lambda value, key: {name: kind.build(each, f"{key}.{name}") for name, each in value.items()},
+        expected, MAPPING.fits, lambda value, key: {name: kind(each, f"{key}.{name}") for name, each in value.items()}
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..connectors import CONNECTORS, check_options
@@ -18,7 +18,6 @@ from .fields import (
     TEXT,
     WORDS,
     Kind,
-    by_name,
     key,
     list_of,
     number,
@@ -32,8 +31,8 @@ from .stage import Stage
 
 _LAYERS = list_of(whole(), "a list of layers")
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
-_MODULES = Kind(
-    "a list of modules",
+MODULES = Kind(
+    "a list of module names",
     lambda value: isinstance(value, str) or NAMES.fits(value),
     lambda value, key: (value,) if isinstance(value, str) else tuple(value),
 )
@@ -156,11 +155,6 @@ Vision = OpenClipOptions | HFVisionOptions
 LLM = TinyLLM | HFLLM
 
 
-def options_of(part: Vision | LLM) -> dict[str, Any]:
-    """The keys of an encoder or a language model, as plain values."""
-    return asdict(part)
-
-
 def _by_provider(**classes: type) -> Kind:
     """A part whose keys depend on its provider."""
 
@@ -189,7 +183,8 @@ def _connector(value: Mapping, key: str) -> ConnectorChoice:
 
 def _stages(value: Mapping, key: str) -> dict[str, Stage]:
     return {
-        name: read(Stage, keys, f"{key}.{name}.", name=name, position=i) for i, (name, keys) in enumerate(value.items())
+        name: read(Stage, MAPPING(keys, f"{key}.{name}"), f"{key}.{name}.", name=name, position=i)
+        for i, (name, keys) in enumerate(value.items())
     }
 
 
@@ -199,7 +194,7 @@ class Run:
 
     composed: Mapping[str, Any]
     name: str = key(TEXT)  # the recipe
-    modules: tuple[str, ...] = key(_MODULES)  # imported first
+    modules: tuple[str, ...] = key(MODULES)  # imported first
     stage: str | None = key(optional(TEXT))  # the only stage to run
     run_dir: str = key(TEXT)
     init_from: str | None = key(optional(TEXT))  # model to start from
@@ -223,31 +218,25 @@ class Run:
     llm: LLM = key(_by_provider(tiny=TinyLLM, hf=HFLLM))
     data: Mapping[str, Any] = key(MAPPING)  # see vlmtrain.data.sources
     engine: Engine = key(section(Engine))
-    stages: Mapping[str, Stage] = key(Kind("{name: {...}}", by_name(MAPPING, "").fits, _stages))
+    stages: Mapping[str, Stage] = key(Kind("{name: {...}}", MAPPING.fits, _stages))
 
     def __post_init__(self) -> None:
         if self.stage is not None and self.stage not in self.stages:
-            raise ValueError(
-                f"unknown stage '{self.stage}'.{nearest(self.stage, self.stages)} "
-                f"The recipe's stages: {', '.join(self.stages)}"
-            )
+            hint, known = nearest(self.stage, self.stages), ", ".join(self.stages)
+            raise ValueError(f"unknown stage '{self.stage}'.{hint} The recipe's stages: {known}")
         attention = self.llm.attn_implementation
         if attention and attention.startswith("flash_attention") and self.precision == "fp32":
             raise ValueError(f"llm.attn_implementation={attention} does not support fp32: set precision=bf16")
         check_fallback(self.llm.chat_template, "llm.chat_template")
         for stage in self.stages.values():
             for name, options in (stage.connector_options or {}).items():
+                key = f"{stage.prefix}.connector_options"
                 if name not in CONNECTORS:
-                    raise ValueError(
-                        f"{stage.prefix}.connector_options: unknown connector {name}.{nearest(name, CONNECTORS)}"
-                    )
-                check_options(name, options, f"{stage.prefix}.connector_options.{name}")
-        for stage in self.stages.values():
+                    raise ValueError(f"{key}: unknown connector {name}.{nearest(name, CONNECTORS)}")
+                check_options(name, options, f"{key}.{name}")
             if stage.validation is not None and stage.validation not in self.data:
-                raise ValueError(
-                    f"{stage.prefix}.validation={stage.validation}: the data group has no such split."
-                    f"{nearest(stage.validation, self.data)}"
-                )
+                key, hint = f"{stage.prefix}.validation={stage.validation}", nearest(stage.validation, self.data)
+                raise ValueError(f"{key}: the data group has no such split.{hint}")
         splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
         check_keys(self.data, splits)
 
@@ -303,7 +292,7 @@ def read_run(composed: Mapping[str, Any]) -> Run:
 class Evaluation:
     """The settings of ``vlmtrain evaluate``: configs/evaluate.yaml."""
 
-    modules: Sequence[str] = key(_MODULES)
+    modules: Sequence[str] = key(MODULES)
     seed: int = key(whole(0))
     validation: Validation = key(section(Validation))
     data: Mapping[str, Any] = key(MAPPING)

@@ -5,14 +5,11 @@ configs/objective/language_modelling.yaml documents each key.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..data.images import FITS
 from ..data.loader import LAYOUTS
-from ..errors import some
 from .fields import (
     IMAGE_SIZE,
     MAPPING,
@@ -34,20 +31,8 @@ STAGE_PARTS = ("vision", "connector", "llm", "objective")
 """The parts that a stage may have and train. The heads and towers of the objective do not belong to the model."""
 
 
-def _learning_rate(value: Any, name: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        rate = 0.0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        rate = 0.0
-    if not 0 < rate < math.inf:
-        raise ValueError(f"{name}={value}: expected a positive learning rate, or null to freeze")
-    return rate
-
-
-_RATE = Kind("a learning rate", lambda value: True, _learning_rate)
 _ABOVE_0 = Kind("a positive number", lambda value: number(0).fits(value) and value > 0)
+_RATE = Kind("a positive learning rate, or null to freeze", lambda value: value is None or _ABOVE_0.fits(value))
 _BELOW_1 = Kind("a number of at least 0 and below 1", lambda value: number(0).fits(value) and value < 1)
 _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 
@@ -194,68 +179,43 @@ class Stage:
     def __post_init__(self) -> None:
         self._check_parts()
         self._check_training()
-        self._check_adapters()
         if self.keep_best and (self.validate_every is None or self.validation is None):
             raise ValueError(f"{self.prefix}.keep_best=true needs {self.prefix}.validate_every and validation")
         if self.pack_by and self.layout != "packed":
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
-        if self.layout == "packed" and "llm" not in self.parts:
-            raise ValueError(f"{self.prefix}.layout=packed needs the part llm, which is not in {self.prefix}.parts")
 
     def _check_parts(self) -> None:
-        for part in self.parts:
-            if part not in STAGE_PARTS:
-                raise ValueError(f"{self.prefix}.parts names {part}: expected one of {', '.join(STAGE_PARTS)}")
-        for option in ("fresh", "drops"):
+        modules = ("fresh", "drops")  # may also name modules of the connector
+        for option in ("parts", "train", *modules):
             for entry in getattr(self, option):
-                part, dot, _ = entry.partition(".")
-                if part not in STAGE_PARTS:
-                    raise ValueError(f"{self.prefix}.{option} names {entry}: the parts are {', '.join(STAGE_PARTS)}")
-                if dot and part != "connector":
-                    raise ValueError(
-                        f"{self.prefix}.{option} names {entry}: only modules of the connector can be named"
-                    )
+                if entry not in STAGE_PARTS and not (option in modules and entry.startswith("connector.")):
+                    expected = f"expected {', '.join(STAGE_PARTS)}" + " or connector.MODULE" * (option in modules)
+                    raise ValueError(f"{self.prefix}.{option} names {entry}: {expected}")
+        used = {f"train.{part}": part for part in self.rates}
+        used |= {f"groups[{i}].match={group.match}": group.part for i, group in enumerate(self.groups)}
+        used |= {f"lora.{part}": part for part in self.lora or ()}
+        used |= {"layout=packed": "llm"} if self.layout == "packed" else {}
+        for entry, part in used.items():
+            if part not in self.parts:
+                has = ", ".join(self.parts)
+                raise ValueError(f"{self.prefix}.{entry} needs the part {part}, but the stage has only {has}")
 
     def _check_training(self) -> None:
-        unknown = set(self.train) - set(STAGE_PARTS)
-        if unknown:
-            raise ValueError(f"{self.prefix}.train names {some(unknown)}: the parts are {', '.join(STAGE_PARTS)}")
-        absent = set(self.rates) - set(self.parts)
-        if absent:
-            raise ValueError(
-                f"{self.prefix}.train names {some(absent)}, but the stage has only {', '.join(self.parts)}"
-            )
         for i, group in enumerate(self.groups):
-            entry = f"{self.prefix}.groups[{i}]"
-            if group.part not in self.parts:
-                raise ValueError(f"{entry}.match={group.match}: the stage has the parts {', '.join(self.parts)}")
             if self.max_steps is not None and group.from_step >= self.max_steps:
-                raise ValueError(
-                    f"{entry}.from_step={group.from_step}: expected a number of steps below max_steps={self.max_steps}"
-                )
+                key = f"{self.prefix}.groups[{i}].from_step={group.from_step}"
+                raise ValueError(f"{key}: expected a number of steps below max_steps={self.max_steps}")
         moving = [group for group in self.groups if group.lr is not None]
         if not self.rates and not moving:
-            raise ValueError(
-                f"stage {self.name} would train nothing: set {self.prefix}.train.<part> to a learning rate"
-            )
+            raise ValueError(f"stage {self.name} would train nothing: set a learning rate in {self.prefix}.train")
         if not self.rates and all(group.from_step for group in moving):
-            raise ValueError(
-                f"stage {self.name} would train nothing at first: every entry of {self.prefix}.groups has a from_step"
-            )
+            raise ValueError(f"stage {self.name} would train nothing at first: each of its groups has a from_step")
         rates = self.rates | {group.match: group.lr for group in moving}
         too_low = [label for label, rate in rates.items() if rate < self.schedule.min_lr]
         if too_low:
-            raise ValueError(
-                f"{self.prefix}.schedule.min_lr={self.schedule.min_lr} is above the learning rate of "
-                f"{', '.join(too_low)}"
-            )
-
-    def _check_adapters(self) -> None:
+            key = f"{self.prefix}.schedule.min_lr={self.schedule.min_lr}"
+            raise ValueError(f"{key} is above the learning rate of {', '.join(too_low)}")
         for part in self.lora or ():
-            if part not in self.parts:
-                raise ValueError(f"{self.prefix}.lora.{part}: the stage has only {', '.join(self.parts)}")
             if not self.trains(part):
-                raise ValueError(
-                    f"{self.prefix}.lora.{part}, but {part} is frozen: set {self.prefix}.train.{part} to a learning "
-                    "rate"
-                )
+                key = f"{self.prefix}.lora.{part}"
+                raise ValueError(f"{key}, but {part} is frozen: set {self.prefix}.train.{part} to a learning rate")

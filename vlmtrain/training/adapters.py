@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import some
 from ..files import read_json
-from ..model.loading import read_tensors
+from ..model.loading import mismatches, read_tensors
 from ..model.parts import state_hash
 from ..settings import LoRA, Stage
 from .quantized import PACKED, QuantizedLinear, quantized_layers
@@ -45,8 +45,11 @@ _HARMLESS = (
     *("layers_to_transform", "layers_pattern", "runtime_config", "megatron_config", "megatron_core"),
     *("ensure_weight_tying", "qalora_group_size"),
 )
-_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # other values modify the base weights
 _IDLE = (None, False, "none", [], {})
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # other values modify the base weights
+}
 
 
 def add_adapters(stage: Stage, parts: Mapping[str, nn.Module]) -> None:
@@ -168,7 +171,8 @@ def save_adapters(module: nn.Module, state: Mapping[str, Tensor], folder: Path, 
     said = {_BELONGS_TO: _base_hash(module, state)}
     save_file(adapters, folder / "adapter_model.safetensors", metadata=said)
     config = {**module.peft_config[_ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=_plain) + "\n")
+    text = json.dumps(config, indent=2, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    (folder / "adapter_config.json").write_text(text + "\n")
 
 
 def _base_hash(module: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -180,17 +184,13 @@ def _base_hash(module: nn.Module, state: Mapping[str, Tensor]) -> str:
     return state_hash({name: tensor.detach().to(torch.bfloat16) for name, tensor in under.items()})
 
 
-def _plain(value: object) -> object:
-    return sorted(value) if isinstance(value, set) else str(value)
-
-
 def _check_options(config: Mapping, file: Path, key: str) -> None:
     """Raise ValueError for adapters that peft scales or applies differently from plain LoRA."""
-    kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
-    others = {"peft_type": kind} if kind != "LORA" else {}
-    others |= {"init_lora_weights": start} if start not in _HARMLESS_STARTS else {}
-    known = (*_HARMLESS, "peft_type", "init_lora_weights")
-    others |= {option: value for option, value in config.items() if option not in known and value not in _IDLE}
+    others = {
+        option: value
+        for option, value in config.items()
+        if option not in _HARMLESS and value not in _PLAIN.get(option, _IDLE)
+    }
     if others:
         said = ", ".join(f"{option}={value}" for option, value in others.items())
         raise ValueError(f"{key}.init_from: {file} has {said}: expected plain LoRA (W + alpha / rank * B A)")
@@ -208,23 +208,14 @@ def _load(module: nn.Module, folder: Path, options: LoRA, key: str) -> None:
             )
     _check_options(config, folder / "adapter_config.json", key)
     file = folder / "adapter_model.safetensors"
-    tensors = read_tensors(file)
     own = {name: p for name, p in module.named_parameters() if is_adapter(name)}
     given = {
         name.removeprefix("base_model.model.").replace(".weight", f".{_ADAPTER}.weight"): tensor
-        for name, tensor in tensors.items()
+        for name, tensor in read_tensors(file).items()
     }
-    problems = [
-        f"{what}: {some(names)}"
-        for what, names in (
-            ("missing", own.keys() - given.keys()),
-            ("not expected", given.keys() - own.keys()),
-            ("wrong shape", {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape}),
-        )
-        if names
-    ]
+    problems = mismatches(given, own)
     if problems:
-        raise ValueError(f"{key}.init_from={folder} does not fit: {'; '.join(problems)}")
+        raise ValueError(f"{key}.init_from={folder} does not fit: {problems}")
     with safe_open(file, framework="pt") as opened:
         belongs_to = (opened.metadata() or {}).get(_BELONGS_TO)  # absent from adapters saved by peft
     parameters = dict(module.named_parameters())

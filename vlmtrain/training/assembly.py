@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import build_vision
 from ..objectives import build_objective
-from ..settings import STAGE_PARTS, Run, Stage, options_of
+from ..settings import STAGE_PARTS, Run, Stage
 from ..settings.locations import CONFIGS
 from .adapters import add_adapters
 from .handover import take_over
@@ -73,7 +74,8 @@ def build_parts(
     for part in wanted:
         seed_for(run.seed, part)
         if part in PARTS and part in saved and part not in stage.fresh:
-            parts[part] = load_part(part, previous, dtype, _trusts_code(run, part))
+            trusts_code = getattr(getattr(run, part), "trust_remote_code", False)
+            parts[part] = load_part(part, previous, dtype, trusts_code)
             if part == "connector" and stage.builds_connector:
                 handed_on = parts.pop(part)
                 parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
@@ -90,10 +92,6 @@ def build_parts(
     seed_for(run.seed, "adapters")
     add_adapters(stage, parts)
     return parts
-
-
-def _trusts_code(run: Run, part: str) -> bool:
-    return part in ("vision", "llm") and getattr(run, part).trust_remote_code
 
 
 def check_origins(run: Run, stage: Stage, parts: Collection[str], handed_on: Collection[str]) -> None:
@@ -150,7 +148,7 @@ def _build(
     weights: bool = True,
 ) -> nn.Module:
     if part == "vision":
-        return build_vision(**options_of(run.vision), dtype=dtype, weights=weights)
+        return build_vision(**asdict(run.vision), dtype=dtype, weights=weights)
     if part == "llm":
         llm = run.llm
         if llm.provider == "tiny":

@@ -48,17 +48,12 @@ def check_run(run: Run, world_size: int) -> None:
 
 
 def _check_layout(stage: Stage, world_size: int) -> None:
-    compares = OBJECTIVES[stage.objective].compares_samples
-    if stage.layout == "packed":
-        if compares:
-            raise ValueError(
-                f"{stage.prefix}.layout=packed supports only language modelling, not objective={stage.objective}"
-            )
-        return
-    accumulation, _ = split_batch(stage, world_size)
-    if not compares:
+    accumulation = 1 if stage.layout == "packed" else split_batch(stage, world_size)[0]
+    if not OBJECTIVES[stage.objective].compares_samples:
         return
     comparing = f"objective={stage.objective} compares the samples of a step with each other"
+    if stage.layout == "packed":
+        raise ValueError(f"{comparing}: {stage.prefix}.layout=packed cannot work; use padded")
     if accumulation > 1:
         raise ValueError(
             f"{comparing}, so a step must be one micro-batch a rank: unset {stage.prefix}.micro_batch_size"

@@ -8,15 +8,13 @@ from torch import nn
 
 from .trainable import block_list
 
-COMPILED = ("vision", "llm")
-
 
 def compile_blocks(parts: Mapping[str, nn.Module]) -> None:
     """Compile every transformer block separately, with dynamic shapes, so that one compilation serves all blocks.
 
     Modules, parameters and names do not change.
     """
-    for part in (part for part in COMPILED if part in parts):
+    for part in (part for part in ("vision", "llm") if part in parts):
         path, _ = block_list(parts[part])
         for block in parts[part].get_submodule(path):
             block.compile(dynamic=True)

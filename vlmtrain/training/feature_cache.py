@@ -134,11 +134,9 @@ class _Budget:
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         users, self.counter = self._open(".users"), self._open(".bytes")
-        try:
+        with contextlib.suppress(BlockingIOError):
             _lock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self.counter, 0)
-        except BlockingIOError:
-            pass
         _lock(users, fcntl.LOCK_SH)
         self.take(0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data.loader import StepData, StepStream, step_loader
+from ..data.loader import StepStream, step_loader
 from ..data.sources import build_source
 from ..model.parts import module_state, state_hash
 from ..model.vision import VisionEncoder
@@ -76,8 +75,9 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
         tqdm(total=steps, unit="step", desc=stage.name, disable=not show_progress, leave=False) as bar,
     ):
         for data in loader:
-            for images, keys in _pictures(data):
-                cache(images.to(device, cache.dtype), keys)
+            for batch in data.micro_batches:
+                if batch.keys is not None:
+                    cache(batch.images.to(device, cache.dtype), batch.keys)
             problems += [bad.problem for bad in data.bad]
             bar.update()
     return Filled(cache.hits, cache.misses, problems)
@@ -91,9 +91,3 @@ def _encoder(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Visi
     if resized is not None:
         encoder.resize(resized.image_size, f"{resized.prefix}.image_size")
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _pictures(data: StepData) -> Iterator[tuple[torch.Tensor, tuple[str, ...]]]:
-    for batch in data.micro_batches:
-        if batch.keys is not None:
-            yield batch.images, batch.keys

@@ -39,20 +39,15 @@ def tensors_taken(new: nn.Module, old: nn.Module, stage: Stage) -> dict[str, Ten
         for tensor in both
         if own[tensor].shape != handed_on[tensor].shape
     ]
-    problems = [
-        f"{what}: {some(names)}"
-        for what, names in (
-            (f"no tensor of this name in the new connector ({stage.prefix}.fresh)", idle),
-            (f"not in the received connector and not in {stage.prefix}.fresh", missing),
-            (f"not in the new connector and not in {stage.prefix}.drops", left),
-            ("wrong shape", shapes),
-        )
-        if names
-    ]
+    found = {
+        f"no tensor of this name in the new connector ({stage.prefix}.fresh)": idle,
+        f"not in the received connector and not in {stage.prefix}.fresh": missing,
+        f"not in the new connector and not in {stage.prefix}.drops": left,
+        "wrong shape": shapes,
+    }
+    problems = "; ".join(f"{what}: {some(names)}" for what, names in found.items() if names)
     if problems:
-        raise ValueError(
-            f"the {PART} that stage {stage.name} builds does not fit the one it receives: {'; '.join(problems)}"
-        )
+        raise ValueError(f"the {PART} that stage {stage.name} builds does not fit the one it receives: {problems}")
     return {tensor: own[tensor] for tensor in both}
 
 

@@ -12,10 +12,7 @@ from ..files import replace_text
 
 
 class Metrics:
-    """A file with one JSON object per step, such as metrics.jsonl, written by the main rank.
-
-    Non-finite numbers are written as null.
-    """
+    """Appends to such a file, on the main rank only. Non-finite numbers are written as null."""
 
     def __init__(self, file: Path, first_step: int):
         file.parent.mkdir(parents=True, exist_ok=True)

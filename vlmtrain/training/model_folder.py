@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -21,32 +23,28 @@ from .proof import Hashes, part_hashes
 from .trainable import Group, groups_of
 
 
+@dataclass
 class ModelWriter:
     """Writes model folders of one stage atomically.
 
     groups: the parameter groups that the stage trains. previous: the model folder that it started from, if any.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        stage: Stage,
-        parts: Mapping[str, nn.Module],
-        groups: Sequence[Group],
-        processor: Processor,
-        previous: Path | None,
-        world: World,
-    ):
-        self.run, self.stage = run, stage
-        self.parts, self.groups, self.processor = parts, groups, processor
-        self.previous, self.world = previous, world
+    run: Run
+    stage: Stage
+    parts: Mapping[str, nn.Module]
+    groups: Sequence[Group]
+    processor: Processor
+    previous: Path | None
+    world: World
 
     def write(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
         """Write a model folder to `target`, replacing it, on the main rank. Returns the hashes of the parts on all."""
         partial = target.with_name(f"{target.name}.partial")
         manifest, hashes, before = {}, {}, {}
         if self.world.is_main:
-            before = _known_parts(target)
+            with contextlib.suppress(ValueError):  # there is no valid folder yet
+                before = read_manifest(target)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         for part, module in self.parts.items():
@@ -94,11 +92,3 @@ class ModelWriter:
             elif part not in self.stage.drops:
                 shutil.copytree(self.previous / part, folder / part, copy_function=link_or_copy)
                 manifest[part] = facts
-
-
-def _known_parts(folder: Path) -> dict[str, dict]:
-    """The parts of a folder that will be replaced; empty if there is no valid folder."""
-    try:
-        return read_manifest(folder)
-    except ValueError:
-        return {}

@@ -14,35 +14,30 @@ from .trainable import Group
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over a stage: linear warm-up to the peak, then `name` down to `min_lr`.
+    """Learning rate over a stage: linear warm-up to the peak, then `options.name` down to `options.min_lr`.
 
     Step `s` (from 0) uses the rate at the end of that step, so the first step has a non-zero rate and the last one
     reaches `min_lr`.
     """
 
-    name: str
+    options: ScheduleOptions
     total_steps: int
-    warmup_steps: int
-    min_lr: float
 
-    @classmethod
-    def of(cls, options: ScheduleOptions, total_steps: int) -> Schedule:
-        """Build the schedule of a stage with `total_steps` steps."""
-        warmup = options.warmup_steps
-        if warmup is None:
-            warmup = math.ceil(options.warmup_ratio * total_steps)
-        return cls(options.name, total_steps, warmup, options.min_lr)
+    @property
+    def warmup_steps(self) -> int:
+        given = self.options.warmup_steps
+        return math.ceil(self.options.warmup_ratio * self.total_steps) if given is None else given
 
     def rate(self, step: int, peak: float) -> float:
         """Learning rate of optimiser step `step` for a group whose peak is `peak`."""
         done = step + 1
         if done <= self.warmup_steps:
             return peak * done / self.warmup_steps
-        if self.name == "constant":
+        if self.options.name == "constant":
             return peak
         progress = (done - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        left = 1 - progress if self.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.min_lr + (peak - self.min_lr) * left
+        left = 1 - progress if self.options.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.options.min_lr + (peak - self.options.min_lr) * left
 
 
 def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], weight_decay: float) -> list[dict]:

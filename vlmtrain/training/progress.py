@@ -20,23 +20,13 @@ class Progress:
         self._next_line = time.monotonic()
 
     def update(self, step: int, loss: float, tokens_per_second: float, step_seconds: float) -> None:
-        text = f"loss {loss:.4f}  {_short(tokens_per_second)} tokens/s"
+        text = f"loss {loss:.4f}  {tqdm.format_sizeof(tokens_per_second)} tokens/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if not self.is_terminal and (time.monotonic() >= self._next_line or step == self.total):
-            left = _clock((self.total - step) * step_seconds)
+            left = tqdm.format_interval((self.total - step) * step_seconds)
             logger.info(f"{self.stage}  step {step}/{self.total}  {text}  {left} left")
             self._next_line = time.monotonic() + self.seconds
 
     def close(self) -> None:
         self.bar.close()
-
-
-def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..distributed.world import Stopped, StopSignal, World
-from ..evaluation.lmms_eval import benchmarks_of
+from ..evaluation.lmms_eval import Benchmarks
 from ..reporting.card import write_card
 from ..reporting.report import write_report
 from ..runs.folder import RunFolder
@@ -30,7 +30,7 @@ def train_run(run: Run, world: World) -> None:
         start, _ = take_in(run, folder)
         check_stages(start, folder)
         if run.validation.lmms_eval:
-            benchmarks_of(run.validation).load()
+            Benchmarks(run.validation.lmms_eval, run.validation.batch_size, run.validation.final_samples).load()
         changed = folder.write_config(run, provenance(run, world))
         warnings = [f"changed since this run was last started, so further steps may differ: {each}" for each in changed]
         warnings += [unlocked] if unlocked else []

@@ -6,18 +6,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from ..data.loader import StepData, StepStream, step_loader
 from ..data.mixture import Mixture
 from ..data.sources import build_source
 from ..distributed.world import Stopped, StopSignal, World
-from ..evaluation.lmms_eval import benchmarks_of
+from ..evaluation.lmms_eval import Benchmarks
 from ..evaluation.validation import Validator
 from ..files import restore_folder, write_json
 from ..model.attention import attend_in_segments
 from ..model.parts import module_state
-from ..objectives import Objective, build_objective
+from ..objectives import build_objective
 from ..runs.folder import RunFolder
 from ..settings import Run, Stage
 from .assembly import DTYPES, build_parts, build_tokenizer
@@ -81,7 +79,8 @@ class _Stage:
         self.folder, self.world = folder, world
         tokenizer = build_tokenizer(settings)
         self.parts = build_parts(settings, stage, previous, tokenizer)
-        self.objective = self._objective(tokenizer)
+        objective = self.parts.get("objective")
+        self.objective = objective or build_objective(stage.objective, settings.vision, tokenizer, self.parts)
         self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
         self.source = self._source(self.stage.data)
         self.batching = build_batching(self.source, self.processor, stage, world.size)
@@ -99,12 +98,7 @@ class _Stage:
             attend_in_segments(self.parts["llm"])
         if settings.compile:
             compile_blocks(self.parts)
-        self.schedule = Schedule.of(stage.schedule, self.total_steps)
-
-    def _objective(self, tokenizer: PreTrainedTokenizerBase) -> Objective:
-        if "objective" in self.parts:
-            return self.parts["objective"]
-        return build_objective(self.stage.objective, self.settings.vision, tokenizer, self.parts)
+        self.schedule = Schedule(stage.schedule, self.total_steps)
 
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, image_size_of(self.parts), self.settings.seed)
@@ -118,7 +112,10 @@ class _Stage:
             for part, module in self.parts.items()
         }
         if self.world.is_main:
-            logger.info(f"{self._head()}\n{training_table(self.parts, self.groups, self.waiting)}")
+            ways = f"{self.world.size} x {self.batching.micro_rows} x {self.batching.accumulation}"
+            head = f"{self.total_steps} steps of {self.batching} ({ways}), {len(self.source):,} records"
+            table = training_table(self.parts, self.groups, self.waiting)
+            logger.info(f"stage {self.name}: {head}\n{table}")
         engine = StageEngine(
             self.stage,
             self.settings.engine,
@@ -260,6 +257,7 @@ class _Stage:
     def _finish(self, engine: StageEngine, validation: StageValidation, before: dict[str, Hashes]) -> dict:
         scores, answers = validation.finish(engine, self.total_steps)
         after = self.models.write(engine, self.folder.model(self.name))
+        drawn, total = self.record["drawn"], max(1, sum(self.record["drawn"]))
         summary = {
             "stage": self.name,
             "steps": self.total_steps,
@@ -270,7 +268,7 @@ class _Stage:
             "loss_spikes": self.bad_steps.spikes,
             "checkpoints": self.checkpoints.cost,
             "best": self.record.get("best"),
-            "data": self._shares(self.record["drawn"]),
+            "data": {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)},
             "world_size": self.world.size,
             "validation": scores,
             "lmms_eval": self._benchmark(engine),
@@ -282,12 +280,11 @@ class _Stage:
         for kind in ("trainable", "frozen"):
             summary[f"{kind}_parameters"] = sum(part[f"{kind}_parameters"] for part in summary["parts"].values())
         if self.world.is_main:
-            write_json(self.folder.stage(self.name) / "answers.json", answers)
-            write_json(
-                self.folder.stage(self.name) / "samples.json",
-                shown_samples(validation.validator.source, answers) if answers else [],
-            )
-            write_json(self.folder.stage(self.name) / "summary.json", summary)
+            folder = self.folder.stage(self.name)
+            shown = shown_samples(validation.validator.source, answers) if answers else []
+            write_json(folder / "answers.json", answers)
+            write_json(folder / "samples.json", shown)
+            write_json(folder / "summary.json", summary)
         self.world.barrier()
         return summary
 
@@ -298,7 +295,8 @@ class _Stage:
             return {}
         self.watch.doing(f"stage {self.name}: benchmarks", outside=True)
         with engine.evaluating():
-            return benchmarks_of(options).scores(engine.model, self.processor, self.world)
+            benchmarks = Benchmarks(options.lmms_eval, options.batch_size, options.final_samples)
+            return benchmarks.scores(engine.model, self.processor, self.world)
 
     def _cache_use(self, cache: FeatureCache | None) -> dict | None:
         """Number of images that were and were not in the cache, summed over ranks."""
@@ -306,15 +304,3 @@ class _Stage:
             return None
         hits, misses = self.world.sum([cache.hits, cache.misses])
         return {"hits": int(hits), "misses": int(misses)}
-
-    def _shares(self, drawn: list[int]) -> dict:
-        """Number and share of samples trained on, by source."""
-        total = max(1, sum(drawn))
-        return {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)}
-
-    def _head(self) -> str:
-        return (
-            f"stage {self.name}: {self.total_steps} steps of {self.batching} "
-            f"({self.world.size} x {self.batching.micro_rows} x {self.batching.accumulation}), "
-            f"{len(self.source):,} records"
-        )

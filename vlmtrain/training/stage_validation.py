@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluation.validation import Validator
@@ -13,23 +14,19 @@ from .model_folder import ModelWriter
 from .tracking import WandB
 
 
+@dataclass
 class StageValidation:
     """Validates a stage. If the stage has no validation data, `validator` is None and every call is a no-op.
 
     record: the stage's resumable record, which includes the completed validations. best: folder of the best model.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        options: Validation,
-        validator: Validator | None,
-        models: ModelWriter,
-        best: Path,
-        record: dict,
-    ):
-        self.stage, self.options, self.validator = stage, options, validator
-        self.models, self.best, self.record = models, best, record
+    stage: Stage
+    options: Validation
+    validator: Validator | None
+    models: ModelWriter
+    best: Path
+    record: dict
 
     def start(self, engine: StageEngine) -> None:
         """Compute the loss before the first step. Raises ValueError for a metric that lacks data for some question."""

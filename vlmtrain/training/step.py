@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,25 +31,19 @@ class StepDone(NamedTuple):
     drawn: list[int]
 
 
+@dataclass
 class StepRunner:
     """Runs the optimiser steps of a stage. Every rank runs the same steps."""
 
-    def __init__(
-        self,
-        stage: str,
-        seed: int,
-        skips_bad_samples: bool,
-        engine: StageEngine,
-        objective: Objective,
-        world: World,
-        watch: Watch,
-        skips: Skips,
-        bad_steps: BadSteps,
-    ):
-        self.stage, self.seed, self.skips_bad_samples = stage, seed, skips_bad_samples
-        self.engine, self.objective = engine, objective
-        self.world, self.watch = world, watch
-        self.skips, self.bad_steps = skips, bad_steps
+    stage: str
+    seed: int
+    skips_bad_samples: bool
+    engine: StageEngine
+    objective: Objective
+    world: World
+    watch: Watch
+    skips: Skips
+    bad_steps: BadSteps
 
     def run(self, step: int, data: StepData, started: float, waited: float, stopping: bool, is_late: bool) -> StepDone:
         """Train on a step's data.
@@ -77,6 +72,7 @@ class StepRunner:
         rates = self.engine.set_rates(step)
         loss, norm = self._update(step, data, max(weight, 1e-9))
         seconds = time.perf_counter() - started
+        on_gpu = self.world.device.type == "cuda"
         values = {
             "step": step + 1,
             "loss": loss,
@@ -91,12 +87,9 @@ class StepRunner:
             "data_seconds": waited,
             "samples_per_second": int(samples) / seconds,
             "tokens_per_second": int(tokens) / seconds,
-            "peak_memory_bytes": self._peak_memory(),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
         }
         return StepDone(values, stops > 0, late > 0, [int(number) for number in drawn])
-
-    def _peak_memory(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else peak_resident_bytes()
 
     def _update(self, step: int, data: StepData, weight: float) -> tuple[float, float]:
         """Run the micro-batches of a step and update the weights. Returns the loss and the gradient norm.

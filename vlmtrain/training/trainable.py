@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..errors import some
 from ..settings import STAGE_PARTS, Pattern, Stage
 from .adapters import is_adapter
-from .engine.partitions import full_shape
 from .quantized import quantized_layers
 
 NEW_TOKENS = "llm.new_tokens"
@@ -51,8 +50,12 @@ class Group:
         return sum(math.prod(shape) for shape in shapes)
 
 
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The full shape of a parameter, of which a rank holds only a partition under ZeRO-3."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
-    """The groups of a part."""
     return [group for group in groups if group.part == part]
 
 
@@ -174,15 +177,15 @@ def _pattern(match: str, module: nn.Module, key: str) -> str:
     chosen = range(count)
     if found["slice"]:
         bounds = [int(bound) if bound else None for bound in found["slice"].split(":")]
-        chosen = chosen[slice(*bounds)] if len(bounds) == 2 else [range(count)[_within(bounds[0], count, key)]]
+        index = bounds[0]
+        if len(bounds) == 2:
+            chosen = chosen[slice(*bounds)]
+        elif index is None or not -count <= index < count:
+            raise ValueError(f"{key}.match: block {index} does not exist, as there are {count} blocks")
+        else:
+            chosen = [chosen[index]]
     numbers = "|".join(map(str, chosen)) or "(?!)"
     return rf"{re.escape(path)}\.(?:{numbers}){_glob(found['tail'] or '')}(?:\..*)?"
-
-
-def _within(index: int | None, count: int, key: str) -> int:
-    if index is None or not -count <= index < count:
-        raise ValueError(f"{key}.match: block {index} does not exist, as there are {count} blocks")
-    return index
 
 
 def _glob(text: str) -> str:

@@ -542,14 +542,14 @@ def test_questions_of_one_picture_count_as_one_draw():
 
 def test_the_front_joins_what_no_other_beats():
     points = [("cheap", 1.0, 0.2), ("beaten", 2.0, 0.1), ("good", 3.0, 0.5), ("dear", 4.0, 0.5)]
-    chart = scatter_chart("t", points, "x", front=True)
+    chart = scatter_chart("t", points, "x")
     line = chart.split('<polyline points="')[1].split('"')[0]
     assert len(line.split()) == 2 and chart.count('fill="#fff"') == 2
 
 
 def test_labels_of_points_in_one_place_stand_apart():
     points = [(f"a_long_name_{i}", 16.0, 0.5 + i / 1000) for i in range(9)] + [("other", 64.0, 0.9)]
-    chart = scatter_chart("t", points, "x", front=True)
+    chart = scatter_chart("t", points, "x")
     labels = re.findall(r'<text class="tick" x="([\d.]+)" y="([\d.]+)">(a_long_name_\d|other)<', chart)
     assert len(labels) == 10
     boxes = [(float(x), float(y), float(x) + 6.2 * len(name)) for x, y, name in labels]

@@ -61,7 +61,7 @@ def plan_of(
 def stream(processor: Processor, micro: int = 2, rank: int = 0, world: int = 1, **options) -> StepStream:
     first, last = options.pop("first", 0), options.pop("last", STEPS)
     plan = plan_of(processor, micro, world, **options)
-    return StepStream(plan, plan.reader.mixture, processor, rank, world, first, last)
+    return StepStream(plan, plan.mixture, processor, rank, world, first, last)
 
 
 def steps(processor: Processor, *arguments, **options) -> list[StepData]:
@@ -69,7 +69,7 @@ def steps(processor: Processor, *arguments, **options) -> list[StepData]:
 
 
 def drawn(plan: PaddedBatching, step: int) -> list[int]:
-    return [plan.reader.mixture.draw(position) for position in plan.positions(step)]
+    return [plan.mixture.draw(position) for position in plan.positions(step)]
 
 
 def rows(data: StepData) -> Counter:
@@ -190,7 +190,7 @@ def test_bad_samples_are_reported_left_out_and_not_replaced(processor, world):
         assert trained == sorted(set(drawn(plan, step)) - set(bad))
         assert {len(share.micro_batches) for share in shares} == {BATCH // (2 * world)}
         found = [record for share in shares for record in share.bad]
-        assert [plan.reader.mixture.draw(record.position) for record in found] == [record.index for record in found]
+        assert [plan.mixture.draw(record.position) for record in found] == [record.index for record in found]
         reported += found
     assert sorted((r.index, r.problem) for r in reported) == [(i, f"sample {i}: broken") for i in bad]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import open_clip
 import pytest
 import torch
@@ -16,7 +18,7 @@ from vlmtrain.model.vision import build_vision
 from vlmtrain.objectives import build_objective
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.runs.folder import RunFolder
-from vlmtrain.settings import compose, options_of
+from vlmtrain.settings import compose
 from vlmtrain.training.run import check_stages
 
 
@@ -24,7 +26,7 @@ from vlmtrain.training.run import check_stages
 def parts(tokenizer):
     torch.manual_seed(0)
     settings = compose(["recipe=quickstart"])
-    vision = build_vision(**options_of(settings.vision))
+    vision = build_vision(**asdict(settings.vision))
     return vision, build_objective("contrastive", settings.vision, tokenizer, {})
 
 

@@ -17,13 +17,13 @@ def options(**changes) -> ScheduleOptions:
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
-    schedule = Schedule.of(options(warmup_steps=4), 100)
+    schedule = Schedule(options(warmup_steps=4), 100)
     assert [schedule.rate(step, 2.0) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
 
 
 def test_warm_up_ratio_counts_steps():
-    assert Schedule.of(options(warmup_ratio=0.03), 1000).warmup_steps == 30
-    assert Schedule.of(options(warmup_ratio=0.03), 10).warmup_steps == 1
+    assert Schedule(options(warmup_ratio=0.03), 1000).warmup_steps == 30
+    assert Schedule(options(warmup_ratio=0.03), 10).warmup_steps == 1
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_warm_up_ratio_counts_steps():
     ],
 )
 def test_decay_by_hand(name, expected):
-    schedule = Schedule.of(options(name=name, min_lr=0.1), 4)
+    schedule = Schedule(options(name=name, min_lr=0.1), 4)
     assert [schedule.rate(step, 1.0) for step in range(4)] == pytest.approx(expected)
 
 

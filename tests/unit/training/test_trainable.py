@@ -116,7 +116,7 @@ def test_freeze_lets_exactly_those_train(parts):
         ({"match": "llm.layers[7]", "lr": 1e-4}, "block 7 does not exist, as there are 5 blocks"),
         ({"match": "llm.layers[9:]", "lr": 1e-4}, "matches no remaining parameter"),
         ({"match": "llm.nothing", "lr": 1e-4}, "matches no remaining parameter"),
-        ({"match": "lmm", "lr": 1e-4}, "the stage has the parts"),
+        ({"match": "lmm", "lr": 1e-4}, "the stage has only"),
         ({"match": "llm", "lr": -1}, "groups.0..lr=-1"),
         ({"match": "llm", "rate": 1}, "unknown key 'stages.s.groups.0..rate'"),
         ({"match": "llm"}, "groups.0..lr is missing"),

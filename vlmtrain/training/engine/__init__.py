@@ -1,1 +1,1 @@
-"""The engine of a stage. All code that depends on DeepSpeed is in this folder."""
+"""The engine of a stage. Only this folder imports DeepSpeed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 
 import torch
@@ -21,12 +20,8 @@ def join_world(timeout: float = 3600.0) -> World:
     timeout: maximum time in seconds that a rank waits for the others.
     """
     has_gpu = prepare_process()
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
+    if "RANK" not in os.environ:  # torch selects a free port for port 0
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     import deepspeed
 
     check_version(deepspeed.__version__)

@@ -19,7 +19,6 @@ from ...settings.stage import OptimizerOptions
 from ..feature_cache import FeatureCache
 from ..optimizer import Schedule, parameter_groups
 from ..trainable import Group, trained_parts
-from .partitions import gathered
 from .state import TrainingState
 
 # Clipping at this norm has no effect, but makes every engine report the norm.
@@ -39,10 +38,7 @@ class StageModule(nn.Module):
 
 
 class StageEngine:
-    """The DeepSpeed engine of one stage.
-
-    A frozen vision encoder stays outside of it and is replicated, so that a rank can call it at any time.
-    """
+    """Trains the parts of one stage. A frozen encoder is replicated, so that a rank can call it at any time."""
 
     def __init__(
         self,
@@ -137,8 +133,8 @@ class StageEngine:
         keep: whether this rank keeps them; other ranks take part and get an empty dict.
         """
         state = {}
-        for name, tensor in _named_tensors(part):
-            with gathered([tensor]):
+        for name, tensor in (*part.named_parameters(), *_persistent_buffers(part)):  # tied parameters appear once
+            with deepspeed.zero.GatheredParameters([tensor]):
                 if keep:
                     state[name] = tensor.detach().to("cpu", copy=True).contiguous()
         return state
@@ -192,12 +188,10 @@ class StageEngine:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
         if self.dtype is torch.bfloat16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        for device, theirs in (
-            (engine.offload_optimizer, "offload_optimizer"),
-            (engine.offload_parameters, "offload_param"),
-        ):
+        offloads = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+        for option, device in offloads.items():
             if device != "none":
-                config["zero_optimization"][theirs] = {"device": device, "pin_memory": torch.cuda.is_available()}
+                config["zero_optimization"][option] = {"device": device, "pin_memory": torch.cuda.is_available()}
         return config
 
 
@@ -216,12 +210,6 @@ def _register_borrowed_parameters(module: nn.Module) -> None:
         if isinstance(child, nn.MultiheadAttention):  # it accesses the weights of its output projection directly
             for parameter in child.out_proj.parameters():
                 deepspeed.zero.register_external_parameter(child, parameter)
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and persistent buffers. Tied parameters appear once."""
-    yield from module.named_parameters()
-    yield from _persistent_buffers(module)
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

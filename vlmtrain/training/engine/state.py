@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import some
-from .partitions import full_shape
+from ..trainable import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -73,12 +73,16 @@ class TrainingState:
         updates: number of updates made, by group label. Parameters that start to train at this step are not in the
         files and keep their values.
         """
-        where = self._index(files)
+        opened = {}
+        for file in files:
+            try:
+                opened[file] = safe_open(file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from None
+        where = {key: file for file, tensors in opened.items() for key in tensors.keys()}  # noqa: SIM118 - no mapping
         new = {name for name, start in self.starts.items() if start == step}
-        self._check_names(set(where), files[0].parent, new)
+        self._check(opened, where, new)
         self._make_moments(updates)
-        opened = {file: safe_open(file, "pt") for file in files}
-        self._check_shapes(opened, where, new)
         for name, parameter in self.parameters.items():
             for kind in KINDS if name not in new else ():
                 key = f"{name}/{kind}"
@@ -87,28 +91,14 @@ class TrainingState:
             if name not in new:
                 tensor.copy_(opened[where[f"{name}/buffer"]].get_tensor(f"{name}/buffer"))
 
-    @staticmethod
-    def _index(files: list[Path]) -> dict[str, Path]:
-        where = {}
-        for file in files:
-            try:
-                with safe_open(file, "pt") as tensors:
-                    where |= dict.fromkeys(tensors.keys(), file)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read: {error}") from None
-        return where
-
-    def _check_names(self, found: set[str], folder: Path, new: set[str]) -> None:
-        wanted = {f"{name}/{kind}" for name in self.parameters.keys() - new for kind in KINDS}
-        wanted |= {f"{name}/buffer" for name in self.buffers.keys() - new}
-        for problem, names in (("lacks", wanted - found), ("has unexpected tensors", found - wanted)):
-            if names:
-                raise ValueError(f"{folder} {problem} {some(names)}: it was saved by another stage")
-
-    def _check_shapes(self, opened: Mapping[Path, safe_open], where: Mapping[str, Path], new: set[str]) -> None:
-        """Check all shapes before loading, so that the state is never partially loaded."""
+    def _check(self, opened: Mapping[Path, safe_open], where: Mapping[str, Path], new: set[str]) -> None:
+        """Check all names and shapes before loading, so that the state is never partially loaded."""
         shapes = {f"{n}/{kind}": full_shape(p) for n, p in self.parameters.items() if n not in new for kind in KINDS}
         shapes |= {f"{n}/buffer": tensor.shape for n, tensor in self.buffers.items() if n not in new}
+        folder = next(iter(opened)).parent
+        for problem, names in (("lacks", shapes.keys() - where), ("has unexpected tensors", where.keys() - shapes)):
+            if names:
+                raise ValueError(f"{folder} {problem} {some(names)}: it was saved by another stage")
         for key, wanted in shapes.items():
             found = opened[where[key]].get_slice(key).get_shape()
             if list(found) != list(wanted):

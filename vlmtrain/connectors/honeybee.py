@@ -1,4 +1,6 @@
-"""`d_abstractor`: deformable attention from queries on a grid (Honeybee, CVPR 2024; Deformable DETR, 2021)."""
+"""Honeybee's abstractors (CVPR 2024): `c_abstractor`, convolution, pooling, convolution; and `d_abstractor`, deformable
+attention from queries on a grid (Deformable DETR, 2021).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,108 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Connector, VisionFeatures
-from .checks import require_divisible, require_fixed_grid, require_fraction, require_positive
-from .layers import Attention
-from .published import Names, drop_cls_position
+from .checks import GridError, require_divisible, require_fraction, require_grid, require_positive
+from .layers import Attention, ConvNorm, SqueezeExcite, mlp
+from .published import Names
+
+
+class Abstractor(Connector):
+    """Tokens on a `grid` x `grid` from patches with learned positions (Honeybee, section 4.2).
+
+    The position table has a fixed size, so H x W must equal `input_grid`.
+    """
+
+    name: str
+
+    def __init__(self, in_dim: int, out_dim: int, input_grid: tuple[int, int] | None, grid: int):
+        super().__init__(in_dim, out_dim)
+        require_positive(grid=grid)
+        if input_grid is None:
+            raise ValueError(
+                f"{self.name} has position tables of a fixed size: expected input_grid=(height, width), the patch "
+                "grid of the encoder, got None"
+            )
+        require_grid(*input_grid)
+        self.grid, self.input_grid = grid, tuple(input_grid)
+
+    def output_grid(self, height: int, width: int) -> tuple[int, int]:
+        require_grid(height, width)
+        if (height, width) != self.input_grid:
+            raise GridError(
+                f"grid {height}x{width}: {self.name} was built for input_grid {self.input_grid[0]}x"
+                f"{self.input_grid[1]} and its position tables are not resized; build it with another input_grid or "
+                "change the image size"
+            )
+        return self.grid, self.grid
+
+    def load_published(self, state_dict: dict[str, Tensor]) -> None:
+        """Load weights under their published names; the CLS position in the tables of older ones is dropped."""
+        with_cls = self.input_grid[0] * self.input_grid[1] + 1
+
+        def has_cls(name: str, tensor: Tensor) -> bool:
+            return name.endswith("pos_emb") and tensor.ndim == 3 and tensor.shape[1] == with_cls
+
+        super().load_published({name: t[:, 1:] if has_cls(name, t) else t for name, t in state_dict.items()})
+
+
+class RegNetBlock(nn.Module):
+    """RegNet bottleneck: 1x1, depthwise 3x3, squeeze-and-excite, 1x1; residual (RegNet, and timm's weights)."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.conv1 = ConvNorm(in_dim, out_dim, activation=nn.SiLU)
+        self.conv2 = ConvNorm(out_dim, out_dim, kernel=3, groups=out_dim, activation=nn.SiLU)
+        self.se = SqueezeExcite(out_dim, max(1, round(in_dim / 4)), nn.SiLU, nn.Sigmoid)
+        self.conv3 = ConvNorm(out_dim, out_dim)
+        self.downsample = nn.Identity() if in_dim == out_dim else ConvNorm(in_dim, out_dim)
+        self.activation = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.conv3(self.se(self.conv2(self.conv1(x)))) + self.downsample(x))
+
+
+class CAbstractor(Abstractor):
+    """Positions, `depth` RegNet blocks, pooling to `grid` x `grid`, `depth` blocks and an MLP (Honeybee, section 4.2).
+
+    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. The readout has `mlp_depth` linear layers with SiLU.
+    """
+
+    name = "c_abstractor"
+    PUBLISHED = (
+        Names(
+            "abstractor.",
+            (
+                (r"^stage(\d)\.(\d)", lambda match: f"net.{2 * int(match[1]) - 2}.b{int(match[2]) + 1}"),
+                (r"\.(conv\d|downsample)\.0\.", r".\1.conv."),
+                (r"\.(conv\d|downsample)\.1\.", r".\1.bn."),
+            ),
+        ),
+    )
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        input_grid: tuple[int, int] | None = None,
+        grid: int = 12,
+        hidden_size: int = 1024,
+        depth: int = 3,
+        mlp_depth: int = 2,
+    ):
+        super().__init__(in_dim, out_dim, input_grid, grid)
+        require_positive(hidden_size=hidden_size, depth=depth, mlp_depth=mlp_depth)
+        self.pos_emb = nn.Parameter(torch.empty(1, self.input_grid[0] * self.input_grid[1], in_dim))
+        self.stage1 = nn.Sequential(*(RegNetBlock(hidden_size if i else in_dim, hidden_size) for i in range(depth)))
+        self.pool = nn.AdaptiveAvgPool2d(grid)
+        self.stage2 = nn.Sequential(*(RegNetBlock(hidden_size, hidden_size) for _ in range(depth)))
+        self.readout = mlp([hidden_size, *[out_dim] * mlp_depth], nn.SiLU)
+        nn.init.trunc_normal_(self.pos_emb, std=0.02)
+
+    def forward(self, features: VisionFeatures) -> Tensor:
+        patches = self.check(features)
+        x = patches + self.pos_emb.unflatten(1, self.input_grid)
+        x = self.stage2(self.pool(self.stage1(x.permute(0, 3, 1, 2))))
+        return self.readout(x.flatten(2).transpose(1, 2))
 
 
 class DeformableAttention(nn.Module):
@@ -76,15 +177,15 @@ class DeformableLayer(nn.Module):
         return self.final_layer_norm(x + self.dropout(self.fc2(F.relu(self.fc1(x)))))
 
 
-class DAbstractor(Connector):
+class DAbstractor(Abstractor):
     """`depth` deformable decoder layers over `grid` x `grid` queries (Honeybee, section 4.2 and published code).
 
-    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. Positions are learned and their number is fixed by
-    `input_grid`. Reference points are learned and start on a regular grid. Queries start from a learned table; in
-    every layer their positions are the image pooled to their grid. Linear layers from in_dim and to out_dim exist
-    only if that width differs from `hidden_size`.
+    ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. Reference points are learned and start on a
+    regular grid. Queries start from a learned table; in every layer their positions are the image pooled to their
+    grid. Linear layers from in_dim and to out_dim exist only if that width differs from `hidden_size`.
     """
 
+    name = "d_abstractor"
     PUBLISHED = (
         Names(
             "abstractor.",
@@ -109,9 +210,8 @@ class DAbstractor(Connector):
         intermediate_size: int = 1024,
         dropout: float = 0.1,
     ):
-        super().__init__(in_dim, out_dim)
+        super().__init__(in_dim, out_dim, input_grid, grid)
         require_positive(
-            grid=grid,
             hidden_size=hidden_size,
             depth=depth,
             num_heads=num_heads,
@@ -120,7 +220,6 @@ class DAbstractor(Connector):
         )
         require_divisible(hidden_size, "connector.hidden_size", num_heads, "num_heads")
         require_fraction(dropout=dropout)
-        self.grid, self.input_grid = grid, require_fixed_grid(input_grid, input_grid, "d_abstractor")
         self.input_proj = nn.Identity() if in_dim == hidden_size else nn.Linear(in_dim, hidden_size)
         self.v_pos_emb = nn.Parameter(torch.empty(1, self.input_grid[0] * self.input_grid[1], hidden_size))
         self.target = nn.Parameter(torch.randn(grid * grid, hidden_size))
@@ -141,10 +240,6 @@ class DAbstractor(Connector):
         x = (0.5 + steps * (width - 1)) / width
         return torch.stack([x.repeat(self.grid), y.repeat_interleave(self.grid)], dim=-1)[None]
 
-    def output_grid(self, height: int, width: int) -> tuple[int, int]:
-        require_fixed_grid((height, width), self.input_grid, "d_abstractor")
-        return self.grid, self.grid
-
     def forward(self, features: VisionFeatures) -> Tensor:
         x = self.input_proj(self.check(features)) + self.v_pos_emb.unflatten(1, self.input_grid)
         position = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), self.grid).flatten(2).transpose(1, 2)
@@ -152,6 +247,3 @@ class DAbstractor(Connector):
         for layer in self.layers:
             tokens = layer(tokens, position, self.reference_points, x)
         return self.output_proj(tokens)
-
-    def load_published(self, state_dict: dict[str, Tensor]) -> None:
-        super().load_published(drop_cls_position(state_dict, self.v_pos_emb.shape[1]))
