@@ -61,6 +61,9 @@ def test_no_step_is_made_again_for_what_comes_behind_the_last(llava_files, tmp_p
     stopped = struck(f"SIGTERM@metrics.jsonl:{STEPS - 1}", line=free)
     assert stopped.returncode == 0 and f"stopped after step {STEPS} of {STEPS}" in stopped.stdout
     before = (tmp_path / "instruct" / "metrics.jsonl").read_bytes()
+    stopped = struck("SIGTERM@scores:1", line=free)
+    assert stopped.returncode == 0 and "stopped during validation; run the same command to resume" in stopped.stdout
+    assert saved(tmp_path) == [f"step-{STEPS:06d}"] and not (tmp_path / "instruct" / "summary.json").exists()
     for moment in ("SIGKILL@scores:1", "SIGKILL@write_manifest:1"):
         assert struck(moment, line=free).returncode == -signal.SIGKILL
         assert saved(tmp_path) == [f"step-{STEPS:06d}"] and not (tmp_path / "instruct" / "summary.json").exists()

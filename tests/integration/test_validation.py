@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.data.sources import build_source
-from vlmtrain.distributed.world import World
+from vlmtrain.distributed.world import Stopped, World
 from vlmtrain.evaluation.validation import Validator
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import OBJECTIVES
@@ -51,6 +52,25 @@ def questions(tmp_path_factory) -> list[Conversation]:
     (folder / "v.json").write_text(json.dumps(records))
     data = {"format": "llava_json", "images": str(folder), "validation": str(folder / "v.json")}
     return build_source(data, "validation", (48, 48), 0)
+
+
+@torch.no_grad()
+def test_a_part_of_the_data_is_drawn_from_all_of_it(model):
+    """Sorted data: the first half of the conversations is about one word, the second about another."""
+    talks = [(Turn("user", "What?"), Turn("assistant", word)) for word in ("red", "blue") for _ in range(20)]
+    source = [Conversation(str(i), turns) for i, turns in enumerate(talks)]
+    few, more, other = (
+        validator(model, source, seed=seed).losses(model[0], size).keys() for seed, size in ((0, 8), (0, 16), (1, 8))
+    )
+    assert len(few) == 8 and few < more and few != other
+    assert min(few) < 20 <= max(few)
+    assert list(validator(model, source).losses(model[0], None)) == list(range(40))
+
+
+def test_a_stop_signal_ends_validation_between_batches(model):
+    source = [Conversation(str(i), (Turn("user", "What?"), Turn("assistant", "red"))) for i in range(4)]
+    with pytest.raises(Stopped):
+        validator(model, source, stop=SimpleNamespace(received=True)).losses(model[0], None)
 
 
 @torch.no_grad()

@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> None:
     source = build_source(settings.data, "validation", size, settings.seed)
     limits = settings.validation
     world, sizes = World(0, 1, device), (limits.batch_size, limits.max_new_tokens)
-    validator = Validator(source, processor, world, torch.float32, *sizes, metrics=limits.metrics)
+    draw = {"metrics": limits.metrics, "seed": settings.seed}
+    validator = Validator(source, processor, world, torch.float32, *sizes, **draw)
     validator.check_metrics(limits.samples)
     model = VLMWrapper.from_pretrained(options.model).to(device)
     with torch.no_grad():

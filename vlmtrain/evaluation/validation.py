@@ -18,7 +18,7 @@ from ..data.processor import Processor, Sample
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendering import IGNORE, Rendered
 from ..data.sources import Source
-from ..distributed.world import World
+from ..distributed.world import Stopped, StopSignal, World
 from ..model import VLMWrapper
 from .generation import Likelihood, generate, likelihoods, target_logits
 from .scores import Answer, check_fits, grade
@@ -28,8 +28,10 @@ class Validator:
     """Runs a model on held-out conversations; every rank takes its share and makes the same calls.
 
     sync_generation: keep generating until all ranks are done, as ZeRO-3 requires. skip_bad: skip broken records.
-    metrics: names of the metrics to compute; None: all that the records have the data for.
-    In all methods, `size` is the number of conversations to use, from the start of the source; None means all.
+    metrics: names of the metrics to compute; None: all that the records have the data for. stop: a signal on any rank
+    ends a method with `Stopped` after its current batch.
+    In all methods, `size` is the number of conversations to use, which are drawn from the whole source by `seed`; None
+    means all. A larger draw contains the smaller ones.
     """
 
     def __init__(
@@ -43,10 +45,14 @@ class Validator:
         sync_generation: bool = False,
         skip_bad: bool = False,
         metrics: Sequence[str] | None = None,
+        seed: int = 0,
+        stop: StopSignal | None = None,
     ):
         self.source, self.processor, self.world, self.dtype = source, processor, world, dtype
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.sync_generation, self.skip_bad, self.metrics = sync_generation, skip_bad, metrics
+        self.seed, self.stop = seed, stop
+        self.order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def check_metrics(self, size: int | None) -> None:
         """Raise ValueError, before any model runs, if a named metric cannot score a question."""
@@ -72,6 +78,7 @@ class Validator:
         samples = sorted(self._samples(size), key=lambda item: len(item[2].tokens))
         found = {}
         for i in range(0, self._share(size), self.batch_size):
+            self._check_stop()
             chunk = samples[i : i + self.batch_size]
             rows = [_blanked(sample) if blind else sample for *_, sample in chunk]
             batch = self.processor.collate(rows, rows=1).to(self.world.device, self.dtype)
@@ -103,6 +110,7 @@ class Validator:
         rounds = int(self.world.max([-(-len(asked) // self.batch_size)])[0])
         answers = []
         for i in range(rounds):
+            self._check_stop()
             chunk = asked[i * self.batch_size : (i + 1) * self.batch_size]
             batch = self.processor.collate([item[0] for item in chunk], rows=1).to(self.world.device, self.dtype)
             options = {"max_new_tokens": self.max_new_tokens, "synced_gpus": self.sync_generation}
@@ -120,6 +128,7 @@ class Validator:
         rounds = int(self.world.max([-(-len(offered) // self.batch_size)])[0])
         found = {}
         for i in range(rounds):
+            self._check_stop()
             chunk = offered[i * self.batch_size : (i + 1) * self.batch_size]
             samples = [item[0] for item in chunk]
             batch = likelihoods(model, self.processor, samples, self.world.device, self.dtype)
@@ -157,14 +166,17 @@ class Validator:
         ]
         return scores, shown
 
-    def _indices(self, size: int | None) -> range:
-        total = len(self.source) if size is None else min(size, len(self.source))
-        return range(self.world.rank, total, self.world.size)
+    def _check_stop(self) -> None:
+        """Raise Stopped on all ranks if one of them received a stop signal."""
+        if self.stop is not None and self.world.max([float(self.stop.received)])[0]:
+            raise Stopped("stopped during validation; run the same command to resume")
+
+    def _indices(self, size: int | None) -> list[int]:
+        return sorted(self.order[:size])[self.world.rank :: self.world.size]
 
     def _share(self, size: int | None) -> int:
         """The largest number of conversations that any rank processes."""
-        total = len(self.source) if size is None else min(size, len(self.source))
-        return -(-total // self.world.size)
+        return -(-len(self.order[:size]) // self.world.size)
 
     def _samples(self, size: int | None) -> list[tuple[int, Conversation, Sample]]:
         samples = []

@@ -47,12 +47,10 @@ def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence
 def part_summary(name: str, module: nn.Module, groups: Sequence[Group], before: Hashes, after: Hashes) -> dict:
     """Parameter counts, learning rates and hashes of the part `name`.
 
-    Raises RuntimeError if trained tensors did not change or frozen ones did.
+    Raises RuntimeError if frozen tensors changed.
     """
     if before.frozen != after.frozen:
         raise RuntimeError(f"{name} is frozen but changed")
-    if groups and before.trained == after.trained:
-        raise RuntimeError(f"{name} is trained but unchanged")
     size = part_size(module)
     trained = sum(group.size(module) for group in groups)
     rates = {group.label: group.lr for group in groups}

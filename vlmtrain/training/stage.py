@@ -137,7 +137,8 @@ class _Stage:
         self.skips = Skips(len(self.source), limit.share, limit.in_a_row, record.get("skips"))
         record.setdefault("seconds", 0.0)
         record.setdefault("drawn", [0] * len(self.source.sources))
-        validator = self._validator(engine)
+        record.setdefault("image_tokens", 0)
+        validator = self._validator(engine, stop)
         best = self.folder.stage(self.name) / "best"
         validation = StageValidation(self.stage, self.settings.validation, validator, self.models, best, record)
         validation.start(engine)
@@ -180,7 +181,8 @@ class _Stage:
         skips_bad, shared = self.settings.on_bad_sample == "skip", (self.world, self.watch, self.skips, self.bad_steps)
         runner = StepRunner(self.name, self.settings.seed, skips_bad, engine, self.objective, *shared)
         steps = self._steps(first, record.get("cursor"))
-        validation.on_schedule(engine, total, scores, wandb)
+        if not validation.on_schedule(engine, total, scores, wandb):
+            raise Stopped(f"{self.name}: stopped during validation; run the same command to resume")
         for step in range(first, self.end):
             started = time.perf_counter()
             self.watch.doing(f"{self.name} step {step + 1}: waiting for data")
@@ -189,6 +191,7 @@ class _Stage:
             values = done.values
             record["seconds"] += values["step_seconds"]
             record["drawn"] = [before + now for before, now in zip(record["drawn"], done.drawn)]
+            record["image_tokens"] += values["image_tokens"]
             if metrics:
                 metrics.write(values)
                 wandb.log(self.name, values)
@@ -196,13 +199,12 @@ class _Stage:
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             record["bad_steps"] = self.bad_steps.state
             self.watch.doing(f"{self.name} after step {step + 1}: validating, saving", outside=True)
-            if not done.stopping:
-                validation.on_schedule(engine, total, scores, wandb)
-            if done.stopping or step + 1 == self.end or self._is_save_due(step + 1, done.is_late):
+            stopping = done.stopping or not validation.on_schedule(engine, total, scores, wandb)
+            if stopping or step + 1 == self.end or self._is_save_due(step + 1, done.is_late):
                 for file in filter(None, (metrics, scores, bad_steps)):
                     file.sync()
-                self._save(engine, is_needed=done.stopping or step + 1 < total)
-            if done.stopping:
+                self._save(engine, is_needed=stopping or step + 1 < total)
+            if stopping:
                 raise Stopped(f"{self.name}: stopped after step {step + 1} of {total}; run the same command to resume")
         for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
@@ -237,7 +239,7 @@ class _Stage:
         stream = StepStream(self.batching, self.source, self.processor, *ranks, first, self.total_steps, cursor)
         return step_loader(stream, self.settings.workers, pin_memory=self.world.device.type == "cuda")
 
-    def _validator(self, engine: StageEngine) -> Validator | None:
+    def _validator(self, engine: StageEngine, stop: StopSignal) -> Validator | None:
         split = self.stage.validation
         if not self.settings.validates(self.stage):
             return None
@@ -252,6 +254,8 @@ class _Stage:
             sync_generation=engine.zero_stage == 3 and self.world.size > 1,
             skip_bad=self.settings.on_bad_sample == "skip",
             metrics=options.metrics,
+            seed=self.settings.seed,
+            stop=stop,
         )
 
     def _finish(self, engine: StageEngine, validation: StageValidation, before: dict[str, Hashes]) -> dict:
@@ -271,12 +275,14 @@ class _Stage:
             "data": {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)},
             "world_size": self.world.size,
             "validation": scores,
+            "validation_draw": validation.draw,
             "lmms_eval": self._benchmark(engine),
             "parts": {
                 part: part_summary(part, module, groups_of(part, self.groups), before[part], after[part])
                 for part, module in self.parts.items()
             },
         }
+        self._check_changes(summary["parts"])
         for kind in ("trainable", "frozen"):
             summary[f"{kind}_parameters"] = sum(part[f"{kind}_parameters"] for part in summary["parts"].values())
         if self.world.is_main:
@@ -287,6 +293,18 @@ class _Stage:
             write_json(folder / "summary.json", summary)
         self.world.barrier()
         return summary
+
+    def _check_changes(self, parts: dict[str, dict]) -> None:
+        """Raise RuntimeError if a trained part is unchanged, unless the data had no images for it to learn from."""
+        for name, part in parts.items():
+            if not part["trained"] or part["sha256_before"] != part["sha256_after"]:
+                continue
+            if name not in ("vision", "connector") or self.record["image_tokens"]:
+                raise RuntimeError(f"{name} is trained but unchanged")
+            if self.world.is_main:
+                logger.warning(
+                    f"stage {self.name} trained {name}, but data.{self.stage.data} has no images: it is unchanged"
+                )
 
     def _benchmark(self, engine: StageEngine) -> dict[str, dict[str, float]]:
         """The metrics of each task, for models that can answer questions about images."""

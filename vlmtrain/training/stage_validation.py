@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..distributed.world import Stopped
 from ..evaluation.validation import Validator
 from ..settings import Stage, Validation
 from .engine.stage_engine import StageEngine
@@ -28,6 +29,15 @@ class StageValidation:
     best: Path
     record: dict
 
+    @property
+    def draw(self) -> dict | None:
+        """How many conversations the final validation uses, of how many, and the seed by which they are drawn."""
+        if self.validator is None:
+            return None
+        total = len(self.validator.source)
+        used = total if self.options.final_samples is None else min(total, self.options.final_samples)
+        return {"conversations": used, "of": total, "seed": self.validator.seed}
+
     def start(self, engine: StageEngine) -> None:
         """Compute the loss before the first step. Raises ValueError for a metric that lacks data for some question."""
         if self.validator is None:
@@ -38,22 +48,28 @@ class StageValidation:
             with engine.evaluating():
                 self.record["validation_at_start"] = self.validator.loss(engine.model, self.options.samples)
 
-    def on_schedule(self, engine: StageEngine, end: int, scores: Metrics | None, wandb: WandB) -> None:
+    def on_schedule(self, engine: StageEngine, end: int, scores: Metrics | None, wandb: WandB) -> bool:
         """Validate if a validation is due and was not done before the stage was interrupted.
+
+        Returns False if a stop signal interrupted it. The validation is then done when the stage resumes.
 
         end: the last step of the stage, after which `finish` validates on the final samples.
         """
         step, every = self.record["step"], self.stage.validate_every
         due = self.validator and every and step and step % every == 0 and step < end
         if not due or self.record.get("validated", 0) >= step:
-            return
-        with engine.evaluating():
-            found, _ = self.validator.scores(engine.model, self.options.samples)
+            return True
+        try:
+            with engine.evaluating():
+                found, _ = self.validator.scores(engine.model, self.options.samples)
+        except Stopped:
+            return False
         self.record["validated"] = step
         if scores:
             scores.write({"step": step, **found})
             wandb.log(self.stage.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}})
         self._keep_best(engine, step, found["loss"])
+        return True
 
     def finish(self, engine: StageEngine, end: int) -> tuple[dict | None, list[dict]]:
         """Compute the scores and answers after the last step."""
