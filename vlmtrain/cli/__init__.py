@@ -27,7 +27,17 @@ COMMANDS: dict[str, tuple[str, ModuleType]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the ``vlmtrain`` command."""
+    """Entry point of the ``vlmtrain`` command.
+
+    ``vlmtrain train`` is ``python -m vlmtrain.train``: Hydra parses its arguments.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"]:
+        from ..train import main as train
+
+        sys.argv = ["vlmtrain train", *words[1:]]
+        train()
+        return
     options = _parse(arguments)
     from ..distributed.world import prepare_process
 
@@ -49,10 +59,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments in which key=value overrides and options may appear in any order."""
     parser = argparse.ArgumentParser(
         prog="vlmtrain",
-        description="Train vision-language models stage by stage. Training itself: python -m vlmtrain.train --help",
+        description="Train vision-language models stage by stage.",
     )
     parser.add_argument("--version", action="version", version=f"vlmtrain {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    commands.add_parser("train", help="train a recipe, as python -m vlmtrain.train does (see train --help)")
     for name, (summary, command) in COMMANDS.items():
         own = commands.add_parser(name, help=summary)
         command.add_arguments(own)

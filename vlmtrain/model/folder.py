@@ -59,6 +59,9 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     """Manifest entries of the parts of a model folder. Raises ValueError if `folder` is not a model folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder: no such directory")
+    models = sorted(folder.glob(f"*/model/{MANIFEST}"), key=lambda file: file.stat().st_mtime)
+    if models and not is_model_folder(folder):
+        raise ValueError(f"{folder} is a run folder, not a model folder. Did you mean {models[-1].parent}?")
     if (folder / "config.json").exists() and not is_model_folder(folder):
         raise ValueError(f"{folder} is a Hugging Face folder: convert it with 'vlmtrain import {folder} OUT_DIR'")
     parts = read_json(folder / MANIFEST)

@@ -16,13 +16,15 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from ..files import make_folder, replace_text
 from ..settings import Run, flatten
-from ..settings.free_keys import changes_no_update
+from ..settings.free_keys import ADDED, changes_no_update
+from .fingerprints import fingerprint, same_content
 from .provenance import KEYS, differences
 from .records import CONFIG, SUMMARY, read_config, read_summary
 
@@ -99,13 +101,24 @@ class RunFolder:
             return
         old = read_config(self.root)
         began = [name for name in old.get("stages", {}) if (self.stage(name) / "metrics.jsonl").exists()]
-        before, now = (_binding(c, began) for c in (old, run.composed))
+        before, now = (ADDED | _binding(c, began) for c in (old, run.composed))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
+            was, value = before.get(key), now.get(key)
+            if was != value and not _is_moved(old.get("files", {}), was, value):
                 raise ValueError(
-                    f"{key}={now.get(key)} would change the run in {self.root}, which started with "
-                    f"{key}={before.get(key)}; restore that value or set another run_dir"
+                    f"{key}={value} would change the run in {self.root}, which started with {key}={was}; restore that "
+                    f"value or set another run_dir{self._how_to_extend(key)}"
                 )
+
+    def _how_to_extend(self, key: str) -> str:
+        """How to train a stage for longer, if `key` is its length."""
+        if not key.endswith((".max_steps", ".epochs")):
+            return ""
+        stage = key.split(".")[1]
+        return (
+            ". To train longer, finish the stage and start another run from its model: "
+            f"run_dir=NEW stage={stage} init_from={self.model(stage)}"
+        )
 
     def write_config(self, run: Run, record: dict) -> list[str]:
         """Write settings and provenance; returns the differences in provenance from the previous start of the run.
@@ -122,6 +135,13 @@ class RunFolder:
         whole = {**run.composed, **record, **({"earlier": earlier} if earlier else {})}
         replace_text(file, OmegaConf.to_yaml(OmegaConf.create(whole)))
         return changed
+
+
+def _is_moved(files: Mapping, before: object, now: object) -> bool:
+    """Whether a setting that names a file or folder now names an equal one, given the fingerprints of the run."""
+    if not isinstance(before, str) or not isinstance(now, str) or before not in files or not Path(now).exists():
+        return False
+    return same_content(files[before], fingerprint(Path(now)))
 
 
 def _binding(config: dict, began: list[str]) -> dict:

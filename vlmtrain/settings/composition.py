@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ..connectors import CONNECTORS, connector_options
 from ..errors import first_line, nearest
-from .fields import OPEN, read
+from .fields import OPEN, flatten, read
 from .locations import CONFIGS, RECIPES
+from .other_trainers import suggestion
 from .run import MODULES, Evaluation, Run, read_run
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
@@ -52,7 +54,7 @@ def load_modules(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, _ = override.partition("=")
         if key.lstrip("+") == "modules":
-            names = OverridesParser.create().parse_override(override).value()
+            names = _parsed([override])[0].value()
             import_modules(MODULES(names, "modules"))
 
 
@@ -195,20 +197,23 @@ def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:
     """
     if hydra.mode is not RunMode.MULTIRUN:
         return ""
-    known = (f"recipe={recipe}", f"connector={connector}", *sys.argv)
-    return "".join("-" + re.sub(r"[^\w.=-]+", "_", o) for o in hydra.overrides.task if o not in known)
+    fixed = {o.get_key_element() for o in _parsed(sys.argv[1:]) if not o.is_sweep_override()}
+    known = (f"recipe={recipe}", f"connector={connector}")
+    apart = (o for o in hydra.overrides.task if o not in known and o.split("=")[0] not in fixed)
+    return "".join("-" + re.sub(r"[^\w.=-]+", "_", override) for override in apart)
 
 
-def flatten(
-    config: Mapping, prefix: str = "", is_leaf: Callable[[str], bool] = lambda key: False
-) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings as (dotted key, value). Mappings that `is_leaf` accepts are leaves too."""
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and not is_leaf(key):
-            yield from flatten(value, f"{key}.", is_leaf)
-        else:
-            yield key, value
+def _parsed(words: Sequence[str]) -> list[Override]:
+    """The overrides among the words of a command line. Raises ValueError for one that cannot be parsed."""
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise ValueError(_unparsable(error)) from None
+
+
+def _unparsable(error: OverrideParseException) -> str:
+    return f"{error.override} cannot be parsed; quote values with special characters: 'KEY=\"VALUE\"'"
 
 
 def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> None:
@@ -227,19 +232,29 @@ def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> N
 
 def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
     text = str(error)
-    group = re.search(r"Could not find '(\w+)/([\w./-]+)'", text)
+    if isinstance(error, OverrideParseException):
+        return _unparsable(error)
+    if text.startswith("Ambiguous value"):
+        override = text.split("'")[1]
+        return f"{override} has several values: --multirun trains each of them, and vlmtrain ablate compares connectors"
+    group = re.search(r"Could not (?:find|load) '(\w+)/([\w./-]+)'", text)
     if group:
         kind, choice = group.groups()
         available = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        return f"unknown {kind} '{choice}'.{nearest(choice, available)} Available: {', '.join(available)}"
+        listed = f" Available: {', '.join(available)}" if available else " Expected one name, not a list"
+        return f"unknown {kind} '{choice}'.{nearest(choice, available)}{listed}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if not unknown:
         return first_line(error)
     key = unknown.group(1)
     try:
         others = [override for override in overrides if override.split("=")[0].lstrip("+~") != key]
-        known = dict(flatten(OmegaConf.to_container(hydra_compose(name, others))))
+        composed = flatten(OmegaConf.to_container(hydra_compose(name, others)))
+        known = {key: value for key, value in composed if not key.split(".")[0].endswith("_options")}
     except (HydraException, OmegaConfBaseException):  # the other overrides do not compose either
         known = {}
     shortened = {".".join(each.split(".")[: key.count(".") + 1]) for each in known}
-    return f"unknown key '{key}'.{nearest(key, sorted(shortened | known.keys()))}"
+    if key in shortened:
+        value = next(o.partition("=")[2] for o in overrides if o.split("=")[0].lstrip("+~") == key)
+        return f"{key}={value} sets a key that {key} does not have; ++{key}.NAME=VALUE adds one"
+    return f"unknown key '{key}'.{suggestion(key, sorted(shortened | known.keys()))}"

@@ -10,13 +10,15 @@ A dataclass declares the keys of one level. `read` fills it, or raises a ValueEr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import nearest
+from .other_trainers import suggestion
 
 T = TypeVar("T")
+LARGEST = 10**12
+"""The bound of integers without another one."""
 OPEN = "???"
 """Hydra's marker for a missing value, which the user must set."""
 
@@ -50,8 +52,10 @@ def read(cls: type[T], given: Mapping[str, Any], prefix: str = "", **filled: Any
     known = {f.name: f for f in fields(cls) if "kind" in f.metadata}
     for name in given:
         if name not in known:
-            match = nearest(str(name), known).replace("'", f"'{prefix}", 1)
-            raise ValueError(f"unknown key '{prefix}{name}'.{match}")
+            unknown = f"{prefix}{name}"
+            keys = [*(f"{prefix}{each}" for each in known), *(each for each, _ in flatten(given, prefix))]
+            said = suggestion(unknown, [each for each in keys if not f"{each}.".startswith(f"{unknown}.")])
+            raise ValueError(f"unknown key '{unknown}'.{said}")
     missing = [name for name, f in known.items() if name not in given and f.default is MISSING]
     if missing:
         raise ValueError(f"{prefix}{missing[0]} is missing: neither a configuration file nor the command sets it")
@@ -60,6 +64,18 @@ def read(cls: type[T], given: Mapping[str, Any], prefix: str = "", **filled: Any
         for name, value in given.items()
     }
     return cls(**values, **filled)
+
+
+def flatten(
+    config: Mapping, prefix: str = "", is_leaf: Callable[[str], bool] = lambda key: False
+) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings as (dotted key, value). Mappings that `is_leaf` accepts are leaves too."""
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and not is_leaf(key):
+            yield from flatten(value, f"{key}.", is_leaf)
+        else:
+            yield key, value
 
 
 def optional(kind: Kind) -> Kind:
@@ -71,7 +87,7 @@ def optional(kind: Kind) -> Kind:
     )
 
 
-def whole(least: float = -math.inf, most: float = math.inf) -> Kind:
+def whole(least: float = -LARGEST, most: float = LARGEST) -> Kind:
     """Accept integers within inclusive bounds."""
     return Kind(f"a whole number{_bounds(least, most)}", lambda value: type(value) is int and least <= value <= most)
 
@@ -87,7 +103,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
 
 
 def _bounds(least: float, most: float) -> str:
-    return (f" from {least:g}" if least > -math.inf else "") + (f" to {most:g}" if most < math.inf else "")
+    return (f" from {least:,}" if least > -LARGEST else "") + (f" to {most:,}" if most < math.inf else "")
 
 
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))

@@ -15,6 +15,10 @@ _NO_UPDATE = {
 _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "validate_every", "validation"}
 
 
+ADDED = {"data.ignore": [], "data.repair": False}
+"""Keys that runs of earlier versions do not have, with the value that behaves as these versions did."""
+
+
 def changes_no_result(key: str) -> bool:
     """Whether the jobs of an ablation remain comparable if this dotted key differs between its commands."""
     return _is_among(key, _NO_RESULT, _NO_RESULT_IN_STAGE)

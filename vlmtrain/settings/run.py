@@ -182,6 +182,10 @@ def _connector(value: Mapping, key: str) -> ConnectorChoice:
 
 
 def _stages(value: Mapping, key: str) -> dict[str, Stage]:
+    complete = [name for name, keys in value.items() if isinstance(keys, Mapping) and "objective" in keys]
+    for name, keys in value.items():
+        if isinstance(keys, Mapping) and name not in complete:
+            raise ValueError(f"{key}.{name}: the recipe has no such stage.{nearest(name, complete)}")
     return {
         name: read(Stage, MAPPING(keys, f"{key}.{name}"), f"{key}.{name}.", name=name, position=i)
         for i, (name, keys) in enumerate(value.items())
@@ -200,14 +204,14 @@ class Run:
     init_from: str | None = key(optional(TEXT))  # model to start from
     named: tuple[str, ...] = key(NAMES)  # connector keys set by the command
     mini: bool = key(SWITCH)  # small random parts and generated data
-    seed: int = key(whole(0))
+    seed: int = key(whole(0, 2**32 - 1))
     compile: bool = key(SWITCH)  # the transformer blocks
     precision: str = key(one_of("fp32", "bf16"))  # compute dtype
     on_bad_sample: str = key(one_of("raise", "skip"))
     bad_sample_limit: BadSampleLimit = key(section(BadSampleLimit))
     bad_steps: BadStepOptions = key(section(BadStepOptions))
     collective_timeout: float = key(number(1))  # seconds
-    workers: int = key(whole(0))  # data processes per rank
+    workers: int = key(whole(0, 1000))  # data processes per rank
     wandb: str = key(one_of("disabled", "offline", "online"))
     wandb_project: str = key(TEXT)
     wandb_model: bool = key(SWITCH)  # upload model folders
@@ -293,7 +297,7 @@ class Evaluation:
     """The settings of ``vlmtrain evaluate``: configs/evaluate.yaml."""
 
     modules: Sequence[str] = key(MODULES)
-    seed: int = key(whole(0))
+    seed: int = key(whole(0, 2**32 - 1))
     validation: Validation = key(section(Validation))
     data: Mapping[str, Any] = key(MAPPING)
 

@@ -13,6 +13,11 @@ from vlmtrain.settings import compose
     "override, said",
     [
         ("seed=foo", "seed=foo: expected a whole number from 0"),
+        ("seed=1e30", "seed=1e\\+30: expected a whole number from 0 to 4,294,967,295"),
+        (f"seed={10**30}", "expected a whole number from 0 to 4,294,967,295"),
+        (f"stages.align.batch_size={10**21}", "expected a whole number from 1 to 1,000,000"),
+        (f"stages.align.max_steps={10**29}", "expected a whole number from 1 to 1,000,000,000,000, or null"),
+        ("stages.align.schedule.warmup_steps=1e30", "expected a whole number from 0 to 1,000,000,000,000, or null"),
         ("workers=-1", "workers=-1"),
         ("bad_sample_limit.share=2", "bad_sample_limit.share=2: expected a number from 0 to 1"),
         ("features.max_gb=x", "features.max_gb=x"),

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 
 from vlmtrain.cli import main
 from vlmtrain.connectors import CONNECTORS, connector_options
-from vlmtrain.settings import compose
+from vlmtrain.settings import LoRA, compose, flatten
 from vlmtrain.settings import run as settings
 from vlmtrain.settings.locations import CONFIGS, RECIPES
+from vlmtrain.settings.other_trainers import KEYS
 
 FILLED = {"name", "vision", "connector", "llm", "data", "engine"}  # by the recipe and the groups that it chooses
 OF_THE_COMPOSITION = {"defaults", "hydra", "mini_options", *(f"{group}_options" for group in FILLED)}
@@ -88,12 +89,50 @@ def plan(*overrides: str) -> None:
         (["data.format=null"], "data.format=None: expected one of"),
         (["connector.name=null"], "Unknown connector 'None'"),
         (["init_from=5"], "init_from=5: expected a string"),
+        (["+stages.instruct.optimizer.name=muon"], "The keys of stages.instruct.optimizer are betas, eps"),
+        (["+stages.instrct.lr=4"], "stages.instrct: the recipe has no such stage. Did you mean 'instruct'?"),
+        (["stages.instruct=null"], "stages.instruct=None: expected a mapping"),
+        (["llm.config={foo: 3}"], "llm.config={foo: 3} sets a key that llm.config does not have"),
+        (["connectors=linear,mlp"], "connectors=linear,mlp has several values: --multirun trains each"),
+        (["connector=linear,mlp"], "vlmtrain ablate compares connectors"),
+        (["vision=[a,b]"], "unknown vision 'b'"),
+        (["modules=[x"], "modules=[x cannot be parsed; quote values with special characters"),
+        (["run_dir=/tmp/\u00fc"], "cannot be parsed; quote values with special characters: 'KEY=\"VALUE\"'"),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused_by_every_command(overrides, said, capsys):
     with pytest.raises(SystemExit) as end:
         plan(*overrides)
     assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("learning_rate=1", "Use stages.STAGE.train.PART."),
+        ("+stages.instruct.lr=1", "Use stages.instruct.train.PART."),
+        ("+gradient_accumulation_steps=4", "Gradient accumulation follows from stages.STAGE.batch_size"),
+        ("+batch_size=4", "Did you mean 'stages.align.batch_size'?"),
+        ("batch_size=4", "Did you mean 'stages.align.batch_size'?"),
+        ("+fp16=true", "fp16 is not offered; use precision=bf16."),
+    ],
+)
+def test_names_of_other_trainers_are_explained(override, said, capsys):
+    with pytest.raises(SystemExit):
+        plan(override)
+    assert said in capsys.readouterr().err
+
+
+def test_the_keys_that_replace_names_of_other_trainers_exist():
+    choices = ["data=llava_json", "llm=hf", "llm.path=x", "vision=hf", "vision.path=x", "data.images=null"]
+    composed = compose(["recipe=llava_1_5", *choices, "data.align=x", "data.instruct=x"]).composed
+    known = {key for key, _ in flatten(composed)}
+    lora = {"stages.align.lora.connector", *(f"stages.align.lora.connector.{key}" for key in keys(LoRA))}
+    groups = {"engine", "connector", "data.instruct"}
+    for name, key in KEYS.items():
+        key = key.replace("STAGE", "align").replace("PART", "connector").replace("SPLIT", "instruct")
+        assert key in known | lora | groups, (name, key)
+        assert name not in known
 
 
 @pytest.mark.parametrize(
