@@ -60,6 +60,10 @@ def test_a_folder_of_the_wrong_class(tmp_path, model, capsys):
         assert "nothing is not a model folder: no such directory" in refused(
             capsys, line[0], str(tmp_path / "nothing"), *line[1:]
         )
+    shutil.copytree(model, tmp_path / "run" / "instruct" / "model")
+    for line in (["chat"], ["evaluate"], ["export", str(tmp_path / "out")]):
+        hint = f"run is a run folder, not a model folder. Did you mean {tmp_path / 'run' / 'instruct' / 'model'}?"
+        assert hint in refused(capsys, line[0], str(tmp_path / "run"), *line[1:])
     words = "llm/config.json: model_type is llama, expected llava or llava_next or blip-2"
     assert words in refused(capsys, "import", str(model / "llm"), str(tmp_path / "out"))
     (tmp_path / "mm_projector.bin").write_text("words")

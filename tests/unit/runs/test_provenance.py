@@ -64,6 +64,28 @@ def test_a_folder_is_known_by_names_and_sizes(tmp_path):
     assert fingerprint(tmp_path)["sha256"] != first["sha256"]
 
 
+def test_links_are_not_followed_and_files_that_cannot_be_read_are_counted(tmp_path, monkeypatch):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    folder.mkdir()
+    outside.write_bytes(b"1")
+    (folder / "a.png").write_bytes(b"123")
+    (folder / "link").symlink_to(outside)
+    (folder / "broken").symlink_to(tmp_path / "nowhere")
+    first = fingerprint(folder)
+    assert first["files"] == 3 and "unreadable" not in first
+    outside.write_bytes(b"22")
+    assert fingerprint(folder)["sha256"] == first["sha256"]
+    (folder / "link").unlink()
+    (folder / "link").symlink_to(tmp_path / "outsidE")
+    assert fingerprint(folder)["sha256"] != first["sha256"]
+
+    def refused(file, size):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(fingerprints, "_ends", refused)  # the tests may run as root, who can read every file
+    assert fingerprint(folder)["unreadable"] == 1
+
+
 def test_a_large_file_and_the_files_of_a_folder_are_known_by_their_ends_too(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "HASHED_WHOLE", 2)
     for name in ("a", "b"):
