@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,8 +12,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import first_line
+from ..errors import first_line, nearest
+from .blocks import first_blocks
 from .loading import load_hf_config, load_hf_model
+
+LARGE = 10**9
+"""Number of parameters above which only a part of a model is run to check it."""
 
 
 def build_llm(
@@ -23,7 +29,9 @@ def build_llm(
     """Load a causal language model from a hub id or a folder."""
     _check_causal(load_hf_config(path, "llm.path", trust_remote_code), f"llm.path={path}")
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    return load_hf_model("AutoModelForCausalLM", path, dtype=dtype, **options)
+    llm = load_hf_model("AutoModelForCausalLM", path, dtype=dtype, **options)
+    check_embeddings(llm, f"llm.path={path}")
+    return llm
 
 
 def build_llm_skeleton(
@@ -42,17 +50,61 @@ def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: to
     """Build a causal language model with random weights.
 
     config: a Hugging Face configuration with its ``model_type``; the vocabulary size and special token ids are taken
-    from the tokenizer.
+    from the tokenizer. Raises ValueError for a key that the model's configuration does not have, and for values with
+    which it cannot be built.
     """
-    full = transformers.AutoConfig.for_model(
-        **config,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    _check_causal(full, f"llm.config.model_type={full.model_type}")
-    return transformers.AutoModelForCausalLM.from_config(full).to(dtype)
+    given = f"llm.config.model_type={config.get('model_type')}"
+    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    try:
+        known = transformers.AutoConfig.for_model(config.get("model_type"))
+        usual = transformers.LlamaConfig()  # configs/llm/tiny.yaml sets its keys for all kinds of models
+        for key in config:
+            if not hasattr(known, key) and not hasattr(usual, key):
+                raise ValueError(f"{given} has no key '{key}'.{nearest(key, vars(known))}")
+        full = transformers.AutoConfig.for_model(**config, vocab_size=len(tokenizer), **ids)
+        _check_causal(full, given)
+        llm = transformers.AutoModelForCausalLM.from_config(full).to(dtype)
+    except Exception as error:  # transformers raises anything for values of a wrong type or size
+        message = first_line(error)
+        raise ValueError(message if given in message else f"{given} cannot be built: {message}") from None
+    if not llm.get_input_embeddings().weight.is_meta:
+        copied = copy.deepcopy(llm)  # with other weights, as initial values of 0 could hide a difference
+        generator = torch.Generator().manual_seed(0)
+        for parameter in copied.parameters():
+            parameter.data.normal_(0, 0.1, generator=generator)
+        check_embeddings(copied, given)
+    return llm
+
+
+@torch.no_grad()
+def check_embeddings(llm: nn.Module, given: str) -> None:
+    """Raise ValueError unless the model computes the same from embeddings of tokens as from their ids.
+
+    Images enter a model as embeddings. A model that reads ids in another place as well, such as Gemma 3n with its
+    embeddings per layer, would miss them. Only the first blocks of a large model are run. `given` is the setting.
+    """
+    was_training, attention = llm.training, getattr(llm.config, "_attn_implementation", None)
+    llm.eval()
+    if attention not in (None, "eager", "sdpa"):  # which may need a GPU
+        llm.set_attn_implementation("eager")
+    ids = torch.arange(8)[None] % llm.get_input_embeddings().num_embeddings
+    try:
+        with first_blocks(llm) if sum(p.numel() for p in llm.parameters()) > LARGE else nullcontext():
+            from_ids = llm(input_ids=ids, use_cache=False).logits.float()
+            embeddings = llm.get_input_embeddings()(ids)
+            found = llm(inputs_embeds=embeddings, use_cache=False).logits.float()
+    except Exception as error:  # the code of a model can raise anything
+        raise ValueError(f"{given} cannot run: {first_line(error)}") from None
+    finally:
+        llm.train(was_training)
+        if attention not in (None, "eager", "sdpa"):
+            llm.set_attn_implementation(attention)
+    difference = float((found - from_ids).abs().max() / from_ids.abs().max().clamp(min=1e-12))
+    if not difference < 0.01:
+        raise ValueError(
+            f"{given} reads token ids in more places than its embedding (its logits from embeddings differ by "
+            f"{difference:.0%}): such models are not supported"
+        )
 
 
 def _check_causal(config, given: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..connectors import VisionFeatures
 from ..data.processor import Geometry
 from ..data.sources import build_source
+from ..model.blocks import block_list
 from ..model.llm import hidden_width
 from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
@@ -22,7 +23,7 @@ from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
 from ..training.processing import build_geometry, check_lengths, image_size_of
 from ..training.quantized import quantized_layers
-from ..training.trainable import Group, block_list, check_starts, freeze, part_size, trained_groups, trained_parts
+from ..training.trainable import Group, check_starts, freeze, part_size, trained_groups, trained_parts
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .trainable import block_list
+from ..model.blocks import block_list
 
 
 def compile_blocks(parts: Mapping[str, nn.Module]) -> None:

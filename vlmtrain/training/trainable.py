@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import some
+from ..model.blocks import block_list
 from ..settings import STAGE_PARTS, Pattern, Stage
 from .adapters import is_adapter
 from .quantized import quantized_layers
@@ -152,17 +153,6 @@ def _by_depth(entry: Pattern, names: list[str], module: nn.Module) -> list[Group
             depth = int(inside.group(1)) + 1 if inside else (count + 1 if seen_blocks else 0)
             by_depth.setdefault(depth, []).append(name)
     return [Group(*facts, decay ** (count + 1 - depth), tuple(n)) for depth, n in sorted(by_depth.items())]
-
-
-def block_list(module: nn.Module) -> tuple[str, int]:
-    """Path and number of a part's transformer blocks: the longest list of modules, the outermost if several are equal.
-
-    Raises ValueError if there is none.
-    """
-    lists = [(name, len(m)) for name, m in module.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-    if not lists:
-        raise ValueError(f"{type(module).__name__} has no list of blocks")
-    return max(lists, key=lambda entry: (entry[1], -entry[0].count(".")))
 
 
 def _pattern(match: str, module: nn.Module, key: str) -> str:

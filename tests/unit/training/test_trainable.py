@@ -6,9 +6,10 @@ import pytest
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from vlmtrain.model.blocks import block_list
 from vlmtrain.model.vision import build_vision
 from vlmtrain.settings import Stage
-from vlmtrain.training.trainable import block_list, freeze, trained_groups
+from vlmtrain.training.trainable import freeze, trained_groups
 
 from ...stages import make_stage
 
