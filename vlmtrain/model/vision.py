@@ -153,14 +153,14 @@ class OpenClipVision(VisionEncoder):
         self.image_mean = tuple(config["image_mean"])
         self.image_std = tuple(config["image_std"])
         trunk = getattr(visual, "trunk", visual)
-        if hasattr(visual, "trunk"):
+        if hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"):
             blocks, self.width = trunk.blocks, trunk.embed_dim
             self.patch_size = _pair(trunk.patch_embed.patch_size)
         elif hasattr(visual, "transformer"):
             blocks, self.width = visual.transformer.resblocks, visual.transformer.width
             self.patch_size = _pair(visual.patch_size)
         else:
-            raise ValueError(f"open_clip's {type(visual).__name__} has no patch grid: use a ViT")
+            raise ValueError(f"open_clip's {type(trunk).__name__} has no patch grid: use a ViT")
         self.num_blocks = len(blocks)
         self._set_layers(layer, levels)
         # The tensors of a trunk (class token, position table) may be used only inside its forward: under ZeRO-3
@@ -197,7 +197,12 @@ class OpenClipVision(VisionEncoder):
             if image_size is not None:
                 encoder._check_geometry()
             return encoder
-        config = open_clip.get_model_config(name)
+        try:
+            config = open_clip.get_model_config(name)
+        except Exception as error:  # of hf-hub: and local-dir: names, for anything that cannot be found or read
+            raise ValueError(
+                f"vision.name={name}: open_clip cannot load its configuration: {first_line(error)}"
+            ) from None
         if config is None:
             raise ValueError(f"vision.name={name} is not an open_clip model.{nearest(name, open_clip.list_models())}")
         own = _pair(config["vision_cfg"]["image_size"])
@@ -209,7 +214,7 @@ class OpenClipVision(VisionEncoder):
             model = open_clip.create_model(name, pretrained=pretrained, force_image_size=size, device=here)
         except Exception as error:  # open_clip can raise any exception for a tag, download or file that does not load
             if pretrained is None:
-                raise
+                raise ValueError(f"vision.name={name}: open_clip cannot build it: {first_line(error)}") from None
             raise ValueError(
                 f"vision.pretrained={pretrained}: open_clip cannot load these weights of {name} "
                 f"({first_line(error)}): expected a file, or one of its tags: "
@@ -347,11 +352,36 @@ class HFVision(VisionEncoder):
             )
         geometry = {"image_size": image_size or _preprocessor_size(preprocessor)}
         geometry |= {"image_mean": list(mean), "image_std": list(std)}
+        cls._check_grid(config, geometry, path, **trust)
         if weights:
             encoder = load_hf_model("AutoModel", path, config=config, dtype=dtype, **trust)
         else:
             encoder = transformers.AutoModel.from_config(config, **trust).to(dtype)
         return cls(encoder, geometry, layer, levels)
+
+    @classmethod
+    def _check_grid(cls, config, geometry: dict, path: str, **trust: bool) -> None:
+        """Raise ValueError unless the model of a configuration returns a grid of patches from every block.
+
+        It runs on the meta device, without weights.
+        """
+        with torch.device("meta"):
+            name = type(config).__name__.removesuffix("Config")
+            try:
+                model = transformers.AutoModel.from_config(config, **trust).eval()
+                name = type(model).__name__
+                encoder = cls(model, geometry, -1, range(1, config.num_hidden_layers + 1))
+                features = encoder(torch.empty(1, 3, *encoder.image_size))
+                grids = {tuple(grid.shape) for grid in (features.patches, *features.levels)}
+                if grids != {(1, *encoder.grid, encoder.width)}:
+                    raise ValueError(f"its blocks return {sorted(grids)}")
+            except Exception as error:  # other kinds of models can raise anything
+                if "multiple of the encoder's patch size" in str(error):
+                    raise
+                raise ValueError(
+                    f"vision.path={path}: {name} does not return one grid of patches from every block "
+                    f"({first_line(error)}): use a ViT, such as CLIP's, SigLIP's or DINOv2's"
+                ) from None
 
     def _resize(self, before: tuple[int, int]) -> None:
         self.geometry = {**self.geometry, "image_size": list(self.image_size)}

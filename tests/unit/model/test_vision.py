@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -449,3 +450,31 @@ def test_a_published_size_that_patches_do_not_fill_is_kept():
     assert found.shape[1:3] == (3, 3) and torch.equal(found, run(encoder, edged).patches)
     with torch.device("meta"):
         assert build_vision("open_clip", name="ViT-SO400M-14-SigLIP-384", weights=False).grid == (27, 27)
+
+
+OTHER_KINDS = {
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": SIDE},
+    "vit_mae": COMMON,
+    "pixtral": COMMON,
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    "segformer": {},
+    "sam": {},
+    "bert": {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_model_without_a_grid_in_every_block_is_refused_in_one_line(kind, tmp_path):
+    AutoConfig.for_model(kind, **OTHER_KINDS[kind]).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    with pytest.raises(ValueError, match="does not return one grid of patches from every block") as refused:
+        build_vision("hf", path=str(tmp_path), weights=False)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["convnext_base", "RN50", "hf-hub:nobody/nothing", "local-dir:/nowhere"])
+def test_an_open_clip_name_without_a_grid_or_a_model_is_refused_in_one_line(name):
+    with torch.device("meta"), pytest.raises(ValueError, match="has no patch grid|cannot load its conf") as refused:
+        build_vision("open_clip", name=name, weights=False)
+    assert "\n" not in str(refused.value)
