@@ -77,7 +77,9 @@ class Renderer:
         self.pictures_first &= BLIP in (template, fallback)
         # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not in `all_special_tokens`.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        specials = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
+        marks = filter(re.compile(r"<\S+>|\[\S+\]").fullmatch, tokenizer.get_added_vocab())
+        in_template = {mark for mark in marks if mark in (self._chat or "")}
+        specials = sorted(added.union(tokenizer.all_special_tokens, in_template), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
         self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
@@ -229,8 +231,9 @@ class Renderer:
             end = re.match(rf"\s*(?:{self._special.pattern})", after)
             if end is None:
                 raise BadSample(
-                    f"{conversation.id}: the chat template puts no end-of-turn token after the assistant's text, "
-                    f"but {after[:20]!r}"
+                    f"{conversation.id}: the chat template puts {after[:20]!r} after the assistant's text, which does "
+                    "not start with a token of this tokenizer: choose another template, or add the token with "
+                    "llm.new_tokens"
                 )
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]

@@ -56,6 +56,11 @@ def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str |
     precedence over the tokenizer's template.
     """
     if name == "chat":
+        if isinstance(tokenizer.chat_template, dict):  # several, by name
+            if "default" in tokenizer.chat_template:
+                return tokenizer.chat_template["default"]
+            named = ", ".join(tokenizer.chat_template)
+            raise ValueError(f"template=chat: the tokenizer has no default among its chat templates {named}")
         if tokenizer.chat_template:
             return tokenizer.chat_template
         if fallback is None:

@@ -199,10 +199,8 @@ class OpenClipVision(VisionEncoder):
             return encoder
         try:
             config = open_clip.get_model_config(name)
-        except Exception as error:  # of hf-hub: and local-dir: names, for anything that cannot be found or read
-            raise ValueError(
-                f"vision.name={name}: open_clip cannot load its configuration: {first_line(error)}"
-            ) from None
+        except Exception as error:  # for hf-hub: and local-dir: names that cannot be read
+            raise ValueError(f"vision.name={name}: open_clip cannot read its config: {first_line(error)}") from None
         if config is None:
             raise ValueError(f"vision.name={name} is not an open_clip model.{nearest(name, open_clip.list_models())}")
         own = _pair(config["vision_cfg"]["image_size"])
@@ -371,9 +369,9 @@ class HFVision(VisionEncoder):
                 model = transformers.AutoModel.from_config(config, **trust).eval()
                 name = type(model).__name__
                 encoder = cls(model, geometry, -1, range(1, config.num_hidden_layers + 1))
-                features = encoder(torch.empty(1, 3, *encoder.image_size))
+                features = encoder(torch.empty(2, 3, *encoder.image_size))
                 grids = {tuple(grid.shape) for grid in (features.patches, *features.levels)}
-                if grids != {(1, *encoder.grid, encoder.width)}:
+                if grids != {(2, *encoder.grid, encoder.width)}:
                     raise ValueError(f"its blocks return {sorted(grids)}")
             except Exception as error:  # other kinds of models can raise anything
                 if "multiple of the encoder's patch size" in str(error):

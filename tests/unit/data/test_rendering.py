@@ -350,6 +350,29 @@ def test_no_chat_template_is_an_error_that_says_what_to_set():
         Renderer(tokenizer, "chat", 1000, fallback="vicuna")
 
 
+def test_a_template_whose_markers_are_added_as_tokens_can_be_trained(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    with pytest.raises(ValueError, match=r"puts '<\|im_end\|>.*choose another template, or add .* llm\.new_tokens"):
+        Renderer(tokenizer, "chatml", 100)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    subject = Renderer(tokenizer, "chatml", 100)
+    tokens = render(subject, talk("q", "an answer with <|im_end|> in it"))
+    assert subject.stop_ids[0] == end
+    assert (tokens.input_ids == end).sum() == 2, "the end of each turn, but not the assistant's words"
+    assert tokens.targets[tokens.weights > 0][-1] == end
+
+
+def test_of_several_named_templates_the_default_is_used():
+    tokenizer = copy.deepcopy(all_tokenizers()["llama_bpe"])
+    tokenizer.chat_template = {"tool_use": "{{ 1 }}", "default": VICUNA_V1}
+    expected = render(renderer("llama_bpe", "vicuna_v1"), talk(*LONG))
+    assert render(Renderer(tokenizer, "chat", 1000), talk(*LONG)).input_ids.equal(expected.input_ids)
+    del tokenizer.chat_template["default"]
+    with pytest.raises(ValueError, match="the tokenizer has no default among its chat templates tool_use"):
+        Renderer(tokenizer, "chat", 1000)
+
+
 def test_an_unknown_template_is_an_error_that_names_the_nearest(tokenizer):
     with pytest.raises(ValueError, match=r"unknown template 'vicuna_v2'\. Did you mean 'vicuna_v1'"):
         Renderer(tokenizer, "vicuna_v2", 100)
@@ -358,8 +381,14 @@ def test_an_unknown_template_is_an_error_that_names_the_nearest(tokenizer):
 @pytest.mark.parametrize(
     "template, message",
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no end-of-turn token"),
-        ("{% for m in messages %}{{ m.content + '.' + eos_token }}{% endfor %}", "no end-of-turn token"),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+            "does not start with a token of this tokenizer",
+        ),
+        (
+            "{% for m in messages %}{{ m.content + '.' + eos_token }}{% endfor %}",
+            "does not start with a token of this tokenizer",
+        ),
         ("{{ messages[-1].content + eos_token }}", "does not render every turn once and in order"),
         (
             "{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}",
