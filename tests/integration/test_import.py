@@ -254,3 +254,22 @@ def test_bad_folders_are_named(tmp_path, published):
         import_model(published / "vicuna", tmp_path / "out")
     with pytest.raises(ValueError, match="is a Hugging Face folder: convert it with 'vlmtrain import"):
         VLMWrapper.from_pretrained(tmp_path / "hf")
+
+
+def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
+    """The hub is a stub, which returns the local copy."""
+    build_llava(tmp_path / "copy")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path / "copy")
+    )
+    monkeypatch.chdir(tmp_path)
+    import_model(Path("llava-hf/llava-1.5-7b-hf"), Path("out"))
+    assert asked == ["llava-hf/llava-1.5-7b-hf"] and (tmp_path / "out" / "vlmtrain.json").exists()
+
+
+def test_a_hub_id_that_cannot_be_downloaded_is_named(tmp_path):
+    words = "nobody/nothing is neither a folder nor a hub id that can be downloaded"
+    with pytest.raises(ValueError, match=words) as refused:  # the tests are offline
+        import_model(Path("nobody/nothing"), tmp_path / "out")
+    assert "\n" not in str(refused.value)

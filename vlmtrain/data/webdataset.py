@@ -224,7 +224,7 @@ def shard_paths(path: str | Path) -> list[Path]:
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
         raise ValueError(f"{text}: shards must be on a local disk; copy them there and set the path of the folder")
     if os.path.isdir(text):
-        shards = sorted(Path(text).glob("*.tar"))
+        shards = sorted(Path(text).rglob("*.tar"))
         if not shards:
             raise ValueError(f"{text} contains no .tar files; unpack compressed files to .tar first")
         return shards

@@ -4,9 +4,11 @@ single projectors."""
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -79,13 +81,14 @@ def import_model(
 ) -> Import:
     """Convert `source` to a model folder at `out` that ``init_from`` accepts.
 
-    source: a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP folder of Hugging Face, or a single projector
+    source: a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP folder or hub id of Hugging Face, or a single projector
     (an original LLaVA ``mm_projector.bin``, InternVL's ``mlp1``, nanoVLM's ``MP``; torch or safetensors), which
     requires `llm`, and `vision` unless the ``config.json`` next to it names the encoder.
     template: one of vlmtrain's, if the source's cannot be trained on. image_fit: replaces the source's. Raises
     ValueError with the file, the tensor and what was expected.
     """
     check_new_folder(out, "OUT_DIR")
+    source = _local(source)
     if source.is_dir():
         if llm or vision:
             raise ValueError(f"{source} contains an encoder and a language model: omit --llm and --vision")
@@ -96,7 +99,7 @@ def import_model(
         processor = _processor(source, tokenizer, model, image_fit or fitting, (), template)
         difference, classes = None, {}
     else:
-        raise ValueError(f"{source} does not exist: expected a Hugging Face folder or a projector file")
+        raise ValueError(f"{source} does not exist: expected a Hugging Face folder or hub id, or a projector file")
     fitted, name = processor.geometry.fit, model.connector.config["name"]
     done = Import(str(out), str(source), name, processor.renderer.template, fitted, difference)
     with new_folder(out) as partial:
@@ -104,6 +107,19 @@ def import_model(
         processor.save_pretrained(partial)
         write_import_card(partial, done._asdict(), classes)
     return done
+
+
+def _local(source: Path) -> Path:
+    """The folder or file, or the local copy of a hub id, which is downloaded. Raises ValueError if that fails."""
+    if source.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return source
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} is neither a folder nor a hub id that can be downloaded: {first_line(error)}"
+        ) from None
 
 
 def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[VLMWrapper, Processor, float]:

@@ -345,6 +345,9 @@ def test_shards_without_records_are_refused_only_if_all_are(tmp_path):
         WebDataset(tmp_path)
     write(tmp_path / "c.tar", [("c.json", talk("q", "c"))])
     assert texts(WebDataset(tmp_path)) == [["q", "c"]]
+    (tmp_path / "d").mkdir()
+    write(tmp_path / "d" / "e.tar", [("e.json", talk("q", "e"))])
+    assert texts(WebDataset(tmp_path)) == [["q", "c"], ["q", "e"]]
 
 
 # shards

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import sentencepiece
 import torch
 import transformers
 
 from vlmtrain.model.blocks import first_blocks
-from vlmtrain.model.llm import build_random_llm, check_embeddings
+from vlmtrain.model.llm import build_random_llm, check_embeddings, load_tokenizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 GEMMA_3N = {
@@ -68,3 +71,15 @@ def test_the_first_blocks_alone_run_for_a_while(tokenizer):
     llm(ids)
     assert ran == [0, 1, 2, 3]
     check_embeddings(llm, "x")
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_has_a_tokenizer(tmp_path):
+    (tmp_path / "text").write_text("what color is the red circle\na blue square of the circle\n" * 50)
+    options = {"model_prefix": str(tmp_path / "tokenizer"), "vocab_size": 60, "model_type": "bpe", "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), **options)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    text = "is the square red"
+    assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text)
