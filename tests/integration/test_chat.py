@@ -179,6 +179,8 @@ def test_the_page_answers_as_the_command_does(home):
             ("And <image>?", (), "2 <image> marks in the user's turns, but 1 image"),
             ("And this?", (broken,), r"broken\.png is not an image"),
             (" ", (), "expected a question"),
+            ("word " * 4000, (), "the conversation has .* tokens, but the model's max_length is"),
+            ("word " * 200_000, (), "characters: too many for max_length"),
         ):
             with pytest.raises(Exception, match=said) as refused:
                 ask(reader, words, *files)

@@ -16,6 +16,9 @@ from ..data.rendering import Renderer
 from ..model import VLMWrapper
 from .generation import generate
 
+CHARACTERS_PER_TOKEN = 100
+"""Number of characters per token of ``max_length`` above which a conversation is refused before it is tokenised."""
+
 
 class Chat:
     """A conversation with a model about images. It keeps the previous turns.
@@ -42,13 +45,24 @@ class Chat:
     def say(self, words: str, max_new_tokens: int = 128, on_text: Callable[[str], None] | None = None) -> str:
         """The model's greedy answer to `words`, up to the template's end of turn.
 
-        on_text: called with each new piece of the answer as it is generated; the pieces add up to the answer.
+        on_text: called with each new piece of the answer as it is generated; the pieces add up to the answer. Raises
+        ValueError if the conversation is longer than the model's ``max_length``.
         """
         shown = sum(turn.text.count(IMAGE_MARK) for turn in self.turns if turn.role == "user")
         words = "\n".join([*[IMAGE_MARK] * (len(self.images) - shown), words])
         asked = (*self.turns, Turn("user", words))
         renderer = self.processor.renderer
+        longest = renderer.max_length
+        characters = sum(len(turn.text) for turn in asked)
+        if characters > CHARACTERS_PER_TOKEN * longest:
+            raise ValueError(
+                f"the conversation has {characters:,} characters: too many for max_length={longest} tokens"
+            )
         prompt = self.processor.prompt(Conversation("chat", asked, self.images))
+        if len(prompt.tokens) >= longest:
+            raise ValueError(
+                f"the conversation has {len(prompt.tokens):,} tokens, but the model's max_length is {longest}"
+            )
         batch = self.processor.collate([prompt]).to(self.device, self.dtype)
         streamer = on_text and Pieces(renderer, on_text)
         ids = generate(self.model, self.processor, batch, max_new_tokens=max_new_tokens, streamer=streamer)
