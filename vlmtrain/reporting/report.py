@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ..errors import first_line
 from ..evaluation.scores import benchmark_rows, score_rows
 from ..files import make_folder, read_json, replace_text
 from ..runs.records import read_config, read_records, read_summary
 from .charts import Series, line_chart, smooth
 
 MAX_CARDS = 24
+IMAGE = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]*")
+"""Images that a page shows: a run folder may come from somebody else."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fbfbf9; margin: 0 auto; max-width: 1080px;
@@ -21,15 +26,17 @@ h1 { font-size: 26px; margin: 0; } h2 { font-size: 20px; margin: 40px 0 8px; } p
 .big { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; }
 .big div { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; padding: 10px 16px; }
 .big b { display: block; font-size: 22px; }
-table { border-collapse: collapse; margin: 10px 0; } th, td { padding: 4px 14px 4px 0; text-align: left; }
+table { border-collapse: collapse; margin: 10px 0; display: block; overflow-x: auto; max-width: 100%; }
+th, td { padding: 4px 14px 4px 0; text-align: left; }
 th { font-weight: 600; border-bottom: 1px solid #d6d6d0; } td.number, th.number { text-align: right; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 12px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 12px; }
 svg { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; width: 100%; }
 svg .title { font-size: 13px; font-weight: 600; fill: #1b1f24; } svg .tick { font-size: 11px; fill: #5b636d; }
 svg .grid { stroke: #ecece7; } svg .leader { stroke: #9aa1a9; stroke-width: 0.8; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 12px; }
 .card { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; padding: 10px 12px; }
 .card img { width: 144px; height: 144px; object-fit: contain; display: block; margin: 0 auto 8px; border-radius: 4px; }
+.card, p { overflow-wrap: anywhere; }
 .card dl { margin: 0; font-size: 13px; } .card dt { font-weight: 600; margin-top: 6px; } .card dd { margin: 0; }
 .right { color: #00694b; } .right::before { content: "\\2713  "; }
 .wrong { color: #b04400; } .wrong::before { content: "\\2717  "; }
@@ -43,10 +50,15 @@ def write_report(run_dir: str | Path) -> Path:
     make_folder(run_dir, str(run_dir))
     stages = [name for name in config["stages"] if (run_dir / name / "metrics.jsonl").exists()]
     body = [_head(config, run_dir), _figures(run_dir, stages)]
-    body += [_stage(run_dir / name, name) for name in stages]
+    for name in stages:
+        try:
+            body.append(_stage(run_dir / name, name))
+        except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+            raise ValueError(f"{run_dir / name} has files that are not those of a stage: {first_line(error)}") from None
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(run_dir.name)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>{"".join(body)}</html>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style>{''.join(body)}</html>\n"
     )
     target = run_dir / "report.html"
     replace_text(target, page)
@@ -54,12 +66,16 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _head(config: dict, run_dir: Path) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
-    return (
-        f"<h1>{escape(config['name'])} &middot; connector {escape(config['connector']['name'])}</h1>"
-        f'<p class="quiet">{escape(str(run_dir))} &middot; seed {config["seed"]} &middot; {escape(config["precision"])}'
-        f'</p><p class="quiet"><small>{escape(versions)}</small></p>'
-    )
+    """The run's name, folder and settings, and its provenance: commit, hardware, command and versions."""
+    git, machine, versions = (config.get(key) or {} for key in ("git", "machine", "versions"))
+    commit = f"commit {git['commit'][:12]}{' with changes' if git.get('changes') else ''}" if git else "no git commit"
+    hardware = f"{machine.get('processes', 1)} x {machine.get('device', 'unknown device')}"
+    facts = (run_dir, f"seed {config['seed']}", config["precision"], hardware, commit)
+    quiet = [" \u00b7 ".join(map(str, facts)), ", ".join(f"{name} {version}" for name, version in versions.items())]
+    lines = "".join(f'<p class="quiet"><small>{escape(line)}</small></p>' for line in quiet)
+    command = f"<p><code>{escape(str(machine['command']))}</code></p>" if "command" in machine else ""
+    title = f"{config['name']} \u00b7 connector {config['connector']['name']}"
+    return f"<h1>{escape(title)}</h1>{command}{lines}"
 
 
 def _figures(run_dir: Path, stages: list[str]) -> str:
@@ -73,10 +89,10 @@ def _figures(run_dir: Path, stages: list[str]) -> str:
     boxes = (
         (f"{scores['exact_match']:.1%}", f"exact match, {scores['questions']} held-out questions"),
         (f"{scores['blind_exact_match']:.1%}", "the same with a blank image"),
-        (f"{scores['loss']:.3f}", f"validation loss after {escape(scored[-1])}"),
+        (f"{scores['loss']:.3f}", f"validation loss after {scored[-1]}"),
         (f"{seconds / 60:.1f} min", "of training steps"),
     )
-    return '<div class="big">' + "".join(f"<div><b>{big}</b>{small}</div>" for big, small in boxes) + "</div>"
+    return '<div class="big">' + "".join(f"<div><b>{big}</b>{escape(small)}</div>" for big, small in boxes) + "</div>"
 
 
 def _stage(folder: Path, name: str) -> str:
@@ -86,16 +102,15 @@ def _stage(folder: Path, name: str) -> str:
     if summary is None:
         parts.append(f'<p class="quiet">not finished: {len(records)} steps so far</p>')
     else:
-        parts.append(_facts(summary))
+        samples = folder / "samples.json"
+        parts += [_facts(summary), _cards(read_json(samples) if samples.exists() else [])]
         if summary["validation"]:
             parts.append(html_table(score_rows(summary["validation"])))
         if summary.get("lmms_eval"):
             parts.append(html_table(benchmark_rows(summary["lmms_eval"])))
     parts.append(f'<div class="charts">{_charts(folder, records)}</div>')
     if summary is not None:
-        samples = folder / "samples.json"
         parts.append(_parts_table(summary))
-        parts.append(_cards(read_json(samples) if samples.exists() else []))
     return "".join(parts)
 
 
@@ -107,10 +122,10 @@ def _facts(summary: dict) -> str:
     scores = summary["validation"]
     if scores:
         text += (
-            f"; validation loss {scores['loss_at_start']:.3f} &rarr; {scores['loss']:.3f}; exact match "
+            f"; validation loss {scores['loss_at_start']:.3f} \u2192 {scores['loss']:.3f}; exact match "
             f"{scores['exact_match']:.1%} of {scores['questions']} answers, blind {scores['blind_exact_match']:.1%}"
         )
-    return f"<p>{text}</p>"
+    return f"<p>{escape(text)}</p>"
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
@@ -128,7 +143,7 @@ def _charts(folder: Path, records: list[dict]) -> str:
     if not records:
         return ""
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    loss = [Series("", steps, losses, faint=True), Series("training", steps, smooth(losses))]
+    loss = [Series("", steps, losses, faint=True), Series("training, smoothed", steps, smooth(losses))]
     found = read_records(folder / "validation.jsonl")
     if found:
         points = [r["step"] for r in found], [r["loss"] for r in found]
@@ -138,26 +153,23 @@ def _charts(folder: Path, records: list[dict]) -> str:
     speed = [r["samples_per_second"] for r in records]
     return (
         line_chart("loss", loss)
+        + line_chart("gradient norm", [Series("", steps, [r["grad_norm"] or math.nan for r in records], color=3)])
         + line_chart("learning rate", rates)
-        + line_chart("samples per second", [Series("", steps, smooth(speed), color=2)])
+        + line_chart("samples per second", [Series("smoothed", steps, smooth(speed), color=2)])
     )
 
 
 def _parts_table(summary: dict) -> str:
-    rows = [
-        "<tr><th>part</th><th class=number>parameters</th><th>learning rate</th><th>weights before</th>"
-        "<th>weights after</th></tr>"
-    ]
+    rows = [("part", "parameters", "learning rate", "weights before", "weights after")]
     for part, facts in summary["parts"].items():
         rates = facts["learning_rate"]
         labelled = rates.items() if isinstance(rates, dict) else [("", rates)]
         rate = ", ".join(f"{label} {lr:g}".strip() for label, lr in labelled) if facts["trained"] else "frozen"
         before, after = (facts[key][:10] for key in ("sha256_before", "sha256_after"))
         rows.append(
-            f"<tr><td>{part}</td><td class=number>{facts['parameters']:,}</td><td>{rate}</td>"
-            f"<td><code>{before}</code></td><td><code>{after}</code>{'' if before != after else ' unchanged'}</td></tr>"
+            (part, f"{facts['parameters']:,}", rate, before, after if before != after else f"{after} unchanged")
         )
-    return f"<table>{''.join(rows)}</table>"
+    return html_table(rows)
 
 
 def _cards(samples: list[dict]) -> str:
@@ -167,7 +179,7 @@ def _cards(samples: list[dict]) -> str:
         by_conversation.setdefault(sample["conversation"], []).append(sample)
     cards = []
     for answers in list(by_conversation.values())[:MAX_CARDS]:
-        pictures = "".join(f'<img src="{uri}" alt="">' for uri in answers[0]["pictures"])
+        pictures = "".join(f'<img src="{uri}" alt="">' for uri in answers[0]["pictures"] if IMAGE.fullmatch(uri))
         lines = []
         for answer in answers:
             verdict = "right" if answer["exact"] else "wrong"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ def provenance(run: Run, world: World) -> dict:
             "platform": platform.platform(),
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"cpu {platform.machine()}",
             "processes": world.size,
+            "command": shlex.join(["python", "-m", "vlmtrain.train", *sys.argv[1:]]),
             "threads": torch.get_num_threads(),
         },
         "files": {str(path): fingerprint(path) for path in sorted(_read_paths(run))},
@@ -72,6 +75,8 @@ def differences(before: Mapping, now: Mapping) -> list[str]:
 def _compared(record: Mapping) -> Iterator[tuple[str, object]]:
     for key in KEYS[:-1]:
         for name, value in (record.get(key) or {}).items():
+            if (key, name) == ("machine", "command"):
+                continue
             if key == "files":
                 value = {k: v for k, v in value.items() if k != "modified" or "sha256" not in value}
             yield f"{key}.{name}", value

@@ -22,6 +22,9 @@ def read_config(run_dir: Path) -> dict:
     if not file.is_file():
         raise ValueError(f"{run_dir} is not a run folder: {CONFIG} is missing")
     try:
+        # a few nested aliases expand to more than any memory holds
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file.read_text(encoding="utf-8"))):
+            raise ValueError("it has YAML aliases")
         config = OmegaConf.to_container(OmegaConf.load(file))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise ValueError(f"{file} is not the record of a run: {first_line(error)}") from None
