@@ -56,14 +56,31 @@ def write_json(file: Path, value: Mapping | list) -> None:
     replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_regular(file: Path) -> None:
+    """Raise ValueError if `file` is a pipe, a device or another special file, whose reading may not end."""
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ValueError(f"{file} is not a regular file")
+
+
 def read_json(file: Path) -> Any:
     """Read a JSON file written by vlmtrain. Raises ValueError if it is missing or invalid."""
+    check_regular(file)
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the folder is incomplete") from None
+    except RecursionError:
+        raise ValueError(f"{file} is not valid JSON: nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is not valid JSON: {first_line(error)}") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that contains an object. Raises ValueError as `read_json` does, or if it is something else."""
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must contain an object, got {type(value).__name__}")
+    return value
 
 
 def sync(*paths: Path) -> None:

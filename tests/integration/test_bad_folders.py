@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from vlmtrain.data.processor import Processor
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.folder import read_manifest
 from vlmtrain.model.llm import build_llm
+from vlmtrain.model.parts import state_hash
 
 
 def refused(capsys, *line: str) -> str:
@@ -133,3 +137,76 @@ def test_init_from_says_what_it_cannot_take(tmp_path, model):
     ):
         done = train(*line, f"init_from={given}", check=False)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+# broken files
+
+
+def changed(part: str, **values: object) -> Callable[[Path], None]:
+    """Change keys of a JSON file."""
+    return lambda model: (model / part).write_text(json.dumps({**json.loads((model / part).read_text()), **values}))
+
+
+def written(file: str, content: str | bytes) -> Callable[[Path], None]:
+    return lambda model: (model / file).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def piped(file: str) -> Callable[[Path], None]:
+    """Replace a file by a pipe that nobody writes to."""
+    return lambda model: ((model / file).unlink(), os.mkfifo(model / file))
+
+
+DEEP = "[" * 100_000
+JSON_FILES = (
+    *("vlmtrain.json", "connector/config.json", "llm/config.json", "vision/config.json"),
+    "processor/processor.json",
+)
+BROKEN = {
+    **{f"deep {file}": (file, written(file, DEEP)) for file in JSON_FILES},
+    **{f"list {file}": (file.partition("/")[0], written(file, "[]")) for file in JSON_FILES},
+    **{f"latin {file}": (file.partition("/")[0], written(file, b"\xff\xfe")) for file in JSON_FILES},
+    **{
+        f"pipe {file}": (f"{file} is not a regular file", piped(file))
+        for file in (*JSON_FILES, "llm/model.safetensors")
+    },
+    "an option that the connector does not have": ("connector/config.json", changed("connector/config.json", foo=1)),
+    "a key that the processor does not have": ("processor/processor.json", changed("processor/processor.json", foo=1)),
+    "a length that is text": ("processor.json .*max_length=x", changed("processor/processor.json", max_length="x")),
+    "files that are a list": ("'files' must map", changed("vlmtrain.json", files=[1])),
+    "an empty tokenizer": ("processor/tokenizer.json is not a tokenizer", written("processor/tokenizer.json", "{}")),
+    "a width that is text": ("llm/config.json", changed("llm/config.json", hidden_size="x")),
+    "no heads": ("llm/config.json", changed("llm/config.json", num_attention_heads=0)),
+    "a huge width": ("llm: .*memory", changed("llm/config.json", hidden_size=10**12)),
+    "a huge vocabulary": ("llm: .*memory", changed("llm/config.json", vocab_size=10**12)),
+    "a billion layers": (
+        "llm/config.json: num_hidden_layers=1000000000",
+        changed("llm/config.json", num_hidden_layers=10**9),
+    ),
+    "a dtype that does not exist": ("llm/config.json", changed("llm/config.json", dtype="evil")),
+    "a kind that does not exist": ("llm", changed("llm/config.json", model_type="evil")),
+}
+
+
+@pytest.mark.parametrize("said, change", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_in_one_line_and_at_once(said, change, model):
+    if said != "'files' must map":  # else the hashes in the manifest would tell
+        changed("vlmtrain.json", files={})(model)
+    change(model)
+    with pytest.raises(ValueError, match=said) as error:
+        VLMWrapper.from_pretrained(model)
+        Processor.from_pretrained(model)
+    assert "\n" not in str(error.value) and str(model) in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_refused(model):
+    file = model / "connector" / "model.safetensors"
+    state = load_file(file)
+    name = next(iter(state))
+    save_file({**state, name: state[name] * float("nan")}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"connector are not those that .* lists: their hash differs"):
+        VLMWrapper.from_pretrained(model)
+    manifest = json.loads((model / "vlmtrain.json").read_text())
+    manifest["parts"]["connector"]["sha256"] = state_hash(load_file(file))
+    (model / "vlmtrain.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"model/connector: {re.escape(name)} has values that are not finite"):
+        VLMWrapper.from_pretrained(model)

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import first_line
+from ..files import read_object
 from ..model.folder import check_files
 from ..tiling import Tiles, choose_tiles, tiled_tokens
 from .connector_text import TextReader, pad_texts
@@ -281,25 +282,30 @@ class Processor:
         check_files(Path(folder), "processor")
         folder = Path(folder) / "processor"
         file = folder / "processor.json"
-        try:
-            settings = json.loads(file.read_text())
-            saved, reader = settings.pop("geometry"), settings.pop("reader", None)
-        except FileNotFoundError:
-            raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
-        geometry = saved and Geometry(**{key: as_tuple(value) for key, value in saved.items()})
+        if not file.exists():
+            raise ValueError(f"{folder.parent} is not a model folder: processor/processor.json is missing")
+        settings = read_object(file)
         tokenizer = _saved_tokenizer(folder)
-        if reader:
-            own = folder / OWN_TOKENIZER
-            reader = TextReader(_saved_tokenizer(own) if own.exists() else tokenizer, **reader)
-        return cls(tokenizer, geometry, **settings, reader=reader)
+        try:
+            saved, reader = settings.pop("geometry"), settings.pop("reader", None)
+            if type(settings.get("max_length")) is not int:
+                raise ValueError(f"max_length={settings.get('max_length')}: expected a whole number")
+            geometry = saved and Geometry(**{key: as_tuple(value) for key, value in saved.items()})
+            if reader:
+                own = folder / OWN_TOKENIZER
+                reader = TextReader(_saved_tokenizer(own) if own.exists() else tokenizer, **reader)
+            return cls(tokenizer, geometry, **settings, reader=reader)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
 
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder / 'tokenizer.json'} is missing: the model folder has no tokenizer")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot read
+        raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {first_line(error)}") from None
 
 
 def picture_key(view: Tensor) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import read_json
+from ..errors import shown
+from ..files import check_regular, read_object
 
 MANIFEST = "vlmtrain.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -23,10 +24,13 @@ def file_hashes(model: Path) -> dict[str, str]:
 
 def check_files(model: Path, folder: str) -> None:
     """Raise ValueError if a file of `folder`, within a model folder, is not the one listed in the manifest."""
-    try:
-        known = json.loads((model / MANIFEST).read_text()).get("files", {})
-    except (OSError, ValueError, AttributeError):
-        return  # `read_manifest` raises an error about a missing or broken manifest
+    if not is_model_folder(model):
+        return  # `read_manifest` raises an error about a missing manifest
+    for file in (model / folder).rglob("*"):
+        check_regular(file)
+    known = read_object(model / MANIFEST).get("files", {})
+    if not isinstance(known, dict) or not all(isinstance(wanted, str) for wanted in known.values()):
+        raise ValueError(f"{model / MANIFEST}: 'files' must map names of files to their hashes, got {shown(known)}")
     for name, wanted in known.items():
         if not name.startswith(f"{folder}/"):
             continue
@@ -64,8 +68,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
         raise ValueError(f"{folder} is a run folder, not a model folder. Did you mean {models[-1].parent}?")
     if (folder / "config.json").exists() and not is_model_folder(folder):
         raise ValueError(f"{folder} is a Hugging Face folder: convert it with 'vlmtrain import {folder} OUT_DIR'")
-    parts = read_json(folder / MANIFEST)
-    parts = parts.get("parts") if isinstance(parts, dict) else None
+    parts = read_object(folder / MANIFEST).get("parts")
     if not isinstance(parts, dict) or not all(isinstance(facts, dict) for facts in parts.values()):
         raise ValueError(f"{folder / MANIFEST} lists no parts: it is not the manifest of a model")
     for part, facts in parts.items():

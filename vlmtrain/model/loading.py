@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import first_line, some
+from ..files import check_regular
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -50,15 +52,33 @@ def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
     trust_remote_code: whether to run custom code of the folder or hub id. Raises ValueError if such code is required
     and not allowed, or if there is no model.
     """
+    file = Path(path, "config.json")
+    check_regular(file)
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers can raise anything for values of a wrong type
+        if file.is_file() and not isinstance(error, OSError | ValueError):
+            raise ValueError(f"{file} is not the configuration of a model: {first_line(error)}") from None
+        if not isinstance(error, OSError | ValueError):
+            raise
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{key}={path} requires custom code, which is not run; set {key.split('.')[0]}.trust_remote_code=true "
                 "to run it"
             ) from None
         raise ValueError(f"{key}={path} is not a Hugging Face model folder or hub id: {first_line(error)}") from None
+    _check_depth(config, path)
+    return config
+
+
+def _check_depth(config, path: str) -> None:
+    """Raise ValueError if a local folder has fewer tensors than layers: a billion layers would take long to build."""
+    count, layers = 0, getattr(config, "num_hidden_layers", None)
+    for file in Path(path).glob("*.safetensors"):
+        with suppress(SafetensorError, OSError), safe_open(file, "pt") as tensors:
+            count += len(tensors.keys())
+    if count and isinstance(layers, int) and layers > count:
+        raise ValueError(f"{Path(path, 'config.json')}: num_hidden_layers={layers}, but there are {count} tensors")
 
 
 def know_blip_towers() -> None:
@@ -87,7 +107,7 @@ def load_hf_model(auto_class: str, path: str, is_ours: bool = False, **options) 
         model, info = getattr(transformers, auto_class).from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # transformers can raise anything for a configuration that cannot be built
         raise ValueError(f"cannot load weights from {path}: {first_line(error)}") from None
     finally:
         transformers.logging.set_verbosity(level)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..connectors import CONNECTORS, build_connector
-from ..files import read_json
+from ..errors import first_line
+from ..files import read_object
 from .folder import MANIFEST, check_files, read_manifest
 from .llm import hidden_width, load_llm, save_llm
 from .loading import load_strictly
@@ -72,7 +73,16 @@ def connector_skeleton(model: Path) -> nn.Module | None:
     if not config.exists():
         return None
     with torch.device("meta"):
-        return connector_from(read_json(config))
+        return _saved_connector(config)
+
+
+def _saved_connector(config: Path) -> nn.Module:
+    """The connector of a config.json, with new weights. Raises ValueError, naming the file."""
+    arguments = read_object(config)
+    try:
+        return connector_from(arguments)
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{config} describes no connector that can be built: {first_line(error)}") from None
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
@@ -119,10 +129,14 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32, trust_
     elif name == "llm":
         module = load_llm(folder, saved_as, trust_remote_code)
     else:
-        module = connector_from(read_json(folder / "config.json")).to(saved_as)
+        module = _saved_connector(folder / "config.json").to(saved_as)
         load_strictly(module, folder / "model.safetensors")
-    if state_hash(module_state(module)) != facts["sha256"]:
+    state = module_state(module)
+    if state_hash(state) != facts["sha256"]:
         raise ValueError(f"the weights in {folder} are not those that {model / MANIFEST} lists: their hash differs")
+    for tensor_name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {tensor_name} has values that are not finite")
     return module.to(dtype)
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..connectors import VisionFeatures
 from ..errors import first_line, nearest, some
-from ..files import read_json
+from ..files import read_object
 from .loading import know_blip_towers, load_hf_config, load_hf_model, load_strictly
 
 
@@ -287,9 +287,13 @@ class OpenClipVision(VisionEncoder):
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype) -> OpenClipVision:
-        saved = read_json(folder / "config.json")
-        visual = cls._build_visual(saved["model_config"])
-        encoder = cls(visual, saved["model_config"], saved["layer"], saved["levels"])
+        file = folder / "config.json"
+        saved = read_object(file)
+        try:
+            visual = cls._build_visual(saved["model_config"])
+            encoder = cls(visual, saved["model_config"], saved["layer"], saved["levels"])
+        except Exception as error:  # open_clip and timm can raise anything
+            raise ValueError(f"{file} describes no encoder that can be built: {first_line(error)}") from None
         load_strictly(encoder, folder / "model.safetensors")
         return encoder.to(dtype)
 
@@ -406,11 +410,14 @@ class HFVision(VisionEncoder):
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> HFVision:
-        saved = read_json(folder / "vlmtrain.json")
+        saved = read_object(folder / "vlmtrain.json")
         load_hf_config(str(folder), "vision", trust_remote_code)
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         encoder = load_hf_model("AutoModel", str(folder), is_ours=True, **options)
-        return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
+        try:
+            return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{folder / 'vlmtrain.json'} does not fit the encoder: {first_line(error)}") from None
 
 
 def _preprocessor_size(preprocessor: dict) -> int | None:
