@@ -195,7 +195,7 @@ def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: b
         module.train(bool(trained))
         if checkpointing and part == "llm":
             # Activations are recomputed only in training mode, which does not affect a frozen model without dropout.
-            module.gradient_checkpointing_enable({"use_reentrant": False})
+            module.activation_checkpointing_enable({"use_reentrant": False})
             if not trained and not _drops_out(module):
                 module.train()
 
