@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmtrain.data.llava import LlavaJson, open_llava, read_mixture
+from vlmtrain.data.file_lists import read_list
+from vlmtrain.data.llava import LlavaJson, open_llava
 from vlmtrain.data.records import BadSample, Turn
 from vlmtrain.data.sources import first_problems
 
@@ -326,7 +327,8 @@ def test_a_mixture_reads_yaml_as_it_is_written(parts):
         sampling_strategy: all
     """
     (parts / "mix.yml").write_text(text)
-    assert read_mixture(parts / "mix.yml") == [(parts / "a.json", "first:10%"), (parts / "more/b.jsonl", "all")]
+    listed = [(part.path, part.strategy) for part in read_list(parts / "mix.yml")]
+    assert listed == [(parts / "a.json", "first:10%"), (parts / "more/b.jsonl", "all")]
     assert len(open_llava(parts / "mix.yml", None)) == 8
 
 
@@ -380,3 +382,41 @@ def test_a_mixture_that_cannot_be_read_is_an_error_at_once(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"datasets: \xe9")
     with pytest.raises(ValueError, match=r"latin\.yaml cannot be read"):
         open_llava(tmp_path / "latin.yaml", None)
+
+
+# InternVL's meta JSON
+
+
+def meta(folder: Path, **entry: object) -> Path:
+    for name in ("a", "b"):
+        (folder / name).mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(folder / name / "x.png")
+        record = {"image": "x.png", "conversations": marked("<image>", name)}
+        (folder / f"{name}.jsonl").write_text("\n".join([json.dumps(record)] * 10))
+    entries = {"one": {"annotation": "a.jsonl", "root": "a", **entry}, "two": {"annotation": "b.jsonl", "root": "b"}}
+    (folder / "meta.json").write_text(json.dumps(entries))
+    return folder / "meta.json"
+
+
+@pytest.mark.parametrize("repeat, count", [(1, 10), (2, 20), (0.3, 3), (1.5, 15)])
+def test_a_meta_json_lists_files_with_their_image_folders(tmp_path, repeat, count):
+    source = open_llava(meta(tmp_path, repeat_time=repeat, length=10, data_augment=False), None)
+    said = [source[i].turns[1].text for i in range(len(source))]
+    assert said == ["a"] * count + ["b"] * 10
+    assert {source[i].images[0].path.parent.name for i in range(count)} == {"a"}
+    assert source[count].images[0].load().size == (9, 9)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"length": 11}, "has 10 records, not length=11"),
+        ({"repeat_time": 0}, "repeat_time must be a number above 0"),
+        ({"data_augment": True}, "data_augment=True is not supported"),
+        ({"max_dynamic_patch": 6}, "unknown key 'max_dynamic_patch'"),
+        ({"annotation": 5}, "expected an object with a path as 'annotation'"),
+    ],
+)
+def test_a_broken_entry_of_a_meta_json_is_named(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=rf"meta\.json.*{message}"):
+        open_llava(meta(tmp_path, **entry), None)
