@@ -1,11 +1,13 @@
-"""Reading large data files by byte offset; the index of offsets is cached on disk, so each file is scanned once."""
+"""Reading large data files by byte offset; what is computed once per file, such as its index, is cached on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +45,7 @@ def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
     if stamp[0] < WORTHWHILE:
         return build()
     name = hashlib.sha256(os.fsencode(f"{kind}\0{path.resolve()}")).hexdigest()[:40]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlmtrain", "index")
+    folder = _cache_folder("index")
     file = folder / f"{name}.npz"
     found = _read(file, stamp)
     if found is not None:
@@ -64,6 +66,28 @@ def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
         return found
     finally:
         os.close(lock)
+
+
+def unpacked(path: Path) -> Path:
+    """The content of a .gz file, in ``$XDG_CACHE_HOME/vlmtrain/unpacked``. Raises OSError, EOFError or zlib.error."""
+    stamp = "-".join(map(str, [path.resolve(), *_stamp(path)]))
+    folder = _cache_folder("unpacked")
+    file = folder / f"{hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]}-{path.stem}"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=folder, prefix=file.stem)
+        try:
+            with open(descriptor, "wb") as out, gzip.open(path) as data:
+                shutil.copyfileobj(data, out, 2**20)
+            os.replace(partial, file)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    return file
+
+
+def _cache_folder(name: str) -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlmtrain", name)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -247,7 +247,8 @@ def _load_files(files: list[str], split: str) -> Dataset:
     import datasets
     from pyarrow import ArrowInvalid
 
-    builders = {_BUILDERS.get(Path(file).suffix.lower()) for file in files}
+    kinds = {Path(file.removesuffix(".gz")).suffix.lower() for file in files}
+    builders = {_BUILDERS.get(kind) for kind in kinds}
     if len(builders) > 1 or None in builders:
         raise ValueError(f"expected files of one kind, {', '.join(_BUILDERS)}; got {', '.join(files[:4])}")
     (builder,) = builders
@@ -257,4 +258,5 @@ def _load_files(files: list[str], split: str) -> Dataset:
         except ArrowInvalid:
             pass  # Arrow's file format instead of its stream format; it is converted below
     base = re.match(r"\w*", split).group() or "train"
-    return datasets.load_dataset(builder, data_files={base: files}, split=split)
+    more = {"sep": "\t"} if kinds == {".tsv"} else {}
+    return datasets.load_dataset(builder, data_files={base: files}, split=split, **more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import first_line
-from .file_index import Index, cached_index, read_span
+from .file_index import Index, cached_index, read_span, unpacked
 from .records import BadSample
 
 LINES = (".jsonl", ".ndjson")
@@ -28,21 +29,26 @@ _SPACES = np.frombuffer(b" \t\r", np.uint8)
 class IndexedJson:
     """A sequence of JSON values: the lines of a .jsonl file, or the elements of the array in any other file.
 
+    A .gz file is unpacked once, into the cache folder.
+
     Raises ValueError if the file is missing, unreadable or empty, or if its array is broken. A single broken record
     (a line that is not JSON, bytes that are not UTF-8) raises BadSample when it is accessed.
     """
 
     def __init__(self, file: str | Path):
-        self.file = Path(file)
-        self.has_lines = self.file.suffix.lower() in LINES
+        self.file, given = Path(file), Path(file)
+        is_packed = given.suffix.lower() == ".gz"
+        self.has_lines = (given.with_suffix("") if is_packed else given).suffix.lower() in LINES
         build = self._index_lines if self.has_lines else self._index_array
         try:
             if not stat.S_ISREG(self.file.stat().st_mode):
                 raise ValueError(f"data file {self.file} cannot be read: it is not a regular file")
+            if is_packed:
+                self.file = unpacked(given)
             index = cached_index(self.file, "lines" if self.has_lines else "array", build)
         except FileNotFoundError:
             raise ValueError(f"data file {self.file} does not exist") from None
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"data file {self.file} cannot be read: {error}") from None
         self._starts, self._ends, self._lines = index["starts"], index["ends"], index.get("lines")
         if not len(self):

@@ -442,3 +442,66 @@ def test_a_broken_record_is_named(tmp_path, columns, message):
     source = HFDataset(save(tmp_path, {**columns, "id": ["x", "y"]}))
     with pytest.raises(BadSample, match=rf"^data record 1 \(id y\): .*{message}"):
         source[1]
+
+
+# forms of other projects
+
+
+@pytest.mark.parametrize("name, sep", [("data.csv", ","), ("data.tsv", "\t")])
+def test_tables_of_text_are_read(tmp_path, name, sep):
+    (tmp_path / "a.png").write_bytes(encoded())
+    rows = [("image", "question", "label"), ("a.png", "How many?", "3"), ("a.png", "What?", "7")]
+    (tmp_path / name).write_text("\n".join(sep.join(row) for row in rows))
+    source = HFDataset(tmp_path / name, images=tmp_path)
+    assert texts(source) == [["<image>\nHow many?", "3"], ["<image>\nWhat?", "7"]] and colors(source, 0) == [RED]
+
+
+def test_labels_are_read_by_their_names(tmp_path):
+    features = {"query": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    source = HFDataset(save(tmp_path, {"query": ["q", "r"], "label": [1, 0]}, datasets.Features(features)))
+    assert texts(source) == [["q", "dog"], ["r", "cat"]]
+
+
+def test_each_of_several_captions_is_a_record(tmp_path):
+    features = {"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
+    columns = {"image": [encoded(), encoded(BLUE)], "captions": [["a", "b", "c"], ["d"]]}
+    source = HFDataset(save(tmp_path, columns, datasets.Features(features)))
+    assert texts(source) == [["<image>", word] for word in "abcd"]
+    assert [colors(source, i) for i in range(4)] == [[RED], [RED], [RED], [BLUE]]
+    assert source[1].turns[1].grading.captions == ("a", "b", "c")
+    assert [source[i].id for i in (2, 3)] == ["data record 2", "data record 3"]
+
+
+def test_values_that_the_library_stores_as_json_are_decoded(tmp_path):
+    """Messages whose content is text in one turn and items in the next: the type is mixed."""
+    (tmp_path / "a.png").write_bytes(encoded())
+    talks = [
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
+            {"role": "assistant", "content": "a"},
+        ],
+        [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}],
+    ]
+    rows = [{"messages": talks[0], "image": "a.png"}, {"messages": talks[1], "image": None}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = HFDataset(tmp_path / "data.jsonl", images=tmp_path)
+    assert "Json" in str(source.features["messages"])
+    assert texts(source) == [["<image>q", "a"], ["r", "b"]] and colors(source, 0) == [RED]
+
+
+@pytest.mark.parametrize("name", ["img", "mask"])
+def test_an_image_column_that_nothing_reads_is_an_error_at_once(tmp_path, name):
+    columns = {"question": ["q"], "answer": ["a"], name: [encoded()]}
+    features = {"question": datasets.Value("string"), "answer": datasets.Value("string"), name: datasets.Image()}
+    path = save(tmp_path, columns, datasets.Features(features))
+    with pytest.raises(
+        ValueError, match=rf"nothing reads the column {name} \(Image\): set data\.columns\.image={name}"
+    ):
+        HFDataset(path)
+    assert colors(HFDataset(path, columns={"image": name}), 0) == [RED]
+    assert HFDataset(path, ignored=[name])[0].images == ()
+
+
+def test_other_columns_are_listed_as_unused(tmp_path):
+    source = HFDataset(save(tmp_path, {"question": ["q"], "answer": ["a"], "source": ["x"], "width": [3]}))
+    assert sorted(source[0].unused) == ["source", "width"]

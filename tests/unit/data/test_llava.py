@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -420,3 +421,24 @@ def test_a_meta_json_lists_files_with_their_image_folders(tmp_path, repeat, coun
 def test_a_broken_entry_of_a_meta_json_is_named(tmp_path, entry, message):
     with pytest.raises(ValueError, match=rf"meta\.json.*{message}"):
         open_llava(meta(tmp_path, **entry), None)
+
+
+# compressed files
+
+
+@pytest.mark.parametrize("name", ["data.json.gz", "data.jsonl.gz"])
+def test_a_gz_file_is_read_as_what_it_contains(tmp_path, images, name, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    records = [{"image": "red.png", "conversations": marked("<image>", word)} for word in ("a", "b")]
+    lines = "jsonl" in name
+    (tmp_path / name).write_bytes(
+        gzip.compress(("\n".join(map(json.dumps, records)) if lines else json.dumps(records)).encode())
+    )
+    for _ in range(2):
+        source = open_llava(tmp_path / name, images)
+        assert [source[i].turns[1].text for i in range(2)] == ["a", "b"]
+    assert len(list((tmp_path / "cache").rglob("*data.json*"))) == 1
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: "):
+        open_llava(tmp_path / name, images)
+    assert len(list((tmp_path / "cache").rglob("*data*"))) == 1
