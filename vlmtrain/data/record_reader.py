@@ -102,7 +102,8 @@ class RecordReader:
         unused = [key for key in record if key not in used]
         for key in unused:
             _refuse_if_needed(key, record[key], bool(images), name)
-        said = self._said(form, values, found[form[0]], len(images), unused, name)
+        choices = values.get("choices", record.get("choices"))
+        said = self._said(form, values, choices, found[form[0]], len(images), unused, name)
         if "system" in values:
             said = [_system(values["system"], said, name), *said]
         said, unmarked = _with_images(said, images, name)
@@ -131,7 +132,14 @@ class RecordReader:
         return tuple(self.images.read(one, f"{i} of '{key}'", name) for i, one in enumerate(values))
 
     def _said(
-        self, form: tuple[str, ...], values: Mapping, key: str, images: int, unused: list[str], name: str
+        self,
+        form: tuple[str, ...],
+        values: Mapping,
+        choices: object,
+        key: str,
+        images: int,
+        unused: list[str],
+        name: str,
     ) -> list[_Said]:
         if form == ("caption",):
             caption, captions = values["caption"], values["caption"]
@@ -142,16 +150,8 @@ class RecordReader:
             if not images:
                 raise BadSample(f"{name}: the record has a caption but no image")
             return [_user("\n".join([IMAGE_MARK] * images)), _Said(Turn("assistant", caption))]
-        messages = values["messages"] if form == ("messages",) else self._exchange(values, name)
+        messages = values["messages"] if form == ("messages",) else _exchange(values, choices, name)
         return self._messages(messages, key, images, unused, name)
-
-    @staticmethod
-    def _exchange(values: Mapping, name: str) -> list:
-        """A question and its answer as messages. Both may be lists of messages (TRL's prompt and completion)."""
-        question, answer = values["question"], values["answer"]
-        if isinstance(question, list):
-            return question + (answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])
-        return [{"user": question, "assistant": answer_text(answer, name)}]
 
     def _messages(self, value: object, key: str, images: int, unused: list[str], name: str) -> list[_Said]:
         messages = filled_list(_rows(_parsed(value, key, name)), key, name)
@@ -250,6 +250,21 @@ def filled_list(value: object, key: str, name: str) -> list:
     if not isinstance(value, list) or not value:
         raise BadSample(f"{name}: '{key}' must be a non-empty list, got {shown(value)}")
     return value
+
+
+def _exchange(values: Mapping, choices: object, name: str) -> list:
+    """A question and its answer as messages. Both may be lists of messages (TRL's prompt and completion).
+
+    choices: if this is a list, an answer that is a number is its position there (ScienceQA).
+    """
+    question, answer = values["question"], values["answer"]
+    if isinstance(question, list):
+        return question + (answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])
+    if isinstance(choices, list) and choices and type(answer) is int:
+        if not 0 <= answer < len(choices):
+            raise BadSample(f"{name}: the answer {answer} is not the position of one of the {len(choices)} choices")
+        answer = choices[answer]
+    return [{"user": question, "assistant": answer_text(answer, name)}]
 
 
 def answer_text(value: object, name: str) -> str:
