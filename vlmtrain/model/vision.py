@@ -10,7 +10,8 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -190,6 +191,7 @@ class OpenClipVision(VisionEncoder):
         if (name is None) == (model_config is None):
             raise ValueError("vision=open_clip requires exactly one of vision.name and vision.model_config")
         if model_config is not None:
+            _check_model_config(model_config)
             config = copy.deepcopy(model_config)
             config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
             config |= {"image_mean": list(OPENAI_DATASET_MEAN), "image_std": list(OPENAI_DATASET_STD)}
@@ -296,6 +298,27 @@ class OpenClipVision(VisionEncoder):
             raise ValueError(f"{file} describes no encoder that can be built: {first_line(error)}") from None
         load_strictly(encoder, folder / "model.safetensors")
         return encoder.to(dtype)
+
+
+def _check_model_config(config: Mapping) -> None:
+    """Raise ValueError for a key that is not of open_clip's schema, or for one without which no tower can be built."""
+    from open_clip import CLIPTextCfg, CLIPVisionCfg
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    schema = {*inspect.signature(CLIP.__init__).parameters, *inspect.signature(CustomTextCLIP.__init__).parameters}
+    known = {
+        "": schema - {"self"} | {"custom_text", "multimodal_cfg"},
+        "vision_cfg.": {f.name for f in fields(CLIPVisionCfg)},
+        "text_cfg.": {f.name for f in fields(CLIPTextCfg)},
+    }
+    for prefix, names in known.items():
+        section = config if not prefix else config.get(prefix[:-1]) or {}
+        for key in section:
+            if key not in names:
+                raise ValueError(f"unknown key 'vision.model_config.{prefix}{key}'.{nearest(str(key), names)}")
+    for key in ("embed_dim", "vision_cfg"):
+        if key not in config:
+            raise ValueError(f"vision.model_config.{key} is missing: open_clip's schema has embed_dim and vision_cfg")
 
 
 # Keys of a Hugging Face configuration that record its origin and version. The dtype is that of the weights.

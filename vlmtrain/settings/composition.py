@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ..connectors import CONNECTORS, connector_options
+from ..connectors import CONNECTORS, check_options, connector_options
 from ..errors import first_line, nearest
 from .fields import OPEN, flatten, read
 from .locations import CONFIGS, RECIPES
@@ -167,6 +167,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
         mini = OmegaConf.to_container(settings.pop("mini_options"))
         recipe = {group: OmegaConf.to_container(settings.pop(f"{group}_options")) for group in OPTION_GROUPS}
         small = {group: mini.pop(f"{group}_options", {}) for group in OPTION_GROUPS}
+        _check_unselected(settings, mini, (recipe, small), hydra.searchpath)
         for by_group in (recipe, small) if settings.mini else (recipe,):
             for group, by_choice in by_group.items():
                 options = by_choice.get(hydra.runtime.choices[group])
@@ -214,6 +215,30 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 def _unparsable(error: OverrideParseException) -> str:
     return f"{error.override} cannot be parsed; quote values with special characters: 'KEY=\"VALUE\"'"
+
+
+def _check_unselected(
+    settings: DictConfig, mini: Mapping, options: Iterable[Mapping[str, Mapping]], searchpath: Iterable[str]
+) -> None:
+    """Raise ValueError for options of mini runs, or of choices that are not selected, that do not exist."""
+    known = dict(flatten(OmegaConf.to_container(settings)))
+    for key, _ in flatten(mini, is_leaf=lambda key: key in known):
+        if key not in known and not any(each.startswith(f"{key}.") for each in known):
+            raise ValueError(f"mini_options sets {key}, which does not exist.{suggestion(key, known)}")
+    folders = [CONFIGS, *(Path(path.removeprefix("file://")) for path in searchpath)]
+    entries = [(group, *entry) for by_group in options for group in by_group for entry in by_group[group].items()]
+    for group, choice, given in entries:
+        files = [file for folder in folders if (file := folder / group / f"{choice}.yaml").exists()]
+        if group == "connector" and (choice in CONNECTORS or not files):
+            check_options(choice, given or (), f"connector_options.{choice}")
+        elif not files:
+            choices = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
+            raise ValueError(f"the recipe sets {group}_options.{choice}: no such {group}.{nearest(choice, choices)}")
+        elif group != "data":
+            own = OmegaConf.to_container(OmegaConf.load(files[0]))
+            for key in (key for key in given or () if key not in own and "defaults" not in own):
+                name = f"{group}_options.{choice}.{key}"
+                raise ValueError(f"the recipe sets {name}, which does not exist.{nearest(key, own)}")
 
 
 def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> None:

@@ -401,6 +401,18 @@ def test_open_clip_refuses_what_it_cannot_build():
     for options in ({}, {"name": "ViT-B-32", "model_config": OPEN_CLIP}):
         with pytest.raises(ValueError, match=r"exactly one of vision\.name and vision\.model_config"):
             build_vision("open_clip", **options)
+    for change, words in (
+        ({"foo": 1}, r"unknown key 'vision\.model_config\.foo'"),
+        (
+            {"vision_cfg": {"layrs": 1}},
+            r"unknown key 'vision\.model_config\.vision_cfg\.layrs'",
+        ),
+        ({"text_cfg": {"wdth": 1}}, r"unknown key 'vision\.model_config\.text_cfg\.wdth'\. Did you mean 'width'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build_vision("open_clip", model_config={**OPEN_CLIP, **change})
+    with pytest.raises(ValueError, match=r"vision\.model_config\.vision_cfg is missing"):
+        build_vision("open_clip", model_config={"embed_dim": 8})
     for size in (30, (32, 36)):
         with pytest.raises(ValueError, match="is not a multiple of the encoder's patch size 8"):
             build_vision("open_clip", model_config=OPEN_CLIP, image_size=size)

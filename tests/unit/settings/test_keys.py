@@ -141,6 +141,15 @@ def test_the_keys_that_replace_names_of_other_trainers_exist():
         ({"learning_rate": 1.0}, "unknown key 'learning_rate'"),
         ({"stages": {"align": {"max_stpes": 7}}}, "unknown key 'stages.align.max_stpes'"),
         ({"stages": {"align": {"optimizer": {"name": "muon"}}}}, "unknown key 'stages.align.optimizer.name'"),
+        ({"connector_options": {"mpl": {"depth": 3}}}, "Unknown connector 'mpl'. Did you mean 'mlp'?"),
+        ({"connector_options": {"qformer": {"num_qeries": 3}}}, "Did you mean 'num_queries'?"),
+        (
+            {"vision_options": {"hf": {"layr": -1}}},
+            "vision_options.hf.layr, which does not exist. Did you mean 'la",
+        ),
+        ({"llm_options": {"hff": {"path": "x"}}}, "the recipe sets llm_options.hff: no such llm. Did you mean 'hf'?"),
+        ({"mini_options": {"max_stpes": 7}}, "mini_options sets max_stpes, which does not exist"),
+        ({"mini_options": {"stages": {"align": {"max_stpes": 7}}}}, "Did you mean 'stages.align.max_steps'?"),
     ],
 )
 def test_a_recipe_files_own_keys_are_held_to_the_same(change, said, tmp_path, monkeypatch):
