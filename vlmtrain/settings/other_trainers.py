@@ -101,7 +101,11 @@ def suggestion(key: str, known: Iterable[str]) -> str:
         return f" {found.replace('STAGE', key.split('.')[1]) if key.startswith('stages.') else found}"
     siblings = [each for each in known if each.rpartition(".")[0] == parent]
     names = [each.rpartition(".")[2] for each in siblings]
-    close = difflib.get_close_matches(name, names, 1)
+    close = difflib.get_close_matches(name, names, 1, cutoff=0.8)
+    of_stages = {each.rpartition(".")[2]: each for each in reversed(known) if each.startswith("stages.")}
+    if not parent and not close and (staged := difflib.get_close_matches(name, of_stages, 1, cutoff=0.8)):
+        return f" Did you mean '{of_stages[staged[0]]}'?"
+    close = close or difflib.get_close_matches(name, names, 1)
     if close:
         return f" Did you mean '{parent}.{close[0]}'?" if parent else f" Did you mean '{close[0]}'?"
     further = nearest(key, [each for each in known if each not in siblings])

@@ -139,6 +139,7 @@ def test_the_keys_that_replace_names_of_other_trainers_exist():
     "change, said",
     [
         ({"learning_rate": 1.0}, "unknown key 'learning_rate'"),
+        ({"max_stpes": 7}, "unknown key 'max_stpes'. Did you mean 'stages.align.max_steps'?"),
         ({"stages": {"align": {"max_stpes": 7}}}, "unknown key 'stages.align.max_stpes'"),
         ({"stages": {"align": {"optimizer": {"name": "muon"}}}}, "unknown key 'stages.align.optimizer.name'"),
         ({"connector_options": {"mpl": {"depth": 3}}}, "Unknown connector 'mpl'. Did you mean 'mlp'?"),
