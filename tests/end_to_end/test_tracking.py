@@ -31,7 +31,7 @@ def tracked(files, folder, *more: str) -> None:
         *("recipe=llava_1_5", "mini=true", *data_overrides(files), f"run_dir={folder}", "wandb=offline"),
         *("stages.align.max_steps=2", "stages.align.batch_size=4", "stages.instruct.batch_size=4"),
         *("stages.instruct.max_steps=4", "stages.instruct.validate_every=2", "validation.final_samples=4"),
-        "wandb_model=true",
+        *("wandb_model=true", "loggers=[tensorboard]"),
         *more,
         env={"WANDB_API_KEY": "", "WANDB_SILENT": "true"},
     )
@@ -52,6 +52,19 @@ def test_wandb_offline_needs_no_account_and_both_lines_are_one_run_with_one_axis
     assert (run_dir / "wandb_id.txt").read_text() in files[0].name
     # each stage's last step also has the answers; step 4 also has a validation
     assert [logged(file) for file in files] == [[1, 2, 2], [3, 4, 4, 5, 6, 6]]
+
+
+def test_tensorboard_has_the_same_values_on_one_axis(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    events = [event for stage in ("align", "instruct") for event in board.Scalars(f"{stage}/loss")]
+    losses = [record["loss"] for stage in ("align", "instruct") for record in metrics(run_dir, stage)]
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events] == pytest.approx(losses)
+    assert board.Scalars("instruct/validation/loss")[0].step == 4
+    assert board.Tags()["tensors"] == ["align/answers/text_summary", "instruct/answers/text_summary"]
 
 
 def records_of(data: bytes) -> Iterator[bytes]:
@@ -161,7 +174,7 @@ def test_summary_proves_what_was_frozen_and_scores(run_dir):
 
 def test_the_page_stands_alone(run_dir):
     page = (run_dir / "report.html").read_text()
-    assert page.count("<svg") == 6 and "data:image/jpeg;base64," in page
+    assert page.count("<svg") == 8 and "data:image/jpeg;base64," in page
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page
     assert "frozen" in page and "What color is this?" in page
 

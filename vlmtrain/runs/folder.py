@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from ..files import make_folder, replace_text
 from ..settings import Run, flatten
-from ..settings.free_keys import ADDED, changes_no_update
+from ..settings.free_keys import changes_no_update, with_added
 from .fingerprints import fingerprint, same_content
 from .provenance import KEYS, differences
 from .records import CONFIG, SUMMARY, read_config, read_summary
@@ -101,7 +101,7 @@ class RunFolder:
             return
         old = read_config(self.root)
         began = [name for name in old.get("stages", {}) if (self.stage(name) / "metrics.jsonl").exists()]
-        before, now = (ADDED | _binding(c, began) for c in (old, run.composed))
+        before, now = (with_added(_binding(c, began), began) for c in (old, run.composed))
         for key in sorted(before.keys() | now.keys()):
             was, value = before.get(key), now.get(key)
             if was != value and not _is_moved(old.get("files", {}), was, value):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 # These affect the speed of a run or the files it keeps, but not its results.
-_NO_RESULT = {"workers", "wandb", "wandb_project", "wandb_model", "collective_timeout"}
+_NO_RESULT = {"workers", "loggers", "wandb", "wandb_project", "wandb_model", "collective_timeout"}
 _NO_RESULT_IN_STAGE = {"micro_batch_size", "save_every", "save_every_minutes", "keep_last"}
 
 # These do not affect updates that have already been made.
@@ -15,8 +18,17 @@ _NO_UPDATE = {
 _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "validate_every", "validation"}
 
 
-ADDED = {"data.ignore": [], "data.repair": False}
-"""Keys that runs of earlier versions do not have, with the value that behaves as these versions did."""
+_ADDED = {"data.ignore": [], "data.repair": False}
+_ADDED_IN_STAGE = {"schedule.decay_ratio": 0.1}
+
+
+def with_added(settings: Mapping[str, Any], stages: Iterable[str]) -> dict[str, Any]:
+    """Settings by dotted key, with the keys that runs of earlier versions do not have.
+
+    Their values are those that behave as these versions did.
+    """
+    of_stages = {f"stages.{stage}.{key}": value for stage in stages for key, value in _ADDED_IN_STAGE.items()}
+    return {**_ADDED, **of_stages, **settings}
 
 
 def changes_no_result(key: str) -> bool:

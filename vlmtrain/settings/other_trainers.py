@@ -45,7 +45,7 @@ _KEYS = {
     ("save_total_limit", "save_top_k"): "stages.STAGE.keep_last",
     ("eval_steps", "evaluation_strategy", "eval_strategy", "val_check_interval"): "stages.STAGE.validate_every",
     ("load_best_model_at_end", "metric_for_best_model"): "stages.STAGE.keep_best",
-    ("report_to", "logger", "loggers"): "wandb",
+    ("report_to", "logger"): "loggers",
     ("project", "wandb_name"): "wandb_project",
     ("lora_enable", "use_lora", "use_peft", "lora_alpha", "lora_dropout", "peft_config"): "stages.STAGE.lora.PART",
     ("lora_r", "lora_rank"): "stages.STAGE.lora.PART.rank",

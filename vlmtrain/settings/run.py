@@ -29,6 +29,7 @@ from .fields import (
 )  # fmt: skip
 from .stage import Stage
 
+_LOGGERS = list_of(one_of("wandb", "tensorboard", "mlflow"), "a list of wandb, tensorboard, mlflow")
 _LAYERS = list_of(whole(), "a list of layers")
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
 MODULES = Kind(
@@ -212,6 +213,7 @@ class Run:
     bad_steps: BadStepOptions = key(section(BadStepOptions))
     collective_timeout: float = key(number(1))  # seconds
     workers: int = key(whole(0, 1000))  # data processes per rank
+    loggers: tuple[str, ...] = key(_LOGGERS)  # trackers
     wandb: str = key(one_of("disabled", "offline", "online"))
     wandb_project: str = key(TEXT)
     wandb_model: bool = key(SWITCH)  # upload model folders

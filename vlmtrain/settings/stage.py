@@ -94,10 +94,11 @@ class OptimizerOptions:
 class ScheduleOptions:
     """Learning-rate schedule of a stage."""
 
-    name: str = key(one_of("cosine", "linear", "constant"))  # after the warm-up
+    name: str = key(one_of("cosine", "linear", "constant", "constant_with_warmup", "wsd"))  # after the warm-up
     warmup_ratio: float = key(number(0, 1))  # of the stage's steps
     warmup_steps: int | None = key(optional(whole(0)))  # takes precedence over the ratio
     min_lr: float = key(number(0))  # rate after the last step
+    decay_ratio: float = key(number(0, 1), 0.1)  # wsd: share of the stage's steps in which the rate decays
 
 
 @dataclass(frozen=True)

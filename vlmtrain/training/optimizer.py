@@ -16,6 +16,9 @@ from .trainable import Group
 class Schedule:
     """Learning rate over a stage: linear warm-up to the peak, then `options.name` down to `options.min_lr`.
 
+    ``constant`` (also called ``constant_with_warmup``) keeps the peak. ``wsd`` keeps it until the last
+    `options.decay_ratio` of the steps, in which it decays linearly (MiniCPM, section 4).
+
     Step `s` (from 0) uses the rate at the end of that step, so the first step has a non-zero rate and the last one
     reaches `min_lr`.
     """
@@ -33,10 +36,13 @@ class Schedule:
         done = step + 1
         if done <= self.warmup_steps:
             return peak * done / self.warmup_steps
-        if self.options.name == "constant":
+        if self.options.name in ("constant", "constant_with_warmup"):
             return peak
-        progress = (done - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        left = 1 - progress if self.options.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        start = self.warmup_steps
+        if self.options.name == "wsd":
+            start = max(start, self.total_steps - math.ceil(self.options.decay_ratio * self.total_steps))
+        progress = max(0, done - start) / max(1, self.total_steps - start)
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.options.name == "cosine" else 1 - progress
         return self.options.min_lr + (peak - self.options.min_lr) * left
 
 

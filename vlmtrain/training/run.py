@@ -16,7 +16,7 @@ from .checks import check_run, check_stages
 from .init_from import take_in
 from .log import logger, set_up_logging
 from .stage import train_stage
-from .tracking import WandB
+from .tracking import Trackers
 from .watch import Watch
 
 
@@ -39,16 +39,15 @@ def train_run(run: Run, world: World) -> None:
     set_up_logging(folder.root / "train.log" if world.is_main else None)
     for warning in [*warnings, *(overruled if world.is_main else ())]:
         logger.warning(warning)
-    mode = run.wandb if world.is_main else "disabled"
-    wandb = WandB(mode, run.wandb_project, folder.root, dict(run.composed))
+    trackers = Trackers(run, folder.root, world.is_main)
     with Watch(run.collective_timeout, world.rank, world.size) as watch:
-        _train_stages(run, folder, world, wandb, watch)
-    wandb.close()
+        _train_stages(run, folder, world, trackers, watch)
+    trackers.close()
     if world.is_main:
         logger.info(f"report: {write_report(folder.root)}")
 
 
-def _train_stages(run: Run, folder: RunFolder, world: World, wandb: WandB, watch: Watch) -> None:
+def _train_stages(run: Run, folder: RunFolder, world: World, trackers: Trackers, watch: Watch) -> None:
     stop = StopSignal()
     previous = Path(run.init_from) if run.init_from is not None else None
     for name, stage in run.stages.items():
@@ -62,15 +61,15 @@ def _train_stages(run: Run, folder: RunFolder, world: World, wandb: WandB, watch
         elif stage in run.wanted:
             if world.max([float(stop.received)])[0]:
                 raise Stopped(f"stopped before stage {name}; run the same command to resume")
-            summary = train_stage(run, stage, previous, folder, world, stop, wandb, watch)
+            summary = train_stage(run, stage, previous, folder, world, stop, trackers, watch)
             if world.is_main:
                 logger.info(_result(summary))
                 write_card(folder.root, name, folder.model(name))
-                wandb.finish_stage(name, folder.stage(name), run.wandb_model)
+                trackers.finish_stage(name, folder.stage(name), run.wandb_model)
                 write_report(folder.root)
         if folder.is_finished(name):
             previous = folder.model(name)
-            wandb.steps_before += folder.summary(name)["steps"]
+            trackers.steps_before += folder.summary(name)["steps"]
 
 
 def _result(summary: dict) -> str:

@@ -36,7 +36,7 @@ from .skips import Skips
 from .stage_report import shown_samples, training_table
 from .stage_validation import StageValidation
 from .step import StepRunner
-from .tracking import WandB
+from .tracking import Trackers
 from .trainable import check_starts, freeze, groups_of, trained_groups, trained_parts
 from .watch import Watch
 
@@ -48,7 +48,7 @@ def train_stage(
     folder: RunFolder,
     world: World,
     stop: StopSignal,
-    wandb: WandB,
+    trackers: Trackers,
     watch: Watch,
 ) -> dict:
     """Train a stage from the model folder `previous` to its end. Returns its summary.
@@ -60,7 +60,7 @@ def train_stage(
     summary = None
     while summary is None:
         watch.doing(f"stage {stage.name}: building", outside=True)
-        summary = _Stage(run, stage, previous, folder, world, watch).run(stop, wandb)
+        summary = _Stage(run, stage, previous, folder, world, watch).run(stop, trackers)
     return summary
 
 
@@ -103,7 +103,7 @@ class _Stage:
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, image_size_of(self.parts), self.settings.seed)
 
-    def run(self, stop: StopSignal, wandb: WandB) -> dict | None:
+    def run(self, stop: StopSignal, trackers: Trackers) -> dict | None:
         """Train until the stage ends, or until more parameters start to train. In the latter case, return None."""
         if self.world.is_main:
             restore_folder(self.folder.stage(self.name) / "best")
@@ -142,7 +142,7 @@ class _Stage:
         best = self.folder.stage(self.name) / "best"
         validation = StageValidation(self.stage, self.settings.validation, validator, self.models, best, record)
         validation.start(engine)
-        self._train(engine, validation, stop, wandb)
+        self._train(engine, validation, stop, trackers)
         self.watch.doing(f"stage {self.name}: final validation and model", outside=True)
         summary = None
         if self.end == self.total_steps:
@@ -168,7 +168,7 @@ class _Stage:
         self.processor.names_pictures = True
         return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)
 
-    def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, wandb: WandB) -> None:
+    def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, trackers: Trackers) -> None:
         first, total, record = self.record["step"], self.total_steps, self.record
         # a stop comes before the validation of its step, so a validation may be logged that is not in the checkpoint
         kept = {"metrics": first, "validation": record.get("validated", 0), "bad_steps": first}
@@ -181,7 +181,7 @@ class _Stage:
         skips_bad, shared = self.settings.on_bad_sample == "skip", (self.world, self.watch, self.skips, self.bad_steps)
         runner = StepRunner(self.name, self.settings.seed, skips_bad, engine, self.objective, *shared)
         steps = self._steps(first, record.get("cursor"))
-        if not validation.on_schedule(engine, total, scores, wandb):
+        if not validation.on_schedule(engine, total, scores, trackers):
             raise Stopped(f"{self.name}: stopped during validation; run the same command to resume")
         for step in range(first, self.end):
             started = time.perf_counter()
@@ -194,12 +194,12 @@ class _Stage:
             record["image_tokens"] += values["image_tokens"]
             if metrics:
                 metrics.write(values)
-                wandb.log(self.name, values)
+                trackers.log(self.name, values)
                 progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             record["bad_steps"] = self.bad_steps.state
             self.watch.doing(f"{self.name} after step {step + 1}: validating, saving", outside=True)
-            stopping = done.stopping or not validation.on_schedule(engine, total, scores, wandb)
+            stopping = done.stopping or not validation.on_schedule(engine, total, scores, trackers)
             if stopping or step + 1 == self.end or self._is_save_due(step + 1, done.is_late):
                 for file in filter(None, (metrics, scores, bad_steps)):
                     file.sync()

@@ -12,7 +12,7 @@ from ..settings import Stage, Validation
 from .engine.stage_engine import StageEngine
 from .metrics import Metrics
 from .model_folder import ModelWriter
-from .tracking import WandB
+from .tracking import Trackers
 
 
 @dataclass
@@ -48,7 +48,7 @@ class StageValidation:
             with engine.evaluating():
                 self.record["validation_at_start"] = self.validator.loss(engine.model, self.options.samples)
 
-    def on_schedule(self, engine: StageEngine, end: int, scores: Metrics | None, wandb: WandB) -> bool:
+    def on_schedule(self, engine: StageEngine, end: int, scores: Metrics | None, trackers: Trackers) -> bool:
         """Validate if a validation is due and was not done before the stage was interrupted.
 
         Returns False if a stop signal interrupted it. The validation is then done when the stage resumes.
@@ -67,7 +67,9 @@ class StageValidation:
         self.record["validated"] = step
         if scores:
             scores.write({"step": step, **found})
-            wandb.log(self.stage.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}})
+            trackers.log(
+                self.stage.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}}
+            )
         self._keep_best(engine, step, found["loss"])
         return True
 

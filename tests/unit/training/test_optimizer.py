@@ -39,6 +39,17 @@ def test_decay_by_hand(name, expected):
     assert [schedule.rate(step, 1.0) for step in range(4)] == pytest.approx(expected)
 
 
+def test_wsd_is_stable_and_decays_linearly_at_the_end():
+    schedule = Schedule(options(name="wsd", warmup_steps=2, decay_ratio=0.4, min_lr=0.1), 10)
+    rates = [schedule.rate(step, 1.0) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, *[1.0] * 4, 0.775, 0.55, 0.325, 0.1])
+
+
+def test_constant_has_the_name_that_transformers_gives_it_too():
+    one, other = (Schedule(options(name=n, warmup_steps=2), 5) for n in ("constant", "constant_with_warmup"))
+    assert [one.rate(i, 2.0) for i in range(5)] == [other.rate(i, 2.0) for i in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
+
+
 def test_groups_by_part_and_decay_without_empty_ones():
     layer, norm = nn.Linear(3, 4), nn.LayerNorm(4)
     frozen = nn.Linear(3, 3).requires_grad_(False)
