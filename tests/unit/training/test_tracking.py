@@ -10,13 +10,6 @@ from vlmtrain.training.tracking import MLflow, TensorBoard, Trackers
 
 TEXTS = {"question": "q | r", "reference": "a", "prediction": "b", "blind_prediction": "c"}
 SAMPLE = {"pictures": [], **TEXTS, "exact": False}
-    "pictures": [],
-    "question": "q | r",
-    "reference": "a",
-    "prediction": "b",
-    "blind_prediction": "c",
-    "exact": False,
-}
 RUN = SimpleNamespace(wandb="disabled", loggers=(), wandb_project="project", composed={"seed": 3})
 
 
