@@ -21,11 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
+from ..time_limit import time_limit
 from .grading import check_grading
 from .records import IMAGE_MARK, BadSample, Conversation, Turn
 from .templates import BLIP, chat_template
 
 IGNORE = -100
+PROBE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Renderer:
         self._looks_ahead = False  # whether the text before an answer depends on what follows it
         self._no_system: str | None = "it contains only images and answers"
         if self._chat:
-            self._probe()
+            with time_limit(PROBE_SECONDS, f"template={template}: the chat template does not end"):
+                self._probe()
 
     def _probe(self) -> None:
         """Determine how the chat template renders turns. Raises BadSample, a ValueError, if it cannot be trained on."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken
 
+from vlmtrain.data import rendering
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendering import IGNORE, Rendered, Renderer
 from vlmtrain.data.templates import VICUNA_V1
@@ -361,6 +362,14 @@ def test_a_template_whose_markers_are_added_as_tokens_can_be_trained(tokenizer):
     assert subject.stop_ids[0] == end
     assert (tokens.input_ids == end).sum() == 2, "the end of each turn, but not the assistant's words"
     assert tokens.targets[tokens.weights > 0][-1] == end
+
+
+def test_a_template_that_does_not_end_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "PROBE_SECONDS", 0.3)
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match="template=chat: the chat template does not end"):
+        Renderer(endless, "chat", 100)
 
 
 def test_of_several_named_templates_the_default_is_used():
