@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """Raise ValueError with `message` in the block if it runs for longer. Outside the main thread, there is no limit."""
+    """Raise ValueError with `message` in a block that runs for longer; only the main thread has such a limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -113,3 +113,11 @@ def test_the_documented_keys_are_declared():
 
 def test_configurations_are_where_the_code_looks():
     assert (CONFIGS / "train.yaml").exists() and (RECIPES / "quickstart.yaml").exists()
+
+
+def test_a_job_of_multirun_is_not_named_after_what_all_jobs_share(monkeypatch):
+    """Hydra writes true as True."""
+    monkeypatch.setattr(sys, "argv", ["train", "--multirun", "recipe=mine", "mini=true", "seed=0,1", "workers=0"])
+    job = ["recipe=mine", "mini=True", "seed=1", "workers=0"]
+    hydra = {"mode": RunMode.MULTIRUN, "overrides": {"task": job}}
+    assert _swept(OmegaConf.create(hydra), "mine", "mine") == "-seed=1"
