@@ -403,8 +403,10 @@ def check_conversation(conversation: Conversation) -> None:
 def _check_content(conversation: Conversation) -> None:
     marks = sum(turn.text.count(IMAGE_MARK) for turn in conversation.turns if turn.role == "user")
     if marks != len(conversation.images):
+        hint = "" if marks else "; data.prepend_missing_marks=true puts images before the first question"
         raise BadSample(
             f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, but {len(conversation.images)} images"
+            f"{hint}"
         )
     for turn in conversation.turns:
         if _SURROGATE.search(turn.text):
