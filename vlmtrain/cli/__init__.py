@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from .. import __version__
-from . import ablate, chat, check, evaluate, export, features, import_model, plan, report, reproduce, tokens
+from . import ablate, chat, check, evaluate, export, features, import_model, plan, push, report, reproduce, tokens
 
 COMMANDS: dict[str, tuple[str, ModuleType]] = {
     "check": ("read a recipe's data as training does and list its problems", check),
@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, ModuleType]] = {
     "plan": ("estimate what a recipe needs: parameters, tokens, FLOPs, GPU-hours, memory", plan),
     "export": ("export a model for Hugging Face transformers", export),
     "import": ("convert a published LLaVA or BLIP-2 to a model folder, for init_from", import_model),
+    "push": ("upload a model folder or an export to the Hugging Face Hub", push),
     "ablate": ("train a recipe with several connectors and report which differ", ablate),
 }
 """By name: a summary, and a module with ``add_arguments(parser)`` and ``run(options)``."""
