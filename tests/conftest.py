@@ -114,5 +114,5 @@ def _run(program: Program | None, command: Sequence[str], check: bool, fresh: bo
     return done
 
 
-def metrics(run_dir: Path, stage: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(run_dir) / stage / "metrics.jsonl").read_text().splitlines()]
+def metrics(run_dir: Path, stage: str, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / stage / file).read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
@@ -72,6 +73,20 @@ def test_no_step_is_made_again_for_what_comes_behind_the_last(llava_files, tmp_p
     assert (tmp_path / "instruct" / "metrics.jsonl").read_bytes() == before
     assert_same(tmp_path, whole)
     assert not (tmp_path / "instruct" / "checkpoints").exists()
+
+
+def test_early_stopping_is_decided_by_the_validations_also_of_an_interrupted_run(llava_files, tmp_path):
+    options = ("validate_every=1", "early_stopping=2", "train.connector=1.0", "train.llm=1.0", "max_steps=9")
+    more = [f"stages.instruct.{option}" for option in options]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(*command(llava_files, whole, *more))
+    losses = [record["loss"] for record in metrics(whole, "instruct", "validation.jsonl")]
+    ends = next(i for i in range(2, 9) if min(losses[i - 1 : i + 1]) >= min(losses[: i - 1]))
+    summary = json.loads((whole / "instruct" / "summary.json").read_text())
+    assert summary["ended_early"] and summary["steps"] == len(losses) == ends + 1 < 9
+    assert struck(f"SIGTERM@metrics.jsonl:{ends + 1}", line=command(llava_files, parted, *more)).returncode == 0
+    train(*command(llava_files, parted, *more))
+    assert_same(parted, whole)
 
 
 def test_checkpoints_by_the_clock(llava_files, tmp_path):

@@ -19,7 +19,7 @@ _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "validate_every", "validation"}
 
 
 _ADDED = {"data.ignore": [], "data.repair": False}
-_ADDED_IN_STAGE = {"schedule.decay_ratio": 0.1}
+_ADDED_IN_STAGE = {"schedule.decay_ratio": 0.1, "early_stopping": None}
 
 
 def with_added(settings: Mapping[str, Any], stages: Iterable[str]) -> dict[str, Any]:

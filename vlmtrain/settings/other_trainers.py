@@ -44,6 +44,7 @@ _KEYS = {
     ("save_steps", "save_strategy", "every_n_train_steps"): "stages.STAGE.save_every",
     ("save_total_limit", "save_top_k"): "stages.STAGE.keep_last",
     ("eval_steps", "evaluation_strategy", "eval_strategy", "val_check_interval"): "stages.STAGE.validate_every",
+    ("early_stopping_patience",): "stages.STAGE.early_stopping",
     ("load_best_model_at_end", "metric_for_best_model"): "stages.STAGE.keep_best",
     ("report_to", "logger"): "loggers",
     ("project", "wandb_name"): "wandb_project",
@@ -77,7 +78,7 @@ _NOTES = {
     ("optim",): "The optimizer is always AdamW.",
     ("ema", "ema_decay", "neftune_noise_alpha", "label_smoothing_factor", "label_smoothing"): "It is not offered.",
     ("sequence_parallel", "sequence_parallel_size", "tensor_parallel_size"): "It is not offered.",
-    ("early_stopping_patience", "push_to_hub"): "It is not offered.",
+    ("push_to_hub",): "vlmtrain push uploads a model folder.",
 }
 
 

@@ -150,6 +150,7 @@ class Stage:
     keep_last: int = key(whole(1))  # checkpoints
     keep_best: bool = key(SWITCH)  # the lowest validation loss
     validate_every: int | None = key(optional(whole(1)))  # steps
+    early_stopping: int | None = key(optional(whole(1)))  # validations without a lower loss that end the stage
     expected: Expected = key(section(Expected))
 
     @property
@@ -180,8 +181,10 @@ class Stage:
     def __post_init__(self) -> None:
         self._check_parts()
         self._check_training()
-        if self.keep_best and (self.validate_every is None or self.validation is None):
-            raise ValueError(f"{self.prefix}.keep_best=true needs {self.prefix}.validate_every and validation")
+        for option in ("keep_best", "early_stopping"):
+            if getattr(self, option) and (self.validate_every is None or self.validation is None):
+                value = str(getattr(self, option)).lower()
+                raise ValueError(f"{self.prefix}.{option}={value} needs {self.prefix}.validate_every and validation")
         if self.pack_by and self.layout != "packed":
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
 

@@ -84,21 +84,22 @@ class _Stage:
         self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
         self.source = self._source(self.stage.data)
         self.batching = build_batching(self.source, self.processor, stage, world.size)
-        self.total_steps = self.stage.max_steps or self.batching.steps_per_epoch * self.stage.epochs
+        planned = self.stage.max_steps or self.batching.steps_per_epoch * self.stage.epochs
         self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.stage.keep_last, world)
         self.record = self.checkpoints.newest()
+        self.total_steps = self.record.get("ended_early", planned)
         groups = trained_groups(stage, self.parts)
         self.groups = [group for group in groups if group.from_step <= self.record["step"]]
         self.waiting = [group for group in groups if group.from_step > self.record["step"]]
         self.end = min([self.total_steps, *(group.from_step for group in self.waiting)])
-        check_starts(groups, stage, self.total_steps)
+        check_starts(groups, stage, planned)
         self.models = ModelWriter(settings, stage, self.parts, self.groups, self.processor, previous, world)
         freeze(self.parts, self.groups, self.stage.gradient_checkpointing)
         if self.stage.layout == "packed":
             attend_in_segments(self.parts["llm"])
         if settings.compile:
             compile_blocks(self.parts)
-        self.schedule = Schedule(stage.schedule, self.total_steps)
+        self.schedule = Schedule(stage.schedule, planned)
 
     def _source(self, split: str) -> Mixture:
         return build_source(self.settings.data, split, image_size_of(self.parts), self.settings.seed)
@@ -183,6 +184,8 @@ class _Stage:
         steps = self._steps(first, record.get("cursor"))
         if not validation.on_schedule(engine, total, scores, trackers):
             raise Stopped(f"{self.name}: stopped during validation; run the same command to resume")
+        if validation.ends_early:  # by the validation of the step after which the run was stopped
+            self.end = self.total_steps = record["ended_early"] = first
         for step in range(first, self.end):
             started = time.perf_counter()
             self.watch.doing(f"{self.name} step {step + 1}: waiting for data")
@@ -200,12 +203,18 @@ class _Stage:
             record["bad_steps"] = self.bad_steps.state
             self.watch.doing(f"{self.name} after step {step + 1}: validating, saving", outside=True)
             stopping = done.stopping or not validation.on_schedule(engine, total, scores, trackers)
+            if validation.ends_early:
+                self.end = self.total_steps = record["ended_early"] = step + 1
             if stopping or step + 1 == self.end or self._is_save_due(step + 1, done.is_late):
                 for file in filter(None, (metrics, scores, bad_steps)):
                     file.sync()
                 self._save(engine, is_needed=stopping or step + 1 < total)
             if stopping:
                 raise Stopped(f"{self.name}: stopped after step {step + 1} of {total}; run the same command to resume")
+            if validation.ends_early:
+                if self.world.is_main:
+                    logger.info(f"{self.name}: ends after step {step + 1}: {validation.ends_early}")
+                break
         for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
 
@@ -272,6 +281,7 @@ class _Stage:
             "loss_spikes": self.bad_steps.spikes,
             "checkpoints": self.checkpoints.cost,
             "best": self.record.get("best"),
+            "ended_early": "ended_early" in self.record,
             "data": {name: {"samples": n, "share": n / total} for name, n in zip(self.source.sources, drawn)},
             "world_size": self.world.size,
             "validation": scores,

@@ -71,7 +71,20 @@ class StageValidation:
                 self.stage.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}}
             )
         self._keep_best(engine, step, found["loss"])
+        lowest = self.record.get("lowest_loss")
+        if lowest is None or found["loss"] < lowest:
+            self.record |= {"lowest_loss": found["loss"], "not_lower": 0}
+        else:
+            self.record["not_lower"] = self.record.get("not_lower", 0) + 1
         return True
+
+    @property
+    def ends_early(self) -> str:
+        """Why the stage ends before its last step; an empty string if it does not."""
+        patience, count = self.stage.early_stopping, self.record.get("not_lower", 0)
+        if patience is None or count < patience:
+            return ""
+        return f"{count} validations without a lower loss than {self.record['lowest_loss']:.4f}"
 
     def finish(self, engine: StageEngine, end: int) -> tuple[dict | None, list[dict]]:
         """Compute the scores and answers after the last step."""
