@@ -64,7 +64,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
     rate = 2e-3
-    with torch.no_grad():  # the run initialises A with other random numbers; start from the same values
+    with torch.no_grad():  # the run initializes A with other random numbers; start from the same values
         for name, parameter in wrapped.named_parameters():
             if "lora_A" in name:
                 torch.manual_seed(sum(map(ord, name.removeprefix("base_model.model."))))

@@ -118,7 +118,7 @@ def test_every_stage_has_a_card_of_its_facts(run_dir, llava_files, tmp_path):
     exported = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(exported.split("---")[1])["library_name"] == "transformers"
     assert done.model_class in exported and "4 x 4" in exported and "import vlmtrain" in exported
-    assert exported.count("\n# ") == 1 and exported.count("## Licence") == 1
+    assert exported.count("\n# ") == 1 and exported.count("## License") == 1
 
 
 def known_by(path: Path) -> str:

@@ -65,7 +65,7 @@ EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
 class Parity(NamedTuple):
     """How two models agree on the same conversations, one by one and in one batch.
 
-    logits: largest difference, relative to the largest; pixels: in grey levels of 255. spread: how far the answers'
+    logits: largest difference, relative to the largest; pixels: in gray levels of 255. spread: how far the answers'
     first logits lie apart, which shows whether images and text matter.
     """
 
@@ -147,7 +147,7 @@ def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Par
         all(_same_prompt(ours["batch"], theirs["ids"]) for ours, theirs in pairs),
         max(difference(theirs["logits"], ours["logits"]) for ours, theirs in pairs),
         all(ours["answer"] == theirs["answer"] for ours, theirs in pairs),
-        max(grey_levels(theirs["pixels"], ours) for ours, theirs in zip(answers, found["alone"])),
+        max(gray_levels(theirs["pixels"], ours) for ours, theirs in zip(answers, found["alone"])),
         float(ends.std(0).max() / ends.abs().max()),
     )
 
@@ -164,7 +164,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return relative_difference(found[..., : expected.shape[-1]], expected)
 
 
-def grey_levels(pixels: Tensor, ours: dict) -> float:
+def gray_levels(pixels: Tensor, ours: dict) -> float:
     """The largest difference of pixels, of 255 levels. LLaVA-NeXT pads images to the same number of views."""
     batch = ours["batch"]
     expected = batch.images

@@ -119,7 +119,7 @@ def test_names_are_not_taken_twice():
     assert "none" not in CONNECTORS
 
 
-# Hydra's behaviour
+# Hydra's behavior
 
 
 def test_cfg_shows_what_applies(tmp_path):

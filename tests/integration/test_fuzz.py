@@ -165,7 +165,7 @@ def inside(name: str, folder: Path) -> bytes | None:
 
 
 def standard_json(data: bytes) -> object:
-    """The result of the standard parser for bytes; bytes that are not UTF-8 stay recognisable."""
+    """The result of the standard parser for bytes; bytes that are not UTF-8 stay recognizable."""
     return json.loads(data.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
 
 

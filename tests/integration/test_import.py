@@ -269,7 +269,7 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_that_cannot_be_downloaded_is_named(tmp_path):
-    words = "nobody/nothing is neither a folder nor a hub id that can be downloaded"
+    words = "nobody/nothing is neither a folder nor a Hub ID that can be downloaded"
     with pytest.raises(ValueError, match=words) as refused:  # the tests are offline
         import_model(Path("nobody/nothing"), tmp_path / "out")
     assert "\n" not in str(refused.value)

@@ -3,7 +3,7 @@
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     {"role": "user", "content": "<image>\\nWhat is this?"}
 
-Both are the same turn: images and text keep their order, with a newline between an image and its neighbours.
+Both are the same turn: images and text keep their order, with a newline between an image and its neighbors.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ class HFVisionOptions(Encoder):
     """A vision encoder from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
-    path: str = key(TEXT)  # hub ID or folder
-    trust_remote_code: bool = key(SWITCH)  # run code from the hub ID or folder
+    path: str = key(TEXT)  # Hub ID or folder
+    trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     image_mean: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
     image_std: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
     name: ClassVar[None] = None
@@ -143,10 +143,10 @@ class HFLLM:
     """A causal language model from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
-    path: str = key(TEXT)  # hub ID or folder
+    path: str = key(TEXT)  # Hub ID or folder
     chat_template: str | None = key(optional(TEXT))  # if the tokenizer has none
     new_tokens: tuple[str, ...] = key(WORDS)  # added to the tokenizer
-    trust_remote_code: bool = key(SWITCH)  # run code from the hub ID or folder
+    trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     config: ClassVar[None] = None
 

@@ -77,7 +77,7 @@ class ConnectorText:
     """Text input of a connector that reads text."""
 
     read: str | None = key(optional(one_of("instruction", "answer")))  # null: nothing
-    bert: str | None = key(optional(TEXT))  # hub ID or folder; null: the LLM's tokenizer
+    bert: str | None = key(optional(TEXT))  # Hub ID or folder; null: the LLM's tokenizer
     max_length: int = key(whole(1))  # tokens, [CLS] and [SEP] included
 
 
@@ -138,7 +138,7 @@ class Stage:
     max_length: int = key(whole(2))  # tokens
     epochs: int = key(whole(1))
     max_steps: int | None = key(optional(whole(1)))  # optimizer steps; null: epochs
-    batch_size: int = key(whole(1, 10**6))  # samples per optimiser step, over all ranks
+    batch_size: int = key(whole(1, 10**6))  # samples per optimizer step, over all ranks
     micro_batch_size: int | None = key(optional(whole(1)))  # samples per rank
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))

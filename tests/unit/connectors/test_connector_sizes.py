@@ -48,7 +48,7 @@ def test_qformer_parts():
         text = build_connector("qformer", 1408, 2560, text_vocab=30523)
     core = sum(parameter.numel() for parameter in plain.core.parameters()) - plain.core.query_tokens.numel()
     assert f"{core / 1e6:.1f}" == "105.1"
-    # The first stage adds its heads: two projections of width 256, a matching head and a tied language modelling head.
+    # The first stage adds its heads: two projections of width 256, a matching head and a tied language modeling head.
     stage_one = sum(parameter.numel() for parameter in text.core.parameters())
     stage_one += 2 * (768 * 256 + 256) + (768 * 2 + 2) + (768 * 768 + 768) + 2 * 768 + 30523
     assert f"{stage_one / 1e6:.1f}" == "186.7"

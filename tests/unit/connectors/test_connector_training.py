@@ -153,7 +153,7 @@ def test_qformer_core_runs_the_three_passes_of_stage_one():
     assert relative_error(both[:, 5:], connector.core(text_ids=ids)) < 1e-5
 
 
-def test_scan_orders_on_a_labelled_grid():
+def test_scan_orders_on_a_labeled_grid():
     """0 1 2
     3 4 5"""
     assert scan_orders(2, 3, "bidirectional").tolist() == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
@@ -231,7 +231,7 @@ def test_deformable_attention_starts_by_looking_around():
     assert not layer.attention_weights.weight.any() and not layer.sampling_offsets.weight.any()
 
 
-def test_reference_points_start_on_patch_centres():
+def test_reference_points_start_on_patch_centers():
     points = small("d_abstractor", (3, 6), grid=3, hidden_size=32, depth=1).reference_points[0]
     assert torch.allclose(points[0], torch.tensor([0.5 / 6, 0.5 / 3]))
     assert torch.allclose(points[1], torch.tensor([0.5, 0.5 / 3]))

@@ -67,7 +67,7 @@ def test_pad_keeps_the_aspect_and_fills_with_the_mean_color(wide):
     assert (fitted[:2] == fill).all() and (fitted[14:] == fill).all()
 
 
-def test_padding_is_nearly_zero_once_normalised():
+def test_padding_is_nearly_zero_once_normalized():
     fitted = to_tensor(fit_image(Image.new("RGB", (40, 20), RED), (16, 16), "pad", MEAN), MEAN, STD)
     assert fitted[:, 0].abs().max() < 1 / 255 / min(STD) + 1e-6
 
@@ -111,7 +111,7 @@ def test_the_thinnest_picture_that_is_let_in_is_still_seen(fit):
             assert (fitted == RED).all(-1).any()
 
 
-def test_crop_keeps_the_centre_and_the_aspect():
+def test_crop_keeps_the_center_and_the_aspect():
     image = Image.new("RGB", (80, 20), RED)
     image.paste(GREEN, (30, 0, 50, 20))
     assert (pixels(fit_image(image, (20, 20), "crop", MEAN)) == GREEN).all()
@@ -140,7 +140,7 @@ def test_a_picture_of_the_right_size_is_left_alone():
         assert (pixels(fit_image(noise(30, 12), (12, 30), fit, MEAN)) == pixels(noise(30, 12))).all()
 
 
-def test_normalisation_equals_torchvision():
+def test_normalization_equals_torchvision():
     image = noise(9, 7)
     reference = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(image)
     torch.testing.assert_close(to_tensor(image, MEAN, STD), torch.Tensor(reference), rtol=0, atol=1e-6)
@@ -204,9 +204,9 @@ def test_transparent_pixels_become_white(tmp_path):
     rgba.putpixel((1, 0), (10, 20, 30, 255))
     rgba.putpixel((2, 0), (0, 0, 0, 51))
     assert pixels(load(tmp_path / "rgba.png", rgba))[0].tolist()[:3] == [[255] * 3, [10, 20, 30], [204] * 3]
-    grey = Image.new("LA", (2, 1), (0, 0))
-    grey.putpixel((1, 0), (90, 255))
-    assert pixels(load(tmp_path / "la.png", grey))[0].tolist() == [[255] * 3, [90] * 3]
+    gray = Image.new("LA", (2, 1), (0, 0))
+    gray.putpixel((1, 0), (90, 255))
+    assert pixels(load(tmp_path / "la.png", gray))[0].tolist() == [[255] * 3, [90] * 3]
 
 
 def test_palette_with_a_transparent_color(tmp_path):
@@ -240,13 +240,13 @@ def test_cmyk_becomes_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("suffix, dtype", [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2")])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix, dtype):
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path, suffix, dtype):
     values = np.array([[0, 255, 256, 1000, 32768, 65535]], dtype)
     loaded = pixels(load(tmp_path / f"image.{suffix}", Image.fromarray(values)))
     assert loaded[0].tolist() == [[v // 256] * 3 for v in values[0].tolist()]
 
 
-def test_16_bit_grey_is_scaled_with_a_transparent_color_too(tmp_path):
+def test_16_bit_gray_is_scaled_with_a_transparent_color_too(tmp_path):
     values = np.array([[1000, 32768, 65535]], np.uint16)
     loaded = pixels(load(tmp_path / "image.png", Image.fromarray(values), transparency=5))
     assert loaded[0].tolist() == [[3] * 3, [128] * 3, [255] * 3]
@@ -289,7 +289,7 @@ def test_a_bitmap_of_two_colors(tmp_path):
 
 @pytest.mark.parametrize("values", [np.full((2, 2), 70_000, np.int32), np.full((2, 2), 0.5, np.float32)])
 def test_pixels_without_a_known_range_are_refused(tmp_path, values):
-    with pytest.raises(BadSample, match=r"image\.tif cannot be decoded: grey values"):
+    with pytest.raises(BadSample, match=r"image\.tif cannot be decoded: gray values"):
         load(tmp_path / "image.tif", Image.fromarray(values))
 
 

@@ -19,7 +19,7 @@ STEPS = 4
 
 
 class Flat:
-    """An image of one grey value, which identifies its sample."""
+    """An image of one gray value, which identifies its sample."""
 
     def __init__(self, value: int):
         self.value = value

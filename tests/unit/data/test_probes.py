@@ -31,7 +31,7 @@ def questions(conversation: Conversation) -> list[tuple[str, str, str]]:
 
 
 def side_of(first, second) -> str:
-    """Side of the second item on which the first one is, by their centres."""
+    """Side of the second item on which the first one is, by their centers."""
     across, down = first.x - second.x, first.y - second.y
     if abs(across) > abs(down):
         return "west" if across < 0 else "east"
@@ -39,7 +39,7 @@ def side_of(first, second) -> str:
 
 
 def place_of(item, cells: int) -> str:
-    """Name of the place of an item, by its centre."""
+    """Name of the place of an item, by its center."""
     down, across = (min(cells - 1, int(at * cells)) for at in (item.y, item.x))
     if cells == 2:
         return ("north", "south")[down] + ("west", "east")[across]

@@ -57,7 +57,7 @@ def test_there_are_as_many_picture_positions_as_visual_tokens(processor):
     assert batch.images.equal(torch.cat([samples[row].images for row in (0, 2, 3)]))
 
 
-def test_pictures_are_fitted_and_normalised(processor):
+def test_pictures_are_fitted_and_normalized(processor):
     (image,) = processor(conversation(1)).images
     # a 20 x 16 image (H x W) fitted to 8 x 12: on a canvas of 20 x 30, seven columns from its left edge
     inside = Image.new("RGB", (30, 20), tuple(int(255 * channel) for channel in GEOMETRY.mean))

@@ -35,7 +35,7 @@ def answer(prediction: str, reference: str = "red", number: int = 0, likelihoods
         ("somebody'd", "somebodyd"),
     ],
 )
-def test_answers_are_normalised_as_officially(said, means):
+def test_answers_are_normalized_as_officially(said, means):
     assert normalise(said) == means
 
 
@@ -46,7 +46,7 @@ def test_vqa_accuracy_leaves_one_person_out_in_turn():
     assert vqa_accuracy("the Red!", three) == vqa_accuracy("red", three)
     assert vqa_accuracy("red", ["red"] * 1 + ["blue"] * 9) == pytest.approx(9 * (1 / 3) / 10)
     assert vqa_accuracy("red", ["red"] * 10) == 1 and vqa_accuracy("green", three) == 0
-    # where all agree nothing is normalised, as in the official program
+    # where all agree nothing is normalized, as in the official program
     assert vqa_accuracy("Red", ["red"] * 10) == 0
 
 
@@ -99,7 +99,7 @@ def test_choices_are_taken_by_likelihood_with_and_without_length():
     assert scores["choice_accuracy"] == 1 and scores["choice_accuracy_normalised"] == 0
 
 
-def test_metrics_are_recognised_by_what_records_carry_and_counted_by_category():
+def test_metrics_are_recognized_by_what_records_carry_and_counted_by_category():
     answers = [
         answer("red", category="color"),
         answer("blue", category="color", answers=("red",) * 5 + ("blue",) * 5),

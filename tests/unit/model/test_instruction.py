@@ -34,7 +34,7 @@ def built(request, tokenizer) -> tuple[VLMWrapper, Processor]:
     reader = TextReader(tokenizer, "instruction", 16)
     options = {**CONNECTORS[request.param], "text_vocab": reader.vocabulary.size}
     connector = make_connector(request.param, vision, llm, options)
-    with torch.no_grad():  # away from an initialisation at which all outputs are alike
+    with torch.no_grad():  # away from an initialization at which all outputs are alike
         for parameter in connector.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)

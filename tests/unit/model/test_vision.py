@@ -63,7 +63,7 @@ def pictures(height: int = SIDE, width: int = SIDE) -> Tensor:
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Randomise all parameters: newly initialised position tables and norms would hide errors."""
+    """Randomize all parameters: newly initialized position tables and norms would hide errors."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -233,7 +233,7 @@ def test_hf_refuses_a_size_that_patches_do_not_divide(hf):
             build_vision("hf", path=str(folder), image_size=size)
 
 
-def test_hf_without_normalisation_says_what_to_set(hf):
+def test_hf_without_normalization_says_what_to_set(hf):
     _, _, folder = hf
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"set vision\.image_mean and vision\.image_std"):

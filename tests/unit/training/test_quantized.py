@@ -34,7 +34,7 @@ VALUES = torch.tensor(
 
 
 def unpacked(weight: torch.Tensor) -> torch.Tensor:
-    """What bitsandbytes makes of a weight's 4 bits, doubly quantised, in fp32."""
+    """What bitsandbytes makes of a weight's 4 bits, doubly quantized, in fp32."""
     codes, state = bnb.quantize_4bit(weight.detach().bfloat16(), compress_statistics=True, quant_type="nf4")
     state.dtype = torch.float32
     return bnb.dequantize_4bit(codes, state)

@@ -1,4 +1,4 @@
-"""Initialises the process group with DeepSpeed, for the ranks of torchrun or a single process."""
+"""Initializes the process group with DeepSpeed, for the ranks of torchrun or a single process."""
 
 from __future__ import annotations
 
