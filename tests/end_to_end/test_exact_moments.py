@@ -94,4 +94,4 @@ def test_a_frozen_part_that_changed_under_the_run_is_named(llava_files, tmp_path
     model.save_pretrained(start)
     processor.save_pretrained(start)
     refused = train(*free, check=False)
-    assert refused.returncode == 2 and "stage instruct began with other weights of its vision" in refused.stderr
+    assert refused.returncode == 2 and "stage instruct started with different weights for vision" in refused.stderr

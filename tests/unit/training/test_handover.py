@@ -143,7 +143,8 @@ def test_pictures_that_are_prepared_otherwise_than_before_are_said(tmp_path):
     (tmp_path / "processor" / "processor.json").write_text(json.dumps({"geometry": {"fit": "crop"}}))
     line = [*INSTRUCT_ON, start, "stages.instruct.image_fit=pad"]
     (said,) = overruled_fit(compose(line), [])
-    assert f"stages.instruct.image_fit=pad, but {start} has crop: stages.instruct.image_fit=crop keeps it" in said
+    expected = f"stages.instruct.image_fit=pad, but the model in {start} was trained with crop; set "
+    assert expected + "stages.instruct.image_fit=crop to keep its preprocessing" in said
     assert overruled_fit(compose([*line[:-1], "stages.instruct.image_fit=crop"]), []) == []
     assert overruled_fit(compose(line), ["align"]) == []  # what went before is then the run's own
     assert overruled_fit(compose(["recipe=llava_1_5", "mini=true"]), []) == []
