@@ -1,4 +1,4 @@
-"""VQA accuracy: an answer scores by how many annotators gave it, after the official normalization.
+"""VQA accuracy: an answer is scored by the number of annotators who gave it, after the official normalization.
 
 Antol et al., 2015; the normalization is that of the official evaluation code (GT-Vision-Lab/VQA), quirks included.
 """
@@ -33,7 +33,7 @@ def _contractions() -> dict[str, str]:
     known = {"somebody'd": "somebodyd"}  # as in the official table
     for whole in _CONTRACTED.split():
         known |= {whole[:i] + whole[i + 1 :]: whole for i, letter in enumerate(whole) if letter == "'"}
-    # left out, as the official code has them with a capital but looks them up in lower case: I'm, I've, I'd've
+    # I'm, I've and I'd've are left out: the official table has them in upper case, but is looked up in lower case
     return known
 
 

@@ -61,7 +61,7 @@ def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
 
 
 def trained_parts(groups: Sequence[Group]) -> set[str]:
-    """The parts of which something trains."""
+    """Parts with at least one trained parameter."""
     return {group.part for group in groups}
 
 
