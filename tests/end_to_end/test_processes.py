@@ -54,7 +54,7 @@ def test_a_second_run_on_a_folder_is_refused_and_harms_nothing(llava_files, tmp_
         kill(tree(process))
 
 
-def test_a_processs_peak_is_its_own_and_not_what_its_parent_held():
+def test_a_process_reports_its_own_peak_memory():
     own = "import vlmtrain.distributed.processes as own; held = bytearray(2 * 10**8); print(own.peak_resident_bytes())"
     parent = f"import subprocess, sys; held = bytearray(10**9); subprocess.run([sys.executable, '-c', {own!r}])"
     found = int(run(sys.executable, "-c", parent).stdout)

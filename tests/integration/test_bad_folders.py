@@ -40,7 +40,7 @@ def model(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_model_without_a_language_model_answers_nothing(model, capsys):
+def test_a_model_without_a_language_model_cannot_answer(model, capsys):
     manifest = json.loads((model / "vlmtrain.json").read_text())
     for part in ("connector", "llm"):
         del manifest["parts"][part]
@@ -113,7 +113,7 @@ def test_an_untied_head_where_a_tied_one_is_expected(tmp_path, tokenizer):
 # a published model as the start of a run
 
 
-def test_init_from_takes_published_models_in(tmp_path, llava_files):
+def test_init_from_imports_published_models(tmp_path, llava_files):
     build_llava(tmp_path / "hf")
     line = ["recipe=llava_1_5", "mini=true", "stage=instruct", f"init_from={tmp_path / 'hf'}", "data.validation=null"]
     line += [*data_overrides(llava_files)[:-1], f"run_dir={tmp_path / 'run'}", "engine=zero0"]
@@ -128,7 +128,7 @@ def test_init_from_takes_published_models_in(tmp_path, llava_files):
     assert "is finished" in train(*line, "stages.instruct.max_steps=1").stdout  # the same command again
 
 
-def test_init_from_says_what_it_cannot_take(tmp_path, model):
+def test_init_from_names_what_it_cannot_import(tmp_path, model):
     line = ["recipe=llava_1_5", "mini=true", "stage=instruct", f"run_dir={tmp_path / 'run'}"]
     for given, words in (
         (model / "llm", "llm/config.json: model_type is llama, expected llava or"),

@@ -19,7 +19,7 @@ def exported(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", BLIP_CASES)
-def test_transformers_alone_gives_the_same(name, exported):
+def test_transformers_alone_gives_the_same_results(name, exported):
     parity = exported[name]["parity"]
     assert (parity.model_class, parity.module) == (BLIP_CASES[name].becomes, "transformers")
     check(parity, 1e-5)

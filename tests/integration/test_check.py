@@ -206,7 +206,7 @@ def test_totals_are_those_of_the_good_records(data, checked):
     assert checked["align"]["sources"]["align"]["duplicates"] == 0
 
 
-def test_lengths_are_spread_as_their_histogram_says(data, checked):
+def test_the_histogram_agrees_with_the_lengths(data, checked):
     report = checked["instruct"]["sources"]["instruct"]
     lengths = [counted([record], "chat")["tokens"] for record in data["good"]]
     assert (report["length"]["shortest"], report["length"]["longest"]) == (min(lengths), max(lengths))
@@ -234,7 +234,7 @@ def table_numbers(text: str, stage: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_table_says_the_same_as_the_json(data, checked, workers, capsys):
+def test_the_table_agrees_with_the_json(data, checked, workers, capsys):
     text = check(*data_overrides(data["files"]), "--workers", workers, code=1, capsys=capsys)
     for stage in ("align", "instruct"):
         (report,) = checked[stage]["sources"].values()
@@ -267,7 +267,7 @@ def test_samples_are_shown_with_what_is_trained_on_marked(data, capsys):
     assert instruct[2].strip() == second
 
 
-def test_data_without_a_fault_end_in_success(data, capsys):
+def test_valid_data_exits_with_success(data, capsys):
     files = {**data["files"], "instruct": data["files"]["images"].parent / "validation.json"}
     assert "problems  0" in check(*data_overrides(files), code=0, capsys=capsys)
 
@@ -322,7 +322,7 @@ def test_a_mixture_is_reported_by_source(data, tmp_path, capsys):
 # the clean list
 
 
-def test_a_clean_list_trains_without_a_skip(data, tmp_path, capsys):
+def test_training_with_a_clean_list_skips_nothing(data, tmp_path, capsys):
     held_out = tmp_path / "held_out.json"
     held_out.write_text(json.dumps([good_record(0), DEFECTS["missing picture"][0], good_record(1)]))
     clean = tmp_path / "clean.json"
@@ -356,7 +356,7 @@ def test_a_clean_list_of_other_records_is_refused(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"instruct": {"instruct": {"records": 3}}}', '{"instruct": [3]}'])
-def test_a_clean_list_that_is_none_is_refused(data, tmp_path, content, capsys):
+def test_a_file_that_is_not_a_clean_list_is_refused(data, tmp_path, content, capsys):
     clean = tmp_path / "clean.json"
     clean.write_text(content)
     error = check(*data_overrides(data["files"]), f"data.clean_list={clean}", "stage=instruct", code=2, capsys=capsys)

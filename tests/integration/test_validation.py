@@ -74,7 +74,7 @@ def test_a_stop_signal_ends_validation_between_batches(model):
 
 
 @torch.no_grad()
-def test_choices_are_as_likely_as_their_tokens_one_after_another(model, questions):
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens(model, questions):
     wrapper, processor = model
     found = validator(model, questions).answers(wrapper, None)
     asked = [answer for answer in found if answer.likelihoods]
@@ -102,7 +102,7 @@ def test_batches_of_any_size_give_the_same_answers_and_likelihoods(model, questi
 
 
 @torch.no_grad()
-def test_blind_values_are_those_of_gray_pictures(model, questions):
+def test_blind_values_are_those_of_gray_images(model, questions):
     wrapper, processor = model
     mean = tuple(round(255 * value) for value in processor.geometry.mean)
 

@@ -37,7 +37,7 @@ def test_the_table_has_every_recipe():
 
 
 @pytest.mark.parametrize("recipe", ROWS)
-def test_the_table_says_what_the_recipe_does(recipe):
+def test_the_table_agrees_with_the_recipes(recipe):
     stages, trained, learning_rates, source = (cell.split("; ") for cell in ROWS[recipe])
     settings = compose([f"recipe={recipe}"])
     assert stages == list(settings.stages) and source != [""]

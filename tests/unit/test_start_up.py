@@ -42,7 +42,7 @@ def test_training_loads_only_what_it_uses(tmp_path):
     assert not {*unused, "sacrebleu"} & found
 
 
-def test_every_command_multiplies_on_a_gpu_as_training_does(monkeypatch):
+def test_every_command_uses_the_matmul_precision_of_training(monkeypatch):
     products = torch.backends.cuda.matmul
     before, products.allow_tf32 = products.allow_tf32, False
     try:

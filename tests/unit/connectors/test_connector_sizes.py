@@ -54,7 +54,7 @@ def test_qformer_parts():
     assert f"{stage_one / 1e6:.1f}" == "186.7"
 
 
-def test_qwen_vl_without_what_lives_in_the_tower():
+def test_qwen_vl_without_the_parts_that_belong_to_the_tower():
     with torch.device("meta"):
         connector = build_connector("qwen_vl_resampler", 1664, 4096)
     tower = connector.proj.numel() + sum(parameter.numel() for parameter in connector.ln_post.parameters())

@@ -53,7 +53,7 @@ def test_annotations_that_evaluation_cannot_use_are_a_problem_of_evaluation_alon
     assert [(turn.role, turn.text) for turn in turns] == [("user", "a?"), ("assistant", "b")]
 
 
-def test_the_formats_carry_it(tmp_path):
+def test_all_formats_read_annotations(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     talk = [human("<image>\nWhat?"), {**gpt("red"), "choices": ["red", "blue"]}]
     records = [

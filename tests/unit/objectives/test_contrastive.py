@@ -71,7 +71,7 @@ def test_captions_that_begin_with_the_end_token_differ(tokenizer):
 @pytest.mark.parametrize(
     "more, fits", [(["stages.contrast.max_length=40"], True), (["stages.contrast.max_length=41"], False)]
 )
-def test_captions_longer_than_the_text_towers_positions_are_refused_at_the_door(more, fits, tmp_path):
+def test_captions_longer_than_the_text_towers_positions_are_refused_before_training(more, fits, tmp_path):
     settings = compose(["recipe=clip", "mini=true", *more])
     for door in (lambda: check_stages(settings, RunFolder(tmp_path)), lambda: plan_run(settings, Machine())):
         if fits:

@@ -169,7 +169,7 @@ def test_matching_equals_hugging_faces_scores(parts, features, reference, drawn)
     assert float(found) == pytest.approx(float(sum(triplets)) / 3, rel=1e-5)
 
 
-def test_another_that_is_the_pair_itself_belongs_together(parts, features, monkeypatch):
+def test_a_negative_that_equals_the_pair_counts_as_a_match(parts, features, monkeypatch):
     monkeypatch.setattr(qformer_pretraining, "_draw", lambda scores, pairs, seed, number: pairs.mine)
     model, objective = parts
     itself = objective.losses(model, batch(), features).matching
@@ -199,7 +199,7 @@ def test_generation_equals_hugging_faces_states_under_its_mask(parts, features, 
     assert float(found) == pytest.approx(float(total) / count * PAIRS, rel=1e-5)
 
 
-def test_a_caption_is_written_from_left_to_right(parts, features):
+def test_a_caption_is_predicted_from_left_to_right(parts, features):
     """The loss of a word does not hang on the words behind it, nor the queries on any."""
     model, objective = parts
     core, vision = model.connector.core, sequence(features)[:1]
@@ -252,7 +252,7 @@ def test_every_parameter_gets_a_gradient(parts, features):
     assert model.connector.core.embedding.words.weight.grad[unread].any()
 
 
-def test_pictures_carry_a_gradient_also_as_anothers(parts, features, monkeypatch):
+def test_images_get_gradients_also_as_negatives(parts, features, monkeypatch):
     model, objective = parts
 
     def pull(of: int, detached: bool) -> Tensor:
@@ -273,7 +273,7 @@ def test_pictures_carry_a_gradient_also_as_anothers(parts, features, monkeypatch
 # who is drawn
 
 
-def test_others_are_drawn_by_similarity_and_never_the_row_itself():
+def test_negatives_are_drawn_by_similarity_and_are_never_the_row_itself():
     scores = torch.tensor([[9.0, 0.0, 1.0, 2.0], [0.0, 9.0, 0.0, 0.0]])
     share = Share([2, 2], 0)  # this rank's rows are the first and the third that were dealt
     mine = share.mine(scores.device)
@@ -291,7 +291,7 @@ def test_others_are_drawn_by_similarity_and_never_the_row_itself():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_row_draws_alike_on_any_rank(number):
+def test_a_row_draws_the_same_negative_on_any_rank(number):
     scores = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     alone = Share([5], 0)
     one = qformer_pretraining._draw(scores, Pairs(*[None] * 3, 5, alone, alone.mine(scores.device)), 7, number)
@@ -308,7 +308,7 @@ def test_a_row_draws_alike_on_any_rank(number):
 # a BERT to start from
 
 
-def test_it_starts_as_a_bert(parts):
+def test_it_starts_from_the_weights_of_a_bert(parts):
     model, objective = parts
     config = BertConfig(
         vocab_size=VOCABULARY - 1,

@@ -78,7 +78,7 @@ def test_an_encoder_of_the_library_is_planned_in_the_precision_that_it_runs_in(t
         assert {p.dtype for p in built.parameters()} == {p.dtype for p in planned.parameters()} == {precision}
 
 
-def test_suggestions_are_what_training_takes():
+def test_training_accepts_the_suggestions():
     (clip,) = plan("recipe=clip", gpus=8).values()
     assert clip.suggested_micro_batch_size in (None, clip.batch_size // 8)  # compared samples are one micro-batch
     small = plan("recipe=clip", "stages.contrast.batch_size=64", gpus=8)["contrast"]
@@ -168,7 +168,7 @@ def test_what_begins_to_train_later_costs_its_gradients_from_then_on():
         plan(*line, group % 14, "stages.instruct.max_steps=null", "data.instruct.size=420")  # 32 a step
 
 
-def test_a_stage_without_a_language_model_shows_what_it_handles(capsys):
+def test_a_stage_without_a_language_model_shows_its_visual_tokens(capsys):
     (stage,) = plan("recipe=blip2", "mini=true", "stage=represent").values()
     assert stage.view_tokens == {"vision": 17, "connector": 16} and stage.picture_tokens == (0, 0)  # 4 x 4 and CLS
     main(["plan", "recipe=blip2", "mini=true", "stage=represent"])
@@ -198,7 +198,7 @@ def test_zero_3_shards_weights_their_copy_moments_and_gradients(bf16, sharded):
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_gradients_on_their_way_fill_the_place_of_freed_activations(zero_stage):
+def test_gradient_buckets_use_the_memory_of_freed_activations(zero_stage):
     small = States(trained=10**8, frozen_inside=0, frozen_outside=0, bf16=False)
     bucket = 4 * 10**8
     assert small.bytes(zero_stage, 8, bucket) == small.bytes(zero_stage, 8)
@@ -210,7 +210,7 @@ def test_gradients_on_their_way_fill_the_place_of_freed_activations(zero_stage):
         assert large.bytes(zero_stage, 8, 10**8) == large.bytes(zero_stage, 8) + 10**8 // 2
 
 
-def test_memory_holds_every_picture_of_a_row_by_hand():
+def test_memory_holds_every_image_of_a_row_by_hand():
     """A linear connector that trains keeps what it reads: a CLS and 4 x 4 patches, 128 wide, in fp32."""
     line = ["recipe=llava_1_5", "mini=true", "connector=linear", "stage=align", "stages.align.micro_batch_size=1"]
     picture = (1 + 4 * 4) * 128 * 4
@@ -231,7 +231,7 @@ def test_a_micro_batch_is_no_more_than_a_gpus_share(capsys):
     assert "batch_size=32 is not a multiple of 64 GPUs" in shown and "memory per GPU" not in shown
 
 
-def test_what_would_help_is_named(capsys):
+def test_helpful_settings_are_named(capsys):
     main(["plan", "recipe=clip", "mini=true", "gpu_memory_gb=1"])
     shown = capsys.readouterr().out
     assert "more GPUs, a smaller batch_size" in shown
@@ -240,7 +240,7 @@ def test_what_would_help_is_named(capsys):
     assert "gradient_checkpointing, a shorter max_length" in capsys.readouterr().out
 
 
-def test_what_tiles_make_at_most_is_shown_as_such(capsys):
+def test_upper_bounds_for_tiles_are_shown_as_such(capsys):
     line = ["plan", "recipe=llava_1_5", "mini=true", "stage=align"]
     bounded = ("tokens per sample", "tokens trained on", "training FLOPs", "GPU-hours")
     for more, bound in ([], False), (["stages.align.image_fit=tiles"], True):
@@ -251,7 +251,7 @@ def test_what_tiles_make_at_most_is_shown_as_such(capsys):
             assert fact.startswith("at most ") == bound, fact
 
 
-def test_what_trains_decides_the_arithmetic():
+def test_flops_and_memory_depend_on_what_trains():
     few = plan("recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.train.llm=null")["instruct"]
     more = plan("recipe=llava_1_5", "mini=true", "stage=instruct")["instruct"]
     assert few.flops_per_sample < more.flops_per_sample < 1.6 * few.flops_per_sample
@@ -281,7 +281,7 @@ def test_the_table_names_every_stage(capsys):
 
 
 @pytest.mark.parametrize("word", ["gpus=0", "gpus=many", "utilisation=-1"])
-def test_a_machine_that_cannot_be_is_named(word, capsys):
+def test_an_invalid_machine_is_named(word, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "recipe=quickstart", word])
     assert stopped.value.code == 2 and word.split("=")[0] in capsys.readouterr().err

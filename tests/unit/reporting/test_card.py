@@ -7,7 +7,7 @@ import json
 from vlmtrain.reporting.card import score_rows, wilson
 
 
-def test_each_score_stands_there_with_the_questions_that_it_judged(tmp_path):
+def test_each_score_is_listed_with_its_number_of_questions(tmp_path):
     """An interval is of the questions with choices, not of all; F1 and CIDEr are no shares of questions."""
     answers = [{"scores": {"exact_match": 1.0, "cider": 1.25}}] * 4 + [
         {"scores": {"exact_match": 0.0, "choice_accuracy": 1.0}}

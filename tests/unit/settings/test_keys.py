@@ -143,7 +143,7 @@ def test_the_keys_that_replace_names_of_other_trainers_exist():
         ({"stages": {"align": {"optimizer": {"name": "muon"}}}}, "unknown key 'stages.align.optimizer.name'"),
     ],
 )
-def test_a_recipe_files_own_keys_are_held_to_the_same(change, said, tmp_path, monkeypatch):
+def test_the_keys_of_a_recipe_file_are_checked_too(change, said, tmp_path, monkeypatch):
     recipe = yaml.safe_load((RECIPES / "llava_1_5.yaml").read_text())
     merged = OmegaConf.to_container(OmegaConf.merge(recipe, change))
     (tmp_path / "recipe").mkdir()

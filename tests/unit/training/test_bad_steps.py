@@ -32,14 +32,14 @@ def test_a_spike_is_measured_in_deviations_of_the_last_losses():
     assert fed(losses, spike=None).judge(1e9) is None
 
 
-def test_nothing_is_a_spike_before_there_is_enough_to_compare_with():
+def test_no_loss_is_a_spike_before_there_are_enough_to_compare_with():
     assert fed([1.0] * (ENOUGH - 1)).judge(100.0) is None
     assert fed([1.0] * ENOUGH).judge(100.0) is not None
     assert fed([1.0] * ENOUGH).judge(1.001) is None, "losses that do not move make no spike of a breath"
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_left_out_at_once(loss):
+def test_non_finite_steps_are_skipped_at_once(loss):
     assert fed([]).judge(loss).skipped
 
 

@@ -29,7 +29,7 @@ class Engine:
         return {name: tensor.clone() for name, tensor in module_state(module).items()}
 
 
-def test_a_frozen_part_is_not_taken_from_a_folder_that_holds_other_weights(tmp_path, tokenizer):
+def test_a_frozen_part_is_not_copied_from_a_folder_with_other_weights(tmp_path, tokenizer):
     vision = build_vision("open_clip", model_config=VISION)
     run = compose(["recipe=quickstart"])
     processor = Processor(tokenizer, None, "plain", 64)

@@ -147,7 +147,7 @@ def test_merged_weights_give_the_same_logits(kind, tokenizer):
     torch.testing.assert_close(logits(plain), logits(llm), rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_go_on_over_the_same_bits_alone(tokenizer, tmp_path):
+def test_adapters_resume_only_over_the_same_4_bit_weights(tokenizer, tmp_path):
     from peft import PeftModel
 
     made = tmp_path / "made"
@@ -210,7 +210,7 @@ def stage_of(*overrides: str):
         ("{match: llm, lr: 1e-3}", None),
     ],
 )
-def test_what_is_held_in_bits_cannot_train(group, said, tokenizer):
+def test_weights_stored_in_4_bits_cannot_train(group, said, tokenizer):
     stage = stage_of(f"stages.instruct.groups=[{group}]")
     llm = with_adapters(plain_llm(tokenizer))
     if said is None:
@@ -222,7 +222,7 @@ def test_what_is_held_in_bits_cannot_train(group, said, tokenizer):
         assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_meant_is_named(monkeypatch):
+def test_invalid_settings_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"^stages\.instruct\.lora\.llm\.quantize=int8: expected null or nf4$"):
         stage_of("stages.instruct.lora.llm.quantize=int8")
     with pytest.raises(ValueError, match=r"^stages\.s\.lora\.llm: Sequential has no linear layer that could have an"):
