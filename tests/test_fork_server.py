@@ -1,4 +1,4 @@
-"""A program in a fork finds what it would find in a fresh interpreter, and ends as it would there."""
+"""A program in a fork has the same environment as in a fresh interpreter, and ends in the same way."""
 
 from __future__ import annotations
 

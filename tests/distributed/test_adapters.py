@@ -64,7 +64,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
     rate = 2e-3
-    with torch.no_grad():  # the run initializes A with other random numbers; start from the same values
+    with torch.no_grad():  # the run initializes A with different random numbers; start from the same values
         for name, parameter in wrapped.named_parameters():
             if "lora_A" in name:
                 torch.manual_seed(sum(map(ord, name.removeprefix("base_model.model."))))
@@ -146,7 +146,7 @@ def test_a_stage_equals_pefts_own(engine, ranks, aligned, adapters, llava_files,
 
 
 def test_merging_is_exact_for_transposed_weights_and_leaves_the_rest(tokenizer):
-    """GPT-2 keeps its weights as (in, out)."""
+    """GPT-2 stores its weights as (in, out)."""
     from vlmtrain.model.llm import build_random_llm
     from vlmtrain.training.adapters import add_adapters, merged
 

@@ -38,7 +38,7 @@ def line(files, run_dir, *more: str) -> list[str]:
     ]
 
 
-def interrupt(command: list[str], run_dir: Path, ranks: int, behind_step: int, number: int) -> int:
+def interrupt(command: list[str], run_dir: Path, ranks: int, after_step: int, number: int) -> int:
     """Start a run, send it a signal after a step of instruct, and return its exit code."""
     launcher = [sys.executable, "-m"]
     if ranks > 1:
@@ -48,9 +48,9 @@ def interrupt(command: list[str], run_dir: Path, ranks: int, behind_step: int, n
     )
     file = run_dir / "instruct" / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not file.exists() or file.read_text().count("\n") < behind_step:
+    while not file.exists() or file.read_text().count("\n") < after_step:
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
-        assert time.monotonic() < deadline, "the run never came so far"
+        assert time.monotonic() < deadline, "the run did not reach the step in time"
         time.sleep(0.005)
     if number == signal.SIGTERM:  # as a scheduler does: to the trainer and to its data workers
         subprocess.run(["pkill", "-TERM", "-f", f"run_dir={run_dir}"])

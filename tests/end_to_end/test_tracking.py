@@ -39,7 +39,7 @@ def tracked(files, folder, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(llava_files, tmp_path_factory):
-    """A run in two commands, the second of which continues after the first stage."""
+    """A run by two commands; the second one continues after the first stage."""
     folder = tmp_path_factory.mktemp("runs") / "tracked"
     tracked(llava_files, folder, "stage=align")
     tracked(llava_files, folder)
@@ -58,7 +58,7 @@ def records_of(data: bytes) -> Iterator[bytes]:
     """Records of LevelDB's log format: after 7 bytes, blocks of 32 KiB of pieces with checksum, length and type."""
     position, pieces = 7, []
     while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # too small for another piece: filled up
+        if 32768 - position % 32768 < 7:  # too small for another piece: padding
             position += 32768 - position % 32768
             continue
         length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
@@ -70,7 +70,7 @@ def records_of(data: bytes) -> Iterator[bytes]:
 
 
 def logged(file: Path) -> list[int]:
-    """The total steps in a file of wandb's, in their order."""
+    """The total steps in a file of wandb, in order."""
     found = []
     for data in records_of(file.read_bytes()):
         record = wandb_internal_pb2.Record()

@@ -58,7 +58,7 @@ LONG: Talk = (
 )
 AGAIN: Talk = (user(f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "a red circle"), user("Sure?")), ("large.png",)
 OTHER: Talk = (user(f"{IMAGE_MARK}\nWhich of them is red, 1 or 2?"),), ("square.png",)
-# InstructBLIP's processor pads instructions on the left, which shifts positions: so all have the same length
+# InstructBLIP's processor pads instructions on the left, which shifts positions: so all of them have the same length
 EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
 
 
@@ -153,7 +153,7 @@ def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Par
 
 
 def _same_prompt(batch, ids: list[int]) -> bool:
-    """The same text, and one other id at all image positions."""
+    """The same text, and one other ID at all image positions."""
     found, is_text = torch.tensor(ids), ~batch.is_image[0]
     if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0][is_text]):
         return False
@@ -345,8 +345,8 @@ CHATTING = [ONE, TWO, ((*TWO[0], Turn("assistant", "The 2nd"), user("Sure?")), T
 class Source(NamedTuple):
     """A model to import, its kind, and the questions it gets.
 
-    write: writes the model as Hugging Face's class to ``hf`` in a folder; returns what `import_model` is told, where
-    that is not the model itself. kind: the class, or whose a projector is.
+    write: writes the model as Hugging Face's class to ``hf`` in a folder; returns the arguments of
+    `import_model`, if these are not just the model. kind: the class, or the publisher of a projector.
     """
 
     write: Callable[[Path], dict | None]

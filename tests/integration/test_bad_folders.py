@@ -85,7 +85,7 @@ def test_a_missing_tokenizer(model, capsys):
 
 
 def test_a_connector_of_the_wrong_width(model, tokenizer, tmp_path):
-    """One whose file has another shape, and one that fits its file but not the language model beside it."""
+    """One whose file has another shape, and one that fits its file but not the language model in the folder."""
     file = model / "connector" / "model.safetensors"
     state = load_file(file)
     narrow = {**state, "layers.2.weight": state["layers.2.weight"][:20], "layers.2.bias": state["layers.2.bias"][:20]}
@@ -152,7 +152,7 @@ def written(file: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def piped(file: str) -> Callable[[Path], None]:
-    """Replace a file by a pipe that nobody writes to."""
+    """Replace a file with a pipe that nothing writes to."""
     return lambda model: ((model / file).unlink(), os.mkfifo(model / file))
 
 
@@ -189,7 +189,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("said, change", BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_named_in_one_line_and_at_once(said, change, model):
-    if said != "'files' must map":  # else the hashes in the manifest would tell
+    if said != "'files' must map":  # otherwise the hashes in the manifest would reveal the change
         changed("vlmtrain.json", files={})(model)
     change(model)
     with pytest.raises(ValueError, match=said) as error:

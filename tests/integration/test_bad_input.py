@@ -200,10 +200,10 @@ def test_an_unusable_file_is_named(content, words, files, tmp_path):
 
 
 BAD = {
-    "missing picture": {"image": "gone.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
-    "truncated picture": {"image": "cut.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
-    "more marks than pictures": {"image": "red.png", "conversations": [human("<image><image>\nWhat?"), gpt("x")]},
-    "fewer marks than pictures": {"image": ["red.png", "red.png"], "conversations": [human("<image>?"), gpt("x")]},
+    "missing image": {"image": "gone.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
+    "truncated image": {"image": "cut.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
+    "more marks than images": {"image": "red.png", "conversations": [human("<image><image>\nWhat?"), gpt("x")]},
+    "fewer marks than images": {"image": ["red.png", "red.png"], "conversations": [human("<image>?"), gpt("x")]},
 }
 
 
@@ -226,7 +226,7 @@ def test_a_bad_record_stops_the_run_before_training(fault, files, tmp_path):
 
 
 def test_a_bad_record_is_skipped_and_counted_when_asked(files, tmp_path):
-    spoil(files, BAD["truncated picture"])
+    spoil(files, BAD["truncated image"])
     data = [f"data.{key}={path}" for key, path in files.items()]
     done = train(
         *("recipe=llava_1_5", "mini=true", "data=llava_json", *data, f"run_dir={tmp_path / 'run'}"),

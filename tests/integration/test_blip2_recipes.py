@@ -116,13 +116,13 @@ def test_a_stage_reads_what_it_should():
 
 
 def test_a_connector_that_reads_no_text_ignores_it(tmp_path):
-    """So that one override swaps it: only connectors that read text get the instruction."""
+    """One override can therefore replace it: only connectors that read text get the instruction."""
     settings = small("instructblip", "connector=mlp", "stages.instruct.fresh=[connector]")
     parts = build_skeleton(settings, settings.stages["instruct"], build_tokenizer(settings))
     assert not parts["connector"].reads_text
 
 
-# what cannot work is refused before training
+# settings that cannot work are refused before training
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Chat: the same answer for every way to ask, in pieces, in turns, from standard input, on a page."""
+"""Chat gives the same answer in every way: in pieces, over several turns, from standard input, and on the page."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_an_image_that_cannot_be_read_is_named(home, monkeypatch, capsys, line, 
 
 
 def client(home: Path):
-    """The page, and a reader of it through gradio's own client."""
+    """The page, and a client of gradio that reads it."""
     from gradio_client import Client
 
     page = web.build_page(Chat(*parts(home)), NEW)

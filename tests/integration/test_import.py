@@ -108,7 +108,7 @@ def test_images_are_preprocessed_as_by_the_source(tmp_path):
     assert import_model(tmp_path / "hf", tmp_path / "named", image_fit="crop").image_fit == "crop"
 
 
-# projectors alone
+# single projectors
 
 
 @pytest.fixture

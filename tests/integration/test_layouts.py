@@ -82,7 +82,7 @@ def test_no_token_or_image_of_a_sample_changes_a_logit_of_another(edited, what):
     some = samples(processor)
     sample = some[edited]
     if what == "picture" and not len(sample.images):
-        pytest.skip("a sample without a picture")
+        pytest.skip("a sample without an image")
     with torch.no_grad():
         before = logits_of(model, processor.pack(some))
         if what == "picture":

@@ -114,13 +114,13 @@ def test_its_likelihoods_of_choices_equal_those_of_validation(folder):
         idx=0,
         metadata={"task": "colors", "doc_id": 0, "repeats": 1},
     )
-    ((likelihood, _),) = model.loglikelihood([alone])  # as for mutual information: words without a document
+    ((likelihood, _),) = model.loglikelihood([alone])  # as for mutual information: text without a document
     assert likelihood < 0
 
 
 @pytest.fixture(scope="module")
 def own_task(tmp_path_factory) -> Path:
-    """The YAML file of a task of twelve probes: how many are answered right, and how much is said."""
+    """The YAML file of a task of twelve probes: the share of correct answers, and their length."""
     folder = tmp_path_factory.mktemp("task")
     source = probes()
     talks = [source[i] for i in range(len(source))]
@@ -156,7 +156,7 @@ def probes():
 
 
 def evaluated(model: Model, task: Path) -> dict:
-    """By lmms-eval's own evaluator, without a hub."""
+    """Evaluate with lmms-eval's own evaluator, without the Hub."""
     manager = TaskManager("ERROR", include_path=str(task.parent), include_defaults=False)
     return simple_evaluate(model=model, tasks=["own_probes"], task_manager=manager, batch_size=4, bootstrap_iters=0)
 

@@ -54,7 +54,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def hostile_schema(payload: bytes) -> pa.Schema:
-    """A column of words whose type asks for a class that is pickled, as old versions of Arrow would load it."""
+    """A column of text whose type names a pickled class, which old versions of Arrow would load."""
     extension = {
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": payload,

@@ -78,7 +78,7 @@ def test_every_damaged_file_is_named(kind, sound, tmp_path):
         with pytest.raises(ValueError) as error:
             load(folder)
         said = str(error.value)
-        part = folder / name.parts[0]  # a flipped weight is no broken file: the part's hash tells
+        part = folder / name.parts[0]  # a flipped weight does not break the file, but changes the part's hash
         assert str(folder / name) in said or str(part) in said or name.parts[0] in said, (name, said)
         assert "\n" not in said.strip()
 

@@ -1,4 +1,4 @@
-"""The table of exports and imports, against the code that makes them and the cases that are measured."""
+"""The table of exports and imports agrees with the code and with the cases that are measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command loads before it begins: what takes seconds to load only where it is used."""
+"""What a command loads at its start: libraries that take seconds to load are loaded only where they are used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAINING = ("recipe=quickstart", "stage=text", "stages.text.max_steps=1", "data.
 
 
 def loaded(code: str, folder: Path) -> set[str]:
-    """Packages that are loaded behind some code."""
+    """Packages that are loaded after some code has run."""
     line = next(line for line in run(sys.executable, "-c", code, cwd=folder).stdout.splitlines()[::-1] if line)
     assert line.startswith("loaded ")
     return set(line.split()[1:])

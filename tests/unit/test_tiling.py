@@ -1,4 +1,4 @@
-"""Any-resolution pictures, against the published counts and the library's LLaVA-NeXT."""
+"""Any-resolution images compared with the published counts and the library's LLaVA-NeXT."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_grid_is_the_one_that_the_library_chooses():
 
 
 def test_tokens_and_their_order_are_the_librarys():
-    """A connector that hands its patches through, against ``pack_image_features``; one patch is 14 of 56 pixels."""
+    """A connector that returns its patches, compared with ``pack_image_features``; one patch is 14 of 56 pixels."""
     pinpoints = [[rows * 56, columns * 56] for rows, columns in GRIDS]
     vision = SimpleNamespace(image_size=56, patch_size=14)
     library = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
@@ -62,7 +62,7 @@ def test_tokens_and_their_order_are_the_librarys():
 
 
 def test_limited_tokens_and_single_views_equal_llava_onevisions():
-    """Against ``LlavaOnevisionModel.pack_image_features`` with grids up to 6 x 6 and 9 tiles' worth of tokens."""
+    """Compared with ``LlavaOnevisionModel.pack_image_features``, with grids up to 6 x 6 and the tokens of 9 tiles."""
     grids = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]
     pinpoints = [[rows * 56, columns * 56] for rows, columns in grids]
     vision = SimpleNamespace(image_size=56, patch_size=14)
@@ -115,7 +115,7 @@ def test_tokens_without_a_grid_are_those_of_all_views():
 
 
 def test_views_equal_the_librarys():
-    """Pixel by pixel, the padding too."""
+    """Pixel by pixel, including the padding."""
     library = LlavaNextImageProcessorPil(
         size={"shortest_edge": 48},
         crop_size={"height": 48, "width": 48},

@@ -1,4 +1,4 @@
-"""When the benchmark of training speed compares, and when it says that it cannot."""
+"""When the benchmark of training speed compares two runs, and when it reports that it cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.training_speed import Case, __doc__, case_rows, disagreement, ta
 
 
 def case(precision: str = "fp32", **firsts: list[float | None]) -> Case:
-    """Sides with the first losses of their runs."""
+    """The two sides, with the first losses of their runs."""
     made = Case("align", precision, Path(), Namespace())
     run = {"samples_per_second": 2.0, "targets_per_second": 9.0, "peak": 2**30}
     made.sides = {side: [{**run, "first": loss} for loss in losses] for side, losses in firsts.items()}

@@ -1,4 +1,4 @@
-"""An ablation's line, and its statistics against cases that are known."""
+"""The command of an ablation, and its statistics compared with known cases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def each_line_is_composed_and_planned_once():
 
 
 def entry(label: str, exact: list[np.ndarray]) -> Entry:
-    # five questions a picture
+    # five questions per image
     measured = [Clusters.of(seed, np.arange(len(seed)) // 5) for seed in exact]
     return Entry(label, float(np.concatenate(exact).mean()), (0, 0), measured)
 
@@ -128,7 +128,7 @@ def test_jobs_share_the_threads_of_the_machine(jobs, ranks, threads, tmp_path, m
         assert environment["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with Runner(ablation, False)._slot(tmp_path, "linear seed 0") as environment:
-        assert environment["OMP_NUM_THREADS"] == "3", "as the user has it"
+        assert environment["OMP_NUM_THREADS"] == "3", "the user's value is kept"
 
 
 def test_jobs_get_their_own_devices_if_there_are_enough():
@@ -227,7 +227,7 @@ def finished_job(
     right: float = 0.5,
     category: str | None = None,
 ) -> None:
-    """What a job leaves that has trained the stage `instruct`; one with a category has a score more."""
+    """The files of a job that has trained the stage `instruct`; with a category, there is one more score."""
     folder.mkdir(parents=True)
     answers = [
         {
@@ -252,7 +252,7 @@ def finished_job(
 
 
 def test_a_failed_job_does_not_stop_the_others_and_finished_ones_are_reported(tmp_path, monkeypatch, capsys):
-    """Jobs whose process ends at once with status 1: each is begun, and the table has what had finished before."""
+    """Jobs whose process exits at once with status 1: each is started, and the table has those that finished before."""
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     rng = np.random.default_rng(9)
     for name in ("linear", "avgpool"):
@@ -302,7 +302,7 @@ def test_a_sweep_takes_the_lowest_finite_loss_of_the_last_stage_that_runs(line, 
 
 
 def test_seeds_may_have_different_numbers_of_steps(tmp_path):
-    """As packed rows of an epoch have: the curves go as far as all seeds do."""
+    """As with packed rows of an epoch: the curves end where the shortest seed ends."""
     ablation = read_line([*QUICKSTART, "seeds=[0,1]", "stage=instruct", f"run_dir={tmp_path}"])
     for choice in ablation.choices:
         for seed in ablation.seeds:
@@ -315,7 +315,7 @@ def test_seeds_may_have_different_numbers_of_steps(tmp_path):
 
 
 def test_answers_side_by_side_are_of_several_images(tmp_path):
-    """Four questions about each of six pictures: each picture's first two, in their order."""
+    """Four questions about each of six images: each image's first two, in their order."""
     ablation = read_line([*QUICKSTART, f"run_dir={tmp_path}"])
     asked = {"reference": "red", "prediction": "red", "exact": True, "category": None}
     samples = [
@@ -333,7 +333,7 @@ def test_answers_side_by_side_are_of_several_images(tmp_path):
 
 
 def table_of(folder: Path, line: list[str], jobs: dict[str, dict]) -> tuple[list[Entry], str]:
-    """What is said of finished jobs, by folder, of which each has its questions and samples."""
+    """Entries and note of finished jobs, given by folder with their questions and samples."""
     ablation = read_line(["recipe=quickstart", "stage=instruct", *line, f"run_dir={folder}"])
     for name, facts in jobs.items():
         finished_job(folder / "jobs" / name / "seed-0" / "instruct", np.random.default_rng(3), **facts)
@@ -378,7 +378,7 @@ def test_answers_to_different_questions_are_not_compared(tmp_path):
 
 @pytest.mark.parametrize("right", [0.9, 0.1])
 def test_missing_scores_are_left_blank_in_the_tables(right, tmp_path):
-    """An axis may change the data, and so which scores and categories there are: of the best alone, or of others."""
+    """An axis may change the data, and with it the scores and categories, of the best choice or of others."""
     line = ["connectors=[mlp]", "axis.data=[shapes,probes]"]
     jobs = {"mlp-data-shapes": {"right": right}, "mlp-data-probes": {"right": 1 - right, "category": "text"}}
     entries, said = table_of(tmp_path, line, jobs)
@@ -392,7 +392,7 @@ def test_an_ablation_resumes_with_other_values_of_keys_that_do_not_affect_result
     line = ["recipe=quickstart", "connectors=[mlp]", "stage=instruct", f"run_dir={tmp_path}"]
     assert run_ablation(read_line(line), False)
     more = ["workers=0", "stages.instruct.micro_batch_size=1", "collective_timeout=99", "stages.instruct.save_every=5"]
-    assert run_ablation(read_line([*line, *more]), False), "it began its job again"
+    assert run_ablation(read_line([*line, *more]), False), "it started its job again"
     with pytest.raises(ValueError, match=r"was started with other overrides \(stages.instruct.max_length=99\)"):
         run_ablation(read_line([*line, "stages.instruct.max_length=99"]), False)
 
@@ -415,7 +415,7 @@ def test_equal_connectors_are_not_distinguished_and_different_ones_are():
 
 
 def test_equal_connectors_are_rarely_distinguished():
-    """Under no difference, about one comparison in twenty, corrected for five of them, is called one."""
+    """Without a difference, about one comparison in twenty is called significant, corrected for five comparisons."""
     rng, called = np.random.default_rng(1), 0
     for _ in range(20):
         entries = [entry(str(i), answers(rng, 0.5, questions=200)) for i in range(3)]
@@ -425,7 +425,8 @@ def test_equal_connectors_are_rarely_distinguished():
 
 
 def test_differences_between_seeds_are_not_attributed_to_connectors():
-    """Runs whose rates vary by seed alone, ten points up and down: a bootstrap of three seeds would call many."""
+    """Runs whose rates vary only by seed, by ten points up and down: a plain bootstrap of three seeds would call many
+    of them different."""
     rng, called = np.random.default_rng(4), 0
     for _ in range(60):
         rates = 0.5 + 0.1 * rng.standard_normal((2, 3))
@@ -446,7 +447,7 @@ def test_the_studentized_range_is_that_of_the_tables(value, choices, degrees):
 
 
 def questions_of_their_own(rng, choices: int, seeds: int, conversations: int = 40) -> list[Entry]:
-    """Equal choices, each of which is good at some conversations, whatever the seed."""
+    """Equal choices, each of which is good at some conversations with every seed."""
     rates = np.clip(0.5 + 0.25 * rng.standard_normal((choices, conversations)), 0, 1).repeat(5, axis=1)
     return [
         entry(str(i), [(rng.random(len(own)) < own).astype(float) for _ in range(seeds)]) for i, own in enumerate(rates)
@@ -467,7 +468,7 @@ def test_repeating_a_seed_ten_times_changes_no_interval():
 
 @pytest.mark.parametrize("choices, seeds", [(2, 10), (6, 3), (6, 2)])
 def test_the_best_of_equal_choices_is_rarely_distinguished(choices, seeds):
-    """Seeds that answer the same questions, and a best that is chosen among several: 5 % at most are called one."""
+    """Seeds that answer the same questions, and the best of several choices: at most 5 % are called significant."""
     rng, called = np.random.default_rng(7), 0
     for _ in range(60):
         entries = questions_of_their_own(rng, choices, seeds)
@@ -533,7 +534,7 @@ def test_the_interval_is_that_of_a_share():
 
 
 def test_questions_of_one_image_count_as_one_draw():
-    """Five equal answers a picture are worth one: the interval is that of a fifth as many questions."""
+    """Five equal answers per image count as one: the interval is that of a fifth as many questions."""
     rng = np.random.default_rng(3)
     exact = [np.repeat(answers(rng, 0.5, 1, 400)[0], 5)]
     low, high = _interval([Clusters.of(exact[0], np.arange(2000) // 5)])

@@ -422,15 +422,15 @@ BROKEN = {
     ),
     "no caption": ({"caption": ["x", None], "image": [encoded()] * 2}, "expected 'caption'; got 'image', 'id'"),
     "a caption alone": ({"caption": ["x", "y"], "image": [encoded(), None]}, "a caption but no image"),
-    "a picture of another type": (
+    "an image of another type": (
         {"caption": ["x", "y"], "image": [3, 4]},
         "image 0 of 'image' must be bytes, base64 or a path, got 4",
     ),
-    "a picture that is null": (
+    "an image that is null": (
         {"caption": ["x", "y"], "image": [[encoded()], [None]]},
         "must be bytes, base64 or a path, got None",
     ),
-    "a picture of nothing": (
+    "an empty image": (
         {"caption": ["x", "y"], "image": [{"bytes": None, "path": None}, {"bytes": None, "path": ""}]},
         "must be bytes, base64 or a path",
     ),

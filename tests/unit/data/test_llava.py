@@ -117,15 +117,15 @@ BROKEN = {
     "a turn without role": ({"id": "x", "conversations": [{"value": "q"}]}, "'from' must be one of human, .*got None"),
     "an unknown role": ({"id": "x", "conversations": [{"from": "bot", "value": "q"}]}, "'from' must be .*got 'bot'"),
     "a role of another type": ({"id": "x", "conversations": [{"from": ["human"], "value": "q"}]}, "'from' must be"),
-    "a picture of another type": (
+    "an image of another type": (
         {"id": "x", "image": 5, "conversations": TALK},
         "of 'image' must be bytes, base64 or a path",
     ),
-    "an empty picture name": (
+    "an empty image name": (
         {"id": "x", "image": [""], "conversations": TALK},
         "of 'image' must be bytes, base64 or a path",
     ),
-    "pictures of another type": (
+    "images of another type": (
         {"id": "x", "image": ["red.png", 5], "conversations": TALK},
         "of 'image' must be bytes, base64 or a path",
     ),

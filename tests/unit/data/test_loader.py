@@ -198,13 +198,13 @@ def test_bad_samples_are_reported_skipped_and_not_replaced(processor, world):
 def test_an_image_that_does_not_open_is_reported_by_the_rank_that_needs_it(processor, monkeypatch):
     def load(self) -> Image.Image:
         if self.value == 6:
-            raise BadSample("no picture")
+            raise BadSample("no image")
         return Image.new("RGB", (4, 4), (self.value,) * 3)
 
     monkeypatch.setattr(Flat, "load", load)
     ranks = [steps(processor, 2, rank, 2) for rank in range(2)]
     reported = [record for share in chain(*ranks) for record in share.bad]
-    assert [(type(r), r.index, r.problem) for r in reported] == [(BadRecord, 6, "sample 6: no picture")]
+    assert [(type(r), r.index, r.problem) for r in reported] == [(BadRecord, 6, "sample 6: no image")]
     trained = sorted(chain(*(answers(processor, share) for share in chain(*ranks))))
     assert trained == [i for i in range(SIZE) if i != 6]
 

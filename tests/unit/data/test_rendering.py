@@ -359,7 +359,7 @@ def test_a_template_whose_markers_are_added_as_tokens_can_be_trained(tokenizer):
     subject = Renderer(tokenizer, "chatml", 100)
     tokens = render(subject, talk("q", "an answer with <|im_end|> in it"))
     assert subject.stop_ids[0] == end
-    assert (tokens.input_ids == end).sum() == 2, "the end of each turn, but not the assistant's words"
+    assert (tokens.input_ids == end).sum() == 2, "the end of each turn, but not the assistant's text"
     assert tokens.targets[tokens.weights > 0][-1] == end
 
 

@@ -166,7 +166,7 @@ def test_names_in_another_encoding_are_read(tmp_path):
 
 
 BROKEN = {
-    "no words": ([("b.png", picture())], "expected a .txt, a .caption or a .json, got none of these"),
+    "no text": ([("b.png", picture())], "expected a .txt, a .caption or a .json, got none of these"),
     "a json of another kind": (
         [("b.json", {"url": 1})],
         "expected 'conversations', or 'question' and 'answer', or 'caption'; got 'url'",

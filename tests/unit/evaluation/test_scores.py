@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand (and, where they are installed, against their published programs)."""
+"""Metrics compared with values computed by hand, and with their published programs if these are installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def answer(prediction: str, reference: str = "red", number: int = 0, likelihoods
         ("None", "0"),
         ("dont", "don't"),
         ("couldnt've", "couldn't've"),
-        ("1,000", "1000"),  # a comma within a number glues whatever mark there is
+        ("1,000", "1000"),  # a comma within a number removes every punctuation mark without a space
         ("1,000/week", "1000week"),
         ("red/blue", "red blue"),
         ("red, blue", "red blue"),
@@ -46,7 +46,7 @@ def test_vqa_accuracy_leaves_out_each_annotator_in_turn():
     assert vqa_accuracy("the Red!", three) == vqa_accuracy("red", three)
     assert vqa_accuracy("red", ["red"] * 1 + ["blue"] * 9) == pytest.approx(9 * (1 / 3) / 10)
     assert vqa_accuracy("red", ["red"] * 10) == 1 and vqa_accuracy("green", three) == 0
-    # where all agree nothing is normalized, as in the official program
+    # if all agree, nothing is normalized, as in the official program
     assert vqa_accuracy("Red", ["red"] * 10) == 0
 
 
@@ -63,10 +63,10 @@ def test_bleu4_is_the_geometric_mean_of_four_precisions_with_a_brevity_penalty()
 
 def test_cider_weighs_n_grams_by_their_rarity():
     true = [[["a", "cat"]], [["a", "dog"]]]
-    # "a" is said of both, so it weighs nothing; of one and two words the rest is right, of three and four there is none
+    # "a" is in both, so its weight is 0; the remaining 1-grams and 2-grams match, and there are no 3-grams and 4-grams
     assert cider([["a", "cat"], ["a", "dog"]], true) == pytest.approx([5.0, 5.0])
     assert cider([["a", "dog"], ["a", "dog"]], true) == pytest.approx([0.0, 5.0])
-    # "cat cat": a count of 2 is held to the reference's 1: cosine 1 * log 2^2 / (2 log 2 * log 2) = 1/2, for words only
+    # "cat cat": the count of 2 is clipped to the reference's: cosine 1 * log 2^2 / (2 log 2 * log 2) = 1/2, in 1-grams
     assert cider([["cat", "cat"], ["a", "dog"]], true)[0] == pytest.approx(10 * (1 / 2) / 4)
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy a chunk of rows at a time, against torch's own over float32 logits."""
+"""Cross-entropy by chunks of rows, compared with torch's over float32 logits."""
 
 from __future__ import annotations
 

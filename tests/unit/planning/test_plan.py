@@ -1,4 +1,4 @@
-"""Plans, against published numbers and counts by hand."""
+"""Plans compared with published numbers and with counts by hand."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_llava_1_5_has_the_published_sizes():
     assert instruct.trainable == 6_738_415_616 + 20_979_712
     # Per sample: the LLM's forward pass and the gradients of its activations; the encoder's forward pass
     text, patches = align.tokens_per_sample, 577
-    by_hand = 2 * 2 * 6.476e9 * text + 2 * 290e6 * patches  # linear layers alone: attention adds a few per cent
+    by_hand = 2 * 2 * 6.476e9 * text + 2 * 290e6 * patches  # only linear layers: attention adds a few percent
     assert align.flops_per_sample == pytest.approx(by_hand, rel=0.06) and align.flops_per_sample > by_hand
     assert align.fits[3] >= align.fits[2] >= align.fits[0] > 0
 
@@ -58,7 +58,7 @@ def test_llava_1_5s_adapters_by_hand():
 
 
 def test_an_encoder_of_the_library_is_counted_before_any_other(tmp_path):
-    """In a process of its own, where nothing has been counted before."""
+    """In a separate process, in which nothing has been counted before."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     SiglipVisionModel(SiglipVisionConfig(**shape, image_size=32, patch_size=8)).save_pretrained(tmp_path)
     look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -134,7 +134,7 @@ def test_flops_of_a_language_model_by_hand():
 
 @pytest.mark.parametrize("match", ["llm.layers[-1:]", "llm.layers[-1:].mlp", "llm"])
 def test_gradients_are_counted_where_they_flow_by_hand(match):
-    """Nothing flows below the lowest thing that trains; attention's two products have two gradients each."""
+    """No gradient flows below the lowest trained layer; attention's two products have two gradients each."""
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, tie_word_embeddings=False))
     use_counted_attention(llm)
@@ -148,7 +148,7 @@ def test_gradients_are_counted_where_they_flow_by_hand(match):
     head, matrix, attention = 2 * kept * width * 50, 2 * tokens * width * inner, 2 * tokens**2 * width
     layer = 2 * tokens * 4 * width**2 + 3 * matrix
     by_hand = {
-        "llm.layers[-1:]": head + 2 * layer + 2 * attention,  # its first norm trains, so all of the layer passes on
+        "llm.layers[-1:]": head + 2 * layer + 2 * attention,  # its first norm trains: gradients flow through it
         "llm.layers[-1:].mlp": head + 2 * matrix + 2 * matrix,  # down: both gradients; gate and up: their weights'
         "llm": 2 * head + layers * (2 * layer + 2 * attention),
     }
@@ -165,7 +165,7 @@ def test_what_begins_to_train_later_costs_its_gradients_from_then_on():
     more = plan(*line, group % 0)["instruct"].flops
     assert plan(*line, group % 15)["instruct"].flops == pytest.approx(few * 15 / 60 + more * 45 / 60)
     with pytest.raises(ValueError, match=r"from_step=14, but the stage has only 14 steps"):
-        plan(*line, group % 14, "stages.instruct.max_steps=null", "data.instruct.size=420")  # 32 a step
+        plan(*line, group % 14, "stages.instruct.max_steps=null", "data.instruct.size=420")  # 32 per step
 
 
 def test_a_stage_without_a_language_model_shows_its_visual_tokens(capsys):
@@ -203,7 +203,7 @@ def test_gradient_buckets_use_the_memory_of_freed_activations(zero_stage):
     bucket = 4 * 10**8
     assert small.bytes(zero_stage, 8, bucket) == small.bytes(zero_stage, 8)
     assert small.bytes(zero_stage, 8, bucket + 7) == small.bytes(zero_stage, 8) + 7
-    alone = small.bytes(0, 1)  # where nothing is sent, gradients do so themselves
+    alone = small.bytes(0, 1)  # if nothing is sent, the gradients do so themselves
     assert small.bytes(0, 1, bucket) == alone and small.bytes(0, 1, bucket + 7) == alone + 7
     if zero_stage:  # a bucket of half of the gradients is full when half of the activations are left
         large = States(trained=10**9, frozen_inside=0, frozen_outside=0, bf16=False)

@@ -8,7 +8,7 @@ from vlmtrain.reporting.card import score_rows, wilson
 
 
 def test_each_score_is_listed_with_its_number_of_questions(tmp_path):
-    """An interval is of the questions with choices, not of all; F1 and CIDEr are no shares of questions."""
+    """An interval covers the questions with choices, not all questions; F1 and CIDEr are not shares of questions."""
     answers = [{"scores": {"exact_match": 1.0, "cider": 1.25}}] * 4 + [
         {"scores": {"exact_match": 0.0, "choice_accuracy": 1.0}}
     ] * 4

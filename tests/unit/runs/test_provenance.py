@@ -1,4 +1,4 @@
-"""What a run's record says of code and files."""
+"""The state of code and files in a run's record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_git_state_has_the_commit_and_whether_the_code_differs_from_it(tmp_path)
     (package / "a.py").write_text("x = 1\n")
     assert git_state(package) is None
     git(tmp_path, "init", "-q")
-    assert git_state(package) is None, "a package that lies in a checkout, but is not of it"
+    assert git_state(package) is None, "a package inside a checkout, but not part of it"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     clean = git_state(package)
@@ -97,7 +97,7 @@ def test_a_large_file_and_the_files_of_a_folder_are_identified_by_their_ends_too
     monkeypatch.setattr(fingerprints, "FEW_FILES", 1)
     many = fingerprint(tmp_path)
     (tmp_path / "b").write_bytes(b"c" * 3_000_000)
-    assert fingerprint(tmp_path)["sha256"] == many["sha256"], "of many files only names and sizes"
+    assert fingerprint(tmp_path)["sha256"] == many["sha256"], "only names and sizes are used for many files"
 
 
 def test_files_that_the_settings_read_are_found_and_others_are_not(tmp_path, monkeypatch):

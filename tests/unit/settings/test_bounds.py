@@ -1,4 +1,4 @@
-"""Numbers that cannot be meant are refused by their key, before anything is built."""
+"""Numbers out of range are refused by their key, before anything is built."""
 
 from __future__ import annotations
 

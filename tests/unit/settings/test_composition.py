@@ -1,4 +1,4 @@
-"""From a line to settings: who wins, what mini stands for, and what a wheel must carry."""
+"""Composition of settings: precedence, `mini`, and the files that a wheel contains."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_default_folder_is_named_after_recipe_and_connector():
 
 
 def test_folders_of_the_jobs_of_one_command_are_named_by_what_differs(monkeypatch):
-    """Two choices may be the same connector with other options, which its name does not say."""
+    """Two choices may be the same connector with different options, which its name does not show."""
     monkeypatch.setattr(sys, "argv", ["train", "--multirun", "recipe=mine", "connector=mine,wide", "seed=0,1"])
     for choice, expected in (("mine", "-seed=0"), ("wide", "-connector=wide-seed=0")):
         hydra = {"mode": RunMode.MULTIRUN, "overrides": {"task": ["recipe=mine", f"connector={choice}", "seed=0"]}}

@@ -1,4 +1,4 @@
-"""What a stage takes over of a connector that it builds anew, by name, and what it refuses."""
+"""Which weights a stage that rebuilds its connector takes from the stage before, by name, and what it refuses."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_command_that_names_another_connector_than_the_folder_is_refused(tmp_p
         adopt_connector(compose([*INSTRUCT_ON, start, "connector=qformer"]), [])
     with pytest.raises(ValueError, match=rf"connector\.depth=2, but the connector in {start} has 3"):
         adopt_connector(compose([*INSTRUCT_ON, start, "connector.depth=2"]), [])
-    _, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])  # the recipe's, not the line's
+    _, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])  # from the recipe, not from the command
     assert "connector.depth=2 (3 is used)" in said[0]
     assert adopt_connector(compose([*INSTRUCT_ON, start, "connector.depth=3"]), [])[1] == []
 
@@ -146,7 +146,7 @@ def test_a_change_of_preprocessing_is_reported(tmp_path):
     expected = f"stages.instruct.image_fit=pad, but the model in {start} was trained with crop; set "
     assert expected + "stages.instruct.image_fit=crop to keep its preprocessing" in said
     assert overruled_fit(compose([*line[:-1], "stages.instruct.image_fit=crop"]), []) == []
-    assert overruled_fit(compose(line), ["align"]) == []  # what went before is then the run's own
+    assert overruled_fit(compose(line), ["align"]) == []  # the stage before then belongs to the run itself
     assert overruled_fit(compose(["recipe=llava_1_5", "mini=true"]), []) == []
 
 

@@ -1,4 +1,4 @@
-"""Model folders are what their parts are now, whatever stood in their place before."""
+"""A model folder contains the current parts, whatever was in its place before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VISION = {
 
 
 class Engine:
-    """One process, and nothing sharded."""
+    """A single process without sharding."""
 
     def state(self, module, keep):
         return {name: tensor.clone() for name, tensor in module_state(module).items()}

@@ -1,4 +1,4 @@
-"""Bad samples: counted once, and not without limit."""
+"""Bad samples are counted once, and up to a limit."""
 
 from __future__ import annotations
 
