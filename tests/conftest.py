@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny parts, tiny data, and runs in processes of their own."""
+"""Shared fixtures: tiny parts, tiny data, and runs in separate processes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_vqa_annotations_are_read_as_they_are():
         ({"category": ["x"]}, "'category' must be a string"),
     ],
 )
-def test_annotations_that_evaluation_cannot_use_are_a_problem_of_evaluation_alone(record, said):
+def test_annotations_that_evaluation_cannot_use_are_a_problem_only_of_evaluation(record, said):
     turns = graded(TALK[:2], record)
     with pytest.raises(BadSample, match=f"rec: {said}"):
         check_grading("rec", turns)
