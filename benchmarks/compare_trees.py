@@ -412,7 +412,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "record":
         if not (options.tree / "vlmtrain").is_dir():
-            parser.error(f"{options.tree} is no checkout of vlmtrain")
+            parser.error(f"{options.tree} is not a checkout of vlmtrain")
         before = options.resume_from and options.resume_from.resolve(strict=True)
         recorder = Recorder(options.tree.resolve(strict=True), options.out.resolve(), before)
         raise SystemExit(0 if record(recorder, options.cases) else 1)

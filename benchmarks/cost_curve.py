@@ -24,11 +24,11 @@ from training_speed import watch
 from vlmtrain.reporting.charts import Series, line_chart
 from vlmtrain.reporting.report import STYLE, html_table
 
-MIDDLE = {"batch size": 8, "words a sample": 128, "pictures a sample": 1, "connector": "mlp"}
+MIDDLE = {"batch size": 8, "words per sample": 128, "images per sample": 1, "connector": "mlp"}
 AXES = {
     "batch size": (1, 2, 4, 8, 16, 32),
-    "words a sample": (16, 64, 128, 256, 512, 1024),
-    "pictures a sample": (0, 1, 2, 4, 8),
+    "words per sample": (16, 64, 128, 256, 512, 1024),
+    "images per sample": (0, 1, 2, 4, 8),
     "connector": ("linear", "mlp", "avgpool", "pixel_shuffle", "qwen_vl_resampler", "qformer", "c_abstractor", "ldpv2"),
 }
 
@@ -82,9 +82,9 @@ def measure(point: dict, options: argparse.Namespace) -> float:
 def write_records(point: dict, folder: Path, count: int) -> None:
     """Write conversations of one question, all of the same size."""
     Image.effect_noise((48, 48), 80).convert("RGB").save(folder / "noise.png")
-    pictures = point["pictures a sample"]
+    pictures = point["images per sample"]
     question = {"from": "human", "value": "<image>\n" * pictures + "What color is this?"}
-    answer = {"from": "gpt", "value": " ".join(["red"] * point["words a sample"])}
+    answer = {"from": "gpt", "value": " ".join(["red"] * point["words per sample"])}
     records = [
         {"id": number, "image": ["noise.png"] * pictures, "conversations": [question, answer]}
         for number in range(count)

@@ -2,7 +2,7 @@
 
     python benchmarks/hf_trainer.py JOB.json
 
-It uses its best settings: conversations tokenised in advance, no gradients for frozen parts, grouping of rows by length
+It uses its best settings: conversations tokenized in advance, no gradients for frozen parts, grouping of rows by length
 if lengths differ, images decoded in a worker, its own bf16 autocast, and no saving or logging. Its `torch_compile` is
 not used, because it was slower with varying lengths.
 """

@@ -45,7 +45,7 @@ TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart
 SIDES = ("ours", "cold", "cached", "packed", "ranks", "ranks-zero2", "trainer", "trl")
 THEIRS = ("trainer", "trl")
 THEIR_SETTINGS = (
-    "trainer, trl: text tokenised in advance, no gradients for frozen parts, rows grouped by length, images decoded in "
+    "trainer, trl: text tokenized in advance, no gradients for frozen parts, rows grouped by length, images decoded in "
     "a worker, their own bf16 autocast, no gradient checkpointing (also in ours), no saving or logging."
 )
 BASES = {

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny parts, tiny data, and runs in processes of their own."""
+"""Shared fixtures: tiny parts, tiny data, and runs in separate processes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def gpt(text: str) -> dict:
 
 @pytest.fixture(scope="session")
 def llava_files(tmp_path_factory) -> dict[str, Path]:
-    """A small LLaVA data set: pictures, captions, and conversations with none, one and two pictures."""
+    """A small LLaVA data set: images, captions, and conversations with none, one and two images."""
     folder = tmp_path_factory.mktemp("llava")
     colors = {"red": (220, 40, 40), "green": (40, 160, 70), "blue": (40, 90, 230), "yellow": (240, 190, 20)}
     for name, color in colors.items():
@@ -82,9 +82,9 @@ def data_overrides(files: dict[str, Path]) -> list[str]:
 
 
 def run(*command: str, check: bool = True, fresh: bool = False, **options) -> subprocess.CompletedProcess:
-    """Run a command as a user would; the output is part of the failure.
+    """Run a command as a user would; if it fails, the error contains its output.
 
-    Training and the commands of `vlmtrain` run in a fork where that is the same; `fresh` asks for an interpreter.
+    Training and the commands of `vlmtrain` run in a fork if that is equivalent; `fresh` selects a new interpreter.
     """
     return _run(Program.of(command), command, check, fresh, **options)
 

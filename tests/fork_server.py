@@ -2,8 +2,8 @@
 
 A run in a fresh interpreter spends most of a short test on imports. Here one server per test process imports them once,
 and forks a child for each run. The child gets the arguments, environment, folder and files of a fresh process, and
-runs what is registered to run at exit. What would not look the same in a fork is left to a fresh interpreter: see
-`Program.of` and `usable`.
+runs what is registered to run at exit. Programs that would behave differently in a fork run in a fresh interpreter:
+see `Program.of` and `usable`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ IMPORTS = (
 # read where they are used; any other variable may have been read while the server imported
 READ_LATE = {"PYTEST_CURRENT_TEST", "WANDB_API_KEY", "WANDB_SILENT"}
 READ_LATE |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-GRACE_SECONDS = 30  # as torchrun gives the ranks beside a failed one
+GRACE_SECONDS = 30  # as torchrun gives the ranks next to a failed one
 
 
 @dataclass
@@ -97,7 +97,7 @@ def usable(environment: dict[str, str]) -> bool:
 
 
 class Server:
-    """The tests' end of a server's process."""
+    """The tests' side of a server process."""
 
     def __init__(self) -> None:
         self.environment = dict(os.environ)
@@ -132,7 +132,7 @@ class Server:
                 try:
                     code = lines.readline()
                 except TimeoutError:
-                    os.kill(int(launcher), signal.SIGKILL)  # its programs end with it
+                    os.kill(int(launcher), signal.SIGKILL)  # its programs exit with it
                     return None
         assert code, "a launcher of the fork server died"
         return int(code)
@@ -155,7 +155,7 @@ def serve(requests: socket.socket) -> NoReturn:
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: a fork would have one of them"
     gc.collect()
-    gc.freeze()  # or the first collection in each child would copy every page
+    gc.freeze()  # otherwise the first collection in each child would copy every page
     while True:
         word, fds, _, _ = socket.recv_fds(requests, 16, 4)
         if not word:
@@ -171,7 +171,7 @@ def serve(requests: socket.socket) -> NoReturn:
 
 
 def launch(request: int, stdout: int, stderr: int, replies: int) -> NoReturn:
-    """Fork a program's ranks, and tell how they ended."""
+    """Fork a program's ranks, and report how they ended."""
     with open(request) as file:
         given = json.load(file)
     program = Program(**given["program"])
@@ -193,9 +193,9 @@ def launch(request: int, stdout: int, stderr: int, replies: int) -> NoReturn:
 
 
 class reserved_port:
-    """A port that no other process is given, and that the first rank may listen on.
+    """A port that no other process gets, and on which the first rank may listen.
 
-    Bound and not listening, with SO_REUSEADDR, it is in the way only of those who ask for any port.
+    It is bound but not listening, with SO_REUSEADDR, so it is unavailable only to processes that ask for any port.
     """
 
     def __enter__(self) -> int:
@@ -274,11 +274,11 @@ def become(program: Program, environment: dict[str, str], cwd: str, stdout: int,
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)  # not by an interpreter's shutdown, which would take apart all that the server has imported
+    os._exit(code or 0)  # without the interpreter's shutdown, which would tear down all modules of the server
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # as for the tests
+    sys.path[0] = str(ROOT)  # as in the tests
     from tests.parsed_once import parse_all, parse_once
     from vlmtrain.distributed.processes import die_with
 

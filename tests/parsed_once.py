@@ -1,4 +1,4 @@
-"""The package's own YAML files, parsed once in a process: each line that is composed reads some seventy of them."""
+"""The package's own YAML files, parsed once per process: composing a command reads some seventy of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _parsed(path: str, changed: int, size: int) -> bytes:
 
 
 def load(file: Any) -> Any:
-    """`OmegaConf.load`, with a copy of its own for each caller."""
+    """`OmegaConf.load`, which returns a separate copy to each caller."""
     path = os.path.realpath(file if isinstance(file, str | Path) else getattr(file, "name", ""))
     if not path.startswith(FOLDERS):
         return _load(file)

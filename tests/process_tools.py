@@ -16,7 +16,7 @@ from .conftest import ROOT
 
 @contextlib.contextmanager
 def started(*line: str, ranks: int = 1, restarts: int = 0, log: Path, **options) -> Iterator[psutil.Popen]:
-    """A training run in the background, with what it says in `log`; nothing of it is left behind."""
+    """A training run in the background, which logs to `log`; all its processes and files are removed at the end."""
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -76,6 +76,6 @@ def wait_for(condition: Callable[[], bool], patience: float, otherwise: str) -> 
 
 
 def steps_of(run_dir: Path, stage: str) -> int:
-    """Steps of a stage that the run's metrics tell of so far."""
+    """Steps of a stage in the run's metrics so far."""
     file = run_dir / stage / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0

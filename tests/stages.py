@@ -1,4 +1,4 @@
-"""Stages for tests of what receives one."""
+"""Stages for tests of functions that take one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program in a fork finds what it would find in a fresh interpreter, and ends as it would there."""
+"""A program in a fork has the same environment as in a fresh interpreter, and ends in the same way."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def script(tmp_path):
     return write
 
 
-def test_a_program_finds_what_a_fresh_one_finds(script, tmp_path):
+def test_a_program_has_the_same_environment_as_a_fresh_one(script, tmp_path):
     path = script(SHOWN)
     found = []
     for fresh in (False, True):
@@ -85,21 +85,21 @@ def test_a_program_finds_what_a_fresh_one_finds(script, tmp_path):
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_program_ends_as_a_fresh_one_does(end, script):
+def test_a_program_ends_like_a_fresh_one(end, script):
     path = script(ENDS[end])
     forked, fresh = (run_script(path, check=False, fresh=fresh) for fresh in (False, True))
     assert (forked.returncode, forked.stdout, forked.args) == (fresh.returncode, fresh.stdout, fresh.args)
     assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
 
 
-def test_a_mistake_is_said_in_the_same_words():
+def test_an_error_has_the_same_message():
     command = [sys.executable, "-m", "vlmtrain.train", "recipe=quickstart", "connector=nothing"]
     forked, fresh = (run(*command, check=False, fresh=fresh) for fresh in (False, True))
     assert (forked.returncode, forked.stdout, forked.stderr) == (fresh.returncode, fresh.stdout, fresh.stderr)
     assert forked.returncode == 2
 
 
-def test_ranks_know_their_places_and_meet(script, tmp_path):
+def test_ranks_know_their_numbers_and_connect(script, tmp_path):
     path = script(
         "import os, sys, torch, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
@@ -137,7 +137,7 @@ def test_a_program_that_takes_too_long_is_killed(script, tmp_path):
         time.sleep(0.01)
 
 
-def test_what_imports_may_have_read_asks_for_a_fresh_interpreter():
+def test_variables_that_imports_may_have_read_need_a_fresh_interpreter():
     environment = dict(os.environ)
     assert fork_server.usable({**environment, "WANDB_SILENT": "true"})
     assert not fork_server.usable({**environment, "OMP_NUM_THREADS": "7"})
@@ -145,7 +145,7 @@ def test_what_imports_may_have_read_asks_for_a_fresh_interpreter():
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_learns_the_same_in_fresh_interpreters(ranks, tmp_path):
+def test_a_run_has_the_same_losses_in_fresh_interpreters(ranks, tmp_path):
     line = ["recipe=quickstart", "stage=text", "stages.text.max_steps=3", "data.text.size=32", "workers=1"]
     line += ["data.validation.size=2"]
     for fresh in (False, True):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for a misspelt name, or an empty string if no known name is similar."""
+    """Return `` Did you mean 'x'?`` for a misspelled name, or an empty string if no known name is similar."""
     match = difflib.get_close_matches(word, list(known), 1)
     return f" Did you mean '{match[0]}'?" if match else ""
 

@@ -1,6 +1,6 @@
 """Any-resolution images: split into tiles, plus one view of the complete image (LLaVA-NeXT, published code).
 
-image --scaled, centred--> canvas of rows x columns tiles --encoder, connector--> token grid --padding dropped-->
+image --scaled, centered--> canvas of rows x columns tiles --encoder, connector--> token grid --padding dropped-->
 tokens of the complete view, then the grid's rows, each followed by a newline token
 
 LLaVA-OneVision (published code, ``anyres_max_9``) scales the token grid down if it has more tokens than a maximum

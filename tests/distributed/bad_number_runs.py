@@ -51,17 +51,17 @@ def line(folder: Path, *more: str) -> list[str]:
 
 @dataclass
 class Wrong:
-    """The faults to inject: in micro-batches with these samples, or in all on the last rank, after `behind` steps."""
+    """The faults to inject: in micro-batches with these samples, or in all on the last rank, after `after` steps."""
 
     samples: set[str] = field(default_factory=set)
     everywhere: bool = False
-    behind: int = 0
+    after: int = 0
     micro_batches: int = 4
     calls: int = 0
 
     def is_now(self) -> bool:
         self.calls += 1
-        return self.calls > self.behind * self.micro_batches
+        return self.calls > self.after * self.micro_batches
 
 
 def go_wrong(wrong: Wrong) -> None:
@@ -135,11 +135,11 @@ if __name__ == "__main__":
         train(folder / case, world, *more)
         report[case] = list(found)
     keep = ("stages.instruct.save_every=1", "stages.instruct.keep_last=1", "stages.instruct.max_steps=28")
-    wrong.samples, wrong.behind, wrong.calls = {HIGH}, 22, 0
+    wrong.samples, wrong.after, wrong.calls = {HIGH}, 22, 0
     report["spikes"] = train(folder / "spikes", world, "bad_steps.skip_spikes=true", *keep)
-    wrong.everywhere, wrong.behind, wrong.calls = True, 3, 0
+    wrong.everywhere, wrong.after, wrong.calls = True, 3, 0
     report["stopped"] = train(folder / "stopped", world, "bad_steps.in_a_row=4", *keep)
-    wrong.samples, wrong.everywhere, wrong.behind = {LOSS, GRADIENT}, False, 0
+    wrong.samples, wrong.everywhere, wrong.after = {LOSS, GRADIENT}, False, 0
     if world.size > 1:
         interrupt_at_bad_steps()
         train(folder / "interrupted", world, "engine=zero1", "precision=bf16")
@@ -148,7 +148,7 @@ if __name__ == "__main__":
             "stages.instruct.train.vision=null",
             "stages.instruct.groups=[{match: vision, lr: 1e-3, from_step: 6}]",
         )
-        wrong.everywhere, wrong.behind, wrong.calls = True, 3, 0
+        wrong.everywhere, wrong.after, wrong.calls = True, 3, 0
         report["stopped in between"] = train(folder / "between", world, "bad_steps.in_a_row=4", *later, *keep)
     if world.is_main:
         (folder / "report.json").write_text(json.dumps(report))

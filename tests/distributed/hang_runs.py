@@ -25,7 +25,7 @@ from vlmtrain.train import train
 from vlmtrain.training.engine.joining import join_world
 from vlmtrain.training.run import train_run
 
-# image sizes of each record in pixels: with two ranks and a micro-batch size of one, neighbours run at the same time
+# image sizes of each record in pixels: with two ranks and a micro-batch size of one, neighbors run at the same time
 KINDS = {
     "text and images": [[], [(60, 40)], [], [(40, 60), (60, 60)], [], [(50, 50)], [], [(60, 40)]],
     "a text-only step": [[]] * 4 + [[(60, 40)]] * 4,

@@ -64,7 +64,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
     rate = 2e-3
-    with torch.no_grad():  # the run initialises A with other random numbers; start from the same values
+    with torch.no_grad():  # the run initializes A with different random numbers; start from the same values
         for name, parameter in wrapped.named_parameters():
             if "lora_A" in name:
                 torch.manual_seed(sum(map(ord, name.removeprefix("base_model.model."))))
@@ -146,7 +146,7 @@ def test_a_stage_equals_pefts_own(engine, ranks, aligned, adapters, llava_files,
 
 
 def test_merging_is_exact_for_transposed_weights_and_leaves_the_rest(tokenizer):
-    """GPT-2 keeps its weights as (in, out)."""
+    """GPT-2 stores its weights as (in, out)."""
     from vlmtrain.model.llm import build_random_llm
     from vlmtrain.training.adapters import add_adapters, merged
 
@@ -172,7 +172,7 @@ def test_merging_is_exact_for_transposed_weights_and_leaves_the_rest(tokenizer):
     torch.testing.assert_close(other(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_norms_and_new_tokens_train_beside_adapters(llava_files, tmp_path):
+def test_norms_and_new_tokens_train_together_with_adapters(llava_files, tmp_path):
     groups = "stages.instruct.groups=[{match: llm.new_tokens, lr: 1e-2}, {match: 'llm.*norm*', lr: 1e-3}]"
     train(*line(llava_files, tmp_path, groups, "llm.new_tokens=[boxed]"))
     before, after = (module_state(load_part("llm", tmp_path / s / "model")) for s in ("align", "instruct"))
@@ -202,7 +202,7 @@ def small_llm(tokenizer, options: dict) -> nn.Module:
     return llm
 
 
-def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer, tmp_path):
+def test_adapters_start_only_from_the_weights_they_were_trained_on(tokenizer, tmp_path):
     from peft import PeftModel
 
     from vlmtrain.training.adapters import merged, save_adapters
@@ -250,7 +250,7 @@ def test_adapters_begin_on_the_weights_that_they_were_trained_on_alone(tokenizer
         ("{llm: {init_from: nowhere}}", "init_from=nowhere holds no adapters"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(lora, said, llava_files, tmp_path):
+def test_invalid_settings_are_refused_in_one_line(lora, said, llava_files, tmp_path):
     few = [o for o in line(llava_files, tmp_path) if "lora" not in o]
     wrong = ["recipe=llava_1_5", *few, f"stages.instruct.lora={lora}"]
     done = run(sys.executable, "-m", "vlmtrain.train", *wrong, check=False)

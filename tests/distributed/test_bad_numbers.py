@@ -29,7 +29,7 @@ def bad_steps(folder: Path) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("ranks, name", [(2, case) for case in CASES] + [(1, case) for case in ALONE])
-def test_a_bad_step_leaves_the_whole_state_as_it_was(ranks, name, runs):
+def test_a_bad_step_does_not_change_the_state(ranks, name, runs):
     found = bad_steps(runs[ranks] / name)
     assert {record["problem"] for record in found.values()} == {"the loss is not finite", "the gradient is not finite"}
     for record in found.values():
@@ -47,7 +47,7 @@ def test_a_bad_step_leaves_the_whole_state_as_it_was(ranks, name, runs):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_leave_out_what_one_does(name, runs):
+def test_two_ranks_skip_the_same_steps_as_one(name, runs):
     alone, together = runs[1] / "zero0-fp32", runs[2] / name
     assert list(bad_steps(alone)) == list(bad_steps(together))
     if name.endswith("fp32"):
@@ -55,7 +55,7 @@ def test_two_ranks_leave_out_what_one_does(name, runs):
         assert losses[1] == [loss if loss is None else pytest.approx(loss, rel=1e-4) for loss in losses[0]]
 
 
-def test_a_run_stopped_behind_bad_steps_goes_on_to_the_bit(runs):
+def test_a_run_stopped_after_bad_steps_resumes_bit_for_bit(runs):
     whole, broken = (runs[2] / name for name in ("zero1-bf16", "interrupted"))
     for key in ("step", "loss", "grad_norm", "learning_rate"):
         assert [r[key] for r in metrics(broken, "instruct")] == [r[key] for r in metrics(whole, "instruct")]
@@ -67,7 +67,7 @@ def test_a_run_stopped_behind_bad_steps_goes_on_to_the_bit(runs):
         assert facts["sha256_after"] == summaries[1]["parts"][part]["sha256_after"]
 
 
-def test_spikes_are_found_and_left_out(runs):
+def test_spikes_are_detected_and_skipped(runs):
     for folder in runs.values():
         spikes = {step: r for step, r in bad_steps(folder / "spikes").items() if "deviations" in r["problem"]}
         assert spikes and all(record["skipped"] and HIGH in record["samples"] for record in spikes.values())
@@ -76,7 +76,7 @@ def test_spikes_are_found_and_left_out(runs):
         assert min(spikes) > 22
 
 
-def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_before_them(runs):
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_keep_the_checkpoint_before_them(runs):
     for folder in runs.values():
         said = json.loads((folder / "report.json").read_text())["stopped"]
         assert "4 steps in a row made no update (bad_steps.in_a_row=4); at step 7 the loss is not finite" in said
@@ -84,7 +84,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_checkpoint_before_them(runs):
         assert saved == ["step-000003"]
 
 
-def test_they_are_counted_over_interruptions_and_the_checkpoint_before_them_stays(runs):
+def test_bad_steps_are_counted_across_interruptions(runs):
     """Stopped after step 5 and with a new engine after step 6; all steps are bad from step 4 on."""
     said = json.loads((runs[2] / "report.json").read_text())["stopped in between"]
     assert "4 steps in a row made no update (bad_steps.in_a_row=4); at step 7 the loss is not finite" in said

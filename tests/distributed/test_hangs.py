@@ -21,11 +21,11 @@ def table(tmp_path_factory) -> Table:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_with_different_data_do_as_one(kind, engine, table):
+def test_two_ranks_with_different_data_equal_one(kind, engine, table):
     assert table[kind, engine] < 1e-4
 
 
-def test_ranks_that_hang_say_what_they_do_and_end(tmp_path):
+def test_hanging_ranks_report_what_they_do_and_exit(tmp_path):
     write_data(tmp_path / "data", "tiles")
     done = launch(2, str(tmp_path), "--stuck")
     assert done.returncode != 0

@@ -52,7 +52,7 @@ def line(files, run_dir, *more: str) -> list[str]:
     "engine, ranks, tied",
     [("zero0", 1, True), ("zero3", 2, False), pytest.param("zero2", 2, True, marks=pytest.mark.slow)],
 )
-def test_new_tokens_alone_train(engine, ranks, tied, boxes, tmp_path):
+def test_only_new_tokens_train(engine, ranks, tied, boxes, tmp_path):
     more = [
         "stages.instruct.train.llm=null",
         "stages.instruct.groups=[{match: llm.new_tokens, lr: 1e-2}, {match: 'llm.*norm*', lr: 1e-3}]",
@@ -79,7 +79,7 @@ def test_new_tokens_alone_train(engine, ranks, tied, boxes, tmp_path):
     assert metrics(tmp_path, "instruct")[-1]["learning_rate"].keys() == {"connector", "llm.new_tokens", "llm.*norm*"}
 
 
-def test_new_tokens_that_nobody_named_are_an_error(boxes, tmp_path):
+def test_invalid_new_tokens_are_an_error(boxes, tmp_path):
     wrong = "stages.instruct.groups=[{match: llm.new_tokens, lr: 1e-2}]"
     for more, said in (
         (["llm.new_tokens=[]", wrong], "stages.instruct.groups[0].match=llm.new_tokens, but llm.new_tokens is empty"),

@@ -59,7 +59,9 @@ def bases(llava_files, tmp_path_factory) -> tuple[Path, Path]:
         pytest.param("zero3_offload", "fp32", 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_stage_equals_plain_adapters_on_the_unpacked_weights(engine, precision, ranks, bases, llava_files, tmp_path):
+def test_a_stage_equals_plain_adapters_on_the_dequantized_weights(
+    engine, precision, ranks, bases, llava_files, tmp_path
+):
     base, unpacked = bases
     more = [f"engine={engine}", f"precision={precision}"]
     more += ["engine.parameter_persistence_threshold=0"] if engine.startswith("zero3") else []
@@ -78,7 +80,7 @@ def test_a_stage_equals_plain_adapters_on_the_unpacked_weights(engine, precision
     assert all(parts[0][key] == parts[1][key] for key in ("parameters", "trainable_parameters", "frozen_parameters"))
 
 
-def test_a_stopped_stage_goes_on_bit_for_bit(bases, llava_files, tmp_path):
+def test_a_stopped_stage_resumes_bit_for_bit(bases, llava_files, tmp_path):
     whole, stopped = (line(llava_files, tmp_path / run, bases[0], "nf4", 16) for run in ("whole", "stopped"))
     train(*whole)
     interrupt(stopped, tmp_path / "stopped", 1, 3, signal.SIGTERM)

@@ -28,7 +28,7 @@ def read(run_dir: Path, ranks: int) -> tuple[dict[str, Tensor], dict]:
 
 
 @pytest.mark.parametrize("chain", [(1, 2, 1), pytest.param((2, 4, 1), marks=pytest.mark.slow)], ids=str)
-def test_a_state_is_the_same_however_many_ranks_take_it_up(chain, tmp_path):
+def test_a_state_is_the_same_for_any_number_of_ranks(chain, tmp_path):
     names = [f"{number}. {ranks} ranks" for number, ranks in enumerate(chain)]
     run_script(WORKER, str(tmp_path), names[0], ranks=chain[0])
     again = f"{names[0]} again"

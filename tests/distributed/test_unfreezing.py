@@ -113,7 +113,7 @@ def test_losses_equal_those_of_plain_torch(engine, ranks, reference, llava_files
 @pytest.mark.parametrize(
     "engine, precision, ranks", [("zero2", "bf16", 1), pytest.param("zero3", "fp32", 2, marks=pytest.mark.slow)]
 )
-def test_an_interruption_behind_the_unfreezing_changes_nothing(engine, precision, ranks, llava_files, tmp_path):
+def test_an_interruption_after_the_unfreezing_changes_nothing(engine, precision, ranks, llava_files, tmp_path):
     more = [f"engine={engine}", f"precision={precision}"]
     more.append("stages.instruct.groups=[{match: vision, lr: 1e-4, from_step: 7}]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -4,7 +4,7 @@ python moment_runs.py MOMENT... -- KEY=VALUE...
 
 SIGNAL@FILE:STEP     right after the line of a step in metrics.jsonl or validation.jsonl
 SIGNAL@NAME:CALL     at the start of that call (counted from 1) of one of CALLS
-clock                the clock for checkpoints advances by two seconds after each step, and not otherwise
+clock                the clock for checkpoints advances by two seconds after each step, and only then
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CALLS = {"scores": (Validator, "scores"), "write_manifest": (model_folder, "writ
 SECONDS_A_STEP = 2.0
 
 
-def behind_line(file: str, act: Callable[[int], None]) -> None:
+def after_line(file: str, act: Callable[[int], None]) -> None:
     write = Metrics.write
 
     def written(self, record):
@@ -57,12 +57,12 @@ def strike(moment: str) -> None:
         if now == int(number):
             os.kill(os.getpid(), getattr(signal, name))
 
-    as_call_begins(*CALLS[place], act) if place in CALLS else behind_line(place, act)
+    as_call_begins(*CALLS[place], act) if place in CALLS else after_line(place, act)
 
 
 def stop_the_clock() -> None:
     steps: list[int] = []
-    behind_line("metrics.jsonl", steps.append)
+    after_line("metrics.jsonl", steps.append)
     checkpoint.time = SimpleNamespace(monotonic=lambda: SECONDS_A_STEP * len(steps))
 
 

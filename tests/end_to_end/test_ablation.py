@@ -19,7 +19,7 @@ from ..conftest import metrics, run
 STAGES = {"clip": 3, "text": 3, "align": 3, "instruct": 6}
 
 
-def test_an_ablation_from_its_line_to_its_page(tmp_path):
+def test_an_ablation_from_its_command_to_its_page(tmp_path):
     line = ["recipe=quickstart", "connectors=[linear,{avgpool:{window:2}}]", "seeds=[0,1]", f"run_dir={tmp_path}"]
     line += [f"stages.{stage}.max_steps={steps}" for stage, steps in STAGES.items()]
     line += ["validation.samples=2", "validation.final_samples=6", "validation.max_new_tokens=2", "workers=0"]
@@ -56,7 +56,7 @@ def test_an_ablation_from_its_line_to_its_page(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
+def test_an_ablation_killed_three_times_has_the_same_results(tmp_path):
     """When the command is killed at random moments and restarted, its jobs are killed too and the results are equal."""
     line = ["recipe=llava_1_5", "mini=true", "connectors=[linear,avgpool]", "workers=0"]
     line += ["stages.align.max_steps=3", "stages.instruct.max_steps=6", "stages.instruct.save_every=2"]
@@ -90,7 +90,7 @@ def test_killed_three_times_an_ablation_finds_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_equal_seconds_a_rate_for_each_and_two_ranks_a_job(tmp_path):
+def test_equal_seconds_separate_rates_and_two_ranks_per_job(tmp_path):
     """`budget=wall` sets steps by measured seconds, `sweep` picks the lowest loss, and each job has its own ranks."""
     rates = "sweep.stages.instruct.train.llm=[1e-9,3e-3]"
     line = ["recipe=llava_1_5", "mini=true", "connectors=[linear,avgpool]", "ranks=2", "budget=wall", rates]

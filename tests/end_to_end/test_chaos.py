@@ -160,7 +160,7 @@ SHORT = [("saving", "machine"), ("writing the model", "launcher"), ("validating"
         pytest.param(None, {"align": 30, "instruct": 90}, id="long", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_killed_anywhere_ends_as_the_undisturbed_one(plan, steps, llava_files, tmp_path):
+def test_a_run_killed_anywhere_ends_like_an_uninterrupted_one(plan, steps, llava_files, tmp_path):
     dice = random.Random(8)
     plan = plan or long_plan(dice)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -116,7 +116,7 @@ def own_modules(monkeypatch):
 
 
 @pytest.mark.parametrize("page, line", RUN, ids=lambda value: value[:60])
-def test_every_command_is_understood(page, line, tmp_path, monkeypatch, own_modules):
+def test_every_command_parses(page, line, tmp_path, monkeypatch, own_modules):
     """The options parse and the keys exist, before anything is loaded."""
     monkeypatch.chdir(tmp_path)
     write_own(tmp_path)

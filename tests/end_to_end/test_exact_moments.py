@@ -49,7 +49,7 @@ def assert_same(found: Path, wanted: Path) -> None:
         assert (found / "instruct" / file).read_bytes() == (wanted / "instruct" / file).read_bytes(), file
 
 
-def test_a_validation_is_told_of_once_where_the_stop_came_before_it_and_a_kill_behind_it(llava_files, tmp_path, whole):
+def test_a_validation_is_recorded_once_after_a_stop_before_it_and_a_kill_after_it(llava_files, tmp_path, whole):
     assert struck("SIGTERM@metrics.jsonl:3", line=command(llava_files, tmp_path)).returncode == 0
     assert saved(tmp_path) == ["step-000003", "step-000004"]
     assert struck("SIGKILL@validation.jsonl:4", line=command(llava_files, tmp_path)).returncode == -signal.SIGKILL
@@ -57,7 +57,7 @@ def test_a_validation_is_told_of_once_where_the_stop_came_before_it_and_a_kill_b
     assert_same(tmp_path, whole)
 
 
-def test_no_step_is_made_again_for_what_comes_behind_the_last(llava_files, tmp_path, whole):
+def test_no_step_is_repeated_for_what_follows_the_last_step(llava_files, tmp_path, whole):
     free = command(llava_files, tmp_path, "stages.instruct.save_every=null")
     stopped = struck(f"SIGTERM@metrics.jsonl:{STEPS - 1}", line=free)
     assert stopped.returncode == 0 and f"stopped after step {STEPS} of {STEPS}" in stopped.stdout
@@ -98,7 +98,7 @@ def test_checkpoints_by_the_clock(llava_files, tmp_path):
     assert saved(tmp_path) == ["step-000005", "step-000010", "step-000015"]
 
 
-def test_a_frozen_part_that_changed_under_the_run_is_named(llava_files, tmp_path, whole):
+def test_a_frozen_part_that_changed_during_the_run_is_named(llava_files, tmp_path, whole):
     start = shutil.copytree(whole / "align" / "model", tmp_path / "start")
     free = [*command(llava_files, tmp_path / "run"), "stage=instruct", f"init_from={start}"]
     assert struck("SIGKILL@metrics.jsonl:4", line=free).returncode == -signal.SIGKILL
@@ -109,4 +109,4 @@ def test_a_frozen_part_that_changed_under_the_run_is_named(llava_files, tmp_path
     model.save_pretrained(start)
     processor.save_pretrained(start)
     refused = train(*free, check=False)
-    assert refused.returncode == 2 and "stage instruct began with other weights of its vision" in refused.stderr
+    assert refused.returncode == 2 and "stage instruct started with different weights for vision" in refused.stderr

@@ -83,7 +83,7 @@ def test_a_checkpoint_that_cannot_be_written_harms_nothing(llava_files, tmp_path
     assert losses(tmp_path) == losses(whole)
 
 
-def test_a_stage_whose_last_checkpoint_finds_no_room_leaves_its_model(llava_files, tmp_path, whole):
+def test_a_stage_without_room_for_its_last_checkpoint_writes_its_model(llava_files, tmp_path, whole):
     largest = max(file.stat().st_size for file in (whole / "instruct" / "model").rglob("*"))
     command = line(llava_files, tmp_path, "stages.instruct.save_every=null", "workers=0")
     done = train(*command, preexec_fn=limited(largest + MEGABYTE // 8))
@@ -125,7 +125,7 @@ def test_every_byte_of_the_record_counts(tmp_path):
             file.parent.with_name("step-000008.damaged").rename(file.parent)
 
 
-def test_a_damaged_checkpoint_takes_no_sound_ones_place(tmp_path):
+def test_a_damaged_checkpoint_does_not_replace_a_valid_one(tmp_path):
     checkpoints = Checkpoints(tmp_path, 2, ALONE)
     for step in (6, 12):
         checkpoints.save(State(), step, {})

@@ -8,7 +8,7 @@ import sys
 from ..conftest import data_overrides, run, train
 
 
-def test_answers_are_generated_back(llava_files, tmp_path):
+def test_answers_are_reproduced(llava_files, tmp_path):
     train(
         "recipe=llava_1_5",
         "mini=true",

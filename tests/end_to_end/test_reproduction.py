@@ -27,7 +27,7 @@ def first(llava_files, tmp_path_factory):
     return folder
 
 
-def test_the_record_says_what_made_the_run(first, llava_files):
+def test_the_record_states_what_produced_the_run(first, llava_files):
     config = OmegaConf.to_container(OmegaConf.load(first / "config.yaml"))
     assert config["machine"]["processes"] == 1 and config["machine"]["threads"] >= 1
     assert {"python", "torch", "deepspeed", "vlmtrain"} <= set(config["versions"]) and "git" in config
@@ -46,7 +46,7 @@ def test_the_best_model_so_far_stays(first):
     assert (ours == theirs) == (best["step"] == 5)
 
 
-def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(first, llava_files, tmp_path):
+def test_a_reproduced_run_is_equal_and_the_first_difference_is_found(first, llava_files, tmp_path):
     done = run(*REPRODUCE, str(first), "--out", str(tmp_path / "again"), "--json")
     found = json.loads(done.stdout)
     assert found["differences"] == []
@@ -75,7 +75,7 @@ def test_a_run_made_again_is_the_same_and_a_changed_one_parts_where_it_does(firs
     assert refused.returncode == 2 and "config.yaml is missing" in refused.stderr
 
 
-def test_stages_that_were_run_one_by_one_are_all_run_again(tmp_path):
+def test_stages_that_ran_one_by_one_are_all_run_again(tmp_path):
     more = [f"run_dir={tmp_path / 'run'}", "validation.samples=2", "validation.final_samples=2", "workers=0"]
     more += ["stages.clip.max_steps=2", "stages.text.max_steps=2"]
     for stage in ("clip", "text"):
@@ -85,7 +85,7 @@ def test_stages_that_were_run_one_by_one_are_all_run_again(tmp_path):
         assert found["stages"][stage] == {"steps": 2, "parting": None, "same_model": True}
 
 
-def test_a_rerun_with_fewer_steps_is_not_the_same(first, tmp_path):
+def test_a_rerun_with_fewer_steps_is_not_equal(first, tmp_path):
     short = shutil.copytree(first / "align", tmp_path / "align")
     lines = (short / "metrics.jsonl").read_text().splitlines(keepends=True)
     (short / "metrics.jsonl").write_text("".join(lines[:-1]))

@@ -38,7 +38,7 @@ def line(files, run_dir, *more: str) -> list[str]:
     ]
 
 
-def interrupt(command: list[str], run_dir: Path, ranks: int, behind_step: int, number: int) -> int:
+def interrupt(command: list[str], run_dir: Path, ranks: int, after_step: int, number: int) -> int:
     """Start a run, send it a signal after a step of instruct, and return its exit code."""
     launcher = [sys.executable, "-m"]
     if ranks > 1:
@@ -48,9 +48,9 @@ def interrupt(command: list[str], run_dir: Path, ranks: int, behind_step: int, n
     )
     file = run_dir / "instruct" / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not file.exists() or file.read_text().count("\n") < behind_step:
+    while not file.exists() or file.read_text().count("\n") < after_step:
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
-        assert time.monotonic() < deadline, "the run never came so far"
+        assert time.monotonic() < deadline, "the run did not reach the step in time"
         time.sleep(0.005)
     if number == signal.SIGTERM:  # as a scheduler does: to the trainer and to its data workers
         subprocess.run(["pkill", "-TERM", "-f", f"run_dir={run_dir}"])
@@ -74,7 +74,7 @@ def interrupt(command: list[str], run_dir: Path, ranks: int, behind_step: int, n
         ("zero1", "fp32", 1, signal.SIGTERM),
     ],
 )
-def test_losses_behind_an_interruption_are_bit_identical(engine, precision, ranks, number, llava_files, tmp_path):
+def test_losses_after_an_interruption_are_bit_identical(engine, precision, ranks, number, llava_files, tmp_path):
     more = [f"engine={engine}", f"precision={precision}", "+llm.config.attention_dropout=0.1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*line(llava_files, whole, *more), ranks=ranks)
@@ -109,7 +109,7 @@ def test_losses_behind_an_interruption_are_bit_identical(engine, precision, rank
         pytest.param("zero2", "bf16", 2, 1, marks=pytest.mark.slow),
     ],
 )
-def test_another_number_of_ranks_goes_on_alike(engine, precision, before, after, llava_files, tmp_path):
+def test_another_number_of_ranks_resumes_with_close_results(engine, precision, before, after, llava_files, tmp_path):
     """Everything trains, with two rates and a group with layer decay, so that misplaced state would show."""
     groups = "stages.instruct.groups=[{match: vision, lr: 1e-4, layer_decay: 0.8}]"
     more = [f"engine={engine}", f"precision={precision}", groups, "stages.instruct.optimizer.weight_decay=0.1"]
@@ -172,7 +172,7 @@ RECORD, STATE = "vlmtrain.json", "state-00000-of-00001.safetensors"
         ),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(kind, which, stopped, llava_files, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(kind, which, stopped, llava_files, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(stopped[0], run_dir)
     saved = sorted((run_dir / "instruct" / "checkpoints").iterdir())
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(kind, which, 
     assert [r["loss"] for r in metrics(run_dir, "instruct")] == [r["loss"] for r in stopped[1]]
 
 
-def test_where_every_checkpoint_is_damaged_nothing_is_guessed(stopped, llava_files, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(stopped, llava_files, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(stopped[0], run_dir)
     for folder in (run_dir / "instruct" / "checkpoints").iterdir():

@@ -27,7 +27,7 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_launch_scripts_are_sound_bash(script):
+def test_launch_scripts_are_valid_bash(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     if shutil.which("shellcheck"):
         assert subprocess.run(["shellcheck", script]).returncode == 0

@@ -39,14 +39,14 @@ def tracked(files, folder, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(llava_files, tmp_path_factory):
-    """A run in two commands, the second of which continues after the first stage."""
+    """A run by two commands; the second one continues after the first stage."""
     folder = tmp_path_factory.mktemp("runs") / "tracked"
     tracked(llava_files, folder, "stage=align")
     tracked(llava_files, folder)
     return folder
 
 
-def test_wandb_offline_needs_no_account_and_both_lines_are_one_run_with_one_axis(run_dir):
+def test_wandb_offline_needs_no_account_and_both_commands_are_one_run_with_one_axis(run_dir):
     files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
     assert (run_dir / "wandb_id.txt").read_text() in files[0].name
@@ -71,7 +71,7 @@ def records_of(data: bytes) -> Iterator[bytes]:
     """Records of LevelDB's log format: after 7 bytes, blocks of 32 KiB of pieces with checksum, length and type."""
     position, pieces = 7, []
     while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # too small for another piece: filled up
+        if 32768 - position % 32768 < 7:  # too small for another piece: padding
             position += 32768 - position % 32768
             continue
         length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
@@ -83,7 +83,7 @@ def records_of(data: bytes) -> Iterator[bytes]:
 
 
 def logged(file: Path) -> list[int]:
-    """The total steps in a file of wandb's, in their order."""
+    """The total steps in a file of wandb, in order."""
     found = []
     for data in records_of(file.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -94,7 +94,7 @@ def logged(file: Path) -> list[int]:
     return found
 
 
-def test_wandb_gets_pictures_with_answers_and_the_model(run_dir):
+def test_wandb_gets_images_with_answers_and_the_model(run_dir):
     """What an offline run has stored for a later sync."""
     folder = sorted(run_dir.glob("wandb/offline-run-*"))[-1]
     (table,) = folder.glob("files/media/table/instruct/answers_*.table.json")
@@ -110,7 +110,7 @@ def test_wandb_gets_pictures_with_answers_and_the_model(run_dir):
 # the model card
 
 
-def test_every_stage_has_a_card_of_its_facts(run_dir, llava_files, tmp_path):
+def test_every_stage_has_a_model_card(run_dir, llava_files, tmp_path):
     summary = json.loads((run_dir / "instruct" / "summary.json").read_text())
     card = (run_dir / "instruct" / "model" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -131,14 +131,14 @@ def test_every_stage_has_a_card_of_its_facts(run_dir, llava_files, tmp_path):
     exported = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(exported.split("---")[1])["library_name"] == "transformers"
     assert done.model_class in exported and "4 x 4" in exported and "import vlmtrain" in exported
-    assert exported.count("\n# ") == 1 and exported.count("## Licence") == 1
+    assert exported.count("\n# ") == 1 and exported.count("## License") == 1
 
 
 def known_by(path: Path) -> str:
     return fingerprint(path)["sha256"]
 
 
-def test_fingerprints_follow_what_is_there(tmp_path):
+def test_fingerprints_depend_on_the_files(tmp_path):
     (tmp_path / "shards").mkdir()
     for name in ("a", "b"):
         (tmp_path / "shards" / name).write_bytes(name.encode() * 3_000_000)
@@ -151,7 +151,7 @@ def test_fingerprints_follow_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("share, count, low, high", [(0.8, 10, 0.4902, 0.9433), (0, 20, 0, 0.1611), (1, 20, 0.8389, 1)])
-def test_intervals_are_wilsons(share, count, low, high):
+def test_intervals_are_wilson_intervals(share, count, low, high):
     """Against published tables (Newcombe, 1998, and R's binom.wilson)."""
     assert wilson(share, count) == pytest.approx((low, high), abs=1e-4)
 
@@ -165,14 +165,14 @@ def test_metrics_have_the_documented_keys(run_dir):
         assert 0 <= record["padding_fraction"] < 1 and record["image_tokens"] < record["tokens"]
 
 
-def test_summary_proves_what_was_frozen_and_scores(run_dir):
+def test_the_summary_has_hashes_of_frozen_parts_and_scores(run_dir):
     summary = json.loads((run_dir / "align" / "summary.json").read_text())
     for part, facts in summary["parts"].items():
         assert (facts["sha256_before"] == facts["sha256_after"]) == (part != "connector")
     assert {"loss", "exact_match", "blind_exact_match", "questions"} <= set(summary["validation"])
 
 
-def test_the_page_stands_alone(run_dir):
+def test_the_page_is_self_contained(run_dir):
     page = (run_dir / "report.html").read_text()
     assert page.count("<svg") == 8 and "data:image/jpeg;base64," in page
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page

@@ -1,4 +1,4 @@
-"""Tools of the fuzz test: what breaks the data, and what judges the outcome by plain rules and other readers."""
+"""Tools of the fuzz test: breaking the data, and judging the outcome by plain rules and other readers."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def judged(turns: Sequence[tuple[str, str]] | None, pictures: Sequence[bytes | N
 
 
 def decoded(data: bytes | None) -> np.ndarray | None:
-    """Pixels of PNG or JPEG bytes, as Pillow decodes them; None if there are none, or if their shape is absurd."""
+    """Pixels of PNG or JPEG bytes, as Pillow decodes them; None if that fails, or if their shape is absurd."""
     if not isinstance(data, bytes):
         return None
     with warnings.catch_warnings():
@@ -161,7 +161,7 @@ def llava_turns(messages: object) -> list[tuple[str, str]] | None:
 
 
 def in_front(turns: list[tuple[str, str]] | None, pictures: int) -> list[tuple[str, str]] | None:
-    """Turns with marks before the first question where the user gave none."""
+    """Turns with marks before the first question, if the user gave none."""
     if turns is None or any("<image>" in text for role, text in turns if role == "user"):
         return turns
     first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)

@@ -58,14 +58,14 @@ LONG: Talk = (
 )
 AGAIN: Talk = (user(f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "a red circle"), user("Sure?")), ("large.png",)
 OTHER: Talk = (user(f"{IMAGE_MARK}\nWhich of them is red, 1 or 2?"),), ("square.png",)
-# InstructBLIP's processor pads instructions on the left, which shifts positions: so all have the same length
+# InstructBLIP's processor pads instructions on the left, which shifts positions: so all of them have the same length
 EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
 
 
 class Parity(NamedTuple):
     """How two models agree on the same conversations, one by one and in one batch.
 
-    logits: largest difference, relative to the largest; pixels: in grey levels of 255. spread: how far the answers'
+    logits: largest difference, relative to the largest; pixels: in gray levels of 255. spread: how far the answers'
     first logits lie apart, which shows whether images and text matter.
     """
 
@@ -147,13 +147,13 @@ def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Par
         all(_same_prompt(ours["batch"], theirs["ids"]) for ours, theirs in pairs),
         max(difference(theirs["logits"], ours["logits"]) for ours, theirs in pairs),
         all(ours["answer"] == theirs["answer"] for ours, theirs in pairs),
-        max(grey_levels(theirs["pixels"], ours) for ours, theirs in zip(answers, found["alone"])),
+        max(gray_levels(theirs["pixels"], ours) for ours, theirs in zip(answers, found["alone"])),
         float(ends.std(0).max() / ends.abs().max()),
     )
 
 
 def _same_prompt(batch, ids: list[int]) -> bool:
-    """The same text, and one other id at all image positions."""
+    """The same text, and one other ID at all image positions."""
     found, is_text = torch.tensor(ids), ~batch.is_image[0]
     if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0][is_text]):
         return False
@@ -164,7 +164,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return relative_difference(found[..., : expected.shape[-1]], expected)
 
 
-def grey_levels(pixels: Tensor, ours: dict) -> float:
+def gray_levels(pixels: Tensor, ours: dict) -> float:
     """The largest difference of pixels, of 255 levels. LLaVA-NeXT pads images to the same number of views."""
     batch = ours["batch"]
     expected = batch.images
@@ -345,8 +345,8 @@ CHATTING = [ONE, TWO, ((*TWO[0], Turn("assistant", "The 2nd"), user("Sure?")), T
 class Source(NamedTuple):
     """A model to import, its kind, and the questions it gets.
 
-    write: writes the model as Hugging Face's class to ``hf`` in a folder; returns what `import_model` is told, where
-    that is not the model itself. kind: the class, or whose a projector is.
+    write: writes the model as Hugging Face's class to ``hf`` in a folder; returns the arguments of
+    `import_model`, if these are not just the model. kind: the class, or the publisher of a projector.
     """
 
     write: Callable[[Path], dict | None]

@@ -1,4 +1,4 @@
-"""Random models in published formats: LLaVA, BLIP-2 and InstructBLIP of Hugging Face, and projectors alone."""
+"""Random models in published formats: LLaVA, BLIP-2 and InstructBLIP of Hugging Face, and single projectors."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def build_blip(folder: Path, kind: str = "blip-2", llm: str = "opt", end: int | 
 def build_parts(folder: Path, depth: int = 2) -> dict[str, Path]:
     """Write a random LLaVA, and its projector as LLaVA publishes it, with the parts that it connects.
 
-    Returns what `import_model` is told of the projector.
+    Returns the arguments of `import_model` for the projector.
     """
     activation = "linear" if depth == 1 else "gelu"
     model = build_llava(folder / "hf", projector_hidden_act=activation, vision_feature_layer=-2)

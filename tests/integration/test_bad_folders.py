@@ -40,7 +40,7 @@ def model(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_model_without_a_language_model_answers_nothing(model, capsys):
+def test_a_model_without_a_language_model_cannot_answer(model, capsys):
     manifest = json.loads((model / "vlmtrain.json").read_text())
     for part in ("connector", "llm"):
         del manifest["parts"][part]
@@ -85,7 +85,7 @@ def test_a_missing_tokenizer(model, capsys):
 
 
 def test_a_connector_of_the_wrong_width(model, tokenizer, tmp_path):
-    """One whose file has another shape, and one that fits its file but not the language model beside it."""
+    """One whose file has another shape, and one that fits its file but not the language model in the folder."""
     file = model / "connector" / "model.safetensors"
     state = load_file(file)
     narrow = {**state, "layers.2.weight": state["layers.2.weight"][:20], "layers.2.bias": state["layers.2.bias"][:20]}
@@ -113,7 +113,7 @@ def test_an_untied_head_where_a_tied_one_is_expected(tmp_path, tokenizer):
 # a published model as the start of a run
 
 
-def test_init_from_takes_published_models_in(tmp_path, llava_files):
+def test_init_from_imports_published_models(tmp_path, llava_files):
     build_llava(tmp_path / "hf")
     line = ["recipe=llava_1_5", "mini=true", "stage=instruct", f"init_from={tmp_path / 'hf'}", "data.validation=null"]
     line += [*data_overrides(llava_files)[:-1], f"run_dir={tmp_path / 'run'}", "engine=zero0"]
@@ -128,7 +128,7 @@ def test_init_from_takes_published_models_in(tmp_path, llava_files):
     assert "is finished" in train(*line, "stages.instruct.max_steps=1").stdout  # the same command again
 
 
-def test_init_from_says_what_it_cannot_take(tmp_path, model):
+def test_init_from_names_what_it_cannot_import(tmp_path, model):
     line = ["recipe=llava_1_5", "mini=true", "stage=instruct", f"run_dir={tmp_path / 'run'}"]
     for given, words in (
         (model / "llm", "llm/config.json: model_type is llama, expected llava or"),
@@ -152,7 +152,7 @@ def written(file: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def piped(file: str) -> Callable[[Path], None]:
-    """Replace a file by a pipe that nobody writes to."""
+    """Replace a file with a pipe that nothing writes to."""
     return lambda model: ((model / file).unlink(), os.mkfifo(model / file))
 
 
@@ -189,7 +189,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("said, change", BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_named_in_one_line_and_at_once(said, change, model):
-    if said != "'files' must map":  # else the hashes in the manifest would tell
+    if said != "'files' must map":  # otherwise the hashes in the manifest would reveal the change
         changed("vlmtrain.json", files={})(model)
     change(model)
     with pytest.raises(ValueError, match=said) as error:

@@ -54,7 +54,7 @@ def files(llava_files, tmp_path) -> dict:
         (["recipe=llava_1_5", "llm=hf", "llm.path=???"], ["llm.path"]),
     ],
 )
-def test_a_line_that_does_not_compose_names_the_nearest(line, words):
+def test_a_command_that_does_not_compose_names_the_nearest_key(line, words):
     with pytest.raises(ValueError) as error:
         compose(["recipe=llava_1_5", "llm.path=x", *line])
     for word in words:
@@ -141,7 +141,7 @@ def bert(folder, **shape) -> str:
     return str(folder)
 
 
-def test_a_model_that_sees_both_directions_is_no_language_model(llava_files, tmp_path):
+def test_a_bidirectional_model_is_refused_as_language_model(llava_files, tmp_path):
     path = bert(tmp_path / "bert")
     with pytest.raises(ValueError, match=f"llm.path={path} is not a causal language model") as error:
         start(tmp_path / "run", llava_files, "llm=hf", f"llm.path={path}", "llm.chat_template=bare")
@@ -168,7 +168,7 @@ def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
     assert f"{key}{tmp_path / 'none'}" in refused(str(tmp_path / "none"))
 
 
-def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, tokenizer):
+def test_a_connector_that_does_not_fit_the_other_parts_is_named(tmp_path, tokenizer):
     with torch.device("meta"):
         encoder = build_vision(**asdict(compose(["recipe=quickstart"]).vision))
         parts = {"vision": encoder, "connector": build_connector("linear", 128, 64)}
@@ -184,7 +184,7 @@ def test_a_connector_that_does_not_fit_the_parts_beside_it_is_named(tmp_path, to
         check_widths(settings, settings.stages["instruct"], parts, {"connector"})
 
 
-def test_a_missing_picture_folder_is_named(llava_files, tmp_path):
+def test_a_missing_image_folder_is_named(llava_files, tmp_path):
     with pytest.raises(ValueError, match=r"data.images=/nowhere"):
         start(tmp_path / "run", {**llava_files, "images": "/nowhere"})
 
@@ -200,10 +200,10 @@ def test_an_unusable_file_is_named(content, words, files, tmp_path):
 
 
 BAD = {
-    "missing picture": {"image": "gone.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
-    "truncated picture": {"image": "cut.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
-    "more marks than pictures": {"image": "red.png", "conversations": [human("<image><image>\nWhat?"), gpt("x")]},
-    "fewer marks than pictures": {"image": ["red.png", "red.png"], "conversations": [human("<image>?"), gpt("x")]},
+    "missing image": {"image": "gone.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
+    "truncated image": {"image": "cut.png", "conversations": [human("<image>\nWhat?"), gpt("x")]},
+    "more marks than images": {"image": "red.png", "conversations": [human("<image><image>\nWhat?"), gpt("x")]},
+    "fewer marks than images": {"image": ["red.png", "red.png"], "conversations": [human("<image>?"), gpt("x")]},
 }
 
 
@@ -217,7 +217,7 @@ def spoil(files, record) -> None:
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_bad_record_stops_the_run_at_the_door(fault, files, tmp_path):
+def test_a_bad_record_stops_the_run_before_training(fault, files, tmp_path):
     spoil(files, BAD[fault])
     with pytest.raises(ValueError, match=r"instruct\.json record 3.*spoilt") as error:
         start(tmp_path / "run", files)
@@ -226,7 +226,7 @@ def test_a_bad_record_stops_the_run_at_the_door(fault, files, tmp_path):
 
 
 def test_a_bad_record_is_skipped_and_counted_when_asked(files, tmp_path):
-    spoil(files, BAD["truncated picture"])
+    spoil(files, BAD["truncated image"])
     data = [f"data.{key}={path}" for key, path in files.items()]
     done = train(
         *("recipe=llava_1_5", "mini=true", "data=llava_json", *data, f"run_dir={tmp_path / 'run'}"),

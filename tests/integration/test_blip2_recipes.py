@@ -58,7 +58,7 @@ def test_sizes_are_the_published_ones():
     assert instruct.trainable == pytest.approx(188e6, rel=0.01)
 
 
-def test_the_encoder_gives_257_tokens_of_its_last_layer_but_one():
+def test_the_encoder_gives_257_tokens_of_its_second_to_last_layer():
     options = asdict(compose(["recipe=blip2"]).vision)
     with torch.device("meta"):
         vision = build_vision(**options, weights=False)
@@ -116,13 +116,13 @@ def test_a_stage_reads_what_it_should():
 
 
 def test_a_connector_that_reads_no_text_ignores_it(tmp_path):
-    """So that one override swaps it: only connectors that read text get the instruction."""
+    """One override can therefore replace it: only connectors that read text get the instruction."""
     settings = small("instructblip", "connector=mlp", "stages.instruct.fresh=[connector]")
     parts = build_skeleton(settings, settings.stages["instruct"], build_tokenizer(settings))
     assert not parts["connector"].reads_text
 
 
-# what cannot work is refused before training
+# settings that cannot work are refused before training
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_a_connector_that_reads_no_text_ignores_it(tmp_path):
         ("instructblip", ["stage=instruct"], "instruct needs weights for its connector"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_trains(recipe, more, said, tmp_path):
+def test_what_cannot_work_is_refused_before_training(recipe, more, said, tmp_path):
     with pytest.raises(ValueError, match=rf"(?s){said}"):
         settings = small(recipe, *more)
         check_run(settings, 1)
         check_stages(settings, RunFolder(tmp_path))
 
 
-def test_what_is_handed_on_is_looked_at_too(tmp_path):
+def test_the_connector_of_a_model_folder_is_checked_too(tmp_path):
     """The same command with a different Q-Former from the model folder's."""
     settings = small("instructblip")
     first = hand_on(settings, "represent", None, tmp_path / "first")

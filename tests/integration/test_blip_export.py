@@ -19,7 +19,7 @@ def exported(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", BLIP_CASES)
-def test_transformers_alone_gives_the_same(name, exported):
+def test_transformers_alone_gives_the_same_results(name, exported):
     parity = exported[name]["parity"]
     assert (parity.model_class, parity.module) == (BLIP_CASES[name].becomes, "transformers")
     check(parity, 1e-5)
@@ -33,7 +33,7 @@ def test_transformers_alone_gives_the_same(name, exported):
             blip2(vision="timm siglip"),
             "without a class token or with gated layers is not supported by BLIP-2's classes",
         ),
-        (blip2({"vision_norm": False}), "connector.vision_norm=false: BLIP-2's classes normalise"),
+        (blip2({"vision_norm": False}), "connector.vision_norm=false: BLIP-2's classes normalize"),
         (blip2({"vision_norm_eps": 0.5}), "eps of the norms: 0.5 and 1e-06"),
         (blip2(fit="pad"), "image_fit=pad: BLIP-2's processors stretch"),
         (blip2(template="bare", reads=True), "the Q-Former reads the complete prompt, not the instruction"),

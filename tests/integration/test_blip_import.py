@@ -25,7 +25,7 @@ def imported(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", BLIP_SOURCES)
-def test_what_is_taken_in_says_what_the_source_says(name, imported):
+def test_an_imported_model_answers_like_its_source(name, imported):
     done, parity = imported[name]["import"], imported[name]["parity"]
     assert done.largest_relative_difference <= 1e-5
     assert (done.template, done.image_fit, done.connector) == ("blip", "squash", "qformer")
@@ -34,7 +34,7 @@ def test_what_is_taken_in_says_what_the_source_says(name, imported):
 
 
 @pytest.mark.parametrize("name", ["blip2, an end of its own", "instructblip, llama"])
-def test_and_out_again_as_the_same_class(name, imported, tmp_path):
+def test_an_imported_model_exports_to_the_same_class(name, imported, tmp_path):
     home, talks = imported[name]["home"], BLIP_SOURCES[name].talks
     again = export(home / "model", tmp_path / "out")
     assert again.model_class == BLIP_SOURCES[name].kind and again.largest_relative_difference <= 1e-5
@@ -43,7 +43,7 @@ def test_and_out_again_as_the_same_class(name, imported, tmp_path):
     check(measure(found, home / "model", talks, pictures), 1e-5)
 
 
-def test_what_was_taken_in_trains_on(tmp_path, llava_files):
+def test_an_imported_model_continues_training(tmp_path, llava_files):
     build_blip(tmp_path / "hf", "instructblip", llm="llama")
     import_model(tmp_path / "hf", tmp_path / "model")
     line = [f"init_from={tmp_path / 'model'}", "recipe=instructblip", "stage=instruct", "mini=true", "engine=zero0"]

@@ -72,14 +72,14 @@ def test_a_broken_file_of_a_model_is_named(name, content, model, capsys):  # noq
 
 
 @pytest.mark.parametrize("place", ["/etc/hostname", "/proc/run"])
-def test_a_run_folder_that_cannot_be_one_is_named(place, run_dir, llava_files, capsys):
+def test_an_invalid_run_folder_is_named(place, run_dir, llava_files, capsys):
     with pytest.raises(ValueError, match=f"run_dir={place} is not a writable folder: "):
         start(place, llava_files)
     assert place in refused(capsys, "reproduce", str(run_dir), "--out", place)
     assert place in refused(capsys, "ablate", "recipe=quickstart", "connectors=[linear]", f"run_dir={place}")
 
 
-def test_a_finished_rerun_or_anything_else_is_not_taken_for_a_new_rerun(run_dir, tmp_path, capsys):
+def test_a_folder_with_a_finished_rerun_or_other_files_is_refused(run_dir, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
@@ -89,7 +89,7 @@ def test_a_finished_rerun_or_anything_else_is_not_taken_for_a_new_rerun(run_dir,
     assert "something else" in refused(capsys, "reproduce", str(run_dir), "--out", str(other))
 
 
-def test_a_line_that_a_kill_cut_short_is_no_step(tmp_path):
+def test_a_line_truncated_by_a_kill_does_not_count_as_a_step(tmp_path):
     file = tmp_path / "metrics.jsonl"
     assert read_records(file) == []
     whole = '{"step": 1}\n{"step": 2}\n'
@@ -102,7 +102,7 @@ def test_a_line_that_a_kill_cut_short_is_no_step(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
-def test_where_there_are_no_locks_the_run_goes_on_with_a_warning(number, tmp_path, monkeypatch):
+def test_without_file_locks_the_run_continues_with_a_warning(number, tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(number, os.strerror(number))
 
@@ -110,13 +110,13 @@ def test_where_there_are_no_locks_the_run_goes_on_with_a_warning(number, tmp_pat
     assert "a second run in this folder is not prevented" in RunFolder(tmp_path).lock()
 
 
-def test_any_other_failure_of_the_lock_is_not_passed_over(tmp_path, monkeypatch):
+def test_any_other_failure_of_the_lock_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda file, how: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"):
         RunFolder(tmp_path).lock()
 
 
-def test_wandbs_id_is_kept_before_wandb_knows_it(tmp_path, monkeypatch):
+def test_wandbs_id_is_saved_before_wandb_starts(tmp_path, monkeypatch):
     import wandb
 
     known = []

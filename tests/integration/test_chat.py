@@ -1,4 +1,4 @@
-"""Chat: the same answer for every way to ask, in pieces, in turns, from standard input, on a page."""
+"""Chat gives the same answer in every way: in pieces, over several turns, from standard input, and on the page."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def greedy(home: Path, turns: list[str], pictures: list[str]) -> str:
     return processor.renderer.decode(torch.tensor(new, dtype=torch.long))
 
 
-def test_turns_and_pictures_add_up(home):
+def test_turns_and_images_accumulate(home):
     chat = Chat(*parts(home), [home / "one.png"])
     first = chat.say("What is this?", NEW)
     assert first == greedy(home, ["<image>\nWhat is this?"], ["one.png"])
@@ -102,7 +102,7 @@ def talk(monkeypatch, capsys, line: list[str], given: bytes = b"") -> tuple[int,
     return status, out, err
 
 
-def test_a_picture_comes_from_a_file_or_from_standard_input(home, monkeypatch, capsys):
+def test_an_image_comes_from_a_file_or_from_standard_input(home, monkeypatch, capsys):
     expected = greedy(home, ["<image>\nWhat is this?"], ["one.png"]) + "\n"
     asked = [str(home / "model"), "--prompt", "What is this?"]
     assert talk(monkeypatch, capsys, [*asked, "--image", str(home / "one.png")]) == (0, expected, "")
@@ -113,7 +113,7 @@ def test_a_picture_comes_from_a_file_or_from_standard_input(home, monkeypatch, c
     assert "no --image" in talk(monkeypatch, capsys, asked)[2]
 
 
-def test_several_turns_and_a_further_picture(home, monkeypatch, capsys):
+def test_several_turns_and_a_further_image(home, monkeypatch, capsys):
     lines = f"What is this?\n/image {home / 'none.png'}\n/image\n/image {home / 'other.png'}\nAnd this?\n\n"
     line = [str(home / "model"), "--image", str(home / "one.png")]
     status, out, _ = talk(monkeypatch, capsys, line, lines.encode())
@@ -140,7 +140,7 @@ def test_several_turns_and_a_further_picture(home, monkeypatch, capsys):
         (["--web", "--prompt", "What?"], b"", "--web takes images and questions on its page"),
     ],
 )
-def test_what_cannot_be_shown_is_said(home, monkeypatch, capsys, line, given, words):
+def test_an_image_that_cannot_be_read_is_named(home, monkeypatch, capsys, line, given, words):
     status, out, err = talk(monkeypatch, capsys, [str(home / "model"), *line], given)
     assert (status, out) == (2, "") and words in err and err.count("\n") == 1
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_shown_is_said(home, monkeypatch, capsys, line, given, wo
 
 
 def client(home: Path):
-    """The page, and a reader of it through gradio's own client."""
+    """The page, and a client of gradio that reads it."""
     from gradio_client import Client
 
     page = web.build_page(Chat(*parts(home)), NEW)
@@ -166,7 +166,7 @@ def ask(reader, words: str, *files: Path) -> list[str]:
     return job.outputs()
 
 
-def test_the_page_answers_as_the_command_does(home):
+def test_the_page_answers_like_the_command(home):
     page, reader = client(home)
     broken = home / "broken.png"
     broken.write_bytes(b"words")
@@ -204,7 +204,7 @@ def test_without_gradio_the_page_says_what_to_install(home, monkeypatch):
         web.build_page(Chat(*parts(home)), NEW)
 
 
-def test_a_bad_picture_is_named(home):
+def test_a_bad_image_is_named(home):
     (home / "broken.png").write_bytes((home / "one.png").read_bytes()[:300])
     with pytest.raises(BadSample, match=r"image .*broken\.png cannot be decoded"):
         Chat(*parts(home), [home / "broken.png"])

@@ -43,16 +43,16 @@ def talk(*turns: object) -> dict:
 
 
 DEFECTS: dict[str, tuple[dict | bytes, str]] = {
-    "missing picture": (ask("gone.png"), "gone.png does not exist"),
+    "missing image": (ask("gone.png"), "gone.png does not exist"),
     "truncated PNG": (ask("cut.png"), "cut.png cannot be decoded"),
     "truncated JPEG": (ask("cut.jpg"), "cut.jpg cannot be decoded: image file is truncated"),
     "empty file": (ask("empty.png"), "empty.png is not an image: it is empty"),
-    "text for a picture": (ask("words.png"), "words.png is not an image: it starts with b'just words"),
-    "a program for a picture": (ask("drawing.eps"), "drawing.eps is not an image: it starts with b'%!PS"),
-    "folder for a picture": (ask("folder"), "folder cannot be read"),
+    "text for an image": (ask("words.png"), "words.png is not an image: it starts with b'just words"),
+    "a program for an image": (ask("drawing.eps"), "drawing.eps is not an image: it starts with b'%!PS"),
+    "folder for an image": (ask("folder"), "folder cannot be read"),
     "absurd size": (ask("huge.png"), "huge.png cannot be decoded: it has 12000x12000 pixels: too many"),
     "decompression bomb": (ask("bomb.png"), "bomb.png cannot be decoded: Image size (3600000000 pixels) exceeds"),
-    "a line for a picture": (ask("line.png"), "line.png cannot be decoded: it has 900x2 pixels"),
+    "a line for an image": (ask("line.png"), "line.png cannot be decoded: it has 900x2 pixels"),
     "path that climbs": (ask("../outside.png"), "'../outside.png' leads out of data.images"),
     "absolute path": (ask("/etc/hostname"), "'/etc/hostname' leads out of data.images"),
     "link that leads out": (ask("link.png"), "'link.png' leads out of data.images"),
@@ -69,7 +69,7 @@ DEFECTS: dict[str, tuple[dict | bytes, str]] = {
     "no conversations": ({}, "expected 'conversations', or 'question' and 'answer', or 'caption'; got 'id'"),
     "empty conversations": (talk(), "'conversations' must be a non-empty list, got []"),
     "text for conversations": ({"conversations": "What?"}, "'conversations' is a string, but not JSON"),
-    "number for words": (talk(human("What?"), {"from": "gpt", "value": 7}), "'value' must be a string, got 7"),
+    "number for text": (talk(human("What?"), {"from": "gpt", "value": 7}), "'value' must be a string, got 7"),
     "too long": (talk(human("What?"), gpt("red " * 300)), "tokens (0 of images) exceed max_length=256"),
     "half a character": (talk(human("What?"), gpt("\ud800")), "half of a character"),
     "broken line": (b'{"id": "x", "conversations": [', "is not valid JSON"),
@@ -206,7 +206,7 @@ def test_totals_are_those_of_the_good_records(data, checked):
     assert checked["align"]["sources"]["align"]["duplicates"] == 0
 
 
-def test_lengths_are_spread_as_their_histogram_says(data, checked):
+def test_the_histogram_agrees_with_the_lengths(data, checked):
     report = checked["instruct"]["sources"]["instruct"]
     lengths = [counted([record], "chat")["tokens"] for record in data["good"]]
     assert (report["length"]["shortest"], report["length"]["longest"]) == (min(lengths), max(lengths))
@@ -234,7 +234,7 @@ def table_numbers(text: str, stage: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_table_says_the_same_as_the_json(data, checked, workers, capsys):
+def test_the_table_agrees_with_the_json(data, checked, workers, capsys):
     text = check(*data_overrides(data["files"]), "--workers", workers, code=1, capsys=capsys)
     for stage in ("align", "instruct"):
         (report,) = checked[stage]["sources"].values()
@@ -267,7 +267,7 @@ def test_samples_are_shown_with_what_is_trained_on_marked(data, capsys):
     assert instruct[2].strip() == second
 
 
-def test_data_without_a_fault_end_in_success(data, capsys):
+def test_valid_data_exits_with_success(data, capsys):
     files = {**data["files"], "instruct": data["files"]["images"].parent / "validation.json"}
     assert "problems  0" in check(*data_overrides(files), code=0, capsys=capsys)
 
@@ -276,7 +276,7 @@ def test_data_without_a_fault_end_in_success(data, capsys):
 
 
 def test_what_validation_reads_is_checked_as_validation_reads_it(data, tmp_path, capsys):
-    records = [good_record(number) for number in range(5)] + [DEFECTS["missing picture"][0], DEFECTS["no answer"][0]]
+    records = [good_record(number) for number in range(5)] + [DEFECTS["missing image"][0], DEFECTS["no answer"][0]]
     (tmp_path / "held_out.json").write_text(json.dumps(records))
     files = {**data["files"], "instruct": data["files"]["align"], "validation": tmp_path / "held_out.json"}
     found = json.loads(check(*data_overrides(files), "--json", code=1, capsys=capsys))
@@ -301,7 +301,7 @@ def test_what_validation_reads_is_checked_as_validation_reads_it(data, tmp_path,
 def test_a_mixture_is_reported_by_source(data, tmp_path, capsys):
     talks, more = tmp_path / "talks.json", tmp_path / "more.json"
     talks.write_text(json.dumps([good_record(number) for number in range(8)]))
-    more.write_text(json.dumps([*(good_record(number) for number in (5, 20, 21)), DEFECTS["missing picture"][0]]))
+    more.write_text(json.dumps([*(good_record(number) for number in (5, 20, 21)), DEFECTS["missing image"][0]]))
     line = [*data_overrides(data["files"])[:-1], f"data.instruct={{talks:{talks},more:{{path:{more},samples:30}}}}"]
     found = json.loads(check(*line, "--json", "--clean-list", tmp_path / "clean.json", code=1, capsys=capsys))
     sources = found["instruct"]["sources"]
@@ -322,9 +322,9 @@ def test_a_mixture_is_reported_by_source(data, tmp_path, capsys):
 # the clean list
 
 
-def test_a_clean_list_trains_without_a_skip(data, tmp_path, capsys):
+def test_training_with_a_clean_list_skips_nothing(data, tmp_path, capsys):
     held_out = tmp_path / "held_out.json"
-    held_out.write_text(json.dumps([good_record(0), DEFECTS["missing picture"][0], good_record(1)]))
+    held_out.write_text(json.dumps([good_record(0), DEFECTS["missing image"][0], good_record(1)]))
     clean = tmp_path / "clean.json"
     line = data_overrides({**data["files"], "validation": held_out})
     check(*line, "--clean-list", clean, code=1, capsys=capsys)
@@ -356,7 +356,7 @@ def test_a_clean_list_of_other_records_is_refused(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"instruct": {"instruct": {"records": 3}}}', '{"instruct": [3]}'])
-def test_a_clean_list_that_is_none_is_refused(data, tmp_path, content, capsys):
+def test_a_file_that_is_not_a_clean_list_is_refused(data, tmp_path, content, capsys):
     clean = tmp_path / "clean.json"
     clean.write_text(content)
     error = check(*data_overrides(data["files"]), f"data.clean_list={clean}", "stage=instruct", code=2, capsys=capsys)

@@ -24,7 +24,7 @@ SMALL = [
 ]
 
 
-def test_another_window_makes_fewer_tokens_of_the_same_weights(llava_files, tmp_path):
+def test_another_window_gives_fewer_tokens_with_the_same_weights(llava_files, tmp_path):
     change = "stages.instruct.connector_options={avgpool: {window: 4}}"
     line = ["connector=avgpool", "connector.window=2", change, "stages.instruct.train.connector=1e-12"]
     train(*SMALL, *data_overrides(llava_files), "data.validation=null", f"run_dir={tmp_path}", *line)
@@ -41,7 +41,7 @@ def test_another_window_makes_fewer_tokens_of_the_same_weights(llava_files, tmp_
     assert [stage.picture_tokens[0] for stage in planned] == [align.num_tokens(*grid), instruct.num_tokens(*grid)]
 
 
-def test_options_that_need_new_weights_are_refused_at_the_door(llava_files, tmp_path):
+def test_options_that_need_new_weights_are_refused_before_training(llava_files, tmp_path):
     for change, said in (
         ("{mlp: {depth: 3}}", "not in the received connector and not in stages.instruct.fresh: layers.4"),
         ("{mpl: {depth: 3}}", "unknown connector mpl. Did you mean 'mlp'?"),

@@ -55,19 +55,19 @@ def own(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", LLAVA_CASES)
-def test_transformers_alone_gives_the_same(name, exported):
+def test_transformers_alone_gives_the_same_results(name, exported):
     parity = exported[name]["parity"]
     assert (parity.model_class, parity.module) == (LLAVA_CASES[name].becomes, "transformers")
     check(parity, 1e-4)
 
 
 @pytest.mark.parametrize("name", OWN_CASES)
-def test_whatever_else_loads_once_vlmtrain_is_imported(name, own):
+def test_all_other_models_load_once_vlmtrain_is_imported(name, own):
     assert own[name]["parity"].model_class == OWN_CASES[name].becomes
     check(own[name]["parity"], 1e-4)
 
 
-def test_the_quicker_scaling_is_off_by_rounding_only(exported, pictures):
+def test_the_faster_scaling_differs_only_by_rounding(exported, pictures):
     """Not on images of the encoder's size, which are not scaled."""
     folder, talks = exported["clip"]["home"], LLAVA_CASES["clip"].talks
     (found,) = run_outside(folder, [job(folder / "out", talks, pictures, backend=None)])
@@ -151,7 +151,7 @@ def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictu
         theirs(shown * 2, text)
 
 
-def test_the_own_class_generates_what_transformers_callers_ask_for(tmp_path, pictures):
+def test_the_own_class_supports_the_options_of_generate(tmp_path, pictures):
     case = Case(connector="avgpool", options={"window": 2})
     build(case, tmp_path / "model")
     export(tmp_path / "model", tmp_path / "out", "vlmtrain")
@@ -180,7 +180,7 @@ def own_class(tmp_path_factory) -> tuple:
     return model.eval(), AutoProcessor.from_pretrained(folder / "out")
 
 
-def test_the_own_class_takes_no_loss_at_pictures(own_class, pictures):
+def test_the_own_class_ignores_image_positions_in_the_loss(own_class, pictures):
     """Labels that equal the ids, as in transformers' collators: image tokens are not predicted."""
     model, theirs = own_class
     inputs = theirs(Image.open(pictures / "wide.png"), f"{IMAGE_MARK}what is this", return_tensors="pt")
@@ -194,7 +194,7 @@ def test_the_own_class_takes_no_loss_at_pictures(own_class, pictures):
     torch.testing.assert_close(done.loss, expected)
 
 
-def test_the_own_processor_takes_files(own_class, pictures):
+def test_the_own_processor_accepts_files(own_class, pictures):
     _, theirs = own_class
     file, text = pictures / "large.png", f"{IMAGE_MARK}what is this"
     expected = theirs(Image.open(file), text)["pixel_values"]

@@ -59,7 +59,7 @@ def test_it_trains_under_torchrun(home):
     assert (home / "two" / "align" / "summary.json").exists()
 
 
-def test_it_loads_once_its_module_is_there(home):
+def test_it_loads_once_its_module_is_imported(home):
     load = (
         "from vlmtrain.model import VLMWrapper as W; W.from_pretrained('runs/quickstart-my_connector/instruct/model')"
     )
@@ -68,7 +68,7 @@ def test_it_loads_once_its_module_is_there(home):
     assert "Unknown connector 'my_connector'" in lacking.stderr and "modules=[...], or --module" in lacking.stderr
 
 
-def test_the_commands_take_it(home):
+def test_the_commands_accept_it(home):
     picture, model = home / "picture.png", "runs/quickstart-my_connector/instruct/model"
     from PIL import Image
 
@@ -89,25 +89,25 @@ def test_the_commands_take_it(home):
 
 
 @pytest.mark.slow
-def test_ablations_take_it(home):
+def test_ablations_accept_it(home):
     line = ["recipe=quickstart", "modules=[my_connectors]", "connectors=[linear,my_connector]", "run_dir=ablation"]
     vlmtrain(home, "ablate", *line, *SMALL)
     assert "my_connector" in (home / "ablation" / "ablation.html").read_text()
 
 
-def test_a_folder_of_ones_own_adds_choices(home):
+def test_a_users_folder_adds_choices(home):
     line = ["recipe=quickstart", "modules=[my_connectors]", "connector=wide", "--config-dir", "my_configs"]
     shown = yaml.safe_load(train(*line, "--cfg", "job", cwd=home).stdout)
     assert shown["connector"] == {"name": "my_connector", "hidden_dim": 1024}
 
 
-def test_a_module_that_is_not_there_is_named(home):
+def test_a_missing_module_is_named(home):
     done = train("recipe=quickstart", "modules=[no_such_module]", cwd=home, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "modules=['no_such_module']: no module no_such_module in the working directory" in done.stderr
 
 
-def test_names_are_not_taken_twice():
+def test_a_name_cannot_be_registered_twice():
     with pytest.raises(ValueError, match=r"connector 'mlp' is already vlmtrain\.connectors\.mlp\.MLP"):
 
         @register("mlp")
@@ -119,7 +119,7 @@ def test_names_are_not_taken_twice():
     assert "none" not in CONNECTORS
 
 
-# Hydra's behaviour
+# Hydra's behavior
 
 
 def test_cfg_shows_what_applies(tmp_path):

@@ -107,7 +107,7 @@ def assert_record(source, index: int, processor: Processor, verdict: Verdict | N
 
 
 def assert_some_end(source, index: int, processor: Processor, name: str) -> None:
-    """A record that no other reader can interpret is a sample or a problem, and nothing else."""
+    """A record that no other reader can interpret becomes a sample or a problem; anything else is an error."""
     try:
         assert len(processor(source[index]).tokens.answers) > 0
     except BadSample as error:
@@ -165,7 +165,7 @@ def inside(name: str, folder: Path) -> bytes | None:
 
 
 def standard_json(data: bytes) -> object:
-    """The result of the standard parser for bytes; bytes that are not UTF-8 stay recognisable."""
+    """The result of the standard parser for bytes; bytes that are not UTF-8 stay recognizable."""
     return json.loads(data.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
 
 
@@ -182,7 +182,7 @@ def test_llava_records(seed, suffix, processor, tmp_path):
     for _ in range(2):
         records = [mutated(record, rng) if rng.random() < 0.6 else record for record in records]
     file = tmp_path / f"data.{suffix}"
-    # what is too deep for Python spoils a line, but the whole of an array
+    # nesting that is too deep for Python makes one line bad, but the whole of an array
     lines = [as_json(record, rng, 100_000 if suffix == "jsonl" else 100) for record in records]
     file.write_bytes(b"\n".join(lines) if suffix == "jsonl" else b"[" + b",\n".join(lines) + b"]")
     with no_hang():
@@ -266,7 +266,7 @@ def test_mixtures(seed, processor, tmp_path):
             assert processor(source[index]).tokens.answers
 
 
-# Hugging Face data sets
+# Hugging Face datasets
 
 TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -393,7 +393,7 @@ def test_parquet_files(seed, processor, tmp_path):
     file.write_bytes(data)
     with no_hang():
         source = opened(lambda: HFDataset(file), "data.parquet")
-        # the words may be damaged too, and so be no UTF-8
+        # the text may be damaged too, so that it is not UTF-8
         table = quiet(pq.read_table, io.BytesIO(data))
         if source is None:
             return
@@ -419,7 +419,7 @@ def test_arrow_files(seed, processor, tmp_path):
         with pa.ipc.open_stream(io.BytesIO(data)) as reader:
             found = reader.read_all()
         assert len(found) == len(source)
-        # pyarrow follows damaged offsets out of its memory, and can tell nothing of such a table
+        # pyarrow follows damaged offsets out of its memory, so it cannot read such a table
         rows = [None] * len(found) if isinstance(quiet(found.validate, full=True), Exception) else found.to_pylist()
         for index, row in enumerate(rows):
             if row is None:

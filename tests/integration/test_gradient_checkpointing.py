@@ -18,7 +18,7 @@ LINE = [
 ]
 
 
-def test_losses_are_equal_with_and_without(tmp_path):
+def test_losses_are_equal_with_and_without_checkpointing(tmp_path):
     for name in ("false", "true"):
         done = train(*LINE, f"stages.instruct.gradient_checkpointing={name}", f"run_dir={tmp_path / name}")
         assert "FutureWarning" not in done.stderr

@@ -44,7 +44,7 @@ def imported(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", LLAVA_SOURCES)
-def test_what_is_taken_in_says_what_the_source_says(name, imported):
+def test_an_imported_model_answers_like_its_source(name, imported):
     check(imported[name]["parity"], 1e-4)
     done = imported[name]["import"]
     assert done.template == "chat" and done.connector == ("linear" if "one layer" in name else "mlp")
@@ -72,7 +72,7 @@ def test_a_template_that_ends_no_answer_becomes_vicunas(tmp_path, caplog):
     assert import_model(tmp_path / "other", tmp_path / "named", template="bare").template == "bare"
 
 
-def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path):
+def test_images_are_preprocessed_as_by_the_source(tmp_path):
     pictures = sorted(draw_pictures(tmp_path / "pictures").iterdir())
     build_llava(tmp_path / "hf", vision="siglip", llm="qwen2", fit="squash")
     said = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
@@ -108,7 +108,7 @@ def test_pictures_reach_the_encoder_as_the_source_prepares_them(tmp_path):
     assert import_model(tmp_path / "hf", tmp_path / "named", image_fit="crop").image_fit == "crop"
 
 
-# projectors alone
+# single projectors
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def take_in(home: Path, *options: str) -> int:
     return 0
 
 
-def test_a_projector_is_taken_with_its_picture_preparation(published, capsys):
+def test_a_projector_is_imported_with_its_image_preprocessing(published, capsys):
     config = published / "llava" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "image_aspect_ratio": "pad"}))
     assert take_in(published) == 0
@@ -136,7 +136,7 @@ def test_a_projector_is_taken_with_its_picture_preparation(published, capsys):
 
 
 @pytest.mark.parametrize("kind", ["internvl", "nanovlm"])
-def test_others_projectors_are_the_connectors_that_they_are(kind, tmp_path, caplog):
+def test_projectors_of_internvl_and_nanovlm_give_the_published_tokens(kind, tmp_path, caplog):
     told = build_shuffling(tmp_path, kind)
     assert import_model(out=tmp_path / "model", **told).connector == "pixel_shuffle"
     assert ("train further" in caplog.text) == (kind == "nanovlm")
@@ -148,7 +148,7 @@ def test_others_projectors_are_the_connectors_that_they_are(kind, tmp_path, capl
         import_model(out=tmp_path / "none", **told)
 
 
-def test_what_was_taken_in_trains_on(published, llava_files, tmp_path):
+def test_an_imported_model_continues_training(published, llava_files, tmp_path):
     assert take_in(published) == 0
     line = [f"init_from={published / 'model'}", "recipe=llava_1_5", "stage=instruct", "mini=true", "data=llava_json"]
     line += [f"data.{key}={path}" for key, path in llava_files.items()]
@@ -166,7 +166,7 @@ def test_what_was_taken_in_trains_on(published, llava_files, tmp_path):
     assert type(trained.llm).__name__ == "LlamaForCausalLM" and trained.vision.width == 16, done.stderr
 
 
-def test_another_source_takes_the_place_of_what_was_imported_before(published, tmp_path):
+def test_another_source_replaces_an_earlier_import(published, tmp_path):
     file = published / "llava" / "mm_projector.bin"
     line = ["recipe=llava_1_5", "stage=instruct", "llm=hf", f"llm.path={published / 'vicuna'}"]
     line += ["llm.chat_template=vicuna_v1", f"init_from={file}", f"run_dir={tmp_path / 'run'}"]
@@ -269,7 +269,7 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_that_cannot_be_downloaded_is_named(tmp_path):
-    words = "nobody/nothing is neither a folder nor a hub id that can be downloaded"
+    words = "nobody/nothing is neither a folder nor a Hub ID that can be downloaded"
     with pytest.raises(ValueError, match=words) as refused:  # the tests are offline
         import_model(Path("nobody/nothing"), tmp_path / "out")
     assert "\n" not in str(refused.value)

@@ -76,13 +76,13 @@ def logits_of(model: VLMWrapper, batch: Batch) -> list[Tensor]:
 
 @pytest.mark.parametrize("edited", range(5))
 @pytest.mark.parametrize("what", ["tokens", "picture"])
-def test_no_token_or_picture_of_a_sample_moves_a_logit_of_another(edited, what):
+def test_no_token_or_image_of_a_sample_changes_a_logit_of_another(edited, what):
     model, processor = build(True)
     model.eval()
     some = samples(processor)
     sample = some[edited]
     if what == "picture" and not len(sample.images):
-        pytest.skip("a sample without a picture")
+        pytest.skip("a sample without an image")
     with torch.no_grad():
         before = logits_of(model, processor.pack(some))
         if what == "picture":
@@ -105,7 +105,7 @@ def test_no_token_or_picture_of_a_sample_moves_a_logit_of_another(edited, what):
         (["llm.attn_implementation=flash"], "llm.attn_implementation=flash: "),
     ],
 )
-def test_an_attention_that_cannot_be_is_refused_before_anything_trains(more, said, tmp_path):
+def test_an_unsupported_attention_is_refused_before_training(more, said, tmp_path):
     line = ["recipe=llava_1_5", "mini=true", "stages.instruct.layout=packed", "data.validation=null"]
     with pytest.raises(ValueError, match=said):
         check_stages(compose([*line, *more]), RunFolder(tmp_path))
@@ -117,7 +117,7 @@ def test_flash_attention_in_fp32_is_refused():
         compose(line)
 
 
-def test_every_stage_attends_as_the_line_says(tmp_path):
+def test_every_stage_uses_the_attention_that_the_command_sets(tmp_path):
     settings = compose(["recipe=llava_1_5", "mini=true", "llm.attn_implementation=eager"])
     tokenizer, previous = build_tokenizer(settings), None
     for stage in settings.stages.values():

@@ -84,7 +84,7 @@ def test_the_registry_finds_the_model():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_it_answers_as_chat_does(folder, batch_size):
+def test_it_answers_like_chat(folder, batch_size):
     model = ready(Model(folder, batch_size=batch_size))
     said = model.generate_until(requests("generate_until", lambda d: {"max_new_tokens": 6, "until": ["\n\n"]}))
     for document, answer in zip(DOCUMENTS, said):
@@ -92,7 +92,7 @@ def test_it_answers_as_chat_does(folder, batch_size):
         assert answer == chat.say(document["question"], max_new_tokens=6).split("\n\n")[0].strip()
 
 
-def test_it_finds_choices_as_likely_as_validation_does(folder):
+def test_its_likelihoods_of_choices_equal_those_of_validation(folder):
     model = ready(Model(folder, batch_size=4))
     found = model.loglikelihood(requests("loglikelihood", lambda d: f" {d['answer']}"))
     talks = [
@@ -114,13 +114,13 @@ def test_it_finds_choices_as_likely_as_validation_does(folder):
         idx=0,
         metadata={"task": "colors", "doc_id": 0, "repeats": 1},
     )
-    ((likelihood, _),) = model.loglikelihood([alone])  # as for mutual information: words without a document
+    ((likelihood, _),) = model.loglikelihood([alone])  # as for mutual information: text without a document
     assert likelihood < 0
 
 
 @pytest.fixture(scope="module")
 def own_task(tmp_path_factory) -> Path:
-    """The YAML file of a task of twelve probes: how many are answered right, and how much is said."""
+    """The YAML file of a task of twelve probes: the share of correct answers, and their length."""
     folder = tmp_path_factory.mktemp("task")
     source = probes()
     talks = [source[i] for i in range(len(source))]
@@ -156,12 +156,12 @@ def probes():
 
 
 def evaluated(model: Model, task: Path) -> dict:
-    """By lmms-eval's own evaluator, without a hub."""
+    """Evaluate with lmms-eval's own evaluator, without the Hub."""
     manager = TaskManager("ERROR", include_path=str(task.parent), include_defaults=False)
     return simple_evaluate(model=model, tasks=["own_probes"], task_manager=manager, batch_size=4, bootstrap_iters=0)
 
 
-def test_a_task_of_ones_own_runs_on_a_model_in_memory(folder, own_task):
+def test_a_custom_task_runs_on_a_model_in_memory(folder, own_task):
     live = Model(folder)
     done = evaluated(Model.of(live.model, live.processor, batch_size=4), own_task)
     validator = Validator(probes(), live.processor, World(0, 1, torch.device("cpu")), torch.float32, 4, 4)
@@ -173,7 +173,7 @@ def test_a_task_of_ones_own_runs_on_a_model_in_memory(folder, own_task):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_asks_tasks_behind_its_stages(ranks, own_task, tmp_path):
+def test_a_run_evaluates_tasks_after_its_stages(ranks, own_task, tmp_path):
     done = train(
         *("recipe=quickstart", "stage=instruct", "stages.instruct.fresh=[vision,connector,llm]", f"run_dir={tmp_path}"),
         *("stages.instruct.max_steps=2", "data.instruct.size=64", "data.validation.size=4", "workers=0"),
@@ -202,7 +202,7 @@ def test_unknown_tasks_are_refused_before_training(own_task, tmp_path):
         Benchmarks([str(tmp_path / "gone.yaml")], 4, None).load()
 
 
-def test_model_args_that_cannot_be_are_named(folder):
+def test_invalid_model_args_are_named(folder):
     with pytest.raises(ValueError, match="dtype='half', expected float32, fp32"):
         Model(folder, dtype="half")
     with pytest.raises(ValueError, match="batch_size='auto', expected a number"):

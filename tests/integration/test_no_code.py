@@ -54,7 +54,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def hostile_schema(payload: bytes) -> pa.Schema:
-    """A column of words whose type asks for a class that is pickled, as old versions of Arrow would load it."""
+    """A column of text whose type names a pickled class, which old versions of Arrow would load."""
     extension = {
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": payload,
@@ -124,7 +124,7 @@ def test_no_tag_of_a_mixture_is_followed(tag, mark, tmp_path):
             open_llava(file, None)
 
 
-def test_a_mixture_of_references_without_end_is_refused_at_once(tmp_path):
+def test_a_mixture_with_endless_references_is_refused_at_once(tmp_path):
     levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
     file = tmp_path / "mixture.yaml"
     for text in ("\n".join(["a0: &a0 [x]", *levels, "datasets: *a29"]), "datasets: &a [*a]", "&a {datasets: *a}"):
@@ -170,7 +170,7 @@ def test_no_index_in_the_cache_is_unpickled(mark, tmp_path, monkeypatch):
         assert open_llava(file, None)[2].turns[1].text == "red"
 
 
-def test_no_words_are_a_template(tokenizer, tmp_path):
+def test_text_is_not_rendered_as_a_template(tokenizer, tmp_path):
     words = "{{ cycler.__init__.__globals__.os.mkdir('x') }}{% for m in messages %}{{ m }}{% endfor %}{{ 7 * 7 }}"
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"conversations": [human(words), gpt(words)]}]))

@@ -92,7 +92,7 @@ def as_override(source: str | dict) -> str:
     return "{" + ", ".join(f"{key}: '{value}'" for key, value in source.items()) + "}"
 
 
-def test_check_reads_the_shapes_of_public_data_sets(tmp_path, capsys):
+def test_check_reads_records_in_the_forms_of_public_data_sets(tmp_path, capsys):
     found = sources(tmp_path)
     split = ", ".join(f"{name}: {as_override(source)}" for name, source in found.items())
     line = ["recipe=llava_1_5", "mini=true", "data=llava_json", f"data.images={tmp_path}", "data.validation=null"]

@@ -62,7 +62,7 @@ DAMAGE = {
 }
 
 
-def test_the_sound_folder_loads_and_holds_safetensors_only(sound):
+def test_a_valid_folder_loads_and_has_only_safetensors(sound):
     load(sound)
     kinds = {file.suffix for file in sound.rglob("*") if file.is_file()}
     assert kinds <= {".json", ".safetensors", ".txt", ".jinja"}
@@ -78,7 +78,7 @@ def test_every_damaged_file_is_named(kind, sound, tmp_path):
         with pytest.raises(ValueError) as error:
             load(folder)
         said = str(error.value)
-        part = folder / name.parts[0]  # a flipped weight is no broken file: the part's hash tells
+        part = folder / name.parts[0]  # a flipped weight does not break the file, but changes the part's hash
         assert str(folder / name) in said or str(part) in said or name.parts[0] in said, (name, said)
         assert "\n" not in said.strip()
 
@@ -111,14 +111,14 @@ def test_a_tensor_that_does_not_fit_is_named(part, change, model):
 
 
 @pytest.mark.parametrize("manifest", ["[]", "{}", '{"parts": 3}', '{"parts": {"llm": {}}}', "{"])
-def test_a_manifest_that_is_none_is_refused(manifest, model):
+def test_a_file_that_is_not_a_manifest_is_refused(manifest, model):
     (model / "vlmtrain.json").write_text(manifest)
     with pytest.raises(ValueError, match=r"vlmtrain\.json"):
         load(model)
 
 
 @pytest.mark.parametrize("part", ["vision", "connector", "llm"])
-def test_no_pickle_stands_in_for_the_weights(part, model, mark):  # noqa: F811
+def test_a_pickle_cannot_replace_the_weights(part, model, mark):  # noqa: F811
     (file,) = (model / part).glob("*.safetensors")
     file.unlink()
     for name in ("pytorch_model.bin", "model.bin", "open_clip_pytorch_model.bin", "model.pt", "adapter_model.bin"):
@@ -155,7 +155,7 @@ def with_code(sound, tmp_path, mark, monkeypatch) -> Path:  # noqa: F811
     return folder
 
 
-def test_code_of_a_folder_is_not_run_unless_a_key_says_so(with_code, mark):  # noqa: F811
+def test_code_of_a_folder_is_not_run_unless_a_key_allows_it(with_code, mark):  # noqa: F811
     with pytest.raises(ValueError, match=r"requires custom code, which is not run; set llm\.trust_remote_code=true"):
         build_llm(str(with_code))
     assert not mark.exists()
@@ -166,7 +166,7 @@ def test_code_of_a_folder_is_not_run_unless_a_key_says_so(with_code, mark):  # n
     os.rmdir(mark)
 
 
-def test_the_key_is_off(tmp_path):
+def test_the_key_is_off_by_default(tmp_path):
     settings = compose(
         ["recipe=llava_1_5", "data.images=a", "data.align=b", "data.instruct=c", "vision=hf", "vision.path=x"]
     )

@@ -74,7 +74,7 @@ def test_a_stop_signal_ends_validation_between_batches(model):
 
 
 @torch.no_grad()
-def test_choices_are_as_likely_as_their_tokens_one_after_another(model, questions):
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens(model, questions):
     wrapper, processor = model
     found = validator(model, questions).answers(wrapper, None)
     asked = [answer for answer in found if answer.likelihoods]
@@ -102,24 +102,24 @@ def test_batches_of_any_size_give_the_same_answers_and_likelihoods(model, questi
 
 
 @torch.no_grad()
-def test_blind_values_are_those_of_grey_pictures(model, questions):
+def test_blind_values_are_those_of_gray_images(model, questions):
     wrapper, processor = model
     mean = tuple(round(255 * value) for value in processor.geometry.mean)
 
-    class Grey:
+    class Gray:
         def size(self):
             return 48, 48
 
         def load(self):
             return Image.new("RGB", (48, 48), mean)
 
-    grey = [
-        Conversation(talk.id, talk.turns, tuple(Grey() for _ in talk.images))
+    gray = [
+        Conversation(talk.id, talk.turns, tuple(Gray() for _ in talk.images))
         for talk in (questions[i] for i in range(len(questions)))
     ]
     scores, shown = validator(model, questions).scores(wrapper, None)
-    plain, _ = validator(model, grey).scores(wrapper, None)
-    # the mean colour is not a multiple of 1/255
+    plain, _ = validator(model, gray).scores(wrapper, None)
+    # the mean color is not a multiple of 1/255
     assert scores["blind_loss"] == pytest.approx(plain["loss"], abs=1e-3) and scores["loss"] != scores["blind_loss"]
     assert scores["perplexity"] == pytest.approx(torch.tensor(scores["loss"]).exp().item())
     for key in ("choice_accuracy", "blind_choice_accuracy", "blind_exact_match", "choice_accuracy_normalised"):

@@ -112,7 +112,7 @@ def stir(module: nn.Module) -> nn.Module:
 
 
 def byte_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
-    """Like Llama-2's: spaces shown as a sign of their own, one before the first word, and a BOS of its own accord."""
+    """Like Llama-2's: spaces have their own symbol, one is added before the first word, and so is BOS."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "\u2581"])}
     for code in range(32, 127):
         vocabulary.setdefault(chr(code), len(vocabulary))

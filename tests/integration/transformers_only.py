@@ -14,7 +14,7 @@ from pathlib import Path
 
 ALONE = len(sys.argv) < 4
 if ALONE:
-    sys.modules["vlmtrain"] = None  # importing it is an error from here on
+    sys.modules["vlmtrain"] = None  # from here on, importing it is an error
 else:
     import vlmtrain  # noqa: F401
 
@@ -45,7 +45,7 @@ def inputs(processor, questions: list, pictures: list):
 @torch.no_grad()
 def answer(model, processor, questions: list, pictures: list) -> list[dict]:
     batch = inputs(processor, questions, pictures)
-    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as generation counts them
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # counted as in generation
     logits = model(**batch, position_ids=positions).logits
     ids = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :]
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), logits, ids)

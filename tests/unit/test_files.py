@@ -1,4 +1,4 @@
-"""A folder that is replaced is there whole, whenever the process dies."""
+"""A folder that is being replaced is always complete, whenever the process dies."""
 
 from __future__ import annotations
 

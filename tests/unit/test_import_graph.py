@@ -13,7 +13,7 @@ import pytest
 import vlmtrain
 
 PACKAGE = Path(vlmtrain.__file__).parent
-# from the lowest layer to the highest; what stands together may import each other's modules
+# from the lowest layer to the highest; packages of one layer may import each other's modules
 LAYERS = (
     {"errors", "files", "distributed", "tiling"},
     {"connectors"},
@@ -37,7 +37,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, known: dict[str, Path], everywhere: bool) -> Iterator[str]:
-    """Modules of the package that a module imports, where it is read or (`everywhere`) in its functions too."""
+    """Modules of the package that a module imports, at its top level or (`everywhere`) also in its functions."""
     file = known[name]
     home = [part for part in name.split(".") if part]
     home = home if file.name == "__init__.py" else home[:-1]
@@ -52,7 +52,7 @@ def imports(name: str, known: dict[str, Path], everywhere: bool) -> Iterator[str
 
 
 def _read_at_once(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a module that run when it is imported, types alone left out."""
+    """The nodes of a module that run when it is imported, except those for type checking only."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -90,6 +90,6 @@ def test_only_the_engine_imports_deepspeed():
 
 
 def test_hydras_objects_stay_in_the_settings():
-    """Behind them nothing receives a DictConfig; Hydra itself hands the entry point one."""
+    """No other module receives a DictConfig, except the entry point, which gets one from Hydra."""
     using = {name for name, file in modules().items() if "DictConfig" in file.read_text()}
     assert using == {"settings.composition", "train"}

@@ -1,4 +1,4 @@
-"""The table of exports and imports, against the code that makes them and the cases that are measured."""
+"""The table of exports and imports agrees with the code and with the cases that are measured."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_the_table_has_all_that_is_imported():
     assert named("in") == {*(f"`{name}`" for name in importing.MODEL_CLASSES.values()), *PROJECTORS.values()}
 
 
-def test_the_table_names_the_parts_that_are_tried():
+def test_the_table_names_the_parts_that_are_tested():
     measured = [row[:4] for row in ROWS if row[1] not in (PROJECTORS["internvl"], PROJECTORS["nanovlm"])]
     assert measured == [row.cells() for row in rows()]
 
 
-def test_all_is_the_same():
+def test_all_results_agree():
     for way, what, *_, logits, answers, pixels in ROWS:
         assert float(logits.split()[0]) <= 1e-4, (way, what)
         assert (answers.startswith("same") and pixels == "0") or logits.endswith("(its tokens)"), (way, what)

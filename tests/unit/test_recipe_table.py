@@ -1,4 +1,4 @@
-"""The README's table of recipes, against the recipes themselves."""
+"""The README's table of recipes agrees with the recipes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmtrain.settings.locations import RECIPES
 
 from ..conftest import ROOT
 
-# What the table calls the parts.
+# The names of the parts in the table.
 PARTS = {
     "vision": ("ViT",),
     "connector": ("linear", "MLP", "C-Abstractor", "LDPv2", "resampler", "Q-Former"),
@@ -27,7 +27,7 @@ ROWS = {
 
 
 def rates(words: str) -> dict[str | None, float]:
-    """``1e-5, ViT 2e-6``: the rate of a part that is named, and under None that of all others."""
+    """``1e-5, ViT 2e-6``: the rate of each named part, and under None that of all others."""
     entries = (re.fullmatch(r"(?:(\S+) )?(\S+)", entry).groups() for entry in words.split(", "))
     return {part and PART[part]: float(rate) for part, rate in entries}
 
@@ -37,7 +37,7 @@ def test_the_table_has_every_recipe():
 
 
 @pytest.mark.parametrize("recipe", ROWS)
-def test_the_table_says_what_the_recipe_does(recipe):
+def test_the_table_agrees_with_the_recipes(recipe):
     stages, trained, learning_rates, source = (cell.split("; ") for cell in ROWS[recipe])
     settings = compose([f"recipe={recipe}"])
     assert stages == list(settings.stages) and source != [""]

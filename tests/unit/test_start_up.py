@@ -1,4 +1,4 @@
-"""What a command loads before it begins: what takes seconds to load only where it is used."""
+"""What a command loads at its start: libraries that take seconds to load are loaded only where they are used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAINING = ("recipe=quickstart", "stage=text", "stages.text.max_steps=1", "data.
 
 
 def loaded(code: str, folder: Path) -> set[str]:
-    """Packages that are loaded behind some code."""
+    """Packages that are loaded after some code has run."""
     line = next(line for line in run(sys.executable, "-c", code, cwd=folder).stdout.splitlines()[::-1] if line)
     assert line.startswith("loaded ")
     return set(line.split()[1:])
@@ -42,7 +42,7 @@ def test_training_loads_only_what_it_uses(tmp_path):
     assert not {*unused, "sacrebleu"} & found
 
 
-def test_every_command_multiplies_on_a_gpu_as_training_does(monkeypatch):
+def test_every_command_uses_the_matmul_precision_of_training(monkeypatch):
     products = torch.backends.cuda.matmul
     before, products.allow_tf32 = products.allow_tf32, False
     try:

@@ -1,4 +1,4 @@
-"""Any-resolution pictures, against the published counts and the library's LLaVA-NeXT."""
+"""Any-resolution images compared with the published counts and the library's LLaVA-NeXT."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_grid_is_the_one_that_the_library_chooses():
 
 
 def test_tokens_and_their_order_are_the_librarys():
-    """A connector that hands its patches through, against ``pack_image_features``; one patch is 14 of 56 pixels."""
+    """A connector that returns its patches, compared with ``pack_image_features``; one patch is 14 of 56 pixels."""
     pinpoints = [[rows * 56, columns * 56] for rows, columns in GRIDS]
     vision = SimpleNamespace(image_size=56, patch_size=14)
     library = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
@@ -61,8 +61,8 @@ def test_tokens_and_their_order_are_the_librarys():
         assert tiled_tokens(tiles, 16, (4, 4)) == len(found) == int(lengths[0])
 
 
-def test_limited_tokens_and_lone_views_are_one_visions():
-    """Against ``LlavaOnevisionModel.pack_image_features`` with grids up to 6 x 6 and 9 tiles' worth of tokens."""
+def test_limited_tokens_and_single_views_equal_llava_onevisions():
+    """Compared with ``LlavaOnevisionModel.pack_image_features``, with grids up to 6 x 6 and the tokens of 9 tiles."""
     grids = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]
     pinpoints = [[rows * 56, columns * 56] for rows, columns in grids]
     vision = SimpleNamespace(image_size=56, patch_size=14)
@@ -91,7 +91,7 @@ def test_limited_tokens_and_lone_views_are_one_visions():
     assert torch.equal(found, wanted[0]) and len(found) == tiled_tokens(Tiles(0, 0, 9, 9), 16, (4, 4)) == 17
 
 
-def test_several_pictures_come_one_after_the_other_and_the_newline_trains():
+def test_several_images_come_one_after_the_other_and_the_newline_trains():
     connector = TiledConnector(build_connector("avgpool", 6, 5, window=2)).double()
     cuts = [choose_tiles(size, (56, 56), GRIDS) for size in ((56, 56), (100, 300), (400, 90))]
     views = torch.randn(sum(cut.views for cut in cuts), 4, 4, 6, dtype=torch.double)
@@ -114,8 +114,8 @@ def test_tokens_without_a_grid_are_those_of_all_views():
     assert tiled_tokens(tiles, 3, None) == 9
 
 
-def test_views_show_what_the_librarys_show():
-    """Pixel by pixel, the padding too."""
+def test_views_equal_the_librarys():
+    """Pixel by pixel, including the padding."""
     library = LlavaNextImageProcessorPil(
         size={"shortest_edge": 48},
         crop_size={"height": 48, "width": 48},
@@ -162,7 +162,7 @@ def test_the_processor_counts_what_it_shows(tokenizer):
     assert processor.collate([text]).tiles is None
 
 
-def test_a_turned_photo_is_measured_as_it_is_seen():
+def test_a_rotated_photo_is_measured_after_rotation():
     import io
 
     buffer, exif = io.BytesIO(), Image.Exif()

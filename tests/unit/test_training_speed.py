@@ -1,4 +1,4 @@
-"""When the benchmark of training speed compares, and when it says that it cannot."""
+"""When the benchmark of training speed compares two runs, and when it reports that it cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.training_speed import Case, __doc__, case_rows, disagreement, ta
 
 
 def case(precision: str = "fp32", **firsts: list[float | None]) -> Case:
-    """Sides with the first losses of their runs."""
+    """The two sides, with the first losses of their runs."""
     made = Case("align", precision, Path(), Namespace())
     run = {"samples_per_second": 2.0, "targets_per_second": 9.0, "peak": 2**30}
     made.sides = {side: [{**run, "first": loss} for loss in losses] for side, losses in firsts.items()}
@@ -29,17 +29,17 @@ def test_the_same_first_loss_is_compared(side):
     "ours, trainer",
     [([2.0, 2.001], [2.0]), ([2.0], [2.0, 2.001]), ([None], [2.0]), ([2.0], [None]), ([2.0, None], [2.0])],
 )
-def test_another_first_loss_in_any_run_is_void(ours, trainer):
+def test_a_different_first_loss_in_any_run_invalidates_the_comparison(ours, trainer):
     assert "void: first losses" in disagreement(case(ours=ours, trainer=trainer), "ours", "trainer")
     assert "void: first losses" in disagreement(case(ours=ours, trainer=trainer, packed=[9.0]), "packed", "trainer")
 
 
-def test_bf16_may_round_elsewhere():
+def test_bf16_may_round_differently():
     assert disagreement(case("bf16", ours=[2.03], trainer=[2.0]), "ours", "trainer") is None
     assert "void" in disagreement(case("bf16", ours=[2.05], trainer=[2.0]), "ours", "trainer")
 
 
-def test_packed_rows_need_padded_ones_beside_them():
+def test_packed_rows_are_compared_with_padded_ones():
     assert "void: packed requires ours" in disagreement(case(packed=[2.0], trainer=[2.0]), "packed", "trainer")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="Hugging Face folder or hub id, or projector file")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="Hugging Face folder or Hub ID, or projector file")
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
-    parser.add_argument("--llm", metavar="PATH", help="language model of a projector: a hub id or folder")
-    parser.add_argument("--vision", metavar="PATH", help="vision encoder of a projector: a hub id or folder")
+    parser.add_argument("--llm", metavar="PATH", help="language model of a projector: a Hub ID or folder")
+    parser.add_argument("--vision", metavar="PATH", help="vision encoder of a projector: a Hub ID or folder")
     parser.add_argument(
         "--template", metavar="NAME", help="replace the source's template: vicuna_v1, chatml, bare, ..."
     )

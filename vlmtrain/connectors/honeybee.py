@@ -231,7 +231,7 @@ class DAbstractor(Abstractor):
         nn.init.trunc_normal_(self.v_pos_emb, std=0.02)
 
     def _reference_grid(self) -> Tensor:
-        """Reference points ``(1, grid**2, 2)`` as (x, y), from the centre of the first patch to that of the last."""
+        """Reference points ``(1, grid**2, 2)`` as (x, y), from the center of the first patch to that of the last."""
         height, width = self.input_grid
         # torch.linspace is not used here: transformers patches it while loading a model, and torch may cache the patch
         # for the rest of the process, so a connector built on the meta device would have this tensor on the CPU.

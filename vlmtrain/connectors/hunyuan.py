@@ -15,7 +15,7 @@ class HunyuanMerger(Connector):
 
     ``(B, H, W, in_dim)`` -> ``(B, 2 + (H//factor) * (W//factor + 1), out_dim)``; an incomplete last row or column
     is dropped. The published ``image_sep`` is not used in the computation and is kept as a buffer. The special
-    tokens are initialised from a normal distribution with std out_dim**-0.5 (unverified).
+    tokens are initialized from a normal distribution with std out_dim**-0.5 (unverified).
     """
 
     PUBLISHED = (

@@ -63,7 +63,7 @@ MULTIHEAD_ATTENTION = ((r"attn\.[qkv]\.(weight|bias)", r"attn.in_proj_\1"), (r"a
 
 
 def init_multihead_attention(attention: Attention) -> None:
-    """Initialise as nn.MultiheadAttention does: Xavier over q, k and v as one matrix; biases are zero."""
+    """Initialize as nn.MultiheadAttention does: Xavier over q, k and v as one matrix; biases are zero."""
     width, fan_in = attention.q.weight.shape
     bound = (6 / (3 * width + fan_in)) ** 0.5
     for projection in (attention.q, attention.k, attention.v):
@@ -72,7 +72,7 @@ def init_multihead_attention(attention: Attention) -> None:
 
 
 def init_linears(module: nn.Module, std: float = 0.02, truncated: bool = False) -> None:
-    """Initialise all linear layers: normal with `std`, or truncated at +-2 if `truncated` (as in timm); zero biases."""
+    """Initialize all linear layers: normal with `std`, or truncated at +-2 if `truncated` (as in timm); zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             (nn.init.trunc_normal_ if truncated else nn.init.normal_)(layer.weight, std=std)

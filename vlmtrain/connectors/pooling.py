@@ -62,7 +62,7 @@ class AttentionalPool(WindowPool):
     ``features.patches``. The head is a SwiGLU projector of width `intermediate_size` (None: 3 * out_dim, as in
     Molmo2-8B), or one linear layer with head=linear (KempnerForge's adapter, with levels=0).
     ``(B, H, W, in_dim)`` -> ``(B, ceil(H/window) * ceil(W/window), out_dim)``; Molmo2 uses window 2 for images
-    and 3 for video with the same weights. All linear layers are initialised from a normal distribution with std 0.02.
+    and 3 for video with the same weights. All linear layers are initialized from a normal distribution with std 0.02.
     """
 
     PUBLISHED = (

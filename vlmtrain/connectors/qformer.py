@@ -209,7 +209,7 @@ class QFormer(QueryConnector):
     ``(B, H, W, in_dim)`` -> ``(B, num_queries, out_dim)``, for any grid; ``features.prefix`` (CLS) is read as well,
     before the patches. With `text_vocab` (BERT's: 30523 with BLIP-2's extra token) it also reads an instruction
     (InstructBLIP, section 2.2): ``forward(features, text_ids, text_mask)``, with ids ``(B, T)`` and a mask that is
-    True at real tokens. `vision_norm` normalises the features first: LAVIS's ``ln_vision``, which Hugging Face keeps
+    True at real tokens. `vision_norm` normalizes the features first: LAVIS's ``ln_vision``, which Hugging Face keeps
     in the encoder (with another `vision_norm_eps`). It is part of this connector and is trained even if the encoder is
     frozen, as published. `core` is the Q-Former without `proj`, for training without a language model: `out_dim` is
     then None and tokens have width `hidden_size`.
@@ -270,7 +270,7 @@ class QFormer(QueryConnector):
         return self.ln_vision(sequence(features))
 
     def load_bert(self, state_dict: dict[str, Tensor]) -> None:
-        """Initialise from BERT (section 3.1): self-attention, feed-forward layers (queries and text), word embeddings.
+        """Initialize from BERT (section 3.1): self-attention, feed-forward layers (queries and text), word embeddings.
 
         state_dict: that of Hugging Face's ``BertForMaskedLM``. Queries, cross-attention and rows of a larger vocabulary
         have no counterpart there and are left unchanged. Raises ValueError listing the tensors that do not fit.

@@ -40,7 +40,7 @@ def _scan_chunk(state: Tensor, a: Tensor, x: Tensor, step: Tensor, b: Tensor, c:
 
 
 class MambaMixer(nn.Module):
-    """One Mamba layer (Mamba, 2023, section 3.4; names and initialisation of the published code).
+    """One Mamba layer (Mamba, 2023, section 3.4; names and initialization of the published code).
 
     ``(B, T, dim)`` -> ``(B, T, dim)``, causal along T.
     """

@@ -1,4 +1,4 @@
-"""Hugging Face datasets: saved folders, Parquet, Arrow and JSON files, and hub ids."""
+"""Hugging Face datasets: saved folders, Parquet, Arrow and JSON files, and Hub IDs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyarrow import Array
 
 COLUMNS = {**KEYS, "image": (*KEYS["image"], "jpg", "png"), **{role: () for role in GRADING}}
-"""Roles of columns, and the column names that are recognised for each (none for roles that only evaluation uses)."""
+"""Roles of columns, and the column names that are recognized for each (none for roles that only evaluation uses)."""
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
 
@@ -33,9 +33,9 @@ class HFDataset:
     """A split of a dataset as a sequence of conversations; memory-mapped, and read row by row.
 
     path: a folder made by ``save_to_disk``, a folder or glob of .parquet, .arrow, .json, .csv or .tsv files, one such
-    file, or a hub id. split: of a dataset with several splits. name: the configuration, if there are several.
+    file, or a Hub ID. split: of a dataset with several splits. name: the configuration, if there are several.
     columns: the column of each role, e.g. ``{"question": "query", "answer": "label", "image": "img"}``; other roles
-    are recognised by the names of columns (`COLUMNS`). images: the folder to which image paths are relative (default:
+    are recognized by the names of columns (`COLUMNS`). images: the folder to which image paths are relative (default:
     `path`, if it is a folder); outside: whether the paths may lead out of it. options: of `RecordReader`.
 
     A column with lists of captions gives one conversation per caption.

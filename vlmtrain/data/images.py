@@ -1,4 +1,4 @@
-"""Images: found, opened safely, fitted to the encoder's size, and normalised."""
+"""Images: found, opened safely, fitted to the encoder's size, and normalized."""
 
 from __future__ import annotations
 
@@ -287,13 +287,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     orientation = _orientation(image)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
-    if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip, not scale
+    if image.mode.startswith("I"):  # 16-bit gray: `convert` would clip, not scale
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise ValueError("grey values of more than 16 bits")
+            raise ValueError("gray values of more than 16 bits")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("grey values in floating point")
+        raise ValueError("gray values in floating point")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
@@ -304,8 +304,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[float, ...]) -> Image.Image:
     """Fit an image to `size` ``(H, W)``.
 
-    squash: stretch. crop: scale to cover `size`, rounded to whole pixels, and crop the centre (as in CLIP).
-    pad: pad to the aspect ratio of `size` with the mean colour, truncated to integer levels, then scale (LLaVA-1.5,
+    squash: stretch. crop: scale to cover `size`, rounded to whole pixels, and crop the center (as in CLIP).
+    pad: pad to the aspect ratio of `size` with the mean color, truncated to integer levels, then scale (LLaVA-1.5,
     published code).
     """
     height, width = size
@@ -325,7 +325,7 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
 
 
 def _padded_and_scaled(image: Image.Image, size: tuple[int, int], color: tuple[int, ...]) -> Image.Image:
-    """Centre the image on a canvas with the aspect ratio of `size` ``(H, W)``, and scale to `size`.
+    """Center the image on a canvas with the aspect ratio of `size` ``(H, W)``, and scale to `size`.
 
     Pillow scales rows before columns, so bands of rows can be processed one at a time. The canvas of an elongated
     image, which is up to `MAX_ASPECT` times as large as the image, is never completely in memory.
@@ -346,7 +346,7 @@ def _padded_and_scaled(image: Image.Image, size: tuple[int, int], color: tuple[i
 def _on_canvas(
     image: Image.Image, size: tuple[int, int], corner: tuple[int, int], color: tuple[int, ...]
 ) -> Image.Image:
-    """Place an image with its upper left corner at `corner` on a canvas of one colour, `size` ``(W, H)``."""
+    """Place an image with its upper left corner at `corner` on a canvas of one color, `size` ``(W, H)``."""
     canvas = Image.new("RGB", size, color)
     canvas.paste(image, corner)
     return canvas
@@ -355,7 +355,7 @@ def _on_canvas(
 def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles) -> list[Image.Image]:
     """The views of an image, each of `size` ``(H, W)``: the complete image, stretched, then its tiles row by row.
 
-    The tiles are cut from a black canvas on which the image is centred, scaled to the largest size that fits
+    The tiles are cut from a black canvas on which the image is centered, scaled to the largest size that fits
     (LLaVA-NeXT, published code).
     """
     height, width = size
@@ -370,6 +370,6 @@ def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles) -> list[I
 
 
 def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Tensor ``(3, H, W)`` float32, normalised by the channel mean and standard deviation of values in [0, 1]."""
+    """Tensor ``(3, H, W)`` float32, normalized by the channel mean and standard deviation of values in [0, 1]."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
     return pixels.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])

@@ -1,4 +1,4 @@
-"""Builds the batches of each optimiser step from the data sources.
+"""Builds the batches of each optimizer step from the data sources.
 
     (seed, epoch) -> stream of samples -> split into steps -> distributed to ranks -> micro-batches
 
@@ -48,7 +48,7 @@ class BadRecord(NamedTuple):
 
 
 class PlannedStep(NamedTuple):
-    """The samples of one optimiser step, in rows, for all ranks.
+    """The samples of one optimizer step, in rows, for all ranks.
 
     cursor: where the stream continues after this step, for `Batching.steps`.
     """
@@ -59,7 +59,7 @@ class PlannedStep(NamedTuple):
 
 
 class StepData(NamedTuple):
-    """One rank's share of an optimiser step. Counts are this rank's.
+    """One rank's share of an optimizer step. Counts are this rank's.
 
     weight: sum of the loss weights of the target tokens. padded_tokens: tokens including padding. drawn: number of
     samples from each source.

@@ -1,6 +1,7 @@
 """Several sources as one: concatenated, or mixed into an endless stream in which every epoch has the same shares.
 
-source  --permutation after permutation-->  a source's draws  --shuffled together-->  an epoch
+each source --successive permutations--> its draws for an epoch
+the draws of all sources --concatenated and shuffled--> the order of the epoch
 """
 
 from __future__ import annotations

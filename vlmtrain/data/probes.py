@@ -42,7 +42,7 @@ CHARACTERS = DIGITS + "ABCDEFGHJKLMNPQRSTUVWXYZ"
 MARGIN = 0.03
 """Margin around the grid of objects, as a fraction of the image's side."""
 PITCH = 1.15
-"""Distance between neighbouring characters, in units of their height."""
+"""Distance between neighboring characters, in units of their height."""
 
 HELD_OUT_COLORS = frozenset(frozenset(pair) for pair in zip(COLORS, [*list(COLORS)[3:], *list(COLORS)[:3]]))
 """Pairs of colors that are never next to each other in questions about sides; each color is in two pairs."""
@@ -89,7 +89,7 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Writing:
-    """A line of characters of the given `height`, centred at ``(x, y)``; in fractions of the image's side."""
+    """A line of characters of the given `height`, centered at ``(x, y)``; in fractions of the image's side."""
 
     text: str
     color: str

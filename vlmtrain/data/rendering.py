@@ -2,7 +2,7 @@
 
     conversation -> template -> spans of text (template, user, assistant, image) -> tokens + targets
 
-Template text and the text of turns are separated before tokenisation, and tokens are assigned to spans by their
+Template text and the text of turns are separated before tokenization, and tokens are assigned to spans by their
 character offsets, so no string has to be searched for inside another. Special-token strings in the text of a turn
 are encoded as ordinary text: only those of the template become control tokens.
 """
@@ -60,7 +60,7 @@ class _Span:
     is_words: bool = False
     answer: int | None = None
     is_image: bool = False
-    is_start: bool = False  # tokenised separately from the text before it
+    is_start: bool = False  # tokenized separately from the text before it
 
 
 class Renderer:
@@ -181,7 +181,7 @@ class Renderer:
     def _render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
         tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the image to which it belongs, or -1
         images = iter(enumerate(image_tokens))
-        chunk: list[_Span] = []  # text that is tokenised together
+        chunk: list[_Span] = []  # text that is tokenized together
         for span in self._spans(conversation):
             if span.is_image or span.is_start:
                 tokens += self._tokenize(chunk)
@@ -329,7 +329,7 @@ class Renderer:
     def _tokenize(self, spans: list[_Span]) -> list[tuple[int, int, int]]:
         """Token ids of consecutive text spans, each with the assistant turn to which it belongs (or -1), and -1.
 
-        The spans are tokenised as one string, as in the language model's own training. Special-token strings in the
+        The spans are tokenized as one string, as in the language model's own training. Special-token strings in the
         text of a turn are cut after their first character, so that the tokenizer never sees a complete one.
         """
         out: list[tuple[int, int, int]] = []

@@ -1,10 +1,10 @@
-"""Procedural images of coloured shapes with captions and questions, which need no download.
+"""Procedural images of colored shapes with captions and questions, which need no download.
 
     (seed, split, i) -> scene: shapes in a 2 x 2 grid -> image, caption, questions -> Conversation
 
 Sample ``i`` of a split depends on nothing else, so any subset can be drawn in any order on any machine.
-Every validation scene has one item with a colour-shape pair in `HELD_OUT`, and no other scene has one: a model
-that answers questions about it must combine colour and shape on its own.
+Every validation scene has one item with a color-shape pair in `HELD_OUT`, and no other scene has one: a model
+that answers questions about it must combine color and shape on its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OBJECTS = (3, 4, 4)
 """Numbers of shapes in an image with questions, drawn with equal probability."""
 CAPTION_OBJECTS = (1, 1, 2, 3, 4)
 """The same for images with captions. Images of one shape force a contrastive model to use shapes: with more
-objects, colours and places alone distinguish most captions."""
+objects, colors and places alone distinguish most captions."""
 
 SPLITS = ("caption", "text", "instruct", "validation", "grounding")
 DESCRIBE = "Describe the picture."
@@ -70,7 +70,7 @@ VOCABULARY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: its place in the grid, and its centre and radius as fractions of the image's side."""
+    """One shape: its place in the grid, and its center and radius as fractions of the image's side."""
 
     color: str
     shape: str
@@ -123,7 +123,7 @@ class Picture:
 
 
 def draw_item(draw: ImageDraw.ImageDraw, item: Item, side: int, line: float = LINE) -> None:
-    """Draw an item with a dark outline, which is the same for every colour.
+    """Draw an item with a dark outline, which is the same for every color.
 
     side: of the image, in pixels; line: width of the outline, as a fraction of it.
     """
@@ -183,12 +183,12 @@ class Shapes:
 
 
 def describe(items: Sequence[Item]) -> str:
-    """The caption: every shape with its place and colour, in the order given."""
+    """The caption: every shape with its place and color, in the order given."""
     return f"{', '.join(f'{item.place} {item.color} {item.shape}' for item in items)}."
 
 
 def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
-    """Items in raster order, and the colour or shape whose occurrences may be counted.
+    """Items in raster order, and the color or shape whose occurrences may be counted.
 
     One to three items share it, with equal probability, so that counts are balanced. Otherwise all items differ.
     """
@@ -206,7 +206,7 @@ def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item
 
 
 def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
-    """An item that nearly fills its cell; its size and centre vary by about one pixel in 48."""
+    """An item that nearly fills its cell; its size and center vary by about one pixel in 48."""
     row, column = divmod(cell, 2)
     radius = rng.uniform(0.19, 0.22)
     x, y = ((at + 0.5) / 2 + rng.uniform(-0.02, 0.02) for at in (column, row))
@@ -214,7 +214,7 @@ def _place(rng: random.Random, color: str, shape: str, cell: int) -> Item:
 
 
 def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[tuple[str, str]]:
-    """Questions with their answers, in random order: colours and shapes by place, a count, colours by neighbour.
+    """Questions with their answers, in random order: colors and shapes by place, a count, colors by neighbor.
 
     Questions refer to objects by place, so that no answer reveals another.
     """
@@ -241,7 +241,7 @@ def _grounding(item: Item) -> tuple[str, str]:
 
 
 def _neighbors(items: Sequence[Item]) -> Iterator[tuple[Item, str, Item]]:
-    """Neighbouring items and their relation: the first is on the given side of the second."""
+    """Neighboring items and their relation: the first is on the given side of the second."""
     for first, second in permutations(items, 2):
         if first.row == second.row:
             yield first, "west" if first.column < second.column else "east", second

@@ -31,7 +31,8 @@ def _grams(words: Words, order: int) -> Counter:
 def cider(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
     """CIDEr-D of each prediction against its references (Vedantam et al., 2015), from 0 to 10.
 
-    How telling an n-gram is comes from the references given here, so scores of few pictures say little; of one, 0.
+    N-gram weights (IDF) are computed from these references. Scores of few images are unreliable; the score of a single
+    image is 0.
     """
     seen = [
         Counter(gram for own in references for gram in set().union(*(_grams(words, order) for words in own)))
@@ -56,7 +57,7 @@ def cider(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -
 
 
 def _alike(said: dict[tuple, float], true: dict[tuple, float]) -> float:
-    """Cosine of two weighted bags of n-grams, in which none counts for more than the reference has of it."""
+    """Cosine of two weighted bags of n-grams, with each n-gram's weight clipped to its weight in the reference."""
     shared = sum(min(weight, true[gram]) * true[gram] for gram, weight in said.items() if gram in true)
     norm = math.sqrt(sum(w * w for w in said.values())) * math.sqrt(sum(w * w for w in true.values()))
     return shared / norm if norm else 0.0
@@ -65,7 +66,7 @@ def _alike(said: dict[tuple, float], true: dict[tuple, float]) -> float:
 def bleu4(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
     """BLEU-4 of all predictions together (Papineni et al., 2002), not smoothed, from 0 to 1.
 
-    Lengths are held to the reference of closest length, of two as close to the shorter.
+    The brevity penalty uses the reference of closest length, and the shorter one in case of a tie.
     """
     from sacrebleu import corpus_bleu
 

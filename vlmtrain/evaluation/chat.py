@@ -17,7 +17,7 @@ from ..model import VLMWrapper
 from .generation import generate
 
 CHARACTERS_PER_TOKEN = 100
-"""Number of characters per token of ``max_length`` above which a conversation is refused before it is tokenised."""
+"""Number of characters per token of ``max_length`` above which a conversation is refused before it is tokenized."""
 
 
 class Chat:

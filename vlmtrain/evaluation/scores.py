@@ -131,8 +131,11 @@ METRICS: dict[str, Metric] = {
 
 
 class Grades(NamedTuple):
-    """total: values by name. by_category: the same for the questions of each category, and their number. each: the
-    values of every answer, by name."""
+    """The scores of a set of answers.
+
+    total: values by metric. by_category: the same for the questions of each category, and their number. each: the
+    values of every answer, by metric.
+    """
 
     total: dict[str, float]
     by_category: dict[str, dict[str, float]]

@@ -207,7 +207,7 @@ def _beside(values: dict[str, float], blind: dict[str, float]) -> dict[str, floa
 
 
 def _blanked(sample: Sample) -> Sample:
-    """A sample whose images have the mean colour in every pixel."""
+    """A sample whose images have the mean color in every pixel."""
     return sample._replace(images=torch.zeros_like(sample.images))
 
 

@@ -1,6 +1,6 @@
-"""VQA accuracy: an answer scores by how many annotators gave it, after the official normalisation.
+"""VQA accuracy: an answer is scored by the number of annotators who gave it, after the official normalization.
 
-Antol et al., 2015; the normalisation is that of the official evaluation code (GT-Vision-Lab/VQA), quirks included.
+Antol et al., 2015; the normalization is that of the official evaluation code (GT-Vision-Lab/VQA), quirks included.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _contractions() -> dict[str, str]:
     known = {"somebody'd": "somebodyd"}  # as in the official table
     for whole in _CONTRACTED.split():
         known |= {whole[:i] + whole[i + 1 :]: whole for i, letter in enumerate(whole) if letter == "'"}
-    # left out, as the official code has them with a capital but looks them up in lower case: I'm, I've, I'd've
+    # I'm, I've and I'd've are left out: the official table has them in upper case, but is looked up in lower case
     return known
 
 
@@ -54,7 +54,7 @@ def normalise(text: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Mean of ``min(1, matching answers of the others / 3)`` over the annotators, each left out in turn.
 
-    If all annotators agree, nothing is normalised, as in the official code.
+    If all annotators agree, nothing is normalized, as in the official code.
     """
     prediction, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers))
     if len(set(answers)) > 1:

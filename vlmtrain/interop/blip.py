@@ -84,7 +84,7 @@ def _check(connector: nn.Module, geometry: Geometry) -> None:
         raise DoesNotFit(f"connector={connector.config['name']}: BLIP-2's classes support only qformer")
     if not isinstance(connector.ln_vision, nn.LayerNorm):
         raise DoesNotFit(
-            "connector.vision_norm=false: BLIP-2's classes normalise the encoder's features (train with "
+            "connector.vision_norm=false: BLIP-2's classes normalize the encoder's features (train with "
             "connector.vision_norm=true)"
         )
     if geometry.fit != "squash":

@@ -100,8 +100,8 @@ def _timm(trunk: nn.Module) -> tuple[dict[str, Tensor], dict]:
             f"timm's {type(trunk).__name__} without a class token or with gated layers is not supported by BLIP-2's "
             f"classes, which take {FITTING}"
         )
-    behind = re.compile(r"norm\.|fc_norm|head|attn_pool")  # after the last block; not used here
-    state = {name: each for name, each in trunk.state_dict().items() if not behind.match(name)}
+    after = re.compile(r"norm\.|fc_norm|head|attn_pool")  # after the last block; not used here
+    state = {name: each for name, each in trunk.state_dict().items() if not after.match(name)}
     scale_layers(state, r"\.(?:ls|gamma_)([12])(?:\.gamma)?$", ("attn.proj", "mlp.fc2"))
     for name in [name for name in state if name.endswith(".q_bias")]:  # EVA's keys have no bias
         q, v = state.pop(name), state.pop(name.replace(".q_bias", ".v_bias"))

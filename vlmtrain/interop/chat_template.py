@@ -3,7 +3,7 @@
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     {"role": "user", "content": "<image>\\nWhat is this?"}
 
-Both are the same turn: images and text keep their order, with a newline between an image and its neighbours.
+Both are the same turn: images and text keep their order, with a newline between an image and its neighbors.
 """
 
 from __future__ import annotations
@@ -168,14 +168,14 @@ def _written_out(renderer: Renderer) -> list[str]:
     talk = (Turn("user", "a"), Turn("assistant", "b")) * 3
     start, ask, end, *more, _ = renderer.template_texts(talk)
     try:
-        before, behind, *told, _ = renderer.template_texts((Turn("system", "s"), *talk))
+        before, after, *told, _ = renderer.template_texts((Turn("system", "s"), *talk))
     except ValueError:  # the template does not support a system turn
-        before, behind, told = "", "", [ask, end, *more]
+        before, after, told = "", "", [ask, end, *more]
     if more != [ask, end, ask] or told != [ask, end, *more]:
         return []
-    texts = {"START": start, "BEFORE": before, "BEHIND": behind, "ASKED": ask.rstrip(" "), "ASK": ask, "END": end}
+    texts = {"START": start, "BEFORE": before, "AFTER": after, "ASKED": ask.rstrip(" "), "ASK": ask, "END": end}
     template = (
-        "{% if messages[0].role == 'system' %}{{ BEFORE + messages[0].content + BEHIND }}{% set turns = messages[1:] %}"
+        "{% if messages[0].role == 'system' %}{{ BEFORE + messages[0].content + AFTER }}{% set turns = messages[1:] %}"
         "{% else %}{{ START }}{% set turns = messages %}{% endif %}"
         "{% for turn in turns %}{{ turn.content }}"
         "{% if turn.role != 'user' %}{{ END }}{% elif not loop.last %}{{ ASK }}"

@@ -81,7 +81,7 @@ def import_model(
 ) -> Import:
     """Convert `source` to a model folder at `out` that ``init_from`` accepts.
 
-    source: a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP folder or hub id of Hugging Face, or a single projector
+    source: a LLaVA-1.5, LLaVA-NeXT, BLIP-2 or InstructBLIP folder or Hub ID of Hugging Face, or a single projector
     (an original LLaVA ``mm_projector.bin``, InternVL's ``mlp1``, nanoVLM's ``MP``; torch or safetensors), which
     requires `llm`, and `vision` unless the ``config.json`` next to it names the encoder.
     template: one of vlmtrain's, if the source's cannot be trained on. image_fit: replaces the source's. Raises
@@ -99,7 +99,7 @@ def import_model(
         processor = _processor(source, tokenizer, model, image_fit or fitting, (), template)
         difference, classes = None, {}
     else:
-        raise ValueError(f"{source} does not exist: expected a Hugging Face folder or hub id, or a projector file")
+        raise ValueError(f"{source} does not exist: expected a Hugging Face folder or Hub ID, or a projector file")
     fitted, name = processor.geometry.fit, model.connector.config["name"]
     done = Import(str(out), str(source), name, processor.renderer.template, fitted, difference)
     with new_folder(out) as partial:
@@ -110,7 +110,7 @@ def import_model(
 
 
 def _local(source: Path) -> Path:
-    """The folder or file, or the local copy of a hub id, which is downloaded. Raises ValueError if that fails."""
+    """The folder or file, or the local copy of a Hub ID, which is downloaded. Raises ValueError if that fails."""
     if source.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return source
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -118,7 +118,7 @@ def _local(source: Path) -> Path:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source} is neither a folder nor a hub id that can be downloaded: {first_line(error)}"
+            f"{source} is neither a folder nor a Hub ID that can be downloaded: {first_line(error)}"
         ) from None
 
 

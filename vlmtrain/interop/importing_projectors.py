@@ -102,7 +102,7 @@ def _shuffle(file: Path, state: dict[str, Tensor], kind: str, vision: VisionEnco
         )
     if kind == "nanovlm":
         logger.warning(
-            "%s: nanoVLM's encoder normalises the projector's input, which is not done here: train further", file
+            "%s: nanoVLM's encoder normalizes the projector's input, which is not done here: train further", file
         )
     return {"factor": factor, "head": "linear" if kind == "nanovlm" else "internvl"}
 

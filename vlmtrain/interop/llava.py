@@ -33,7 +33,7 @@ from .fitting import DoesNotFit, filled
 from .towers import as_hf_tower
 
 ROUNDING = (
-    "transformers resizes them with torchvision, whose rounding differs by one grey level for some pixels; "
+    "transformers resizes them with torchvision, whose rounding differs by one gray level for some pixels; "
     'AutoProcessor.from_pretrained(OUT_DIR, backend="pil") resizes as in training'
 )
 

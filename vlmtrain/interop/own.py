@@ -58,7 +58,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing: the parts have already been initialised."""
+        """Do nothing: the parts have already been initialized."""
 
     @classmethod
     def from_pretrained(cls, *arguments, **options):

@@ -10,11 +10,10 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 
 class VLMTrainConfig(PreTrainedConfig):
-    """What each part is built from.
+    """What each part of the model is built from.
 
     text_config: the language model's own configuration; vision: provider, layers and architecture of the encoder;
-    connector: its name, widths and options; image_token_id: what stands at image positions, be it outside the
-    vocabulary.
+    connector: its name, widths and options; image_token_id: ID of the image token; may lie outside the vocabulary.
     """
 
     model_type = "vlmtrain"

@@ -26,7 +26,7 @@ def build_llm(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a causal language model from a hub id or a folder."""
+    """Load a causal language model from a Hub ID or a folder."""
     _check_causal(load_hf_config(path, "llm.path", trust_remote_code), f"llm.path={path}")
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     llm = load_hf_model("AutoModelForCausalLM", path, dtype=dtype, **options)
@@ -37,7 +37,7 @@ def build_llm(
 def build_llm_skeleton(
     path: str, dtype: torch.dtype, config: Mapping | None, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Build the architecture without weights, from `config` or the configuration of a hub id or folder."""
+    """Build the architecture without weights, from `config` or the configuration of a Hub ID or folder."""
     if config is None:
         known = load_hf_config(path, "llm.path", trust_remote_code)
     else:

@@ -49,7 +49,7 @@ def load_strictly(module: nn.Module, path: Path) -> None:
 def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
     """Load the configuration of a Hugging Face model; `key` is the setting that error messages name.
 
-    trust_remote_code: whether to run custom code of the folder or hub id. Raises ValueError if such code is required
+    trust_remote_code: whether to run custom code of the folder or Hub ID. Raises ValueError if such code is required
     and not allowed, or if there is no model.
     """
     file = Path(path, "config.json")
@@ -66,7 +66,7 @@ def load_hf_config(path: str, key: str, trust_remote_code: bool = False):
                 f"{key}={path} requires custom code, which is not run; set {key.split('.')[0]}.trust_remote_code=true "
                 "to run it"
             ) from None
-        raise ValueError(f"{key}={path} is not a Hugging Face model folder or hub id: {first_line(error)}") from None
+        raise ValueError(f"{key}={path} is not a Hugging Face model folder or Hub ID: {first_line(error)}") from None
     _check_depth(config, path)
     return config
 

@@ -1,6 +1,6 @@
 """Vision encoders: images in, `VisionFeatures` on an explicit grid out.
 
-Two providers share one interface. An encoder has an image size, a grid, a width, a normalisation and a hidden layer
+Two providers share one interface. An encoder has an image size, a grid, a width, a normalization and a hidden layer
 whose features it returns. It keeps prefix tokens (CLS, registers) separate from the patches.
 """
 
@@ -112,7 +112,7 @@ class VisionEncoder(nn.Module):
         return VisionFeatures(grid_of(tokens), prefix, tuple(grid_of(state(level)) for level in self.levels))
 
     def forward(self, images: Tensor) -> VisionFeatures:
-        """Map normalised images ``(B, 3, H, W)`` to features."""
+        """Map normalized images ``(B, 3, H, W)`` to features."""
         raise NotImplementedError
 
     @property
@@ -270,7 +270,7 @@ class OpenClipVision(VisionEncoder):
         self.visual.image_size, self.visual.grid_size = self.image_size, self.grid
 
     def pooled(self, images: Tensor) -> Tensor:
-        """The tower's image embedding ``(B, embed_dim)``, as contrastive training uses it (not normalised)."""
+        """The tower's image embedding ``(B, embed_dim)``, as contrastive training uses it (not normalized)."""
         if not self._is_timm:
             return self.visual(images, indices=[self.num_blocks - 1])["image_features"]
         final, _ = self.visual.trunk(images, indices=[self.num_blocks - 1])
@@ -356,7 +356,7 @@ class HFVision(VisionEncoder):
         weights: bool = True,
         trust_remote_code: bool = False,
     ) -> HFVision:
-        """Load from a hub id or a folder; without `weights`, build only the architecture.
+        """Load from a Hub ID or a folder; without `weights`, build only the architecture.
 
         image_size: in pixels; None means the preprocessor's crop size, or else the model's own size.
         image_mean, image_std: None means those of ``preprocessor_config.json``.

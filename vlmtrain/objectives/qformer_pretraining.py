@@ -132,7 +132,7 @@ class QFormerPretraining(Objective):
         asked = torch.cat([vision, all_vision[others], vision])
         states = core(asked, ids.clamp(min=0), _with_queries(core, ids >= 0)[:, None])
         logits = self.itm_head(states[:, : core.num_queries]).float().mean(1)
-        # a step of one pair has no negative: the pair itself is drawn and labelled as a match
+        # a step of one pair has no negative: the pair itself is drawn and labeled as a match
         labels = torch.cat([torch.ones_like(pairs.mine, dtype=torch.bool), others == pairs.mine])
         labels = torch.cat([labels, other_texts == pairs.mine]).long()
         return F.cross_entropy(logits, labels, reduction="sum") / 3
@@ -159,7 +159,7 @@ class QFormerPretraining(Objective):
         return *apart, matched, self.text_head(states.flatten(0, 1), core.embedding.words)
 
     def load_bert(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Initialise the text head from Hugging Face's ``BertForMaskedLM``. Raises ValueError if shapes differ."""
+        """Initialize the text head from Hugging Face's ``BertForMaskedLM``. Raises ValueError if shapes differ."""
         self.text_head.load_bert(state_dict)
 
 

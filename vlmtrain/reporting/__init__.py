@@ -1,1 +1,1 @@
-"""What people look at: pages, charts, cards and tables."""
+"""Reports, model cards, charts and tables."""

@@ -33,7 +33,7 @@ _USE = (
 
 
 def write_card(run_dir: Path, stage: str, model: Path) -> Path:
-    """Write README.md to the model folder of a finished stage; the licence is left to the user."""
+    """Write README.md to the model folder of a finished stage; the license is left to the user."""
     config = read_config(run_dir)
     held = model / "connector" / "config.json"
     if held.exists():  # with init_from, it may differ from the settings
@@ -64,8 +64,8 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             _table(("stage", "score", "questions", "value (95 %)", "without the image"), score_rows(run_dir, done)),
             "On the run's `data.validation`, with greedy decoding. Intervals of proportions are Wilson intervals.\n",
             _USE,
-            "## Licence and limits\n",
-            f"Licence: {OPEN}; the terms of the parts and of the data also apply. Intended use: {OPEN}. Known limits: "
+            "## License and limits\n",
+            f"License: {OPEN}; the terms of the parts and of the data also apply. Intended use: {OPEN}. Known limits: "
             f"{OPEN}.\n",
         ]
     )
@@ -92,7 +92,7 @@ def write_import_card(folder: Path, facts: Mapping, classes: Mapping[str, str]) 
         _table(("", "what it is"), rows),
         _table(("part", "what it is", "parameters"), parts),
         _USE,
-        f"## Licence and limits\n\nLicence: {OPEN}; the source's terms apply. Intended use and limits: {OPEN}.\n",
+        f"## License and limits\n\nLicense: {OPEN}; the source's terms apply. Intended use and limits: {OPEN}.\n",
     ]
     (folder / "README.md").write_text("\n".join(lines))
 
@@ -114,7 +114,7 @@ def write_export_card(source: Path, out: Path, model_class: str, difference: flo
         *(f"- {remark}" for remark in remarks),
         "",
         body.strip().partition("## Use")[0].replace("\n## ", "\n### ").replace("# ", "## ", 1) if body else "",
-        f"## Licence and limits\n\nLicence: {OPEN}. Intended use: {OPEN}. Known limits: {OPEN}.\n",
+        f"## License and limits\n\nLicense: {OPEN}. Intended use: {OPEN}. Known limits: {OPEN}.\n",
     ]
     (out / "README.md").write_text("\n".join(lines))
 

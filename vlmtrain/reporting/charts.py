@@ -84,7 +84,8 @@ def _cut(name: str, length: int) -> str:
 def scatter_chart(title: str, points: Sequence[tuple[str, float, float]], x_label: str) -> str:
     """An SVG of named points ``(name, x, y)``.
 
-    Those that no other beats at no more x (the Pareto front) are joined by a line; the others are hollow.
+    Points on the Pareto front are joined by a line: no other point has a higher y at the same or a lower x. The others
+    are hollow.
     """
     x_ticks = _ticks(min(x for _, x, _ in points), max(x for _, x, _ in points))
     y_ticks = _ticks(min(y for *_, y in points), max(y for *_, y in points))

@@ -43,38 +43,38 @@ MODULES = Kind(
 class BadSampleLimit:
     """How many bad samples ``on_bad_sample=skip`` may skip before the run stops."""
 
-    share: float = key(number(0, 1))  # of the records
-    in_a_row: int = key(whole(1))  # consecutive bad samples
+    share: float = key(number(0, 1))  # largest fraction of bad records
+    in_a_row: int = key(whole(1))  # number of consecutive bad samples that stops the run
 
 
 @dataclass(frozen=True)
 class BadStepOptions:
     """Handling of steps with a non-finite loss or gradient, and of loss spikes."""
 
-    in_a_row: int = key(whole(1))  # consecutive skipped steps that stop the run
-    spike: float | None = key(optional(number(1)))  # standard deviations above the mean of the last 100 losses
-    skip_spikes: bool = key(SWITCH)  # make no update on a spike
+    in_a_row: int = key(whole(1))  # number of consecutive skipped steps that stops the run
+    spike: float | None = key(optional(number(1)))  # threshold in standard deviations above the mean loss
+    skip_spikes: bool = key(SWITCH)  # skip the update when the loss spikes
 
 
 @dataclass(frozen=True)
 class Features:
     """The feature cache of frozen encoders."""
 
-    cache: str = key(TEXT)  # a folder, or off
-    max_gb: float = key(number(0))  # GiB, over all runs that share the folder
-    dtype: str | None = key(Kind("null or bf16", lambda value: value in (None, "bf16")))  # null: as computed
+    cache: str = key(TEXT)  # folder of the cache, or off
+    max_gb: float = key(number(0))  # limit on its size in GiB, for all runs that share it
+    dtype: str | None = key(Kind("null or bf16", lambda value: value in (None, "bf16")))  # null: unchanged
 
 
 @dataclass(frozen=True)
 class Validation:
     """Validation during a stage and after it."""
 
-    samples: int | None = key(optional(whole(1)))  # conversations, during a stage
-    batch_size: int = key(whole(1))  # conversations per batch on each rank
-    max_new_tokens: int = key(whole(1))  # per answer
-    metrics: tuple[str, ...] | None = key(optional(NAMES))  # besides exact match; null: all that apply
-    final_samples: int | None = key(optional(whole(1)), None)  # conversations, after the stage
-    lmms_eval: tuple[str, ...] = key(list_of(TEXT, "a list of names, or of YAML files"), ())
+    samples: int | None = key(optional(whole(1)))  # conversations per validation during a stage; null: all
+    batch_size: int = key(whole(1))  # conversations that a rank processes at once
+    max_new_tokens: int = key(whole(1))  # maximum tokens per answer
+    metrics: tuple[str, ...] | None = key(optional(NAMES))  # metrics besides exact match; null: all that apply
+    final_samples: int | None = key(optional(whole(1)), None)  # conversations at the end of the stage; null: all
+    lmms_eval: tuple[str, ...] = key(list_of(TEXT, "a list of names, or of YAML files"), ())  # tasks after each stage
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Engine:
     zero_stage: int = key(whole(0, 3))
     offload_optimizer: str = key(one_of("none", "cpu"))
     offload_parameters: str = key(one_of("none", "cpu"))
-    parameter_persistence_threshold: int | None = key(whole(0), None)  # elements; ZeRO-3 only
+    parameter_persistence_threshold: int | None = key(whole(0), None)  # in elements; ZeRO-3 only
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3 and self.parameter_persistence_threshold is None:
@@ -95,9 +95,9 @@ class Engine:
 class Encoder:
     """The keys that every vision encoder has."""
 
-    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
-    layer: int = key(whole())  # index into the hidden states
-    levels: tuple[int, ...] | None = key(optional(_LAYERS))  # further layers; null: as the connector needs
+    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # in pixels; null: the encoder's own
+    layer: int = key(whole())  # index of the hidden state that the connector receives
+    levels: tuple[int, ...] | None = key(optional(_LAYERS))  # further hidden states; null: as the connector needs
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class OpenClipOptions(Encoder):
     """A vision encoder from open_clip."""
 
     provider: str = key(one_of("open_clip"))
-    name: str | None = key(optional(TEXT))  # model name
-    pretrained: str | None = key(optional(TEXT))  # weights tag or file; null: random
-    model_config: Mapping | None = key(optional(MAPPING))  # instead of a name
+    name: str | None = key(optional(TEXT))  # name of the model in open_clip
+    pretrained: str | None = key(optional(TEXT))  # tag or file of the weights; null: random weights
+    model_config: Mapping | None = key(optional(MAPPING))  # architecture, instead of a name
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
 
@@ -117,8 +117,8 @@ class HFVisionOptions(Encoder):
     """A vision encoder from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
-    path: str = key(TEXT)  # hub ID or folder
-    trust_remote_code: bool = key(SWITCH)  # run code from the hub ID or folder
+    path: str = key(TEXT)  # Hub ID or folder
+    trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     image_mean: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
     image_std: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
     name: ClassVar[None] = None
@@ -131,9 +131,9 @@ class TinyLLM:
     """A language model with random weights and a tokenizer built from the vocabulary of the procedural data."""
 
     provider: str = key(one_of("tiny"))
-    config: Mapping = key(MAPPING)  # Hugging Face configuration
-    chat_template: str | None = key(optional(TEXT))  # name or Jinja template
-    new_tokens: tuple[str, ...] = key(WORDS)  # added to the tokenizer
+    config: Mapping = key(MAPPING)  # configuration of the Hugging Face class
+    chat_template: str | None = key(optional(TEXT))  # template name, or a Jinja template
+    new_tokens: tuple[str, ...] = key(WORDS)  # tokens to add to the tokenizer
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
@@ -144,10 +144,10 @@ class HFLLM:
     """A causal language model from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
-    path: str = key(TEXT)  # hub ID or folder
-    chat_template: str | None = key(optional(TEXT))  # if the tokenizer has none
-    new_tokens: tuple[str, ...] = key(WORDS)  # added to the tokenizer
-    trust_remote_code: bool = key(SWITCH)  # run code from the hub ID or folder
+    path: str = key(TEXT)  # Hub ID or folder
+    chat_template: str | None = key(optional(TEXT))  # used if the tokenizer has none
+    new_tokens: tuple[str, ...] = key(WORDS)  # tokens to add to the tokenizer
+    trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     config: ClassVar[None] = None
 
@@ -198,25 +198,25 @@ class Run:
     """All settings of a run. `composed` holds them as plain values, as recorded in config.yaml."""
 
     composed: Mapping[str, Any]
-    name: str = key(TEXT)  # the recipe
-    modules: tuple[str, ...] = key(MODULES)  # imported first
+    name: str = key(TEXT)  # name of the recipe
+    modules: tuple[str, ...] = key(MODULES)  # Python modules to import first
     stage: str | None = key(optional(TEXT))  # the only stage to run
-    run_dir: str = key(TEXT)
-    init_from: str | None = key(optional(TEXT))  # model to start from
-    named: tuple[str, ...] = key(NAMES)  # connector keys set by the command
+    run_dir: str = key(TEXT)  # folder of the run
+    init_from: str | None = key(optional(TEXT))  # model folder to start from
+    named: tuple[str, ...] = key(NAMES)  # connector keys that the command sets
     mini: bool = key(SWITCH)  # small random parts and generated data
     seed: int = key(whole(0, 2**32 - 1))
-    compile: bool = key(SWITCH)  # the transformer blocks
+    compile: bool = key(SWITCH)  # compile the transformer blocks
     precision: str = key(one_of("fp32", "bf16"))  # compute dtype
     on_bad_sample: str = key(one_of("raise", "skip"))
     bad_sample_limit: BadSampleLimit = key(section(BadSampleLimit))
     bad_steps: BadStepOptions = key(section(BadStepOptions))
-    collective_timeout: float = key(number(1))  # seconds
+    collective_timeout: float = key(number(1))  # seconds after which ranks that wait for each other exit
     workers: int = key(whole(0, 1000))  # data processes per rank
     loggers: tuple[str, ...] = key(_LOGGERS)  # trackers
     wandb: str = key(one_of("disabled", "offline", "online"))
     wandb_project: str = key(TEXT)
-    wandb_model: bool = key(SWITCH)  # upload model folders
+    wandb_model: bool = key(SWITCH)  # upload the model folder of each stage
     features: Features = key(section(Features))
     validation: Validation = key(section(Validation))
     vision: Vision = key(_by_provider(open_clip=OpenClipOptions, hf=HFVisionOptions))

@@ -41,12 +41,13 @@ _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 class Pattern:
     """One entry of ``groups``: parameters of a part with a separate learning rate."""
 
-    match: str = key(TEXT)  # parameter names, or blocks of a part
-    lr: float | None = key(_RATE)  # null freezes
+    match: str = key(TEXT)  # the parameters: a pattern of their names, or blocks of a part
+    lr: float | None = key(_RATE)  # learning rate; null: frozen
+    # factor on the learning rate per block, counted from the last block down
     layer_decay: float | None = key(
         optional(Kind("a number above 0 and up to 1", lambda value: number(0, 1).fits(value) and value > 0)), None
     )
-    from_step: int = key(whole(0), 0)  # steps of the stage before it trains
+    from_step: int = key(whole(0), 0)  # steps of the stage before the parameters start to train
 
     @property
     def part(self) -> str:
@@ -58,8 +59,8 @@ class LoRA:
     """Low-rank adapters of one part."""
 
     rank: int = key(Kind("a positive whole number", whole(1).fits), 16)
-    alpha: float = key(_ABOVE_0, 32)  # adapters are scaled by alpha / rank
-    dropout: float = key(_BELOW_1, 0.0)
+    alpha: float = key(_ABOVE_0, 32)  # the adapters' output is scaled by alpha / rank
+    dropout: float = key(_BELOW_1, 0.0)  # dropout probability of the adapters' input
     targets: str | tuple[str, ...] = key(
         Kind(
             "all, or a list of at least one name",
@@ -68,17 +69,17 @@ class LoRA:
         ),
         "all",
     )
-    init_from: str | None = key(optional(TEXT), None)  # folder of adapters to start from
-    quantize: str | None = key(Kind("null or nf4", lambda value: value in (None, "nf4")), None)
+    init_from: str | None = key(optional(TEXT), None)  # folder of trained adapters to start from
+    quantize: str | None = key(Kind("null or nf4", lambda value: value in (None, "nf4")), None)  # of the base weights
 
 
 @dataclass(frozen=True)
 class ConnectorText:
     """Text input of a connector that reads text."""
 
-    read: str | None = key(optional(one_of("instruction", "answer")))  # null: nothing
-    bert: str | None = key(optional(TEXT))  # hub ID or folder; null: the LLM's tokenizer
-    max_length: int = key(whole(1))  # tokens, [CLS] and [SEP] included
+    read: str | None = key(optional(one_of("instruction", "answer")))  # text that the connector reads; null: none
+    bert: str | None = key(optional(TEXT))  # Hub ID or folder of its vocabulary; null: the LLM's
+    max_length: int = key(whole(1))  # maximum tokens per text, including [CLS] and [SEP]
 
 
 @dataclass(frozen=True)
@@ -86,29 +87,31 @@ class OptimizerOptions:
     """Options of AdamW."""
 
     betas: tuple[float, float] = key(list_of(_BELOW_1, "two numbers, each at least 0 and below 1", sizes=(2,)))
-    eps: float = key(number(0))
-    weight_decay: float = key(number(0))  # of matrices
+    eps: float = key(number(0))  # added to the denominator of the update
+    weight_decay: float = key(number(0))  # weight decay, applied to matrices only
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
     """Learning-rate schedule of a stage."""
 
-    name: str = key(one_of("cosine", "linear", "constant", "constant_with_warmup", "wsd"))  # after the warm-up
-    warmup_ratio: float = key(number(0, 1))  # of the stage's steps
-    warmup_steps: int | None = key(optional(whole(0)))  # takes precedence over the ratio
-    min_lr: float = key(number(0))  # rate after the last step
-    decay_ratio: float = key(number(0, 1), 0.1)  # wsd: share of the stage's steps in which the rate decays
+    name: str = key(
+        one_of("cosine", "linear", "constant", "constant_with_warmup", "wsd")
+    )  # shape of the schedule after the warm-up
+    warmup_ratio: float = key(number(0, 1))  # warm-up, as a fraction of the stage's steps
+    warmup_steps: int | None = key(optional(whole(0)))  # warm-up in steps; overrides warmup_ratio
+    min_lr: float = key(number(0))  # learning rate after the last step
+    decay_ratio: float = key(number(0, 1), 0.1)  # wsd: decay, as a fraction of the stage's steps
 
 
 @dataclass(frozen=True)
 class Expected:
     """Assumptions of `vlmtrain plan` about data that is not available."""
 
-    samples: int | None = key(optional(whole(1)))  # records
-    images: float = key(number(0))  # per sample, on average
-    text_tokens: float = key(number(0))  # per sample, on average
-    answer_share: float = key(number(0, 1))  # of the text tokens
+    samples: int | None = key(optional(whole(1)))  # number of records
+    images: float = key(number(0))  # images per sample, on average
+    text_tokens: float = key(number(0))  # text tokens per sample, on average
+    answer_share: float = key(number(0, 1))  # fraction of the text tokens that are trained on
 
 
 @dataclass(frozen=True)
@@ -118,38 +121,38 @@ class Stage:
     name: str
     position: int = field(compare=False)
     objective: str = key(TEXT)  # name of the training loss
-    parts: tuple[str, ...] = key(NAMES)  # parts that the stage needs
-    fresh: tuple[str, ...] = key(NAMES)  # parts, or names in the connector, with new weights
-    drops: tuple[str, ...] = key(NAMES)  # parts, or names in the connector, removed
+    parts: tuple[str, ...] = key(NAMES)  # parts that the stage uses
+    fresh: tuple[str, ...] = key(NAMES)  # parts, or modules of the connector, that start from random weights
+    drops: tuple[str, ...] = key(NAMES)  # parts, or modules of the connector, removed
     train: Mapping[str, float | None] = key(by_name(_RATE, "{part: learning rate}"))
     groups: tuple[Pattern, ...] = key(list_of(section(Pattern), "a list of {match: PATTERN, lr: LR}"))
     lora: Mapping[str, LoRA] | None = key(optional(by_name(section(LoRA), "{part: {rank: 16, ...}}")))
-    data: str = key(TEXT)  # split to train on
-    validation: str | None = key(optional(TEXT))  # split to validate on
-    template: str = key(TEXT)  # how conversations are rendered
-    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # pixels
-    image_fit: str = key(one_of(*FITS))
+    data: str = key(TEXT)  # split to train on, a key of the data group
+    validation: str | None = key(optional(TEXT))  # split to validate on; null: none
+    template: str = key(TEXT)  # name of the template that renders conversations
+    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # in pixels; null: unchanged
+    image_fit: str = key(one_of(*FITS))  # how images are fitted to the image size
     image_tiles: tuple[tuple[int, int], ...] = key(list_of(_GRID, "a list of [rows, columns]", sizes=range(1, 10_000)))
-    image_tiles_most: int | None = key(optional(whole(1)))  # tiles' worth of tokens
-    image_tiles_alone: bool = key(SWITCH)  # tile only single images
+    image_tiles_most: int | None = key(optional(whole(1)))  # maximum tokens per image, in tiles
+    image_tiles_alone: bool = key(SWITCH)  # tile only images that are alone in their sample
     connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
     connector_text: ConnectorText = key(section(ConnectorText))
-    layout: str = key(one_of(*LAYOUTS))  # samples per row
-    pack_by: str | None = key(optional(one_of("source")))  # what the samples of a row share
-    max_length: int = key(whole(2))  # tokens
-    epochs: int = key(whole(1))
-    max_steps: int | None = key(optional(whole(1)))  # optimizer steps; null: epochs
-    batch_size: int = key(whole(1, 10**6))  # samples per optimiser step, over all ranks
-    micro_batch_size: int | None = key(optional(whole(1)))  # samples per rank
+    layout: str = key(one_of(*LAYOUTS))  # padded: one sample per row; packed: several
+    pack_by: str | None = key(optional(one_of("source")))  # source: a packed row has samples of one source
+    max_length: int = key(whole(2))  # tokens per sample and per packed row
+    epochs: int = key(whole(1))  # passes over the data, unless max_steps is set
+    max_steps: int | None = key(optional(whole(1)))  # optimizer steps; null: as many as the epochs have
+    batch_size: int = key(whole(1, 10**6))  # samples per optimizer step, over all ranks
+    micro_batch_size: int | None = key(optional(whole(1)))  # samples that a rank processes at once; null: all
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))
-    max_grad_norm: float | None = key(optional(number(0)))  # null: no clipping
-    gradient_checkpointing: bool = key(SWITCH)  # of the language model
-    save_every: int | None = key(optional(whole(1)))  # steps
-    save_every_minutes: float | None = key(optional(number(0.1)))
-    keep_last: int = key(whole(1))  # checkpoints
-    keep_best: bool = key(SWITCH)  # the lowest validation loss
-    validate_every: int | None = key(optional(whole(1)))  # steps
+    max_grad_norm: float | None = key(optional(number(0)))  # limit on the gradient norm; null: none
+    gradient_checkpointing: bool = key(SWITCH)  # recompute the language model's activations
+    save_every: int | None = key(optional(whole(1)))  # steps between checkpoints
+    save_every_minutes: float | None = key(optional(number(0.1)))  # minutes between checkpoints
+    keep_last: int = key(whole(1))  # number of checkpoints to keep
+    keep_best: bool = key(SWITCH)  # keep the model with the lowest validation loss
+    validate_every: int | None = key(optional(whole(1)))  # steps between validations
     early_stopping: int | None = key(optional(whole(1)))  # validations without a lower loss that end the stage
     expected: Expected = key(section(Expected))
 

@@ -33,7 +33,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def save(self, state: TrainingState, step: int, record: dict, prune: bool = True) -> None:
-        """Write the state after optimiser step `step`, then delete all but the last `keep_last` if `prune` is set.
+        """Write the state after optimizer step `step`, then delete all but the last `keep_last` if `prune` is set.
 
         Raises ValueError on every rank if any rank cannot write. Earlier checkpoints then remain unchanged.
         """

@@ -56,7 +56,7 @@ def _check_layout(stage: Stage, world_size: int) -> None:
         raise ValueError(f"{comparing}: {stage.prefix}.layout=packed cannot work; use padded")
     if accumulation > 1:
         raise ValueError(
-            f"{comparing}, so a step must be one micro-batch a rank: unset {stage.prefix}.micro_batch_size"
+            f"{comparing}, so a step must be one micro-batch per rank: unset {stage.prefix}.micro_batch_size"
         )
     if stage.batch_size < 2:
         raise ValueError(f"{comparing}, but {stage.prefix}.batch_size={stage.batch_size}")

@@ -44,8 +44,9 @@ def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
     if not possible:
         names = ", ".join(stage.name for stage in run.wanted)
         raise ValueError(
-            f"no features can be computed in advance: {names} train the encoder, have none, or get it from a stage "
-            "that trains it first (in this case set stage=NAME init_from=MODEL_DIR)"
+            f"no features can be computed in advance: in each of the stages {names}, the encoder is absent or is "
+            "trained in this run by that stage or an earlier one. If an earlier stage has already trained it, set "
+            "stage=NAME init_from=MODEL_DIR"
         )
     return {stage.name: _fill(run, stage, show_progress) for stage in possible}
 

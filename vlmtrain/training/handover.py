@@ -1,4 +1,4 @@
-"""Initialises a connector that a stage rebuilds from the one that it receives.
+"""Initializes a connector that a stage rebuilds from the one that it receives.
 
     fresh: [connector.proj]
     drops: [connector.core.embedding, connector.core.layers.*.text_ffn]

@@ -90,4 +90,9 @@ def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:
         return []
     chosen, key = stage.image_fit, f"{stage.prefix}.image_fit"
     held = (read_json(file).get("geometry") or {}).get("fit", chosen)
-    return [f"{key}={chosen}, but init_from={run.init_from} has {held}: {key}={held} keeps it"] * (held != chosen)
+    if held == chosen:
+        return []
+    return [
+        f"{key}={chosen}, but the model in init_from={run.init_from} was trained with {held}; set {key}={held} to keep "
+        "its preprocessing"
+    ]

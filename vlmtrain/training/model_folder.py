@@ -72,7 +72,7 @@ class ModelWriter:
         return self.world.from_main(hashes)
 
     def _base(self, part: str) -> str | None:
-        """The source of the weights that a part started from: a folder or hub ID, or None.
+        """The source of the weights that a part started from: a folder or Hub ID, or None.
 
         This is the path in the settings only if neither `init_from` nor an earlier stage has replaced the weights.
         """

@@ -32,7 +32,7 @@ class Schedule:
         return math.ceil(self.options.warmup_ratio * self.total_steps) if given is None else given
 
     def rate(self, step: int, peak: float) -> float:
-        """Learning rate of optimiser step `step` for a group whose peak is `peak`."""
+        """Learning rate of optimizer step `step` for a group whose peak is `peak`."""
         done = step + 1
         if done <= self.warmup_steps:
             return peak * done / self.warmup_steps

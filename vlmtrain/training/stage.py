@@ -157,7 +157,7 @@ class _Stage:
         for part, known in self.record.setdefault("began_with", now).items():
             if now[part] != known:
                 raise ValueError(
-                    f"stage {self.name} began with other weights of its {part} (SHA-256 {known[:16]}, now "
+                    f"stage {self.name} started with different weights for {part} (SHA-256 {known[:16]}, now "
                     f"{now[part][:16]}): restore the original files, or set another run_dir"
                 )
 

@@ -1,4 +1,4 @@
-"""One optimiser step on all ranks: totals, forward and backward passes, and detection of bad steps."""
+"""One optimizer step on all ranks: totals, forward and backward passes, and detection of bad steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StepDone(NamedTuple):
 
 @dataclass
 class StepRunner:
-    """Runs the optimiser steps of a stage. Every rank runs the same steps."""
+    """Runs the optimizer steps of a stage. Every rank runs the same steps."""
 
     stage: str
     seed: int

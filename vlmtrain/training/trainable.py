@@ -6,7 +6,7 @@
 A pattern is the name of a part, optionally followed by a dot and a parameter name within it. ``*`` matches anything.
 ``blocks`` (or ``layers``) matches the part's transformer blocks, whatever the library calls them, with an optional
 slice in brackets. ``llm.new_tokens`` matches only the input and output embeddings of the tokens that llm.new_tokens
-adds. With `from_step`, the matched parameters are frozen for that many optimiser steps of the stage and then train.
+adds. With `from_step`, the matched parameters are frozen for that many optimizer steps of the stage and then train.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
 
 
 def trained_parts(groups: Sequence[Group]) -> set[str]:
-    """The parts of which something trains."""
+    """Parts with at least one trained parameter."""
     return {group.part for group in groups}
 
 

@@ -1,4 +1,4 @@
-"""An ablation's line, and its statistics against cases that are known."""
+"""The command of an ablation, and its statistics compared with known cases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def each_line_is_composed_and_planned_once():
 
 
 def entry(label: str, exact: list[np.ndarray]) -> Entry:
-    # five questions a picture
+    # five questions per image
     measured = [Clusters.of(seed, np.arange(len(seed)) // 5) for seed in exact]
     return Entry(label, float(np.concatenate(exact).mean()), (0, 0), measured)
 
@@ -68,7 +68,7 @@ def answers(rng, rate: float, seeds: int = 3, questions: int = 500) -> list[np.n
     return [(rng.random(questions + 5 * seed) < rate).astype(float) for seed in range(seeds)]
 
 
-def test_a_line_becomes_choices_seeds_and_what_all_share():
+def test_a_command_becomes_choices_seeds_and_shared_settings():
     ablation = read_line(
         ["recipe=quickstart", "connectors=[linear,{qformer:{num_queries:8}}]", "seeds=[0,2]", "jobs=2", "workers=0"]
     )
@@ -100,7 +100,7 @@ def test_stages_are_shared_by_the_choices_that_agree_on_them(tmp_path):
         assert len({runner.shared(choice, 0) for choice in ablation.choices}) == shared
 
 
-def test_keys_that_no_result_hangs_on_leave_shared_stages_where_they_are():
+def test_keys_that_do_not_affect_results_do_not_move_shared_stages():
     line = ["recipe=quickstart", "connectors=[linear]"]
     free = ["workers=0", "collective_timeout=99", "wandb=offline", "stages.clip.micro_batch_size=8"]
     first, other, longer = (
@@ -111,7 +111,7 @@ def test_keys_that_no_result_hangs_on_leave_shared_stages_where_they_are():
 
 
 @pytest.mark.parametrize("more, cached", [(["features.max_gb=5"], True), (["features.cache=off"], False)])
-def test_features_are_shared_unless_the_line_says_otherwise(more, cached, tmp_path, monkeypatch):
+def test_features_are_shared_unless_the_command_says_otherwise(more, cached, tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(subprocess, "run", lambda command, **options: begun.append(command) or Namespace(returncode=1))
     ablation = read_line(["recipe=quickstart", "connectors=[mlp]", "stage=instruct", f"run_dir={tmp_path}", *more])
@@ -120,7 +120,7 @@ def test_features_are_shared_unless_the_line_says_otherwise(more, cached, tmp_pa
 
 
 @pytest.mark.parametrize(("jobs", "ranks", "threads"), [(1, 1, "8"), (2, 1, "4"), (2, 2, "2"), (16, 1, "1")])
-def test_jobs_share_the_threads_and_never_have_more_than_there_are(jobs, ranks, threads, tmp_path, monkeypatch):
+def test_jobs_share_the_threads_of_the_machine(jobs, ranks, threads, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     ablation = read_line(["recipe=quickstart", "connectors=[linear]", f"jobs={jobs}", f"ranks={ranks}"])
@@ -128,10 +128,10 @@ def test_jobs_share_the_threads_and_never_have_more_than_there_are(jobs, ranks, 
         assert environment["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with Runner(ablation, False)._slot(tmp_path, "linear seed 0") as environment:
-        assert environment["OMP_NUM_THREADS"] == "3", "as the user has it"
+        assert environment["OMP_NUM_THREADS"] == "3", "the user's value is kept"
 
 
-def test_jobs_get_devices_of_their_own_where_there_are_enough():
+def test_jobs_get_their_own_devices_if_there_are_enough():
     assert device_slots(list("01234567"), jobs=2, ranks=4) == ["0,1,2,3", "4,5,6,7"]
     assert device_slots(list("01"), jobs=3, ranks=1) == [None] * 3 and device_slots([], 1, 1) == [None]
 
@@ -172,7 +172,7 @@ LINEAR = ["recipe=quickstart", "connectors=[linear]"]
         ),
     ],
 )
-def test_what_cannot_be_meant_is_named(line, said):
+def test_invalid_settings_are_named(line, said):
     with pytest.raises(ValueError, match=said):
         ablation = read_line(line)
         ablation.settings(ablation.choices[0])
@@ -212,7 +212,7 @@ QUICKSTART = ["recipe=quickstart", "connectors=[linear,mlp]"]
         (["sweep.stages.instruct.train.llm=[1e-3,fast]"], "fast"),
     ],
 )
-def test_what_could_not_be_compared_is_refused_before_anything_runs(line, said, tmp_path):
+def test_impossible_comparisons_are_refused_before_anything_runs(line, said, tmp_path):
     ablation = read_line([*QUICKSTART, *line, f"run_dir={tmp_path / 'ablation'}"])
     with pytest.raises(ValueError, match=said):
         run_ablation(ablation, show_progress=False)
@@ -227,7 +227,7 @@ def finished_job(
     right: float = 0.5,
     category: str | None = None,
 ) -> None:
-    """What a job leaves that has trained the stage `instruct`; one with a category has a score more."""
+    """The files of a job that has trained the stage `instruct`; with a category, there is one more score."""
     folder.mkdir(parents=True)
     answers = [
         {
@@ -251,8 +251,8 @@ def finished_job(
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
 
-def test_a_failed_job_stops_no_other_and_the_finished_are_told_of(tmp_path, monkeypatch, capsys):
-    """Jobs whose process ends at once with status 1: each is begun, and the table has what had finished before."""
+def test_a_failed_job_does_not_stop_the_others_and_finished_ones_are_reported(tmp_path, monkeypatch, capsys):
+    """Jobs whose process exits at once with status 1: each is started, and the table has those that finished before."""
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     rng = np.random.default_rng(9)
     for name in ("linear", "avgpool"):
@@ -268,7 +268,7 @@ def test_a_failed_job_stops_no_other_and_the_finished_are_told_of(tmp_path, monk
     assert "avgpool" in (tmp_path / "ablation.html").read_text()
 
 
-def test_a_choice_whose_sweep_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+def test_a_failed_sweep_does_not_stop_the_other_choices(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     line = ["recipe=quickstart", "connectors=[mlp,linear]", "seeds=[0,1]", "stage=instruct", f"run_dir={tmp_path}"]
     for seed in range(2):
@@ -301,8 +301,8 @@ def test_a_sweep_takes_the_lowest_finite_loss_of_the_last_stage_that_runs(line, 
     assert decided == {"line": [f"{key}=0.001"], "sweep": {f"{key}=0.001": 0.5}}
 
 
-def test_seeds_may_have_steps_of_their_own(tmp_path):
-    """As packed rows of an epoch have: the curves go as far as all seeds do."""
+def test_seeds_may_have_different_numbers_of_steps(tmp_path):
+    """As with packed rows of an epoch: the curves end where the shortest seed ends."""
     ablation = read_line([*QUICKSTART, "seeds=[0,1]", "stage=instruct", f"run_dir={tmp_path}"])
     for choice in ablation.choices:
         for seed in ablation.seeds:
@@ -314,8 +314,8 @@ def test_seeds_may_have_steps_of_their_own(tmp_path):
     assert [len(line.split()) for line in lines] == [11, 11]
 
 
-def test_answers_side_by_side_are_of_several_pictures(tmp_path):
-    """Four questions about each of six pictures: each picture's first two, in their order."""
+def test_answers_side_by_side_are_of_several_images(tmp_path):
+    """Four questions about each of six images: each image's first two, in their order."""
     ablation = read_line([*QUICKSTART, f"run_dir={tmp_path}"])
     asked = {"reference": "red", "prediction": "red", "exact": True, "category": None}
     samples = [
@@ -333,7 +333,7 @@ def test_answers_side_by_side_are_of_several_pictures(tmp_path):
 
 
 def table_of(folder: Path, line: list[str], jobs: dict[str, dict]) -> tuple[list[Entry], str]:
-    """What is said of finished jobs, by folder, of which each has its questions and samples."""
+    """Entries and note of finished jobs, given by folder with their questions and samples."""
     ablation = read_line(["recipe=quickstart", "stage=instruct", *line, f"run_dir={folder}"])
     for name, facts in jobs.items():
         finished_job(folder / "jobs" / name / "seed-0" / "instruct", np.random.default_rng(3), **facts)
@@ -342,7 +342,7 @@ def table_of(folder: Path, line: list[str], jobs: dict[str, dict]) -> tuple[list
     return entries, (folder / "ablation.md").read_text()
 
 
-def test_the_note_names_those_that_do_as_well_without_the_picture(tmp_path):
+def test_the_note_names_choices_that_score_as_well_without_the_image(tmp_path):
     jobs = ["connectors=[mlp,linear]"], {"mlp": {}, "linear": {}}
     entries, said = table_of(tmp_path, *jobs)
     assert "without the image" not in said
@@ -351,7 +351,7 @@ def test_the_note_names_those_that_do_as_well_without_the_picture(tmp_path):
     assert "At least as good without the image: mlp. " in note(ablation, blinded)
 
 
-def test_the_table_says_what_an_axis_makes_unequal(tmp_path):
+def test_the_note_states_what_an_axis_makes_unequal(tmp_path):
     line = ["connectors=[mlp]", "axis.stages.instruct.batch_size=[8,32]"]
     jobs = {"mlp-instruct.batch_size-8": {"samples": 8}, "mlp-instruct.batch_size-32": {"samples": 32}}
     entries, said = table_of(tmp_path, line, jobs)
@@ -366,7 +366,7 @@ def test_the_table_says_what_an_axis_makes_unequal(tmp_path):
     )
 
 
-def test_answers_to_other_questions_are_not_compared(tmp_path):
+def test_answers_to_different_questions_are_not_compared(tmp_path):
     line = ["connectors=[mlp]", "axis.data.difficulty=[1,2,3]", "data=probes"]
     names = [f"mlp-data.difficulty-{level}" for level in (1, 2, 3)]
     asked = ["What is", "What is", "Where is"]
@@ -377,8 +377,8 @@ def test_answers_to_other_questions_are_not_compared(tmp_path):
 
 
 @pytest.mark.parametrize("right", [0.9, 0.1])
-def test_what_some_were_not_asked_stays_open_in_the_tables(right, tmp_path):
-    """An axis may change the data, and so which scores and categories there are: of the best alone, or of others."""
+def test_missing_scores_are_left_blank_in_the_tables(right, tmp_path):
+    """An axis may change the data, and with it the scores and categories, of the best choice or of others."""
     line = ["connectors=[mlp]", "axis.data=[shapes,probes]"]
     jobs = {"mlp-data-shapes": {"right": right}, "mlp-data-probes": {"right": 1 - right, "category": "text"}}
     entries, said = table_of(tmp_path, line, jobs)
@@ -387,12 +387,12 @@ def test_what_some_were_not_asked_stays_open_in_the_tables(right, tmp_path):
     assert "| mlp, data=probes | 1.0000 (0.5000) |\n" in said
 
 
-def test_an_ablation_goes_on_with_other_keys_that_no_result_hangs_on(tmp_path, monkeypatch):
+def test_an_ablation_resumes_with_other_values_of_keys_that_do_not_affect_results(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     line = ["recipe=quickstart", "connectors=[mlp]", "stage=instruct", f"run_dir={tmp_path}"]
     assert run_ablation(read_line(line), False)
     more = ["workers=0", "stages.instruct.micro_batch_size=1", "collective_timeout=99", "stages.instruct.save_every=5"]
-    assert run_ablation(read_line([*line, *more]), False), "it began its job again"
+    assert run_ablation(read_line([*line, *more]), False), "it started its job again"
     with pytest.raises(ValueError, match=r"was started with other overrides \(stages.instruct.max_length=99\)"):
         run_ablation(read_line([*line, "stages.instruct.max_length=99"]), False)
 
@@ -405,7 +405,7 @@ def test_mappings_may_be_values_of_an_axis():
     assert len({choice.folder for choice in ablation.choices}) == 4
 
 
-def test_equal_connectors_are_not_told_apart_and_different_ones_are():
+def test_equal_connectors_are_not_distinguished_and_different_ones_are():
     rng = np.random.default_rng(0)
     same, other, worse = (entry(name, answers(rng, rate)) for name, rate in (("a", 0.6), ("b", 0.6), ("c", 0.45)))
     compare([same, other, worse])
@@ -414,8 +414,8 @@ def test_equal_connectors_are_not_told_apart_and_different_ones_are():
     assert worse.is_told_apart
 
 
-def test_equal_connectors_are_rarely_told_apart():
-    """Under no difference, about one comparison in twenty, corrected for five of them, is called one."""
+def test_equal_connectors_are_rarely_distinguished():
+    """Without a difference, about one comparison in twenty is called significant, corrected for five comparisons."""
     rng, called = np.random.default_rng(1), 0
     for _ in range(20):
         entries = [entry(str(i), answers(rng, 0.5, questions=200)) for i in range(3)]
@@ -424,8 +424,9 @@ def test_equal_connectors_are_rarely_told_apart():
     assert called <= 4
 
 
-def test_seeds_that_differ_by_themselves_are_not_taken_for_connectors_that_do():
-    """Runs whose rates vary by seed alone, ten points up and down: a bootstrap of three seeds would call many."""
+def test_differences_between_seeds_are_not_attributed_to_connectors():
+    """Runs whose rates vary only by seed, by ten points up and down: a plain bootstrap of three seeds would call many
+    of them different."""
     rng, called = np.random.default_rng(4), 0
     for _ in range(60):
         rates = 0.5 + 0.1 * rng.standard_normal((2, 3))
@@ -446,14 +447,14 @@ def test_the_studentized_range_is_that_of_the_tables(value, choices, degrees):
 
 
 def questions_of_their_own(rng, choices: int, seeds: int, conversations: int = 40) -> list[Entry]:
-    """Equal choices, each of which is good at some conversations, whatever the seed."""
+    """Equal choices, each of which is good at some conversations with every seed."""
     rates = np.clip(0.5 + 0.25 * rng.standard_normal((choices, conversations)), 0, 1).repeat(5, axis=1)
     return [
         entry(str(i), [(rng.random(len(own)) < own).astype(float) for _ in range(seeds)]) for i, own in enumerate(rates)
     ]
 
 
-def test_a_seed_counted_ten_times_says_no_more_than_once():
+def test_repeating_a_seed_ten_times_changes_no_interval():
     rng = np.random.default_rng(6)
     once = questions_of_their_own(rng, 3, seeds=1)
     often = [entry(e.label, [e.measured[0].sums.repeat(5) / 5] * 10) for e in once]
@@ -466,8 +467,8 @@ def test_a_seed_counted_ten_times_says_no_more_than_once():
 
 
 @pytest.mark.parametrize("choices, seeds", [(2, 10), (6, 3), (6, 2)])
-def test_the_best_of_equals_is_rarely_told_from_any(choices, seeds):
-    """Seeds that answer the same questions, and a best that is chosen among several: 5 % at most are called one."""
+def test_the_best_of_equal_choices_is_rarely_distinguished(choices, seeds):
+    """Seeds that answer the same questions, and the best of several choices: at most 5 % are called significant."""
     rng, called = np.random.default_rng(7), 0
     for _ in range(60):
         entries = questions_of_their_own(rng, choices, seeds)
@@ -476,7 +477,7 @@ def test_the_best_of_equals_is_rarely_told_from_any(choices, seeds):
     assert called <= 6  # more, of 60 at a level of 5 %, one time in thirty
 
 
-def test_among_many_choices_a_bad_one_is_told_apart():
+def test_among_many_choices_a_bad_one_is_distinguished():
     rng = np.random.default_rng(8)
     rates = [0.6] * 59 + [0.1]
     entries = [entry(str(i), answers(rng, rate, questions=200)) for i, rate in enumerate(rates)]
@@ -495,7 +496,7 @@ def test_with_few_seeds_it_says_that_it_cannot_tell():
     assert "cannot be estimated" in note(ablation, two)
 
 
-def test_a_category_has_its_own_score_with_the_blind_one_beside():
+def test_a_category_has_its_own_score_and_blind_score():
     rng = np.random.default_rng(0)
     seeds = [
         [
@@ -532,22 +533,22 @@ def test_the_interval_is_that_of_a_share():
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.005)
 
 
-def test_questions_of_one_picture_count_as_one_draw():
-    """Five equal answers a picture are worth one: the interval is that of a fifth as many questions."""
+def test_questions_of_one_image_count_as_one_draw():
+    """Five equal answers per image count as one: the interval is that of a fifth as many questions."""
     rng = np.random.default_rng(3)
     exact = [np.repeat(answers(rng, 0.5, 1, 400)[0], 5)]
     low, high = _interval([Clusters.of(exact[0], np.arange(2000) // 5)])
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)
 
 
-def test_the_front_joins_what_no_other_beats():
+def test_a_line_joins_the_pareto_front():
     points = [("cheap", 1.0, 0.2), ("beaten", 2.0, 0.1), ("good", 3.0, 0.5), ("dear", 4.0, 0.5)]
     chart = scatter_chart("t", points, "x")
     line = chart.split('<polyline points="')[1].split('"')[0]
     assert len(line.split()) == 2 and chart.count('fill="#fff"') == 2
 
 
-def test_labels_of_points_in_one_place_stand_apart():
+def test_labels_of_coinciding_points_do_not_overlap():
     points = [(f"a_long_name_{i}", 16.0, 0.5 + i / 1000) for i in range(9)] + [("other", 64.0, 0.9)]
     chart = scatter_chart("t", points, "x")
     labels = re.findall(r'<text class="tick" x="([\d.]+)" y="([\d.]+)">(a_long_name_\d|other)<', chart)

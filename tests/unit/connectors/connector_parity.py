@@ -1,6 +1,6 @@
 """Each connector compared with its reference: the cases that the tests check and the connector table reports.
 
-A case builds the reference with weights rescaled to order one (at their published initialisation some outputs are
+A case builds the reference with weights rescaled to order one (at their published initialization some outputs are
 so small that anything would pass), hands its state dict to `load_published`, and compares outputs and the gradients
 of all inputs. Where no package provides the reference, a simple, slow implementation is given here.
 """

@@ -1,4 +1,4 @@
-"""Initialisation as published: standard deviations of weights, frozen tables."""
+"""Initialization as published: standard deviations of weights, frozen tables."""
 
 import pytest
 import torch

@@ -87,7 +87,7 @@ def test_features_of_the_wrong_width_rank_or_number(name):
 
 
 @pytest.mark.parametrize("name", ["attentional_pool", "qwen3_vl_merger", "token_packer"])
-def test_levels_must_be_as_many_and_as_large_as_promised(name):
+def test_levels_must_have_the_declared_number_and_size(name):
     connector = small(name, **SMALL[name])
     good = features(connector, (6, 6))
     assert connector.num_levels == len(good.levels) > 0
@@ -97,13 +97,13 @@ def test_levels_must_be_as_many_and_as_large_as_promised(name):
         connector(good._replace(levels=(torch.randn(2, 3, 6, C), *good.levels[1:])))
 
 
-def test_levels_that_nobody_reads_are_ignored():
+def test_unused_levels_are_ignored():
     connector = small("mlp")
     good = features(connector, (6, 6))
     assert torch.equal(connector(good), connector(good._replace(levels=(good.patches,))))
 
 
-def test_meq_former_counts_and_measures_its_encoders():
+def test_meq_former_checks_number_and_width_of_its_encoders():
     connector = small("meq_former", **SMALL["meq_former"])
     first, second = features(connector, (6, 6))
     with pytest.raises(ValueError, match=r"built for 2 encoders .* got features of 1"):
@@ -115,7 +115,7 @@ def test_meq_former_counts_and_measures_its_encoders():
 
 
 @pytest.mark.parametrize("name", ["qformer", "meq_former"])
-def test_instructions_must_be_asked_for_and_then_given(name):
+def test_instructions_must_be_enabled_and_then_given(name):
     ids = torch.zeros(2, 3, dtype=torch.long)
     plain = small(name, **SMALL[name])
     with pytest.raises(ValueError, match="text_vocab is not set"):

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 @example(32, 32)
 @example(6, 9)
 @example(5, 7)
-def test_promise_equals_forward(variant, height, width):
+def test_num_tokens_equals_forward(variant, height, width):
     name, options = variant
     if name == "vss":  # its scan loops over positions, which is slow
         height, width = min(height, 12), min(width, 12)
@@ -47,7 +47,7 @@ def test_promise_equals_forward(variant, height, width):
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
-def test_meta_connectors_stay_meta_beside_transformers(name):
+def test_meta_connectors_stay_meta_while_transformers_loads_a_model(name):
     """transformers patches torch.linspace while loading a model, and torch may first list its factories then."""
     _device_constructors.cache_clear()
     try:
@@ -97,13 +97,13 @@ def test_forward_refuses_what_num_tokens_refuses(name):
         ("token_packer", {}, (24, 24), 144),
     ],
 )
-def test_counts_of_the_papers(name, options, grid, count):
+def test_token_counts_equal_those_of_the_papers(name, options, grid, count):
     with torch.device("meta"):
         connector = build_connector(name, 1152, 2048, input_grid=grid, **options)
     assert connector.num_tokens(*grid) == count
 
 
-def test_meq_former_makes_32_tokens_an_encoder():
+def test_meq_former_makes_32_tokens_per_encoder():
     with torch.device("meta"):
         assert build_connector("meq_former", (1408, 1024, 1792, 768, 1024), 2048).num_tokens(16, 16) == 160
 
@@ -115,5 +115,5 @@ def test_yaml_equals_signature(name):
     assert config == {"name": name, **connector_options(name)}
 
 
-def test_one_yaml_a_connector():
+def test_one_yaml_per_connector():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(CONNECTORS)

@@ -48,13 +48,13 @@ def test_qformer_parts():
         text = build_connector("qformer", 1408, 2560, text_vocab=30523)
     core = sum(parameter.numel() for parameter in plain.core.parameters()) - plain.core.query_tokens.numel()
     assert f"{core / 1e6:.1f}" == "105.1"
-    # The first stage adds its heads: two projections of width 256, a matching head and a tied language modelling head.
+    # The first stage adds its heads: two projections of width 256, a matching head and a tied language modeling head.
     stage_one = sum(parameter.numel() for parameter in text.core.parameters())
     stage_one += 2 * (768 * 256 + 256) + (768 * 2 + 2) + (768 * 768 + 768) + 2 * 768 + 30523
     assert f"{stage_one / 1e6:.1f}" == "186.7"
 
 
-def test_qwen_vl_without_what_lives_in_the_tower():
+def test_qwen_vl_without_the_parts_that_belong_to_the_tower():
     with torch.device("meta"):
         connector = build_connector("qwen_vl_resampler", 1664, 4096)
     tower = connector.proj.numel() + sum(parameter.numel() for parameter in connector.ln_post.parameters())

@@ -40,7 +40,7 @@ def test_bfloat16(variant):
 
 
 @EACH
-def test_inputs_are_left_alone(variant):
+def test_inputs_are_not_modified(variant):
     name, options = variant
     connector = small(name, **options)
     inputs = features(connector, (6, 6))
@@ -153,7 +153,7 @@ def test_qformer_core_runs_the_three_passes_of_stage_one():
     assert relative_error(both[:, 5:], connector.core(text_ids=ids)) < 1e-5
 
 
-def test_scan_orders_on_a_labelled_grid():
+def test_scan_orders_on_a_labeled_grid():
     """0 1 2
     3 4 5"""
     assert scan_orders(2, 3, "bidirectional").tolist() == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
@@ -165,7 +165,7 @@ def test_scan_orders_on_a_labelled_grid():
     ]
 
 
-def test_both_scans_see_the_whole_picture_and_flip_with_it():
+def test_both_scans_see_the_whole_image_and_flip_with_it():
     torch.manual_seed(0)
     for scan in ("bidirectional", "cross"):
         connector = small("vss", scan=scan)
@@ -210,7 +210,7 @@ def test_meq_former_hides_encoders_in_training_only():
     assert connector.eval().encoder_mask(parts) is None
 
 
-def test_meq_former_takes_encoders_of_unequal_grids_and_a_single_one():
+def test_meq_former_accepts_encoders_of_unequal_grids_and_a_single_one():
     connector = small("meq_former", depth=2, hidden_size=32, num_heads=4)
     wide, narrow = torch.randn(2, 4, 4, C), torch.randn(2, 3, 5, 12)
     assert connector((VisionFeatures(wide), VisionFeatures(narrow))).shape == (2, 64, D)
@@ -220,7 +220,7 @@ def test_meq_former_takes_encoders_of_unequal_grids_and_a_single_one():
     assert single(VisionFeatures(wide)).shape == (2, 32, D)
 
 
-def test_deformable_attention_starts_by_looking_around():
+def test_deformable_attention_starts_with_evenly_spaced_directions():
     """Directions of the heads are evenly spaced, point i is i patches away; weights are equal."""
     layer = small("d_abstractor", grid=3, hidden_size=32, depth=1, num_heads=4).layers[0].encoder_attn
     offsets = layer.sampling_offsets.bias.detach().reshape(4, 4, 2)
@@ -231,7 +231,7 @@ def test_deformable_attention_starts_by_looking_around():
     assert not layer.attention_weights.weight.any() and not layer.sampling_offsets.weight.any()
 
 
-def test_reference_points_start_on_patch_centres():
+def test_reference_points_start_on_patch_centers():
     points = small("d_abstractor", (3, 6), grid=3, hidden_size=32, depth=1).reference_points[0]
     assert torch.allclose(points[0], torch.tensor([0.5 / 6, 0.5 / 3]))
     assert torch.allclose(points[1], torch.tensor([0.5, 0.5 / 3]))

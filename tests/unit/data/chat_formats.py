@@ -52,7 +52,7 @@ def unigram(prepend_scheme: str) -> PreTrainedTokenizerFast:
 
 
 def llama_bpe() -> PreTrainedTokenizerFast:
-    """As in Llama-2: BPE on the complete text, a space prepended by the normaliser, byte fallback."""
+    """As in Llama-2: BPE on the complete text, a space prepended by the normalizer, byte fallback."""
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
     for character in ["▁", *CHARACTERS]:
         if character != "\n":

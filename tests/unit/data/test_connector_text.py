@@ -64,15 +64,15 @@ def test_a_tokenizer_without_cls_gets_one(tokenizer):
     assert text_vocabulary(tokenizer) == (len(tokenizer) + 2, len(tokenizer), tokenizer.eos_token_id)
 
 
-def test_an_instruction_is_what_the_user_says_in_the_pictures_own_turn(bert):
+def test_an_instruction_is_the_users_text_in_the_turn_of_the_image(bert):
     assert said(TextReader(bert, "instruction", 20), TALK) == ["what color", "and now", "and now"]
 
 
-def test_an_answer_is_what_the_assistant_says_to_it(bert):
+def test_an_answer_is_the_assistants_text_about_the_image(bert):
     assert said(TextReader(bert, "answer", 20), TALK) == ["red", "red red", "red red"]
 
 
-def test_texts_are_framed_and_cut(bert):
+def test_texts_get_special_tokens_and_are_truncated(bert):
     words = "what color and now"
     ids = bert(words, add_special_tokens=False).input_ids
     assert TextReader(bert, "answer", 6).encode(words).tolist() == [2, *ids, 3]
@@ -81,7 +81,7 @@ def test_texts_are_framed_and_cut(bert):
     assert TextReader(bert, "instruction", 2).encode(words).tolist() == [2, 3]
 
 
-def test_special_tokens_in_somebodys_words_stay_words(bert, tokenizer):
+def test_special_tokens_in_text_stay_text(bert, tokenizer):
     assert TextReader(bert, "instruction", 20).encode("red [SEP] circle").tolist() == [2, 5, 11, 13, 12, 6, 3]
     assert tokenizer.eos_token_id not in TextReader(tokenizer, "instruction", 20).encode("red <|end|> circle")[:-1]
 
@@ -106,7 +106,7 @@ SILENT = talk("what now", "circle", pictures=0)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_texts_stand_beside_their_pictures(bert, tokenizer, layout):
+def test_texts_stay_with_their_images(bert, tokenizer, layout):
     make = processor(tokenizer, TextReader(bert, "instruction", 20))
     samples = [make(conversation) for conversation in (OTHER, SILENT, TALK)]
     batch = make.collate(samples) if layout == "padded" else make.pack(samples)
@@ -117,7 +117,7 @@ def test_texts_stand_beside_their_pictures(bert, tokenizer, layout):
     assert batch.to(torch.device("cpu"), torch.bfloat16).text_ids.dtype == torch.int64
 
 
-def test_every_view_of_a_picture_comes_with_its_text(bert, tokenizer):
+def test_every_view_of_an_image_has_its_text(bert, tokenizer):
     make = processor(tokenizer, TextReader(bert, "instruction", 20), "tiles")
     batch = make.collate([make(OTHER), make(TALK)])
     assert len(batch.images) == len(batch.text_ids) == 4 * 3
@@ -126,7 +126,7 @@ def test_every_view_of_a_picture_comes_with_its_text(bert, tokenizer):
     assert said == [f"[CLS] {words} [SEP]" for words in expected for _ in range(3)]
 
 
-def test_a_stand_in_for_a_picture_has_one_for_its_text(bert, tokenizer):
+def test_a_placeholder_image_has_a_placeholder_text(bert, tokenizer):
     make = processor(tokenizer, TextReader(bert, "instruction", 20))
     for batch in (make.collate([make(SILENT)]), make.collate([], rows=2), make.pack([])):
         assert len(batch.images) == 1 and batch.is_image is None
@@ -139,7 +139,7 @@ def test_without_a_reader_there_is_no_text(tokenizer):
     assert batch.text_ids is None and batch.text_mask is None
 
 
-def test_a_prompt_brings_the_text_of_the_pictures_that_it_shows(bert, tokenizer):
+def test_a_prompt_has_the_text_of_its_images(bert, tokenizer):
     make = processor(tokenizer, TextReader(bert, "instruction", 20))
     sample = make(TALK)
     for seen in (sample, _blanked(sample)):
@@ -160,6 +160,6 @@ def test_saved_and_loaded_it_reads_the_same(bert, tokenizer, tmp_path, own):
 
 
 @pytest.mark.parametrize("conversation", [SILENT, TALK])
-def test_pairs_take_one_picture(tokenizer, conversation):
+def test_pairs_have_one_image(tokenizer, conversation):
     with pytest.raises(BadSample, match=f"talk: {len(conversation.images)} images"):
         processor(tokenizer, None, in_pairs=True)(conversation)

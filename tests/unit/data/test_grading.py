@@ -46,14 +46,14 @@ def test_vqa_annotations_are_read_as_they_are():
         ({"category": ["x"]}, "'category' must be a string"),
     ],
 )
-def test_annotations_that_evaluation_cannot_use_are_a_problem_of_evaluation_alone(record, said):
+def test_annotations_that_evaluation_cannot_use_are_a_problem_only_of_evaluation(record, said):
     turns = graded(TALK[:2], record)
     with pytest.raises(BadSample, match=f"rec: {said}"):
         check_grading("rec", turns)
     assert [(turn.role, turn.text) for turn in turns] == [("user", "a?"), ("assistant", "b")]
 
 
-def test_the_formats_carry_it(tmp_path):
+def test_all_formats_read_annotations(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     talk = [human("<image>\nWhat?"), {**gpt("red"), "choices": ["red", "blue"]}]
     records = [

@@ -96,7 +96,7 @@ def colors(source: HFDataset, index: int) -> list[tuple[int, ...]]:
         ({"text": ["red <image>"]}, ["<image>", "red <image>"]),
     ],
 )
-def test_words_of_every_kind(tmp_path, columns, expected):
+def test_text_of_every_form(tmp_path, columns, expected):
     features = datasets.Features({"image": datasets.Image()})
     columns = {**columns, "image": [encoded()]}
     features = datasets.Dataset.from_dict(columns).features | features
@@ -124,7 +124,7 @@ def test_a_system_turn_and_an_id(tmp_path):
 # images
 
 
-def test_pictures_are_those_that_the_library_decodes(tmp_path):
+def test_images_equal_those_that_the_library_decodes(tmp_path):
     features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
     columns = {"images": [[picture()], [picture(BLUE), picture()]], "caption": ["one", "two"]}
     path = save(tmp_path, columns, features)
@@ -136,7 +136,7 @@ def test_pictures_are_those_that_the_library_decodes(tmp_path):
     assert texts(source) == [["<image>", "one"], ["<image>\n<image>", "two"]]
 
 
-def test_pictures_are_opened_by_our_own_decoder(tmp_path):
+def test_images_are_opened_by_our_own_decoder(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     eps = io.BytesIO()
     picture().save(eps, "EPS")
@@ -165,7 +165,7 @@ def test_bytes_paths_and_lists_of_them(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", [None, "", []])
-def test_no_picture_is_text_only(tmp_path, value):
+def test_a_record_without_an_image_is_text_only(tmp_path, value):
     path = save(
         tmp_path,
         {"image": [value, "red.png" if value != [] else ["red.png"]], "question": ["q", "q"], "answer": ["a", "a"]},
@@ -196,7 +196,7 @@ def table(count: int = 3) -> datasets.Dataset:
 @pytest.mark.parametrize(
     "place", ["one.parquet", "*.parquet", "one.arrow", "file.arrow", "one.jsonl", "folder", "saved", "dict"]
 )
-def test_every_place_gives_the_same_records(tmp_path, place):
+def test_every_location_gives_the_same_records(tmp_path, place):
     data = table()
     if place in ("one.parquet", "*.parquet"):
         data.to_parquet(tmp_path / "one.parquet")
@@ -229,7 +229,7 @@ def test_every_place_gives_the_same_records(tmp_path, place):
         assert len(HFDataset(tmp_path / place, split="validation")) == 3
 
 
-def test_a_folder_of_pictures_with_captions(tmp_path):
+def test_a_folder_of_images_with_captions(tmp_path):
     (tmp_path / "pictures").mkdir()
     for name, color in (("red", RED), ("blue", BLUE)):
         picture(color).save(tmp_path / "pictures" / f"{name}.png")
@@ -359,7 +359,7 @@ def test_a_data_set_without_records_is_an_error(tmp_path):
         ({"messages": "messages"}, ["messages", "conversations"], {"messages": "messages"}),
     ],
 )
-def test_columns_are_found_by_their_names_or_as_told(given, present, expected):
+def test_columns_are_found_by_their_names_or_as_configured(given, present, expected):
     assert choose_columns(given, present, "data") == expected
 
 
@@ -387,13 +387,13 @@ def test_columns_are_found_by_their_names_or_as_told(given, present, expected):
         ({"captoin": "caption"}, ["caption"], "columns.captoin: expected one of messages, .* Did you mean 'caption'"),
     ],
 )
-def test_columns_that_are_not_clear_are_an_error(given, present, message):
+def test_ambiguous_columns_are_an_error(given, present, message):
     with pytest.raises(ValueError, match=message):
         choose_columns(given, present, "data")
 
 
 @pytest.mark.parametrize("role", ["caption", "question"])
-def test_a_column_of_numbers_is_no_column_of_words(tmp_path, role):
+def test_a_column_of_numbers_is_not_a_text_column(tmp_path, role):
     path = save(tmp_path, {role: [3], "answer": ["a"]} if role == "question" else {role: [3]})
     with pytest.raises(ValueError, match=rf"columns\.{role}={role} of .*data must contain strings, got .*int64"):
         HFDataset(path)
@@ -422,15 +422,15 @@ BROKEN = {
     ),
     "no caption": ({"caption": ["x", None], "image": [encoded()] * 2}, "expected 'caption'; got 'image', 'id'"),
     "a caption alone": ({"caption": ["x", "y"], "image": [encoded(), None]}, "a caption but no image"),
-    "a picture of another type": (
+    "an image of another type": (
         {"caption": ["x", "y"], "image": [3, 4]},
         "image 0 of 'image' must be bytes, base64 or a path, got 4",
     ),
-    "a picture that is null": (
+    "an image that is null": (
         {"caption": ["x", "y"], "image": [[encoded()], [None]]},
         "must be bytes, base64 or a path, got None",
     ),
-    "a picture of nothing": (
+    "an empty image": (
         {"caption": ["x", "y"], "image": [{"bytes": None, "path": None}, {"bytes": None, "path": ""}]},
         "must be bytes, base64 or a path",
     ),

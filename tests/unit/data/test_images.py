@@ -50,7 +50,7 @@ def noise(width: int = 64, height: int = 64) -> Image.Image:
 # fitting
 
 
-def test_squash_stretches_the_whole_picture():
+def test_squash_stretches_the_whole_image():
     fitted = fit_image(quadrants(), (16, 16), "squash", MEAN)
     assert fitted.size == (16, 16)
     assert corners(fitted) == [RED, GREEN, BLUE, WHITE]
@@ -67,13 +67,13 @@ def test_pad_keeps_the_aspect_and_fills_with_the_mean_color(wide):
     assert (fitted[:2] == fill).all() and (fitted[14:] == fill).all()
 
 
-def test_padding_is_nearly_zero_once_normalised():
+def test_padding_is_nearly_zero_once_normalized():
     fitted = to_tensor(fit_image(Image.new("RGB", (40, 20), RED), (16, 16), "pad", MEAN), MEAN, STD)
     assert fitted[:, 0].abs().max() < 1 / 255 / min(STD) + 1e-6
 
 
 @pytest.mark.parametrize("side", [16, 50, 336])
-def test_pad_gives_what_llavas_processor_gives(side):
+def test_pad_equals_llavas_processor(side):
     library = LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": side},
@@ -101,7 +101,7 @@ def test_pad_scales_a_canvas_of_the_targets_aspect(size, monkeypatch):
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
-def test_the_thinnest_picture_that_is_let_in_is_still_seen(fit):
+def test_the_thinnest_image_that_is_accepted_is_still_visible(fit):
     for size in ((MAX_ASPECT, 1), (1, MAX_ASPECT)):
         fitted = pixels(fit_image(Image.new("RGB", size, RED), (16, 16), fit, MEAN))
         assert fitted.shape == (16, 16, 3)
@@ -111,7 +111,7 @@ def test_the_thinnest_picture_that_is_let_in_is_still_seen(fit):
             assert (fitted == RED).all(-1).any()
 
 
-def test_crop_keeps_the_centre_and_the_aspect():
+def test_crop_keeps_the_center_and_the_aspect():
     image = Image.new("RGB", (80, 20), RED)
     image.paste(GREEN, (30, 0, 50, 20))
     assert (pixels(fit_image(image, (20, 20), "crop", MEAN)) == GREEN).all()
@@ -122,7 +122,7 @@ def test_crop_keeps_the_centre_and_the_aspect():
 
 
 @pytest.mark.parametrize("size", [(50, 33), (33, 50), (21, 90), (8, 8), (200, 199)])
-def test_crop_cuts_what_clips_processor_cuts(size):
+def test_crop_equals_clips_processor(size):
     library = CLIPImageProcessorPil(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_rescale=False, do_normalize=False
     )
@@ -135,12 +135,12 @@ def test_size_is_height_then_width_for_every_fit():
         assert fit_image(noise(50, 70), (12, 30), fit, MEAN).size == (30, 12)
 
 
-def test_a_picture_of_the_right_size_is_left_alone():
+def test_an_image_of_the_right_size_is_unchanged():
     for fit in ("squash", "pad", "crop"):
         assert (pixels(fit_image(noise(30, 12), (12, 30), fit, MEAN)) == pixels(noise(30, 12))).all()
 
 
-def test_normalisation_equals_torchvision():
+def test_normalization_equals_torchvision():
     image = noise(9, 7)
     reference = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(image)
     torch.testing.assert_close(to_tensor(image, MEAN, STD), torch.Tensor(reference), rtol=0, atol=1e-6)
@@ -194,7 +194,7 @@ def test_every_orientation_is_undone(tmp_path, orientation, suffix):
     "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0\xff\xff\xff\xff"]
 )
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_broken_notes_do_not_spoil_a_picture(tmp_path, exif, suffix):
+def test_broken_metadata_does_not_make_an_image_bad(tmp_path, exif, suffix):
     loaded = load(tmp_path / f"image.{suffix}", Image.new("RGB", (8, 8), RED), exif=exif)
     assert np.abs(pixels(loaded).astype(int) - RED).max() < 6
 
@@ -204,9 +204,9 @@ def test_transparent_pixels_become_white(tmp_path):
     rgba.putpixel((1, 0), (10, 20, 30, 255))
     rgba.putpixel((2, 0), (0, 0, 0, 51))
     assert pixels(load(tmp_path / "rgba.png", rgba))[0].tolist()[:3] == [[255] * 3, [10, 20, 30], [204] * 3]
-    grey = Image.new("LA", (2, 1), (0, 0))
-    grey.putpixel((1, 0), (90, 255))
-    assert pixels(load(tmp_path / "la.png", grey))[0].tolist() == [[255] * 3, [90] * 3]
+    gray = Image.new("LA", (2, 1), (0, 0))
+    gray.putpixel((1, 0), (90, 255))
+    assert pixels(load(tmp_path / "la.png", gray))[0].tolist() == [[255] * 3, [90] * 3]
 
 
 def test_palette_with_a_transparent_color(tmp_path):
@@ -240,13 +240,13 @@ def test_cmyk_becomes_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("suffix, dtype", [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2")])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix, dtype):
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path, suffix, dtype):
     values = np.array([[0, 255, 256, 1000, 32768, 65535]], dtype)
     loaded = pixels(load(tmp_path / f"image.{suffix}", Image.fromarray(values)))
     assert loaded[0].tolist() == [[v // 256] * 3 for v in values[0].tolist()]
 
 
-def test_16_bit_grey_is_scaled_with_a_transparent_color_too(tmp_path):
+def test_16_bit_gray_is_scaled_with_a_transparent_color_too(tmp_path):
     values = np.array([[1000, 32768, 65535]], np.uint16)
     loaded = pixels(load(tmp_path / "image.png", Image.fromarray(values), transparency=5))
     assert loaded[0].tolist() == [[3] * 3, [128] * 3, [255] * 3]
@@ -289,7 +289,7 @@ def test_a_bitmap_of_two_colors(tmp_path):
 
 @pytest.mark.parametrize("values", [np.full((2, 2), 70_000, np.int32), np.full((2, 2), 0.5, np.float32)])
 def test_pixels_without_a_known_range_are_refused(tmp_path, values):
-    with pytest.raises(BadSample, match=r"image\.tif cannot be decoded: grey values"):
+    with pytest.raises(BadSample, match=r"image\.tif cannot be decoded: gray values"):
         load(tmp_path / "image.tif", Image.fromarray(values))
 
 
@@ -328,7 +328,7 @@ def test_a_file_damaged_inside_is_refused_when_it_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_data_behind_the_picture_do_no_harm(tmp_path, suffix):
+def test_data_after_the_image_does_no_harm(tmp_path, suffix):
     path = tmp_path / f"image.{suffix}"
     noise().save(path)
     path.write_bytes(path.read_bytes() + b"a camera's own data" * 20)
@@ -337,7 +337,7 @@ def test_data_behind_the_picture_do_no_harm(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name", ["missing.png", "", "half\0.png", "text.png", "lone\ud800.png", "n" * 300])
-def test_what_is_no_picture_is_refused(tmp_path, name):
+def test_a_file_that_is_not_an_image_is_refused(tmp_path, name):
     (tmp_path / "text.png").write_text("not a picture")
     for look in (ImageOnDisk(tmp_path / name).load, ImageOnDisk(tmp_path / name).check):
         with pytest.raises(BadSample, match="image"):
@@ -359,7 +359,7 @@ def everywhere(folder: Path, data: bytes) -> list:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
-def test_a_picture_is_the_same_wherever_it_is(tmp_path, format):
+def test_an_image_is_the_same_wherever_it_is_stored(tmp_path, format):
     if format == "AVIF" and not features.check("avif"):
         pytest.skip("Pillow without AVIF")
     options = {"lossless": True} if format == "WEBP" else {}
@@ -393,13 +393,13 @@ def test_a_picture_is_the_same_wherever_it_is(tmp_path, format):
         (png(0, 8, MAX_SIDE + 1, 400, b""), "65536x400 pixels: a side of more than 65535"),
     ],
 )
-def test_what_is_refused_wherever_it_is(tmp_path, data, message):
+def test_a_bad_image_is_refused_wherever_it_is_stored(tmp_path, data, message):
     for picture in everywhere(tmp_path, data):
         with pytest.raises(BadSample, match=message):
             picture.load()
 
 
-def test_a_picture_of_200_to_1_is_let_in():
+def test_an_image_of_200_to_1_is_accepted():
     assert ImageInMemory(png(0, 8, 200, 1, b"\0" + b"\0" * 200), "thin").load().size == (200, 1)
 
 
@@ -410,7 +410,7 @@ def test_text_that_unpacks_to_much_is_refused():
     assert PngImagePlugin.MAX_TEXT_CHUNK < 80_000_000
 
 
-def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     for program in ("gs", "gswin32c"):
         (tmp_path / program).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
         (tmp_path / program).chmod(0o755)
@@ -427,7 +427,7 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
     assert not (tmp_path / "started").exists()
 
 
-def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
+def test_a_path_that_is_not_a_file_is_refused_without_waiting(tmp_path):
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "folder.png", tmp_path / "pipe.png", Path("/dev/zero")):
@@ -437,7 +437,7 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
-def test_damaged_bytes_give_a_picture_or_a_bad_sample_and_nothing_else(format):
+def test_damaged_bytes_give_an_image_or_a_bad_sample_and_nothing_else(format):
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif} if format in ("JPEG", "PNG", "WEBP", "TIFF") else {}
@@ -467,7 +467,7 @@ def test_cmyk_of_photographs_is_not_inverted(tmp_path):
         assert np.abs(pixels(ImageInMemory(data, "cmyk").load()) - expected).max() < 4
 
 
-def test_a_picture_too_large_to_decode_is_refused_by_its_header(tmp_path, monkeypatch):
+def test_an_image_too_large_to_decode_is_refused_by_its_header(tmp_path, monkeypatch):
     noise().save(tmp_path / "image.png")
     monkeypatch.setattr("vlmtrain.data.images.MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(BadSample, match="64x64 pixels: too many"):

@@ -42,7 +42,7 @@ def write(folder: Path, content: str | bytes, name: str = "data.json") -> Path:
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_an_array_gives_what_parsing_it_whole_gives(tmp_path, records, indent, ascii_only, chunk):
+def test_an_array_equals_the_result_of_parsing_it_whole(tmp_path, records, indent, ascii_only, chunk):
     text = json.dumps(records, indent=indent, ensure_ascii=ascii_only)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed_json, "CHUNK", chunk)
@@ -54,7 +54,7 @@ def test_an_array_gives_what_parsing_it_whole_gives(tmp_path, records, indent, a
 @settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_lines_give_what_parsing_each_gives(tmp_path, records, ends, between):
+def test_lines_equal_the_result_of_parsing_each(tmp_path, records, ends, between):
     text = between.join(json.dumps(record, ensure_ascii=False) for record in records) + between * ends
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed_json, "CHUNK", 7)
@@ -66,12 +66,12 @@ def test_lines_give_what_parsing_each_gives(tmp_path, records, ends, between):
     "name, text", [("a.json", '[{"a": "é"}, 2]'), ("a.jsonl", '{"a": "é"}\n2'), ("a.ndjson", '{"a": "é"}\n2\n')]
 )
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path, name, text, mark):
+def test_a_byte_order_mark_is_not_part_of_the_data(tmp_path, name, text, mark):
     source = IndexedJson(write(tmp_path, mark + text.encode(), name))
     assert [source[0], source[1]] == [{"a": "é"}, 2] and len(source) == 2
 
 
-def test_indented_lines_and_records_behind_spaces_are_records(tmp_path):
+def test_indented_lines_and_records_after_spaces_are_records(tmp_path):
     source = IndexedJson(write(tmp_path, '\n  {"a": 1}\n\t\n \r\n2 \n   ', "data.jsonl"))
     assert [source[i] for i in range(len(source))] == [{"a": 1}, 2]
 
@@ -177,7 +177,7 @@ def test_a_broken_line_is_one_bad_record_that_is_named(tmp_path, line, message):
         source[1]
 
 
-def test_bytes_that_are_no_text_spoil_one_record_of_an_array_only(tmp_path):
+def test_bytes_that_are_not_text_affect_only_one_record_of_an_array(tmp_path):
     source = IndexedJson(write(tmp_path, b'["\xc3\xa9", "\xe9", "\xc3\xa9"]'))
     assert source[0] == source[2] == "é"
     with pytest.raises(BadSample, match=r"^data\.json record 1 is not valid UTF-8"):
@@ -260,7 +260,7 @@ def test_a_file_is_scanned_once(tmp_path, cache, scans, name):
     assert len(list(cache.glob("*.npz"))) == 1
 
 
-def test_a_changed_file_is_scanned_anew(tmp_path, cache, scans):
+def test_a_changed_file_is_scanned_again(tmp_path, cache, scans):
     path = write(tmp_path, "[10, 20, 30]")
     assert IndexedJson(path)[1] == 20
     write(tmp_path, "[1, 2000, 3]")
@@ -273,7 +273,7 @@ def test_a_changed_file_is_scanned_anew(tmp_path, cache, scans):
 
 
 @pytest.mark.parametrize("damage", ["", "garbage", "half", "flipped"])
-def test_a_damaged_index_is_made_anew(tmp_path, cache, scans, damage):
+def test_a_damaged_index_is_rebuilt(tmp_path, cache, scans, damage):
     path = write(tmp_path, json.dumps(list(range(1000))))
     IndexedJson(path)
     (index,) = cache.glob("*.npz")
@@ -288,7 +288,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, cache, scans, damage):
     assert scans == ["data.json"] * 2 and index.read_bytes() == whole
 
 
-def test_without_a_place_for_the_index_the_file_is_read_all_the_same(tmp_path, cache, scans):
+def test_without_a_place_for_the_index_the_file_is_still_read(tmp_path, cache, scans):
     cache.parent.parent.write_text("in the way")
     path = write(tmp_path, "[10, 20, 30]")
     assert IndexedJson(path)[1] == IndexedJson(path)[1] == 20

@@ -37,7 +37,7 @@ def marked(*values: str) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
 
 
-def test_json_gives_turns_and_pictures_in_order(tmp_path, images):
+def test_json_gives_turns_and_images_in_order(tmp_path, images):
     records = [
         {"id": "a", "image": "red.png", "conversations": marked("<image>\nColor?", "red", "Sure?", "yes")},
         {"id": 7, "conversations": [{"from": "system", "value": "Be brief."}, *TALK]},
@@ -70,7 +70,7 @@ def test_jsonl_gives_the_same_as_json(tmp_path, images):
     assert [c.turns for c in windows] == [c.turns for c in from_json]
 
 
-def test_text_only_data_need_no_folder(tmp_path):
+def test_text_only_data_needs_no_folder(tmp_path):
     (conversation,) = read(tmp_path, [{"id": 1, "conversations": TALK}])
     assert conversation.images == () and conversation.turns[1] == Turn("assistant", "red")
     for nothing in (None, "", []):
@@ -97,7 +97,7 @@ def test_an_id_of_any_kind_is_shown_in_one_short_line(tmp_path):
     assert read(tmp_path, [{"id": None, "conversations": TALK}])[0].id == "data.json record 0"
 
 
-def test_chat_role_names_are_taken_too(tmp_path):
+def test_chat_role_names_are_accepted_too(tmp_path):
     talk = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]
     assert read(tmp_path, [{"conversations": talk}])[0].turns == (Turn("user", "q"), Turn("assistant", "a"))
 
@@ -117,15 +117,15 @@ BROKEN = {
     "a turn without role": ({"id": "x", "conversations": [{"value": "q"}]}, "'from' must be one of human, .*got None"),
     "an unknown role": ({"id": "x", "conversations": [{"from": "bot", "value": "q"}]}, "'from' must be .*got 'bot'"),
     "a role of another type": ({"id": "x", "conversations": [{"from": ["human"], "value": "q"}]}, "'from' must be"),
-    "a picture of another type": (
+    "an image of another type": (
         {"id": "x", "image": 5, "conversations": TALK},
         "of 'image' must be bytes, base64 or a path",
     ),
-    "an empty picture name": (
+    "an empty image name": (
         {"id": "x", "image": [""], "conversations": TALK},
         "of 'image' must be bytes, base64 or a path",
     ),
-    "pictures of another type": (
+    "images of another type": (
         {"id": "x", "image": ["red.png", 5], "conversations": TALK},
         "of 'image' must be bytes, base64 or a path",
     ),
@@ -157,7 +157,7 @@ def test_a_broken_record_is_named_and_leaves_the_others_alone(tmp_path, images, 
     assert len(first_problems(source, limit=5)) == 1
 
 
-def test_a_picture_without_a_folder_is_a_bad_sample(tmp_path):
+def test_an_image_without_a_folder_is_a_bad_sample(tmp_path):
     source = read(tmp_path, [{"id": "x", "image": "red.png", "conversations": marked("<image>", "red")}])
     with pytest.raises(BadSample, match=r"record 0 \(id x\): the record has an image, but data\.images is not set"):
         source[0]
@@ -205,14 +205,14 @@ def test_a_folder_that_is_itself_a_link_is_followed(tmp_path, images):
     ["a\0b.png", "a\0b/c.png", "n" * 300, "n/" * 3000, "n" * 300 + "/a.png", "\ud800.png", "\ud800/a.png"]
     + ["deep", "deep/", ".", "..", "deep/..", "/", "red.png/a.png", "red.png/..", "~"],
 )
-def test_no_path_is_more_than_a_bad_sample(tmp_path, images, path, outside):
+def test_any_bad_path_is_only_a_bad_sample(tmp_path, images, path, outside):
     (tmp_path / "data.json").write_text(json.dumps(pictured(path)))
     with pytest.raises(BadSample) as error:
         LlavaJson(tmp_path / "data.json", images, outside)[0].images[0].load()
     str(error.value).encode()
 
 
-def test_an_absolute_path_needs_no_folder_once_it_may_lead_anywhere(tmp_path, images):
+def test_an_absolute_path_needs_no_folder_if_outside_images_are_allowed(tmp_path, images):
     read(tmp_path, pictured(str(images / "red.png")))
     (picture,) = open_llava(tmp_path / "data.json", None, outside=True)[0].images
     assert picture.load().getpixel((0, 0)) == (255, 0, 0)
@@ -302,7 +302,7 @@ def mix(folder: Path, *entries: object, seed: int = 0) -> list[int]:
         ("random:12", range(10)),
     ],
 )
-def test_a_mixture_takes_what_published_code_takes(parts, strategy, expected):
+def test_a_mixture_selects_the_same_records_as_published_code(parts, strategy, expected):
     entry = {"json_path": "a.json"} | ({"sampling_strategy": strategy} if strategy else {})
     assert mix(parts, entry) == list(expected)
 

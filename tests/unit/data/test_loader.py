@@ -19,7 +19,7 @@ STEPS = 4
 
 
 class Flat:
-    """An image of one grey value, which identifies its sample."""
+    """An image of one gray value, which identifies its sample."""
 
     def __init__(self, value: int):
         self.value = value
@@ -96,7 +96,7 @@ def answers(processor: Processor, data: StepData) -> list[int]:
     return sorted(int(text.removeprefix("number ")) for text in texts)
 
 
-def test_every_sample_comes_once_an_epoch(processor):
+def test_every_sample_comes_once_per_epoch(processor):
     plan = plan_of(processor)
     assert plan.steps_per_epoch == STEPS
     for epoch in range(3):
@@ -107,7 +107,7 @@ def test_every_sample_comes_once_an_epoch(processor):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_a_step_holds_the_same_samples_however_it_is_dealt(processor, world, micro):
+def test_a_step_has_the_same_samples_however_it_is_distributed(processor, world, micro):
     whole = steps(processor, BATCH, last=STEPS + 1)
     ranks = [steps(processor, micro, rank, world, last=STEPS + 1) for rank in range(world)]
     for reference, *shares in zip(whole, *ranks):
@@ -118,7 +118,7 @@ def test_a_step_holds_the_same_samples_however_it_is_dealt(processor, world, mic
         assert all(len(batch.input_ids) <= micro for share in shares for batch in share.micro_batches)
 
 
-def test_the_short_last_step_is_topped_up_with_rows_of_no_weight(processor):
+def test_the_short_last_step_is_filled_with_rows_without_weight(processor):
     shares = [steps(processor, 1, rank, 4)[STEPS - 1] for rank in range(4)]
     assert [share.samples for share in shares] == [2, 2, 1, 1]
     for share in shares:
@@ -169,7 +169,7 @@ def test_starting_late_equals_skipping(processor):
         same(one, other)
 
 
-def test_rows_that_run_together_are_of_like_length(processor):
+def test_rows_of_a_micro_batch_have_similar_lengths(processor):
     """Longest minus shortest row, summed over micro-batches of both ranks, is minimal: sorted rows are split."""
     both = [steps(processor, 2, rank, 2) for rank in range(2)]
     for shares in zip(*both):
@@ -180,7 +180,7 @@ def test_rows_that_run_together_are_of_like_length(processor):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_bad_samples_are_reported_left_out_and_not_replaced(processor, world):
+def test_bad_samples_are_reported_skipped_and_not_replaced(processor, world):
     bad = (4, 11, 12)
     plan = plan_of(processor, bad=bad)
     ranks = [steps(processor, 2, rank, world, bad=bad) for rank in range(world)]
@@ -195,16 +195,16 @@ def test_bad_samples_are_reported_left_out_and_not_replaced(processor, world):
     assert sorted((r.index, r.problem) for r in reported) == [(i, f"sample {i}: broken") for i in bad]
 
 
-def test_a_picture_that_does_not_open_is_reported_by_the_rank_that_needs_it(processor, monkeypatch):
+def test_an_image_that_does_not_open_is_reported_by_the_rank_that_needs_it(processor, monkeypatch):
     def load(self) -> Image.Image:
         if self.value == 6:
-            raise BadSample("no picture")
+            raise BadSample("no image")
         return Image.new("RGB", (4, 4), (self.value,) * 3)
 
     monkeypatch.setattr(Flat, "load", load)
     ranks = [steps(processor, 2, rank, 2) for rank in range(2)]
     reported = [record for share in chain(*ranks) for record in share.bad]
-    assert [(type(r), r.index, r.problem) for r in reported] == [(BadRecord, 6, "sample 6: no picture")]
+    assert [(type(r), r.index, r.problem) for r in reported] == [(BadRecord, 6, "sample 6: no image")]
     trained = sorted(chain(*(answers(processor, share) for share in chain(*ranks))))
     assert trained == [i for i in range(SIZE) if i != 6]
 

@@ -29,7 +29,7 @@ def epoch(mixture: Mixture, number: int) -> list[str]:
     return [mixture[mixture.draw(start + i)].id for i in range(mixture.epoch_size)]
 
 
-def test_without_counts_every_record_comes_once_an_epoch():
+def test_without_counts_every_record_comes_once_per_epoch():
     mixture = Mixture({"a": Named("a", 7), "b": Named("b", 3)})
     everything = {f"a{i}" for i in range(7)} | {f"b{i}" for i in range(3)}
     assert len(mixture) == mixture.epoch_size == 10
@@ -38,7 +38,7 @@ def test_without_counts_every_record_comes_once_an_epoch():
         assert sorted(epoch(mixture, number)) == sorted(everything)
 
 
-def test_counts_are_kept_each_epoch_and_every_record_comes_equally_often():
+def test_counts_hold_in_each_epoch_and_every_record_is_drawn_equally_often():
     mixture = Mixture({"a": Named("a", 10), "b": Named("b", 3), "c": Named("c", 4)}, {"a": 4, "b": 5, "c": 4})
     seen = Counter()
     for number in range(15):
@@ -63,7 +63,7 @@ def test_the_order_depends_on_seed_epoch_and_position_only():
     assert all(list(one) != sorted(one) for one in everything)
 
 
-def test_a_source_added_leaves_the_draws_of_the_others():
+def test_adding_a_source_does_not_change_the_draws_of_the_others():
     """The half of `a` that the first epoch draws depends only on `a`."""
     alone = Mixture({"a": Named("a", 20)}, {"a": 10})
     both = Mixture({"z": Named("z", 9), "a": Named("a", 20)}, {"z": 9, "a": 10})
@@ -103,6 +103,6 @@ def test_samples_and_weights_as_they_are_written(amounts, counts):
         ({"one": {"format": "shapes", "split": "text"}}, "data.instruct.one.size is not set"),
     ],
 )
-def test_what_cannot_be_meant_is_named(entry, said):
+def test_invalid_settings_are_named(entry, said):
     with pytest.raises(ValueError, match=said.replace(".", r"\.")):
         build_source({"format": "llava_json", "instruct": entry}, "instruct", (48, 48), seed=0)

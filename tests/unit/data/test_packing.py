@@ -54,7 +54,7 @@ def test_rows_of_llava_like_lengths_are_full(row_length, full):
 
 
 @pytest.mark.parametrize("row_length", [4096, 8192])
-def test_full_rows_have_about_equally_many_pictures(row_length):
+def test_full_rows_have_about_equally_many_images(row_length):
     packed = pack(llava_like(seed=1), row_length)
     images = [sum(p.image_tokens for p in row) // IMAGE for row in packed[: -LOOKAHEAD // 2]]
     mean = sum(images) / len(images)
@@ -82,7 +82,7 @@ def test_the_best_subset_is_found():
         assert sum(p.length for p in row) == first.length + best
 
 
-def test_a_budget_holds_the_batch_size_in_the_mean():
+def test_a_budget_keeps_the_batch_size_on_average():
     pieces = llava_like(seed=3)
     budget = row_budget(pieces[:1024], 4096, batch_size=128, micro_batch_size=16, ahead=LOOKAHEAD, world_size=8)
     steady = pack(pieces, 4096)[: -LOOKAHEAD // 2]
@@ -147,7 +147,7 @@ def unpacked(data: StepData) -> Counter:
     return found
 
 
-def test_packed_samples_are_those_that_padding_would_show(processor):
+def test_packed_samples_equal_padded_ones(processor):
     mixture = Mixture({"all": Numbered()}, seed=0)
     seen = sum((unpacked(data) for data in stream(processor)), Counter())
     whole = [processor.collate([processor(mixture[i])], rows=1) for i in range(len(mixture))]
@@ -157,7 +157,7 @@ def test_packed_samples_are_those_that_padding_would_show(processor):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro", [None, 2])
-def test_a_step_holds_the_same_samples_however_it_is_dealt(processor, world, micro):
+def test_a_step_has_the_same_samples_however_it_is_distributed(processor, world, micro):
     ranks = [list(stream(processor, micro, rank, world)) for rank in range(world)]
     for reference, *shares in zip(stream(processor), *ranks):
         assert sum((unpacked(share) for share in shares), Counter()) == unpacked(reference)
@@ -168,7 +168,7 @@ def test_a_step_holds_the_same_samples_however_it_is_dealt(processor, world, mic
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_on_from_a_cursor_equals_never_having_stopped(processor, workers):
+def test_resuming_from_a_cursor_equals_never_having_stopped(processor, workers):
     everything = list(step_loader(stream(processor, bad=(3, 7)), workers, pin_memory=False))
     assert [record.index for data in everything for record in data.bad].count(3) >= 1
     for stop in range(1, STEPS):

@@ -31,7 +31,7 @@ def questions(conversation: Conversation) -> list[tuple[str, str, str]]:
 
 
 def side_of(first, second) -> str:
-    """Side of the second item on which the first one is, by their centres."""
+    """Side of the second item on which the first one is, by their centers."""
     across, down = first.x - second.x, first.y - second.y
     if abs(across) > abs(down):
         return "west" if across < 0 else "east"
@@ -39,7 +39,7 @@ def side_of(first, second) -> str:
 
 
 def place_of(item, cells: int) -> str:
-    """Name of the place of an item, by its centre."""
+    """Name of the place of an item, by its center."""
     down, across = (min(cells - 1, int(at * cells)) for at in (item.y, item.x))
     if cells == 2:
         return ("north", "south")[down] + ("west", "east")[across]
@@ -67,7 +67,7 @@ def answer_from(picture, question: str, cells: int) -> str:
 
 @pytest.mark.parametrize("difficulty", LEVELS)
 @pytest.mark.parametrize("split", ["instruct", "validation"])
-def test_answers_are_what_the_picture_shows(split, difficulty):
+def test_answers_are_what_the_image_shows(split, difficulty):
     for conversation in conversations(split, difficulty, 600):
         (picture,) = conversation.images
         for _, question, answer in questions(conversation):
@@ -88,7 +88,7 @@ def test_nothing_held_out_occurs_in_training(split, difficulty):
 
 
 @pytest.mark.parametrize("difficulty", LEVELS)
-def test_validation_asks_for_held_out_combinations_alone(difficulty):
+def test_validation_asks_only_for_held_out_combinations(difficulty):
     for conversation in conversations("validation", difficulty):
         ((category, question, answer),) = questions(conversation)
         (picture,) = conversation.images
@@ -122,7 +122,7 @@ def test_every_combination_but_those_is_trained_on():
     assert len(beside) == 7 * 6 // 2 - len(probes.HELD_OUT_COLORS) and len(probes.HELD_OUT_COLORS) == 7
 
 
-def test_words_alone_do_not_exclude_what_validation_asks_for():
+def test_text_alone_does_not_exclude_the_answers_of_validation():
     """Every validation question occurs literally in training with the same answer."""
     trained = {found[1:] for talk in conversations("instruct", size=12000) for found in questions(talk)}
     asked = {found[1:] for talk in conversations("validation", size=600) for found in questions(talk)}
@@ -144,7 +144,7 @@ def test_answers_are_balanced():
     assert most["count"] < 0.4 and most["small"] < 0.2
 
 
-def test_pictures_fit_the_frame_and_differ_in_what_is_asked():
+def test_images_fit_the_frame_and_differ_in_what_is_asked():
     for difficulty in LEVELS:
         for conversation in conversations("instruct", difficulty, 120):
             pixels = np.asarray(conversation.images[0].load()).astype(int)
@@ -174,6 +174,6 @@ def test_every_text_is_made_of_known_words():
         ({"split": "text", "categories": ["colour"]}, "expected some of color"),
     ],
 )
-def test_what_is_not_there_is_named(options, said):
+def test_unknown_options_are_named(options, said):
     with pytest.raises(ValueError, match=said):
         Probes(size=1, **options)

@@ -49,7 +49,7 @@ def test_rows_are_padded_on_the_right(processor):
         assert batch.weights[row].gt(0).equal(batch.targets[row] != IGNORE)
 
 
-def test_there_are_as_many_picture_positions_as_visual_tokens(processor):
+def test_there_are_as_many_image_positions_as_visual_tokens(processor):
     samples = [processor(conversation(pictures)) for pictures in (2, 0, 1, 3)]
     batch = processor.collate(samples)
     assert batch.images.shape == (6, 3, 8, 12)
@@ -57,7 +57,7 @@ def test_there_are_as_many_picture_positions_as_visual_tokens(processor):
     assert batch.images.equal(torch.cat([samples[row].images for row in (0, 2, 3)]))
 
 
-def test_pictures_are_fitted_and_normalised(processor):
+def test_images_are_fitted_and_normalized(processor):
     (image,) = processor(conversation(1)).images
     # a 20 x 16 image (H x W) fitted to 8 x 12: on a canvas of 20 x 30, seven columns from its left edge
     inside = Image.new("RGB", (30, 20), tuple(int(255 * channel) for channel in GEOMETRY.mean))
@@ -69,12 +69,12 @@ def test_pictures_are_fitted_and_normalised(processor):
     torch.testing.assert_close(image.permute(1, 2, 0).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_a_batch_without_pictures_has_a_stand_in(processor):
+def test_a_batch_without_images_has_a_placeholder(processor):
     batch = processor.collate([processor(conversation(0))])
     assert batch.is_image is None and batch.images.shape == (1, 3, 8, 12)
 
 
-def test_a_batch_is_topped_up_with_rows_of_no_weight(processor):
+def test_a_batch_is_filled_with_rows_without_weight(processor):
     batch = processor.collate([processor(conversation(1))], rows=3)
     assert batch.input_ids.shape[0] == 3 and len(batch.images) == 1
     assert not batch.weights[1:].any() and not batch.is_image[1:].any() and (batch.targets[1:] == IGNORE).all()
@@ -82,13 +82,13 @@ def test_a_batch_is_topped_up_with_rows_of_no_weight(processor):
     assert empty.input_ids.shape == (2, 1) and empty.is_image is None and not empty.weights.any()
 
 
-def test_only_pictures_change_their_type(processor):
+def test_only_images_change_their_dtype(processor):
     batch = processor.collate([processor(conversation(1))]).to(torch.device("cpu"), torch.bfloat16)
     assert batch.images.dtype == torch.bfloat16
     assert batch.weights.dtype == torch.float32 and batch.input_ids.dtype == batch.targets.dtype == torch.int64
 
 
-def test_without_a_geometry_pictures_are_bad_samples(tokenizer):
+def test_without_a_geometry_images_are_bad_samples(tokenizer):
     processor = Processor(tokenizer, None, "chat", max_length=300)
     with pytest.raises(BadSample, match="x: the sample has an image, but there is no vision encoder"):
         processor(conversation(1))

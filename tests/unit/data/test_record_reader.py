@@ -123,7 +123,7 @@ REFUSED = {
     "a negative weight": ({"conversations": [QUESTION, {**ANSWER, "weight": -1}]}, "'weight' of at least 0"),
     "two weights": ({"conversations": [QUESTION, {**ANSWER, "weight": 1, "loss": 0}]}, "must have one 'weight'"),
     "a data URL without base64": ({**PICTURED, "image": "data:image/png,abc"}, "data URL without base64"),
-    "text that is no base64": ({**PICTURED, "image": "/9j/" + "?" * 90}, "is not valid base64"),
+    "text that is not base64": ({**PICTURED, "image": "/9j/" + "?" * 90}, "is not valid base64"),
 }  # fmt: skip
 
 

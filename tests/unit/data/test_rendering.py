@@ -170,7 +170,7 @@ def test_the_prompt_equals_transformers_generation_prompt(kind, template):
         LATE_PICTURES,
     ],
 )
-def test_pictures_stand_where_their_marks_are(kind, template, texts):
+def test_images_are_at_their_marks(kind, template, texts):
     subject = renderer(kind, template)
     conversation = talk(*texts, system=system_turns(template)[-1])
     tokens = render(subject, conversation)
@@ -214,7 +214,7 @@ def assert_words_stay_words(kind: str, template: str, texts: list[str], system: 
 
 @every_chat
 @every_tokenizer
-def test_special_token_strings_among_words_stay_words(kind, template):
+def test_special_token_strings_in_text_stay_text(kind, template):
     system = None if template in chat_formats.NO_SYSTEM else SNEAKY
     assert_words_stay_words(kind, template, [SNEAKY, SNEAKY, SNEAKY, "</s>", "</s>", "<s>a"], system)
 
@@ -226,11 +226,11 @@ texts = fragments.map("".join).filter(lambda text: text.strip() and text.isprint
 @pytest.mark.parametrize("kind", [kind for kind in TOKENIZERS if kind != "wordpiece"])
 @given(st.sampled_from(CHATS), texts, texts)
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_words_survive(kind, template, question, answer):
+def test_any_text_is_preserved(kind, template, question, answer):
     assert_words_stay_words(kind, template, [question, answer])
 
 
-def test_a_mark_in_the_assistants_words_is_text(tokenizer):
+def test_a_mark_in_an_answer_is_text(tokenizer):
     subject = Renderer(tokenizer, "chat", 1000)
     tokens = render(subject, talk("What is written here?", "It says <image>."))
     start, end = tokens.answers[0]
@@ -243,7 +243,7 @@ def test_a_mark_in_the_assistants_words_is_text(tokenizer):
 
 @every_tokenizer
 @pytest.mark.parametrize("caption", ["a red circle", "a blue square.", "  a </s> red\n"])
-def test_plain_is_pictures_caption_newline(kind, caption):
+def test_plain_is_images_caption_newline(kind, caption):
     subject = renderer(kind, "plain")
     tokens = render(subject, talk("What is this?\n<image> <image>", caption))
     assert_shifted(tokens)
@@ -264,7 +264,7 @@ def test_plain_is_pictures_caption_newline(kind, caption):
     assert prompt.input_ids.tolist() == tokens.input_ids[:start].tolist()
 
 
-def test_plain_takes_one_exchange_only(tokenizer):
+def test_plain_accepts_only_one_exchange(tokenizer):
     with pytest.raises(BadSample, match=r"sample-7: template=plain requires one user and one assistant turn"):
         render(Renderer(tokenizer, "plain", 1000), talk(*LONG))
 
@@ -274,7 +274,7 @@ def test_plain_takes_one_exchange_only(tokenizer):
 
 @every_tokenizer
 @pytest.mark.parametrize("question", ["<image>\nWhat color is it?", "What color\n<image>\nis it?", "What color is it?"])
-def test_blip_is_pictures_then_what_the_tokenizer_makes_of_the_words(kind, question):
+def test_blip_is_images_then_the_tokenized_text(kind, question):
     """As in LAVIS: the tokens of the queries, then the tokenizer's own first token and the text."""
     subject = renderer(kind, "blip")
     conversation = talk(question, "a red circle", "and how many?", "5")
@@ -295,7 +295,7 @@ def test_blip_is_pictures_then_what_the_tokenizer_makes_of_the_words(kind, quest
     assert tokens.answers[0][0] == len(prompt)
 
 
-def test_blip_shows_no_picture_that_comes_later(tokenizer):
+def test_blip_shows_no_image_that_comes_later(tokenizer):
     with pytest.raises(BadSample, match="sample-7: template=blip puts images first: later turns cannot"):
         render(Renderer(tokenizer, "blip", 1000), talk("What?", "red", "<image>\nand this?", "blue"))
 
@@ -316,7 +316,7 @@ def test_a_conversation_too_long_loses_whole_turns_from_its_end(tokenizer):
         render(Renderer(tokenizer, "chat", lengths[0] - 1), conversation)
 
 
-def test_no_picture_is_ever_cut(tokenizer):
+def test_no_image_is_ever_truncated(tokenizer):
     late = talk("What", "red", "<image>", "blue", "and", "green")
     complete, two = (
         len(render(Renderer(tokenizer, "chat", 10_000), c)) for c in (late, talk("What", "red", "<image>", "blue"))
@@ -360,7 +360,7 @@ def test_a_template_whose_markers_are_added_as_tokens_can_be_trained(tokenizer):
     subject = Renderer(tokenizer, "chatml", 100)
     tokens = render(subject, talk("q", "an answer with <|im_end|> in it"))
     assert subject.stop_ids[0] == end
-    assert (tokens.input_ids == end).sum() == 2, "the end of each turn, but not the assistant's words"
+    assert (tokens.input_ids == end).sum() == 2, "the end of each turn, but not the assistant's text"
     assert tokens.targets[tokens.weights > 0][-1] == end
 
 
@@ -416,7 +416,7 @@ def test_a_template_that_cannot_be_trained_is_refused_at_once(tokenizer, templat
 
 
 @pytest.mark.parametrize("template", chat_formats.NO_SYSTEM)
-def test_a_system_turn_that_the_template_does_not_take_is_a_bad_sample_unless_it_is_empty(template):
+def test_an_unsupported_system_turn_is_a_bad_sample_unless_it_is_empty(template):
     subject = renderer("byte_bpe", template)
     for ask in (lambda c: render(subject, c), lambda c: subject.prompt(c, [])):
         with pytest.raises(BadSample, match=r"sample-7: template=chat does not support a system turn: "):
@@ -426,7 +426,7 @@ def test_a_system_turn_that_the_template_does_not_take_is_a_bad_sample_unless_it
     assert asked[0].equal(asked[1])
 
 
-def test_plain_takes_no_system_turn_unless_it_is_empty(tokenizer):
+def test_plain_accepts_a_system_turn_only_if_it_is_empty(tokenizer):
     subject = Renderer(tokenizer, "plain", 100)
     assert render(subject, talk("What?", "red", system="")).input_ids.equal(render(subject, talk("", "red")).input_ids)
     with pytest.raises(BadSample, match="sample-7: template=plain does not support a system turn"):
@@ -447,7 +447,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_sample(tokenizer):
 
 
 @every_tokenizer
-def test_qwen_3_is_asked_for_answers_without_a_thought(kind):
+def test_qwen_3_is_prompted_for_answers_without_thinking(kind):
     subject = renderer(kind, "qwen_3")
     for system in (None, "", "You see a picture."):
         once = talk("What is this?", "a circle", system=system)
@@ -461,7 +461,7 @@ def test_qwen_3_is_asked_for_answers_without_a_thought(kind):
 
 @pytest.mark.parametrize("answer", ["<think>\nround\n</think>\n\na circle", "</think>", "a </think> b"])
 @pytest.mark.parametrize("place", [1, 3])
-def test_words_that_a_template_would_change_are_a_bad_sample(answer, place):
+def test_text_that_a_template_would_change_is_a_bad_sample(answer, place):
     subject = renderer("byte_bpe", "qwen_3")
     conversation = talk(*(answer if i == place else text for i, text in enumerate(LONG[:4])))
     with pytest.raises(BadSample, match="sample-7: the chat template would change the text"):
@@ -472,7 +472,7 @@ def test_words_that_a_template_would_change_are_a_bad_sample(answer, place):
     assert tokens.input_ids.tolist() == as_transformers_has_it(subject, "chatml", conversation)
 
 
-def test_a_template_that_shows_the_date_may_see_another_day(tokenizer, monkeypatch):
+def test_a_template_with_the_date_works_on_another_day(tokenizer, monkeypatch):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%d %b') }}" + tokenizer.chat_template
     subject = Renderer(tokenizer, "chat", 1000)
@@ -524,7 +524,7 @@ def test_a_broken_conversation_is_a_bad_sample_that_is_named(tokenizer, template
 
 
 @pytest.mark.parametrize("pictures", [0, 2])
-def test_a_prompt_needs_as_many_pictures_as_marks(tokenizer, pictures):
+def test_a_prompt_needs_as_many_images_as_marks(tokenizer, pictures):
     asked = conversation_of(("user", "<image>"), pictures=pictures)
     with pytest.raises(BadSample, match=f"sample-7: 1 <image> marks in the user's turns, but {pictures} images"):
         Renderer(tokenizer, "chat", 1000).prompt(asked, [PICTURE_TOKENS] * pictures)

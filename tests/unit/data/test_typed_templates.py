@@ -34,7 +34,7 @@ def test_an_exported_template_renders_what_training_saw(kind, template):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_blips_processors_put_pictures_and_the_first_token_themselves(kind):
+def test_blips_processors_insert_images_and_the_first_token_themselves(kind):
     processor = speaking(kind, "blip")
     speech = spoken_words(processor)
     expected = processor.renderer.prompt(Conversation("one", (Turn("user", "<image>\nWhat is it?"),), (None,)), [1])
@@ -45,7 +45,7 @@ def test_blips_processors_put_pictures_and_the_first_token_themselves(kind):
         spoken_words(speaking(kind, "bare"))
 
 
-def test_a_template_that_shows_something_else_is_refused():
+def test_a_template_that_renders_differently_is_refused():
     processor = speaking("tiny", "vicuna_v1")  # whose template now numbers the turns
     processor.renderer._chat = processor.renderer._chat.replace("' USER: '", "' USER ' ~ loop.index ~ ' '")
     processor.renderer._literals.clear()

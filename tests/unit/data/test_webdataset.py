@@ -101,14 +101,14 @@ def test_members_of_one_name_are_a_record(tmp_path):
         ({"a.json": talk("Color?", "red"), "a.txt": "x", "a.cls": "3"}, ["<image>\n<image>\nColor?", "red"]),
     ],
 )
-def test_words_of_every_kind(tmp_path, words, expected):
+def test_text_of_every_form(tmp_path, words, expected):
     pictures = [("a.0.png", picture()), ("a.1.PNG", picture(BLUE))]
     (conversation,) = source = WebDataset(write(tmp_path / "a.tar", [*pictures, *words.items()]))
     assert [turn.text for turn in conversation.turns] == expected and colors(source, 0) == [RED, BLUE]
     check_conversation(conversation)
 
 
-def test_several_pictures_stand_in_the_order_of_their_numbers(tmp_path):
+def test_several_images_are_in_the_order_of_their_numbers(tmp_path):
     names = ["a.10.png", "a.2.png", "a.1.jpeg", "a.1.b.png", "a.webp"]
     source = WebDataset(write(tmp_path / "a.tar", [*((name, picture()) for name in names), ("a.txt", "x")]))
     assert [image.name for image in source[0].images] == ["a.1.b.png", "a.1.jpeg", "a.2.png", "a.10.png", "a.webp"]
@@ -153,7 +153,7 @@ def test_records_are_what_tarfile_reads(tmp_path, format):
     assert all(name.endswith(".bin") for name in expected)
 
 
-def test_names_in_another_encoding_are_no_hindrance(tmp_path):
+def test_names_in_another_encoding_are_read(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         for name, data in (("\xe9.png", picture()), ("\xe9.txt", b"x"), ("\xe8.png", b"none"), ("\xe8.txt", b"y")):
             header = tarfile.TarInfo(name)
@@ -166,7 +166,7 @@ def test_names_in_another_encoding_are_no_hindrance(tmp_path):
 
 
 BROKEN = {
-    "no words": ([("b.png", picture())], "expected a .txt, a .caption or a .json, got none of these"),
+    "no text": ([("b.png", picture())], "expected a .txt, a .caption or a .json, got none of these"),
     "a json of another kind": (
         [("b.json", {"url": 1})],
         "expected 'conversations', or 'question' and 'answer', or 'caption'; got 'url'",
@@ -208,7 +208,7 @@ def test_a_broken_record_is_named_and_leaves_the_others_alone(tmp_path, members,
 
 
 @pytest.mark.parametrize("kind, name", [(b"1", "a link"), (b"2", "a link"), (b"3", "a device"), (b"6", "a device")])
-def test_a_member_that_is_no_file_is_a_bad_sample(tmp_path, kind, name):
+def test_a_member_that_is_not_a_file_is_a_bad_sample(tmp_path, kind, name):
     special = tarfile.TarInfo()
     special.type, special.linkname = kind, "/etc/passwd"
     source = WebDataset(write(tmp_path / "a.tar", [("a.png", special), ("a.txt", "x"), ("b.json", talk("q", "a"))]))
@@ -235,7 +235,7 @@ def test_members_of_absurd_size_are_bad_samples(tmp_path, monkeypatch):
             source[i]
 
 
-def test_a_size_beyond_all_bounds_leaves_the_records_before_it(tmp_path):
+def test_a_huge_size_does_not_affect_the_records_before_it(tmp_path):
     data = bytearray(write(tmp_path / "a.tar", [("a.json", talk("q", "a")), ("b.json", talk("q", "b"))]).read_bytes())
     for size in (10**9, 2**62, 2**70):
         header = tarfile.TarInfo("b.json")
@@ -248,7 +248,7 @@ def test_a_size_beyond_all_bounds_leaves_the_records_before_it(tmp_path):
             source[1]
 
 
-def test_a_size_below_zero_is_an_error_and_no_endless_loop(tmp_path):
+def test_a_negative_size_is_an_error_and_not_an_endless_loop(tmp_path):
     data = bytearray(write(tmp_path / "a.tar", [("a.json", talk("q", "a")), ("b.json", talk("q", "b"))]).read_bytes())
     header = tarfile.TarInfo("b.json")
     header.size = -512
@@ -258,7 +258,7 @@ def test_a_size_below_zero_is_an_error_and_no_endless_loop(tmp_path):
         WebDataset(tmp_path / "a.tar")
 
 
-def test_a_shard_cut_short_keeps_its_complete_records(tmp_path):
+def test_a_truncated_shard_keeps_its_complete_records(tmp_path):
     members = [(f"{i}.{kind}", content) for i in range(4) for kind, content in (("txt", "x"), ("png", picture()))]
     whole = write(tmp_path / "a.tar", members).read_bytes()
     with tarfile.open(tmp_path / "a.tar") as tar:
@@ -332,7 +332,7 @@ def test_a_compressed_shard_is_refused_with_what_to_do(tmp_path, name):
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"text" * 1000])
-def test_what_is_no_tar_file_is_refused(tmp_path, data):
+def test_a_file_that_is_not_a_tar_file_is_refused(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(ValueError, match=r"shard .*a\.tar has no readable tar header at byte 0"):
         WebDataset(tmp_path / "a.tar")
@@ -399,7 +399,7 @@ def test_braces_are_expanded_as_by_a_shell(tmp_path, path, names):
         ("{0..9999}-{0..9999}.tar", "expands to more than 100000 shards"),
     ],
 )
-def test_shards_that_are_not_there_are_an_error(shards, path, message):
+def test_missing_shards_are_an_error(shards, path, message):
     with pytest.raises(ValueError, match=message):
         WebDataset(shards / path)
 
@@ -407,7 +407,7 @@ def test_shards_that_are_not_there_are_an_error(shards, path, message):
 @pytest.mark.parametrize(
     "path", ["https://host/a-{000..012}.tar", "s3://bucket/a.tar", "pipe:cat a.tar", "hf://datasets/a/b.tar", "PIPE:ls"]
 )
-def test_shards_from_elsewhere_are_refused(path):
+def test_remote_shards_are_refused(path):
     with pytest.raises(ValueError, match=r"shards must be on a local disk"):
         WebDataset(path)
 

@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand (and, where they are installed, against their published programs)."""
+"""Metrics compared with values computed by hand, and with their published programs if these are installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def answer(prediction: str, reference: str = "red", number: int = 0, likelihoods
         ("None", "0"),
         ("dont", "don't"),
         ("couldnt've", "couldn't've"),
-        ("1,000", "1000"),  # a comma within a number glues whatever mark there is
+        ("1,000", "1000"),  # a comma within a number removes every punctuation mark without a space
         ("1,000/week", "1000week"),
         ("red/blue", "red blue"),
         ("red, blue", "red blue"),
@@ -35,18 +35,18 @@ def answer(prediction: str, reference: str = "red", number: int = 0, likelihoods
         ("somebody'd", "somebodyd"),
     ],
 )
-def test_answers_are_normalised_as_officially(said, means):
+def test_answers_are_normalized_as_officially(said, means):
     assert normalise(said) == means
 
 
-def test_vqa_accuracy_leaves_one_person_out_in_turn():
+def test_vqa_accuracy_leaves_out_each_annotator_in_turn():
     three = ["red"] * 3 + ["blue"] * 7
     # leaving out a "red" leaves two of three (3 times), leaving out another leaves all three (7 times)
     assert vqa_accuracy("red", three) == pytest.approx((3 * 2 / 3 + 7 * 1) / 10)
     assert vqa_accuracy("the Red!", three) == vqa_accuracy("red", three)
     assert vqa_accuracy("red", ["red"] * 1 + ["blue"] * 9) == pytest.approx(9 * (1 / 3) / 10)
     assert vqa_accuracy("red", ["red"] * 10) == 1 and vqa_accuracy("green", three) == 0
-    # where all agree nothing is normalised, as in the official program
+    # if all agree, nothing is normalized, as in the official program
     assert vqa_accuracy("Red", ["red"] * 10) == 0
 
 
@@ -61,12 +61,12 @@ def test_bleu4_is_the_geometric_mean_of_four_precisions_with_a_brevity_penalty()
     assert bleu4([caption_words("a dog")], true) == 0
 
 
-def test_cider_weighs_what_few_pictures_share():
+def test_cider_weighs_n_grams_by_their_rarity():
     true = [[["a", "cat"]], [["a", "dog"]]]
-    # "a" is said of both, so it weighs nothing; of one and two words the rest is right, of three and four there is none
+    # "a" is in both, so its weight is 0; the remaining 1-grams and 2-grams match, and there are no 3-grams and 4-grams
     assert cider([["a", "cat"], ["a", "dog"]], true) == pytest.approx([5.0, 5.0])
     assert cider([["a", "dog"], ["a", "dog"]], true) == pytest.approx([0.0, 5.0])
-    # "cat cat": a count of 2 is held to the reference's 1: cosine 1 * log 2^2 / (2 log 2 * log 2) = 1/2, for words only
+    # "cat cat": the count of 2 is clipped to the reference's: cosine 1 * log 2^2 / (2 log 2 * log 2) = 1/2, in 1-grams
     assert cider([["cat", "cat"], ["a", "dog"]], true)[0] == pytest.approx(10 * (1 / 2) / 4)
 
 
@@ -93,13 +93,13 @@ def test_yes_no_figures_are_those_of_the_confusion_matrix():
     assert scores["yes_no_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
 
 
-def test_choices_are_taken_by_likelihood_with_and_without_length():
+def test_choices_are_selected_by_likelihood_with_and_without_length():
     likelihoods = [Likelihood(-3.0, 1), Likelihood(-4.0, 4)]
     scores = grade([answer("x", "red", likelihoods=likelihoods, choices=("red", "dark blue"))]).total
     assert scores["choice_accuracy"] == 1 and scores["choice_accuracy_normalised"] == 0
 
 
-def test_metrics_are_recognised_by_what_records_carry_and_counted_by_category():
+def test_metrics_are_selected_by_the_records_and_computed_by_category():
     answers = [
         answer("red", category="color"),
         answer("blue", category="color", answers=("red",) * 5 + ("blue",) * 5),
@@ -125,7 +125,7 @@ def test_named_metrics_must_fit_every_question():
         check_metrics("cider")
 
 
-def test_a_table_has_the_blind_value_beside_each():
+def test_a_table_has_a_blind_value_for_each_score():
     scores = {"loss": 0.5, "blind_loss": 1.5, "exact_match": 0.75, "blind_exact_match": 0.25, "questions": 4}
     scores["by_category"] = {"color": {"exact_match": 1.0, "blind_exact_match": 0.0, "questions": 2}}
     assert score_rows(scores)[1:] == [

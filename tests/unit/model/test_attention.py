@@ -74,7 +74,7 @@ def packed_logits(model: nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
     return model(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **options).logits[0]
 
 
-def test_each_sample_gets_what_it_gets_alone(pair):
+def test_each_sample_has_the_same_outputs_as_alone(pair):
     packed, reference = pair
     rows = samples()
     found = packed_logits(packed, rows).split(list(LENGTHS))
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_the_samples_alone(pair):
 
 
 @pytest.mark.parametrize("edited", range(len(LENGTHS)))
-def test_editing_a_sample_moves_no_logit_of_another(pair, edited):
+def test_editing_a_sample_changes_no_logit_of_another(pair, edited):
     packed, _ = pair
     rows = samples()
     before = packed_logits(packed, rows).split(list(LENGTHS))
@@ -109,7 +109,7 @@ def test_editing_a_sample_moves_no_logit_of_another(pair, edited):
             assert torch.equal(one, other)
 
 
-def test_generation_and_rows_of_one_sample_are_as_before(pair):
+def test_generation_and_rows_of_one_sample_are_unchanged(pair):
     packed, reference = pair
     ids = torch.randint(1, VOCABULARY, (3, 9))
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_generation_and_rows_of_one_sample_are_as_before(pair):
         assert torch.equal(packed.generate(ids, **options), reference.generate(ids, **options))
 
 
-def test_a_model_whose_attention_is_its_own_is_refused():
+def test_a_model_with_custom_attention_is_refused():
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=1, n_head=2)
     with pytest.raises(ValueError, match=r"BloomForCausalLM.*layout=padded"):
         attend_in_segments(AutoModelForCausalLM.from_config(config))
@@ -147,7 +147,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("kind", MIXED)
-def test_a_model_in_which_samples_would_meet_outside_attention_is_refused(kind):
+def test_a_model_that_mixes_samples_outside_attention_is_refused(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(MIXED[kind])
     with pytest.raises(ValueError, match=rf"layout=packed: {type(model).__name__} has .*use layout=padded"):

@@ -34,7 +34,7 @@ def built(request, tokenizer) -> tuple[VLMWrapper, Processor]:
     reader = TextReader(tokenizer, "instruction", 16)
     options = {**CONNECTORS[request.param], "text_vocab": reader.vocabulary.size}
     connector = make_connector(request.param, vision, llm, options)
-    with torch.no_grad():  # away from an initialisation at which all outputs are alike
+    with torch.no_grad():  # away from an initialization at which all outputs are alike
         for parameter in connector.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -58,7 +58,7 @@ def visual(model: VLMWrapper, batch: Batch) -> Tensor:
     return embedded[batch.is_image].unflatten(0, (-1, 3))
 
 
-def test_the_instruction_changes_what_is_seen_of_the_same_picture(built):
+def test_the_instruction_changes_the_tokens_of_the_same_image(built):
     model, processor = built
     samples = [processor(asked(words)) for words in ("What color is this?", "How many circles are there?")]
     color, count = visual(model, processor.collate(samples))
@@ -69,14 +69,14 @@ def test_the_instruction_changes_what_is_seen_of_the_same_picture(built):
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_asked_later_does_not(built):
+def test_a_later_question_does_not(built):
     model, processor = built
     one, other = (processor.collate([processor(asked("What color?", later))]) for later in ("How many?", "What shape?"))
     assert not one.input_ids.equal(other.input_ids)
     assert visual(model, one).equal(visual(model, other))
 
 
-def test_without_a_picture_the_connector_runs_and_counts_for_nothing(built):
+def test_without_an_image_the_connector_runs_without_effect(built):
     model, processor = built
     text = processor(Conversation("text", (Turn("user", "What color?"), Turn("assistant", "red"))))
     LanguageModelling()(model.train(), processor.collate([text]), None).backward()

@@ -25,7 +25,7 @@ def test_a_model_that_reads_ids_elsewhere_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "opt"])
-def test_models_that_read_embeddings_alone_are_accepted_unchanged(kind, tokenizer):
+def test_models_that_read_only_embeddings_are_accepted_unchanged(kind, tokenizer):
     options = {
         "model_type": kind,
         **SMALL,
@@ -59,7 +59,7 @@ def test_a_configuration_that_cannot_be_built_is_named_in_one_line(change, said,
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_the_first_blocks_alone_run_for_a_while(tokenizer):
+def test_only_the_first_blocks_run_within_a_context(tokenizer):
     llm = build_random_llm({"model_type": "llama", **SMALL}, tokenizer)
     ids, ran = torch.arange(5)[None], []
     for number, block in enumerate(llm.model.layers):
@@ -73,7 +73,7 @@ def test_the_first_blocks_alone_run_for_a_while(tokenizer):
     check_embeddings(llm, "x")
 
 
-def test_a_folder_with_a_sentencepiece_model_alone_has_a_tokenizer(tmp_path):
+def test_a_folder_with_only_a_sentencepiece_model_has_a_tokenizer(tmp_path):
     (tmp_path / "text").write_text("what color is the red circle\na blue square of the circle\n" * 50)
     options = {"model_prefix": str(tmp_path / "tokenizer"), "vocab_size": 60, "model_type": "bpe", "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), **options)

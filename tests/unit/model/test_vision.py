@@ -63,7 +63,7 @@ def pictures(height: int = SIDE, width: int = SIDE) -> Tensor:
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Randomise all parameters: newly initialised position tables and norms would hide errors."""
+    """Randomize all parameters: newly initialized position tables and norms would hide errors."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -116,7 +116,7 @@ def close(one: Tensor, other: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_hf_hands_on_the_hidden_state_and_its_block(hf, layer):
+def test_hf_returns_the_hidden_state_and_its_block(hf, layer):
     name, model, folder = hf
     encoder = build_vision("hf", path=str(folder), layer=layer)
     features = run(encoder, pictures())
@@ -133,7 +133,7 @@ def test_hf_hands_on_the_hidden_state_and_its_block(hf, layer):
     close(features.patches.flatten(1, 2), block[:, prefix:])
 
 
-def test_hf_hands_on_further_levels(hf):
+def test_hf_returns_further_levels(hf):
     name, model, folder = hf
     features = run(build_vision("hf", path=str(folder), layer=-1, levels=[1, -2]), pictures())
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_hf_saved_and_loaded_is_the_same(hf, tmp_path):
     exact(run(again, pictures(48, 32)).patches, run(encoder, pictures(48, 32)).patches)
 
 
-def test_hf_takes_the_vision_tower_of_a_whole_clip(tmp_path):
+def test_hf_uses_the_vision_tower_of_a_complete_clip(tmp_path):
     torch.manual_seed(0)
     text = {**COMMON, "vocab_size": 50, "max_position_embeddings": 8}
     model = stir(CLIPModel(CLIPConfig(vision_config=COMMON, text_config=text, projection_dim=8)))
@@ -218,7 +218,7 @@ def test_hf_takes_the_vision_tower_of_a_whole_clip(tmp_path):
 
 
 @pytest.mark.parametrize("layer", [0, BLOCKS + 1, -BLOCKS - 1])
-def test_a_layer_that_there_is_not_is_an_error(hf, layer):
+def test_a_missing_layer_is_an_error(hf, layer):
     _, _, folder = hf
     with pytest.raises(ValueError, match=rf"vision\.layer={layer} is out of range for an encoder of 3 blocks"):
         build_vision("hf", path=str(folder), layer=layer)
@@ -233,7 +233,7 @@ def test_hf_refuses_a_size_that_patches_do_not_divide(hf):
             build_vision("hf", path=str(folder), image_size=size)
 
 
-def test_hf_without_normalisation_says_what_to_set(hf):
+def test_hf_without_normalization_says_what_to_set(hf):
     _, _, folder = hf
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"set vision\.image_mean and vision\.image_std"):
@@ -263,7 +263,7 @@ def plain_open_clip(encoder: VisionEncoder, config: dict) -> nn.Module:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_open_clip_hands_on_the_output_of_a_block(layer):
+def test_open_clip_returns_the_output_of_a_block(layer):
     torch.manual_seed(0)
     encoder = stir(build_vision("open_clip", model_config=OPEN_CLIP, layer=layer))
     model = plain_open_clip(encoder, OPEN_CLIP)
@@ -275,7 +275,7 @@ def test_open_clip_hands_on_the_output_of_a_block(layer):
     close(features.patches, block[:, 1:].reshape(2, 4, 4, WIDTH))
 
 
-def test_open_clip_hands_on_further_levels(tmp_path):
+def test_open_clip_returns_further_levels(tmp_path):
     encoder = stir(build_vision("open_clip", model_config=OPEN_CLIP, layer=-1, levels=[1, -2]))
     model = plain_open_clip(encoder, OPEN_CLIP)
     outputs = block_outputs(model.visual, lambda: model.encode_image(pictures()))
@@ -295,7 +295,7 @@ def test_open_clip_pools_as_open_clip_does(clip):
         close(clip.pooled(pictures()), model.encode_image(pictures()))
 
 
-def test_open_clip_takes_timm_towers():
+def test_open_clip_supports_timm_towers():
     torch.manual_seed(0)
     encoder = stir(build_vision("open_clip", model_config=TIMM, layer=-1))
     model = plain_open_clip(encoder, TIMM)
@@ -387,7 +387,7 @@ def test_open_clip_keeps_its_activation(tmp_path):
     exact(run(load_vision(tmp_path), pictures()).patches, run(quick, pictures()).patches)
 
 
-def test_building_leaves_the_given_configuration_alone():
+def test_building_does_not_change_the_given_configuration():
     given = copy.deepcopy(OPEN_CLIP)
     build_vision("open_clip", model_config=given, image_size=48)
     assert given == OPEN_CLIP

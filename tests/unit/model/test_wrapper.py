@@ -113,7 +113,7 @@ def close(one: Tensor, other: Tensor) -> None:
 # concatenation
 
 
-def test_tokens_take_the_marked_places_in_reading_order():
+def test_tokens_fill_the_marked_positions_in_reading_order():
     text = torch.arange(10.0).reshape(2, 5, 1)
     visual = torch.tensor([[[100.0], [101.0]], [[200.0], [201.0]]])
     is_image = torch.tensor([[False, True, True, False, False], [True, False, False, False, True]])
@@ -121,13 +121,13 @@ def test_tokens_take_the_marked_places_in_reading_order():
     assert concatenate(text, visual, None).equal(text)
 
 
-def test_a_batch_without_pictures_still_gives_the_connector_a_gradient_of_zero():
+def test_a_batch_without_images_still_gives_the_connector_a_gradient_of_zero():
     text, visual = torch.ones(1, 2, 3, requires_grad=True), torch.ones(1, 4, 3, requires_grad=True)
     concatenate(text, visual, None).sum().backward()
     assert visual.grad.equal(torch.zeros(1, 4, 3)) and text.grad.equal(torch.ones(1, 2, 3))
 
 
-def test_gradients_reach_each_picture_from_its_own_places_only():
+def test_gradients_reach_each_image_only_from_its_own_positions():
     text, visual = torch.zeros(1, 6, 2), torch.zeros(2, 2, 2, requires_grad=True)
     is_image = torch.tensor([[True, True, False, True, True, False]])
     weight = torch.arange(6.0)[None, :, None]
@@ -135,7 +135,7 @@ def test_gradients_reach_each_picture_from_its_own_places_only():
     assert visual.grad[..., 0].tolist() == [[0, 1], [3, 4]]
 
 
-def test_visual_tokens_land_at_the_marks(model):
+def test_visual_tokens_are_at_the_marks(model):
     ids, images, is_image, lengths = collate(*ROWS)
     with torch.no_grad():
         embedded = model.embed(ids, images, is_image)
@@ -143,7 +143,7 @@ def test_visual_tokens_land_at_the_marks(model):
             close(values[:length], embeddings_by_hand(model, row))
 
 
-def test_features_made_elsewhere_serve_as_well(model):
+def test_precomputed_features_give_the_same_result(model):
     ids, images, is_image, _ = collate(*ROWS)
     with torch.no_grad():
         features = model.vision(images)
@@ -177,7 +177,7 @@ def test_padding_on_the_right_changes_nothing(model):
         close(one[: len(row.ids)], other[: len(row.ids)])
 
 
-def test_another_picture_changes_its_own_row_only_and_from_there_on(model):
+def test_another_image_changes_only_its_own_row_from_its_position_on(model):
     changed = [*ROWS[:3], Row("picture", "picture", 31, seed=3)]
     changed[3].pictures[1] += 1
     before, after = logits(model, *ROWS), logits(model, *changed)
@@ -231,7 +231,7 @@ def test_generation_stops_at_the_end_of_turn(model):
     assert got == [ids + [0] * (longest - len(ids)) for ids in expected]
 
 
-def test_generation_from_text_needs_no_pictures(model):
+def test_generation_from_text_needs_no_images(model):
     assert generate(model, ROWS[2]) == [greedy(model, ROWS[2], 6)]
     ids = torch.tensor([ROWS[2].ids])
     alone = VLMWrapper(None, None, model.llm)
@@ -368,7 +368,7 @@ def test_a_description_that_is_missing_or_broken_is_named(tmp_path, saved, file,
         VLMWrapper.from_pretrained(tmp_path)
 
 
-def test_a_folder_that_is_no_model_is_an_error(tmp_path):
+def test_a_folder_that_is_not_a_model_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="is not a model folder: no such directory"):
         VLMWrapper.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"vlmtrain\.json is missing"):

@@ -1,4 +1,4 @@
-"""The contrastive loss against open_clip's own, its texts' ends, and their length."""
+"""The contrastive loss compared with open_clip's, the end tokens of texts, and their length."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_loss_equals_open_clips(parts, tokenizer):
 
 
 def test_captions_that_begin_with_the_end_token_differ(tokenizer):
-    """As OPT's and GPT-2's tokenizers have it: what begins a text is the token that ends it."""
+    """As in OPT's and GPT-2's tokenizers, the token that begins a text is also the one that ends it."""
     end, number = tokenizer.eos_token, tokenizer.eos_token_id
     inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     inner.post_processor = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, number)])
@@ -71,7 +71,7 @@ def test_captions_that_begin_with_the_end_token_differ(tokenizer):
 @pytest.mark.parametrize(
     "more, fits", [(["stages.contrast.max_length=40"], True), (["stages.contrast.max_length=41"], False)]
 )
-def test_captions_longer_than_the_text_towers_positions_are_refused_at_the_door(more, fits, tmp_path):
+def test_captions_longer_than_the_text_towers_positions_are_refused_before_training(more, fits, tmp_path):
     settings = compose(["recipe=clip", "mini=true", *more])
     for door in (lambda: check_stages(settings, RunFolder(tmp_path)), lambda: plan_run(settings, Machine())):
         if fits:

@@ -1,4 +1,4 @@
-"""BLIP-2's first stage against Hugging Face's passes and losses by hand; who is drawn; what no pair may change."""
+"""BLIP-2's first stage compared with Hugging Face's passes and losses by hand; the draw of negatives; masking."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAIRS = len(TEXTS)
 
 
 class Features(nn.Module):
-    """Stands for Hugging Face's encoder: the pictures are the features."""
+    """Stands in for Hugging Face's encoder: the images are the features."""
 
     def forward(self, pixel_values: Tensor, **_) -> tuple[Tensor]:
         return (pixel_values,)
@@ -86,7 +86,7 @@ def features() -> VisionFeatures:
 
 
 def batch(texts: list[list[int]] = TEXTS, rows: int = 0, width: int = 0) -> Batch:
-    """Texts padded with a word that would show if it counted."""
+    """Texts padded with a token that would change the result if it counted."""
     width, rows = max(width, *map(len, texts)), max(rows, len(texts))
     ids = torch.tensor([text + [40] * (width - len(text)) for text in texts])
     mask = torch.tensor([[True] * len(text) + [False] * (width - len(text)) for text in texts])
@@ -108,7 +108,7 @@ def smoothed(logits: Tensor, label: int) -> Tensor:
 
 @pytest.fixture
 def drawn(monkeypatch) -> tuple[list[int], list[int]]:
-    """The other picture of each text, and the other text of each picture."""
+    """The negative image of each text, and the negative text of each image."""
     pictures, texts = [2, 0, 3, 1], [1, 3, 0, 2]
     monkeypatch.setattr(
         qformer_pretraining, "_draw", lambda scores, pairs, seed, number: torch.tensor([pictures, texts][number])
@@ -136,7 +136,7 @@ def test_contrastive_equals_hugging_faces_similarities(parts, features, referenc
 
 
 def test_candidates_carry_no_gradient(parts, features):
-    """The rank's own among them: else the gradient would depend on how many ranks share the step."""
+    """This includes the rank's own: otherwise the gradient would depend on the number of ranks."""
     model, objective = parts
     objective.losses(model, batch(), features).contrastive.backward()
     found = [objective.vision_proj.weight.grad.clone(), objective.text_proj.weight.grad.clone()]
@@ -169,7 +169,7 @@ def test_matching_equals_hugging_faces_scores(parts, features, reference, drawn)
     assert float(found) == pytest.approx(float(sum(triplets)) / 3, rel=1e-5)
 
 
-def test_another_that_is_the_pair_itself_belongs_together(parts, features, monkeypatch):
+def test_a_negative_that_equals_the_pair_counts_as_a_match(parts, features, monkeypatch):
     monkeypatch.setattr(qformer_pretraining, "_draw", lambda scores, pairs, seed, number: pairs.mine)
     model, objective = parts
     itself = objective.losses(model, batch(), features).matching
@@ -195,12 +195,12 @@ def test_generation_equals_hugging_faces_states_under_its_mask(parts, features, 
         total += sum(smoothed(logits[i], said[i + 1]) for i in range(len(said) - 1))
         count += len(said) - 1
     found = objective.losses(model, batch(), features).generation
-    # a mean over words, summed over the pairs
+    # a mean over tokens, summed over the pairs
     assert float(found) == pytest.approx(float(total) / count * PAIRS, rel=1e-5)
 
 
-def test_a_caption_is_written_from_left_to_right(parts, features):
-    """The loss of a word does not hang on the words behind it, nor the queries on any."""
+def test_a_caption_is_predicted_from_left_to_right(parts, features):
+    """The loss of a token does not depend on later tokens, and the queries do not depend on any text."""
     model, objective = parts
     core, vision = model.connector.core, sequence(features)[:1]
 
@@ -233,7 +233,7 @@ def test_padding_and_rows_without_weight_change_nothing(parts, features, drawn):
 
 
 def test_a_rank_without_pairs_makes_the_same_calls(parts, features):
-    """It has a stand-in for a picture; every parameter gets a gradient, of zero."""
+    """It has a placeholder image; every parameter gets a gradient of zero."""
     model, objective = parts
     made = batch([[CLS, SEP]])
     made.weights.zero_()
@@ -248,11 +248,11 @@ def test_every_parameter_gets_a_gradient(parts, features):
     objective(model, batch(), features).backward()
     for name, parameter in [*model.connector.named_parameters(), *objective.named_parameters()]:
         assert parameter.grad is not None and parameter.grad.any(), name
-    unread = 45  # in no text, so what it learns comes from the head that shares the word embeddings
+    unread = 45  # in no text, so its gradient comes from the head that shares the word embeddings
     assert model.connector.core.embedding.words.weight.grad[unread].any()
 
 
-def test_pictures_carry_a_gradient_also_as_anothers(parts, features, monkeypatch):
+def test_images_get_gradients_also_as_negatives(parts, features, monkeypatch):
     model, objective = parts
 
     def pull(of: int, detached: bool) -> Tensor:
@@ -267,15 +267,15 @@ def test_pictures_carry_a_gradient_also_as_anothers(parts, features, monkeypatch
 
     whole, alone = pull(0, detached=False), pull(0, detached=True)
     assert (whole - alone).abs().max() > 1e-3 * whole.abs().max()
-    assert pull(2, detached=False).allclose(pull(2, detached=True))  # nobody's other
+    assert pull(2, detached=False).allclose(pull(2, detached=True))  # the negative of no row
 
 
-# who is drawn
+# the draw of negatives
 
 
-def test_others_are_drawn_by_similarity_and_never_the_row_itself():
+def test_negatives_are_drawn_by_similarity_and_are_never_the_row_itself():
     scores = torch.tensor([[9.0, 0.0, 1.0, 2.0], [0.0, 9.0, 0.0, 0.0]])
-    share = Share([2, 2], 0)  # this rank's rows are the first and the third that were dealt
+    share = Share([2, 2], 0)  # this rank has the first and the third row of the step
     mine = share.mine(scores.device)
     assert mine.tolist() == [0, 2]
     pairs = Pairs(*[None] * 3, 2, share, torch.tensor([0, 1]))
@@ -291,7 +291,7 @@ def test_others_are_drawn_by_similarity_and_never_the_row_itself():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_row_draws_alike_on_any_rank(number):
+def test_a_row_draws_the_same_negative_on_any_rank(number):
     scores = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     alone = Share([5], 0)
     one = qformer_pretraining._draw(scores, Pairs(*[None] * 3, 5, alone, alone.mine(scores.device)), 7, number)
@@ -308,7 +308,7 @@ def test_a_row_draws_alike_on_any_rank(number):
 # a BERT to start from
 
 
-def test_it_starts_as_a_bert(parts):
+def test_it_starts_from_the_weights_of_a_bert(parts):
     model, objective = parts
     config = BertConfig(
         vocab_size=VOCABULARY - 1,
@@ -320,7 +320,7 @@ def test_it_starts_as_a_bert(parts):
     )
     bert = BertForMaskedLM(config).eval()
     with torch.no_grad():
-        bert.bert.embeddings.token_type_embeddings.weight.zero_()  # published code has none
+        bert.bert.embeddings.token_type_embeddings.weight.zero_()  # the published code has none
         bert.cls.predictions.bias.normal_()
     core, last = model.connector.core, model.connector.core.embedding.words.weight[-1].clone()
     model.connector.load_bert(bert.state_dict())

@@ -1,4 +1,4 @@
-"""Cross-entropy a chunk of rows at a time, against torch's own over float32 logits."""
+"""Cross-entropy by chunks of rows, compared with torch's over float32 logits."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_losses_and_gradients_are_those_of_the_dense_computation(dtype, rows, ch
     torch.testing.assert_close(own, gradient, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
-def test_a_logit_that_is_no_number_reaches_the_loss(chunked):
+def test_a_nan_logit_reaches_the_loss(chunked):
     logits = torch.zeros(3, 5)
     logits[1, 2] = float("nan")
     assert token_losses(logits, torch.tensor([0, 1, 2])).isnan().tolist() == [False, True, False]
 
 
-def test_a_word_that_cannot_be_costs_nothing_and_gets_no_gradient(chunked):
+def test_an_impossible_token_adds_no_loss_and_gets_no_gradient(chunked):
     logits = torch.tensor([[0.0, 0.0, float("-inf")]], requires_grad=True)
     loss = token_losses(logits, torch.tensor([0]))
     loss.sum().backward()
@@ -46,7 +46,7 @@ def test_a_word_that_cannot_be_costs_nothing_and_gets_no_gradient(chunked):
     torch.testing.assert_close(logits.grad, torch.tensor([[-0.5, 0.5, 0.0]]))
 
 
-def test_the_logits_themselves_are_all_that_is_kept_of_their_size(chunked):
+def test_no_other_tensor_as_large_as_the_logits_is_kept(chunked):
     kept: list[torch.Tensor] = []
     logits = torch.randn(64, 512, dtype=torch.bfloat16, requires_grad=True) * 1
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

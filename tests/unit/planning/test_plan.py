@@ -1,4 +1,4 @@
-"""Plans, against published numbers and counts by hand."""
+"""Plans compared with published numbers and with counts by hand."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_llava_1_5_has_the_published_sizes():
     assert instruct.trainable == 6_738_415_616 + 20_979_712
     # Per sample: the LLM's forward pass and the gradients of its activations; the encoder's forward pass
     text, patches = align.tokens_per_sample, 577
-    by_hand = 2 * 2 * 6.476e9 * text + 2 * 290e6 * patches  # linear layers alone: attention adds a few per cent
+    by_hand = 2 * 2 * 6.476e9 * text + 2 * 290e6 * patches  # only linear layers: attention adds a few percent
     assert align.flops_per_sample == pytest.approx(by_hand, rel=0.06) and align.flops_per_sample > by_hand
     assert align.fits[3] >= align.fits[2] >= align.fits[0] > 0
 
@@ -58,7 +58,7 @@ def test_llava_1_5s_adapters_by_hand():
 
 
 def test_an_encoder_of_the_library_is_counted_before_any_other(tmp_path):
-    """In a process of its own, where nothing has been counted before."""
+    """In a separate process, in which nothing has been counted before."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     SiglipVisionModel(SiglipVisionConfig(**shape, image_size=32, patch_size=8)).save_pretrained(tmp_path)
     look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -78,7 +78,7 @@ def test_an_encoder_of_the_library_is_planned_in_the_precision_that_it_runs_in(t
         assert {p.dtype for p in built.parameters()} == {p.dtype for p in planned.parameters()} == {precision}
 
 
-def test_suggestions_are_what_training_takes():
+def test_training_accepts_the_suggestions():
     (clip,) = plan("recipe=clip", gpus=8).values()
     assert clip.suggested_micro_batch_size in (None, clip.batch_size // 8)  # compared samples are one micro-batch
     small = plan("recipe=clip", "stages.contrast.batch_size=64", gpus=8)["contrast"]
@@ -134,7 +134,7 @@ def test_flops_of_a_language_model_by_hand():
 
 @pytest.mark.parametrize("match", ["llm.layers[-1:]", "llm.layers[-1:].mlp", "llm"])
 def test_gradients_are_counted_where_they_flow_by_hand(match):
-    """Nothing flows below the lowest thing that trains; attention's two products have two gradients each."""
+    """No gradient flows below the lowest trained layer; attention's two products have two gradients each."""
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, tie_word_embeddings=False))
     use_counted_attention(llm)
@@ -148,7 +148,7 @@ def test_gradients_are_counted_where_they_flow_by_hand(match):
     head, matrix, attention = 2 * kept * width * 50, 2 * tokens * width * inner, 2 * tokens**2 * width
     layer = 2 * tokens * 4 * width**2 + 3 * matrix
     by_hand = {
-        "llm.layers[-1:]": head + 2 * layer + 2 * attention,  # its first norm trains, so all of the layer passes on
+        "llm.layers[-1:]": head + 2 * layer + 2 * attention,  # its first norm trains: gradients flow through it
         "llm.layers[-1:].mlp": head + 2 * matrix + 2 * matrix,  # down: both gradients; gate and up: their weights'
         "llm": 2 * head + layers * (2 * layer + 2 * attention),
     }
@@ -165,10 +165,10 @@ def test_what_begins_to_train_later_costs_its_gradients_from_then_on():
     more = plan(*line, group % 0)["instruct"].flops
     assert plan(*line, group % 15)["instruct"].flops == pytest.approx(few * 15 / 60 + more * 45 / 60)
     with pytest.raises(ValueError, match=r"from_step=14, but the stage has only 14 steps"):
-        plan(*line, group % 14, "stages.instruct.max_steps=null", "data.instruct.size=420")  # 32 a step
+        plan(*line, group % 14, "stages.instruct.max_steps=null", "data.instruct.size=420")  # 32 per step
 
 
-def test_a_stage_without_a_language_model_shows_what_it_handles(capsys):
+def test_a_stage_without_a_language_model_shows_its_visual_tokens(capsys):
     (stage,) = plan("recipe=blip2", "mini=true", "stage=represent").values()
     assert stage.view_tokens == {"vision": 17, "connector": 16} and stage.picture_tokens == (0, 0)  # 4 x 4 and CLS
     main(["plan", "recipe=blip2", "mini=true", "stage=represent"])
@@ -198,19 +198,19 @@ def test_zero_3_shards_weights_their_copy_moments_and_gradients(bf16, sharded):
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_gradients_on_their_way_fill_the_place_of_freed_activations(zero_stage):
+def test_gradient_buckets_use_the_memory_of_freed_activations(zero_stage):
     small = States(trained=10**8, frozen_inside=0, frozen_outside=0, bf16=False)
     bucket = 4 * 10**8
     assert small.bytes(zero_stage, 8, bucket) == small.bytes(zero_stage, 8)
     assert small.bytes(zero_stage, 8, bucket + 7) == small.bytes(zero_stage, 8) + 7
-    alone = small.bytes(0, 1)  # where nothing is sent, gradients do so themselves
+    alone = small.bytes(0, 1)  # if nothing is sent, the gradients do so themselves
     assert small.bytes(0, 1, bucket) == alone and small.bytes(0, 1, bucket + 7) == alone + 7
     if zero_stage:  # a bucket of half of the gradients is full when half of the activations are left
         large = States(trained=10**9, frozen_inside=0, frozen_outside=0, bf16=False)
         assert large.bytes(zero_stage, 8, 10**8) == large.bytes(zero_stage, 8) + 10**8 // 2
 
 
-def test_memory_holds_every_picture_of_a_row_by_hand():
+def test_memory_holds_every_image_of_a_row_by_hand():
     """A linear connector that trains keeps what it reads: a CLS and 4 x 4 patches, 128 wide, in fp32."""
     line = ["recipe=llava_1_5", "mini=true", "connector=linear", "stage=align", "stages.align.micro_batch_size=1"]
     picture = (1 + 4 * 4) * 128 * 4
@@ -231,7 +231,7 @@ def test_a_micro_batch_is_no_more_than_a_gpus_share(capsys):
     assert "batch_size=32 is not a multiple of 64 GPUs" in shown and "memory per GPU" not in shown
 
 
-def test_what_would_help_is_named(capsys):
+def test_helpful_settings_are_named(capsys):
     main(["plan", "recipe=clip", "mini=true", "gpu_memory_gb=1"])
     shown = capsys.readouterr().out
     assert "more GPUs, a smaller batch_size" in shown
@@ -240,7 +240,7 @@ def test_what_would_help_is_named(capsys):
     assert "gradient_checkpointing, a shorter max_length" in capsys.readouterr().out
 
 
-def test_what_tiles_make_at_most_is_shown_as_such(capsys):
+def test_upper_bounds_for_tiles_are_shown_as_such(capsys):
     line = ["plan", "recipe=llava_1_5", "mini=true", "stage=align"]
     bounded = ("tokens per sample", "tokens trained on", "training FLOPs", "GPU-hours")
     for more, bound in ([], False), (["stages.align.image_fit=tiles"], True):
@@ -251,7 +251,7 @@ def test_what_tiles_make_at_most_is_shown_as_such(capsys):
             assert fact.startswith("at most ") == bound, fact
 
 
-def test_what_trains_decides_the_arithmetic():
+def test_flops_and_memory_depend_on_what_trains():
     few = plan("recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.train.llm=null")["instruct"]
     more = plan("recipe=llava_1_5", "mini=true", "stage=instruct")["instruct"]
     assert few.flops_per_sample < more.flops_per_sample < 1.6 * few.flops_per_sample
@@ -281,7 +281,7 @@ def test_the_table_names_every_stage(capsys):
 
 
 @pytest.mark.parametrize("word", ["gpus=0", "gpus=many", "utilisation=-1"])
-def test_a_machine_that_cannot_be_is_named(word, capsys):
+def test_an_invalid_machine_is_named(word, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "recipe=quickstart", word])
     assert stopped.value.code == 2 and word.split("=")[0] in capsys.readouterr().err

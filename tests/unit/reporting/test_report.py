@@ -1,4 +1,4 @@
-"""The page of a run, also of a run folder that somebody else made."""
+"""The page of a run, also for an untrusted run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCORES = {"loss_at_start": 2.0, "loss": 1.0, "exact_match": 0.5, "blind_exact_ma
 
 
 def run_folder(folder: Path, **changes: object) -> Path:
-    """A run of one finished stage; changes replace files by name, as values or as text."""
+    """A run of one finished stage; changes replace files, given by name, with values or text."""
     machine = {"processes": 1, "device": EVIL, "command": f"python {EVIL}"}
     config = {"name": EVIL, "seed": EVIL, "precision": EVIL, "connector": {"name": EVIL}, "stages": {EVIL: {}}}
     record = {"step": 1, "loss": 1.0, "grad_norm": 0.5, "learning_rate": {EVIL: 0.1}, "samples_per_second": 2.0}

@@ -1,4 +1,4 @@
-"""What a run's record says of code and files."""
+"""The state of code and files in a run's record."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def git(folder, *words):
     return subprocess.run(["git", "-C", folder, *who, *words], check=True, capture_output=True, text=True).stdout
 
 
-def test_git_state_tells_the_commit_and_whether_the_code_is_it(tmp_path):
+def test_git_state_has_the_commit_and_whether_the_code_differs_from_it(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
     (package / "a.py").write_text("x = 1\n")
     assert git_state(package) is None
     git(tmp_path, "init", "-q")
-    assert git_state(package) is None, "a package that lies in a checkout, but is not of it"
+    assert git_state(package) is None, "a package inside a checkout, but not part of it"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     clean = git_state(package)
@@ -38,7 +38,7 @@ def test_git_state_tells_the_commit_and_whether_the_code_is_it(tmp_path):
     assert git_state(package)["changes"] != changed["changes"]
 
 
-def test_a_small_file_is_known_by_its_bytes_and_a_large_one_by_size_and_time(tmp_path, monkeypatch):
+def test_a_small_file_is_identified_by_its_bytes_and_a_large_one_by_size_and_time(tmp_path, monkeypatch):
     file = tmp_path / "data.json"
     file.write_text("[1]")
     first = fingerprint(file)
@@ -54,7 +54,7 @@ def test_a_small_file_is_known_by_its_bytes_and_a_large_one_by_size_and_time(tmp
     assert "sha256" not in large and differences({"files": {"x": large}}, {"files": {"x": fingerprint(file)}})
 
 
-def test_a_folder_is_known_by_names_and_sizes(tmp_path):
+def test_a_folder_is_identified_by_names_and_sizes(tmp_path):
     for name in ("b/2.png", "a/1.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"123")
@@ -86,7 +86,7 @@ def test_links_are_not_followed_and_files_that_cannot_be_read_are_counted(tmp_pa
     assert fingerprint(folder)["unreadable"] == 1
 
 
-def test_a_large_file_and_the_files_of_a_folder_are_known_by_their_ends_too(tmp_path, monkeypatch):
+def test_a_large_file_and_the_files_of_a_folder_are_identified_by_their_ends_too(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "HASHED_WHOLE", 2)
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(name.encode() * 3_000_000)
@@ -97,7 +97,7 @@ def test_a_large_file_and_the_files_of_a_folder_are_known_by_their_ends_too(tmp_
     monkeypatch.setattr(fingerprints, "FEW_FILES", 1)
     many = fingerprint(tmp_path)
     (tmp_path / "b").write_bytes(b"c" * 3_000_000)
-    assert fingerprint(tmp_path)["sha256"] == many["sha256"], "of many files only names and sizes"
+    assert fingerprint(tmp_path)["sha256"] == many["sha256"], "only names and sizes are used for many files"
 
 
 def test_files_that_the_settings_read_are_found_and_others_are_not(tmp_path, monkeypatch):

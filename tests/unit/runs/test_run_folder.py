@@ -33,7 +33,7 @@ def home(tmp_path) -> Path:
 
 @pytest.fixture
 def begun(home, tmp_path) -> RunFolder:
-    """A run whose first stage has begun."""
+    """A run whose first stage has started."""
     folder = RunFolder(tmp_path / "run")
     files = {str(path): fingerprint(path) for path in (home, home / "a.json")}
     folder.write_config(run_on(home, folder.root), {"files": files})
@@ -42,7 +42,7 @@ def begun(home, tmp_path) -> RunFolder:
     return folder
 
 
-def test_a_run_may_be_resumed_where_its_data_moved(begun, home, tmp_path):
+def test_a_run_can_be_resumed_after_its_data_moved(begun, home, tmp_path):
     begun.check_same(run_on(home, begun.root))
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(home, elsewhere)
@@ -52,10 +52,10 @@ def test_a_run_may_be_resumed_where_its_data_moved(begun, home, tmp_path):
         begun.check_same(run_on(elsewhere, begun.root))
 
 
-def test_how_to_train_for_longer_is_said(begun, home):
+def test_the_message_explains_how_to_train_longer(begun, home):
     with pytest.raises(ValueError, match=r"max_steps=7 would .*run_dir=NEW stage=align init_from=.*align/model$"):
         begun.check_same(run_on(home, begun.root, "stages.align.max_steps=7"))
-    begun.check_same(run_on(home, begun.root, "stages.instruct.max_steps=7"))  # which has not begun
+    begun.check_same(run_on(home, begun.root, "stages.instruct.max_steps=7"))  # which has not started
 
 
 def test_keys_that_the_run_did_not_know_yet_have_their_old_meaning(begun, home):

@@ -1,4 +1,4 @@
-"""Numbers that cannot be meant are refused by their key, before anything is built."""
+"""Numbers out of range are refused by their key, before anything is built."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_source_of_another_format_needs_no_keys_of_its_group(group, tmp_path):
     assert [mixture[i].turns[1].text for i in range(2)] == ["red", "red"]
 
 
-def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, capsys):
+def test_a_file_that_cannot_be_written_is_refused_before_the_data_is_read(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["check", "recipe=quickstart", "--clean-list", str(tmp_path / "nowhere" / "list.json")])
     assert "cannot be written" in capsys.readouterr().err

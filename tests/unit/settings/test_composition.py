@@ -1,4 +1,4 @@
-"""From a line to settings: who wins, what mini stands for, and what a wheel must carry."""
+"""Composition of settings: precedence, `mini`, and the files that a wheel contains."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vlmtrain.settings.composition import _swept
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 
 
-def test_a_recipes_options_apply_to_the_choice_they_speak_of_only():
+def test_a_recipes_options_apply_only_to_the_choice_that_they_name():
     assert compose(["recipe=quickstart", "connector=qformer"]).connector.options["num_queries"] == 16
     assert "num_queries" not in compose(["recipe=quickstart", "connector=mlp"]).connector.options
 
 
-def test_the_line_wins_over_the_recipes_options():
+def test_the_command_overrides_the_recipes_options():
     assert (
         compose(["recipe=quickstart", "connector=qformer", "connector.num_queries=5"]).connector.options["num_queries"]
         == 5
@@ -27,7 +27,7 @@ def test_the_line_wins_over_the_recipes_options():
     assert compose(["recipe=llava_1_5"]).llm.path == "lmsys/vicuna-7b-v1.5"
 
 
-def test_a_recipes_mini_options_apply_to_the_choice_they_speak_of_only():
+def test_a_recipes_mini_options_apply_only_to_the_choice_that_they_name():
     small = compose(["recipe=blip2", "mini=true", "connector.depth=3"]).connector.options
     assert (small["num_queries"], small["depth"], small["text_vocab"]) == (16, 3, None)
     assert compose(["recipe=blip2"]).connector.options["num_queries"] == 32
@@ -35,26 +35,26 @@ def test_a_recipes_mini_options_apply_to_the_choice_they_speak_of_only():
 
 
 @pytest.mark.parametrize("line", ["lora.vision={rank: 8}", "lora={vision: {rank: 8}}"])
-def test_a_line_adds_to_what_a_recipe_maps(line):
+def test_a_command_adds_to_the_mappings_of_a_recipe(line):
     run = compose(["recipe=llava_1_5_lora", "stages.instruct.train.vision=1e-5", f"stages.instruct.{line}"])
     lora = run.stages["instruct"].lora
     assert (lora["vision"].rank, lora["llm"].rank) == (8, 128)
 
 
-def test_mini_swaps_groups_except_those_that_the_line_names():
+def test_mini_replaces_groups_except_those_that_the_command_names():
     small = compose(["recipe=llava_1_5", "mini=true"])
     assert (small.vision.provider, small.llm.provider, small.data["format"]) == ("open_clip", "tiny", "shapes")
     mixed = compose(["recipe=llava_1_5", "mini=true", "llm=hf", "llm.path=mine", "stages.align.max_steps=3"])
     assert (mixed.llm.provider, mixed.stages["align"].max_steps) == ("hf", 3)
 
 
-def test_the_default_folder_carries_recipe_and_connector():
+def test_the_default_folder_is_named_after_recipe_and_connector():
     assert compose(["recipe=llava_1_5", "connector=linear"]).run_dir == "runs/llava_1_5-linear"
     assert compose(["recipe=llava_1_5", "mini=true"]).run_dir != compose(["recipe=llava_1_5"]).run_dir
 
 
-def test_jobs_of_one_line_differ_in_their_folders_by_what_differs(monkeypatch):
-    """Two choices may be the same connector with other options, which its name does not say."""
+def test_folders_of_the_jobs_of_one_command_are_named_by_what_differs(monkeypatch):
+    """Two choices may be the same connector with different options, which its name does not show."""
     monkeypatch.setattr(sys, "argv", ["train", "--multirun", "recipe=mine", "connector=mine,wide", "seed=0,1"])
     for choice, expected in (("mine", "-seed=0"), ("wide", "-connector=wide-seed=0")):
         hydra = {"mode": RunMode.MULTIRUN, "overrides": {"task": ["recipe=mine", f"connector={choice}", "seed=0"]}}

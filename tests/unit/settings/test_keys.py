@@ -1,4 +1,4 @@
-"""The keys that YAML files declare and those that are read are the same, and no key is ignored, wherever it is from."""
+"""YAML files declare exactly the keys that are read, and no key is ignored, wherever it comes from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmtrain.settings import run as settings
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 from vlmtrain.settings.other_trainers import KEYS
 
-FILLED = {"name", "vision", "connector", "llm", "data", "engine"}  # by the recipe and the groups that it chooses
+FILLED = {"name", "vision", "connector", "llm", "data", "engine"}  # by the recipe and the groups that it selects
 OF_THE_COMPOSITION = {"defaults", "hydra", "mini_options", *(f"{group}_options" for group in FILLED)}
 GROUPS = {
     "vision/open_clip": settings.OpenClipOptions,
@@ -153,7 +153,7 @@ def test_the_keys_that_replace_names_of_other_trainers_exist():
         ({"mini_options": {"stages": {"align": {"max_stpes": 7}}}}, "Did you mean 'stages.align.max_steps'?"),
     ],
 )
-def test_a_recipe_files_own_keys_are_held_to_the_same(change, said, tmp_path, monkeypatch):
+def test_the_keys_of_a_recipe_file_are_checked_too(change, said, tmp_path, monkeypatch):
     recipe = yaml.safe_load((RECIPES / "llava_1_5.yaml").read_text())
     merged = OmegaConf.to_container(OmegaConf.merge(recipe, change))
     (tmp_path / "recipe").mkdir()
@@ -163,7 +163,7 @@ def test_a_recipe_files_own_keys_are_held_to_the_same(change, said, tmp_path, mo
 
 
 class Wide(CONNECTORS["mlp"]):
-    """A connector of the user's own."""
+    """A user's connector."""
 
     def __init__(self, in_dim: int, out_dim: int, depth: int = 2, slack: float = 0.5):
         super().__init__(in_dim, out_dim, depth)

@@ -27,19 +27,19 @@ def test_a_spike_is_measured_in_deviations_of_the_last_losses():
     assert steps.judge(mean + 3.99 * deviation) is None
     fault = steps.judge(mean + 4.5 * deviation)
     assert fault.problem == "the loss is 4.5 deviations above its mean, 2" and not fault.skipped
-    assert steps.judge(mean - 100 * deviation) is None, "a low loss is no fault"
+    assert steps.judge(mean - 100 * deviation) is None, "a low loss is not a fault"
     assert fed(losses, skip_spikes=True).judge(mean + 4.5 * deviation).skipped
     assert fed(losses, spike=None).judge(1e9) is None
 
 
-def test_nothing_is_a_spike_before_there_is_enough_to_compare_with():
+def test_no_loss_is_a_spike_before_there_are_enough_to_compare_with():
     assert fed([1.0] * (ENOUGH - 1)).judge(100.0) is None
     assert fed([1.0] * ENOUGH).judge(100.0) is not None
-    assert fed([1.0] * ENOUGH).judge(1.001) is None, "losses that do not move make no spike of a breath"
+    assert fed([1.0] * ENOUGH).judge(1.001) is None, "with constant losses, a tiny increase is not a spike"
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_left_out_at_once(loss):
+def test_non_finite_steps_are_skipped_at_once(loss):
     assert fed([]).judge(loss).skipped
 
 

@@ -1,4 +1,4 @@
-"""What a stage takes over of a connector that it builds anew, by name, and what it refuses."""
+"""Which weights a stage that rebuilds its connector takes from the stage before, by name, and what it refuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def qformer(out_dim: int | None, words: int | None, **options):
     return build_connector("qformer", 6, out_dim, text_vocab=words, **{**SIZES, **options})
 
 
-def test_the_second_stage_takes_all_but_the_text_path():
+def test_the_second_stage_receives_all_but_the_text_path():
     first, second = qformer(None, 20), qformer(10, None)
     fresh = {name: tensor.clone() for name, tensor in second.state_dict().items()}
     take_over(second, first, GENERATE)
@@ -54,7 +54,7 @@ def test_instructblip_gets_a_text_path_again():
         assert tensor.equal(fresh[name] if name.startswith(DROPPED) else before[name]), name
 
 
-def test_a_fresh_text_path_stays_fresh_where_one_is_handed_on():
+def test_a_fresh_text_path_stays_fresh_even_if_the_stage_before_has_one():
     first, second = qformer(10, 20), qformer(10, 20)
     taken = tensors_taken(second, first, INSTRUCT)
     assert {name for name in second.state_dict() if name not in taken} == {
@@ -116,7 +116,7 @@ def held(folder, **config):
     return f"init_from={folder}"
 
 
-def test_a_model_folders_connector_is_gone_on_with(tmp_path):
+def test_the_connector_of_a_model_folder_is_kept(tmp_path):
     start = held(tmp_path, name="qformer", num_queries=3, newline=True)
     settings, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])
     options = settings.connector.options
@@ -126,30 +126,31 @@ def test_a_model_folders_connector_is_gone_on_with(tmp_path):
     assert adopt_connector(named, [])[0].connector.options["num_queries"] == 3
 
 
-def test_a_line_that_names_another_connector_than_the_folders_is_refused(tmp_path):
+def test_a_command_that_names_another_connector_than_the_folder_is_refused(tmp_path):
     start = held(tmp_path, name="mlp", depth=3)
     with pytest.raises(ValueError, match=f"connector=qformer, but {start} holds the connector mlp"):
         adopt_connector(compose([*INSTRUCT_ON, start, "connector=qformer"]), [])
     with pytest.raises(ValueError, match=rf"connector\.depth=2, but the connector in {start} has 3"):
         adopt_connector(compose([*INSTRUCT_ON, start, "connector.depth=2"]), [])
-    _, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])  # the recipe's, not the line's
+    _, said = adopt_connector(compose([*INSTRUCT_ON, start]), [])  # from the recipe, not from the command
     assert "connector.depth=2 (3 is used)" in said[0]
     assert adopt_connector(compose([*INSTRUCT_ON, start, "connector.depth=3"]), [])[1] == []
 
 
-def test_pictures_that_are_prepared_otherwise_than_before_are_said(tmp_path):
+def test_a_change_of_preprocessing_is_reported(tmp_path):
     start = held(tmp_path, name="mlp")
     (tmp_path / "processor").mkdir()
     (tmp_path / "processor" / "processor.json").write_text(json.dumps({"geometry": {"fit": "crop"}}))
     line = [*INSTRUCT_ON, start, "stages.instruct.image_fit=pad"]
     (said,) = overruled_fit(compose(line), [])
-    assert f"stages.instruct.image_fit=pad, but {start} has crop: stages.instruct.image_fit=crop keeps it" in said
+    expected = f"stages.instruct.image_fit=pad, but the model in {start} was trained with crop; set "
+    assert expected + "stages.instruct.image_fit=crop to keep its preprocessing" in said
     assert overruled_fit(compose([*line[:-1], "stages.instruct.image_fit=crop"]), []) == []
-    assert overruled_fit(compose(line), ["align"]) == []  # what went before is then the run's own
+    assert overruled_fit(compose(line), ["align"]) == []  # the stage before then belongs to the run itself
     assert overruled_fit(compose(["recipe=llava_1_5", "mini=true"]), []) == []
 
 
-def test_a_connector_that_is_built_anew_is_the_lines(tmp_path):
+def test_a_fresh_connector_is_the_one_that_the_command_names(tmp_path):
     start = held(tmp_path, name="mlp")
     for line in (["recipe=llava_1_5", "mini=true"], [*INSTRUCT_ON, "stages.instruct.fresh=[connector]"]):
         settings = compose([*line, start, "connector=qformer"])

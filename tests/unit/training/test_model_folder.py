@@ -1,4 +1,4 @@
-"""Model folders are what their parts are now, whatever stood in their place before."""
+"""A model folder contains the current parts, whatever was in its place before."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ VISION = {
 
 
 class Engine:
-    """One process, and nothing sharded."""
+    """A single process without sharding."""
 
     def state(self, module, keep):
         return {name: tensor.clone() for name, tensor in module_state(module).items()}
 
 
-def test_a_frozen_part_is_not_taken_from_a_folder_that_holds_other_weights(tmp_path, tokenizer):
+def test_a_frozen_part_is_not_copied_from_a_folder_with_other_weights(tmp_path, tokenizer):
     vision = build_vision("open_clip", model_config=VISION)
     run = compose(["recipe=quickstart"])
     processor = Processor(tokenizer, None, "plain", 64)

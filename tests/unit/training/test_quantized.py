@@ -1,4 +1,4 @@
-"""Adapters over weights of 4 bits, against plain layers with the weights that bitsandbytes unpacks."""
+"""Adapters over 4-bit weights, compared with plain layers that have the weights as dequantized by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VALUES = torch.tensor(
 
 
 def unpacked(weight: torch.Tensor) -> torch.Tensor:
-    """What bitsandbytes makes of a weight's 4 bits, doubly quantised, in fp32."""
+    """A weight as dequantized by bitsandbytes from 4 bits with double quantization, in fp32."""
     codes, state = bnb.quantize_4bit(weight.detach().bfloat16(), compress_statistics=True, quant_type="nf4")
     state.dtype = torch.float32
     return bnb.dequantize_4bit(codes, state)
@@ -60,7 +60,7 @@ def plain_llm(tokenizer, kind: str = "llama") -> nn.Module:
 
 
 def on_unpacked_weights(llm: nn.Module) -> nn.Module:
-    """The same model, with the unpacked weights in the layers that get adapters."""
+    """The same model, with the dequantized weights in the layers that get adapters."""
     head = llm.get_output_embeddings()
     with torch.no_grad():
         for layer in llm.modules():
@@ -108,7 +108,7 @@ def test_weights_are_the_papers_values_times_their_blocks_largest():
     held = with_adapters(nn.Sequential(plain))[0].base_layer.weight
     largest = blocks.abs().amax(1, keepdim=True)
     nearest = VALUES[(blocks[..., None] / largest[..., None] - VALUES).abs().argmin(-1)]
-    # the largest themselves are held in 8 bits, about their mean
+    # the largest values are themselves stored in 8 bits, relative to their mean
     torch.testing.assert_close(held, nearest * largest, rtol=1e-2, atol=0)
 
 
@@ -147,7 +147,7 @@ def test_merged_weights_give_the_same_logits(kind, tokenizer):
     torch.testing.assert_close(logits(plain), logits(llm), rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_go_on_over_the_same_bits_alone(tokenizer, tmp_path):
+def test_adapters_resume_only_over_the_same_4_bit_weights(tokenizer, tmp_path):
     from peft import PeftModel
 
     made = tmp_path / "made"
@@ -163,7 +163,7 @@ def test_adapters_go_on_over_the_same_bits_alone(tokenizer, tmp_path):
     expected = logits(llm)
     assert torch.equal(again(plain_llm(tokenizer)), expected)
     torch.testing.assert_close(again(plain_llm(tokenizer).bfloat16()), expected, rtol=5e-2, atol=5e-2)
-    # their base is what the 4 bits stand for, also where it is written out
+    # their base is the dequantized weights, also if these are stored as they are
     dense = on_unpacked_weights(plain_llm(tokenizer))
     torch.testing.assert_close(again(dense, quantize=None), expected, rtol=1e-5, atol=1e-5)
     said = r"stages\.s\.lora\.llm\.init_from=.*made was trained on base weights other .* use the same quantize"
@@ -171,7 +171,7 @@ def test_adapters_go_on_over_the_same_bits_alone(tokenizer, tmp_path):
         with pytest.raises(ValueError, match=said) as error:
             again(other, quantize=quantize)
         assert "\n" not in str(error.value)
-    # peft reads them on a plain base: on the unpacked one they give the same model
+    # peft loads them on a plain base: on the dequantized one they give the same model
     theirs = PeftModel.from_pretrained(on_unpacked_weights(plain_llm(tokenizer)), made).eval()
     torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=1e-5)
     with safe_open(made / "adapter_model.safetensors", "pt") as file:
@@ -210,7 +210,7 @@ def stage_of(*overrides: str):
         ("{match: llm, lr: 1e-3}", None),
     ],
 )
-def test_what_is_held_in_bits_cannot_train(group, said, tokenizer):
+def test_weights_stored_in_4_bits_cannot_train(group, said, tokenizer):
     stage = stage_of(f"stages.instruct.groups=[{group}]")
     llm = with_adapters(plain_llm(tokenizer))
     if said is None:
@@ -222,7 +222,7 @@ def test_what_is_held_in_bits_cannot_train(group, said, tokenizer):
         assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_meant_is_named(monkeypatch):
+def test_invalid_settings_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"^stages\.instruct\.lora\.llm\.quantize=int8: expected null or nf4$"):
         stage_of("stages.instruct.lora.llm.quantize=int8")
     with pytest.raises(ValueError, match=r"^stages\.s\.lora\.llm: Sequential has no linear layer that could have an"):
@@ -233,7 +233,7 @@ def test_what_cannot_be_meant_is_named(monkeypatch):
 
 
 def test_a_7b_models_memory_by_hand():
-    """Vicuna-7B's linear layers in bf16, of 2 bytes a weight, against 4 bits and what belongs to them."""
+    """Vicuna-7B's linear layers in bf16, at 2 bytes per weight, compared with 4 bits and their scales."""
     line = ["recipe=llava_1_5_lora", "stage=instruct", "precision=bf16", "stages.instruct.micro_batch_size=1"]
     machine = Machine(gpus=8, gpu_memory_gb=80)
     (dense,), (held,) = (

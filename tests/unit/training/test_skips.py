@@ -1,4 +1,4 @@
-"""Bad samples: counted once, and not without limit."""
+"""Bad samples are counted once, and up to a limit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_ten_are_allowed_however_small_the_set():
 
 
 @pytest.mark.parametrize("steps", [[range(4)], [range(2), range(2, 4)]])
-def test_in_a_row_counts_over_steps(steps):
+def test_in_a_row_counts_across_steps(steps):
     skips = Skips(records=10**6, share=0.5, in_a_row=3)
     with pytest.raises(ValueError, match=r"4 bad samples in a row.*in_a_row=3.*record 3"):
         for positions in steps:
@@ -48,7 +48,7 @@ def test_a_good_sample_between_ends_a_row():
     assert skips.skipped == 7
 
 
-def test_a_resumed_stage_counts_on():
+def test_a_resumed_stage_continues_to_count():
     whole = Skips(records=1000, share=0.01, in_a_row=100)
     whole.add(bad(3, 4, 9))
     resumed = Skips(1000, 0.01, 100, saved=whole.state)

@@ -100,7 +100,7 @@ def test_layer_decay_by_hand(parts):
     assert found["visual.ln_post.weight"] == pytest.approx(1e-3)
 
 
-def test_freeze_lets_exactly_those_train(parts):
+def test_exactly_the_selected_parameters_stay_trainable(parts):
     groups = trained_groups(stage({"match": "llm.layers[-1:]", "lr": 1e-4}, connector=1e-3), parts)
     freeze(parts, groups, checkpointing=False)
     trained = {f"{p}.{n}" for p, module in parts.items() for n, w in module.named_parameters() if w.requires_grad}
@@ -127,7 +127,7 @@ def test_freeze_lets_exactly_those_train(parts):
         ({"match": "llm", "lr": 1e-4, "from_step": 3}, "would train nothing at first"),
     ],
 )
-def test_what_cannot_be_meant_is_named(parts, entry, said):
+def test_invalid_settings_are_named(parts, entry, said):
     with pytest.raises(ValueError, match=said):
         trained_groups(stage(entry), parts)
 

@@ -1,4 +1,4 @@
-"""Initialises the process group with DeepSpeed, for the ranks of torchrun or a single process."""
+"""Initializes the process group with DeepSpeed, for the ranks of torchrun or a single process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def join_world(timeout: float = 3600.0) -> World:
     if has_gpu:
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
-    _rejoin_behind_a_restart("nccl" if has_gpu else "gloo", device, limit)
+    _rejoin_after_restart("nccl" if has_gpu else "gloo", device, limit)
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False, timeout=limit)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
@@ -52,7 +52,7 @@ def check_version(version: str) -> None:
         )
 
 
-def _rejoin_behind_a_restart(backend: str, device: torch.device, timeout: timedelta) -> None:
+def _rejoin_after_restart(backend: str, device: torch.device, timeout: timedelta) -> None:
     """After a restart by torchrun on a single node, form the process group under a new prefix of the store.
 
     torchrun keeps its store across restarts, and with it the addresses of dead ranks (PyTorch issue 135712). With
