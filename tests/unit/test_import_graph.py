@@ -89,6 +89,11 @@ def test_only_the_engine_imports_deepspeed():
     assert not [file for file in others if re.search(r"^\s*(import|from) deepspeed", file.read_text(), re.MULTILINE)]
 
 
+def test_only_the_engine_uses_private_attributes_of_deepspeed():
+    others = [file for name, file in modules().items() if not name.startswith("training.engine")]
+    assert not [file for file in others if re.search(r"\b(ds_\w+|_hp_mapping|_dp_group)\b", file.read_text())]
+
+
 def test_hydras_objects_stay_in_the_settings():
     """Behind them nothing receives a DictConfig; Hydra itself hands the entry point one."""
     using = {name for name, file in modules().items() if "DictConfig" in file.read_text()}

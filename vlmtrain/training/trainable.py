@@ -23,6 +23,7 @@ from ..errors import some
 from ..model.blocks import block_list
 from ..settings import STAGE_PARTS, Pattern, Stage
 from .adapters import is_adapter
+from .engine.zero import full_shape
 from .quantized import quantized_layers
 
 NEW_TOKENS = "llm.new_tokens"
@@ -49,11 +50,6 @@ class Group:
         if self.rows is not None:
             shapes = [(len(self.rows), *shape[1:]) for shape in shapes]
         return sum(math.prod(shape) for shape in shapes)
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The full shape of a parameter, of which a rank holds only a partition under ZeRO-3."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
