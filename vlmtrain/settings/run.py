@@ -89,6 +89,10 @@ class Engine:
         if self.zero_stage == 3 and self.parameter_persistence_threshold is None:
             raise ValueError("engine.zero_stage=3 needs engine.parameter_persistence_threshold: choose engine=zero3")
 
+    def shards_weights(self, world_size: int) -> bool:
+        """Whether each of `world_size` ranks holds only a part of the weights."""
+        return self.zero_stage == 3 and world_size > 1
+
 
 @dataclass(frozen=True)
 class Encoder:

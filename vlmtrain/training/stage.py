@@ -251,7 +251,7 @@ class _Stage:
             engine.dtype,
             options.batch_size,
             options.max_new_tokens,
-            sync_generation=engine.zero_stage == 3 and self.world.size > 1,
+            sync_generation=self.settings.engine.shards_weights(self.world.size),
             skip_bad=self.settings.on_bad_sample == "skip",
             metrics=options.metrics,
             seed=self.settings.seed,
