@@ -56,9 +56,9 @@ def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.part == part]
 
 
-def trained_parts(groups: Sequence[Group]) -> set[str]:
-    """The parts of which something trains."""
-    return {group.part for group in groups}
+def is_frozen(part: str, groups: Sequence[Group]) -> bool:
+    """Whether nothing of a part trains in `groups`, which may start later in the stage (see `Stage.trains`)."""
+    return not groups_of(part, groups)
 
 
 def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
