@@ -99,12 +99,13 @@ def _with_open_mappings(overrides: Sequence[str]) -> list[str]:
     return [f"++{override}" if OPEN_MAPPINGS.match(override) else override for override in overrides]
 
 
-def compose(overrides: Sequence[str], config_dir: str | None = None) -> Run:
+def compose(overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()) -> Run:
     """Compose the settings of a run from Hydra overrides.
 
-    Raises ValueError naming the key and, if it is unknown, the closest known one.
+    own_keys: further keys of the command, to suggest. Raises ValueError naming the key and, if it is unknown, the
+    closest known one.
     """
-    config = _compose("train", with_mini(overrides), config_dir)
+    config = _compose("train", with_mini(overrides), config_dir, own_keys)
     return read_run(finish(config, config.hydra))
 
 
@@ -116,7 +117,9 @@ def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
     return read(Evaluation, OmegaConf.to_container(config, resolve=True))
 
 
-def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+def _compose(
+    name: str, overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()
+) -> DictConfig:
     overrides = _with_open_mappings(overrides)
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     register_choices(overrides)
@@ -125,7 +128,7 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None)
         try:
             return hydra_compose(name, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(name, error, overrides)) from None
+            raise ValueError(_explain(name, error, overrides, own_keys)) from None
 
 
 def read_line(line: Sequence[str]) -> tuple[list[str], str | None]:
@@ -230,7 +233,7 @@ def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> N
         OmegaConf.update(settings, key, value, merge=False)
 
 
-def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
+def _explain(name: str, error: Exception, overrides: Sequence[str], own_keys: Iterable[str]) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return _unparsable(error)
@@ -257,4 +260,4 @@ def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
     if key in shortened:
         value = next(o.partition("=")[2] for o in overrides if o.split("=")[0].lstrip("+~") == key)
         return f"{key}={value} sets a key that {key} does not have; ++{key}.NAME=VALUE adds one"
-    return f"unknown key '{key}'.{suggestion(key, sorted(shortened | known.keys()))}"
+    return f"unknown key '{key}'.{suggestion(key, sorted(shortened | known.keys() | set(own_keys)))}"

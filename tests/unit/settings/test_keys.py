@@ -96,6 +96,7 @@ def plan(*overrides: str) -> None:
         (["connectors=linear,mlp"], "connectors=linear,mlp has several values: --multirun trains each"),
         (["connector=linear,mlp"], "vlmtrain ablate compares connectors"),
         (["vision=[a,b]"], "unknown vision 'b'"),
+        (["gpu=3"], "unknown key 'gpu'. Did you mean 'gpus'?"),
         (["modules=[x"], "modules=[x cannot be parsed; quote values with special characters"),
         (["run_dir=/tmp/\u00fc"], "cannot be parsed; quote values with special characters: 'KEY=\"VALUE\"'"),
     ],
