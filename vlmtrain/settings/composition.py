@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from .run import MODULES, Evaluation, Run, read_run
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
-SPLIT = re.compile(r"data\.\w+")
+SPLIT = re.compile(r"data\.(?!columns$)\w+")
 MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
 
 
@@ -94,9 +94,17 @@ def with_mini(overrides: Sequence[str]) -> list[str]:
     return [f"{group}={choice}" for group, choice in MINI_CHOICES.items() if group not in named] + list(overrides)
 
 
-def _with_open_mappings(overrides: Sequence[str]) -> list[str]:
-    """Add Hydra's ``++`` to overrides of mappings with arbitrary keys, so that they can add keys."""
-    return [f"++{override}" if OPEN_MAPPINGS.match(override) else override for override in overrides]
+def _with_open_mappings(overrides: Sequence[str]) -> Iterator[str]:
+    """Adapt overrides of mappings with arbitrary keys to Hydra, which merges mappings of known keys.
+
+    With ``++``, they can add keys. A data split is set to null first, so that it has only the sources of the override.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        split = key.lstrip("+")
+        if SPLIT.fullmatch(split) and value.startswith("{") and not _parsed([override])[0].is_sweep_override():
+            yield f"{'++' * key.startswith('+')}{split}=null"
+        yield f"++{override}" if OPEN_MAPPINGS.match(override) else override
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()) -> Run:
@@ -120,7 +128,7 @@ def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
 def _compose(
     name: str, overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()
 ) -> DictConfig:
-    overrides = _with_open_mappings(overrides)
+    overrides = [*_with_open_mappings(overrides)]
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     register_choices(overrides)
     GlobalHydra.instance().clear()
