@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..connectors import CONNECTORS, check_options
-from ..data.sources import check_keys
+from ..data.sources import PURPOSES, check_keys
 from ..data.templates import check_fallback
 from ..errors import nearest
 from .fields import (
@@ -242,9 +242,11 @@ class Run:
                 if name not in CONNECTORS:
                     raise ValueError(f"{key}: unknown connector {name}.{nearest(name, CONNECTORS)}")
                 check_options(name, options, f"{key}.{name}")
-            if stage.validation is not None and stage.validation not in self.data:
-                key, hint = f"{stage.prefix}.validation={stage.validation}", nearest(stage.validation, self.data)
-                raise ValueError(f"{key}: the data group has no such split.{hint}")
+            for option, known in (("data", {*self.data, *PURPOSES}), ("validation", self.data)):
+                split = getattr(stage, option)
+                if split is not None and split not in known:
+                    key, hint = f"{stage.prefix}.{option}={split}", nearest(split, known)
+                    raise ValueError(f"{key}: the data group has no such split.{hint}")
         splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
         check_keys(self.data, splits)
 

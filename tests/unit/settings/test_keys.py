@@ -85,6 +85,7 @@ def plan(*overrides: str) -> None:
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
         (["stages.instruct.train.llm=true"], "stages.instruct.train.llm=True: expected a positive learning rate"),
         (["stages.instruct.validation=validaton"], "no such split. Did you mean 'validation'?"),
+        (["stages.instruct.data=instrct"], "no such split. Did you mean 'instruct'?"),
         (["modules=3"], "modules=3: expected a list of module names"),
         (["data.format=null"], "data.format=None: expected one of"),
         (["connector.name=null"], "Unknown connector 'None'"),
