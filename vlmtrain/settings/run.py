@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from ..connectors import CONNECTORS, check_options
@@ -185,15 +186,17 @@ def _connector(value: Mapping, key: str) -> ConnectorChoice:
     return ConnectorChoice(name, options)
 
 
-def _stages(value: Mapping, key: str) -> dict[str, Stage]:
+def _stages(value: Mapping, key: str) -> Mapping[str, Stage]:
     complete = [name for name, keys in value.items() if isinstance(keys, Mapping) and "objective" in keys]
     for name, keys in value.items():
         if isinstance(keys, Mapping) and name not in complete:
             raise ValueError(f"{key}.{name}: the recipe has no such stage.{nearest(name, complete)}")
-    return {
-        name: read(Stage, MAPPING(keys, f"{key}.{name}"), f"{key}.{name}.", name=name, position=i)
-        for i, (name, keys) in enumerate(value.items())
-    }
+    return MappingProxyType(
+        {
+            name: read(Stage, MAPPING(keys, f"{key}.{name}"), f"{key}.{name}.", name=name, position=i)
+            for i, (name, keys) in enumerate(value.items())
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ class Run:
 
 def read_run(composed: Mapping[str, Any]) -> Run:
     """Read a run from its composed configuration, given as plain values. Raises ValueError naming the key."""
-    return read(Run, composed, composed=composed)
+    return read(Run, composed, composed=MappingProxyType(composed))
 
 
 @dataclass(frozen=True)

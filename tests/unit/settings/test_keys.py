@@ -195,3 +195,7 @@ def test_settings_cannot_be_changed():
     for thing, name in ((run, "seed"), (run.stages["align"], "max_steps"), (run.engine, "zero_stage")):
         with pytest.raises(AttributeError):
             setattr(thing, name, 1)
+    stage = run.stages["align"]
+    for mapping in (run.composed, run.stages, run.data, run.llm.config, stage.train):
+        with pytest.raises(TypeError):
+            mapping["align"] = 1
