@@ -22,7 +22,8 @@ from PIL import Image
 from training_speed import watch
 
 from vlmtrain.reporting.charts import Series, line_chart
-from vlmtrain.reporting.report import STYLE, html_table
+from vlmtrain.reporting.report import STYLE
+from vlmtrain.reporting.tables import html_table
 
 MIDDLE = {"batch size": 8, "words per sample": 128, "images per sample": 1, "connector": "mlp"}
 AXES = {

@@ -273,11 +273,11 @@ def build_model(case: Case) -> None:
     export(folder / "model", folder / "export", "llava")
     image_id = json.loads((folder / "export" / "config.json").read_text())["image_token_index"]
     source = build_source(settings.data, name, image_size_of(parts), settings.seed)
-    plan = build_batching(source, processor, settings.stages[name], 1)
+    batching = build_batching(source, processor, settings.stages[name], 1)
     records = json.loads((folder / "data.json").read_text())
     with (folder / "samples.jsonl").open("w") as file:
         for position in range(len(source)):
-            planned = plan.read(position, [])
+            planned = batching.read(position, [])
             tokens = planned.tokens
             ids = tokens.input_ids.masked_fill(tokens.image_index >= 0, image_id).tolist()
             labels = [-100, *tokens.targets[:-1].tolist()]  # the Hugging Face model shifts the labels

@@ -60,7 +60,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     parts = build_parts(settings, stage, start, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
     source = build_source(settings.data, "instruct", image_size_of(parts), settings.seed)
-    plan = build_batching(source, processor, stage, 1)
+    batching = build_batching(source, processor, stage, 1)
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
     rate = 2e-3
@@ -77,7 +77,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
         weight_decay=0.0,
     )
     losses = []
-    stream = StepStream(plan, source, processor, 0, 1, 0, STEPS, None)
+    stream = StepStream(batching, source, processor, 0, 1, 0, STEPS, None)
     for data in step_loader(stream, 0, pin_memory=False):
         (batch,) = data.micro_batches
         loss = objective(model, batch, None) / data.weight

@@ -53,7 +53,7 @@ def plain_torch(overrides: list[str]) -> list[float]:
     parts = build_parts(settings, stage, None, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
     source = build_source(settings.data, "align", image_size_of(parts), settings.seed)
-    plan = build_batching(source, processor, stage, 1)
+    batching = build_batching(source, processor, stage, 1)
     model = VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).eval()
     fixed = {parameter for parameter in model.parameters() if not parameter.requires_grad}  # sine and cosine positions
     model.requires_grad_(False)
@@ -69,7 +69,7 @@ def plain_torch(overrides: list[str]) -> list[float]:
 
     optimizer = torch.optim.AdamW([*groups(model.connector, 1e-3), *groups(last_layers, 2e-3)], eps=1e-4)
     losses = []
-    stream = StepStream(plan, source, processor, 0, 1, 0, STEPS, None)
+    stream = StepStream(batching, source, processor, 0, 1, 0, STEPS, None)
     for step, data in enumerate(step_loader(stream, 0, pin_memory=False)):
         if step == FROM_STEP:
             for group in groups(model.vision, 1e-3):

@@ -76,11 +76,13 @@ def test_a_reproduced_run_is_equal_and_the_first_difference_is_found(first, llav
 
 
 def test_stages_that_ran_one_by_one_are_all_run_again(tmp_path):
+    module = "from vlmtrain.connectors import register\nfrom vlmtrain.connectors.mlp import Linear\n\n\n"
+    (tmp_path / "own.py").write_text(f'{module}@register("own")\nclass Own(Linear):\n    pass\n')
     more = [f"run_dir={tmp_path / 'run'}", "validation.samples=2", "validation.final_samples=2", "workers=0"]
-    more += ["stages.clip.max_steps=2", "stages.text.max_steps=2"]
+    more += ["stages.clip.max_steps=2", "stages.text.max_steps=2", "modules=own", "connector=own"]
     for stage in ("clip", "text"):
-        train("recipe=quickstart", f"stage={stage}", *more)
-    found = json.loads(run(*REPRODUCE, str(tmp_path / "run"), "--json").stdout)
+        train("recipe=quickstart", f"stage={stage}", *more, cwd=tmp_path)
+    found = json.loads(run(*REPRODUCE, str(tmp_path / "run"), "--json", cwd=tmp_path).stdout)
     for stage in ("clip", "text"):
         assert found["stages"][stage] == {"steps": 2, "parting": None, "same_model": True}
 

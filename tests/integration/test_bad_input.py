@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -170,7 +169,7 @@ def test_a_bert_that_does_not_fit_the_connector_is_named(llava_files, tmp_path):
 
 def test_a_connector_that_does_not_fit_the_other_parts_is_named(tmp_path, tokenizer):
     with torch.device("meta"):
-        encoder = build_vision(**asdict(compose(["recipe=quickstart"]).vision))
+        encoder = build_vision(**vars(compose(["recipe=quickstart"]).vision))
         parts = {"vision": encoder, "connector": build_connector("linear", 128, 64)}
         config = {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
         parts["llm"] = build_random_llm(config, tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,7 @@ def test_sizes_are_the_published_ones():
 
 
 def test_the_encoder_gives_257_tokens_of_its_second_to_last_layer():
-    options = asdict(compose(["recipe=blip2"]).vision)
+    options = vars(compose(["recipe=blip2"]).vision)
     with torch.device("meta"):
         vision = build_vision(**options, weights=False)
         features = vision(torch.empty(1, 3, *vision.image_size))

@@ -113,12 +113,14 @@ def read_line(overrides: Sequence[str]) -> Ablation:
         else:
             line.append(override)
     _check_keys(by_key, line)
+    if "sweep_steps" in own and not by_key["sweep"]:
+        raise ValueError(f"sweep_steps={own['sweep_steps']} has no effect without sweep.KEY=[...]")
     _check_budget(own.get("budget", "steps"), by_key)
     choices = _choices(own, by_key["axis"])
     seeds = tuple(_whole(seed, "seeds", least=0) for seed in _list(own.get("seeds", [0]), "seeds"))
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: duplicate entry")
-    name = compose([*line, *choices[0].line]).name
+    name = compose([*line, *choices[0].line], own_keys=OWN_KEYS).name
     folder = Path(own.get("run_dir") or f"runs/ablation-{name}")
     numbers = {key: _whole(own.get(key, 1), key, least=1) for key in ("jobs", "ranks")}
     numbers["sweep_steps"] = _whole(own.get("sweep_steps", 100), "sweep_steps", least=1)

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..files import read_json
 from ..reporting.charts import Series, line_chart, scatter_chart, smooth
-from ..reporting.report import STYLE, html_table
+from ..reporting.report import STYLE
+from ..reporting.tables import html_table
 from ..runs.records import read_records
 from .definition import Ablation, Choice
 from .results import Entry

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from ..evaluation.scores import value_text
-from ..reporting.tables import text_table
+from ..reporting.tables import markdown_table, text_table
 from .definition import Ablation
 from .page import write_page
 from .results import FEW_SEEDS, Entry
@@ -93,10 +93,9 @@ def for_terminal(ablation: Ablation, entries: Sequence[Entry]) -> str:
 
 def markdown(ablation: Ablation, entries: Sequence[Entry]) -> str:
     parts = []
-    for title, (head, *rows) in tables(ablation, entries).items():
+    for title, table in tables(ablation, entries).items():
         parts += [f"{title}\n"] if title else []
-        parts += [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
-        parts += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+        parts.append(markdown_table(table, numbers=True))
     return "\n".join([*parts, note(ablation, entries), ""])
 
 

@@ -79,8 +79,8 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
     tokens = sum(report.tokens for report in checked[stage.data].values())
     steps = 0
     if good:
-        plan = build_batching(mixtures[stage.data], processor, stage, world_size=1)
-        steps = stage.max_steps or plan.steps_per_epoch * stage.epochs
+        batching = build_batching(mixtures[stage.data], processor, stage, world_size=1)
+        steps = stage.max_steps or batching.steps_per_epoch * stage.epochs
     result["steps"] = steps
     result["tokens_trained_on"] = round(steps * stage.batch_size * tokens / good) if good else 0
     result["validation"] = held_out if stage.validation != stage.data else None

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
             numbers[key] = int(value) if key == "gpus" else float(value)
         except ValueError:
             raise ValueError(f"{override}: expected a number") from None
-    settings, machine = compose(line), Machine(**numbers)
+    settings, machine = compose(line, own_keys=Machine.__dataclass_fields__), Machine(**numbers)
     plans = plan_run(settings, machine)
     if options.json:
         shown = [{**asdict(plan), "trainable": plan.trainable, "frozen": plan.frozen} for plan in plans]

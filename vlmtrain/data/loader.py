@@ -226,7 +226,7 @@ class StepStream(IterableDataset):
     cursor: the cursor of the step before `first`, for layouts that need it.
     """
 
-    plan: Batching
+    batching: Batching
     mixture: Mixture
     processor: Processor
     rank: int
@@ -238,18 +238,18 @@ class StepStream(IterableDataset):
     def __iter__(self) -> Iterator[StepData]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        steps = self.plan.steps(self.first, self.cursor, worker, workers)
+        steps = self.batching.steps(self.first, self.cursor, worker, workers)
         for _ in range(self.first + worker, self.last, workers):
             yield self._deal(next(steps))
 
     def _deal(self, step: PlannedStep) -> StepData:
         """Build this rank's micro-batches. Similar rows run at the same time, and all ranks have equally many."""
-        plan, together = self.plan, self.plan.micro_rows * self.world_size
+        batching, together = self.batching, self.batching.micro_rows * self.world_size
         # all ranks find the same bad records while planning; only one reports them
         bad = list(step.bad) if self.rank == 0 else []
-        rows = sorted(step.rows, key=plan.order)
+        rows = sorted(step.rows, key=batching.order)
         batches, tokens, drawn = [], [], [0] * len(self.mixture.sources)
-        for number in range(plan.accumulation):
+        for number in range(batching.accumulation):
             mine = rows[number * together : (number + 1) * together][self.rank :: self.world_size]
             loaded = []
             for row in mine:
@@ -263,7 +263,7 @@ class StepStream(IterableDataset):
                         tokens.append(planned.tokens)
                         drawn[self.mixture.source_number(planned.index)] += 1
                 loaded.append(samples)
-            batches.append(plan.collate([row for row in loaded if row]))
+            batches.append(batching.collate([row for row in loaded if row]))
         return StepData(
             batches,
             weight=sum(float(t.weights.sum()) for t in tokens),

@@ -19,10 +19,10 @@ from . import probes, shapes
 from .images import EncodedImage
 from .llava import open_llava
 from .mixture import Mixture
-from .probes import CATEGORIES, Probes
+from .probes import CATEGORIES, LEVELS, Probes
 from .records import BadSample, Source
 from .rendering import check_conversation
-from .shapes import Shapes
+from .shapes import SPLITS, Shapes
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
 """Splits that the `data` group may contain, whether or not a recipe uses them."""
@@ -87,6 +87,8 @@ def _open(options: Mapping, given: set[str], key: str, image_size: tuple[int, in
         raise ValueError(f"{key} has no option '{strange[0]}'.{nearest(strange[0], allowed)}")
     if options.get(needed) is None:
         raise ValueError(f"{key}.{needed} is not set")
+    if needed == "size":
+        _check_procedural(options, given, key)
     for switch in ("outside_images", "prepend_missing_marks", "repair"):
         if not isinstance(options.get(switch, False), bool):
             raise ValueError(f"data.{switch}={options[switch]}: expected true or false")
@@ -96,6 +98,21 @@ def _open(options: Mapping, given: set[str], key: str, image_size: tuple[int, in
     if not isinstance(ignored, list | tuple) or not all(isinstance(name, str) for name in ignored):
         raise ValueError(f"data.ignore={ignored}: expected a list of keys")
     return opener(options, image_size, seed)
+
+
+def _check_procedural(options: Mapping, given: set[str], key: str) -> None:
+    """Raise ValueError for an option of procedural data that is out of bounds. given: the options at `key`."""
+    names, size, split = options.get("categories", CATEGORIES), options["size"], options.get("split")
+    if type(size) is not int or not 0 < size < MOST_DRAWS:
+        raise ValueError(f"{key}.size={size}: expected an integer above 0 and below {MOST_DRAWS:,}")
+    if split not in SPLITS:
+        raise ValueError(f"{key}.split={split}: expected one of {', '.join(SPLITS)}")
+    if type(options.get("difficulty", 1)) is not int or options.get("difficulty", 1) not in LEVELS:
+        place = key if "difficulty" in given else "data"
+        raise ValueError(f"{place}.difficulty={options['difficulty']}: expected one of {', '.join(map(str, LEVELS))}")
+    if not isinstance(names, list | tuple) or not names or not all(name in CATEGORIES for name in names):
+        place = key if "categories" in given else "data"
+        raise ValueError(f"{place}.categories={names}: expected a list of some of {', '.join(CATEGORIES)}")
 
 
 def _reading(options: Mapping) -> dict:

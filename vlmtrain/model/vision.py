@@ -192,7 +192,7 @@ class OpenClipVision(VisionEncoder):
             raise ValueError("vision=open_clip requires exactly one of vision.name and vision.model_config")
         if model_config is not None:
             _check_model_config(model_config)
-            config = copy.deepcopy(model_config)
+            config = copy.deepcopy(dict(model_config))
             config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
             config |= {"image_mean": list(OPENAI_DATASET_MEAN), "image_std": list(OPENAI_DATASET_STD)}
             encoder = cls(cls._build_visual(config), config, layer, levels)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..training.engine.zero import BUCKET, LIVE
+
 ZERO_STAGES = (0, 1, 2, 3)
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: elements
-LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True)

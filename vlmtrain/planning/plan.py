@@ -18,12 +18,12 @@ from ..model.llm import hidden_width
 from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
 from ..objectives.token_losses import token_losses
-from ..settings import Expected, Run, Stage
+from ..settings import STAGE_PARTS, Expected, Run, Stage
 from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
 from ..training.processing import build_geometry, check_lengths, image_size_of
 from ..training.quantized import quantized_layers
-from ..training.trainable import Group, check_starts, freeze, part_size, trained_groups, trained_parts
+from ..training.trainable import Group, check_starts, freeze, is_frozen, part_size, trained_groups
 from .measuring import Meter, PartCost, use_counted_attention
 from .memory import ZERO_STAGES, States
 
@@ -200,19 +200,19 @@ def _measure(
 ) -> dict[str, PartCost]:
     """Run one sample through the parts on the meta device."""
     meter = Meter()
-    trains = trained_parts(groups)
+    trains = {part: not is_frozen(part, groups) for part in STAGE_PARTS}
     features = visual = None
     if "vision" in parts:
         vision = parts["vision"]
         use_counted_attention(vision)
         dtype = next(vision.parameters()).dtype
         pictures = torch.empty(views, 3, *vision.image_size, device="meta", dtype=dtype)
-        with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled("vision" in trains):
+        with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled(trains["vision"]):
             features = vision(pictures)
             meter.backward("vision", (features.patches, features.prefix, *features.levels))
         prefix = 0 if features.prefix is None else features.prefix.shape[1]
         meter.costs["vision"].tokens = math.prod(vision.grid) + prefix
-        features = _cut_off(features, "vision" in trains)
+        features = _cut_off(features, trains["vision"])
     if "connector" in parts:
         connector = parts["connector"]
         use_counted_attention(connector)
@@ -232,10 +232,10 @@ def _measure(
         llm = parts["llm"]
         use_counted_attention(llm)
         dtype = next(llm.parameters()).dtype
-        gradient = bool({"vision", "connector"} & trains) and visual is not None
+        gradient = (trains["vision"] or trains["connector"]) and visual is not None
         row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
         kept = torch.arange(targets, device="meta")
-        with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(gradient or "llm" in trains):
+        with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(gradient or trains["llm"]):
             logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
             meter.backward("llm", (token_losses(logits.flatten(0, 1), kept),))
     if hasattr(parts.get("objective"), "text"):
@@ -269,8 +269,7 @@ def _plan_memory(
     costs: Mapping[str, PartCost],
     machine: Machine,
 ) -> None:
-    trains = trained_parts(groups)
-    outside = plan.parts["vision"]["frozen"] if "vision" in parts and "vision" not in trains else 0
+    outside = plan.parts["vision"]["frozen"] if "vision" in parts and is_frozen("vision", groups) else 0
     in_bf16 = run.precision == "bf16"
     states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts))
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES

@@ -17,6 +17,7 @@ from ..files import replace_text
 from ..model.parts import FIXED, PARTS
 from ..runs.fingerprints import short_hash
 from ..runs.records import read_config, read_summary
+from .tables import markdown_table
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"
@@ -246,7 +247,5 @@ def _with_interval(name: str, value: float, count: int | None) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    if len(lines) == 2:
-        return "None.\n"
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    lines = [head, *rows]
+    return markdown_table(lines) if len(lines) > 1 else "None.\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ..evaluation.scores import benchmark_rows, score_rows
 from ..files import make_folder, read_json, replace_text
 from ..runs.records import read_config, read_records, read_summary
 from .charts import Series, line_chart, smooth
+from .tables import html_table
 
 MAX_CARDS = 24
 IMAGE = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]*")
@@ -126,17 +126,6 @@ def _facts(summary: dict) -> str:
             f"{scores['exact_match']:.1%} of {scores['questions']} answers, blind {scores['blind_exact_match']:.1%}"
         )
     return f"<p>{escape(text)}</p>"
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the header and whose first column contains text."""
-    head, *body = rows
-    cells = "".join(f"<th{' class=number' * (i > 0)}>{escape(cell)}</th>" for i, cell in enumerate(head))
-    lines = "".join(
-        "<tr>" + "".join(f"<td{' class=number' * (i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
-        for row in body
-    )
-    return f"<table><tr>{cells}</tr>{lines}</table>"
 
 
 def _charts(folder: Path, records: list[dict]) -> str:

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from .run import MODULES, Evaluation, Run, read_run
 
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
-SPLIT = re.compile(r"data\.\w+")
+SPLIT = re.compile(r"data\.(?!columns$)\w+")
 MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
 
 
@@ -94,17 +94,26 @@ def with_mini(overrides: Sequence[str]) -> list[str]:
     return [f"{group}={choice}" for group, choice in MINI_CHOICES.items() if group not in named] + list(overrides)
 
 
-def _with_open_mappings(overrides: Sequence[str]) -> list[str]:
-    """Add Hydra's ``++`` to overrides of mappings with arbitrary keys, so that they can add keys."""
-    return [f"++{override}" if OPEN_MAPPINGS.match(override) else override for override in overrides]
+def _with_open_mappings(overrides: Sequence[str]) -> Iterator[str]:
+    """Adapt overrides of mappings with arbitrary keys to Hydra, which merges mappings of known keys.
+
+    With ``++``, they can add keys. A data split is set to null first, so that it has only the sources of the override.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        split = key.lstrip("+")
+        if SPLIT.fullmatch(split) and value.startswith("{") and not _parsed([override])[0].is_sweep_override():
+            yield f"{'++' * key.startswith('+')}{split}=null"
+        yield f"++{override}" if OPEN_MAPPINGS.match(override) else override
 
 
-def compose(overrides: Sequence[str], config_dir: str | None = None) -> Run:
+def compose(overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()) -> Run:
     """Compose the settings of a run from Hydra overrides.
 
-    Raises ValueError naming the key and, if it is unknown, the closest known one.
+    own_keys: further keys of the command, to suggest. Raises ValueError naming the key and, if it is unknown, the
+    closest known one.
     """
-    config = _compose("train", with_mini(overrides), config_dir)
+    config = _compose("train", with_mini(overrides), config_dir, own_keys)
     return read_run(finish(config, config.hydra))
 
 
@@ -116,8 +125,10 @@ def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
     return read(Evaluation, OmegaConf.to_container(config, resolve=True))
 
 
-def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    overrides = _with_open_mappings(overrides)
+def _compose(
+    name: str, overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()
+) -> DictConfig:
+    overrides = [*_with_open_mappings(overrides)]
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     register_choices(overrides)
     GlobalHydra.instance().clear()
@@ -125,7 +136,7 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | None = None)
         try:
             return hydra_compose(name, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(name, error, overrides)) from None
+            raise ValueError(_explain(name, error, overrides, own_keys)) from None
 
 
 def read_line(line: Sequence[str]) -> tuple[list[str], str | None]:
@@ -255,7 +266,7 @@ def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> N
         OmegaConf.update(settings, key, value, merge=False)
 
 
-def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
+def _explain(name: str, error: Exception, overrides: Sequence[str], own_keys: Iterable[str]) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return _unparsable(error)
@@ -282,4 +293,4 @@ def _explain(name: str, error: Exception, overrides: Sequence[str]) -> str:
     if key in shortened:
         value = next(o.partition("=")[2] for o in overrides if o.split("=")[0].lstrip("+~") == key)
         return f"{key}={value} sets a key that {key} does not have; ++{key}.NAME=VALUE adds one"
-    return f"unknown key '{key}'.{suggestion(key, sorted(shortened | known.keys()))}"
+    return f"unknown key '{key}'.{suggestion(key, sorted(shortened | known.keys() | set(own_keys)))}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from .other_trainers import suggestion
@@ -108,7 +109,7 @@ def _bounds(least: float, most: float) -> str:
 
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
-MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping), lambda value, key: MappingProxyType(value))
 
 
 def one_of(*names: str) -> Kind:
@@ -134,9 +135,11 @@ def section(cls: type, expected: str = "a mapping") -> Kind:
 
 def by_name(kind: Kind, expected: str) -> Kind:
     """Accept mappings from arbitrary names to values of one kind."""
-    return Kind(
-        expected, MAPPING.fits, lambda value, key: {name: kind(each, f"{key}.{name}") for name, each in value.items()}
-    )
+
+    def build(value: Mapping, key: str) -> Mapping:
+        return MappingProxyType({name: kind(each, f"{key}.{name}") for name, each in value.items()})
+
+    return Kind(expected, MAPPING.fits, build)
 
 
 NAMES = list_of(TEXT, "a list of names")

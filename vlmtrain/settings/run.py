@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from ..connectors import CONNECTORS, check_options
-from ..data.sources import check_keys
+from ..data.sources import PURPOSES, check_keys
 from ..data.templates import check_fallback
 from ..errors import nearest
 from .fields import (
@@ -89,6 +90,10 @@ class Engine:
     def __post_init__(self) -> None:
         if self.zero_stage == 3 and self.parameter_persistence_threshold is None:
             raise ValueError("engine.zero_stage=3 needs engine.parameter_persistence_threshold: choose engine=zero3")
+
+    def shards_weights(self, world_size: int) -> bool:
+        """Whether each of `world_size` ranks holds only a part of the weights."""
+        return self.zero_stage == 3 and world_size > 1
 
 
 @dataclass(frozen=True)
@@ -182,15 +187,17 @@ def _connector(value: Mapping, key: str) -> ConnectorChoice:
     return ConnectorChoice(name, options)
 
 
-def _stages(value: Mapping, key: str) -> dict[str, Stage]:
+def _stages(value: Mapping, key: str) -> Mapping[str, Stage]:
     complete = [name for name, keys in value.items() if isinstance(keys, Mapping) and "objective" in keys]
     for name, keys in value.items():
         if isinstance(keys, Mapping) and name not in complete:
             raise ValueError(f"{key}.{name}: the recipe has no such stage.{nearest(name, complete)}")
-    return {
-        name: read(Stage, MAPPING(keys, f"{key}.{name}"), f"{key}.{name}.", name=name, position=i)
-        for i, (name, keys) in enumerate(value.items())
-    }
+    return MappingProxyType(
+        {
+            name: read(Stage, MAPPING(keys, f"{key}.{name}"), f"{key}.{name}.", name=name, position=i)
+            for i, (name, keys) in enumerate(value.items())
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -240,9 +247,11 @@ class Run:
                 if name not in CONNECTORS:
                     raise ValueError(f"{key}: unknown connector {name}.{nearest(name, CONNECTORS)}")
                 check_options(name, options, f"{key}.{name}")
-            if stage.validation is not None and stage.validation not in self.data:
-                key, hint = f"{stage.prefix}.validation={stage.validation}", nearest(stage.validation, self.data)
-                raise ValueError(f"{key}: the data group has no such split.{hint}")
+            for option, known in (("data", {*self.data, *PURPOSES}), ("validation", self.data)):
+                split = getattr(stage, option)
+                if split is not None and split not in known:
+                    key, hint = f"{stage.prefix}.{option}={split}", nearest(split, known)
+                    raise ValueError(f"{key}: the data group has no such split.{hint}")
         splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
         check_keys(self.data, splits)
 
@@ -291,7 +300,7 @@ class Run:
 
 def read_run(composed: Mapping[str, Any]) -> Run:
     """Read a run from its composed configuration, given as plain values. Raises ValueError naming the key."""
-    return read(Run, composed, composed=composed)
+    return read(Run, composed, composed=MappingProxyType(composed))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -148,7 +147,7 @@ def _build(
     weights: bool = True,
 ) -> nn.Module:
     if part == "vision":
-        return build_vision(**asdict(run.vision), dtype=dtype, weights=weights)
+        return build_vision(**vars(run.vision), dtype=dtype, weights=weights)
     if part == "llm":
         llm = run.llm
         if llm.provider == "tiny":

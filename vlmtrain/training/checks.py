@@ -35,7 +35,7 @@ def check_run(run: Run, world_size: int) -> None:
     Individual keys are already checked when the settings are read.
     """
     check_metrics(run.validation.metrics)
-    check_tasks(run.validation.lmms_eval, run.engine.zero_stage == 3 and world_size > 1)
+    check_tasks(run.validation.lmms_eval, run.engine.shards_weights(world_size))
     for stage in run.stages.values():
         if stage.objective not in OBJECTIVES:
             raise ValueError(f"{stage.prefix}.objective={stage.objective}: expected one of {', '.join(OBJECTIVES)}")

@@ -63,12 +63,12 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     processor = build_processor(run, stage, skeleton, OBJECTIVES[stage.objective], tokenizer)
     processor.names_pictures = True
     source = build_source(run.data, stage.data, image_size_of(skeleton), run.seed)
-    plan = build_batching(source, processor, stage, world_size=1)
-    steps = min(stage.max_steps or plan.steps_per_epoch, plan.steps_per_epoch)
+    batching = build_batching(source, processor, stage, world_size=1)
+    steps = min(stage.max_steps or batching.steps_per_epoch, batching.steps_per_epoch)
     encoder = _encoder(run, stage, tokenizer)
     cache = FeatureCache.of(run.features, encoder, state_hash(module_state(encoder)))
     device = next(encoder.parameters()).device
-    stream = StepStream(plan, source, processor, 0, 1, 0, steps)
+    stream = StepStream(batching, source, processor, 0, 1, 0, steps)
     loader = step_loader(stream, run.workers, pin_memory=device.type == "cuda")
     problems: list[str] = []
     with (

@@ -37,7 +37,7 @@ from .stage_report import shown_samples, training_table
 from .stage_validation import StageValidation
 from .step import StepRunner
 from .tracking import Trackers
-from .trainable import check_starts, freeze, groups_of, trained_groups, trained_parts
+from .trainable import check_starts, freeze, groups_of, is_frozen, trained_groups
 from .watch import Watch
 
 
@@ -164,7 +164,7 @@ class _Stage:
     def _feature_cache(self, hashes: dict[str, Hashes]) -> FeatureCache | None:
         """The feature cache, if it is enabled and the stage has a frozen encoder."""
         options = self.settings.features
-        if options.cache == "off" or "vision" not in self.parts or "vision" in trained_parts(self.groups):
+        if options.cache == "off" or "vision" not in self.parts or not is_frozen("vision", self.groups):
             return None
         self.processor.names_pictures = True
         return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)
@@ -260,7 +260,7 @@ class _Stage:
             engine.dtype,
             options.batch_size,
             options.max_new_tokens,
-            sync_generation=engine.zero_stage == 3 and self.world.size > 1,
+            sync_generation=self.settings.engine.shards_weights(self.world.size),
             skip_bad=self.settings.on_bad_sample == "skip",
             metrics=options.metrics,
             seed=self.settings.seed,

@@ -23,6 +23,7 @@ from ..errors import some
 from ..model.blocks import block_list
 from ..settings import STAGE_PARTS, Pattern, Stage
 from .adapters import is_adapter
+from .engine.zero import full_shape
 from .quantized import quantized_layers
 
 NEW_TOKENS = "llm.new_tokens"
@@ -51,18 +52,13 @@ class Group:
         return sum(math.prod(shape) for shape in shapes)
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The full shape of a parameter, of which a rank holds only a partition under ZeRO-3."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def groups_of(part: str, groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.part == part]
 
 
-def trained_parts(groups: Sequence[Group]) -> set[str]:
-    """Parts with at least one trained parameter."""
-    return {group.part for group in groups}
+def is_frozen(part: str, groups: Sequence[Group]) -> bool:
+    """Whether nothing of a part trains in `groups`, which may start later in the stage (see `Stage.trains`)."""
+    return not groups_of(part, groups)
 
 
 def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:

@@ -39,8 +39,8 @@ def each_line_is_composed_and_planned_once():
     planned = {}
 
     @functools.cache
-    def compose_once(overrides):
-        return compose(overrides)
+    def compose_once(overrides, **options):
+        return compose(overrides, **options)
 
     def plan_once(run, machine):
         key = json.dumps({**run.composed, "run_dir": ""}, sort_keys=True), machine  # no plan depends on the folder
@@ -51,7 +51,7 @@ def each_line_is_composed_and_planned_once():
     with contextlib.ExitStack() as patches:
         for module in ("budget", "definition", "jobs", "runner"):
             target = f"vlmtrain.ablation.{module}.compose"
-            patches.enter_context(mock.patch(target, lambda overrides: compose_once(tuple(overrides))))
+            patches.enter_context(mock.patch(target, lambda line, **options: compose_once(tuple(line), **options)))
         for module in ("budget", "results"):
             patches.enter_context(mock.patch(f"vlmtrain.ablation.{module}.plan_run", plan_once))
         yield
@@ -164,6 +164,11 @@ LINEAR = ["recipe=quickstart", "connectors=[linear]"]
         (["recipe=quickstart", "connectors=[[linear]]"], "expected a name"),
         (["recipe=quickstart", "connectors=[mlp]", "budget=flop"], "budget=flop: .* Did you mean 'flops'"),
         (["recipe=quickstart", "connectors=[mlp]", "axis.connector=[mlp]"], "axis.connector: connector is set"),
+        ([*LINEAR, "budgt=flops"], "unknown key 'budgt'. Did you mean 'budget'"),
+        ([*LINEAR, "metrc=loss"], "unknown key 'metrc'. Did you mean 'metric'"),
+        ([*LINEAR, "job=2"], "unknown key 'job'. Did you mean 'jobs'"),
+        ([*LINEAR, "rank=2"], "unknown key 'rank'. Did you mean 'ranks'"),
+        ([*LINEAR, "sweep_steps=9"], r"^sweep_steps=9 has no effect without sweep.KEY=\[...\]$"),
         (["recipe=quickstart", "connectors=[mlp]", "axis.llm=tiny"], "axis.llm=tiny: expected a non-empty list"),
         (["recipe=quickstart", "connectors=[mlp]", "axis.llm=[tin]"], "unknown llm 'tin'"),
         (

@@ -52,7 +52,7 @@ def processor(tokenizer) -> Processor:
     return Processor(tokenizer, geometry, "chat", max_length=200)
 
 
-def plan_of(
+def batching_of(
     processor: Processor, micro: int = 2, world: int = 1, bad: tuple[int, ...] = (), seed: int = 0
 ) -> PaddedBatching:
     return PaddedBatching(Mixture({"all": Numbered(bad)}, seed=seed), processor, BATCH, BATCH // (micro * world), micro)
@@ -60,16 +60,16 @@ def plan_of(
 
 def stream(processor: Processor, micro: int = 2, rank: int = 0, world: int = 1, **options) -> StepStream:
     first, last = options.pop("first", 0), options.pop("last", STEPS)
-    plan = plan_of(processor, micro, world, **options)
-    return StepStream(plan, plan.mixture, processor, rank, world, first, last)
+    batching = batching_of(processor, micro, world, **options)
+    return StepStream(batching, batching.mixture, processor, rank, world, first, last)
 
 
 def steps(processor: Processor, *arguments, **options) -> list[StepData]:
     return list(stream(processor, *arguments, **options))
 
 
-def drawn(plan: PaddedBatching, step: int) -> list[int]:
-    return [plan.mixture.draw(position) for position in plan.positions(step)]
+def drawn(batching: PaddedBatching, step: int) -> list[int]:
+    return [batching.mixture.draw(position) for position in batching.positions(step)]
 
 
 def rows(data: StepData) -> Counter:
@@ -97,10 +97,10 @@ def answers(processor: Processor, data: StepData) -> list[int]:
 
 
 def test_every_sample_comes_once_per_epoch(processor):
-    plan = plan_of(processor)
-    assert plan.steps_per_epoch == STEPS
+    batching = batching_of(processor)
+    assert batching.steps_per_epoch == STEPS
     for epoch in range(3):
-        numbers = [drawn(plan, epoch * STEPS + i) for i in range(STEPS)]
+        numbers = [drawn(batching, epoch * STEPS + i) for i in range(STEPS)]
         assert sorted(chain(*numbers)) == list(range(SIZE))
         assert [len(step) for step in numbers] == [BATCH, BATCH, BATCH, SIZE - 3 * BATCH]
 
@@ -182,15 +182,15 @@ def test_rows_of_a_micro_batch_have_similar_lengths(processor):
 @pytest.mark.parametrize("world", [1, 2])
 def test_bad_samples_are_reported_skipped_and_not_replaced(processor, world):
     bad = (4, 11, 12)
-    plan = plan_of(processor, bad=bad)
+    batching = batching_of(processor, bad=bad)
     ranks = [steps(processor, 2, rank, world, bad=bad) for rank in range(world)]
     reported = []
     for step, shares in enumerate(zip(*ranks)):
         trained = sorted(chain(*(answers(processor, share) for share in shares)))
-        assert trained == sorted(set(drawn(plan, step)) - set(bad))
+        assert trained == sorted(set(drawn(batching, step)) - set(bad))
         assert {len(share.micro_batches) for share in shares} == {BATCH // (2 * world)}
         found = [record for share in shares for record in share.bad]
-        assert [plan.mixture.draw(record.position) for record in found] == [record.index for record in found]
+        assert [batching.mixture.draw(record.position) for record in found] == [record.index for record in found]
         reported += found
     assert sorted((r.index, r.problem) for r in reported) == [(i, f"sample {i}: broken") for i in bad]
 

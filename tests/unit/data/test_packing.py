@@ -112,16 +112,16 @@ def processor(tokenizer) -> Processor:
 
 def stream(processor, micro=None, rank=0, world=1, bad=(), first=0, last=STEPS, cursor=None) -> StepStream:
     mixture = Mixture({"all": Numbered(bad)}, seed=0)
-    plan = PackedBatching(mixture, processor, BATCH, micro, world)
-    return StepStream(plan, mixture, processor, rank, world, first, last, cursor)
+    batching = PackedBatching(mixture, processor, BATCH, micro, world)
+    return StepStream(batching, mixture, processor, rank, world, first, last, cursor)
 
 
 def test_packing_by_source_keeps_sources_apart_and_their_shares(processor):
     sources = {"one": Numbered(), "two": Numbered(), "three": Numbered()}
     mixture = Mixture(sources, {"one": 24, "two": 12, "three": 6}, seed=0)
     drawn = torch.zeros(3)
-    plan = PackedBatching(mixture, processor, BATCH, None, 1, by_source=True)
-    steps = islice(plan.steps(0, None, 0, 1), 40)
+    batching = PackedBatching(mixture, processor, BATCH, None, 1, by_source=True)
+    steps = islice(batching.steps(0, None, 0, 1), 40)
     for step in steps:
         for row in step.rows:
             kinds = {mixture.source_number(sample.index) for sample in row}

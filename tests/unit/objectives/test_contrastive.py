@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import open_clip
 import pytest
 import torch
@@ -26,7 +24,7 @@ from vlmtrain.training.run import check_stages
 def parts(tokenizer):
     torch.manual_seed(0)
     settings = compose(["recipe=quickstart"])
-    vision = build_vision(**asdict(settings.vision))
+    vision = build_vision(**vars(settings.vision))
     return vision, build_objective("contrastive", settings.vision, tokenizer, {})
 
 

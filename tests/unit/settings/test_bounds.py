@@ -59,6 +59,27 @@ def test_sources_of_the_wrong_kind_are_named(data, said):
         build_source(LLAVA | data, "instruct", (48, 48), seed=0)
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("data.instruct.size=-1", "data.instruct.size=-1: expected an integer above 0 and below 10,000,000,000"),
+        ("data.instruct.size=2.5", "data.instruct.size=2.5: expected an integer"),
+        ("data.instruct.size=many", "data.instruct.size=many: expected an integer"),
+        ("data.instruct.split=[text]", r"data.instruct.split=\['text'\]: expected one of caption, text"),
+        ("data.instruct={size: 8}", "data.instruct.split=None: expected one of caption, text"),
+        ("data.instruct={a: {split: tex, size: 8}}", "data.instruct.a.split=tex: expected one of caption, text"),
+        ("data.difficulty=[1]", r"data.difficulty=\[1\]: expected one of 1, 2, 3"),
+        ("+data.instruct.difficulty=4", "data.instruct.difficulty=4: expected one of 1, 2, 3"),
+        ("data.categories=3", "data.categories=3: expected a list of some of color, shape"),
+        ("data.categories=color", "data.categories=color: expected a list of some of color, shape"),
+    ],
+)
+def test_options_of_procedural_data_out_of_bounds_are_named(line, said):
+    data = compose(["recipe=quickstart", "data=probes", line]).data
+    with pytest.raises(ValueError, match=f"^{said}"):
+        build_source(data, "instruct", (48, 48), seed=0)
+
+
 @pytest.mark.parametrize("group", [{"format": "webdataset"}, LLAVA])
 def test_a_source_of_another_format_needs_no_keys_of_its_group(group, tmp_path):
     import datasets

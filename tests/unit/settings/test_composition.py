@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from vlmtrain.settings import compose
-from vlmtrain.settings.composition import _swept
+from vlmtrain.settings.composition import _swept, read_line
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 
 
@@ -39,6 +39,32 @@ def test_a_command_adds_to_the_mappings_of_a_recipe(line):
     run = compose(["recipe=llava_1_5_lora", "stages.instruct.train.vision=1e-5", f"stages.instruct.{line}"])
     lora = run.stages["instruct"].lora
     assert (lora["vision"].rank, lora["llm"].rank) == (8, 128)
+
+
+SOURCES = "{a: {split: caption, size: 8}, b: {split: text, size: 4}}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [f"data.align={SOURCES}"],
+        [f"+data.align={SOURCES}"],
+        [f"++data.align={SOURCES}"],
+        ["data.align=x", f"data.align={SOURCES}"],
+        ["data.align={c: {split: caption, size: 2}}", f"data.align={SOURCES}"],
+        ["data.align={a: {split: caption, size: 9}, b: {split: text, size: 4}}", "data.align.a.size=8"],
+    ],
+)
+def test_a_data_split_in_the_command_replaces_that_of_the_recipe(line):
+    expected = {"a": {"split": "caption", "size": 8}, "b": {"split": "text", "size": 4}}
+    assert compose(["recipe=quickstart", *line]).data["align"] == expected
+    words, _ = read_line(["recipe=quickstart", *line])
+    assert compose(words).data["align"] == expected
+
+
+def test_columns_in_the_command_add_to_those_of_the_group():
+    columns = compose(["recipe=llava_1_5", "data=hf", "data.columns={image: picture}"]).data["columns"]
+    assert columns["image"] == "picture" and "question" in columns
 
 
 def test_mini_replaces_groups_except_those_that_the_command_names():

@@ -85,6 +85,7 @@ def plan(*overrides: str) -> None:
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
         (["stages.instruct.train.llm=true"], "stages.instruct.train.llm=True: expected a positive learning rate"),
         (["stages.instruct.validation=validaton"], "no such split. Did you mean 'validation'?"),
+        (["stages.instruct.data=instrct"], "no such split. Did you mean 'instruct'?"),
         (["modules=3"], "modules=3: expected a list of module names"),
         (["data.format=null"], "data.format=None: expected one of"),
         (["connector.name=null"], "Unknown connector 'None'"),
@@ -96,6 +97,7 @@ def plan(*overrides: str) -> None:
         (["connectors=linear,mlp"], "connectors=linear,mlp has several values: --multirun trains each"),
         (["connector=linear,mlp"], "vlmtrain ablate compares connectors"),
         (["vision=[a,b]"], "unknown vision 'b'"),
+        (["gpu=3"], "unknown key 'gpu'. Did you mean 'gpus'?"),
         (["modules=[x"], "modules=[x cannot be parsed; quote values with special characters"),
         (["run_dir=/tmp/\u00fc"], "cannot be parsed; quote values with special characters: 'KEY=\"VALUE\"'"),
     ],
@@ -203,3 +205,7 @@ def test_settings_cannot_be_changed():
     for thing, name in ((run, "seed"), (run.stages["align"], "max_steps"), (run.engine, "zero_stage")):
         with pytest.raises(AttributeError):
             setattr(thing, name, 1)
+    stage = run.stages["align"]
+    for mapping in (run.composed, run.stages, run.data, run.llm.config, stage.train):
+        with pytest.raises(TypeError):
+            mapping["align"] = 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from vlmtrain.training.engine import joining
 from vlmtrain.training.engine.joining import KNOWN_DEEPSPEED, check_version
 
 from ...conftest import ROOT
@@ -27,3 +29,9 @@ def test_other_versions_are_refused(version):
 def test_the_package_requires_the_same_versions():
     (required,) = re.findall(r'"deepspeed>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert required == KNOWN_DEEPSPEED
+
+
+def test_the_check_lists_the_private_attributes():
+    read = "".join(file.read_text() for file in Path(joining.__file__).parent.glob("*.py") if file.stem != "joining")
+    private = r"\b(?:ds_|_hp_|_dp_)\w+|\b(?:sub_group|fp32_partitioned)\w+"
+    assert set(re.findall(private, read)) == set(re.findall(private, check_version.__doc__))

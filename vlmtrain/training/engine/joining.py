@@ -41,8 +41,9 @@ def join_world(timeout: float = 3600.0) -> World:
 def check_version(version: str) -> None:
     """Raise ValueError for a DeepSpeed version whose private attributes may differ from those that this folder uses.
 
-    The state of ZeRO-1 and 2 is read from ``_hp_mapping`` and ``_dp_group`` of parameters, that of ZeRO-3 from
-    ``ds_id`` and ``ds_shape``. There is no public API for them.
+    The state of ZeRO-1 and 2 is read from ``_hp_mapping`` and ``_dp_group`` of parameters, that of ZeRO-3 from their
+    ``ds_shape``, ``ds_tensor`` and ``ds_process_group``, and from ``sub_group_to_group_id`` and
+    ``fp32_partitioned_groups_flat`` of the optimizer. There is no public API for them.
     """
     first, end = map(Version, KNOWN_DEEPSPEED)
     if not first <= Version(version) < end:

@@ -18,7 +18,7 @@ from ...settings import Engine, Stage
 from ...settings.stage import OptimizerOptions
 from ..feature_cache import FeatureCache
 from ..optimizer import Schedule, parameter_groups
-from ..trainable import Group, trained_parts
+from ..trainable import Group, is_frozen
 from .state import TrainingState
 
 # Clipping at this norm has no effect, but makes every engine report the norm.
@@ -57,10 +57,9 @@ class StageEngine:
         self.schedule = schedule
         self.parts = parts
         vision = parts.get("vision")
-        is_frozen = "vision" not in trained_parts(groups)
         self._groups = groups
         self.feature_cache: FeatureCache | None = None
-        self._frozen_vision = vision.to(device) if vision is not None and is_frozen else None
+        self._frozen_vision = vision.to(device) if vision is not None and is_frozen("vision", groups) else None
         inside = None if self._frozen_vision is not None else vision
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
         # DeepSpeed without ZeRO cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
