@@ -32,6 +32,7 @@ NOT_RUN = {
     r"python -m lmms_eval ": "another project's command; tests/integration/test_lmms_eval.py answers its tasks",
     r"python benchmarks/": "minutes of measuring on a machine that does nothing else",
     r"sbatch ": "there is no SLURM; what it starts is the line of launch/nodes.sh, which runs here",
+    r"vlmtrain push ": "uploads to the Hub; tests/unit/cli/test_push.py has a stub of it",
     r"vlmtrain chat .*--web": "serves until interrupted; tests/integration/test_chat.py talks with the page",
 }
 
