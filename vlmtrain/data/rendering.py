@@ -235,7 +235,7 @@ class Renderer:
             if end is None:
                 raise BadSample(
                     f"{conversation.id}: the chat template puts {after[:20]!r} after the assistant's text, which does "
-                    "not start with a token of this tokenizer: choose another template, or add the token with "
+                    "not start with an end-of-turn token of this tokenizer: choose another template, or add it with "
                     "llm.new_tokens"
                 )
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]

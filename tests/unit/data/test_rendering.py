@@ -392,11 +392,11 @@ def test_an_unknown_template_is_an_error_that_names_the_nearest(tokenizer):
     [
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-            "does not start with a token of this tokenizer",
+            "does not start with an end-of-turn token of this tokenizer",
         ),
         (
             "{% for m in messages %}{{ m.content + '.' + eos_token }}{% endfor %}",
-            "does not start with a token of this tokenizer",
+            "does not start with an end-of-turn token of this tokenizer",
         ),
         ("{{ messages[-1].content + eos_token }}", "does not render every turn once and in order"),
         (
