@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -128,6 +129,6 @@ def test_wandbs_id_is_saved_before_wandb_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            WandB("offline", "project", tmp_path, {})
+            WandB(SimpleNamespace(wandb="offline", wandb_project="project", composed={}), tmp_path)
     (first, kept), (second, _) = known
     assert first == kept == second

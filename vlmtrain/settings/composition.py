@@ -178,7 +178,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
         mini = OmegaConf.to_container(settings.pop("mini_options"))
         recipe = {group: OmegaConf.to_container(settings.pop(f"{group}_options")) for group in OPTION_GROUPS}
         small = {group: mini.pop(f"{group}_options", {}) for group in OPTION_GROUPS}
-        _check_unselected(settings, mini, (recipe, small), hydra.searchpath)
+        _check_unselected(settings, mini, (recipe, small), named, hydra.searchpath)
         for by_group in (recipe, small) if settings.mini else (recipe,):
             for group, by_choice in by_group.items():
                 options = by_choice.get(hydra.runtime.choices[group])
@@ -229,11 +229,20 @@ def _unparsable(error: OverrideParseException) -> str:
 
 
 def _check_unselected(
-    settings: DictConfig, mini: Mapping, options: Iterable[Mapping[str, Mapping]], searchpath: Iterable[str]
+    settings: DictConfig,
+    mini: Mapping,
+    options: Iterable[Mapping[str, Mapping]],
+    named: Iterable[str],
+    searchpath: Iterable[str],
 ) -> None:
-    """Raise ValueError for options of mini runs, or of choices that are not selected, that do not exist."""
+    """Raise ValueError for options of mini runs, or of choices that are not selected, that do not exist.
+
+    named: keys that the command sets or removes.
+    """
     known = dict(flatten(OmegaConf.to_container(settings)))
     for key, _ in flatten(mini, is_leaf=lambda key: key in known):
+        if any(f"{key}.".startswith(f"{name}.") for name in named):
+            continue
         if key not in known and not any(each.startswith(f"{key}.") for each in known):
             raise ValueError(f"mini_options sets {key}, which does not exist.{suggestion(key, known)}")
     folders = [CONFIGS, *(Path(path.removeprefix("file://")) for path in searchpath)]

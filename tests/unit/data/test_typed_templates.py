@@ -47,7 +47,7 @@ def test_blips_processors_insert_images_and_the_first_token_themselves(kind):
 
 def test_a_template_that_renders_differently_is_refused():
     processor = speaking("tiny", "vicuna_v1")  # whose template now numbers the turns
-    processor.renderer._chat = processor.renderer._chat.replace("' USER: '", "' USER ' ~ loop.index ~ ' '")
+    processor.renderer._chat = processor.renderer._chat.replace("'USER: '", "'USER ' ~ loop.index ~ ' '")
     processor.renderer._literals.clear()
     with pytest.raises(ValueError, match="would give other tokens than in training"):
         typed_speech(processor)
