@@ -27,7 +27,7 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 
 table: $(BIN)/.installed  ## measure connectors, exports and imports against their references and update the tables
-	$(BIN)/python benchmarks/connector_table.py --write README.md
+	$(BIN)/python benchmarks/connector_table.py --write docs/connectors.md
 	$(BIN)/python benchmarks/parity_table.py --write docs/recipes.md
 
 clean:

@@ -1,4 +1,4 @@
-"""The README's table of recipes agrees with the recipes."""
+"""The documentation's table of recipes agrees with the recipes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = {
 PART = {word: part for part, words in PARTS.items() for word in words} | {"adapters": "llm"}
 ROWS = {
     cells[0].strip("`"): cells[1:]
-    for line in (ROOT / "README.md").read_text().partition("| recipe | stages |")[2].splitlines()
+    for line in (ROOT / "docs" / "recipes.md").read_text().partition("| recipe | stages |")[2].splitlines()
     if len(cells := [cell.strip() for cell in line.strip("|").split(" | ")]) == 5
 }
 
