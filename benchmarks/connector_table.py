@@ -1,7 +1,7 @@
 """Table of all connectors: size, tokens, and difference from the reference.
 
     python benchmarks/connector_table.py                     # print the table
-    python benchmarks/connector_table.py --write docs/connectors.md   # write it between the connectors markers of a file
+    python benchmarks/connector_table.py --write docs/connectors.md   # write it between the markers of a file
 
 All values are measured: tokens and parameters on the meta device, errors with the parity cases of the tests.
 """
