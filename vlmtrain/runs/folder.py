@@ -153,4 +153,8 @@ def _binding(config: dict, began: list[str]) -> dict:
     features = config.get("features", {})
     if features.get("cache", "off") == "off":
         config["features"] = {**features, "dtype": None}
-    return {key: value for key, value in flatten(config) if not changes_no_update(key)}
+    # with early stopping, validation decides the number of steps
+    early = [name for name, stage in config["stages"].items() if stage.get("early_stopping") is not None]
+    deciding = {f"stages.{name}.{key}" for name in early for key in ("validate_every", "validation")}
+    deciding |= {"validation.samples"} if early else set()
+    return {key: value for key, value in flatten(config) if key in deciding or not changes_no_update(key)}

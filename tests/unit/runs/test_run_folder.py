@@ -68,3 +68,15 @@ def test_keys_that_the_run_did_not_know_yet_have_their_old_meaning(begun, home):
     begun.check_same(run_on(home, begun.root))
     with pytest.raises(ValueError, match=r"data\.repair=True would change the run"):
         begun.check_same(run_on(home, begun.root, "data.repair=true"))
+
+
+def test_with_early_stopping_validation_may_not_change(home, tmp_path):
+    folder = RunFolder(tmp_path / "early")
+    early = (f"data.validation={home / 'a.json'}", "stages.align.early_stopping=2", "stages.align.validate_every=5")
+    folder.write_config(run_on(home, folder.root, *early), {})
+    (folder.stage("align") / "metrics.jsonl").parent.mkdir(parents=True)
+    (folder.stage("align") / "metrics.jsonl").touch()
+    folder.check_same(run_on(home, folder.root, *early, "validation.max_new_tokens=3"))
+    for change in ("validation.samples=7", "stages.align.validate_every=6"):
+        with pytest.raises(ValueError, match=f"{change} would change the run"):
+            folder.check_same(run_on(home, folder.root, *early, change))
