@@ -26,10 +26,10 @@ from .mixture import Concatenation
 from .record_reader import KEYS, RecordReader, record_name
 from .records import BadSample, Conversation
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif")
 UNSUPPORTED = ("mp4", "avi", "mov", "mkv", "webm", "mp3", "wav", "flac", "ogg", "heic")
 WORDS = ("json", "txt", "caption")
-MAX_PICTURE = 2**30
+MAX_IMAGE = 2**30
 MAX_WORDS = 16 * 2**20
 """Maximum sizes of a member in bytes."""
 MAX_SHARDS = 100_000
@@ -88,7 +88,7 @@ class _Shard:
         where, id = f"{self.path.name} record {index}", _key(members[0].name)[0]
         name = record_name(where, id)
         self._check(members, name)
-        pictures = sorted((m for m in members if m.extension.rpartition(".")[2] in PICTURES), key=_natural)
+        image_members = sorted((m for m in members if m.extension.rpartition(".")[2] in IMAGES), key=_natural)
         words = {member.extension: member for member in members if member.extension in WORDS}
         record = self._json(words["json"], name) if "json" in words else {}
         captions = [key for key in ("txt", "caption") if key in words]
@@ -99,10 +99,10 @@ class _Shard:
             record = {**others, "caption": self._text(words[captions[0]], name)}
         if not record:
             raise BadSample(f"{name}: expected a .txt, a .caption or a .json, got none of these")
-        images = tuple(ImageInFile(self.path, m.offset, m.size, m.name) for m in pictures)
+        images = tuple(ImageInFile(self.path, m.offset, m.size, m.name) for m in image_members)
         conversation = self.reader.read(record, where, id, images)
-        further = [f".{m.extension}" for m in members if m.extension not in WORDS and m not in pictures]
-        return replace(conversation, unused=(*conversation.unused, *further))
+        others = [f".{m.extension}" for m in members if m.extension not in WORDS and m not in image_members]
+        return replace(conversation, unused=(*conversation.unused, *others))
 
     def _members(self, index: int) -> list[_Member]:
         columns, members = self.index, []
@@ -124,7 +124,7 @@ class _Shard:
                 raise BadSample(f"{what} is truncated: it has {member.size} bytes, but the shard ends before them")
             if member.extension.rpartition(".")[2] in UNSUPPORTED:
                 raise BadSample(f"{what} is not supported: only images are")
-            if member.size > (MAX_WORDS if member.extension in WORDS else MAX_PICTURE):
+            if member.size > (MAX_WORDS if member.extension in WORDS else MAX_IMAGE):
                 raise BadSample(f"{what} has {member.size} bytes: too many")
         if len({member.extension for member in members}) < len(members):
             raise BadSample(f"{name}: two members with the same name: {printable(', '.join(m.name for m in members))}")

@@ -101,9 +101,9 @@ def _probe(processor: Processor) -> Batch:
     pixels = torch.randint(0, 256, (height, width + width // 2, 3), generator=torch.Generator().manual_seed(0))
     encoded = BytesIO()
     Image.fromarray(pixels.to(torch.uint8).numpy()).save(encoded, "PNG")
-    picture = ImageInMemory(encoded.getvalue(), "probe")
+    image = ImageInMemory(encoded.getvalue(), "probe")
     question = Turn("user", f"{IMAGE_MARK}\nWhat is this?")
-    return processor.collate([processor.prompt(Conversation("probe", (question,), (picture,)))])
+    return processor.collate([processor.prompt(Conversation("probe", (question,), (image,)))])
 
 
 def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:

@@ -169,7 +169,7 @@ def _frame(
 
 
 def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float]:
-    """Exponential moving average with bias correction; it does not change where there is no value."""
+    """Exponential moving average with bias correction; missing values leave it unchanged."""
     out, mean, norm = [], 0.0, 0.0
     for value in values:
         if value is not None:

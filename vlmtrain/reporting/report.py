@@ -168,7 +168,7 @@ def _cards(samples: list[dict]) -> str:
         by_conversation.setdefault(sample["conversation"], []).append(sample)
     cards = []
     for answers in list(by_conversation.values())[:MAX_CARDS]:
-        pictures = "".join(f'<img src="{uri}" alt="">' for uri in answers[0]["pictures"] if IMAGE.fullmatch(uri))
+        images = "".join(f'<img src="{uri}" alt="">' for uri in answers[0]["pictures"] if IMAGE.fullmatch(uri))
         lines = []
         for answer in answers:
             verdict = "right" if answer["exact"] else "wrong"
@@ -178,5 +178,5 @@ def _cards(samples: list[dict]) -> str:
                 f'<dd class="{verdict}">{escape(answer["prediction"] or "(nothing)")}</dd>{reference}'
                 f'<dd class="quiet">blind: {escape(answer["blind_prediction"] or "(nothing)")}</dd>'
             )
-        cards.append(f'<div class="card">{pictures}<dl>{"".join(lines)}</dl></div>')
+        cards.append(f'<div class="card">{images}<dl>{"".join(lines)}</dl></div>')
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""

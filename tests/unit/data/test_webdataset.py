@@ -226,7 +226,7 @@ def test_a_sparse_member_is_a_bad_sample(tmp_path):
 
 
 def test_members_of_absurd_size_are_bad_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(webdataset, "MAX_PICTURE", 50)
+    monkeypatch.setattr(webdataset, "MAX_IMAGE", 50)
     monkeypatch.setattr(webdataset, "MAX_WORDS", 10)
     members = [("a.png", picture()), ("a.txt", "x"), ("b.gif", b"small"), ("b.txt", "x" * 11)]
     source = WebDataset(write(tmp_path / "a.tar", members))
