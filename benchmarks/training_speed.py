@@ -272,7 +272,7 @@ def build_model(case: Case) -> None:
     processor.save_pretrained(folder / "model")
     export(folder / "model", folder / "export", "llava")
     image_id = json.loads((folder / "export" / "config.json").read_text())["image_token_index"]
-    source = build_source(settings.data, name, image_size_of(parts), settings.seed)
+    source = build_source(settings.data.split(name), image_size_of(parts), settings.seed)
     batching = build_batching(source, processor, settings.stages[name], 1)
     records = json.loads((folder / "data.json").read_text())
     with (folder / "samples.jsonl").open("w") as file:

@@ -56,7 +56,7 @@ def record(folder: Path, settings: Run, world: World) -> None:
     (folder / "trained.json").write_text(json.dumps(trained))
     model_dir = folder / "instruct" / "model"
     processor = Processor.from_pretrained(model_dir)
-    source = build_source(settings.data, "validation", processor.geometry.size, settings.seed)
+    source = build_source(settings.data.split("validation"), processor.geometry.size, settings.seed)
     validator = Validator(source, processor, world, torch.float32, settings.validation.batch_size, 2)
     with torch.no_grad():
         loss = validator.loss(VLMWrapper.from_pretrained(model_dir), settings.validation.final_samples)

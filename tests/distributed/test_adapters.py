@@ -59,7 +59,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     stage, tokenizer, objective = settings.stages["instruct"], build_tokenizer(settings), LanguageModelling()
     parts = build_parts(settings, stage, start, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
-    source = build_source(settings.data, "instruct", image_size_of(parts), settings.seed)
+    source = build_source(settings.data.split("instruct"), image_size_of(parts), settings.seed)
     batching = build_batching(source, processor, stage, 1)
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
@@ -241,7 +241,7 @@ def test_adapters_start_only_from_the_weights_they_were_trained_on(tokenizer, tm
     [
         ("{llm: {targets: [qproj]}}", "lora.llm.targets: qproj matches no linear layer; there are down_proj"),
         ("{llm: {rang: 8}}", "Did you mean 'stages.instruct.lora.llm.rank'?"),
-        ("{llm: {rank: 0}}", "lora.llm.rank=0: expected a positive whole number"),
+        ("{llm: {rank: 0}}", "lora.llm.rank=0: expected an integer of at least 1"),
         ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected a number of at least 0 and below 1"),
         ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
         ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),

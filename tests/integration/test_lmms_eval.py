@@ -31,6 +31,7 @@ from vlmtrain.interop.lmms import Model, Picture, manifest
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
+from vlmtrain.settings.data import read_data
 from vlmtrain.training.assembly import build_parts, build_tokenizer
 from vlmtrain.training.processing import build_processor
 
@@ -150,9 +151,8 @@ def own_task(tmp_path_factory) -> Path:
 
 
 def probes():
-    return build_source(
-        {"format": "probes", "validation": {"split": "validation", "size": 12}}, "validation", (48, 48), 0
-    )
+    data = read_data({"format": "probes", "validation": {"split": "validation", "size": 12}})
+    return build_source(data.split("validation"), (48, 48), 0)
 
 
 def evaluated(model: Model, task: Path) -> dict:

@@ -17,6 +17,7 @@ from vlmtrain.evaluation.validation import Validator
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
+from vlmtrain.settings.data import read_data
 from vlmtrain.training.assembly import build_parts, build_tokenizer
 from vlmtrain.training.processing import build_processor
 
@@ -51,7 +52,7 @@ def questions(tmp_path_factory) -> list[Conversation]:
     records.append({"conversations": [human("What shape?"), {**gpt("red"), "choices": CHOICES[:2]}]})
     (folder / "v.json").write_text(json.dumps(records))
     data = {"format": "llava_json", "images": str(folder), "validation": str(folder / "v.json")}
-    return build_source(data, "validation", (48, 48), 0)
+    return build_source(read_data(data).split("validation"), (48, 48), 0)
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ PACKAGE = Path(vlmtrain.__file__).parent
 LAYERS = (
     {"errors", "files", "time_limit", "distributed", "tiling"},
     {"connectors"},
-    {"data", "model"},
-    {"settings"},
+    {"model"},
+    {"data", "settings"},
     {"objectives", "reporting", "runs", "evaluation"},
     {"training"},
     {"planning", "interop"},

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ..errors import first_line, nearest
 from ..files import read_json
 from ..settings import Run, compose
+from ..settings.fields import whole
 
 OWN_KEYS = ("connectors", "seeds", "jobs", "ranks", "run_dir", "budget", "metric", "sweep_steps")
 BUDGETS = ("steps", "samples", "flops", "wall")
@@ -117,13 +118,13 @@ def read_line(overrides: Sequence[str]) -> Ablation:
         raise ValueError(f"sweep_steps={own['sweep_steps']} has no effect without sweep.KEY=[...]")
     _check_budget(own.get("budget", "steps"), by_key)
     choices = _choices(own, by_key["axis"])
-    seeds = tuple(_whole(seed, "seeds", least=0) for seed in _list(own.get("seeds", [0]), "seeds"))
+    seeds = tuple(whole(0)(seed, "seeds") for seed in _list(own.get("seeds", [0]), "seeds"))
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: duplicate entry")
     name = compose([*line, *choices[0].line], own_keys=OWN_KEYS).name
     folder = Path(own.get("run_dir") or f"runs/ablation-{name}")
-    numbers = {key: _whole(own.get(key, 1), key, least=1) for key in ("jobs", "ranks")}
-    numbers["sweep_steps"] = _whole(own.get("sweep_steps", 100), "sweep_steps", least=1)
+    numbers = {key: whole(1)(own.get(key, 1), key) for key in ("jobs", "ranks")}
+    numbers["sweep_steps"] = whole(1)(own.get("sweep_steps", 100), "sweep_steps")
     metric = own.get("metric", "exact_match")
     return Ablation(
         tuple(line),
@@ -186,12 +187,6 @@ def _value(override: str) -> Any:
 def _list(value: Any, key: str) -> list:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{key}={value}: expected a non-empty list")
-    return value
-
-
-def _whole(value: Any, key: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key}={value}: expected an integer of at least {least}")
     return value
 
 

@@ -12,6 +12,7 @@ from ..errors import nearest
 from ..evaluation.scores import METRICS, Answer
 from ..files import make_folder, read_json, replace_text
 from ..settings import Run, compose
+from ..settings.data import Split
 from ..settings.free_keys import changes_no_result
 from ..training.checks import check_run
 from .budget import Undecided, decide
@@ -55,11 +56,11 @@ def _check_choice(ablation: Ablation, choice: Choice) -> None:
     if not run.validates(last):
         key = f"{last.prefix}.validation" if last.validation is None else f"data.{last.validation}"
         raise ValueError(f"{key}=null: expected validation data; an ablation compares answers after stage {last.name}")
-    _check_metric(ablation.metric, run, last.validation)
+    _check_metric(ablation.metric, run, run.data.split(last.validation))
     _check_sweep(ablation, choice, run)
 
 
-def _check_metric(metric: str, run: Run, split: str) -> None:
+def _check_metric(metric: str, run: Run, split: Split) -> None:
     """Raise ValueError for a metric that no answer of the jobs would have."""
     named = run.validation.metrics
     computed = METRICS if named is None else ["exact_match", *named]
@@ -72,10 +73,10 @@ def _check_metric(metric: str, run: Run, split: str) -> None:
     if metric == "exact_match":
         return  # applies to every question
     judge = METRICS[known[metric]]
-    source = build_source(run.data, split, (224, 224), run.seed)
+    source = build_source(split, (224, 224), run.seed)
     size = min(len(source), run.validation.final_samples or len(source))
     if not any(map(judge.recognised if named is None else judge.fits, _questions(source, size))):
-        said = f"it requires {judge.needs}, which none of the {size} conversations of data.{split} has"
+        said = f"it requires {judge.needs}, which none of the {size} conversations of data.{split.name} has"
         if any(map(judge.fits, _questions(source, size))):
             said += f"; validation.metrics=[{known[metric]}] uses the reference answers"
         raise ValueError(f"metric={metric}: {said}")

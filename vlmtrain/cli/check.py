@@ -68,7 +68,8 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
     splits = [stage.data]
     if stage.validation != stage.data and settings.validates(stage):
         splits.append(stage.validation)
-    mixtures = {split: build_source(settings.data, split, image_size_of(parts), settings.seed) for split in splits}
+    size = image_size_of(parts)
+    mixtures = {split: build_source(settings.data.split(split), size, settings.seed) for split in splits}
     progress = sys.stderr.isatty()
     checked = {
         split: check_data(mixture, processor, options.workers, progress, held_out=split != stage.data)

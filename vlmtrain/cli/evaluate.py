@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = processor.geometry.size if processor.geometry else (224, 224)
-    source = build_source(settings.data, "validation", size, settings.seed)
+    source = build_source(settings.data.split("validation"), size, settings.seed)
     limits = settings.validation
     world, sizes = World(0, 1, device), (limits.batch_size, limits.max_new_tokens)
     draw = {"metrics": limits.metrics, "seed": settings.seed}

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..runs.reproduction import reproduce
+    from ..settings.fields import optional, whole
 
-    if options.ranks is not None and options.ranks < 1:
-        raise ValueError(f"--ranks {options.ranks}: expected an integer of at least 1")
+    optional(whole(1))(options.ranks, "--ranks")
     done = reproduce(options.run_dir, options.out, options.ranks)
     if options.json:
         stages = {

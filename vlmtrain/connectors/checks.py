@@ -17,14 +17,14 @@ def require_positive(**options: int) -> None:
     """Check that each option is a positive integer."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"connector.{name}={value!r}: expected a positive integer")
+            raise ValueError(f"connector.{name}={value!r}: expected an integer of at least 1")
 
 
 def require_not_negative(**options: int) -> None:
     """Check that each option is a non-negative integer."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"connector.{name}={value!r}: expected a non-negative integer")
+            raise ValueError(f"connector.{name}={value!r}: expected an integer of at least 0")
 
 
 def require_fraction(**options: float) -> None:

@@ -289,7 +289,7 @@ class Processor:
         try:
             saved, reader = settings.pop("geometry"), settings.pop("reader", None)
             if type(settings.get("max_length")) is not int:
-                raise ValueError(f"max_length={settings.get('max_length')}: expected a whole number")
+                raise ValueError(f"max_length={settings.get('max_length')}: expected an integer")
             geometry = saved and Geometry(**{key: as_tuple(value) for key, value in saved.items()})
             if reader:
                 own = folder / OWN_TOKENIZER

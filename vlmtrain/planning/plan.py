@@ -19,6 +19,7 @@ from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
 from ..objectives.token_losses import token_losses
 from ..settings import STAGE_PARTS, Expected, Run, Stage
+from ..settings.fields import POSITIVE, whole
 from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
 from ..training.processing import build_geometry, check_lengths, image_size_of
@@ -84,8 +85,7 @@ class StagePlan:
 def plan_run(run: Run, machine: Machine) -> list[StagePlan]:
     """Plan the stages of a run. Raises ValueError for invalid settings."""
     for name, value in vars(machine).items():
-        if not 0 < value < math.inf or (name == "gpus" and value != int(value)):
-            raise ValueError(f"{name}={value}: expected a positive {'whole ' * (name == 'gpus')}number")
+        (whole(1) if name == "gpus" else POSITIVE)(value, name)
     if machine.utilisation > 1:
         raise ValueError(f"utilisation={machine.utilisation}: expected a fraction of at most 1")
     check_run(run, 1)
@@ -102,7 +102,7 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     tokens = min(stage.max_length, _tokens(expected, geometry))
     samples = expected.samples
     if run.data.get(stage.data) is not None:
-        samples = build_source(run.data, stage.data, image_size_of(parts), run.seed).epoch_size
+        samples = build_source(run.data.split(stage.data), image_size_of(parts), run.seed).epoch_size
     steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
     check_starts(groups, stage, steps)
     needed = computed = 0.0
@@ -145,7 +145,7 @@ class _Vocabulary:
         from ..model.tiny_tokenizer import build_tiny_tokenizer
 
         if run.llm.provider == "tiny":
-            self.size = len(build_tiny_tokenizer(vocabulary(run.data)))
+            self.size = len(build_tiny_tokenizer(vocabulary(run.data.format)))
         else:
             path = run.llm.path
             config = published_llm(path) or load_hf_config(path, "llm.path").get_text_config().to_dict()

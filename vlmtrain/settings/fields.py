@@ -90,7 +90,7 @@ def optional(kind: Kind) -> Kind:
 
 def whole(least: float = -LARGEST, most: float = LARGEST) -> Kind:
     """Accept integers within inclusive bounds."""
-    return Kind(f"a whole number{_bounds(least, most)}", lambda value: type(value) is int and least <= value <= most)
+    return Kind(f"an integer{_bounds(least, most)}", lambda value: type(value) is int and least <= value <= most)
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Kind:
@@ -104,16 +104,24 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
 
 
 def _bounds(least: float, most: float) -> str:
-    return (f" from {least:,}" if least > -LARGEST else "") + (f" to {most:,}" if most < math.inf else "")
+    """Bounds in words. `LARGEST` and its negative are not worth saying."""
+    if most < LARGEST:
+        return f" from {least:,} to {most:,}" if least > -LARGEST else f" of at most {most:,}"
+    return f" of at least {least:,}" if least > -LARGEST else ""
 
 
+POSITIVE = Kind("a positive number", lambda value: number(0).fits(value) and value > 0)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping), lambda value, key: MappingProxyType(value))
 
 
-def one_of(*names: str) -> Kind:
-    return Kind(f"one of {', '.join(names)}", lambda value: value in names)
+def one_of(*values: str | int) -> Kind:
+    """Accept some strings or integers."""
+    return Kind(
+        f"one of {', '.join(map(str, values))}",
+        lambda given: any(given == value and type(given) is type(value) for value in values),
+    )
 
 
 def list_of(kind: Kind, expected: str, sizes: Sequence[int] | None = None) -> Kind:

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from ..connectors import CONNECTORS, check_options
-from ..data.sources import PURPOSES, check_keys
 from ..data.templates import check_fallback
 from ..errors import nearest
+from .data import PURPOSES, DataGroup, read_data
 from .fields import (
     IMAGE_SIZE,
     MAPPING,
@@ -116,6 +116,11 @@ class OpenClipOptions(Encoder):
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the options say where the weights come from."""
+        return self.pretrained is not None
+
 
 @dataclass(frozen=True)
 class HFVisionOptions(Encoder):
@@ -129,6 +134,7 @@ class HFVisionOptions(Encoder):
     name: ClassVar[None] = None
     pretrained: ClassVar[None] = None
     model_config: ClassVar[None] = None
+    is_pretrained: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class TinyLLM:
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
+    is_pretrained: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,7 @@ class HFLLM:
     trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     config: ClassVar[None] = None
+    is_pretrained: ClassVar[bool] = True
 
 
 Vision = OpenClipOptions | HFVisionOptions
@@ -205,6 +213,7 @@ class Run:
     """All settings of a run. `composed` holds them as plain values, as recorded in config.yaml."""
 
     composed: Mapping[str, Any]
+    data: DataGroup
     name: str = key(TEXT)  # name of the recipe
     modules: tuple[str, ...] = key(MODULES)  # Python modules to import first
     stage: str | None = key(optional(TEXT))  # the only stage to run
@@ -229,7 +238,6 @@ class Run:
     vision: Vision = key(_by_provider(open_clip=OpenClipOptions, hf=HFVisionOptions))
     connector: ConnectorChoice = key(Kind("a connector", MAPPING.fits, _connector))
     llm: LLM = key(_by_provider(tiny=TinyLLM, hf=HFLLM))
-    data: Mapping[str, Any] = key(MAPPING)  # see vlmtrain.data.sources
     engine: Engine = key(section(Engine))
     stages: Mapping[str, Stage] = key(Kind("{name: {...}}", MAPPING.fits, _stages))
 
@@ -247,13 +255,11 @@ class Run:
                 if name not in CONNECTORS:
                     raise ValueError(f"{key}: unknown connector {name}.{nearest(name, CONNECTORS)}")
                 check_options(name, options, f"{key}.{name}")
-            for option, known in (("data", {*self.data, *PURPOSES}), ("validation", self.data)):
+            for option, known in (("data", {*self.data.splits, *PURPOSES}), ("validation", self.data.splits)):
                 split = getattr(stage, option)
                 if split is not None and split not in known:
                     key, hint = f"{stage.prefix}.{option}={split}", nearest(split, known)
                     raise ValueError(f"{key}: the data group has no such split.{hint}")
-        splits = {split for stage in self.stages.values() for split in (stage.data, stage.validation) if split}
-        check_keys(self.data, splits)
 
     @property
     def wanted(self) -> tuple[Stage, ...]:
@@ -291,7 +297,7 @@ class Run:
 
     def validates(self, stage: Stage) -> bool:
         """Whether a stage has validation data."""
-        return stage.validation is not None and self.data.get(stage.validation) is not None
+        return stage.validation is not None and self.data.splits[stage.validation] is not None
 
     def with_values(self, **values: Any) -> Run:
         """Return a copy of the run with other values for some keys, in the format of config.yaml."""
@@ -300,7 +306,12 @@ class Run:
 
 def read_run(composed: Mapping[str, Any]) -> Run:
     """Read a run from its composed configuration, given as plain values. Raises ValueError naming the key."""
-    return read(Run, composed, composed=MappingProxyType(composed))
+    given = dict(composed)
+    stages = given.get("stages")
+    stages = [stage for stage in stages.values() if isinstance(stage, Mapping)] if isinstance(stages, Mapping) else []
+    named = [stage.get(option) for stage in stages for option in ("data", "validation")]
+    data = read_data(MAPPING(given.pop("data", None), "data"), [split for split in named if isinstance(split, str)])
+    return read(Run, given, data=data, composed=MappingProxyType(composed))
 
 
 @dataclass(frozen=True)
@@ -310,7 +321,4 @@ class Evaluation:
     modules: Sequence[str] = key(MODULES)
     seed: int = key(whole(0, 2**32 - 1))
     validation: Validation = key(section(Validation))
-    data: Mapping[str, Any] = key(MAPPING)
-
-    def __post_init__(self) -> None:
-        check_keys(self.data, {"validation"})
+    data: DataGroup = key(Kind("a mapping", MAPPING.fits, lambda value, key: read_data(value)))

@@ -14,6 +14,7 @@ from .fields import (
     IMAGE_SIZE,
     MAPPING,
     NAMES,
+    POSITIVE,
     SWITCH,
     TEXT,
     Kind,
@@ -31,8 +32,7 @@ STAGE_PARTS = ("vision", "connector", "llm", "objective")
 """The parts that a stage may have and train. The heads and towers of the objective do not belong to the model."""
 
 
-_ABOVE_0 = Kind("a positive number", lambda value: number(0).fits(value) and value > 0)
-_RATE = Kind("a positive learning rate, or null to freeze", lambda value: value is None or _ABOVE_0.fits(value))
+_RATE = Kind("a positive learning rate, or null to freeze", lambda value: value is None or POSITIVE.fits(value))
 _BELOW_1 = Kind("a number of at least 0 and below 1", lambda value: number(0).fits(value) and value < 1)
 _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 
@@ -58,8 +58,8 @@ class Pattern:
 class LoRA:
     """Low-rank adapters of one part."""
 
-    rank: int = key(Kind("a positive whole number", whole(1).fits), 16)
-    alpha: float = key(_ABOVE_0, 32)  # the adapters' output is scaled by alpha / rank
+    rank: int = key(whole(1), 16)
+    alpha: float = key(POSITIVE, 32)  # the adapters' output is scaled by alpha / rank
     dropout: float = key(_BELOW_1, 0.0)  # dropout probability of the adapters' input
     targets: str | tuple[str, ...] = key(
         Kind(

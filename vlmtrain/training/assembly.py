@@ -45,7 +45,7 @@ def build_tokenizer(run: Run) -> PreTrainedTokenizerBase:
         read_manifest(Path(run.init_from))
         tokenizer = Processor.from_pretrained(run.init_from).tokenizer
     elif run.llm.provider == "tiny":
-        tokenizer = build_tiny_tokenizer(vocabulary(run.data))
+        tokenizer = build_tiny_tokenizer(vocabulary(run.data.format))
     else:
         tokenizer = load_tokenizer(run.llm.path, trust_remote_code=run.llm.trust_remote_code)
     add_tokens(tokenizer, run.llm.new_tokens)
@@ -98,8 +98,10 @@ def check_origins(run: Run, stage: Stage, parts: Collection[str], handed_on: Col
 
     handed_on: the parts that the previous stage or `init_from` provides.
     """
+    chosen = {"vision": run.vision, "llm": run.llm}
+    pretrained = {part for part, options in chosen.items() if run.mini or options.is_pretrained}
     for part in parts:
-        if part not in handed_on and part not in stage.fresh and not _has_source(run, part):
+        if part not in {*handed_on, *stage.fresh, *pretrained}:
             raise ValueError(
                 f"stage {stage.name} needs weights for its {part}, and nothing before it has any: run the stage that "
                 f"trains it first, set init_from, or list {part} in {stage.prefix}.fresh to start from random weights"
@@ -128,13 +130,6 @@ def published_llm(path: str) -> dict | None:
     """The Hugging Face configuration of a language model used in recipes, if it is available without the hub."""
     known = OmegaConf.to_container(OmegaConf.load(CONFIGS / "published_llms.yaml"))
     return known.get(path)
-
-
-def _has_source(run: Run, part: str) -> bool:
-    """Whether a part's configuration specifies the source of its weights. In mini runs, no source is needed."""
-    if part == "vision":
-        return run.mini or run.vision.provider == "hf" or run.vision.pretrained is not None
-    return part == "llm" and (run.mini or run.llm.provider == "hf")
 
 
 def _build(

@@ -22,6 +22,7 @@ from ..model.parts import connector_skeleton
 from ..objectives import OBJECTIVES
 from ..runs.folder import RunFolder
 from ..settings import LLM, Run, Stage, Vision
+from ..settings.data import Split
 from .assembly import build_skeleton, build_tokenizer, check_origins
 from .batching import split_batch
 from .handover import tensors_taken
@@ -95,9 +96,9 @@ def check_stages(run: Run, folder: RunFolder) -> None:
                 if stage.layout == "packed":
                     attend_in_segments(parts["llm"])
             build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
-            data = _check_source(run, stage.data, image_size_of(parts))
+            data = _check_source(run, run.data.split(stage.data), image_size_of(parts))
             if run.validates(stage) and stage.validation != stage.data:
-                _check_source(run, stage.validation, image_size_of(parts))
+                _check_source(run, run.data.split(stage.validation), image_size_of(parts))
             if stage.layout == "padded":  # packed rows are counted when the stage starts
                 steps = stage.max_steps or math.ceil(data.epoch_size / stage.batch_size) * stage.epochs
                 check_starts(groups, stage, steps)
@@ -159,9 +160,9 @@ def _key(group: str, part: Vision | LLM) -> str:
     return group
 
 
-def _check_source(run: Run, split: str, size: tuple[int, int]) -> Mixture:
-    source = build_source(run.data, split, size, run.seed)
+def _check_source(run: Run, split: Split, size: tuple[int, int]) -> Mixture:
+    source = build_source(split, size, run.seed)
     problems = first_problems(source) if run.on_bad_sample == "raise" else []
     if problems:
-        raise BadSample(f"{problems[0]} (data.{split}; on_bad_sample=skip trains without it)")
+        raise BadSample(f"{problems[0]} (data.{split.name}; on_bad_sample=skip trains without it)")
     return source

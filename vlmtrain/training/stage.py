@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..data.loader import StepData, StepStream, step_loader
-from ..data.mixture import Mixture
 from ..data.sources import build_source
 from ..distributed.world import Stopped, StopSignal, World
 from ..evaluation.lmms_eval import Benchmarks
@@ -82,7 +81,7 @@ class _Stage:
         objective = self.parts.get("objective")
         self.objective = objective or build_objective(stage.objective, settings.vision, tokenizer, self.parts)
         self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
-        self.source = self._source(self.stage.data)
+        self.source = build_source(settings.data.split(stage.data), image_size_of(self.parts), settings.seed)
         self.batching = build_batching(self.source, self.processor, stage, world.size)
         planned = self.stage.max_steps or self.batching.steps_per_epoch * self.stage.epochs
         self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.stage.keep_last, world)
@@ -100,9 +99,6 @@ class _Stage:
         if settings.compile:
             compile_blocks(self.parts)
         self.schedule = Schedule(stage.schedule, planned)
-
-    def _source(self, split: str) -> Mixture:
-        return build_source(self.settings.data, split, image_size_of(self.parts), self.settings.seed)
 
     def run(self, stop: StopSignal, trackers: Trackers) -> dict | None:
         """Train until the stage ends, or until more parameters start to train. In the latter case, return None."""
@@ -254,7 +250,7 @@ class _Stage:
             return None
         options = self.settings.validation
         return Validator(
-            self._source(split),
+            build_source(self.settings.data.split(split), image_size_of(self.parts), self.settings.seed),
             self.processor,
             self.world,
             engine.dtype,

@@ -13,7 +13,7 @@ from vlmtrain.connectors import VisionFeatures, build_connector
         ("mpl", {}, r"Unknown connector 'mpl'. Did you mean 'mlp'\? Available: linear, mlp"),
         ("mlp", {"dept": 3}, r"connector.dept of 'mlp'. Did you mean 'depth'\? Available options: depth, hidden_dim"),
         ("linear", {"depth": 2}, r"connector.depth of 'linear'. Available options: none"),
-        ("mlp", {"depth": 0}, r"connector.depth=0: expected a positive integer"),
+        ("mlp", {"depth": 0}, r"connector.depth=0: expected an integer of at least 1"),
         ("mlp", {"hidden_dim": -4}, r"connector.hidden_dim=-4"),
         ("mlp", {"activation": "gleu"}, r"connector.activation='gleu'. Did you mean 'gelu'\?"),
         ("avgpool", {"window": 0}, r"connector.window=0"),

@@ -12,6 +12,7 @@ from vlmtrain.data.grading import check_grading, graded, read_grading
 from vlmtrain.data.llava import LlavaJson
 from vlmtrain.data.records import UNGRADED, BadSample, Grading, Turn
 from vlmtrain.data.sources import build_source
+from vlmtrain.settings.data import read_data
 
 TALK = (Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?"), Turn("assistant", "d"))
 
@@ -69,5 +70,5 @@ def test_all_formats_read_annotations(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = {"answers": "answers", "category": "category"}
     data = {"format": "hf", "validation": {"path": str(tmp_path / "rows.jsonl"), "columns": columns}}
-    turns = build_source(data, "validation", (8, 8), seed=0)[0].turns
+    turns = build_source(read_data(data).split("validation"), (8, 8), seed=0)[0].turns
     assert turns[1].grading == Grading("color", answers=("red",) * 10)

@@ -10,6 +10,7 @@ import torch
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.data.sources import build_source
+from vlmtrain.settings.data import read_data
 
 
 class Named:
@@ -86,7 +87,7 @@ def shapes(**amounts) -> dict:
 )
 def test_samples_and_weights_as_they_are_written(amounts, counts):
     data = {"format": "llava_json", "instruct": {"one": shapes(**amounts[0]), "two": shapes(**amounts[1])}}
-    mixture = build_source(data, "instruct", (48, 48), seed=0)
+    mixture = build_source(read_data(data).split("instruct"), (48, 48), seed=0)
     assert tuple(mixture.counts.values()) == counts and mixture.epoch_size == sum(counts)
 
 
@@ -98,11 +99,11 @@ def test_samples_and_weights_as_they_are_written(amounts, counts):
         ({"one": shapes(size=5, weight=0)}, "data.instruct.one.weight=0"),
         ({"one": shapes(size=5, samples=2.5)}, "data.instruct.one.samples=2.5"),
         ({"one": shapes(size=5, samples="many")}, "data.instruct.one.samples=many"),
-        ({"one": shapes(size=5, sampels=2)}, "Did you mean 'samples'"),
+        ({"one": shapes(size=5, sampels=2)}, "Did you mean 'data.instruct.one.samples'"),
         ({"one": {"format": "shape", "size": 5}}, "Did you mean 'shapes'"),
-        ({"one": {"format": "shapes", "split": "text"}}, "data.instruct.one.size is not set"),
+        ({"one": {"format": "shapes", "split": "text"}}, "data.instruct.one.size is missing"),
     ],
 )
 def test_invalid_settings_are_named(entry, said):
     with pytest.raises(ValueError, match=said.replace(".", r"\.")):
-        build_source({"format": "llava_json", "instruct": entry}, "instruct", (48, 48), seed=0)
+        read_data({"format": "llava_json", "instruct": entry})

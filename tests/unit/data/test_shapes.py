@@ -30,11 +30,12 @@ def test_boxes_are_where_the_things_are_drawn():
 
 def test_qwen_vls_miniature_has_boxes_and_texts():
     settings = compose(["recipe=qwen_vl", "mini=true"])
-    splits = {stage: {s["split"] for s in settings.data[settings.stages[stage].data].values()} for stage in TASKS}
+    sources = {stage: settings.data.split(settings.stages[stage].data).sources.values() for stage in TASKS}
+    splits = {stage: {source.split for source in sources[stage]} for stage in TASKS}
     assert splits == TASKS
     assert "<box>" in settings.llm.new_tokens
-    own = compose(["recipe=qwen_vl", "mini=true", "data.multitask.talks.size=9"]).data["multitask"]
-    assert own["talks"]["size"] == 9 and "boxes" not in own  # from the command line
+    own = compose(["recipe=qwen_vl", "mini=true", "data.multitask.talks.size=9"]).data.split("multitask").sources
+    assert own["talks"].size == 9 and "boxes" not in own  # from the command line
 
 
 TASKS = {"multitask": {"instruct", "text", "grounding"}, "instruct": {"instruct", "text"}}

@@ -56,20 +56,25 @@ SOURCES = "{a: {split: caption, size: 8}, b: {split: text, size: 4}}"
     ],
 )
 def test_a_data_split_in_the_command_replaces_that_of_the_recipe(line):
-    expected = {"a": {"split": "caption", "size": 8}, "b": {"split": "text", "size": 4}}
-    assert compose(["recipe=quickstart", *line]).data["align"] == expected
+    expected = {"a": ("caption", 8), "b": ("text", 4)}
+    assert sources_of(["recipe=quickstart", *line]) == expected
     words, _ = read_line(["recipe=quickstart", *line])
-    assert compose(words).data["align"] == expected
+    assert sources_of(words) == expected
+
+
+def sources_of(words: list[str]) -> dict[str, tuple[str, int]]:
+    return {name: (source.split, source.size) for name, source in compose(words).data.split("align").sources.items()}
 
 
 def test_columns_in_the_command_add_to_those_of_the_group():
-    columns = compose(["recipe=llava_1_5", "data=hf", "data.columns={image: picture}"]).data["columns"]
+    columns = compose(["recipe=llava_1_5", "data=hf", "data.columns={image: picture}", "data.instruct=x"])
+    columns = columns.data.split("instruct").sources["instruct"].columns
     assert columns["image"] == "picture" and "question" in columns
 
 
 def test_mini_replaces_groups_except_those_that_the_command_names():
     small = compose(["recipe=llava_1_5", "mini=true"])
-    assert (small.vision.provider, small.llm.provider, small.data["format"]) == ("open_clip", "tiny", "shapes")
+    assert (small.vision.provider, small.llm.provider, small.data.format) == ("open_clip", "tiny", "shapes")
     mixed = compose(["recipe=llava_1_5", "mini=true", "llm=hf", "llm.path=mine", "stages.align.max_steps=3"])
     assert (mixed.llm.provider, mixed.stages["align"].max_steps) == ("hf", 3)
 

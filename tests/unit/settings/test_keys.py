@@ -10,8 +10,10 @@ from omegaconf import OmegaConf
 
 from vlmtrain.cli import main
 from vlmtrain.connectors import CONNECTORS, connector_options
+from vlmtrain.data.hf_dataset import COLUMNS
 from vlmtrain.settings import LoRA, compose, flatten
 from vlmtrain.settings import run as settings
+from vlmtrain.settings.data import FORMATS, PURPOSES
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 from vlmtrain.settings.other_trainers import KEYS
 
@@ -39,6 +41,18 @@ def keys(cls: type) -> set[str]:
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_group_declares_exactly_the_keys_that_are_read(name):
     assert set(declared(name)) - {"defaults"} == keys(GROUPS[name])
+
+
+@pytest.mark.parametrize("name, cls", FORMATS.items())
+def test_a_data_group_declares_the_options_and_defaults_of_its_format(name, cls):
+    defaults = {f.name: f.default for f in fields(cls)}
+    given = declared(f"data/{name}")
+    options = {key: value for key, value in given.items() if key not in (*PURPOSES, "format", "clean_list")}
+    columns = options.pop("columns", None)
+    assert columns is None or set(columns) == set(COLUMNS)
+    of_a_source = {"format", "weight", "samples", "path", "size", "split", "name"}
+    assert set(options) | {"columns"} >= set(defaults) - of_a_source and set(options) <= set(defaults)
+    assert all(defaults[key] == (tuple(value) if isinstance(value, list) else value) for key, value in options.items())
 
 
 def test_train_and_evaluate_declare_exactly_the_keys_that_are_read():
@@ -81,7 +95,7 @@ def plan(*overrides: str) -> None:
         (["+data.more=x"], "unknown key 'data.more'"),
         (["stages.instruct.lora={llm: {rnk: 8}}"], "Did you mean 'stages.instruct.lora.llm.rank'?"),
         (["stages.instruct.connector_options={mlp: {dpeth: 3}}"], "stages.instruct.connector_options.mlp.dpeth"),
-        (["engine.zero_stage=4"], "engine.zero_stage=4: expected a whole number from 0 to 3"),
+        (["engine.zero_stage=4"], "engine.zero_stage=4: expected an integer from 0 to 3"),
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
         (["stages.instruct.train.llm=true"], "stages.instruct.train.llm=True: expected a positive learning rate"),
         (["stages.instruct.validation=validaton"], "no such split. Did you mean 'validation'?"),
@@ -197,7 +211,7 @@ def test_an_option_without_a_default_stays_open_until_it_is_set(monkeypatch):
 @pytest.mark.parametrize("mini", [["++mini=true"], ["mini= true"], ["mini=false", "mini=True"]])
 def test_mini_chooses_the_small_parts_however_it_is_written(mini):
     run = compose(["recipe=llava_1_5", *mini])
-    assert run.mini and (run.llm.provider, run.data["format"]) == ("tiny", "shapes")
+    assert run.mini and (run.llm.provider, run.data.format) == ("tiny", "shapes")
 
 
 def test_settings_cannot_be_changed():
@@ -206,6 +220,6 @@ def test_settings_cannot_be_changed():
         with pytest.raises(AttributeError):
             setattr(thing, name, 1)
     stage = run.stages["align"]
-    for mapping in (run.composed, run.stages, run.data, run.llm.config, stage.train):
+    for mapping in (run.composed, run.stages, run.data.splits, run.llm.config, stage.train):
         with pytest.raises(TypeError):
             mapping["align"] = 1

@@ -1,0 +1,177 @@
+"""The settings of the `data` group: the sources of each split, and the options of each format.
+
+A split is one source or several named sources, each with the keys that differ from those of the group:
+
+    data.instruct: chats.json
+    data.instruct: {chats: chats.json, captions: {format: webdataset, path: captions/, samples: 100000}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+
+from ..data.probes import CATEGORIES, LEVELS
+from ..data.shapes import SPLITS
+from ..errors import nearest
+from .fields import NAMES, POSITIVE, SWITCH, TEXT, Kind, by_name, key, list_of, one_of, optional, read, whole
+
+PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
+"""Splits that the `data` group may contain, whether or not a recipe uses them."""
+_COUNT = whole(1, 10**10)
+_SOME = list_of(one_of(*CATEGORIES), f"a list of some of {', '.join(CATEGORIES)}", sizes=range(1, 10**6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """The keys that sources of every format have."""
+
+    format: str = key(TEXT)
+    weight: float | None = key(optional(POSITIVE), None)  # share of the samples of an epoch
+    samples: int | None = key(optional(_COUNT), None)  # samples per epoch; null: each record once
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSource(DataSource):
+    """The keys of all formats that read records."""
+
+    path: str = key(TEXT)
+    ignore: tuple[str, ...] = key(NAMES, ())  # keys of records that are not read even if they would change training
+    prepend_missing_marks: bool = key(SWITCH, False)  # put an image without a mark before the first question
+    repair: bool = key(SWITCH, False)  # repair the order of turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaJSONSource(RecordSource):
+    """A file in LLaVA's format, or a list of such files."""
+
+    images: str | None = key(optional(TEXT), None)  # folder that image paths are relative to
+    outside_images: bool = key(SWITCH, False)  # whether image paths may leave the folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFSource(LlavaJSONSource):
+    """A Hugging Face dataset."""
+
+    columns: Mapping[str, str | None] | None = key(optional(by_name(optional(TEXT), "{role: column}")), None)
+    split: str = key(TEXT, "train")  # split of the dataset
+    name: str | None = key(optional(TEXT), None)  # configuration of the dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesSource(DataSource):
+    """Generated images of colored shapes."""
+
+    size: int = key(_COUNT)  # number of conversations
+    split: str = key(one_of(*SPLITS))  # what they are about
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesSource(ShapesSource):
+    """Generated questions, each of one category."""
+
+    difficulty: int = key(one_of(*LEVELS), 1)
+    categories: tuple[str, ...] = key(_SOME, CATEGORIES)
+
+
+OWN_KEYS = ("format", "weight", "samples", "path", "size")
+"""Keys that only a source has, not the group."""
+FORMATS: dict[str, type[DataSource]] = {
+    "llava_json": LlavaJSONSource,
+    "hf": HFSource,
+    "webdataset": RecordSource,
+    "shapes": ShapesSource,
+    "probes": ProbesSource,
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The sources of a split by name. A single source has the name of the split."""
+
+    name: str
+    sources: Mapping[str, DataSource]
+    clean_list: str | None  # file written by vlmtrain check --clean-list; its bad records are excluded
+
+    def __post_init__(self) -> None:
+        weighted = [source.weight is not None for source in self.sources.values()]
+        for name, source in self.sources.items():
+            if any(weighted) and (source.weight is None or source.samples is not None):
+                key = f"data.{self.name}.{name}"
+                raise ValueError(f"{key}: either all sources of a split have a weight (and no samples), or none")
+
+
+@dataclass(frozen=True)
+class DataGroup:
+    """The `data` group. `splits` maps every split to its sources, or to None if it is not set."""
+
+    format: str  # of the sources that do not name one
+    splits: Mapping[str, Split | None]
+
+    def split(self, name: str) -> Split:
+        """The split of that name. Raises ValueError if it is not set."""
+        found = self.splits.get(name)
+        if found is None:
+            raise ValueError(f"data.{name} is required but not set")
+        return found
+
+
+def read_data(given: Mapping, used: Collection[str] = ()) -> DataGroup:
+    """Read the `data` group from plain values. Raises ValueError, naming the key, for invalid settings.
+
+    used: the splits that are read; those in `PURPOSES` are also allowed.
+    """
+    usual = _check_format(given.get("format"), "data.format")
+    allowed = {*used, *PURPOSES}
+    entries = {name: _entries(name, value) for name, value in given.items() if name in allowed and value is not None}
+    formats = {usual}
+    for sources in entries.values():
+        formats |= {_check_format(entry.get("format", usual), f"{key}.format") for key, entry in sources.values()}
+    known = {option: kind for name in formats for option, kind in _options(FORMATS[name]).items()}
+    shared = {name: value for name, value in given.items() if name not in ("format", "clean_list", *allowed)}
+    for name, value in shared.items():
+        if name not in known:
+            raise ValueError(f"unknown key 'data.{name}'.{nearest(name, {*known, *allowed})}")
+        known[name](value, f"data.{name}")
+    clean_list = optional(TEXT)(given.get("clean_list"), "data.clean_list")
+    splits: dict[str, Split | None] = {name: None for name in given if name in allowed}
+    for split, sources in entries.items():
+        typed = {name: _source(key, {"format": usual, **entry}, shared) for name, (key, entry) in sources.items()}
+        splits[split] = Split(split, MappingProxyType(typed), clean_list)
+    return DataGroup(usual, MappingProxyType(splits))
+
+
+def _options(cls: type[DataSource]) -> dict[str, Kind]:
+    """The keys of a format that the `data` group may set for all its sources."""
+    return {f.name: f.metadata["kind"] for f in fields(cls) if f.name not in OWN_KEYS}
+
+
+def _check_format(name: object, key: str) -> str:
+    if not isinstance(name, str) or name not in FORMATS:
+        hint = nearest(name, FORMATS) if isinstance(name, str) else ""
+        raise ValueError(f"{key}={name}: expected one of {', '.join(FORMATS)}.{hint}")
+    return name
+
+
+def _entries(split: str, value: object) -> dict[str, tuple[str, Mapping]]:
+    """The sources of a split by name, each as its key and its options."""
+    is_mixture = isinstance(value, Mapping) and not {"path", "size"} & set(value)
+    if is_mixture and not value:
+        raise ValueError(f"data.{split}={{}} contains no source")
+    found = {}
+    for name, entry in value.items() if is_mixture else [(split, value)]:
+        key = f"data.{split}.{name}" if is_mixture else f"data.{split}"
+        options = entry if isinstance(entry, Mapping) else {"path": entry}
+        if not isinstance(options.get("path", ""), str):
+            raise ValueError(f"{key}={entry}: expected a path, or named sources: {{a: PATH, b: {{path: PATH, ...}}}}")
+        found[name] = (key, options)
+    return found
+
+
+def _source(key: str, entry: Mapping, shared: Mapping) -> DataSource:
+    cls = FORMATS[entry["format"]]
+    if "path" in entry and not issubclass(cls, RecordSource):
+        raise ValueError(f"{key}.path={entry['path']}: {entry['format']} data is generated: expected size and split")
+    inherited = {name: value for name, value in shared.items() if name in _options(cls)}
+    return read(cls, {**inherited, **entry}, f"{key}.")
