@@ -42,6 +42,7 @@ IMPORTS = (
 )
 # read where they are used; any other variable may have been read while the server imported
 READ_LATE = {"PYTEST_CURRENT_TEST", "WANDB_API_KEY", "WANDB_SILENT"}
+READ_LATE |= {"TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"}  # set by torch and DeepSpeed themselves
 READ_LATE |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 GRACE_SECONDS = 30  # as torchrun gives the ranks next to a failed one
 

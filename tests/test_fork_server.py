@@ -139,6 +139,9 @@ def test_a_program_that_takes_too_long_is_killed(script, tmp_path):
 
 def test_variables_that_imports_may_have_read_need_a_fresh_interpreter():
     environment = dict(os.environ)
+    began = fork_server._server().environment
+    changed = {name for name in {*began, *environment} if began.get(name) != environment.get(name)}
+    assert changed <= fork_server.READ_LATE, "an earlier test has changed the environment of its process"
     assert fork_server.usable({**environment, "WANDB_SILENT": "true"})
     assert not fork_server.usable({**environment, "OMP_NUM_THREADS": "7"})
     assert not fork_server.usable({**environment, "HF_HOME": "/elsewhere"})

@@ -20,6 +20,7 @@ def serve(chat: Chat, port: int, max_new_tokens: int) -> None:
 
     Raises ValueError if the port cannot be used, or if gradio is not installed.
     """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build_page(chat, max_new_tokens)
     try:
         page.launch(server_name=HOST, server_port=port or None, share=False, ssr_mode=False)
@@ -29,7 +30,6 @@ def serve(chat: Chat, port: int, max_new_tokens: int) -> None:
 
 def build_page(chat: Chat, max_new_tokens: int):
     """The page, a `gradio.ChatInterface` that has not started. Raises ValueError if gradio is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ModuleNotFoundError:

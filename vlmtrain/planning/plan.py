@@ -101,7 +101,7 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     views = 1 if geometry is None else _views(geometry)
     tokens = min(stage.max_length, _tokens(expected, geometry))
     samples = expected.samples
-    if run.data.get(stage.data) is not None:
+    if run.data.splits.get(stage.data) is not None:
         samples = build_source(run.data.split(stage.data), image_size_of(parts), run.seed).epoch_size
     steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
     check_starts(groups, stage, steps)

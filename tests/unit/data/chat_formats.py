@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vlmtrain.data.rendering import Renderer
 from vlmtrain.data.shapes import VOCABULARY
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 
@@ -101,6 +105,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
     return _finish(tokenizer)
 
 
+@cache
 def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     tiny = build_tiny_tokenizer(VOCABULARY)
     tiny.add_special_tokens({"bos_token": "<s>"})
@@ -346,3 +351,14 @@ ADDED_TOKENS = {
     "qwen_3": (("<think>", False), ("</think>", False)),
 }
 """Tokens in addition to `SPECIALS` of the tokenizers with a template, and whether they are special."""
+TOKENIZERS = ("tiny", "unigram_always", "unigram_first", "llama_bpe", "byte_bpe", "wordpiece")
+CHATS = tuple(END_OF_TURN)
+
+
+@cache
+def renderer(kind: str, template: str, max_length: int = 10_000) -> Renderer:
+    """A renderer with a tokenizer of one kind and a template of one family."""
+    tokenizer = copy.deepcopy(tokenizers()[kind])
+    tokenizer.chat_template = OWN_TEMPLATES.get(template)
+    tokenizer.add_tokens([AddedToken(token, special=special) for token, special in ADDED_TOKENS.get(template, ())])
+    return Renderer(tokenizer, "chat" if template in OWN_TEMPLATES else template, max_length)

@@ -8,12 +8,13 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from test_loader import Numbered, rows, same_batches
 
 from vlmtrain.data.loader import PackedBatching, StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.packing import LOOKAHEAD, Piece, row_budget, take_row
 from vlmtrain.data.processor import Geometry, Processor
+
+from .test_loader import Numbered, rows, same_batches
 
 IMAGE = 576
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import chat_formats
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from PIL import Image
 from vlmtrain.data.processor import Geometry, Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendering import IGNORE
+
+from . import chat_formats
 
 GEOMETRY = Geometry((8, 12), "pad", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), tokens=6)
 
@@ -112,7 +115,7 @@ def test_an_unknown_fit_is_an_error():
 @pytest.mark.parametrize("template, fallback", [("plain", None), ("chat", "vicuna_v1"), ("vicuna_v1", None)])
 @pytest.mark.parametrize("geometry", [GEOMETRY, None])
 def test_saved_and_loaded_it_renders_the_same(tmp_path, kind, template, fallback, geometry):
-    processor = Processor(chat_formats.tokenizers()[kind], geometry, template, 300, fallback)
+    processor = Processor(copy.deepcopy(chat_formats.tokenizers()[kind]), geometry, template, 300, fallback)
     processor.save_pretrained(tmp_path)
     again = Processor.from_pretrained(tmp_path)
     assert again.geometry == geometry and again.renderer.stop_ids == processor.renderer.stop_ids

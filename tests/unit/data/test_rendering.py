@@ -5,43 +5,27 @@ from __future__ import annotations
 
 import copy
 from datetime import datetime
-from functools import cache
 
-import chat_formats
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import AddedToken
 
 from vlmtrain.data import rendering
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendering import IGNORE, Rendered, Renderer
 from vlmtrain.data.templates import VICUNA_V1
 
-TOKENIZERS = ("tiny", "unigram_always", "unigram_first", "llama_bpe", "byte_bpe", "wordpiece")
-CHATS = tuple(chat_formats.END_OF_TURN)
+from . import chat_formats
+from .chat_formats import CHATS, TOKENIZERS, renderer, tokenizers
+
 PICTURE_TOKENS = 5
 
 
 class Picture:
     def load(self) -> Image.Image:
         raise AssertionError("rendering needs no pixels")
-
-
-@cache
-def all_tokenizers() -> dict:
-    return chat_formats.tokenizers()
-
-
-@cache
-def renderer(kind: str, template: str, max_length: int = 10_000) -> Renderer:
-    tokenizer = copy.deepcopy(all_tokenizers()[kind])
-    tokenizer.chat_template = chat_formats.OWN_TEMPLATES.get(template)
-    added = [AddedToken(token, special=special) for token, special in chat_formats.ADDED_TOKENS.get(template, ())]
-    tokenizer.add_tokens(added)
-    return Renderer(tokenizer, "chat" if template in chat_formats.OWN_TEMPLATES else template, max_length)
 
 
 def talk(*texts: str, system: str | None = None, id: str = "sample-7") -> Conversation:
@@ -341,7 +325,7 @@ def test_vicuna_joins_turns_as_llava_does():
 
 
 def test_no_chat_template_is_an_error_that_says_what_to_set():
-    tokenizer = copy.deepcopy(all_tokenizers()["llama_bpe"])
+    tokenizer = copy.deepcopy(tokenizers()["llama_bpe"])
     with pytest.raises(ValueError, match=r"no chat template: set llm\.chat_template"):
         Renderer(tokenizer, "chat", 100)
     for fallback in ("vicuna_v1", VICUNA_V1):  # a name, or a template
@@ -373,7 +357,7 @@ def test_a_template_that_does_not_end_is_refused(tokenizer, monkeypatch):
 
 
 def test_of_several_named_templates_the_default_is_used():
-    tokenizer = copy.deepcopy(all_tokenizers()["llama_bpe"])
+    tokenizer = copy.deepcopy(tokenizers()["llama_bpe"])
     tokenizer.chat_template = {"tool_use": "{{ 1 }}", "default": VICUNA_V1}
     expected = render(renderer("llama_bpe", "vicuna_v1"), talk(*LONG))
     assert render(Renderer(tokenizer, "chat", 1000), talk(*LONG)).input_ids.equal(expected.input_ids)

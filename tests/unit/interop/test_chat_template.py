@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from test_rendering import CHATS, TOKENIZERS, renderer
 
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.interop.chat_template import spoken_words, typed_speech
+
+from ..data.chat_formats import CHATS, TOKENIZERS, renderer
 
 
 def speaking(kind: str, template: str) -> Processor:
