@@ -17,7 +17,7 @@ class States:
     """Parameter counts of a stage. A frozen encoder stays outside the engine, unsharded on every GPU.
 
     quantized: those of `frozen_inside` that are stored in 4 bits. packed: their bytes; unpacked: how many of them are
-    dequantized at once.
+    dequantized at once. moments: mean bytes of a trained parameter's moments, and of its average if there is one.
     """
 
     trained: int
@@ -27,6 +27,7 @@ class States:
     quantized: int = 0
     packed: int = 0
     unpacked: int = 0
+    moments: float = 8
 
     def bytes(self, zero_stage: int, world_size: int, activations: int = 0) -> int:
         """Peak bytes on each of `world_size` GPUs: weights, gradients, optimizer states, buffers, `activations`.
@@ -43,18 +44,18 @@ class States:
         if zero_stage == 0 and not self.bf16 and world_size == 1:
             passing = max(0, activations - 4 * self.trained)  # nothing is sent: gradients replace the activations
         if zero_stage == 3:
-            # weights, an fp32 copy, two moments and gradients are sharded; what is in use is gathered
-            sharded = held + 16 * self.trained
+            # weights, an fp32 copy, moments and gradients are sharded; what is in use is gathered
+            sharded = held + (8 + self.moments) * self.trained
             whole = min(held, weight * LIVE) + weight * 2 * min(self.trained, BUCKET)
         elif self.bf16 and zero_stage < 2:
             # DeepSpeed's bf16 optimizer keeps a step's gradients in fp32, unsharded, and copies them once
-            sharded = 12 * self.trained
+            sharded = (4 + self.moments) * self.trained
             whole = held + weight * self.trained + 8 * self.trained
         elif zero_stage == 0:
             sharded = 0
-            whole = held + 12 * self.trained
+            whole = held + (4 + self.moments) * self.trained
         else:
             gradients = self.trained if zero_stage == 1 else min(self.trained, BUCKET)
-            sharded = 16 * self.trained
+            sharded = (8 + self.moments) * self.trained
             whole = held + weight * gradients
         return round(sharded / world_size + whole + weight * (self.frozen_outside + self.unpacked) + passing)

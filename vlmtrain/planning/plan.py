@@ -22,6 +22,7 @@ from ..settings import STAGE_PARTS, Expected, Run, Stage
 from ..settings.fields import POSITIVE, whole
 from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
+from ..training.optimizer import moment_bytes, parameter_groups
 from ..training.processing import build_geometry, check_lengths, image_size_of
 from ..training.quantized import quantized_layers
 from ..training.trainable import Group, check_starts, freeze, is_frozen, part_size, trained_groups
@@ -271,7 +272,8 @@ def _plan_memory(
 ) -> None:
     outside = plan.parts["vision"]["frozen"] if "vision" in parts and is_frozen("vision", groups) else 0
     in_bf16 = run.precision == "bf16"
-    states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts))
+    moments = moment_bytes(parameter_groups(parts, groups, stage.optimizer)) + 4 * (stage.ema is not None)
+    states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts), moments)
     room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
     most = max(1, plan.batch_size // machine.gpus)
     # a packed row holds several samples; objectives that compare samples need all samples of a rank at once

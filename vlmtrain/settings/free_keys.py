@@ -19,7 +19,7 @@ _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "validate_every", "validation"}
 
 # These did not exist in earlier versions, which behaved as with these values.
 _ADDED = {"data.ignore": [], "data.repair": False, "data.columns.system": None}
-_ADDED_IN_STAGE = {"schedule.decay_ratio": 0.1, "early_stopping": None}
+_ADDED_IN_STAGE = {"schedule.decay_ratio": 0.1, "early_stopping": None, "optimizer.name": "adamw", "ema": None}
 
 
 def with_added(settings: Mapping[str, Any], stages: Iterable[str]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ _KEYS = {
     ("weight_decay",): "stages.STAGE.optimizer.weight_decay",
     ("betas", "adam_beta1", "adam_beta2"): "stages.STAGE.optimizer.betas",
     ("eps", "adam_epsilon"): "stages.STAGE.optimizer.eps",
+    ("optim", "optimizer_name"): "stages.STAGE.optimizer.name",
+    ("ema", "ema_decay"): "stages.STAGE.ema",
     ("clip_grad_norm", "gradient_clip_val", "grad_clip"): "stages.STAGE.max_grad_norm",
     ("bf16", "torch_dtype", "dtype", "mixed_precision"): "precision",
     ("deepspeed", "strategy", "zero_stage"): "engine",
@@ -75,8 +77,7 @@ _NOTES = {
     ("fp16",): "fp16 is not offered; use precision=bf16.",
     ("fsdp",): "FSDP is not offered; engine=zero3 shards the weights.",
     ("load_in_8bit",): "8-bit weights are not offered; stages.STAGE.lora.PART.quantize=nf4 stores them in 4 bits.",
-    ("optim",): "The optimizer is always AdamW.",
-    ("ema", "ema_decay", "neftune_noise_alpha", "label_smoothing_factor", "label_smoothing"): "It is not offered.",
+    ("neftune_noise_alpha", "label_smoothing_factor", "label_smoothing"): "It is not offered.",
     ("sequence_parallel", "sequence_parallel_size", "tensor_parallel_size"): "It is not offered.",
     ("push_to_hub",): "vlmtrain push uploads a model folder.",
 }

@@ -250,6 +250,7 @@ class Run:
             raise ValueError(f"llm.attn_implementation={attention} does not support fp32: set precision=bf16")
         check_fallback(self.llm.chat_template, "llm.chat_template")
         for stage in self.stages.values():
+            self._check_optimizer(stage)
             for name, options in (stage.connector_options or {}).items():
                 key = f"{stage.prefix}.connector_options"
                 if name not in CONNECTORS:
@@ -260,6 +261,15 @@ class Run:
                 if split is not None and split not in known:
                     key, hint = f"{stage.prefix}.{option}={split}", nearest(split, known)
                     raise ValueError(f"{key}: the data group has no such split.{hint}")
+
+    def _check_optimizer(self, stage: Stage) -> None:
+        key, name = f"{stage.prefix}.optimizer.name", stage.optimizer.name
+        if name == "muon" and (self.engine.zero_stage or self.precision != "fp32"):
+            raise ValueError(f"{key}=muon updates complete matrices: set engine=zero0 and precision=fp32")
+        if name == "adamw_8bit" and (self.engine.zero_stage == 3 or self.engine.offload_optimizer != "none"):
+            raise ValueError(f"{key}=adamw_8bit supports engine=zero0, zero1 and zero2")
+        if name == "adamw_8bit" and any(group.from_step for group in stage.groups):
+            raise ValueError(f"{key}=adamw_8bit does not support groups with a from_step")
 
     @property
     def wanted(self) -> tuple[Stage, ...]:

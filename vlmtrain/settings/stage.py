@@ -34,6 +34,7 @@ STAGE_PARTS = ("vision", "connector", "llm", "objective")
 
 _RATE = Kind("a positive learning rate, or null to freeze", lambda value: value is None or POSITIVE.fits(value))
 _BELOW_1 = Kind("a number of at least 0 and below 1", lambda value: number(0).fits(value) and value < 1)
+_DECAY = Kind("a number above 0 and below 1", lambda value: number(0, 1).fits(value) and 0 < value < 1)
 _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 
 
@@ -84,8 +85,9 @@ class ConnectorText:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Options of AdamW."""
+    """Options of the optimizer. Muon updates matrices; the other parameters are updated by AdamW with these options."""
 
+    name: str = key(one_of("adamw", "adamw_8bit", "muon"))
     betas: tuple[float, float] = key(list_of(_BELOW_1, "two numbers, each at least 0 and below 1", sizes=(2,)))
     eps: float = key(number(0))  # added to the denominator of the update
     weight_decay: float = key(number(0))  # weight decay, applied to matrices only
@@ -146,6 +148,7 @@ class Stage:
     micro_batch_size: int | None = key(optional(whole(1)))  # samples that a rank processes at once; null: all
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))
+    ema: float | None = key(optional(_DECAY))  # decay of the average of the weights; null: no average
     max_grad_norm: float | None = key(optional(number(0)))  # limit on the gradient norm; null: none
     gradient_checkpointing: bool = key(SWITCH)  # recompute the language model's activations
     save_every: int | None = key(optional(whole(1)))  # steps between checkpoints

@@ -26,7 +26,7 @@ class Fault(NamedTuple):
 
 
 class BadSteps:
-    """The bad steps of a stage so far. A skipped step leaves weights, moments and step counts of AdamW unchanged.
+    """The bad steps of a stage so far. A skipped step leaves weights, moments, averages and step counts unchanged.
 
     options: `bad_steps` of the settings. file: ``bad_steps.jsonl`` on the main rank.
     saved: the value of `state` when the stage was interrupted.

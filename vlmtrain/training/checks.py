@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -45,6 +46,8 @@ def check_run(run: Run, world_size: int) -> None:
             raise ValueError(
                 f"{stage.prefix}.objective={stage.objective} needs the part {absent[0]}: add it to {stage.prefix}.parts"
             )
+        if stage.optimizer.name == "adamw_8bit" and not find_spec("bitsandbytes"):
+            raise ValueError(f"{stage.prefix}.optimizer.name=adamw_8bit needs bitsandbytes: pip install -e '.[qlora]'")
         _check_layout(stage, world_size)
 
 

@@ -38,8 +38,11 @@ class ModelWriter:
     previous: Path | None
     world: World
 
-    def write(self, engine: StageEngine, target: Path) -> dict[str, Hashes]:
-        """Write a model folder to `target`, replacing it, on the main rank. Returns the hashes of the parts on all."""
+    def write(self, engine: StageEngine, target: Path, averaged: bool = False) -> dict[str, Hashes]:
+        """Write a model folder to `target`, replacing it, on the main rank. Returns the hashes of the parts on all.
+
+        averaged: whether to write the average of the weights.
+        """
         partial = target.with_name(f"{target.name}.partial")
         manifest, hashes, before = {}, {}, {}
         if self.world.is_main:
@@ -48,7 +51,7 @@ class ModelWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         for part, module in self.parts.items():
-            state = engine.state(module, keep=self.world.is_main)  # gathered from all ranks
+            state = engine.state(module, self.world.is_main, averaged)  # gathered from all ranks
             if not self.world.is_main:
                 continue
             groups = groups_of(part, self.groups)

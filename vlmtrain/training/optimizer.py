@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ..settings.stage import ScheduleOptions
+from ..settings.stage import OptimizerOptions, ScheduleOptions
 from .trainable import Group
 
 
@@ -46,21 +47,48 @@ class Schedule:
         return self.options.min_lr + (peak - self.options.min_lr) * left
 
 
-def parameter_groups(parts: Mapping[str, nn.Module], groups: Sequence[Group], weight_decay: float) -> list[dict]:
-    """Build AdamW's parameter groups: up to two per group, with and without weight decay.
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+EIGHT_BIT = ()  # quantized in blocks, which are not those of single parameters
 
-    Weight decay applies to matrices, but not to biases, 1-D tensors and selected rows of embeddings. Each group carries
-    its `label`, `peak_lr` and `scale`, because ZeRO replaces the parameters themselves.
+
+def parameter_groups(
+    parts: Mapping[str, nn.Module], groups: Sequence[Group], options: OptimizerOptions
+) -> list[dict[str, Any]]:
+    """Build the optimizer's parameter groups: up to three per group.
+
+    Weight decay applies to matrices, but not to biases, 1-D tensors and selected rows of embeddings. Muon updates the
+    weights of linear layers except the output embeddings. Each group carries its `label`, `peak_lr` and `scale`,
+    because ZeRO replaces the parameters themselves, and `moments`, the names of the optimizer's tensors for each
+    parameter.
     """
     found = []
     for group in groups:
         named = dict(parts[group.part].named_parameters())
         trained = [named[name] for name in group.names]
+        matrices = [p for p in trained if p.ndim >= 2 and group.rows is None]
+        others = [p for p in trained if p.ndim < 2 or group.rows is not None]
+        hidden = _hidden_matrices(parts[group.part]) if options.name == "muon" else set()
+        adamw = EIGHT_BIT if options.name == "adamw_8bit" else ADAMW_MOMENTS
         facts = {"label": group.label, "peak_lr": group.lr, "scale": group.scale, "lr": group.lr * group.scale}
-        for decay, members in (
-            (weight_decay, [p for p in trained if p.ndim >= 2 and group.rows is None]),
-            (0.0, [p for p in trained if p.ndim < 2 or group.rows is not None]),
+        for decay, moments, members in (
+            (options.weight_decay, MUON_MOMENTS, [p for p in matrices if id(p) in hidden]),
+            (options.weight_decay, adamw, [p for p in matrices if id(p) not in hidden]),
+            (0.0, adamw, others),
         ):
             if members:  # ZeRO-2 fails on an empty group
-                found.append({"params": members, "weight_decay": decay, **facts})
+                found.append({"params": members, "weight_decay": decay, "moments": moments, **facts})
     return found
+
+
+def moment_bytes(groups: Sequence[Mapping[str, Any]]) -> float:
+    """Mean bytes of the optimizer's tensors for a parameter of these groups."""
+    sizes = {ADAMW_MOMENTS: 8, MUON_MOMENTS: 4, EIGHT_BIT: 2 + 8 / 256}  # 8-bit: two scales per block of 256
+    numbers = [(sizes[group["moments"]], p.numel()) for group in groups for p in group["params"]]
+    return sum(size * number for size, number in numbers) / sum(number for _, number in numbers)
+
+
+def _hidden_matrices(part: nn.Module) -> set[int]:
+    """IDs of the weights of linear layers, except the output embeddings of a language model."""
+    output = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
+    return {id(module.weight) for module in part.modules() if isinstance(module, nn.Linear) and module is not output}

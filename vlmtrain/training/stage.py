@@ -266,6 +266,8 @@ class _Stage:
     def _finish(self, engine: StageEngine, validation: StageValidation, before: dict[str, Hashes]) -> dict:
         scores, answers = validation.finish(engine, self.total_steps)
         after = self.models.write(engine, self.folder.model(self.name))
+        if self.stage.ema is not None:
+            self.models.write(engine, self.folder.stage(self.name) / "ema", averaged=True)
         drawn, total = self.record["drawn"], max(1, sum(self.record["drawn"]))
         summary = {
             "stage": self.name,

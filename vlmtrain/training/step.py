@@ -114,6 +114,8 @@ class StepRunner:
         fault = self.bad_steps.judge(mean)
         if not fault and not math.isfinite(norm):
             fault = Fault("the gradient is not finite", True)
+        if not (fault and fault.skipped):
+            self.engine.average()
         self.bad_steps.count(step + 1, mean, fault, self._suspects(data, losses) if fault else ())
         return mean, norm
 

@@ -82,9 +82,9 @@ def plan(*overrides: str) -> None:
 @pytest.mark.parametrize(
     "overrides, said",
     [
-        (["+ema=0.999"], "unknown key 'ema'"),
+        (["+ema=0.999"], "unknown key 'ema'. Did you mean 'stages.align.ema'?"),
         (["+stages.instruct.lr=9.0"], "unknown key 'stages.instruct.lr'"),
-        (["+stages.instruct.optimizer.name=adamw_8bit"], "unknown key 'stages.instruct.optimizer.name'"),
+        (["+stages.instruct.optimizer.nam=adamw_8bit"], "Did you mean 'stages.instruct.optimizer.name'?"),
         (["+stages.instruct.max_stpes=7"], "Did you mean 'stages.instruct.max_steps'?"),
         (["+sequence_parallel=2"], "unknown key 'sequence_parallel'"),
         (["+engine.sequence_parallel=2"], "unknown key 'engine.sequence_parallel'"),
@@ -104,7 +104,7 @@ def plan(*overrides: str) -> None:
         (["data.format=null"], "data.format=None: expected one of"),
         (["connector.name=null"], "Unknown connector 'None'"),
         (["init_from=5"], "init_from=5: expected a string"),
-        (["+stages.instruct.optimizer.name=muon"], "The keys of stages.instruct.optimizer are betas, eps"),
+        (["+stages.instruct.optimizer.foo=muon"], "The keys of stages.instruct.optimizer are name, betas, eps"),
         (["+stages.instrct.lr=4"], "stages.instrct: the recipe has no such stage. Did you mean 'instruct'?"),
         (["stages.instruct=null"], "stages.instruct=None: expected a mapping"),
         (["llm.config={foo: 3}"], "llm.config={foo: 3} sets a key that llm.config does not have"),

@@ -7,7 +7,7 @@ import math
 import pytest
 from torch import nn
 
-from vlmtrain.settings.stage import ScheduleOptions
+from vlmtrain.settings.stage import OptimizerOptions, ScheduleOptions
 from vlmtrain.training.optimizer import Schedule, parameter_groups
 from vlmtrain.training.trainable import Group
 
@@ -56,7 +56,7 @@ def test_groups_by_part_and_decay_without_empty_ones():
     parts = {"connector": nn.Sequential(layer, norm), "llm": nn.Linear(2, 2, bias=False), "vision": frozen}
     names = tuple(name for name, _ in parts["connector"].named_parameters())
     trained = [Group("connector", "connector", 1e-3, 1.0, names), Group("llm", "llm", 4e-5, 0.5, ("weight",))]
-    groups = parameter_groups(parts, trained, weight_decay=0.1)
+    groups = parameter_groups(parts, trained, OptimizerOptions("adamw", (0.9, 0.999), 1e-8, weight_decay=0.1))
     found = [(g["label"], g["weight_decay"], g["lr"], len(g["params"])) for g in groups]
     assert found == [("connector", 0.1, 1e-3, 1), ("connector", 0.0, 1e-3, 3), ("llm", 0.1, 2e-5, 1)]
     assert groups[0]["params"][0] is layer.weight

@@ -15,10 +15,10 @@ from ...data.processor import Batch
 from ...model import VLMWrapper
 from ...objectives import Objective
 from ...settings import Engine, Stage
-from ...settings.stage import OptimizerOptions
 from ..feature_cache import FeatureCache
 from ..optimizer import Schedule, parameter_groups
 from ..trainable import Group, is_frozen
+from .optimizers import AVERAGE, build_optimizer
 from .state import TrainingState
 
 # Clipping at this norm has no effect, but makes every engine report the norm.
@@ -64,12 +64,13 @@ class StageEngine:
         module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
         # DeepSpeed without ZeRO cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
         self.zero_stage = max(1, engine.zero_stage) if self.dtype is torch.bfloat16 else engine.zero_stage
-        adamw_groups = parameter_groups(parts, groups, stage.optimizer.weight_decay)
-        optimizer = build_optimizer(adamw_groups, stage.optimizer, offload=engine.offload_optimizer != "none")
+        in_groups = parameter_groups(parts, groups, stage.optimizer)
+        optimizer = build_optimizer(in_groups, stage.optimizer, offload=engine.offload_optimizer != "none")
         # fp32 without ZeRO is the only engine that does not report the gradient norm
         self._clips_itself = self.zero_stage == 0
         self._max_norm = stage.max_grad_norm or NO_CLIPPING
-        self._trained = [parameter for group in adamw_groups for parameter in group["params"]]
+        self._moments = {parameter: group["moments"] for group in in_groups for parameter in group["params"]}
+        self._decay = stage.ema
         if self.zero_stage == 3:
             _register_borrowed_parameters(module)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -80,6 +81,8 @@ class StageEngine:
         self.world_size = self._engine.dp_world_size
         if self._clips_itself and self.world_size == 1:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum over one rank
+        if self._decay is not None:
+            self.training_state.prepare({})
 
     @property
     def model(self) -> VLMWrapper:
@@ -114,25 +117,38 @@ class StageEngine:
         # the engine averages over ranks where a sum is required
         self._engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
         if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
-            for parameter in self._trained:
+            for parameter in self._moments:
                 if parameter.grad is None:  # as in the sum over ranks, so that momentum still applies
                     parameter.grad = torch.zeros_like(parameter)
-            self._own_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+            self._own_norm = nn.utils.clip_grad_norm_(self._moments, self._max_norm)
             if not torch.isfinite(self._own_norm):
                 self._engine.zero_grad()  # AdamW skips parameters without gradient; other engines check it themselves
         self._engine.step()
+
+    def average(self) -> None:
+        """Move the average of the weights, if there is one, towards the weights."""
+        if self._decay is not None:
+            self.training_state.average(self._decay)
 
     def grad_norm(self) -> float:
         """Global gradient norm of the step just taken, before clipping."""
         return float(self._own_norm if self._clips_itself else self._engine.get_global_grad_norm())
 
-    def state(self, part: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    def state(self, part: nn.Module, keep: bool = True, averaged: bool = False) -> dict[str, Tensor]:
         """Full weights of a part on the host, gathered over ranks. Every rank must call this.
 
-        keep: whether this rank keeps them; other ranks take part and get an empty dict.
+        keep: whether this rank keeps them; other ranks take part and get an empty dict. averaged: whether to take the
+        average of the weights where there is one.
         """
         state = {}
+        training = self.training_state
+        trained = {parameter: name for name, parameter in training.parameters.items()} if averaged else {}
         for name, tensor in (*part.named_parameters(), *_persistent_buffers(part)):  # tied parameters appear once
+            if tensor in trained:
+                whole = training.full(trained[tensor], AVERAGE).to(tensor.dtype)
+                if keep:
+                    state[name] = whole.to("cpu", copy=True).contiguous()
+                continue
             with deepspeed.zero.GatheredParameters([tensor]):
                 if keep:
                     state[name] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -166,7 +182,15 @@ class StageEngine:
         starts = {f"{group.part}.{name}": group.from_step for group in self._groups for name in group.names}
         parts = {group.part: group.from_step for group in sorted(self._groups, key=lambda group: -group.from_step)}
         starts |= {name: parts[name.partition(".")[0]] for name in buffers}
-        return TrainingState(self._engine, self.zero_stage, named, buffers, {n: s for n, s in starts.items() if s})
+        return TrainingState(
+            self._engine,
+            self.zero_stage,
+            named,
+            {name: self._moments[parameter] for name, parameter in named.items()},
+            buffers,
+            {name: step for name, step in starts.items() if step},
+            self._decay is not None,
+        )
 
     def close(self) -> None:
         self._engine.destroy()
@@ -192,15 +216,6 @@ class StageEngine:
             if device != "none":
                 config["zero_optimization"][option] = {"device": device, "pin_memory": torch.cuda.is_available()}
         return config
-
-
-def build_optimizer(groups: list[dict], options: OptimizerOptions, offload: bool) -> torch.optim.Optimizer:
-    """Build AdamW over `groups`, with DeepSpeed's CPU kernel if the states are offloaded from a GPU."""
-    if offload and torch.cuda.is_available():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, betas=options.betas, eps=options.eps)
-    return torch.optim.AdamW(groups, fused=True, betas=options.betas, eps=options.eps)
 
 
 def _register_borrowed_parameters(module: nn.Module) -> None:
