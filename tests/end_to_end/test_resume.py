@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from vlmtrain.model.parts import load_part, module_state
 
-from ..conftest import ROOT, data_overrides, metrics, train
+from ..conftest import ROOT, data_overrides, metrics, run_script, train
 
 STEPS = 24
+WORKER = Path(__file__).with_name("moment_runs.py")
 
 
 def line(files, run_dir, *more: str) -> list[str]:
@@ -65,6 +66,11 @@ def interrupt(command: list[str], run_dir: Path, ranks: int, after_step: int, nu
     return code
 
 
+def struck(moment: str, *command: str, ranks: int) -> int:
+    """Run a command that signals its first rank at a moment of moment_runs.py. Returns the exit code."""
+    return run_script(WORKER, moment, "--", *command, ranks=ranks, check=False).returncode
+
+
 @pytest.mark.parametrize(
     "engine, precision, ranks, number",
     [
@@ -78,7 +84,10 @@ def test_losses_after_an_interruption_are_bit_identical(engine, precision, ranks
     more = [f"engine={engine}", f"precision={precision}", "+llm.config.attention_dropout=0.1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*line(llava_files, whole, *more), ranks=ranks)
-    code = interrupt(line(llava_files, broken, *more), broken, ranks, 8, number)
+    if ranks == 1:  # a real launch
+        code = interrupt(line(llava_files, broken, *more), broken, ranks, 8, number)
+    else:
+        code = struck(f"{number.name}@metrics.jsonl:8", *line(llava_files, broken, *more), ranks=ranks)
     interrupted_at = len(metrics(broken, "instruct"))
     assert interrupted_at < STEPS and not (broken / "instruct" / "summary.json").exists()
     if number == signal.SIGTERM:
@@ -116,8 +125,8 @@ def test_another_number_of_ranks_resumes_with_close_results(engine, precision, b
     more += ["engine.parameter_persistence_threshold=0"] if engine == "zero3" else []
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*line(llava_files, whole, *more))
-    interrupt(line(llava_files, broken, *more), broken, before, 8, signal.SIGTERM)
-    assert 8 <= len(metrics(broken, "instruct")) < STEPS
+    assert struck("SIGTERM@metrics.jsonl:8", *line(llava_files, broken, *more), ranks=before) == 0
+    assert len(metrics(broken, "instruct")) == 9  # the signal is seen in the next step
     train(*line(llava_files, broken, *more), ranks=after)
     found, wanted = metrics(broken, "instruct"), metrics(whole, "instruct")
     # in bf16, a different order of summation rounds to different weights

@@ -157,7 +157,7 @@ def test_the_keys_that_replace_names_of_other_trainers_exist():
         ({"learning_rate": 1.0}, "unknown key 'learning_rate'"),
         ({"max_stpes": 7}, "unknown key 'max_stpes'. Did you mean 'stages.align.max_steps'?"),
         ({"stages": {"align": {"max_stpes": 7}}}, "unknown key 'stages.align.max_stpes'"),
-        ({"stages": {"align": {"optimizer": {"name": "muon"}}}}, "unknown key 'stages.align.optimizer.name'"),
+        ({"stages": {"align": {"optimizer": {"nmae": "muon"}}}}, "Did you mean 'stages.align.optimizer.name'?"),
         ({"connector_options": {"mpl": {"depth": 3}}}, "Unknown connector 'mpl'. Did you mean 'mlp'?"),
         ({"connector_options": {"qformer": {"num_qeries": 3}}}, "Did you mean 'num_queries'?"),
         (
