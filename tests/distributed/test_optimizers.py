@@ -52,7 +52,7 @@ class PlainMuon:
     @torch.no_grad()
     def step(self) -> None:
         for matrix, momentum in self.momenta.items():
-            momentum.lerp_(matrix.grad, 0.05)
+            momentum.lerp_(matrix.grad, 1 - 0.95)
             update = orthogonalized(matrix.grad.lerp(momentum, 0.95))
             matrix.mul_(1 - RATE * WEIGHT_DECAY)
             matrix.add_(update, alpha=-RATE * 0.2 * max(matrix.shape) ** 0.5)
@@ -129,16 +129,14 @@ def test_losses_and_averages_equal_those_of_plain_torch(name, engine, ranks, ref
     more += [f"stages.align.optimizer.name={name}", f"stages.align.ema={DECAY}", f"engine={engine}"]
     train(*line(llava_files, tmp_path, *more), ranks=ranks)
     losses, averages = references[name]
-    # rounding of sums over two ranks is amplified by Muon's iterations, which are in bfloat16
-    tolerance = 1e-3 if name == "muon" and ranks == 2 else 1e-5
+    # Muon's iterations, in bfloat16, amplify the rounding of gradients, even more that of sums over two ranks
+    tolerance = {1: 1e-4, 2: 1e-3}[ranks] if name == "muon" else 1e-5
     assert [record["loss"] for record in metrics(tmp_path, "align")] == pytest.approx(losses, rel=tolerance)
-    if tolerance > 1e-5:
-        return
     found = {}
     for part in ("connector", "llm"):
         found |= module_state(load_part(part, tmp_path / "align" / "ema"))
     for key, expected in averages.items():
-        torch.testing.assert_close(found[key], expected, rtol=tolerance, atol=tolerance / 10)
+        assert (found[key] - expected).norm() <= 10 * tolerance * expected.norm(), key
     final = module_state(load_part("llm", tmp_path / "align" / "model"))
     assert any(not torch.equal(final[key], found[key]) for key in final)
 
