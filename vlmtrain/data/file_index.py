@@ -21,12 +21,21 @@ WORTHWHILE = 16 * 2**20
 _VERSION = 1
 
 
-def read_span(path: str | Path, offset: int, size: int) -> bytes:
+def stamp_of(path: str | Path | int) -> tuple[int, int]:
+    """Size and modification time of a file, given by its path or descriptor: they change if it is written."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def read_span(path: str | Path, offset: int, size: int, stamp: tuple[int, int] | None = None) -> bytes:
     """Read `size` bytes of a file from `offset`; fewer at the end of the file.
 
     The file is opened for each call, so nothing is shared between processes and the number of files is not limited.
+    Raises ValueError if the file has changed since its `stamp` was taken: offsets into it are then wrong.
     """
     with open(path, "rb", buffering=0) as file:
+        if stamp is not None and stamp_of(file.fileno()) != stamp:
+            raise ValueError(f"data file {path} has changed since it was opened: run the same command again")
         parts = []
         while size > 0 and (part := os.pread(file.fileno(), size, offset)):
             parts.append(part)
@@ -91,8 +100,7 @@ def _cache_folder(name: str) -> Path:
 
 
 def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, _VERSION]
+    return [*stamp_of(path), _VERSION]
 
 
 def _read(file: Path, stamp: list[int]) -> Index | None:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import first_line
-from .file_index import Index, cached_index, read_span, unpacked
+from .file_index import Index, cached_index, read_span, stamp_of, unpacked
 from .records import BadSample
 
 LINES = (".jsonl", ".ndjson")
@@ -45,6 +45,7 @@ class IndexedJson:
                 raise ValueError(f"data file {self.file} cannot be read: it is not a regular file")
             if is_packed:
                 self.file = unpacked(given)
+            self._stamp = stamp_of(self.file)
             index = cached_index(self.file, "lines" if self.has_lines else "array", build)
         except FileNotFoundError:
             raise ValueError(f"data file {self.file} does not exist") from None
@@ -66,10 +67,7 @@ class IndexedJson:
         where = self.name(index)
         if self._lines is not None:
             where += f" (line {self._lines[index]})"
-        data = read_span(self.file, start, end - start)
-        if len(data) < end - start:
-            raise ValueError(f"data file {self.file} has become shorter since it was opened")
-        return parse_json(data, where)
+        return parse_json(read_span(self.file, start, end - start, self._stamp), where)
 
     def _index_lines(self) -> Index:
         starts, ends, firsts, position, at_start = [], [], [], 0, True

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import first_line, printable
-from .file_index import Index, cached_index, read_span
+from .file_index import Index, cached_index, read_span, stamp_of
 from .images import ImageFolder, ImageInFile
 from .indexed_json import parse_json
 from .mixture import Concatenation
@@ -75,8 +75,8 @@ class _Shard:
     def __init__(self, path: Path, reader: RecordReader):
         self.path, self.reader = path, reader
         try:
+            self.stamp = stamp_of(path)
             self.index = cached_index(path, "tar", lambda: _index_shard(path))
-            self.size = path.stat().st_size
         except OSError as error:
             raise ValueError(f"shard {path} cannot be read: {error}") from None
 
@@ -120,7 +120,7 @@ class _Shard:
                 raise BadSample(f"{what} has a path that leads out of the shard")
             if member.kind != _PLAIN:
                 raise BadSample(f"{what} is {_KINDS[member.kind]}")
-            if member.offset + member.size > self.size:
+            if member.offset + member.size > self.stamp[0]:
                 raise BadSample(f"{what} is truncated: it has {member.size} bytes, but the shard ends before them")
             if member.extension.rpartition(".")[2] in UNSUPPORTED:
                 raise BadSample(f"{what} is not supported: only images are")
@@ -144,9 +144,7 @@ class _Shard:
             raise BadSample(f"{name}: member {printable(member.name)} is not valid UTF-8: {error.reason}") from None
 
     def _bytes(self, member: _Member) -> bytes:
-        data = read_span(self.path, member.offset, member.size)
-        if len(data) < member.size:
-            raise ValueError(f"shard {self.path} has become shorter since it was opened")
+        data = read_span(self.path, member.offset, member.size, self.stamp)
         return data.removeprefix(b"\xef\xbb\xbf")
 
 

@@ -193,10 +193,13 @@ def test_a_file_that_cannot_be_read_is_an_error_at_once(tmp_path):
             IndexedJson(tmp_path / name)
 
 
-def test_a_file_that_became_shorter_stops_the_run(tmp_path):
+@pytest.mark.parametrize("content", ['["first"]', '["other", "number"]', '["first", "second", "third"]'])
+def test_a_file_that_changes_stops_the_run(content, tmp_path):
     source = IndexedJson(write(tmp_path, '["first", "second"]'))
-    write(tmp_path, '["first"]')
-    with pytest.raises(ValueError, match=r"data\.json has become shorter") as error:
+    assert source[1] == "second"
+    write(tmp_path, content)
+    os.utime(tmp_path / "data.json", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"data\.json has changed since it was opened") as error:
         source[1]
     assert not isinstance(error.value, BadSample)
 
