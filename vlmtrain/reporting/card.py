@@ -17,7 +17,7 @@ from ..files import replace_text
 from ..model.parts import FIXED, PARTS
 from ..runs.fingerprints import short_hash
 from ..runs.records import read_config, read_summary
-from .tables import markdown_table
+from .tables import markdown_table, markdown_text
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95 %
 OPEN = "to be filled in"
@@ -47,7 +47,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
     text = "\n".join(
         [
             _front("vlmtrain", bases, config["connector"]["name"]),
-            f"# {config['name']}, stage {stage}\n",
+            f"# {markdown_text(config['name'])}, stage {markdown_text(stage)}\n",
             "A vision-language model: image encoder, connector and language model, joined by token concatenation. "
             "Generated from the files of its run; information that they do not contain is left open.\n",
             _table(("part", "what it is", "parameters"), _part_rows(config, model)),
@@ -56,7 +56,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             _table(
                 ("stage", "objective", "trained (learning rate)", "frozen", "steps x batch"), _stage_rows(config, done)
             ),
-            f"The run started from the model folder `{start}`.\n" if start else "",
+            f"The run started from the model folder `{markdown_text(start)}`.\n" if start else "",
             "## Data\n",
             _table(("stage", "source", "samples drawn", "fingerprint"), _data_rows(config, done)),
             "The fingerprint is the beginning of a SHA-256: of a file, of both ends of a large file, or of the names "
@@ -88,7 +88,7 @@ def write_import_card(folder: Path, facts: Mapping, classes: Mapping[str, str]) 
     parts = [(part, _held_name(folder / part), f"{_size(folder / part):,}") for part in PARTS]
     lines = [
         _front("vlmtrain", [facts["source"]], facts["connector"]),
-        f"# Imported from {facts['source']}\n",
+        f"# Imported from {markdown_text(facts['source'])}\n",
         f"A published model, converted to a model folder by vlmtrain {__version__}.\n",
         _table(("", "what it is"), rows),
         _table(("part", "what it is", "parameters"), parts),
@@ -128,7 +128,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _front(library: str, bases: list[str], connector: str | None) -> str:
-    tags = ["vision-language-model", *([f"connector-{connector}"] if connector else [])]
+    tags = ["vision-language-model", *([json.dumps(f"connector-{connector}")] if connector else [])]
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text", f"license: unknown  # {OPEN}"]
     lines += [f"tags: [{', '.join(tags)}]"]
     lines += ["base_model:", *(f"- {json.dumps(base)}" for base in bases)] if bases else []

@@ -25,8 +25,13 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{cells}</tr>{lines}</table>"
 
 
+def markdown_text(text: str) -> str:
+    """Text for a paragraph or a cell: without HTML, line breaks and bars that separate cells."""
+    return " ".join(escape(text, quote=False).replace("|", "\\|").split())
+
+
 def markdown_table(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
     """A table whose first row is the header; columns after the first are aligned to the right if they are `numbers`."""
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    head, *body = (f"| {' | '.join(map(markdown_text, row))} |" for row in rows)
     rule = f"|---|{'--:|' * (len(rows[0]) - 1)}" if numbers else f"| {' | '.join('---' for _ in rows[0])} |"
     return "\n".join([head, rule, *body, ""])

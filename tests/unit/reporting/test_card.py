@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from vlmtrain.reporting.card import score_rows, wilson
+from vlmtrain.reporting.tables import markdown_table
 
 
 def test_each_score_is_listed_with_its_number_of_questions(tmp_path):
@@ -27,3 +28,12 @@ def test_each_score_is_listed_with_its_number_of_questions(tmp_path):
     assert rows["exact match of color"] == ("4", f"25.0% ({low:.1%} to {high:.1%})", "0.0%")
     assert rows["loss"] == ("8", "1.5000", "0.7500") and rows["cider"] == ("4", "1.2500", "0.6250")
     assert rows["yes no f1"] == ("8", "40.0%", "20.0%") and len(rows) == 6
+
+
+def test_names_cannot_break_a_table():
+    hostile = "a | <b>\n| c |"
+    assert markdown_table([("name", "value"), (hostile, "1")]).splitlines() == [
+        "| name | value |",
+        "| --- | --- |",
+        r"| a \| &lt;b&gt; \| c \| | 1 |",
+    ]
