@@ -7,6 +7,9 @@ import time
 
 import pytest
 import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -96,6 +99,16 @@ def test_an_own_connector_is_a_choice(monkeypatch):
     monkeypatch.setitem(CONNECTORS, "own_connector", Own)
     model, _ = build_model("tiny", {"own_connector": {"depth": 3}}, "tiny")
     assert type(model.connector) is Own and model.connector.config["depth"] == 3
+
+
+def test_a_script_that_uses_hydra_can_call_it(tmp_path):
+    (tmp_path / "own.yaml").write_text("lr: 1.0")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        with pytest.raises(ValueError, match="unknown connector"):
+            build_model(**TINY | {"connector": "none"})
+        build_model(**TINY)
+        assert hydra_compose("own") == {"lr": 1.0}
+    assert not GlobalHydra.instance().is_initialized()
 
 
 @pytest.mark.parametrize(

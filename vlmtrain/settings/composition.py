@@ -162,12 +162,16 @@ def _compose(
     overrides = [*_with_open_mappings(overrides)]
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     register_choices(overrides)
+    callers = GlobalHydra.instance().hydra  # a script that calls build_model may use Hydra itself
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return hydra_compose(name, overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(name, error, overrides, own_keys)) from None
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            try:
+                return hydra_compose(name, overrides, return_hydra_config=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ValueError(_explain(name, error, overrides, own_keys)) from None
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def read_line(line: Sequence[str]) -> tuple[list[str], str | None]:
