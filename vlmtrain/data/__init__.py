@@ -2,6 +2,7 @@
 
     records.py    Conversation, Turn, ImageSource: the common form of all data formats
     llava.py      LLaVA's JSON; shapes.py: procedural images; sources.py: the sources of a stage
+    record_reader.py  records of all formats -> conversation
     images.py     files -> RGB images -> the encoder's size -> tensors
     rendering.py  conversation -> tokens and targets; templates.py: chat templates by name
     processor.py  conversation -> sample -> batch
@@ -11,6 +12,7 @@ The model receives a `processor.Batch`.
 """
 
 from .processor import Batch, Processor
+from .record_reader import read_record
 from .records import BadSample, Conversation, Turn
 
-__all__ = ["BadSample", "Batch", "Conversation", "Processor", "Turn"]
+__all__ = ["BadSample", "Batch", "Conversation", "Processor", "Turn", "read_record"]

@@ -50,7 +50,11 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """The model's input; B rows padded on the right to T positions.
 
-    input_ids ``(B, T)``; targets ``(B, T)``, -100 if there is none; weights ``(B, T)`` float32;
+    Targets are already shifted: ``targets[:, t]`` is the token after position t, which the logits at t predict. Compare
+    logits and targets as they are, and do not shift them again (Hugging Face's ``labels`` are not shifted).
+
+    input_ids ``(B, T)``; targets ``(B, T)``, -100 if there is none; weights ``(B, T)`` float32, the loss weight of each
+    target, 0 if there is none;
     images ``(N, 3, H, W)``, a dummy image if the batch has no images, None without a geometry; is_image ``(B, T)``
     bool, or None for a batch without images; lengths ``(B,)``.
 

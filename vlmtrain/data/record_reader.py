@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import first_line, printable, shown
@@ -221,6 +222,15 @@ class RecordReader:
         if len(named) > 1:
             raise BadSample(f"{name}: an image item must have one image, got {' and '.join(named)}")
         return self.images.read(item[named[0]], "of 'content'", name) if named else None
+
+
+def read_record(record: Mapping, images: str | Path = ".") -> Conversation:
+    """Convert one record, in any of the formats that data sets may have, to a conversation.
+
+    images: the folder of relative image paths. Raises BadSample for a record that cannot be read, and ValueError if the
+    folder does not exist. Images are opened when the conversation is loaded.
+    """
+    return RecordReader(ImageFolder(images, outside=True)).read(record, "the record")
 
 
 _ITEM_IMAGES = ("image", "image_url", "url", "path", "base64", "data")

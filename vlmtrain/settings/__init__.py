@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .composition import compose, compose_evaluation, flatten, import_modules
+from .composition import compose, compose_evaluation, compose_model, flatten, import_modules
 from .run import LLM, Engine, Features, Run, Validation, Vision, read_run
 from .stage import STAGE_PARTS, Expected, LoRA, Pattern, Stage
 
@@ -24,6 +24,7 @@ __all__ = [
     "Vision",
     "compose",
     "compose_evaluation",
+    "compose_model",
     "flatten",
     "import_modules",
     "read_run",

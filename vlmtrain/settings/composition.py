@@ -37,6 +37,7 @@ from .run import MODULES, Evaluation, Run, read_run
 OPTION_GROUPS = ("vision", "connector", "llm", "data")
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
 SPLIT = re.compile(r"data\.(?!columns$)\w+")
+MODEL_STAGE = "build_model"  # names the only stage of `compose_model` in messages
 MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
 
 
@@ -125,18 +126,52 @@ def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
     return read(Evaluation, OmegaConf.to_container(config, resolve=True))
 
 
+def compose_model(choices: Mapping[str, str | Mapping], inputs: Mapping[str, Any], **values: Any) -> Run:
+    """Compose the settings of a run whose only stage, ``build_model``, has all parts and receives none.
+
+    choices: for each group, a choice, or ``{choice: {key: value}}`` with keys of its file. inputs: keys of the stage.
+    values: keys of the run. Raises ValueError as `compose` does.
+    """
+    named = {group: _choice(group, value) for group, value in choices.items()}
+    overrides = ["~recipe", f"+name={MODEL_STAGE}", "data=shapes", "engine=zero0"]
+    overrides += [f"+objective@stages.{MODEL_STAGE}=language_modelling"]
+    overrides += [f"{group}={choice}" for group, (choice, _) in named.items()]
+    config = _compose("train", overrides)
+    settings = OmegaConf.create(finish(config, config.hydra, must_be_complete=False))
+    stage = {"fresh": ["vision", "connector", "llm"], "train": {"connector": 1.0}}  # a stage has to train a part
+    given = {group: options for group, (_, options) in named.items() if options}
+    given |= {**values, "stages": {MODEL_STAGE: {**stage, **inputs}}}
+    _lay_over(settings, given, named=(), setter="build_model")
+    return read_run(_plain(settings, left_open_by="its choice"))
+
+
+def _choice(group: str, value: str | Mapping) -> tuple[str, Mapping]:
+    """A choice of a group and its options."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((choice, options),) = value.items()
+        if isinstance(choice, str) and isinstance(options, Mapping):
+            return choice, options
+    raise ValueError(f"{group}={value}: expected a choice, or {{choice: {{key: value}}}}")
+
+
 def _compose(
     name: str, overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()
 ) -> DictConfig:
     overrides = [*_with_open_mappings(overrides)]
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     register_choices(overrides)
+    callers = GlobalHydra.instance().hydra  # a script that calls build_model may use Hydra itself
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return hydra_compose(name, overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(name, error, overrides, own_keys)) from None
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            try:
+                return hydra_compose(name, overrides, return_hydra_config=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ValueError(_explain(name, error, overrides, own_keys)) from None
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def read_line(line: Sequence[str]) -> tuple[list[str], str | None]:
@@ -191,13 +226,22 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
             suffix = "-mini" if settings.mini else ""
             apart = _swept(hydra, settings.name, settings.connector.name)
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{apart}"
+    return _plain(settings, left_open_by="the recipe" if must_be_complete else None)
+
+
+def _plain(settings: DictConfig, left_open_by: str | None) -> dict[str, Any]:
+    """Settings as plain values, without references.
+
+    left_open_by: named in the error if a value is missing; None allows that.
+    """
     try:
         OmegaConf.resolve(settings)
     except OmegaConfBaseException as error:
         raise ValueError(first_line(error)) from None
     missing = sorted(OmegaConf.missing_keys(settings))
-    if missing and must_be_complete:
-        raise ValueError(f"set {', '.join(missing)}: the recipe leaves {'it' if len(missing) == 1 else 'them'} open")
+    if missing and left_open_by is not None:
+        them = "it" if len(missing) == 1 else "them"
+        raise ValueError(f"set {', '.join(missing)}: {left_open_by} leaves {them} open")
     return OmegaConf.to_container(settings)
 
 
@@ -261,8 +305,8 @@ def _check_unselected(
                 raise ValueError(f"the recipe sets {name}, which does not exist.{nearest(key, own)}")
 
 
-def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> None:
-    """Apply options, except those that the command line sets. Raises ValueError for an unknown key.
+def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str], setter: str = "the recipe") -> None:
+    """Apply options, except those that the command line sets. Raises ValueError for an unknown key, naming the setter.
 
     A key that is null may be set to a mapping. A data split is replaced completely, as it may have other sources.
     """
@@ -271,7 +315,7 @@ def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str]) -> N
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
             continue
         if key not in known and not any(each.startswith(f"{key}.") for each in known):
-            raise ValueError(f"the recipe sets {key}, which does not exist.{nearest(key, known)}")
+            raise ValueError(f"{setter} sets {key}, which does not exist.{nearest(key, known)}")
         OmegaConf.update(settings, key, value, merge=False)
 
 
