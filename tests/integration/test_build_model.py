@@ -45,6 +45,12 @@ def records(tmp_path) -> list[dict]:
     ]
 
 
+def test_it_is_also_part_of_the_model_package():
+    from vlmtrain.model import build_model as found
+
+    assert found is build_model
+
+
 def test_the_weights_are_those_of_a_run_with_the_same_seed():
     run = compose(["recipe=quickstart", "stages.instruct.fresh=[vision,connector,llm]", "seed=3"])
     parts = build_parts(run, run.stages["instruct"], None, build_tokenizer(run))
