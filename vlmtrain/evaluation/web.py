@@ -67,5 +67,6 @@ def build_page(chat: Chat, max_new_tokens: int):
         conversation.update(turns=one.turns, images=one.images)
 
     box = gradio.MultimodalTextbox(file_types=["image"], file_count="multiple", placeholder="Ask about the image")
+    state = {"additional_inputs": [gradio.State({})], "additional_inputs_accordion": gradio.Accordion(visible=False)}
     options = {"multimodal": True, "title": "vlmtrain chat", "analytics_enabled": False}
-    return gradio.ChatInterface(answer, textbox=box, additional_inputs=[gradio.State({})], **options)
+    return gradio.ChatInterface(answer, textbox=box, **state, **options)
