@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from torch.utils.data import Subset
 
@@ -111,18 +112,27 @@ def _without_bad(sources: Mapping[str, Source], file: Path, split: str) -> dict[
     return clean
 
 
-def first_problems(source: Source, limit: int = 1) -> list[str]:
-    """Problems of the first `limit` bad records of a source; in a large source, evenly spaced records are checked.
+class FirstLook(NamedTuple):
+    """What a look at the records of a source found: `problems` of bad records, and how many others were `repaired`."""
+
+    problems: list[str]
+    repaired: int
+    records: int
+
+
+def first_look(source: Source, limit: int = 1) -> FirstLook:
+    """Check a source up to its bad record number `limit`; of a large source, evenly spaced records.
 
     Images are not decoded if their first and last bytes are conclusive.
     """
-    problems = []
+    problems, repaired, records = [], 0, 0
     step = max(1, len(source) // LOOKED_AT)
     for index in range(0, len(source), step):
         name = f"record {index}"
         try:
             conversation = source[index]
             name = conversation.id
+            records, repaired = records + 1, repaired + conversation.repaired
             check_conversation(conversation)
             for image in conversation.images:
                 if isinstance(image, EncodedImage):
@@ -131,4 +141,4 @@ def first_problems(source: Source, limit: int = 1) -> list[str]:
             problems.append(str(error) if name in str(error) else f"{name}: {error}")
             if len(problems) == limit:
                 break
-    return problems
+    return FirstLook(problems, repaired, records)

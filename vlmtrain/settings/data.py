@@ -94,6 +94,11 @@ class Split:
     sources: Mapping[str, DataSource]
     clean_list: str | None  # file written by vlmtrain check --clean-list; its bad records are excluded
 
+    @property
+    def repairs(self) -> bool:
+        """Whether the turns of some source are repaired."""
+        return any(isinstance(source, RecordSource) and source.repair for source in self.sources.values())
+
     def __post_init__(self) -> None:
         weighted = [source.weight is not None for source in self.sources.values()]
         for name, source in self.sources.items():

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data.mixture import Mixture
 from ..data.records import BadSample
-from ..data.sources import build_source, first_problems
+from ..data.sources import LOOKED_AT, build_source, first_look
 from ..evaluation.lmms_eval import check_tasks
 from ..evaluation.scores import check_metrics
 from ..model.attention import attend_in_segments
@@ -27,6 +27,7 @@ from ..settings.data import Split
 from .assembly import build_skeleton, build_tokenizer, check_origins
 from .batching import split_batch
 from .handover import tensors_taken
+from .log import logger
 from .processing import build_processor, image_size_of
 from .trainable import check_starts, trained_groups
 
@@ -165,7 +166,12 @@ def _key(group: str, part: Vision | LLM) -> str:
 
 def _check_source(run: Run, split: Split, size: tuple[int, int]) -> Mixture:
     source = build_source(split, size, run.seed)
-    problems = first_problems(source) if run.on_bad_sample == "raise" else []
-    if problems:
-        raise BadSample(f"{problems[0]} (data.{split.name}; on_bad_sample=skip trains without it)")
+    skips = run.on_bad_sample == "skip"
+    if skips and not split.repairs:
+        return source
+    found = first_look(source, LOOKED_AT if skips else 1)
+    if found.repaired:
+        logger.info(f"data.{split.name}: repair changed {found.repaired:,} of the {found.records:,} records checked")
+    if found.problems and not skips:
+        raise BadSample(f"{found.problems[0]} (data.{split.name}; on_bad_sample=skip trains without it)")
     return source

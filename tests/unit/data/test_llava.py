@@ -12,7 +12,7 @@ from PIL import Image
 from vlmtrain.data.file_lists import read_list
 from vlmtrain.data.llava import LlavaJson, open_llava
 from vlmtrain.data.records import BadSample, Turn
-from vlmtrain.data.sources import first_problems
+from vlmtrain.data.sources import first_look
 
 DEEP = json.loads("[" * 500 + "]" * 500)
 TALK = [{"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "red"}]
@@ -154,7 +154,7 @@ def test_a_broken_record_is_named_and_leaves_the_others_alone(tmp_path, images, 
     name = r"data\.json record 1 \(id x\)" if isinstance(record, dict) else r"data\.json record 1"
     with pytest.raises(BadSample, match=f"^{name}: .*{message}"):
         source[1]
-    assert len(first_problems(source, limit=5)) == 1
+    assert len(first_look(source, limit=5).problems) == 1
 
 
 def test_an_image_without_a_folder_is_a_bad_sample(tmp_path):
@@ -225,11 +225,17 @@ def test_problems_are_found_before_training(tmp_path, images):
     pictures = ["red.png", "missing.png", "short.png", "red.png", "half\0.png"]
     talks = [marked("<image>", "a")] * 3 + [marked("no mark", "a")] + [marked("<image>", "a")]
     records = [{"id": i, "image": p, "conversations": t} for i, (p, t) in enumerate(zip(pictures, talks))]
-    problems = first_problems(read(tmp_path, records, images), limit=10)
+    problems = first_look(read(tmp_path, records, images), limit=10).problems
     wanted = ("missing.png does not exist", "short.png", "(id 3): 0 <image>", "half")
     assert [part in text for part, text in zip(wanted, problems)] == [True] * 4
     assert len(problems) == 4
-    assert first_problems(read(tmp_path, records, images)) == problems[:1]
+    assert first_look(read(tmp_path, records, images)).problems == problems[:1]
+
+
+def test_repaired_records_are_counted_before_training(tmp_path, images):
+    early, good, late = marked("q", "a", "r", "b")[1:], marked("q", "a"), marked("q", "a", "r")
+    read(tmp_path, [{"conversations": turns} for turns in (early, good, late)])
+    assert first_look(LlavaJson(tmp_path / "data.json", images, repair=True))[1:] == (2, 3)
 
 
 @pytest.mark.parametrize(
