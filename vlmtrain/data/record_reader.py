@@ -147,7 +147,8 @@ class RecordReader:
             if isinstance(captions, list) and len(captions) == 1:
                 (caption,) = captions
             if not isinstance(caption, str):
-                raise BadSample(f"{name}: the caption must be a string, got {shown(caption)}")
+                several = "; data=hf trains on each of several captions" * isinstance(caption, list)
+                raise BadSample(f"{name}: the caption must be a string, got {shown(caption)}{several}")
             if not images:
                 raise BadSample(f"{name}: the record has a caption but no image")
             return [_user("\n".join([IMAGE_MARK] * images)), _Said(Turn("assistant", caption))]

@@ -114,7 +114,7 @@ REFUSED = {
     "two system texts": (
         {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("q", "a")]}, "'system' and a system",
     ),
-    "several captions": ({"captions": ["a", "b"], "image": "red.png"}, "the caption must be a string"),
+    "several captions": ({"captions": ["a", "b"], "image": "red.png"}, "data=hf trains on each of several captions"),
     "a URL": ({**PICTURED, "image": "https://example.org/a.png"}, "is a URL; images are not downloaded"),
     "an index that leads nowhere": (
         {"messages": chat([{"type": "image", "index": 1}], "a"), "images": ["red.png"]}, "indices .1., but there are 1",
