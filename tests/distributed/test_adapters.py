@@ -241,7 +241,7 @@ def test_adapters_start_only_from_the_weights_they_were_trained_on(tokenizer, tm
     [
         ("{llm: {targets: [qproj]}}", "lora.llm.targets: qproj matches no linear layer; there are down_proj"),
         ("{llm: {rang: 8}}", "Did you mean 'stages.instruct.lora.llm.rank'?"),
-        ("{llm: {rank: 0}}", "lora.llm.rank=0: expected an integer of at least 1"),
+        ("{llm: {rank: 0}}", "lora.llm.rank=0: expected an integer from 1 to 10^12"),
         ("{llm: {dropout: 1}}", "lora.llm.dropout=1: expected a number of at least 0 and below 1"),
         ("{vision: {rank: 8}}", "vision is frozen: set stages.instruct.train.vision"),
         ("{lmm: {rank: 8}}", "the stage has only vision, connector, llm"),

@@ -104,10 +104,12 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
 
 
 def _bounds(least: float, most: float) -> str:
-    """Bounds in words. `LARGEST` and its negative are not worth saying."""
-    if most < LARGEST:
-        return f" from {least:,} to {most:,}" if least > -LARGEST else f" of at most {most:,}"
-    return f" of at least {least:,}" if least > -LARGEST else ""
+    if most == math.inf:
+        return f" of at least {least:,}" if least > -math.inf else ""
+    high = "10^12" if most == LARGEST else f"{most:,}"
+    if least == -LARGEST:
+        return "" if most == LARGEST else f" of at most {high}"
+    return f" from {least:,} to {high}"
 
 
 POSITIVE = Kind("a positive number", lambda value: number(0).fits(value) and value > 0)
