@@ -26,9 +26,9 @@ def users_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        from .data.records import BadSample
+        from .data.records import BadSample, StreamError
 
-        if launched_rank() == 0 or isinstance(error, BadSample):
+        if launched_rank() == 0 or isinstance(error, BadSample | StreamError):
             sys.stderr.write(f"vlmtrain: error: {error}\n")
         raise SystemExit(2) from None
     except Exception as error:

@@ -39,6 +39,9 @@ def run(options: argparse.Namespace) -> None:
 
     check_writable(options.clean_list)
     settings = compose(options.overrides)
+    if options.clean_list:
+        for stage in settings.wanted:
+            settings.data.split(stage.data).refuse_streams("with --clean-list: no records of it can be excluded")
     tokenizer = build_tokenizer(settings)
     results, by_split = {}, {}
     for stage in settings.wanted:
@@ -70,6 +73,8 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
         splits.append(stage.validation)
     size = image_size_of(parts)
     mixtures = {split: build_source(settings.data.split(split), size, settings.seed) for split in splits}
+    for stream in mixtures[stage.data].streams.values():
+        sys.stderr.write(f"vlmtrain: warning: only the first epoch is checked: {stream.note}\n")
     progress = sys.stderr.isatty()
     checked = {
         split: check_data(mixture, processor, options.workers, progress, held_out=split != stage.data)

@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +20,66 @@ from .record_reader import FORMS, KEYS, RecordReader
 from .records import BadSample, Conversation
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from pyarrow import Array
+    from datasets import Dataset, IterableDataset
+    from pyarrow import Array, Table
 
 COLUMNS = {**KEYS, "image": (*KEYS["image"], "jpg", "png"), **{role: () for role in GRADING}}
 """Roles of columns, and the column names that are recognized for each (none for roles that only evaluation uses)."""
+_MAPPED = "Arrow files are read in place without streaming: set streaming=false"
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
+
+
+class RowReader:
+    """Converts rows of a dataset, as Arrow tables, to conversations.
+
+    The other arguments are those of `HFDataset`. columns: the column of each role; features: of all columns that are
+    read. Raises ValueError if the columns are ambiguous or have wrong types.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | IterableDataset,
+        path: str | Path,
+        columns: Mapping[str, str | None] | None,
+        images: str | Path | None,
+        outside: bool,
+        **options,
+    ):
+        ignored = options.get("ignored", ())
+        present = [column for column in data.column_names if column not in ignored]
+        self.columns = choose_columns(columns or {}, present, str(path))
+        for role in ("question", "caption"):
+            kind = _innermost(data.features.get(self.columns.get(role)))
+            if role in self.columns and getattr(kind, "dtype", "string") not in ("string", "large_string", "json"):
+                raise ValueError(f"columns.{role}={self.columns[role]} of {path} must contain strings, got {kind}")
+        for column in set(present) - set(self.columns.values()):
+            _refuse_media(data.features[column], column, path)
+        folder = ImageFolder(path if images is None and os.path.isdir(path) else images, outside)
+        self.features = {column: data.features[column] for column in present}
+        self._reader = RecordReader(folder, keys=self.columns, **options)
+
+    @property
+    def has_caption_lists(self) -> bool:
+        """Whether rows have lists of captions."""
+        return isinstance(self.features.get(self.columns.get("caption")), _lists())
+
+    def record(self, fetch: Callable[[], Table], where: str) -> dict:
+        """The values of the row that `fetch` returns. Raises BadSample, naming the record, if it is damaged."""
+        try:
+            table = fetch()
+            table.validate()
+            for column in table.columns:
+                for chunk in column.chunks:
+                    _check_contents(chunk)
+            (row,) = table.to_pylist()
+            return {column: _decoded(value, self.features[column]) for column, value in row.items()}
+        except Exception as error:  # damaged columns can raise any exception
+            raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
+
+    def read(self, record: dict, where: str) -> Conversation:
+        """Convert the values of a row. Raises BadSample, naming the record."""
+        return self._reader.read(record, where)
 
 
 class HFDataset:
@@ -55,33 +108,22 @@ class HFDataset:
         **options,
     ):
         self.name = Path(path).name
-        data = _load(os.fspath(path), split, name)
+        data = load_split(os.fspath(path), split, name)
         _check_ends([entry["filename"] for entry in data.cache_files], path)
         if not len(data):
             raise ValueError(f"dataset {path} is empty: no records")
-        ignored = options.get("ignored", ())
-        present = [column for column in data.column_names if column not in ignored]
-        self.columns = choose_columns(columns or {}, present, str(path))
-        for role in ("question", "caption"):
-            kind = _innermost(data.features.get(self.columns.get(role)))
-            if role in self.columns and getattr(kind, "dtype", "string") not in ("string", "large_string", "json"):
-                raise ValueError(f"columns.{role}={self.columns[role]} of {path} must contain strings, got {kind}")
-        for column in set(present) - set(self.columns.values()):
-            _refuse_media(data.features[column], column, path)
-        folder = ImageFolder(path if images is None and os.path.isdir(path) else images, outside)
-        self.reader = RecordReader(folder, keys=self.columns, **options)
-        self.features = {column: data.features[column] for column in present}
+        self.reader = RowReader(data, path, columns, images, outside, **options)
         # in Arrow format, so that only the requested row is read and images stay encoded
-        self.rows = data.select_columns(present).with_format("arrow")
+        self.rows = data.select_columns(list(self.reader.features)).with_format("arrow")
         self._ends = self._caption_ends()
 
     def _caption_ends(self) -> np.ndarray | None:
         """The number of captions up to the end of each row, if rows have lists of captions."""
-        column = self.columns.get("caption")
-        if not isinstance(self.features.get(column), _lists()):
+        if not self.reader.has_caption_lists:
             return None
         import pyarrow.compute as pc
 
+        column = self.reader.columns["caption"]
         captions = self.rows.select_columns([column])[:][column]
         return np.cumsum(pc.fill_null(pc.list_value_length(captions), 0).to_numpy())
 
@@ -95,7 +137,7 @@ class HFDataset:
         if self._ends is None:
             return self.reader.read(self._row(index, where), where)
         row = int(np.searchsorted(self._ends, index, side="right"))
-        record, column = self._row(row, where), self.columns["caption"]
+        record, column = self._row(row, where), self.reader.columns["caption"]
         captions = record[column]
         caption = captions[index - int(self._ends[row])]  # counted from the end of the row
         conversation = self.reader.read({**record, column: caption}, where)
@@ -104,16 +146,7 @@ class HFDataset:
         return replace(conversation, turns=(*before, replace(said, grading=grading)))
 
     def _row(self, index: int, where: str) -> dict:
-        try:
-            table = self.rows[index]
-            table.validate()
-            for column in table.columns:
-                for chunk in column.chunks:
-                    _check_contents(chunk)
-            (row,) = table.to_pylist()
-            return {column: _decoded(value, self.features[column]) for column, value in row.items()}
-        except Exception as error:  # damaged columns can raise any exception
-            raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
+        return self.reader.record(lambda: self.rows[index], where)
 
 
 def _lists() -> tuple[type, ...]:
@@ -210,22 +243,28 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
     return {role: known[role][0] for role in (*forms[0], "image", "system", "id", *GRADING) if known[role]}
 
 
-def _load(path: str, split: str, name: str | None) -> Dataset:
+def load_split(path: str, split: str, name: str | None, streaming: bool = False) -> Dataset | IterableDataset:
+    """Load a split of a dataset, as described for `HFDataset`.
+
+    streaming: read the files as they are needed. Raises ValueError if the dataset cannot be loaded or streamed.
+    """
     import datasets
 
     try:
         if os.path.isdir(path):
+            if streaming and next(Path(path).rglob("*.arrow"), None):
+                raise ValueError(_MAPPED)
             if not any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
-                return datasets.load_dataset(path, name, split=split)
+                return datasets.load_dataset(path, name, split=split, streaming=streaming)
             data = datasets.load_from_disk(path)
             if isinstance(data, datasets.DatasetDict) and split not in data:
                 raise ValueError(f"there is no split '{split}'; it has {', '.join(data)}")
             return data[split] if isinstance(data, datasets.DatasetDict) else data
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         if files:
-            return _load_files(files, split)
+            return _load_files(files, split, streaming)
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and Path(path).suffix not in _BUILDERS:
-            return datasets.load_dataset(path, name, split=split)
+            return datasets.load_dataset(path, name, split=split, streaming=streaming)
     except Exception as error:  # the library, the network and broken files can raise any exception
         reason = first_line(error)
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
@@ -243,7 +282,7 @@ def _check_ends(files: Sequence[str], path: str | Path) -> None:
                 raise ValueError(f"dataset {path} cannot be loaded: {file} has no end marker, so it was truncated")
 
 
-def _load_files(files: list[str], split: str) -> Dataset:
+def _load_files(files: list[str], split: str, streaming: bool) -> Dataset | IterableDataset:
     import datasets
     from pyarrow import ArrowInvalid
 
@@ -253,10 +292,12 @@ def _load_files(files: list[str], split: str) -> Dataset:
         raise ValueError(f"expected files of one kind, {', '.join(_BUILDERS)}; got {', '.join(files[:4])}")
     (builder,) = builders
     if builder == "arrow":
+        if streaming:
+            raise ValueError(_MAPPED)
         try:
             return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         except ArrowInvalid:
             pass  # Arrow's file format instead of its stream format; it is converted below
     base = re.match(r"\w*", split).group() or "train"
     more = {"sep": "\t"} if kinds == {".tsv"} else {}
-    return datasets.load_dataset(builder, data_files={base: files}, split=split, **more)
+    return datasets.load_dataset(builder, data_files={base: files}, split=split, streaming=streaming, **more)

@@ -280,6 +280,8 @@ class StepStream(IterableDataset):
 
 def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[StepData]:
     """Iterate over the steps of a stage, prefetched by `workers` processes (0: loaded in the main process)."""
+    for source in stream.mixture.streams.values():
+        source.close()  # a process must not be forked while threads of the library read in it
     loader = DataLoader(
         stream,
         batch_size=None,

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .records import Conversation, Source
+from .records import Conversation, Source, Stream
 
 
 class Concatenation:
@@ -30,7 +30,10 @@ class Concatenation:
 
     def __getitem__(self, index: int) -> Conversation:
         number = self.source_number(index)
-        return self._parts[number][index - (self._ends[number - 1] if number else 0)]
+        return self._parts[number][index - self._start(number)]
+
+    def _start(self, number: int) -> int:
+        return self._ends[number - 1] if number else 0
 
     def source_number(self, index: int) -> int:
         """Position of the source to which a record belongs."""
@@ -44,19 +47,35 @@ class Mixture(Concatenation):
 
     counts: number of records drawn from each source per epoch, by name; None draws each record once. A source that is
     only partly drawn in an epoch continues in the next epoch where it stopped, so all its records are drawn equally
-    often.
+    often. A `Stream` keeps its own order; its records of epoch e have the indices from ``e * len(self)`` on.
 
-    The stream depends only on (seed, epoch, position).
+    The order depends only on (seed, epoch, position).
     """
 
     def __init__(self, sources: Mapping[str, Source], counts: Mapping[str, int] | None = None, seed: int = 0):
         super().__init__(list(sources.values()))
         self.sources = dict(sources)
+        self.streams = {name: source for name, source in self.sources.items() if isinstance(source, Stream)}
         self.counts = {name: counts[name] if counts else len(source) for name, source in self.sources.items()}
         self.seed = seed
         self.epoch_size = sum(self.counts.values())
         # a process reads at most two epochs at once: the end of one and the beginning of the next
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def __getitem__(self, index: int) -> Conversation:
+        number = self.source_number(index)
+        epoch, within = divmod(index, len(self))
+        source = self._parts[number]
+        return source[epoch * len(source) + within - self._start(number)]
+
+    def source_number(self, index: int) -> int:
+        """Position of the source to which a record belongs. Only streams have records in later epochs."""
+        if index < len(self) or not self.streams:
+            return super().source_number(index)
+        number = super().source_number(index % len(self))
+        if not isinstance(self._parts[number], Stream):
+            raise IndexError(f"record {index} of {len(self)}")
+        return number
 
     def draw(self, position: int) -> int:
         """Index of the record at a position of the endless stream."""
@@ -67,10 +86,18 @@ class Mixture(Concatenation):
         drawn, start = [], 0
         for name, source in self.sources.items():
             first = epoch * self.counts[name]
-            drawn.append(start + self._draws(name, len(source), first, first + self.counts[name]))
+            if name in self.streams:
+                drawn.append(epoch * len(self) + start + torch.arange(len(source)))
+            else:
+                drawn.append(start + self._draws(name, len(source), first, first + self.counts[name]))
             start += len(source)
         together = torch.cat(drawn)
-        return together[torch.randperm(len(together), generator=self._generator("epoch", epoch))]
+        order = together[torch.randperm(len(together), generator=self._generator("epoch", epoch))]
+        for draws in (each for name, each in zip(self.sources, drawn) if name in self.streams):
+            # only the places of a stream's records are shuffled: a stream is read from front to back
+            places = (order >= draws[0]) & (order <= draws[-1])
+            order[places] = draws
+        return order
 
     def _draws(self, name: str, size: int, first: int, last: int) -> Tensor:
         """Draws `first` to ``last - 1`` of a source, from successive permutations of its records."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,9 +68,38 @@ class BadSample(ValueError):
     """A record that cannot be trained on; the message names the record and the reason."""
 
 
+class StreamError(ValueError):
+    """A stream that cannot be read any further; the message names the data set, the record and the reason."""
+
+    def __init__(self, message: str):
+        # PyTorch's data loader passes the traceback of a worker, which ends with the message
+        super().__init__(message.rstrip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
 class Source(Protocol):
     """A sequence of conversations; a broken one raises BadSample when it is accessed."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Conversation: ...
+
+
+class Stream(ABC):
+    """A source without an end, which is read in its own order.
+
+    Its length is the number of records per epoch; the records from ``len(self)`` on belong to the following epochs.
+    Indices should increase, because all records before an index are read first. An access raises StreamError if its
+    files cannot be read. note: what a user must know, in one line.
+    """
+
+    note: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files that this process has open. The next access opens them again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,12 @@ from .images import EncodedImage
 from .llava import open_llava
 from .mixture import Mixture
 from .probes import Probes
-from .records import BadSample, Source
+from .records import BadSample, Source, Stream
 from .rendering import check_conversation
 from .shapes import Shapes
 
 LOOKED_AT = 20_000  # number of records of a source that are checked before training; `vlmtrain check` reads all
+STREAM_LOOKED_AT = 1_000  # of a stream, the first ones, since evenly spaced ones would require reading all
 
 
 def build_source(split: Split, image_size: tuple[int, int], seed: int) -> Mixture:
@@ -40,9 +41,13 @@ def _open_llava(source: LlavaJSONSource, image_size: tuple[int, int], seed: int)
 
 def _open_hf(source: HFSource, image_size: tuple[int, int], seed: int) -> Source:
     from .hf_dataset import HFDataset
+    from .hf_stream import BUFFER, HFStream
 
-    folder = (source.images, source.outside_images)
-    return HFDataset(source.path, source.split, source.name, source.columns, *folder, **_reading(source))
+    place = (source.path, source.split, source.name, source.columns, source.images, source.outside_images)
+    if not source.streaming:
+        return HFDataset(*place, **_reading(source))
+    order = (source.samples, source.shuffle_buffer or BUFFER, seed)
+    return HFStream(*place, *order, **_reading(source))
 
 
 def _open_webdataset(source: RecordSource, image_size: tuple[int, int], seed: int) -> Source:
@@ -123,11 +128,10 @@ class FirstLook(NamedTuple):
 def first_look(source: Source, limit: int = 1) -> FirstLook:
     """Check a source up to its bad record number `limit`; of a large source, evenly spaced records.
 
-    Images are not decoded if their first and last bytes are conclusive.
+    Of a stream, the first records are checked. Images are not decoded if their first and last bytes are conclusive.
     """
     problems, repaired, records = [], 0, 0
-    step = max(1, len(source) // LOOKED_AT)
-    for index in range(0, len(source), step):
+    for index in _looked_at(source):
         name = f"record {index}"
         try:
             conversation = source[index]
@@ -142,3 +146,14 @@ def first_look(source: Source, limit: int = 1) -> FirstLook:
             if len(problems) == limit:
                 break
     return FirstLook(problems, repaired, records)
+
+
+def _looked_at(source: Source) -> Iterator[int]:
+    start, step = 0, max(1, len(source) // LOOKED_AT)
+    for part in source.sources.values() if isinstance(source, Mixture) else [source]:
+        end = start + len(part)
+        if isinstance(part, Stream):
+            yield from range(start, min(end, start + STREAM_LOOKED_AT))
+        else:
+            yield from range(start, end, step)
+        start = end

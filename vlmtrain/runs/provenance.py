@@ -23,8 +23,9 @@ KEYS = ("versions", "git", "machine", "files", "earlier")
 
 def provenance(run: Run, world: World) -> dict:
     """The record in config.yaml in addition to the settings."""
+    libraries = (*LIBRARIES, "datasets") if run.data.has_streams else LIBRARIES  # it decides the order of streams
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "git": git_state(Path(__file__).parent),
         "machine": {
             "platform": platform.platform(),

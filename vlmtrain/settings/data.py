@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import ClassVar
 
 from ..data.probes import CATEGORIES, LEVELS
 from ..data.shapes import SPLITS
@@ -30,6 +31,7 @@ class DataSource:
     format: str = key(TEXT)
     weight: float | None = key(optional(POSITIVE), None)  # share of the samples of an epoch
     samples: int | None = key(optional(_COUNT), None)  # samples per epoch; null: each record once
+    streaming: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class HFSource(LlavaJSONSource):
     columns: Mapping[str, str | None] | None = key(optional(by_name(optional(TEXT), "{role: column}")), None)
     split: str = key(TEXT, "train")  # split of the dataset
     name: str | None = key(optional(TEXT), None)  # configuration of the dataset
+    streaming: bool = key(SWITCH, False)  # read the files in order, as they are needed
+    shuffle_buffer: int | None = key(optional(whole(1, 10**7)), None)  # records that a stream shuffles; null: 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class ProbesSource(ShapesSource):
     categories: tuple[str, ...] = key(_SOME, CATEGORIES)
 
 
-OWN_KEYS = ("format", "weight", "samples", "path", "size")
+OWN_KEYS = ("format", "weight", "samples", "path", "size", "streaming", "shuffle_buffer")
 """Keys that only a source has, not the group."""
 FORMATS: dict[str, type[DataSource]] = {
     "llava_json": LlavaJSONSource,
@@ -106,6 +110,13 @@ class Split:
                 key = f"data.{self.name}.{name}"
                 raise ValueError(f"{key}: either all sources of a split have a weight (and no samples), or none")
 
+    def refuse_streams(self, reason: str) -> None:
+        """Raise ValueError with the reason if a source is streamed, for uses that need all records in any order."""
+        for name, source in self.sources.items():
+            if source.streaming:
+                key = f"data.{self.name}" if len(self.sources) == 1 else f"data.{self.name}.{name}"
+                raise ValueError(f"{key}.streaming=true cannot be used {reason}")
+
 
 @dataclass(frozen=True)
 class DataGroup:
@@ -113,6 +124,11 @@ class DataGroup:
 
     format: str  # of the sources that do not name one
     splits: Mapping[str, Split | None]
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether a source is streamed."""
+        return any(source.streaming for split in self.splits.values() if split for source in split.sources.values())
 
     def split(self, name: str) -> Split:
         """The split of that name. Raises ValueError if it is not set."""
@@ -144,6 +160,8 @@ def read_data(given: Mapping, used: Collection[str] = ()) -> DataGroup:
     for split, sources in entries.items():
         typed = {name: _source(key, {"format": usual, **entry}, shared) for name, (key, entry) in sources.items()}
         splits[split] = Split(split, MappingProxyType(typed), clean_list)
+        if clean_list is not None:
+            splits[split].refuse_streams(f"with data.clean_list={clean_list}: no records of it are excluded")
     return DataGroup(usual, MappingProxyType(splits))
 
 
@@ -179,4 +197,9 @@ def _source(key: str, entry: Mapping, shared: Mapping) -> DataSource:
     if "path" in entry and not issubclass(cls, RecordSource):
         raise ValueError(f"{key}.path={entry['path']}: {entry['format']} data is generated: expected size and split")
     inherited = {name: value for name, value in shared.items() if name in _options(cls)}
-    return read(cls, {**inherited, **entry}, f"{key}.")
+    source = read(cls, {**inherited, **entry}, f"{key}.")
+    if source.streaming and source.samples is None:
+        raise ValueError(f"{key}.samples is missing: {key}.streaming=true requires the number of samples per epoch")
+    if not source.streaming and entry.get("shuffle_buffer") is not None:
+        raise ValueError(f"{key}.shuffle_buffer={entry['shuffle_buffer']} requires {key}.streaming=true")
+    return source

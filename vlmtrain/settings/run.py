@@ -31,6 +31,7 @@ from .fields import (
 from .stage import Stage
 
 _LOGGERS = list_of(one_of("wandb", "tensorboard", "mlflow"), "a list of wandb, tensorboard, mlflow")
+_FOR_VALIDATION = "for validation, which draws from all records: give a data set that is not streamed"
 _LAYERS = list_of(whole(), "a list of layers")
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
 MODULES = Kind(
@@ -261,6 +262,8 @@ class Run:
                 if split is not None and split not in known:
                     key, hint = f"{stage.prefix}.{option}={split}", nearest(split, known)
                     raise ValueError(f"{key}: the data group has no such split.{hint}")
+            if self.validates(stage):
+                self.data.split(stage.validation).refuse_streams(_FOR_VALIDATION)
 
     def _check_optimizer(self, stage: Stage) -> None:
         key, name = f"{stage.prefix}.optimizer.name", stage.optimizer.name
@@ -332,3 +335,7 @@ class Evaluation:
     seed: int = key(whole(0, 2**32 - 1))
     validation: Validation = key(section(Validation))
     data: DataGroup = key(Kind("a mapping", MAPPING.fits, lambda value, key: read_data(value)))
+
+    def __post_init__(self) -> None:
+        if self.data.splits.get("validation") is not None:
+            self.data.split("validation").refuse_streams(_FOR_VALIDATION)

@@ -113,6 +113,8 @@ class _Stage:
             head = f"{self.total_steps} steps of {self.batching} ({ways}), {len(self.source):,} records"
             table = training_table(self.parts, self.groups, self.waiting)
             logger.info(f"stage {self.name}: {head}\n{table}")
+            for stream in self.source.streams.values():
+                logger.warning(f"stage {self.name}: {stream.note}")
         engine = StageEngine(
             self.stage,
             self.settings.engine,
@@ -184,7 +186,8 @@ class _Stage:
             self.end = self.total_steps = record["ended_early"] = first
         for step in range(first, self.end):
             started = time.perf_counter()
-            self.watch.doing(f"{self.name} step {step + 1}: waiting for data")
+            rereads = step == first and bool(self.source.streams)  # a stream is read again up to the interruption
+            self.watch.doing(f"{self.name} step {step + 1}: waiting for data", outside=rereads)
             data = next(steps)
             done = runner.run(step, data, started, time.perf_counter() - started, stop.received, self._is_late())
             values = done.values

@@ -485,7 +485,7 @@ def test_values_that_the_library_stores_as_json_are_decoded(tmp_path):
     rows = [{"messages": talks[0], "image": "a.png"}, {"messages": talks[1], "image": None}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = HFDataset(tmp_path / "data.jsonl", images=tmp_path)
-    assert "Json" in str(source.features["messages"])
+    assert "Json" in str(source.reader.features["messages"])
     assert texts(source) == [["<image>q", "a"], ["r", "b"]] and colors(source, 0) == [RED]
 
 

@@ -13,7 +13,7 @@ from vlmtrain.connectors import CONNECTORS, connector_options
 from vlmtrain.data.hf_dataset import COLUMNS
 from vlmtrain.settings import LoRA, compose, flatten
 from vlmtrain.settings import run as settings
-from vlmtrain.settings.data import FORMATS, PURPOSES
+from vlmtrain.settings.data import FORMATS, OWN_KEYS, PURPOSES
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 from vlmtrain.settings.other_trainers import KEYS
 
@@ -50,7 +50,7 @@ def test_a_data_group_declares_the_options_and_defaults_of_its_format(name, cls)
     options = {key: value for key, value in given.items() if key not in (*PURPOSES, "format", "clean_list")}
     columns = options.pop("columns", None)
     assert columns is None or set(columns) == set(COLUMNS)
-    of_a_source = {"format", "weight", "samples", "path", "size", "split", "name"}
+    of_a_source = {*OWN_KEYS, "split", "name"}
     assert set(options) | {"columns"} >= set(defaults) - of_a_source and set(options) <= set(defaults)
     assert all(defaults[key] == (tuple(value) if isinstance(value, list) else value) for key, value in options.items())
 
