@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import MAX_PROBLEMS, check_writable, take_overrides
+from .common import MAX_PROBLEMS, check_writable, take_config_dir, take_overrides
 
 if TYPE_CHECKING:
     from ..settings import Run, Stage
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the list of bad records to FILE; data.clean_list=FILE trains without them",
     )
+    take_config_dir(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     from ..training.assembly import build_tokenizer
 
     check_writable(options.clean_list)
-    settings = compose(options.overrides)
+    settings = compose(options.overrides, options.config_dir)
     if options.clean_list:
         for stage in settings.wanted:
             settings.data.split(stage.data).refuse_streams("with --clean-list: no records of it can be excluded")

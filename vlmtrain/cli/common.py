@@ -14,6 +14,10 @@ def take_overrides(parser: argparse.ArgumentParser, summary: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=summary)
 
 
+def take_config_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with your own configuration groups and recipes")
+
+
 def take_modules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--module",

@@ -7,18 +7,19 @@ import json
 import sys
 from dataclasses import asdict
 
-from .common import MAX_PROBLEMS, take_overrides
+from .common import MAX_PROBLEMS, take_config_dir, take_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     take_overrides(parser, "the same overrides as for training, with features.cache=DIR")
+    take_config_dir(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from ..settings import compose
     from ..training.feature_filling import fill_cache
 
-    filled = fill_cache(compose(options.overrides), show_progress=sys.stderr.isatty())
+    filled = fill_cache(compose(options.overrides, options.config_dir), show_progress=sys.stderr.isatty())
     if options.json:
         print(json.dumps({name: asdict(done) for name, done in filled.items()}, indent=2))
     else:

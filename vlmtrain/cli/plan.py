@@ -6,13 +6,14 @@ import argparse
 import json
 from dataclasses import asdict
 
-from .common import take_overrides
+from .common import take_config_dir, take_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     take_overrides(
         parser, "the same overrides as for training, and gpus=8 gpu_memory_gb=80 gpu_tflops=312 utilisation=0.4"
     )
+    take_config_dir(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
             numbers[key] = int(value) if key == "gpus" else float(value)
         except ValueError:
             raise ValueError(f"{override}: expected a number") from None
-    settings, machine = compose(line, own_keys=Machine.__dataclass_fields__), Machine(**numbers)
+    settings, machine = compose(line, options.config_dir, own_keys=Machine.__dataclass_fields__), Machine(**numbers)
     plans = plan_run(settings, machine)
     if options.json:
         shown = [{**asdict(plan), "trainable": plan.trainable, "frozen": plan.frozen} for plan in plans]

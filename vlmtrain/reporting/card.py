@@ -49,7 +49,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
             _front("vlmtrain", bases, config["connector"]["name"]),
             f"# {markdown_text(config['name'])}, stage {markdown_text(stage)}\n",
             "A vision-language model: image encoder, connector and language model, joined by token concatenation. "
-            "Generated from the files of its run; information that they do not contain is left open.\n",
+            "Generated from the files of its run; fields that these files do not cover are left blank.\n",
             _table(("part", "what it is", "parameters"), _part_rows(config, model)),
             *(_adapters(folder, config["stages"][stage]) for folder in sorted(model.glob("adapters/*"))),
             "## Training\n",

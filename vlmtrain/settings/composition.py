@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -29,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..connectors import CONNECTORS, check_options, connector_options
 from ..errors import first_line, nearest
+from .data import PURPOSES
 from .fields import OPEN, flatten, read
 from .locations import CONFIGS, RECIPES
 from .other_trainers import suggestion
@@ -160,6 +162,8 @@ def _compose(
     name: str, overrides: Sequence[str], config_dir: str | None = None, own_keys: Iterable[str] = ()
 ) -> DictConfig:
     overrides = [*_with_open_mappings(overrides)]
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ValueError(f"--config-dir {config_dir} is not a folder")
     overrides = [*([f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []), *overrides]
     register_choices(overrides)
     callers = GlobalHydra.instance().hydra  # a script that calls build_model may use Hydra itself
@@ -170,6 +174,11 @@ def _compose(
                 return hydra_compose(name, overrides, return_hydra_config=True)
             except (HydraException, OmegaConfBaseException) as error:
                 raise ValueError(_explain(name, error, overrides, own_keys)) from None
+            except RecursionError:
+                said = "a configuration file includes itself; in the defaults of a recipe, name another one as `- NAME`"
+                raise ValueError(said) from None
+            except yaml.YAMLError as error:
+                raise ValueError(f"a configuration file is not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         GlobalHydra.instance().hydra = callers
 
@@ -208,6 +217,9 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
     keys = {override.split("=")[0].lstrip("+~") for override in hydra.overrides.task}
     named = keys - set(hydra.runtime.choices)  # `connector=qformer` selects a choice and does not set its options
     settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    for group in OPTION_GROUPS:
+        if not isinstance(hydra.runtime.choices.get(group), str):
+            raise ValueError(f"{group} has no choice: expected {group}=NAME")
     with open_dict(settings):
         settings.pop("hydra", None)
         mini = OmegaConf.to_container(settings.pop("mini_options"))
@@ -298,11 +310,21 @@ def _check_unselected(
         elif not files:
             choices = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
             raise ValueError(f"the recipe sets {group}_options.{choice}: no such {group}.{nearest(choice, choices)}")
-        elif group != "data":
+        else:
             own = OmegaConf.to_container(OmegaConf.load(files[0]))
-            for key in (key for key in given or () if key not in own and "defaults" not in own):
+            own_keys = dict(flatten(own))
+            if group == "data":
+                own_keys |= dict.fromkeys((*PURPOSES, *_splits(settings)))
+            unknown = (key for key, _ in flatten(given or {}, is_leaf=own_keys.__contains__) if key not in own_keys)
+            for key in unknown if "defaults" not in own else ():
                 name = f"{group}_options.{choice}.{key}"
-                raise ValueError(f"the recipe sets {name}, which does not exist.{nearest(key, own)}")
+                raise ValueError(f"the recipe sets {name}, which does not exist.{nearest(key, own_keys)}")
+
+
+def _splits(settings: DictConfig) -> Iterator[str]:
+    """The splits that the stages name."""
+    for stage in OmegaConf.to_container(settings).get("stages", {}).values():
+        yield from (stage[key] for key in ("data", "validation") if isinstance(stage.get(key), str))
 
 
 def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str], setter: str = "the recipe") -> None:

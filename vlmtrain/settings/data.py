@@ -10,18 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import ClassVar
 
+from ..data.hf_dataset import COLUMNS
 from ..data.probes import CATEGORIES, LEVELS
 from ..data.shapes import SPLITS
 from ..errors import nearest
-from .fields import NAMES, POSITIVE, SWITCH, TEXT, Kind, by_name, key, list_of, one_of, optional, read, whole
+from .fields import MAPPING, NAMES, POSITIVE, SWITCH, TEXT, Kind, key, list_of, one_of, optional, read, whole
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
 """Splits that the `data` group may contain, whether or not a recipe uses them."""
 _COUNT = whole(1, 10**10)
-_SOME = list_of(one_of(*CATEGORIES), f"a list of some of {', '.join(CATEGORIES)}", sizes=range(1, 10**6))
+_SOME = list_of(one_of(*CATEGORIES), f"a non-empty list of some of {', '.join(CATEGORIES)}", sizes=range(1, 10**6))
+
+
+def _columns(value: Mapping, key: str) -> Mapping[str, str | None]:
+    for role in value:
+        if role not in COLUMNS:
+            raise ValueError(f"unknown key '{key}.{role}'.{nearest(role, COLUMNS)} The roles are {', '.join(COLUMNS)}")
+    return MappingProxyType({role: optional(TEXT)(column, f"{key}.{role}") for role, column in value.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,7 @@ class LlavaJSONSource(RecordSource):
 class HFSource(LlavaJSONSource):
     """A Hugging Face dataset."""
 
-    columns: Mapping[str, str | None] | None = key(optional(by_name(optional(TEXT), "{role: column}")), None)
+    columns: Mapping[str, str | None] | None = key(optional(Kind("{role: column}", MAPPING.fits, _columns)), None)
     split: str = key(TEXT, "train")  # split of the dataset
     name: str | None = key(optional(TEXT), None)  # configuration of the dataset
     streaming: bool = key(SWITCH, False)  # read the files in order, as they are needed
@@ -90,6 +99,10 @@ FORMATS: dict[str, type[DataSource]] = {
 }
 
 
+ALL_KEYS = {"clean_list", *(f.name for cls in FORMATS.values() for f in fields(cls))}
+"""Keys that are neither the name of a split nor that of a source."""
+
+
 @dataclass(frozen=True)
 class Split:
     """The sources of a split by name. A single source has the name of the split."""
@@ -108,7 +121,7 @@ class Split:
         for name, source in self.sources.items():
             if any(weighted) and (source.weight is None or source.samples is not None):
                 key = f"data.{self.name}.{name}"
-                raise ValueError(f"{key}: either all sources of a split have a weight (and no samples), or none")
+                raise ValueError(f"{key}: give all sources of this split a weight and no samples, or none a weight")
 
     def refuse_streams(self, reason: str) -> None:
         """Raise ValueError with the reason if a source is streamed, for uses that need all records in any order."""
@@ -145,6 +158,8 @@ def read_data(given: Mapping, used: Collection[str] = ()) -> DataGroup:
     """
     usual = _check_format(given.get("format"), "data.format")
     allowed = {*used, *PURPOSES}
+    for name in allowed & ALL_KEYS:
+        raise ValueError(f"data.{name} is an option of the data group: a split cannot have its name")
     entries = {name: _entries(name, value) for name, value in given.items() if name in allowed and value is not None}
     formats = {usual}
     for sources in entries.values():
@@ -153,7 +168,9 @@ def read_data(given: Mapping, used: Collection[str] = ()) -> DataGroup:
     shared = {name: value for name, value in given.items() if name not in ("format", "clean_list", *allowed)}
     for name, value in shared.items():
         if name not in known:
-            raise ValueError(f"unknown key 'data.{name}'.{nearest(name, {*known, *allowed})}")
+            near = nearest(f"data.{name}", [f"data.{each}" for each in (*known, *allowed)])
+            near = near or f" The keys of data are {', '.join(known)} and the splits"
+            raise ValueError(f"unknown key 'data.{name}'.{near}")
         known[name](value, f"data.{name}")
     clean_list = optional(TEXT)(given.get("clean_list"), "data.clean_list")
     splits: dict[str, Split | None] = {name: None for name in given if name in allowed}
@@ -182,6 +199,9 @@ def _entries(split: str, value: object) -> dict[str, tuple[str, Mapping]]:
     is_mixture = isinstance(value, Mapping) and not {"path", "size"} & set(value)
     if is_mixture and not value:
         raise ValueError(f"data.{split}={{}} contains no source")
+    for name in value if is_mixture else ():
+        if name in ALL_KEYS or get_close_matches(str(name), ("path", "size"), cutoff=0.75):
+            raise ValueError(f"data.{split} has {name} but no path or size: a source cannot have the name of an option")
     found = {}
     for name, entry in value.items() if is_mixture else [(split, value)]:
         key = f"data.{split}.{name}" if is_mixture else f"data.{split}"
@@ -195,7 +215,7 @@ def _entries(split: str, value: object) -> dict[str, tuple[str, Mapping]]:
 def _source(key: str, entry: Mapping, shared: Mapping) -> DataSource:
     cls = FORMATS[entry["format"]]
     if "path" in entry and not issubclass(cls, RecordSource):
-        raise ValueError(f"{key}.path={entry['path']}: {entry['format']} data is generated: expected size and split")
+        raise ValueError(f"{key}.path={entry['path']}: format={entry['format']} takes no path; set size and split")
     inherited = {name: value for name, value in shared.items() if name in _options(cls)}
     source = read(cls, {**inherited, **entry}, f"{key}.")
     if source.streaming and source.samples is None:

@@ -54,7 +54,10 @@ def read(cls: type[T], given: Mapping[str, Any], prefix: str = "", **filled: Any
     for name in given:
         if name not in known:
             unknown = f"{prefix}{name}"
-            keys = [*(f"{prefix}{each}" for each in known), *(each for each, _ in flatten(given, prefix))]
+            keys = [
+                *(f"{prefix}{each}" for each in known),
+                *(each for each, _ in flatten({k: v for k, v in given.items() if k in known}, prefix)),
+            ]
             said = suggestion(unknown, [each for each in keys if not f"{each}.".startswith(f"{unknown}.")])
             raise ValueError(f"unknown key '{unknown}'.{said}")
     missing = [name for name, f in known.items() if name not in given and f.default is MISSING]

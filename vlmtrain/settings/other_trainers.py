@@ -77,8 +77,9 @@ _NOTES = {
     ("fp16",): "fp16 is not offered; use precision=bf16.",
     ("fsdp",): "FSDP is not offered; engine=zero3 shards the weights.",
     ("load_in_8bit",): "8-bit weights are not offered; stages.STAGE.lora.PART.quantize=nf4 stores them in 4 bits.",
-    ("neftune_noise_alpha", "label_smoothing_factor", "label_smoothing"): "It is not offered.",
-    ("sequence_parallel", "sequence_parallel_size", "tensor_parallel_size"): "It is not offered.",
+    ("label_smoothing_factor", "label_smoothing"): "Label smoothing is not supported.",
+    ("neftune_noise_alpha",): "NEFTune is not supported.",
+    ("sequence_parallel", "sequence_parallel_size", "tensor_parallel_size"): "Model parallelism is not supported.",
     ("push_to_hub",): "vlmtrain push uploads a model folder.",
 }
 

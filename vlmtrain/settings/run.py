@@ -68,13 +68,19 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Validation during a stage and after it."""
+class Answers:
+    """How a model answers the questions of held-out conversations."""
 
     samples: int | None = key(optional(whole(1)))  # conversations per validation during a stage; null: all
     batch_size: int = key(whole(1))  # conversations that a rank processes at once
     max_new_tokens: int = key(whole(1))  # maximum tokens per answer
     metrics: tuple[str, ...] | None = key(optional(NAMES))  # metrics besides exact match; null: all that apply
+
+
+@dataclass(frozen=True)
+class Validation(Answers):
+    """Validation during a stage and after it."""
+
     final_samples: int | None = key(optional(whole(1)), None)  # conversations at the end of the stage; null: all
     lmms_eval: tuple[str, ...] = key(list_of(TEXT, "a list of names, or of YAML files"), ())  # tasks after each stage
 
@@ -193,7 +199,7 @@ def _connector(value: Mapping, key: str) -> ConnectorChoice:
     options = dict(value)
     name = options.pop("name", None)
     check_options(name, options)
-    return ConnectorChoice(name, options)
+    return ConnectorChoice(name, MappingProxyType(options))
 
 
 def _stages(value: Mapping, key: str) -> Mapping[str, Stage]:
@@ -268,7 +274,7 @@ class Run:
     def _check_optimizer(self, stage: Stage) -> None:
         key, name = f"{stage.prefix}.optimizer.name", stage.optimizer.name
         if name == "muon" and (self.engine.zero_stage or self.precision != "fp32"):
-            raise ValueError(f"{key}=muon updates complete matrices: set engine=zero0 and precision=fp32")
+            raise ValueError(f"{key}=muon needs unsharded fp32 weights: set engine=zero0 and precision=fp32")
         if name == "adamw_8bit" and (self.engine.zero_stage == 3 or self.engine.offload_optimizer != "none"):
             raise ValueError(f"{key}=adamw_8bit supports engine=zero0, zero1 and zero2")
         if name == "adamw_8bit" and any(group.from_step for group in stage.groups):
@@ -301,7 +307,7 @@ class Run:
         options = dict(self.connector.options)
         for each in self.up_to(stage):
             options |= (each.connector_options or {}).get(self.connector.name, {})
-        return ConnectorChoice(self.connector.name, options)
+        return ConnectorChoice(self.connector.name, MappingProxyType(options))
 
     @property
     def has_tiles(self) -> bool:
@@ -333,7 +339,7 @@ class Evaluation:
 
     modules: Sequence[str] = key(MODULES)
     seed: int = key(whole(0, 2**32 - 1))
-    validation: Validation = key(section(Validation))
+    validation: Answers = key(section(Answers))
     data: DataGroup = key(Kind("a mapping", MAPPING.fits, lambda value, key: read_data(value)))
 
     def __post_init__(self) -> None:

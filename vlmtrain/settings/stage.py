@@ -195,6 +195,8 @@ class Stage:
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
 
     def _check_parts(self) -> None:
+        if self.image_size is not None and "vision" not in self.parts:
+            raise ValueError(f"{self.prefix}.image_size={self.image_size} needs the part vision, which the stage lacks")
         modules = ("fresh", "drops")  # may also name modules of the connector
         for option in ("parts", "train", *modules):
             for entry in getattr(self, option):

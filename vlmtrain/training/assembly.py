@@ -154,7 +154,7 @@ def _build(
     if part == "connector":
         name, options = run.connector_of(stage)
         if "text_vocab" in options:
-            options["text_vocab"] = text_vocab(options, stage, tokenizer)
+            options = {**options, "text_vocab": text_vocab(options, stage, tokenizer)}
         built = make_connector(name, parts["vision"], parts.get("llm"), options, dtype, run.has_tiles)
     else:
         built = build_objective(stage.objective, run.vision, tokenizer, parts).to(dtype)

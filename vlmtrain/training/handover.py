@@ -11,7 +11,7 @@ received connector in `drops` are discarded. All others must agree in name and s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ def tensors_taken(new: nn.Module, old: nn.Module, stage: Stage) -> dict[str, Ten
     own, handed_on = _state(new), _state(old)
     fresh = {tensor for tensor in own if _is_named(tensor, stage.fresh)}
     dropped = {tensor for tensor in handed_on if _is_named(tensor, (*stage.fresh, *stage.drops))}
-    idle = [entry for entry in stage.fresh if "." in entry and not any(_is_named(tensor, [entry]) for tensor in own)]
+    idle = [entry for entry in stage.fresh if "." in entry and not _names_any(entry, own)]
+    gone = [entry for entry in stage.drops if "." in entry and not _names_any(entry, handed_on)]
     if isinstance(new, TiledConnector) and not isinstance(old, TiledConnector):
         fresh.add("newline")
     missing = own.keys() - fresh - handed_on.keys()
@@ -41,6 +42,7 @@ def tensors_taken(new: nn.Module, old: nn.Module, stage: Stage) -> dict[str, Ten
     ]
     found = {
         f"no tensor of this name in the new connector ({stage.prefix}.fresh)": idle,
+        f"no tensor of this name in the received connector ({stage.prefix}.drops)": gone,
         f"not in the received connector and not in {stage.prefix}.fresh": missing,
         f"not in the new connector and not in {stage.prefix}.drops": left,
         "wrong shape": shapes,
@@ -49,6 +51,10 @@ def tensors_taken(new: nn.Module, old: nn.Module, stage: Stage) -> dict[str, Ten
     if problems:
         raise ValueError(f"the {PART} that stage {stage.name} builds does not fit the one it receives: {problems}")
     return {tensor: own[tensor] for tensor in both}
+
+
+def _names_any(entry: str, tensors: Iterable[str]) -> bool:
+    return any(_is_named(tensor, [entry]) for tensor in tensors)
 
 
 def take_over(new: nn.Module, old: nn.Module, stage: Stage) -> None:

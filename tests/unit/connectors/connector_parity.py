@@ -93,7 +93,7 @@ def joined(output: Tensor | tuple[Tensor, tuple[Tensor, ...]]) -> Tensor:
 
 
 SQUARE_AND_NOT = ((4, 4), (4, 6))
-PLAIN = "plain re-derivation"
+PLAIN = "independent reimplementation"
 QWEN25 = ("qwen2_5_vl_merger", "qwen2_5_vl", "Qwen2_5_VLPatchMerger")
 
 CASES = [

@@ -213,7 +213,11 @@ def test_the_keys_of_a_source_select_a_stream(shards):
     [
         ({"streaming": True}, {}, "data.instruct.samples is missing: data.instruct.streaming=true requires"),
         ({"streaming": True, "weight": 1.0}, {}, "data.instruct.samples is missing"),
-        ({"streaming": True, "weight": 1.0, "samples": 9}, {}, "either all sources of a split have a weight"),
+        (
+            {"streaming": True, "weight": 1.0, "samples": 9},
+            {},
+            "give all sources of this split a weight",
+        ),
         ({"shuffle_buffer": 5}, {}, "data.instruct.shuffle_buffer=5 requires data.instruct.streaming=true"),
         ({"streaming": True, "samples": 9, "shuffle_buffer": 0}, {}, "data.instruct.shuffle_buffer=0: expected an int"),
         ({"streaming": "yes"}, {}, "data.instruct.streaming=yes: expected true or false"),

@@ -91,10 +91,12 @@ def plan(*overrides: str) -> None:
         (["+vision.layers=3"], "Did you mean 'vision.layer'?"),
         (["+connector.dpeth=3"], "Did you mean 'depth'?"),
         (["+validation.smaples=3"], "Did you mean 'validation.samples'?"),
-        (["data=llava_json", "+data.imagse=x"], "Did you mean 'images'?"),
+        (["data=llava_json", "+data.imagse=x"], "Did you mean 'data.images'?"),
         (["+data.more=x"], "unknown key 'data.more'"),
         (["stages.instruct.lora={llm: {rnk: 8}}"], "Did you mean 'stages.instruct.lora.llm.rank'?"),
         (["stages.instruct.connector_options={mlp: {dpeth: 3}}"], "stages.instruct.connector_options.mlp.dpeth"),
+        (["~data"], "data has no choice: expected data=NAME"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere is not a folder"),
         (["engine.zero_stage=4"], "engine.zero_stage=4: expected an integer from 0 to 3"),
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme: expected one of none, cpu"),
         (["stages.instruct.train.llm=true"], "stages.instruct.train.llm=True: expected a positive learning rate"),
@@ -165,6 +167,8 @@ def test_the_keys_that_replace_names_of_other_trainers_exist():
             "vision_options.hf.layr, which does not exist. Did you mean 'la",
         ),
         ({"llm_options": {"hff": {"path": "x"}}}, "the recipe sets llm_options.hff: no such llm. Did you mean 'hf'?"),
+        ({"data_options": {"llava_json": {"imagse": "x"}}}, "Did you mean 'images'?"),
+        ({"mini_options": {"data_options": {"hf": {"columns": {"qestion": "x"}}}}}, "Did you mean 'columns.question'?"),
         ({"mini_options": {"max_stpes": 7}}, "mini_options sets max_stpes, which does not exist"),
         ({"mini_options": {"stages": {"align": {"max_stpes": 7}}}}, "Did you mean 'stages.align.max_steps'?"),
     ],
@@ -214,12 +218,28 @@ def test_mini_chooses_the_small_parts_however_it_is_written(mini):
     assert run.mini and (run.llm.provider, run.data.format) == ("tiny", "shapes")
 
 
+def test_a_stage_without_an_encoder_has_no_image_size():
+    with pytest.raises(ValueError, match=r"stages\.text\.image_size=64 needs the part vision"):
+        compose(["recipe=quickstart", "stages.text.image_size=64"])
+
+
+def test_broken_configuration_files_are_named(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    for name, text, said in (
+        ("bad", "name: a\n  b: [\n", "not valid YAML: mapping values are not allowed here"),
+        ("self", "name: a\ndefaults:\n  - /recipe: quickstart\n", "a configuration file includes itself"),
+    ):
+        (tmp_path / "recipe" / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+        with pytest.raises(ValueError, match=said):
+            compose([f"recipe={name}"], str(tmp_path))
+
+
 def test_settings_cannot_be_changed():
     run = compose(["recipe=quickstart"])
     for thing, name in ((run, "seed"), (run.stages["align"], "max_steps"), (run.engine, "zero_stage")):
         with pytest.raises(AttributeError):
             setattr(thing, name, 1)
     stage = run.stages["align"]
-    for mapping in (run.composed, run.stages, run.data.splits, run.llm.config, stage.train):
+    for mapping in (run.composed, run.stages, run.data.splits, run.llm.config, stage.train, run.connector.options):
         with pytest.raises(TypeError):
             mapping["align"] = 1

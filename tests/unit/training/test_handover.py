@@ -81,6 +81,12 @@ def test_tiles_change_no_name():
         ({}, {}, {"drops": ["connector.core.embedding"]}, r"stages.s.drops: core.layers.0.text_ffn"),
         ({}, {}, {"fresh": []}, r"stages.s.fresh: proj.bias, proj.weight|stages.s.fresh: proj"),
         ({}, {}, {"fresh": ["connector.proj", "connector.projection"]}, "no tensor of this name.*connector.projection"),
+        (
+            {},
+            {},
+            {"drops": ["connector.foo"]},
+            r"no tensor of this name in the received connector \(.*drops\): connector.foo",
+        ),
         ({}, {"vision_norm": False}, {}, "stages.s.drops: ln_vision"),
     ],
 )
