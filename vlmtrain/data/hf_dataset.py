@@ -57,6 +57,7 @@ class RowReader:
             _refuse_media(data.features[column], column, path)
         folder = ImageFolder(path if images is None and os.path.isdir(path) else images, outside)
         self.features = {column: data.features[column] for column in present}
+        self.is_tsv = re.search(r"\.tsv(\.gz)?$", str(path), re.IGNORECASE) is not None
         self._reader = RecordReader(folder, keys=self.columns, **options)
 
     @property
@@ -73,7 +74,11 @@ class RowReader:
                 for chunk in column.chunks:
                     _check_contents(chunk)
             (row,) = table.to_pylist()
-            return {column: _decoded(value, self.features[column]) for column, value in row.items()}
+            values = {column: _decoded(value, self.features[column]) for column, value in row.items()}
+            for column, value in values.items() if self.is_tsv else ():
+                if isinstance(value, str) and "\t" in value and "\n" in value:
+                    raise ValueError(f"'{column}' has tabs and line breaks, as after an unclosed quotation mark")
+            return values
         except Exception as error:  # damaged columns can raise any exception
             raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
 
@@ -261,6 +266,8 @@ def load_split(path: str, split: str, name: str | None, streaming: bool = False)
                 raise ValueError(f"there is no split '{split}'; it has {', '.join(data)}")
             return data[split] if isinstance(data, datasets.DatasetDict) else data
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        if files and name is not None:
+            raise ValueError(f"name={name} selects a configuration of a Hub ID or a folder, not of files")
         if files:
             return _load_files(files, split, streaming)
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and Path(path).suffix not in _BUILDERS:
@@ -299,5 +306,22 @@ def _load_files(files: list[str], split: str, streaming: bool) -> Dataset | Iter
         except ArrowInvalid:
             pass  # Arrow's file format instead of its stream format; it is converted below
     base = re.match(r"\w*", split).group() or "train"
-    more = {"sep": "\t"} if kinds == {".tsv"} else {}
+    more = _as_strings(files, "\t" if kinds == {".tsv"} else ",") if builder == "csv" else {}
     return datasets.load_dataset(builder, data_files={base: files}, split=split, streaming=streaming, **more)
+
+
+def _as_strings(files: Sequence[str], separator: str) -> dict:
+    """Options that read all columns of CSV files as strings, which would otherwise become numbers, dates or null.
+
+    Raises ValueError if the files have different columns.
+    """
+    import pandas
+    from datasets import Features, Value
+
+    options = {"sep": separator, "keep_default_na": False, "na_values": [""]}
+    columns = {file: list(pandas.read_csv(file, nrows=0, **options).columns) for file in files}
+    for file, found in columns.items():
+        if found != columns[files[0]]:
+            first = ", ".join(columns[files[0]])
+            raise ValueError(f"{file} has the columns {', '.join(found)}, but {files[0]} has {first}")
+    return {**options, "features": Features({column: Value("string") for column in columns[files[0]]})}

@@ -98,6 +98,11 @@ class HFStream(Stream):
                     f"shuffle_buffer={self.buffer}: so many records of {self.path} are more than the 2 GiB that the "
                     "library shuffles at once: set a smaller one"
                 ) from None
+            if "Couldn't cast" in str(error):
+                raise StreamError(
+                    f"dataset {self.path} cannot be read beyond record {cursor.end} of its stream: the files have "
+                    "different columns, or different types in one column"
+                ) from None
             raise StreamError(
                 f"dataset {self.path} cannot be read beyond record {cursor.end} of its stream: {first_line(error)}; if "
                 "the cause was temporary, run the same command again"

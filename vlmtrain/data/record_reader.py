@@ -46,10 +46,14 @@ SPEAKERS = {
 WEIGHTS = ("weight", "loss", "train")
 """Keys of a turn that give its loss weight; only the first may be a number other than 0 and 1."""
 REFUSED = re.compile(
-    r"(.*_)?(videos?|audios?|tools|tool_calls|functions?|function_call|reasoning_content|chosen|rejected|"
-    r"rejected_response|history|objects|loss|loss_scale|loss_weight|sample_weight|weight|images?|img|picture)"
+    r"(.*_)?(videos?|audios?|tools|tool_calls|functions?|function_call|reasoning|reasoning_content|thinking|chosen|"
+    r"rejected|rejected_response|history|objects|images?|img|picture|instruction|system_prompt|context)"
 )
 """Keys whose content would change training if it was read."""
+REFUSED_WEIGHT = re.compile(
+    r"(.*_)?(loss|loss_scale|loss_mask|loss_weight|sample_weight|weight|train|trainable|train_on_turn)"
+)
+"""Keys of the weight of a sample or a turn, which would change training whatever their value is."""
 
 
 class _Said(NamedTuple):
@@ -99,6 +103,13 @@ class RecordReader:
             raise BadSample(f"{name}: expected {self._expected()}; got {got}")
         if images is None:
             images = self._images(values.get("image"), found.get("image"), name)
+        text = {role: values.get(role) for role in ("question", "answer")}
+        left = [found[role] for role, value in text.items() if isinstance(value, str | list) and value]
+        if form == ("caption",) and left:
+            raise BadSample(
+                f"{name}: with '{found['caption']}' and '{left[0]}' it is neither a caption nor a question and its "
+                f"answer; rename the keys, or ignore one with data.ignore=[{left[0]}]"
+            )
         used = {found[role] for role in (*form, "image", "system", "id", *GRADING) if role in found}
         unused = [key for key in record if key not in used]
         for key in unused:
@@ -194,6 +205,8 @@ class RecordReader:
                 )
             _note_unused(message, (speaker, words, *WEIGHTS, *GRADING), key, unused, name)
             return _Said(Turn(role, text), marks if role == "user" else ())
+        if not isinstance(content, str) and marks:
+            raise BadSample(f"{name}: only the user's turns can have images, but a turn of the assistant has one")
         _note_unused(message, (speaker, words, *WEIGHTS, *GRADING), key, unused, name)
         return _Said(Turn(role, text, read_grading(message), _weight(message, name)))
 
@@ -286,7 +299,8 @@ def answer_text(value: object, name: str) -> str:
     values = value if isinstance(value, list) and value else [value]
     values = [item.get("answer") if isinstance(item, dict) else item for item in values]
     for item in values:
-        if isinstance(item, bool) or not isinstance(item, str | int | float):
+        is_number = isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+        if not is_number and not isinstance(item, str):
             raise BadSample(f"{name}: the answer must be a string, got {shown(value)}")
     return str(Counter(values).most_common(1)[0][0])
 
@@ -344,6 +358,8 @@ def _refuse_if_needed(key: object, value: object, has_images: bool, name: str) -
 
     Further paths of images are allowed if the record has images: they are often the origin of these.
     """
+    if isinstance(key, str) and REFUSED_WEIGHT.fullmatch(key):
+        raise BadSample(f"{name}: '{key}' is not supported; data.ignore=[{key}] trains without it")
     if not value or not isinstance(key, str):
         return
     is_image = is_image_value(value)

@@ -155,6 +155,6 @@ def _binding(config: dict, began: list[str]) -> dict:
         config["features"] = {**features, "dtype": None}
     # with early stopping, validation decides the number of steps
     early = [name for name, stage in config["stages"].items() if stage.get("early_stopping") is not None]
-    deciding = {f"stages.{name}.{key}" for name in early for key in ("validate_every", "validation")}
+    deciding = {f"stages.{name}.{key}" for name in early for key in ("validate_every", "validation", "best_metric")}
     deciding |= {"validation.samples"} if early else set()
     return {key: value for key, value in flatten(config) if key in deciding or not changes_no_update(key)}

@@ -15,11 +15,14 @@ _NO_UPDATE = {
     *("on_bad_sample", "bad_sample_limit", "bad_steps.in_a_row"),  # a run stopped by a bad sample has not skipped it
     *("features.cache", "features.max_gb"),
 }
-_NO_UPDATE_IN_STAGE = {"expected", "keep_best", "validate_every", "validation"}
+_NO_UPDATE_IN_STAGE = {"expected", "keep_best", "best_metric", "validate_every", "validation"}
 
 # These did not exist in earlier versions, which behaved as with these values.
 _ADDED = {"data.ignore": [], "data.repair": False, "data.columns.system": None}
-_ADDED_IN_STAGE = {"schedule.decay_ratio": 0.1, "early_stopping": None, "optimizer.name": "adamw", "ema": None}
+_ADDED_IN_STAGE = {
+    **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},
+    **{"optimizer.name": "adamw", "ema": None},
+}
 
 
 def with_added(settings: Mapping[str, Any], stages: Iterable[str]) -> dict[str, Any]:

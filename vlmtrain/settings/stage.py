@@ -154,9 +154,10 @@ class Stage:
     save_every: int | None = key(optional(whole(1)))  # steps between checkpoints
     save_every_minutes: float | None = key(optional(number(0.1)))  # minutes between checkpoints
     keep_last: int = key(whole(1))  # number of checkpoints to keep
-    keep_best: bool = key(SWITCH)  # keep the model with the lowest validation loss
+    keep_best: bool = key(SWITCH)  # keep the model with the best validation
     validate_every: int | None = key(optional(whole(1)))  # steps between validations
-    early_stopping: int | None = key(optional(whole(1)))  # validations without a lower loss that end the stage
+    early_stopping: int | None = key(optional(whole(1)))  # validations in a row that are not the best, to end the stage
+    best_metric: str = key(TEXT)  # by which the best validation is chosen: the lowest loss, or the highest other score
     expected: Expected = key(section(Expected))
 
     @property
@@ -191,6 +192,9 @@ class Stage:
             if getattr(self, option) and (self.validate_every is None or self.validation is None):
                 value = str(getattr(self, option)).lower()
                 raise ValueError(f"{self.prefix}.{option}={value} needs {self.prefix}.validate_every and validation")
+        if self.best_metric != "loss" and not self.keep_best and self.early_stopping is None:
+            key = f"{self.prefix}.best_metric={self.best_metric}"
+            raise ValueError(f"{key} has no effect without {self.prefix}.keep_best or early_stopping")
         if self.pack_by and self.layout != "packed":
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
 

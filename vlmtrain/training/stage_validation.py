@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,21 +71,22 @@ class StageValidation:
             trackers.log(
                 self.stage.name, {"step": step, **{f"validation/{key}": value for key, value in found.items()}}
             )
-        self._keep_best(engine, step, found["loss"])
-        lowest = self.record.get("lowest_loss")
-        if lowest is None or found["loss"] < lowest:
-            self.record |= {"lowest_loss": found["loss"], "not_lower": 0}
+        self._keep_best(engine, step, found)
+        value = self._value(found)
+        if self._is_better(value, self.record.get("best_value")):
+            self.record |= {"best_value": value, "not_better": 0}
         else:
-            self.record["not_lower"] = self.record.get("not_lower", 0) + 1
+            self.record["not_better"] = self.record.get("not_better", 0) + 1
         return True
 
     @property
     def ends_early(self) -> str:
         """Why the stage ends before its last step; an empty string if it does not."""
-        patience, count = self.stage.early_stopping, self.record.get("not_lower", 0)
+        patience, count = self.stage.early_stopping, self.record.get("not_better", 0)
         if patience is None or count < patience:
             return ""
-        return f"{count} validations without a lower loss than {self.record['lowest_loss']:.4f}"
+        best, metric = self.record.get("best_value", math.nan), self.stage.best_metric
+        return f"{count} validations without a better {metric} than {best:.4f}"
 
     def finish(self, engine: StageEngine, end: int) -> tuple[dict | None, list[dict]]:
         """Compute the scores and answers after the last step."""
@@ -95,12 +97,28 @@ class StageValidation:
         scores["loss_at_start"] = self.record["validation_at_start"]
         if self.stage.keep_best:
             with engine.evaluating():
-                loss = self.validator.loss(engine.model, self.options.samples)
-            self._keep_best(engine, end, loss)
+                if self.stage.best_metric == "loss":
+                    found = {"loss": self.validator.loss(engine.model, self.options.samples)}
+                else:
+                    found, _ = self.validator.scores(engine.model, self.options.samples)
+            self._keep_best(engine, end, found)
         return scores, answers
 
-    def _keep_best(self, engine: StageEngine, step: int, loss: float) -> None:
-        best = self.record.get("best")
-        if self.stage.keep_best and math.isfinite(loss) and (best is None or loss < best["loss"]):
+    def _keep_best(self, engine: StageEngine, step: int, found: Mapping[str, float]) -> None:
+        metric, best = self.stage.best_metric, self.record.get("best")
+        if self.stage.keep_best and self._is_better(self._value(found), best and best[metric]):
             self.models.write(engine, self.best)
-            self.record["best"] = {"step": step, "loss": loss}
+            self.record["best"] = {"step": step, metric: found[metric]}
+
+    def _value(self, found: Mapping[str, float]) -> float:
+        """The score by which validations are compared. Raises ValueError if this validation does not have it."""
+        metric = self.stage.best_metric
+        if not isinstance(found.get(metric), int | float):
+            known = ", ".join(name for name, value in found.items() if isinstance(value, int | float))
+            raise ValueError(f"{self.stage.prefix}.best_metric={metric}: the validation has {known}")
+        return found[metric]
+
+    def _is_better(self, value: float, best: float | None) -> bool:
+        if not math.isfinite(value):
+            return False
+        return best is None or (value < best if self.stage.best_metric == "loss" else value > best)

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import first_line
 from ..files import replace_text
 from ..settings import Run
 
@@ -137,16 +138,21 @@ TRACKERS: dict[str, type[Tracker]] = {"wandb": WandB, "tensorboard": TensorBoard
 class Trackers:
     """All trackers of a run, on the main rank; none on the others. steps_before: of the finished stages.
 
-    Raises ValueError if the library of a tracker is not installed.
+    Raises ValueError if the library of a tracker is not installed, or if a tracker cannot start.
     """
 
     def __init__(self, run: Run, folder: Path, is_main: bool):
         names = dict.fromkeys([*(["wandb"] if run.wandb != "disabled" else []), *run.loggers])
         self.steps_before = 0
-        try:
-            self.trackers = [TRACKERS[name](run, folder) for name in names] if is_main else []
-        except ImportError as error:
-            raise ValueError(f"loggers={list(run.loggers)}: {error}; pip install '.[trackers]'") from None
+        self.trackers: list[Tracker] = []
+        for name in names if is_main else ():
+            try:
+                self.trackers.append(TRACKERS[name](run, folder))
+            except ImportError as error:
+                raise ValueError(f"loggers={list(run.loggers)}: {error}; pip install '.[trackers]'") from None
+            except Exception as error:  # the library, its service and the network can raise any exception
+                hint = ": run wandb login, or set wandb=offline" if name == "wandb" else ""
+                raise ValueError(f"{name} cannot start{hint}: {first_line(error)}") from None
 
     def log(self, stage: str, record: Mapping[str, Any]) -> None:
         """Log a record. Its ``step`` counts within the stage."""

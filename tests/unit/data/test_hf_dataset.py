@@ -456,6 +456,35 @@ def test_tables_of_text_are_read(tmp_path, name, sep):
     assert texts(source) == [["<image>\nHow many?", "3"], ["<image>\nWhat?", "7"]] and colors(source, 0) == [RED]
 
 
+@pytest.mark.parametrize("name, sep", [("data.csv", ","), ("data.tsv", "\t")])
+def test_cells_are_read_as_they_are_written(tmp_path, name, sep):
+    """Not as numbers, dates or missing values."""
+    answers = ["007", "3", "1.50", "12345678901234567890", "NA", "None", "True", "2020-01-02", "nan"]
+    rows = [sep.join(("question", "answer")), *(sep.join(("q", answer)) for answer in answers)]
+    (tmp_path / name).write_text("\n".join(rows))
+    assert [said[1] for said in texts(HFDataset(tmp_path / name))] == answers
+
+
+def test_an_empty_cell_is_a_missing_value(tmp_path):
+    (tmp_path / "data.csv").write_text("question,answer\nq,3\nr,\n")
+    source = HFDataset(tmp_path / "data.csv")
+    assert source[0].turns[1].text == "3"
+    with pytest.raises(BadSample, match="expected 'question' and 'answer'"):
+        source[1]
+
+
+def test_tables_that_would_be_misread_are_refused(tmp_path):
+    (tmp_path / "data.tsv").write_text('question\tanswer\nq\t"hello\nr\tb\ns\tc"\n')
+    with pytest.raises(BadSample, match="record 0 cannot be read: 'answer' has tabs and line breaks"):
+        HFDataset(tmp_path / "data.tsv")[0]
+    (tmp_path / "a.csv").write_text("question,answer\nq,a\n")
+    (tmp_path / "b.csv").write_text("question,label\nq,a\n")
+    with pytest.raises(ValueError, match=r"b\.csv has the columns question, label, but .*a\.csv has question, answer"):
+        HFDataset(tmp_path / "?.csv")
+    with pytest.raises(ValueError, match="name=other selects a configuration of a Hub ID"):
+        HFDataset(tmp_path / "a.csv", name="other")
+
+
 def test_labels_are_read_by_their_names(tmp_path):
     features = {"query": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
     source = HFDataset(save(tmp_path, {"query": ["q", "r"], "label": [1, 0]}, datasets.Features(features)))

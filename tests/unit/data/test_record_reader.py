@@ -110,6 +110,18 @@ REFUSED = {
     ),
     "a path under any name": ({"file": "red.png", "conversations": [QUESTION, ANSWER]}, "'file' contains an image"),
     "a weight of the record": ({**PICTURED, "loss": 0.5}, "'loss' is not supported"),
+    "a weight of 0": ({**PICTURED, "weight": 0}, "'weight' is not supported"),
+    "a record not to train on": ({**PICTURED, "train": False}, "'train' is not supported"),
+    "a turn's scale of 0": ({"conversations": [QUESTION, {**ANSWER, "loss_scale": 0.0}]}, "'loss_scale' is not"),
+    "an image of the assistant": (
+        {"messages": chat("q", [{"type": "image", "path": "red.png"}, {"type": "text", "text": "a"}])},
+        "only the user's turns can have images",
+    ),
+    "a question beside a caption": ({"image": "red.png", "question": "q", "text": "t"}, "'text' and 'question' it is"),
+    "an answer beside a caption": ({"image": "red.png", "text": "q", "label": "a"}, "'text' and 'label' it is neither"),
+    "an instruction": ({"image": "red.png", "caption": "c", "instruction": "i"}, "'instruction' is not supported"),
+    "reasoning": ({"messages": [chat("q")[0], {**chat("q", "a")[1], "reasoning": "r"}]}, "'reasoning' is not"),
+    "an answer of nan": ({"question": "q", "answer": float("nan")}, "the answer must be a string, got nan"),
     "a call of a tool": ({"messages": [*chat("q", "a"), {**chat("q")[0], "tool_calls": [1]}]}, "'tool_calls' is not"),
     "two system texts": (
         {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("q", "a")]}, "'system' and a system",
@@ -131,6 +143,11 @@ REFUSED = {
 def test_what_would_change_training_is_refused(folder, record, message):
     with pytest.raises(BadSample, match=f"^r: .*{message}"):
         RecordReader(folder).read(record, "r")
+
+
+def test_a_class_beside_a_caption_is_not_an_answer(folder):
+    conversation = RecordReader(folder).read({"caption": "a", "label": 3, "image": "red.png"}, "r")
+    assert texts(conversation) == ["<image>", "a"] and conversation.unused == ("label",)
 
 
 def test_other_keys_are_listed_as_unused_and_ignored_keys_are_not(folder):

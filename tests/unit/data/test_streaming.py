@@ -76,15 +76,16 @@ def lines(count: int) -> list[str]:
     return [json.dumps({"query": "What?", "label": f"number {number}"}) for number in range(count)]
 
 
-@pytest.mark.parametrize("place", ["*.parquet", "folder", "one.jsonl", "one.jsonl.gz", "one.csv"])
+@pytest.mark.parametrize("place", ["*.parquet", "folder", "one.jsonl", "one.jsonl.gz", "one.csv", "one.tsv"])
 def test_each_pass_has_the_records_of_the_memory_mapped_data_set(place, shards, tmp_path):
     path = {"*.parquet": shards / "*.parquet", "folder": shards}.get(place, tmp_path / place)
     if place.startswith("one.jsonl"):
         text = "\n".join(lines(RECORDS))
         path.write_bytes(gzip.compress(text.encode()) if place.endswith(".gz") else text.encode())
-    elif place == "one.csv":
-        path.write_text("query,label\n" + "".join(f"What?,number {number}\n" for number in range(RECORDS)))
-    stored, stream = HFDataset(path), opened(path)
+    elif place.startswith("one"):
+        rows = ["query,label", *(f"What?,number {number}" for number in range(RECORDS))]
+        path.write_text("\n".join(rows).replace(",", "\t" if place == "one.tsv" else ",") + "\n")
+    stream, stored = opened(path), HFDataset(path)  # the stream first: the library keeps what it learns of a file
     known = sorted(facts(stored[index]) for index in range(RECORDS))
     passes = [[facts(stream[start + index]) for index in range(RECORDS)] for start in (0, RECORDS)]
     assert sorted(passes[0]) == sorted(passes[1]) == known

@@ -60,7 +60,13 @@ def test_the_message_explains_how_to_train_longer(begun, home):
 
 def test_keys_that_the_run_did_not_know_yet_have_their_old_meaning(begun, home):
     config = (begun.root / "config.yaml").read_text()
-    later = ("  repair: false\n", "  ignore: []\n", "      decay_ratio: 0.1\n", "    early_stopping: null\n")
+    later = (
+        "  repair: false\n",
+        "  ignore: []\n",
+        "      decay_ratio: 0.1\n",
+        "    early_stopping: null\n",
+        "    best_metric: loss\n",
+    )
     assert all(line in config for line in later)
     for line in later:
         config = config.replace(line, "")

@@ -25,7 +25,7 @@ VISION = {
 class Engine:
     """A single process without sharding."""
 
-    def state(self, module, keep):
+    def state(self, module, keep, averaged=False):
         return {name: tensor.clone() for name, tensor in module_state(module).items()}
 
 

@@ -28,6 +28,14 @@ def test_mlflow_continues_the_run_of_the_folder(tmp_path, monkeypatch):
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "align"}
 
 
+def test_a_tracker_that_cannot_start_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = SimpleNamespace(**{**vars(RUN), "wandb": "online"})
+    with pytest.raises(ValueError, match=r"^wandb cannot start: run wandb login, or set wandb=offline: "):
+        Trackers(run, tmp_path, is_main=True)
+
+
 def test_tensorboard_escapes_the_table_of_answers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
