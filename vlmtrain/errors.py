@@ -20,8 +20,14 @@ def some(names: Iterable[str], limit: int = 4) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or the name of its type if the message is empty."""
-    return printable(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+    """Return the first line of an exception's message, or the name of its type if the message is empty.
+
+    A line that ends with a colon is joined with the next one.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # which announces the reason
+        lines[0] += f" {lines[1]}"
+    return printable(lines[0]) if lines else type(error).__name__
 
 
 def printable(text: str, limit: int = 500) -> str:

@@ -27,5 +27,5 @@ def run(options: argparse.Namespace) -> None:
         url = str(api.create_repo(options.repo, private=not options.public, exist_ok=True))
         api.upload_folder(repo_id=options.repo, folder_path=options.folder, commit_message="Upload model")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"{options.repo} cannot be uploaded to: {first_line(error)}") from None
+        raise ValueError(f"cannot upload to {options.repo}: {first_line(error)}") from None
     print(json.dumps({"repo": options.repo, "url": url}) if options.json else url)

@@ -87,7 +87,8 @@ def _read_meta(file: Path) -> list[ListedFile] | None:
         if not isinstance(root, str | None) or not isinstance(length, int | None):
             raise ValueError(f"{where}: expected a folder as root and a number as length, got {shown(entry)}")
         part = repeat - int(repeat)
-        strategies = ["all"] * int(repeat) + ([f"random:{part:.4%}"] if part else [])
+        # InternVL takes the first records
+        strategies = ["all"] * int(repeat) + ([f"first:{part:.4%}"] if part else [])
         images = None if root is None else _beside(file, root)
         found += [ListedFile(_beside(file, entry["annotation"]), each, images, length) for each in strategies]
     return found

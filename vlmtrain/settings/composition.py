@@ -347,6 +347,8 @@ def _explain(name: str, error: Exception, overrides: Sequence[str], own_keys: It
         return _unparsable(error)
     if text.startswith("Ambiguous value"):
         override = text.split("'")[1]
+        if override.startswith("connectors="):
+            return f"{override} is an argument of vlmtrain ablate: connectors=[NAME,NAME]; training has connector=NAME"
         return f"{override} has several values: --multirun trains each of them, and vlmtrain ablate compares connectors"
     group = re.search(r"Could not (?:find|load) '(\w+)/([\w./-]+)'", text)
     if group:

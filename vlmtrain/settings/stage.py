@@ -34,6 +34,7 @@ STAGE_PARTS = ("vision", "connector", "llm", "objective")
 
 _RATE = Kind("a positive learning rate, or null to freeze", lambda value: value is None or POSITIVE.fits(value))
 _BELOW_1 = Kind("a number of at least 0 and below 1", lambda value: number(0).fits(value) and value < 1)
+_SHARE = Kind("a number above 0 and up to 1", lambda value: number(0, 1).fits(value) and value > 0)
 _DECAY = Kind("a number above 0 and below 1", lambda value: number(0, 1).fits(value) and 0 < value < 1)
 _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 
@@ -45,9 +46,7 @@ class Pattern:
     match: str = key(TEXT)  # the parameters: a pattern of their names, or blocks of a part
     lr: float | None = key(_RATE)  # learning rate; null: frozen
     # factor on the learning rate per block, counted from the last block down
-    layer_decay: float | None = key(
-        optional(Kind("a number above 0 and up to 1", lambda value: number(0, 1).fits(value) and value > 0)), None
-    )
+    layer_decay: float | None = key(optional(_SHARE), None)
     from_step: int = key(whole(0), 0)  # steps of the stage before the parameters start to train
 
     @property
@@ -102,8 +101,8 @@ class ScheduleOptions:
     )  # shape of the schedule after the warm-up
     warmup_ratio: float = key(number(0, 1))  # warm-up, as a fraction of the stage's steps
     warmup_steps: int | None = key(optional(whole(0)))  # warm-up in steps; overrides warmup_ratio
-    min_lr: float = key(number(0))  # learning rate after the last step
-    decay_ratio: float = key(number(0, 1), 0.1)  # wsd: decay, as a fraction of the stage's steps
+    min_lr: float = key(number(0))  # learning rate after the last step, unless the schedule is constant
+    decay_ratio: float = key(_SHARE, 0.1)  # wsd: decay, as a fraction of the stage's steps
 
 
 @dataclass(frozen=True)

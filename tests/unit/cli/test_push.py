@@ -52,4 +52,4 @@ def test_a_name_that_the_hub_refuses_is_named(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["push", str(tmp_path / "model"), name])
         said = capsys.readouterr().err
-        assert said.startswith(f"vlmtrain: error: {name} cannot be uploaded to: ") and said.count("\n") == 1
+        assert said.startswith(f"vlmtrain: error: cannot upload to {name}: ") and said.count("\n") == 1

@@ -399,7 +399,7 @@ def meta(folder: Path, **entry: object) -> Path:
         (folder / name).mkdir(exist_ok=True)
         Image.new("RGB", (9, 9)).save(folder / name / "x.png")
         record = {"image": "x.png", "conversations": marked("<image>", name)}
-        (folder / f"{name}.jsonl").write_text("\n".join([json.dumps(record)] * 10))
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"id": i, **record}) for i in range(10)))
     entries = {"one": {"annotation": "a.jsonl", "root": "a", **entry}, "two": {"annotation": "b.jsonl", "root": "b"}}
     (folder / "meta.json").write_text(json.dumps(entries))
     return folder / "meta.json"
@@ -410,6 +410,8 @@ def test_a_meta_json_lists_files_with_their_image_folders(tmp_path, repeat, coun
     source = open_llava(meta(tmp_path, repeat_time=repeat, length=10, data_augment=False), None)
     said = [source[i].turns[1].text for i in range(len(source))]
     assert said == ["a"] * count + ["b"] * 10
+    numbers = [source[i].id.split("(id ")[1].rstrip(")") for i in range(count)]
+    assert numbers == [str(i % 10) for i in range(count)]  # a part is the first records, as in InternVL's code
     assert {source[i].images[0].path.parent.name for i in range(count)} == {"a"}
     assert source[count].images[0].load().size == (9, 9)
 

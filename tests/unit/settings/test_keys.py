@@ -110,7 +110,7 @@ def plan(*overrides: str) -> None:
         (["+stages.instrct.lr=4"], "stages.instrct: the recipe has no such stage. Did you mean 'instruct'?"),
         (["stages.instruct=null"], "stages.instruct=None: expected a mapping"),
         (["llm.config={foo: 3}"], "llm.config={foo: 3} sets a key that llm.config does not have"),
-        (["connectors=linear,mlp"], "connectors=linear,mlp has several values: --multirun trains each"),
+        (["connectors=linear,mlp"], "connectors=linear,mlp is an argument of vlmtrain ablate"),
         (["connector=linear,mlp"], "vlmtrain ablate compares connectors"),
         (["vision=[a,b]"], "unknown vision 'b'"),
         (["gpu=3"], "unknown key 'gpu'. Did you mean 'gpus'?"),
