@@ -169,13 +169,24 @@ def _frame(
 
 
 def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float]:
-    """Exponential moving average with bias correction; missing values leave it unchanged."""
-    out, mean, norm = [], 0.0, 0.0
+    """Average around each value, in which a value at distance d counts ``weight ** d``; missing values do not count.
+
+    It looks both ways, so the line does not lag behind the values.
+    """
+    before, after = _sums(values, weight), _sums(values[::-1], weight)[::-1]
+    own = [(0.0, 0.0) if value is None else (value, 1.0) for value in values]  # is in both sums
+    pairs = [(s + t - x, m + n - k) for (s, m), (t, n), (x, k) in zip(before, after, own)]
+    return [total / norm if norm else math.nan for total, norm in pairs]
+
+
+def _sums(values: Sequence[float | None], weight: float) -> list[tuple[float, float]]:
+    """Weighted sum of the values up to each one, and the sum of their weights."""
+    out, total, norm = [], 0.0, 0.0
     for value in values:
+        total, norm = weight * total, weight * norm
         if value is not None:
-            mean = weight * mean + (1 - weight) * value
-            norm = weight * norm + (1 - weight)
-        out.append(mean / norm if norm else math.nan)
+            total, norm = total + value, norm + 1
+        out.append((total, norm))
     return out
 
 

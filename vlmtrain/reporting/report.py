@@ -132,7 +132,10 @@ def _charts(folder: Path, records: list[dict]) -> str:
     if not records:
         return ""
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    loss = [Series("", steps, losses, faint=True), Series("training, smoothed", steps, smooth(losses))]
+    loss = [
+        Series("", steps, losses, faint=True),
+        Series("training, smoothed (faint: each step)", steps, smooth(losses)),
+    ]
     found = read_records(folder / "validation.jsonl")
     if found:
         points = [r["step"] for r in found], [r["loss"] for r in found]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-from vlmtrain.reporting.charts import Series, line_chart, scatter_chart
+import pytest
+
+from vlmtrain.reporting.charts import Series, line_chart, scatter_chart, smooth
 
 
 def test_a_line_joins_the_pareto_front():
@@ -33,3 +36,17 @@ def test_lines_beyond_six_differ_by_their_strokes():
     chart = line_chart("t", series, legend_below=True)
     strokes = re.findall(r'<polyline points="[^"]*" fill="none" stroke="([^"]*)" [^>]*dasharray="([^"]*)"', chart)
     assert len(set(strokes)) == 24 and chart.count("<polygon") == 24
+
+
+def test_smoothing_does_not_lag():
+    """A straight line stays where it is, away from its ends, and a step is crossed half-way at the step."""
+    line = [0.5 * i for i in range(400)]
+    assert smooth(line)[150:250] == pytest.approx(line[150:250], rel=1e-6)
+    step = smooth([0.0] * 200 + [1.0] * 200)
+    assert step[199] + step[200] == pytest.approx(1.0) and step[199] < 0.5 < step[200]
+
+
+def test_smoothing_is_an_average_without_the_missing_values():
+    assert smooth([3.0, None, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smooth([1.0, 3.0], weight=0.5) == pytest.approx([(1 + 1.5) / 1.5, (3 + 0.5) / 1.5])
+    assert all(map(math.isnan, smooth([None, None])))
