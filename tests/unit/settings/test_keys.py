@@ -182,7 +182,7 @@ def test_the_keys_of_a_recipe_file_are_checked_too(change, said, tmp_path, monke
         compose(["recipe=mine", "mini=true"], str(tmp_path))
 
 
-class Wide(CONNECTORS["mlp"]):
+class Roomy(CONNECTORS["mlp"]):
     """A user's connector."""
 
     def __init__(self, in_dim: int, out_dim: int, depth: int = 2, slack: float = 0.5):
@@ -190,10 +190,10 @@ class Wide(CONNECTORS["mlp"]):
 
 
 def test_the_options_of_a_users_own_connector_are_those_of_its_class(monkeypatch):
-    monkeypatch.setitem(CONNECTORS, "wide", Wide)
-    line = ["recipe=quickstart", "connector=wide"]
+    monkeypatch.setitem(CONNECTORS, "roomy", Roomy)
+    line = ["recipe=quickstart", "connector=roomy"]
     assert compose([*line, "connector.slack=0.1"]).connector.options == {"depth": 2, "slack": 0.1}
-    with pytest.raises(ValueError, match=r"connector\.hidden_dim of 'wide'"):
+    with pytest.raises(ValueError, match=r"connector\.hidden_dim of 'roomy'"):
         compose([*line, "+connector.hidden_dim=8"])
 
 
