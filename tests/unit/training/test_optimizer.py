@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from vlmtrain.settings.stage import OptimizerOptions, ScheduleOptions
-from vlmtrain.training.optimizer import Schedule, parameter_groups
+from vlmtrain.training.optimizer import Schedule, moment_bytes, parameter_groups
 from vlmtrain.training.trainable import Group
 
 
@@ -60,3 +60,14 @@ def test_groups_by_part_and_decay_without_empty_ones():
     found = [(g["label"], g["weight_decay"], g["lr"], len(g["params"])) for g in groups]
     assert found == [("connector", 0.1, 1e-3, 1), ("connector", 0.0, 1e-3, 3), ("llm", 0.1, 2e-5, 1)]
     assert groups[0]["params"][0] is layer.weight
+
+
+@pytest.mark.parametrize(
+    "name, weight, bias", [("adamw", 8, 8), ("adamw_8bit", 2 + 1 / 32, 2 + 1 / 32), ("muon", 4, 8)]
+)
+def test_the_bytes_of_the_moments_are_those_of_the_optimizer(name, weight, bias):
+    """AdamW has two in fp32, or in 8 bits with two scales for each 256; Muon has one, for matrices."""
+    parts = {"connector": nn.Linear(30, 10)}
+    groups = [Group("connector", "connector", 1e-3, 1.0, ("weight", "bias"))]
+    found = moment_bytes(parameter_groups(parts, groups, OptimizerOptions(name, (0.9, 0.999), 1e-8, 0.1)))
+    assert found == pytest.approx((300 * weight + 10 * bias) / 310)
