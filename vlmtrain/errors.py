@@ -1,9 +1,10 @@
-"""Helpers for error messages: suggestions, shortened values and printable text."""
+"""Helpers to check values and for error messages: suggestions, shortened values and printable text."""
 
 from __future__ import annotations
 
 import difflib
 import reprlib
+import sys
 from collections.abc import Iterable
 
 
@@ -11,6 +12,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for a misspelled name, or an empty string if no known name is similar."""
     match = difflib.get_close_matches(word, list(known), 1)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a number, not a boolean, that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:

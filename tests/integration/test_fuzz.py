@@ -475,7 +475,8 @@ def shard_of(records: list[dict[str, bytes]], rng: random.Random) -> bytes:
 
 def in_words(answer: object) -> object:
     """A number as text; anything else unchanged."""
-    return str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else answer
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and abs(answer) < 1e308
+    return str(answer) if is_number else answer
 
 
 def shard_verdict(members: list[tuple[str, bytes]]) -> Verdict | None:

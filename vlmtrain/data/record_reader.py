@@ -14,7 +14,6 @@ or ``{"user", "assistant"}``. A key that would change training is read or refuse
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import first_line, printable, shown
+from ..errors import first_line, is_finite_number, printable, shown
 from .grading import GRADING, graded, read_grading
 from .images import ImageFolder, is_image_value
 from .records import IMAGE_MARK, BadSample, Conversation, ImageSource, Turn
@@ -299,8 +298,7 @@ def answer_text(value: object, name: str) -> str:
     values = value if isinstance(value, list) and value else [value]
     values = [item.get("answer") if isinstance(item, dict) else item for item in values]
     for item in values:
-        is_number = isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
-        if not is_number and not isinstance(item, str):
+        if not is_finite_number(item) and not isinstance(item, str):
             raise BadSample(f"{name}: the answer must be a string, got {shown(value)}")
     return str(Counter(values).most_common(1)[0][0])
 
@@ -328,7 +326,7 @@ def _weight(message: Mapping, name: str) -> float:
     if not given:
         return 1.0
     value = message[given[0]]
-    is_number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    is_number = is_finite_number(float(value) if isinstance(value, bool) else value) and value >= 0
     if len(given) > 1 or not is_number or (given[0] != "weight" and value not in (0, 1)):
         said = {key: message[key] for key in given}
         raise BadSample(

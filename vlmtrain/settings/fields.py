@@ -15,6 +15,7 @@ from dataclasses import MISSING, field, fields
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from ..errors import is_finite_number
 from .other_trainers import suggestion
 
 T = TypeVar("T")
@@ -100,8 +101,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
     """Accept finite numbers within inclusive bounds."""
 
     def fits(value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value) and least <= value <= most
+        return is_finite_number(value) and least <= value <= most
 
     return Kind(f"a number{_bounds(least, most)}", fits)
 

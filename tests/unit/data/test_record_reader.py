@@ -121,6 +121,8 @@ REFUSED = {
     "an answer beside a caption": ({"image": "red.png", "text": "q", "label": "a"}, "'text' and 'label' it is neither"),
     "an instruction": ({"image": "red.png", "caption": "c", "instruction": "i"}, "'instruction' is not supported"),
     "reasoning": ({"messages": [chat("q")[0], {**chat("q", "a")[1], "reasoning": "r"}]}, "'reasoning' is not"),
+    "an answer beyond all floats": ({"question": "q", "answer": 10**400}, "the answer must be a string, got 1000"),
+    "a weight beyond floats": ({"conversations": [QUESTION, {**ANSWER, "weight": 10**400}]}, "'weight' of at least"),
     "an answer of nan": ({"question": "q", "answer": float("nan")}, "the answer must be a string, got nan"),
     "a call of a tool": ({"messages": [*chat("q", "a"), {**chat("q")[0], "tool_calls": [1]}]}, "'tool_calls' is not"),
     "two system texts": (

@@ -18,6 +18,7 @@ from vlmtrain.settings import compose
         (f"stages.align.max_steps={10**29}", "expected an integer from 1 to 10\\^12, or null"),
         ("stages.align.schedule.warmup_steps=1e30", "expected an integer from 0 to 10\\^12, or null"),
         ("workers=-1", "workers=-1"),
+        (f"collective_timeout={10**400}", "expected a number of at least 1"),
         ("bad_sample_limit.share=2", "bad_sample_limit.share=2: expected a number from 0 to 1"),
         ("features.max_gb=x", "features.max_gb=x"),
         ("validation.batch_size=0", "validation.batch_size=0: expected an integer from 1 to 10\\^12"),
