@@ -141,8 +141,8 @@ class StageEngine:
         average of the weights where there is one.
         """
         state = {}
-        training = self.training_state
-        trained = {parameter: name for name, parameter in training.parameters.items()} if averaged else {}
+        training = self.training_state if averaged else None
+        trained = {parameter: name for name, parameter in training.parameters.items()} if training else {}
         for name, tensor in (*part.named_parameters(), *_persistent_buffers(part)):  # tied parameters appear once
             if tensor in trained:
                 whole = training.full(trained[tensor], AVERAGE).to(tensor.dtype)
