@@ -332,3 +332,12 @@ def test_a_buffer_beyond_two_gib_is_an_error_that_names_the_key(shards, monkeypa
     monkeypatch.setattr("pyarrow.compute.take", take)
     with pytest.raises(StreamError, match=r"^shuffle_buffer=8: so many records of .* are more than the 2 GiB"):
         opened(shards)[0]
+
+
+def test_files_with_different_columns_are_named_as_the_cause(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"query": "q", "label": "a"}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"query": "q", "label": "a", "system": "s"}))
+    stream = opened(tmp_path / "*.jsonl")
+    with pytest.raises(StreamError, match="the files have different columns"):
+        for index in range(4):
+            stream[index]
