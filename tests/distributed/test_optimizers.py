@@ -168,6 +168,19 @@ def test_a_stopped_stage_resumes_bit_for_bit(name, engine, precision, ranks, lla
         assert manifests[0] == manifests[1]
 
 
+def test_a_stage_of_matrices_alone_resumes_bit_for_bit(llava_files, tmp_path):
+    """Muon does not count its updates, and no parameter of AdamW does it here."""
+    more = ["stages.align.optimizer.name=muon", f"stages.align.ema={DECAY}", "stages.align.train={connector: null}"]
+    more += ["stages.align.train.llm=null", f"stages.align.groups=[{{match: 'llm.*q_proj*', lr: {RATE}}}]"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(*line(llava_files, whole, *more))
+    run_script(MOMENTS, "SIGTERM@metrics.jsonl:3", "--", *line(llava_files, broken, *more))
+    train(*line(llava_files, broken, *more))
+    for folder in ("model", "ema"):
+        manifests = [json.loads((run / "align" / folder / "vlmtrain.json").read_text()) for run in (whole, broken)]
+        assert manifests[0] == manifests[1]
+
+
 @pytest.mark.parametrize(
     "more, said",
     [

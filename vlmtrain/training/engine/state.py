@@ -62,8 +62,8 @@ class TrainingState:
 
     def share(self, rank: int, world_size: int) -> dict[str, Tensor]:
         """The tensors that `rank` writes. Parameters are distributed to ranks round-robin."""
-        if not any(self.updates.values()):
-            self.prepare(self.updates)  # no update has been made yet
+        if not any(self.optimizer.state.get(flat) for _, flat in self._flats()):
+            self.prepare({})  # no update has been made yet
         mine: dict[str, Tensor] = {}
         for number, name in enumerate(self.parameters):
             for kind in self.kinds[name]:
