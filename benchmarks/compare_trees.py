@@ -1,12 +1,13 @@
 """Compare what two trees of the code compute: a gate for changes that must not change behavior.
 
-    python benchmarks/compare_trees.py record TREE OUT_DIR [--cases PATTERN ...] [--resume-from BEFORE_DIR]
+    python benchmarks/compare_trees.py record TREE OUT_DIR [--cases PATTERN ...] [--resume-from BEFORE_DIR] \\
+        [--real PARTS_DIR]
     python benchmarks/compare_trees.py compare BEFORE_DIR AFTER_DIR
 
 `record` runs every case with the code of TREE (a checkout; an installed vlmtrain is not used) and writes
-OUT_DIR/results.json after each one. A case is a few training steps or a command. It records all metrics and scores, the
-values or hashes of all files of stages and models, and what commands print; times and memory are left out, and floats
-are kept to the last bit. Cases that are recorded already are skipped and failed ones run again, so use a new OUT_DIR
+OUT_DIR/results.json after each one. A case is a few training steps or a command. It records all metrics and scores, a
+hash of the tensors of every batch, the values or hashes of all files of stages and models, and what commands print;
+times and memory are left out, and floats are kept to the last bit. Cases that are recorded already are skipped and failed ones run again, so use a new OUT_DIR
 when the code has changed. `compare` prints one line per case, and exits with status 1 if a value differs, or if a case
 failed or is missing on one side.
 
@@ -14,8 +15,10 @@ To test a change, record the tree before it, then the tree after it with `--resu
 cases of the second recording then start from what the first one left in BEFORE_DIR/keep (runs killed in the middle of a
 stage, a finished run, a feature cache), so they also show that the new code reads what the old code wrote.
 
-Everything runs on CPU with one thread per process, offline, on small random parts and generated data. The script uses
-commands and output files only, so the insides of the two trees may differ in any way.
+Everything runs on CPU with one thread per process, offline, on small random parts and generated data. `--real` adds
+cases with pretrained parts: PARTS_DIR/llm/* and PARTS_DIR/vision/* (one Hugging Face folder each), and the data
+PARTS_DIR/emoji/images and PARTS_DIR/emoji/{align,instruct,val_vqa}.json. The script uses commands and output files, so the insides of the two trees may
+differ in any way; only `batch_hash` knows the fields of a batch.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,6 +46,7 @@ import pyarrow.parquet
 import yaml
 from PIL import Image
 
+HASHES = "BATCH_HASHES"  # environment variable
 TIMEOUT = 1800  # seconds for one command
 LARGEST_JSON = 30_000  # bytes of a JSON file that is recorded value by value, not as a hash
 NAMES_ONLY = {".html", ".lock", ".log", ".md", ".yaml"}  # files that hold prose, or dates and machines
@@ -53,7 +58,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# Words of the command line; `stages.*` is every stage of the recipe, {data} and {runs} are folders in OUT_DIR.
+# Words of the command line; `stages.*` is every stage of the recipe and `stages.LAST` its last one, {data} and {runs}
+# are folders in OUT_DIR.
 SMALL = (
     "mini=true engine=zero0 precision=fp32 workers=0 wandb=disabled stages.*.max_steps=3 stages.*.batch_size=4 "
     "validation.samples=2 validation.final_samples=2 validation.max_new_tokens=4"
@@ -89,6 +95,23 @@ RANKS = {
     "bf16": "engine=zero1 precision=bf16",
     "contrastive": "recipe=clip",
 }
+# With recipe/*, every pair of two values of layout, feature cache and ranks occurs.
+PAIRED = ("llava_1_5", "llava_next", "qwen_vl", "instructblip")
+PAIRS = {
+    "cached_ranks": ("features.cache={runs}/features engine=zero2", 2),
+    "packed_ranks": ("stages.LAST.layout=packed engine=zero2", 2),
+    "packed_cached": ("stages.LAST.layout=packed features.cache={runs}/features", 1),
+}
+REAL = (
+    "mini=false vision=hf vision.path={vision} vision.image_size=112 llm=hf llm.path={llm} data=llava_json "
+    "data.images={real}/emoji/images data.align={real}/emoji/align.json data.instruct={real}/emoji/instruct.json "
+    "data.validation={real}/emoji/val_vqa.json stages.*.max_steps=5 stages.*.batch_size=2 stages.*.micro_batch_size=1"
+)
+REAL_RECIPES = {
+    "llava_1_5": "",
+    "blip2": "connector.text_vocab=null connector.depth=4 stages.represent.connector_text.bert=null "
+    "stages.represent.micro_batch_size=2 stages.finetune.image_size=140 data.validation={real}/emoji/val_caption.json",
+}
 PLANNED = ("llava_1_5", "llava_next", "blip2", "qwen_vl")  # in their published sizes too, which takes longer
 FRESH = "recipe=quickstart stage=align stages.align.fresh=[vision,connector,llm]"
 FINISHED = "stages.instruct.max_steps=30 stages.instruct.schedule.name=constant"
@@ -103,20 +126,21 @@ class Failed(Exception):
 class Recorder:
     """Runs commands with the code of a tree, and reads what they print and write."""
 
-    def __init__(self, tree: Path, out: Path, before: Path | None):
-        self.tree, self.out, self.before = tree, out, before
+    def __init__(self, tree: Path, out: Path, before: Path | None, real: Path | None):
+        self.tree, self.out, self.before, self.real = tree, out, before, real
         self.runs, self.data = out / "runs", out / "data"
         self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(tree), "HF_DATASETS_CACHE": f"{out}/cache"}
         self.stages = cache(lambda recipe: list(yaml.safe_load("\n".join(self.settings(f"recipe={recipe}")))["stages"]))
 
     def command(self, *words: str, ranks: int = 1) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        return [sys.executable, *launcher, "-m", *words]
+        return [sys.executable, *launcher, __file__, "run", *words]
 
-    def call(self, *words: str, ranks: int = 1, statuses: Sequence[int] = (0,)) -> str:
-        """What a command prints."""
+    def call(self, *words: str, ranks: int = 1, statuses: Sequence[int] = (0,), hashes: Path | None = None) -> str:
+        """What a command prints. hashes: the start of the names of files for the hashes of its batches."""
         command = self.command(*words, ranks=ranks)
-        options = {"cwd": self.tree, "env": self.environment, "timeout": TIMEOUT}
+        environment = self.environment | ({} if hashes is None else {HASHES: str(hashes)})
+        options = {"cwd": self.tree, "env": environment, "timeout": TIMEOUT}
         done = subprocess.run(command, capture_output=True, text=True, **options)
         if done.returncode not in statuses:
             said = done.stderr.split("=" * 60)[0]  # without what torchrun adds about its ranks
@@ -136,15 +160,19 @@ class Recorder:
         pairs = [word.split("=", 1) for word in words.split()]
         stages, found = self.stages(dict(pairs)["recipe"]), {}
         for key, value in pairs:
+            key = key.replace("LAST", stages[-1])
             found |= {key.replace("*", stage): value for stage in (stages if "*" in key else [""])}
         return [f"{key}={value}" for key, value in found.items()]
 
     def train(self, folder: Path, words: str = "", ranks: int = 1) -> Path:
-        self.call("vlmtrain.train", *self.overrides(words), f"run_dir={folder}", ranks=ranks)
+        hashes = Path(f"{folder}-batches")
+        self.call("vlmtrain.train", *self.overrides(words), f"run_dir={folder}", ranks=ranks, hashes=hashes)
         return folder
 
     def run(self, name: str, words: str, ranks: int = 1) -> dict:
-        return contents(self.train(self.runs / name, words, ranks))
+        folder = self.train(self.runs / name, words, ranks)
+        batches = {f"rank {rank}": Path(f"{folder}-batches-{rank}").read_text().split() for rank in range(ranks)}
+        return {**contents(folder), "batches": batches}
 
     def stop(self, folder: Path, words: str, ranks: int) -> Path:
         """Kill a run when the checkpoint of step 2 of instruct is there, and remove later checkpoints."""
@@ -213,6 +241,14 @@ class Recorder:
         said.append(self.cli("import", exported, imported))
         return {"said": said, "exported": contents(exported), "imported": contents(imported)}
 
+    def real_parts(self, recipe: str) -> dict:
+        """A recipe on pretrained parts."""
+        vision, llm = (next((self.real / part).iterdir()) for part in ("vision", "llm"))
+        words = f"recipe={recipe} {REAL} {REAL_RECIPES[recipe]}"
+        for name, path in {"vision": vision, "llm": llm, "real": self.real}.items():
+            words = words.replace(f"{{{name}}}", str(path))
+        return self.run(f"real_{recipe}", words)
+
     def hugging_face_parts(self) -> dict:
         """A stage with an encoder and a language model in Hugging Face's form."""
         from transformers import CLIPVisionConfig, CLIPVisionModel, set_seed
@@ -250,6 +286,11 @@ def cases(recorder: Recorder) -> dict[str, Callable[[], Any]]:
     found |= {f"data/{name}": partial(run, name, words) for name, words in DATA.items()}
     found |= {f"ranks/{name}": partial(run, name, words, ranks=2) for name, words in RANKS.items()}
     found |= {f"connector/{name}": partial(run, name, f"{FRESH} connector={name}") for name in connectors}
+    for name in PAIRED:
+        for pair, (words, ranks) in PAIRS.items():
+            found[f"pair/{name}_{pair}"] = partial(run, name, f"recipe={name} {words}", ranks=ranks)
+    if recorder.real:
+        found |= {f"real/{name}": partial(recorder.real_parts, name) for name in REAL_RECIPES}
     return {
         **found,
         "parts/hugging_face": recorder.hugging_face_parts,
@@ -327,6 +368,45 @@ def contents(folder: Path) -> dict:
     return found
 
 
+def run_with_hashes(module: str) -> None:
+    """Run a module as `python -m` does, and write a line with the hash of each batch that its main process makes."""
+    sys.path[0] = os.getcwd()
+    start = os.environ.get(HASHES)
+    if start:
+        from torch.utils.data import get_worker_info
+
+        from vlmtrain.data import Processor
+
+        def hashing(make: Callable) -> Callable:
+            def made(*arguments, **options):
+                batch = make(*arguments, **options)
+                if get_worker_info() is None:
+                    with open(f"{start}-{os.environ.get('RANK', 0)}", "a") as file:
+                        file.write(batch_hash(batch) + "\n")
+                return batch
+
+            return made
+
+        Processor.collate, Processor.pack = hashing(Processor.collate), hashing(Processor.pack)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def batch_hash(batch: Any) -> str:
+    """Hash of what a batch tells the model: its tensors by name, if they have a meaning in the batch."""
+    visual = getattr(batch, "visual", batch)  # older batches carry the images themselves
+    images, is_image = getattr(visual, "images", None), getattr(visual, "is_image", None)
+    tensors = {name: getattr(batch, name) for name in ("input_ids", "targets", "weights", "lengths", "boundaries")}
+    tensors |= {"images": images, "is_image": is_image}
+    tensors |= {"positions": batch.positions if batch.boundaries is not None else None}
+    tensors |= {name: getattr(visual, name) for name in ("text_ids", "text_mask")}
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if "second" not in k and k != "peak_memory_bytes"}
@@ -399,6 +479,9 @@ def compare(before: dict, after: dict) -> bool:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["run"]:  # how `record` starts commands
+        del sys.argv[1]
+        return run_with_hashes(sys.argv.pop(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="run the cases with the code of a tree")
@@ -406,6 +489,7 @@ def main() -> None:
     recording.add_argument("out", metavar="OUT_DIR", type=Path)
     recording.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN", help="such as 'recipe/*'")
     recording.add_argument("--resume-from", type=Path, metavar="BEFORE_DIR", help="where carried/ cases start from")
+    recording.add_argument("--real", type=Path, metavar="DIR", help="pretrained parts and data, for the real/ cases")
     comparing = commands.add_parser("compare", help="compare two recordings")
     comparing.add_argument("before", metavar="BEFORE_DIR", type=Path)
     comparing.add_argument("after", metavar="AFTER_DIR", type=Path)
@@ -414,7 +498,8 @@ def main() -> None:
         if not (options.tree / "vlmtrain").is_dir():
             parser.error(f"{options.tree} is not a checkout of vlmtrain")
         before = options.resume_from and options.resume_from.resolve(strict=True)
-        recorder = Recorder(options.tree.resolve(strict=True), options.out.resolve(), before)
+        real = options.real and options.real.resolve(strict=True)
+        recorder = Recorder(options.tree.resolve(strict=True), options.out.resolve(), before, real)
         raise SystemExit(0 if record(recorder, options.cases) else 1)
     before, after = (json.loads((each / "results.json").read_text()) for each in (options.before, options.after))
     raise SystemExit(0 if compare(before, after) else 1)
