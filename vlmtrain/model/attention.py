@@ -1,8 +1,11 @@
-"""Attention for packed rows: each sample attends only to itself, without a mask over the complete row."""
+"""Attention that reads from the batch who sees whom: samples of a packed row, prefixes, branches and image tokens.
+
+Each sample of a packed row attends only to itself, without a mask over the complete row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -13,6 +16,7 @@ from ..errors import some
 
 NAME = "vlmtrain_segments"
 APART = {"full_attention", "sliding_attention", "attention"}  # types of layers that keep segments separate
+RULES = ("prefix", "branch", "bidirectional")  # arguments that need a dense mask
 
 
 def attend_in_segments(llm: nn.Module) -> None:
@@ -46,11 +50,48 @@ def attend_in_segments(llm: nn.Module) -> None:
     llm.set_attn_implementation(NAME)
 
 
-def segment_arguments(boundaries: Tensor) -> dict:
-    """Arguments that Hugging Face models pass on to attention; `boundaries` ``(S + 1,)`` int32."""
-    longest = int(boundaries.diff().max())
-    bounds = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
-    return {**bounds, "max_length_q": longest, "max_length_k": longest}
+def check_attention(llm: nn.Module, arguments: Iterable[str]) -> None:
+    """Raise ValueError if a model's attention cannot follow some of the named arguments of `attention_arguments`.
+
+    `boundaries` is not checked here: `attend_in_segments` refuses the models that cannot follow it.
+    """
+    rules = sorted(set(arguments) & set(RULES))
+    used = llm.config.get_text_config()._attn_implementation
+    if not rules or used == NAME:
+        return
+    if used.startswith("flash_attention"):
+        reason = "flash attention takes no mask; use llm.attn_implementation=sdpa"
+    else:
+        reason = "prepare the model with attend_in_segments"
+    raise ValueError(f"{type(llm).__name__} with {used} attention cannot follow {', '.join(rules)}: {reason}")
+
+
+def attention_arguments(
+    boundaries: Tensor | None = None,
+    prefix: Tensor | None = None,
+    branch: Tensor | None = None,
+    bidirectional: Tensor | None = None,
+) -> dict:
+    """Arguments that Hugging Face models pass on to attention; empty if nothing is given.
+
+    Args:
+        boundaries: ``(S + 1,)`` int32, where the samples of a packed row start and end.
+        prefix: ``(B,)``, or ``(S,)`` for a packed row; that many first positions of each sample see each other in
+            both directions, and later ones are causal. Padding is not counted.
+        branch: ``(B, T)``; 0 for positions that all branches of a message tree share, i >= 1 for those of branch i. A
+            position sees only shared positions and those of its own branch.
+        bidirectional: ``(B, T)``; positions with the same number >= 0 see each other in both directions, and those
+            with -1 are causal. Padding on the right must have -1.
+
+    In a packed row, all of them apply within each sample.
+    """
+    arguments = {"prefix": prefix, "branch": branch, "bidirectional": bidirectional}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if boundaries is not None:
+        longest = int(boundaries.diff().max())
+        arguments |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        arguments |= {"max_length_q": longest, "max_length_k": longest}
+    return arguments
 
 
 def _mask(*arguments, attention_mask: Tensor | None = None, **options) -> Tensor | None:
@@ -71,15 +112,30 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    prefix: Tensor | None = None,
+    branch: Tensor | None = None,
+    bidirectional: Tensor | None = None,
     **unused,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of a row, with the signature that Hugging Face models expect.
 
     query ``(B, H, T, d)``; key, value ``(B, G, T, d)`` with G groups of heads; cu_seq_lens_q ``(S + 1,)`` for a
     packed row (B = 1), None for rows of one sample. Returns ``(B, T, H, d)``.
+
+    `prefix`, `branch` and `bidirectional` change which positions see each other, see `attention_arguments`. They
+    describe all keys, so they need an empty cache. They are ignored for a single query, the next token of a
+    generation, which sees all earlier positions.
     """
     assert unused.get("s_aux") is None, "attention sinks"
     attend = partial(_attend, window=sliding_window, softcap=softcap, scale=scaling, dropout_p=dropout)
+    rules = dict(zip(RULES, (prefix, branch, bidirectional)))
+    if query.shape[2] > 1 and any(rule is not None for rule in rules.values()):
+        if query.shape[2] != key.shape[2]:
+            raise ValueError(f"{', '.join(RULES)} need an empty cache that grows with the sequence")
+        attend = partial(_attend_by_rules, attend, sliding_window)
+        if cu_seq_lens_q is None:
+            return attend(query, key, value, attention_mask, **rules).transpose(1, 2), None
+        return _attend_each(attend, query, key, value, cu_seq_lens_q, **rules).transpose(1, 2), None
     if cu_seq_lens_q is None:
         return attend(query, key, value, attention_mask).transpose(1, 2), None
     if query.is_cuda and softcap is None and (flash := _flash_varlen()) and query.dtype != torch.float32:
@@ -94,12 +150,68 @@ def segment_attention(
 # It would be recompiled for every number of segments. torch.compiler.disable would import the compiler here.
 @torch._disable_dynamo
 def _attend_each(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, **rules: Tensor | None
 ) -> Tensor:
-    """Causal attention within each segment, one segment at a time; ``(B, H, T, d)``."""
+    """Attention within each segment, one segment at a time, with the rules of each; ``(B, H, T, d)``."""
     sizes = boundaries.diff().tolist()
     pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
-    return torch.cat([attend(*piece, mask=None) for piece in pieces], dim=2)
+    own = [{} for _ in sizes]
+    for name, rule in rules.items():
+        if rule is not None:
+            parts = rule.split(1) if name == "prefix" else rule.split(sizes, dim=1)
+            for one, part in zip(own, parts, strict=True):
+                one[name] = part
+    return torch.cat([attend(*piece, mask=None, **one) for piece, one in zip(pieces, own)], dim=2)
+
+
+def _attend_by_rules(
+    attend: Callable[..., Tensor],
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **rules: Tensor | None,
+) -> Tensor:
+    """Attention with a dense mask made from the rules; of `mask` ``(B, 1, T, T)`` only the padding is kept."""
+    assert mask is None or mask.dtype == torch.bool, "a mask that `_mask` has not made"
+    # Such a mask lets a position see itself unless it is padding.
+    real = None if mask is None else mask[:, 0].diagonal(dim1=1, dim2=2)
+    # On CUDA, a mask and grouped heads together can rule out all fused kernels.
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return attend(query, key, value, _allowed(query.shape[2], query.device, real, window, **rules))
+
+
+def _allowed(
+    length: int,
+    device: torch.device,
+    real: Tensor | None,
+    window: int | None,
+    prefix: Tensor | None = None,
+    branch: Tensor | None = None,
+    bidirectional: Tensor | None = None,
+) -> Tensor:
+    """Which keys each query sees, ``(B, 1, T, T)`` bool; real ``(B, T)`` bool is False for padding."""
+    position = torch.arange(length, device=device)
+    ahead = position - position[:, None]
+    seen = (ahead <= 0)[None]
+    if prefix is not None:
+        count = position[None] + 1 if real is None else real.cumsum(1)  # rows may be padded on the left
+        inside = count <= prefix[:, None]
+        seen = seen | (inside[:, :, None] & inside[:, None])
+    if bidirectional is not None:
+        same = bidirectional[:, :, None] == bidirectional[:, None]
+        seen = seen | (same & (bidirectional >= 0)[:, None])
+    if branch is not None:
+        seen = seen & ((branch[:, :, None] == branch[:, None]) | (branch == 0)[:, None])
+    if window is not None:
+        # As in transformers' Gemma 3: the window limits how far back a position sees, also within its prefix or
+        # image, but not how far ahead. It counts positions of the row, those of other branches included.
+        seen = seen & (ahead > -window)
+    if real is not None:
+        seen = (seen & real[:, None]) | (ahead == 0)  # padding sees itself, because a softmax over nothing is NaN
+    return seen[:, None]
 
 
 def _attend(
@@ -127,7 +239,9 @@ def _attend(
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    # The lowest number, not -inf: padding on the left sees nothing, and its softmax would be NaN.
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout_p)
     return weights @ value
 

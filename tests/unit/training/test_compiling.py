@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._dynamo.utils import counters
 
-from vlmtrain.model.attention import attend_in_segments, segment_arguments
+from vlmtrain.model.attention import attend_in_segments, attention_arguments
 from vlmtrain.model.llm import build_random_llm
 from vlmtrain.model.parts import module_state
 from vlmtrain.training.compiling import compile_blocks
@@ -55,7 +55,7 @@ def test_one_compilation_serves_packed_rows_however_many_samples_they_hold(token
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         row = torch.linspace(-1, 1, 32 * int(boundaries[-1])).view(1, -1, 32).requires_grad_()
         return llm(
-            inputs_embeds=row, position_ids=positions, use_cache=False, **segment_arguments(boundaries)
+            inputs_embeds=row, position_ids=positions, use_cache=False, **attention_arguments(boundaries)
         ).logits.detach()
 
     expected = [run(row) for row in rows]
