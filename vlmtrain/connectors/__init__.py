@@ -7,11 +7,10 @@ Each family has its own file; `CONNECTORS` maps the exact names to the classes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from ..errors import nearest
-from .base import Connector, VisionFeatures
+from ..registry import Registry
+from .base import Connector, Features, PackedFeatures, VisionFeatures
 from .honeybee import CAbstractor, DAbstractor
 from .hunyuan import HunyuanMerger
 from .ldp import LDP, LDPv2
@@ -25,7 +24,7 @@ from .qwen_vl import QwenVLResampler
 from .token_packer import TokenPacker
 from .vss import VSS
 
-CONNECTORS: dict[str, type[Connector]] = {
+_CLASSES: dict[str, type[Connector]] = {
     "linear": Linear,
     "mlp": MLP,
     "avgpool": AvgPool,
@@ -46,57 +45,10 @@ CONNECTORS: dict[str, type[Connector]] = {
     "pixel_shuffle": PixelShuffle,
     "token_packer": TokenPacker,
 }
-
-
-def register(name: str) -> Callable[[type[Connector]], type[Connector]]:
-    """Register a custom connector class under `name`; used as a decorator, ``@register("mine")``.
-
-    Raises ValueError if the class is not a `Connector`, or if another class is registered under that name.
-    """
-
-    def add(connector_class: type[Connector]) -> type[Connector]:
-        if not (isinstance(connector_class, type) and issubclass(connector_class, Connector)):
-            raise ValueError(f"connector '{name}': expected a subclass of vlmtrain.connectors.Connector")
-        known = CONNECTORS.setdefault(name, connector_class)
-        if (known.__module__, known.__qualname__) != (connector_class.__module__, connector_class.__qualname__):
-            raise ValueError(
-                f"connector '{name}' is already {known.__module__}.{known.__qualname__}: choose another name"
-            )
-        CONNECTORS[name] = connector_class  # the module was reloaded
-        return connector_class
-
-    return add
-
-
-def _class(name: str) -> type[Connector]:
-    if not isinstance(name, str) or name not in CONNECTORS:
-        raise ValueError(
-            f"Unknown connector '{name}'.{nearest(str(name), CONNECTORS)} Available: {', '.join(CONNECTORS)} (for a "
-            "custom connector, pass the module that registers it: modules=[...], or --module)"
-        )
-    return CONNECTORS[name]
-
-
-def connector_options(name: str) -> dict[str, Any]:
-    """Return the options of the connector `name` with their defaults."""
-    parameters = inspect.signature(_class(name)).parameters
-    fixed = ("in_dim", "out_dim", "input_grid")
-    return {
-        key: parameter.default
-        for key, parameter in parameters.items()
-        if key not in fixed and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-
-
-def check_options(name: str, options: Iterable[str], key: str = "connector") -> None:
-    """Raise ValueError for an unknown connector or an unknown option."""
-    known = connector_options(name)
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"Unknown option {key}.{option} of '{name}'.{nearest(option, known)} "
-                f"Available options: {', '.join(known) or 'none'}"
-            )
+CONNECTORS: Registry[Connector] = Registry(
+    "connector", Connector, _CLASSES, builder="__init__", fixed=("in_dim", "out_dim", "input_grid")
+)
+register = CONNECTORS.register
 
 
 def build_connector(
@@ -113,8 +65,8 @@ def build_connector(
     patch grid, is required by connectors with position tables of a fixed size; if it is given, a connector that does
     not support that grid raises immediately. Raises ValueError for unknown names, options and sizes that do not fit.
     """
-    check_options(name, options)
-    connector_class = _class(name)
+    CONNECTORS.check_options(name, options)
+    connector_class = CONNECTORS[name]
     if input_grid is not None:
         sides = tuple(input_grid) if isinstance(input_grid, Sequence) else (input_grid,)
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
@@ -137,9 +89,9 @@ def build_connector(
 __all__ = [
     "CONNECTORS",
     "Connector",
+    "Features",
+    "PackedFeatures",
     "VisionFeatures",
     "build_connector",
-    "check_options",
-    "connector_options",
     "register",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -78,25 +78,42 @@ def require_multiple(height: int, width: int, factor: int, option: str) -> None:
 
 
 def check_features(features, in_dim: int, num_levels: int) -> None:
-    """Check rank and width of an encoder's features, and that the required levels are present."""
-    patches, prefix, levels = features
-    _check_tensor(patches, "patches", 4, "(B, H, W, C)", in_dim)
+    """Check rank and width of an encoder's features, packed or not, and that the required levels are present."""
+    patches, prefix, levels, grids = features.patches, features.prefix, features.levels, features.grids
+    rank, shape = (4, "(B, H, W, C)") if grids is None else (2, "(N, C)")
+    _check_tensor(patches, "patches", rank, shape, in_dim)
+    if grids is not None:
+        _check_grids(grids, len(patches))
+    images = len(patches) if grids is None else len(grids)
     if prefix is not None:
         _check_tensor(prefix, "prefix", 3, "(B, P, C)", in_dim)
-        if len(prefix) != len(patches):
-            raise ValueError(f"features.prefix: expected the batch of patches, {len(patches)}, got {len(prefix)}")
+        if len(prefix) != images:
+            raise ValueError(f"features.prefix: expected the batch of patches, {images}, got {len(prefix)}")
     if num_levels and len(levels) != num_levels:
         raise ValueError(
             f"features.levels: expected {num_levels} hidden layers (the connector's num_levels), got "
             f"{len(levels)}; set connector.levels or the layers that the encoder returns"
         )
     for index, level in enumerate(levels[:num_levels]):
-        _check_tensor(level, f"levels[{index}]", 4, "(B, H, W, C)", in_dim)
+        _check_tensor(level, f"levels[{index}]", rank, shape, in_dim)
         if level.shape != patches.shape:
             raise ValueError(
                 f"features.levels[{index}]: expected the shape of patches {tuple(patches.shape)}, "
                 f"got {tuple(level.shape)}"
             )
+
+
+def _check_grids(grids: Sequence[tuple[int, int]], patches: int) -> None:
+    if not grids:
+        raise ValueError("features.grids: expected the grid of at least one image, got none")
+    for grid in grids:
+        require_grid(*grid)
+    expected = sum(height * width for height, width in grids)
+    if patches != expected:
+        raise ValueError(
+            f"features.patches: expected {expected} patches, the sum of features.grids ({len(grids)} images), "
+            f"got {patches}"
+        )
 
 
 def _check_tensor(tensor: Tensor, name: str, rank: int, shape: str, width: int) -> None:

@@ -26,7 +26,7 @@ class HunyuanMerger(Connector):
     def __init__(self, in_dim: int, out_dim: int, factor: int = 2):
         super().__init__(in_dim, out_dim)
         require_positive(factor=factor)
-        self.factor = factor
+        self.factor = self.multiple = factor
         self.before_rms = nn.RMSNorm(in_dim, eps=1e-5)
         self.proj = nn.Sequential(
             nn.Conv2d(in_dim, 2 * in_dim, factor, stride=factor), nn.GELU(), nn.Conv2d(2 * in_dim, 4 * in_dim, 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -22,6 +25,31 @@ def blocks(x: Tensor, side: int) -> Tensor:
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels)
     return x.transpose(2, 3).flatten(3, 4)
+
+
+def each_image(function: Callable[[Tensor], Tensor], x: Tensor, grids: Sequence[tuple[int, int]] | None) -> Tensor:
+    """Apply `function`, ``(B, H, W, C)`` -> ``(B, n, ...)``, to a batch; or, if `grids` are given, to each image.
+
+    The images are then packed as in `PackedFeatures`, ``(N, C)``, and so are the results, ``(K, ...)``.
+    """
+    if grids is None:
+        return function(x)
+    images = x.split([height * width for height, width in grids])
+    return torch.cat([function(image.unflatten(0, grid)[None])[0] for image, grid in zip(images, grids, strict=True)])
+
+
+def padded(x: Tensor, grids: Sequence[tuple[int, int]] | None) -> tuple[Tensor, Tensor | None]:
+    """Return one sequence of patches per image, ``(B, S, C)``, and a mask ``(B, S)`` that is True at patches.
+
+    x is ``(B, H, W, C)``, or ``(N, C)`` packed with its `grids`. The mask is None if all sequences are equally long.
+    """
+    if grids is None:
+        return x.flatten(1, 2), None
+    lengths = [height * width for height, width in grids]
+    x = pad_sequence(x.split(lengths), batch_first=True)
+    if min(lengths) == max(lengths):
+        return x, None
+    return x, torch.arange(max(lengths), device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
 
 
 class Attention(nn.Module):

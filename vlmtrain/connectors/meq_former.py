@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import QueryConnector, VisionFeatures
-from .checks import check_features, require_fraction, require_positive
-from .qformer import QFormerCore, instruction_mask, sequence
+from .base import Features, QueryConnector
+from .checks import require_fraction, require_positive
+from .qformer import QFormerCore, instruction_mask, sequences
 
 
 class MEQFormer(QueryConnector):
@@ -56,24 +56,20 @@ class MEQFormer(QueryConnector):
         self.core = QFormerCore(hidden_dim, self.num_queries, *layers, text_vocab, text_positions, text_ffn=False)
         self.proj = nn.Linear(hidden_size, out_dim)
 
-    def forward(
+    def tokens(
         self,
-        features: VisionFeatures | tuple[VisionFeatures, ...],
+        features: Features | tuple[Features, ...],
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        encoders = (features,) if isinstance(features, VisionFeatures) else tuple(features)
-        if len(encoders) != len(self.in_dim):
-            raise ValueError(
-                f"meq_former was built for {len(self.in_dim)} encoders (in_dim={self.in_dim}), "
-                f"got features of {len(encoders)}"
-            )
-        for encoder, width in zip(encoders, self.in_dim, strict=True):
-            check_features(encoder, width, 0)
-        parts = [project(sequence(encoder)) for project, encoder in zip(self.projections, encoders, strict=True)]
+        read = [sequences(encoder) for encoder in self.check_encoders(features)]
         mask = instruction_mask(self, text_ids, text_mask)
-        tokens = self.core(torch.cat(parts, dim=1), text_ids, mask, self.encoder_mask(parts))
-        return self.proj(tokens[:, : self.num_queries])
+        parts = [project(x) for project, (x, _) in zip(self.projections, read, strict=True)]
+        shown = self.encoder_mask(parts)
+        if any(real is not None for _, real in read):
+            real = [x.new_ones(x.shape[:2], dtype=torch.bool) if real is None else real for x, real in read]
+            shown = torch.cat(real, dim=1) if shown is None else shown & torch.cat(real, dim=1)
+        return self.proj(self.core(torch.cat(parts, dim=1), text_ids, mask, shown)[:, : self.num_queries])
 
     def encoder_mask(self, parts: list[Tensor]) -> Tensor | None:
         """Mask ``(B, N)`` of the concatenated features that are visible: in training some encoders are hidden."""

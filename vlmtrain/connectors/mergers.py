@@ -6,27 +6,32 @@ Here patches are in raster order and the squares are extracted explicitly, with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Connector, VisionFeatures
+from .base import Features, OneCallConnector
 from .checks import require_choice, require_multiple, require_not_negative, require_positive
-from .layers import blocks, mlp
+from .layers import blocks, each_image, mlp
 from .published import Names
 
 
-def merge(x: Tensor, factor: int) -> Tensor:
-    """(B, H, W, C) -> (B, H*W / factor**2, factor**2 * C); the patches of a square are in raster order."""
-    return blocks(x, factor).flatten(3).flatten(1, 2)
+def merge(x: Tensor, factor: int, grids: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    """(B, H, W, C) -> (B, H*W / factor**2, factor**2 * C); the patches of a square are in raster order.
+
+    With `grids`, x is packed: (N, C) -> (N / factor**2, factor**2 * C).
+    """
+    return each_image(lambda image: blocks(image, factor).flatten(3).flatten(1, 2), x, grids)
 
 
-class BlockMerge(Connector):
+class BlockMerge(OneCallConnector):
     """One token per square of `factor` x `factor` patches. Both sides of the grid must be multiples of `factor`."""
 
     def __init__(self, in_dim: int, out_dim: int, factor: int):
         super().__init__(in_dim, out_dim)
         require_positive(factor=factor)
-        self.factor = factor
+        self.factor = self.multiple = factor
         self.merged_dim = in_dim * factor**2
 
     def output_grid(self, height: int, width: int) -> tuple[int, int]:
@@ -48,8 +53,8 @@ class Qwen2VLMerger(BlockMerge):
         self.ln_q = self.norm(in_dim, eps=1e-6)
         self.mlp = mlp([self.merged_dim, self.merged_dim, out_dim])
 
-    def forward(self, features: VisionFeatures) -> Tensor:
-        return self.mlp(merge(self.ln_q(self.check(features)), self.factor))
+    def tokens(self, features: Features) -> Tensor:
+        return self.mlp(merge(self.ln_q(self.check(features)), self.factor, features.grids))
 
 
 class Qwen25VLMerger(Qwen2VLMerger):
@@ -69,8 +74,8 @@ class Qwen3Merger(nn.Module):
         self.linear_fc1 = nn.Linear(merged_dim, merged_dim)
         self.linear_fc2 = nn.Linear(merged_dim, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(merge(x, self.factor)) if self.norm_after else merge(self.norm(x), self.factor)
+    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        x = self.norm(merge(x, self.factor, grids)) if self.norm_after else merge(self.norm(x), self.factor, grids)
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
@@ -87,18 +92,18 @@ class Qwen3VLMerger(BlockMerge):
     def __init__(self, in_dim: int, out_dim: int, factor: int = 2, levels: int = 0):
         super().__init__(in_dim, out_dim, factor)
         require_not_negative(levels=levels)
-        self.num_levels = levels
+        self.num_levels = self.num_added = levels
         self.merger = Qwen3Merger(in_dim, out_dim, factor, norm_after=False)
         self.deepstack_merger_list = nn.ModuleList(
             Qwen3Merger(in_dim, out_dim, factor, norm_after=True) for _ in range(levels)
         )
 
-    def forward(self, features: VisionFeatures) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        tokens = self.merger(self.check(features))
+    def tokens(self, features: Features) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        tokens = self.merger(self.check(features), features.grids)
         if not self.num_levels:
             return tokens
         levels = zip(self.deepstack_merger_list, features.levels, strict=True)
-        return tokens, tuple(merger(level) for merger, level in levels)
+        return tokens, tuple(merger(level, features.grids) for merger, level in levels)
 
 
 class PixelShuffle(BlockMerge):
@@ -126,5 +131,5 @@ class PixelShuffle(BlockMerge):
         else:
             self.head = nn.Sequential(nn.LayerNorm(self.merged_dim), mlp([self.merged_dim, out_dim, out_dim]))
 
-    def forward(self, features: VisionFeatures) -> Tensor:
-        return self.head(merge(self.check(features), self.factor))
+    def tokens(self, features: Features) -> Tensor:
+        return self.head(merge(self.check(features), self.factor, features.grids))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Connector, VisionFeatures
+from .base import Connector, PackedFeatures, VisionFeatures
 from .checks import require_choice, require_grid, require_positive
 from .layers import ACTIVATIONS, mlp
 from .published import Names
@@ -37,6 +37,9 @@ class MLP(Connector):
 
     def forward(self, features: VisionFeatures) -> Tensor:
         return self.layers(self.check(features).flatten(1, 2))
+
+    def forward_packed(self, features: PackedFeatures, calls: int = 0) -> Tensor:
+        return self.layers(self.check(features))
 
 
 class Linear(MLP):

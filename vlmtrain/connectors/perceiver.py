@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import QueryConnector, VisionFeatures
+from .base import Features, QueryConnector
 from .checks import require_positive
-from .layers import Attention
+from .layers import Attention, padded
 from .published import Names
 
 
@@ -25,10 +26,10 @@ class PerceiverLayer(nn.Module):
             nn.Linear(intermediate_size, dim, bias=False),
         )
 
-    def forward(self, latents: Tensor, x: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         normed = self.norm_latents(latents)
         keys = torch.cat([self.norm_media(x), normed], dim=1)
-        latents = latents + self.attention(normed, keys, keys)
+        latents = latents + self.attention(normed, keys, keys, mask)
         return latents + self.feed_forward(latents)
 
 
@@ -82,9 +83,11 @@ class PerceiverResampler(QueryConnector):
         self.norm = nn.LayerNorm(in_dim)
         self.proj = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim)
 
-    def forward(self, features: VisionFeatures) -> Tensor:
-        x = self.check(features).flatten(1, 2)
+    def tokens(self, features: Features) -> Tensor:
+        x, real = padded(self.check(features), features.grids)
+        # The keys are [patches; latents].
+        mask = None if real is None else F.pad(real, (0, self.num_queries), value=True)[:, None, None]
         latents = self.latents.expand(len(x), -1, -1)
         for layer in self.layers:
-            latents = layer(latents, x)
+            latents = layer(latents, x, mask)
         return self.proj(self.norm(latents))

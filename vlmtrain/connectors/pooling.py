@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Connector, VisionFeatures
+from .base import Features, OneCallConnector
 from .checks import require_choice, require_divisible, require_not_negative, require_positive, require_window
-from .layers import Attention, blocks, init_linears
+from .layers import Attention, blocks, each_image, init_linears
 from .published import Names
 
 
-class WindowPool(Connector):
+class WindowPool(OneCallConnector):
     """One token per window of `window` x `window` patches; windows at the lower and right edges may be partial."""
 
     def __init__(self, in_dim: int, out_dim: int, window: int):
         super().__init__(in_dim, out_dim)
         require_positive(window=window)
-        self.window = window
+        self.window = self.multiple = window
 
     def output_grid(self, height: int, width: int) -> tuple[int, int]:
         require_window(height, width, self.window, "window")
@@ -35,10 +35,14 @@ class AvgPool(WindowPool):
         super().__init__(in_dim, out_dim, window)
         self.proj = nn.Linear(in_dim, out_dim)
 
-    def forward(self, features: VisionFeatures) -> Tensor:
-        x = self.check(features).permute(0, 3, 1, 2)
+    def pooled(self, x: Tensor) -> Tensor:
+        """Means of the windows: ``(B, H, W, C)`` -> ``(B, windows, C)``."""
+        x = x.permute(0, 3, 1, 2)
         x = F.avg_pool2d(x, self.window, ceil_mode=True)  # the divisor does not count cells outside the grid
-        return self.proj(x.flatten(2).transpose(1, 2))
+        return x.flatten(2).transpose(1, 2)
+
+    def tokens(self, features: Features) -> Tensor:
+        return self.proj(each_image(self.pooled, self.check(features), features.grids))
 
 
 class SwiGLU(nn.Module):
@@ -112,18 +116,21 @@ class AttentionalPool(WindowPool):
         self.head = SwiGLU(in_dim, intermediate_size, out_dim) if head == "swiglu" else nn.Linear(in_dim, out_dim)
         init_linears(self)
 
-    def forward(self, features: VisionFeatures) -> Tensor:
-        x = self.check(features)
-        if self.num_levels:
-            x = torch.cat(features.levels[::-1], dim=-1)
-        batch, height, width, _ = x.shape
+    def windows(self, x: Tensor) -> Tensor:
+        """Windows padded with zeros: ``(B, H, W, C)`` -> ``(B, windows, window**2, C)``."""
+        height, width = x.shape[1:3]
         rows, columns = self.output_grid(height, width)
-        padding = (0, columns * self.window - width, 0, rows * self.window - height)
-        # Windows as a batch: x (B * windows, window**2, C), and a mask with 1 at patches inside the grid
-        # (B * windows, window**2, 1).
-        real = F.pad(x.new_ones(1, height, width, 1), (0, 0, *padding)).expand(batch, -1, -1, -1)
-        x, real = (blocks(y, self.window).flatten(0, 2) for y in (F.pad(x, (0, 0, *padding)), real))
+        padding = (0, 0, 0, columns * self.window - width, 0, rows * self.window - height)
+        return blocks(F.pad(x, padding), self.window).flatten(1, 2)
+
+    def tokens(self, features: Features) -> Tensor:
+        patches, grids = self.check(features), features.grids
+        partial = any(side % self.window for grid in grids or (patches.shape[1:3],) for side in grid)
+        x = torch.cat(features.levels[::-1], dim=-1) if self.num_levels else patches
+        # 1 at patches inside the grid: (..., window**2, 1)
+        real = each_image(self.windows, torch.ones_like(x[..., :1]), grids).flatten(0, -3)
+        x = each_image(self.windows, x, grids)
+        shape, x = x.shape[:-2], x.flatten(0, -3)  # all windows as one batch
         query = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        mask = real.bool().transpose(1, 2)[:, None] if any(padding) else None
-        x = self.pool(query, x, x, mask)
-        return self.head(x).reshape(batch, rows * columns, self.out_dim)
+        mask = real.bool().transpose(1, 2)[:, None] if partial else None
+        return self.head(self.pool(query, x, x, mask)).reshape(*shape, self.out_dim)

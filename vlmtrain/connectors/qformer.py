@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import some
-from .base import QueryConnector, VisionFeatures
+from .base import Features, QueryConnector, VisionFeatures
 from .checks import require_divisible, require_fraction, require_positive
-from .layers import Attention, init_linears
+from .layers import Attention, init_linears, padded
 from .published import Names
 
 EPS = 1e-12  # BERT's
@@ -257,17 +257,19 @@ class QFormer(QueryConnector):
         self.core = QFormerCore(in_dim, num_queries, *layers, text_vocab, text_positions, text_ffn=True)
         self.proj = nn.Identity() if out_dim is None else nn.Linear(hidden_size, out_dim)
 
-    def forward(
-        self, features: VisionFeatures, text_ids: Tensor | None = None, text_mask: Tensor | None = None
-    ) -> Tensor:
-        vision = self.read(features)
+    def tokens(self, features: Features, text_ids: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        self.check(features)
+        vision, vision_mask = sequences(features)
         mask = instruction_mask(self, text_ids, text_mask)
-        return self.proj(self.core(vision, text_ids, mask)[:, : self.num_queries])
+        states = self.core(self.ln_vision(vision), text_ids, mask, vision_mask)
+        return self.proj(states[:, : self.num_queries])
 
     def read(self, features: VisionFeatures) -> Tensor:
         """Return the sequence that the queries read from an image, ``(B, P + H*W, in_dim)``."""
         self.check(features)
-        return self.ln_vision(sequence(features))
+        vision, vision_mask = sequences(features)
+        assert vision_mask is None, "the sequences are not equally long: they cannot be read without their mask"
+        return self.ln_vision(vision)
 
     def load_bert(self, state_dict: dict[str, Tensor]) -> None:
         """Initialize from BERT (section 3.1): self-attention, feed-forward layers (queries and text), word embeddings.
@@ -300,10 +302,13 @@ class QFormer(QueryConnector):
                 own[: len(tensor)].copy_(tensor)
 
 
-def sequence(features: VisionFeatures) -> Tensor:
-    """Concatenate prefix and patches of one encoder, ``(B, P + H*W, C)``."""
-    patches = features.patches.flatten(1, 2)
-    return patches if features.prefix is None else torch.cat([features.prefix, patches], dim=1)
+def sequences(features: Features) -> tuple[Tensor, Tensor | None]:
+    """Concatenate prefix and patches of each image, ``(B, S, C)``, with the mask of `padded`."""
+    x, real = padded(features.patches, features.grids)
+    if features.prefix is None:
+        return x, real
+    x = torch.cat([features.prefix, x], dim=1)
+    return x, None if real is None else F.pad(real, (features.prefix.shape[1], 0), value=True)
 
 
 def instruction_mask(connector: QueryConnector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:

@@ -8,13 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Connector, VisionFeatures
+from .base import Features, QueryConnector
 from .checks import require_divisible, require_grid, require_positive
-from .layers import MULTIHEAD_ATTENTION, Attention, init_linears, init_multihead_attention, sincos_positions
+from .layers import (
+    MULTIHEAD_ATTENTION,
+    Attention,
+    init_linears,
+    init_multihead_attention,
+    padded,
+    sincos_positions,
+)
 from .published import Names
 
 
-class QwenVLResampler(Connector):
+class QwenVLResampler(QueryConnector):
     """`grid` x `grid` learned queries attend to all patches (Qwen-VL, section 2.1, and its published code).
 
     ``(B, H, W, in_dim)`` -> ``(B, grid**2, out_dim)``. A frozen 2-D sine-cosine table, resized bicubically
@@ -39,9 +46,9 @@ class QwenVLResampler(Connector):
             raise ValueError(
                 f"out_dim={out_dim}: expected a multiple of 4 for the sine-cosine positions of qwen_vl_resampler"
             )
-        self.grid = grid
+        self.grid, self.num_queries = grid, grid * grid
         norm = partial(nn.LayerNorm, out_dim, eps=1e-6)
-        self.query = nn.Parameter(torch.empty(grid * grid, out_dim))
+        self.query = nn.Parameter(torch.empty(self.num_queries, out_dim))
         self.register_buffer("positions", sincos_positions(out_dim, grid, grid))
         self.kv_proj = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim, bias=False)
         self.attn = Attention(out_dim, out_dim, num_heads, out_dim // num_heads, out_dim)
@@ -63,9 +70,17 @@ class QwenVLResampler(Connector):
         table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
         return table.flatten(2)[0].T
 
-    def forward(self, features: VisionFeatures) -> Tensor:
-        patches = self.check(features)
-        x = self.ln_kv(self.kv_proj(patches.flatten(1, 2)))
-        positions = self.resized_positions(*patches.shape[1:3]).to(x.dtype)
+    def key_positions(self, features: Features) -> Tensor:
+        """Position tables of all images, padded as their patches are, or of the grid that they share."""
+        if features.grids is None:
+            return self.resized_positions(*features.patches.shape[1:3])
+        tables = {grid: self.resized_positions(*grid) for grid in set(features.grids)}
+        return padded(torch.cat([tables[grid] for grid in features.grids]), features.grids)[0]
+
+    def tokens(self, features: Features) -> Tensor:
+        x, real = padded(self.check(features), features.grids)
+        x = self.ln_kv(self.kv_proj(x))
+        keys = x + self.key_positions(features).to(x.dtype)
         query = (self.ln_q(self.query) + self.positions.to(x.dtype)).expand(len(x), -1, -1)
-        return self.ln_post(self.attn(query, x + positions, x)) @ self.proj
+        mask = None if real is None else real[:, None, None]
+        return self.ln_post(self.attn(query, keys, x, mask)) @ self.proj

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import VisionFeatures
+from .base import Features
 from .checks import require_divisible, require_positive
-from .layers import MULTIHEAD_ATTENTION, Attention, blocks, init_linears, init_multihead_attention, mlp
+from .layers import (
+    MULTIHEAD_ATTENTION,
+    Attention,
+    blocks,
+    each_image,
+    init_linears,
+    init_multihead_attention,
+    mlp,
+)
 from .mergers import BlockMerge
 from .published import Names
 
@@ -61,14 +69,22 @@ class TokenPacker(BlockMerge):
         init_linears(self, truncated=True)
         init_multihead_attention(self.attn)
 
-    def forward(self, features: VisionFeatures) -> Tensor:
-        patches = self.check(features)
-        grid = self.output_grid(*patches.shape[1:3])
-        coarse = F.interpolate(patches.permute(0, 3, 1, 2).float(), size=grid, mode="bilinear").to(patches.dtype)
-        query = self.ln_q(self.q_proj(coarse.permute(0, 2, 3, 1))).flatten(0, 2).unsqueeze(1)  # (B * regions, 1, C)
+    def coarse(self, x: Tensor) -> Tensor:
+        """Resize to one patch per region: ``(B, H, W, C)`` -> ``(B, regions, C)``."""
+        grid = self.output_grid(*x.shape[1:3])
+        coarse = F.interpolate(x.permute(0, 3, 1, 2).float(), size=grid, mode="bilinear").to(x.dtype)
+        return coarse.permute(0, 2, 3, 1).flatten(1, 2)
+
+    def regions(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` -> ``(B, regions, factor**2, C)``."""
+        return blocks(x, self.factor).flatten(1, 2)
+
+    def tokens(self, features: Features) -> Tensor:
+        patches, grids = self.check(features), features.grids
+        query = self.ln_q(self.q_proj(each_image(self.coarse, patches, grids)))
         levels = torch.cat(features.levels, dim=-1)
         key, value = (
-            blocks(norm(proj(levels)), self.factor).flatten(0, 2)  # (B * regions, factor**2, C)
+            each_image(self.regions, norm(proj(levels)), grids).flatten(0, -3)  # all regions as one batch
             for norm, proj in ((self.ln_k, self.k_proj), (self.ln_v, self.v_proj))
         )
-        return self.mlp(self.attn(query, key, value).reshape(len(patches), grid[0] * grid[1], -1))
+        return self.mlp(self.attn(query.flatten(0, -2).unsqueeze(1), key, value).reshape(query.shape))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._device import _device_constructors
 from transformers.initialization import meta_device_safe_creation_ops
 
-from vlmtrain.connectors import CONNECTORS, build_connector, connector_options
+from vlmtrain.connectors import CONNECTORS, build_connector
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "connector"
 SIDES = st.integers(1, 32)
@@ -111,8 +111,8 @@ def test_meq_former_makes_32_tokens_per_encoder():
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_yaml_equals_signature(name):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert list(config) == ["name", *connector_options(name)]
-    assert config == {"name": name, **connector_options(name)}
+    assert list(config) == ["name", *CONNECTORS.options(name)]
+    assert config == {"name": name, **CONNECTORS.options(name)}
 
 
 def test_one_yaml_per_connector():
