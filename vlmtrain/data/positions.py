@@ -1,0 +1,36 @@
+"""Rotary positions of a sample, made from its text and the output grids of its placements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..visual import Placement
+
+
+def mrope(index: Tensor, placements: Sequence[Placement]) -> Tensor:
+    """Positions in time, height and width, ``(3, T)`` (Qwen2-VL, Wang et al., 2024, section 2.1, and published code).
+
+    Text advances all three by one. The tokens of an image share the position in time, and count rows and columns of
+    its output grid from there; the text after it continues at the largest position plus one. Tokens without an output
+    grid advance like text. `index` ``(T,)`` is the placement at each position, -1 for text.
+    """
+    pieces, start = [], 0
+    owners, counts = index.unique_consecutive(return_counts=True)
+    for owner, count in zip(owners.tolist(), counts.tolist()):
+        grid = placements[owner].out_grid if owner >= 0 else None
+        if grid is None:
+            pieces.append(torch.arange(start, start + count).expand(3, -1))
+            start += count
+        else:
+            height, width = grid
+            assert height * width == count, f"{count} positions of a {height}x{width} grid"
+            row, column = torch.arange(count) // width, torch.arange(count) % width
+            pieces.append(start + torch.stack([torch.zeros_like(row), row, column]))
+            start += max(height, width)
+    return torch.cat(pieces, dim=1)
+
+
+POSITIONS: dict[str, Callable[[Tensor, Sequence[Placement]], Tensor]] = {"mrope": mrope}
