@@ -279,7 +279,7 @@ def build_model(case: Case) -> None:
         for position in range(len(source)):
             planned = batching.read(position, [])
             tokens = planned.tokens
-            ids = tokens.input_ids.masked_fill(tokens.image_index >= 0, image_id).tolist()
+            ids = tokens.input_ids.masked_fill(tokens.index >= 0, image_id).tolist()
             labels = [-100, *tokens.targets[:-1].tolist()]  # the Hugging Face model shifts the labels
             pictures = pictures_of(records[planned.index])
             file.write(json.dumps({"input_ids": ids, "labels": labels, "images": pictures, "length": len(ids)}) + "\n")

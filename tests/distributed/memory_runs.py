@@ -19,12 +19,14 @@ import torch
 from torch.nn import functional as F
 
 from vlmtrain.distributed.world import leave_world
+from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.planning.memory import States
 from vlmtrain.planning.plan import _answer_tokens, _kept, _measure, _Vocabulary, quantized_sizes
 from vlmtrain.settings import Run, Stage, compose
 from vlmtrain.training import stage as stages
 from vlmtrain.training.assembly import DTYPES, build_skeleton
 from vlmtrain.training.engine.joining import join_world
+from vlmtrain.training.processing import build_geometry
 from vlmtrain.training.run import train_run
 from vlmtrain.training.trainable import freeze, part_size, trained_groups
 
@@ -93,7 +95,8 @@ def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
     parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
     groups = trained_groups(stage, parts)
     freeze(parts, groups, checkpointing=False)
-    costs = _measure(parts, groups, stage, 1, tokens, _answer_tokens(stage.expected, tokens))
+    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
+    costs = _measure(parts, groups, stage, geometry, tokens, _answer_tokens(stage.expected, tokens))
     return _kept(costs, stage.gradient_checkpointing, stage.expected.images)
 
 

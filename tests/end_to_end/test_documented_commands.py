@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -19,9 +20,8 @@ from PIL import Image
 
 from tests.conftest import ROOT, run
 from vlmtrain.cli import _parse
-from vlmtrain.connectors import CONNECTORS
 from vlmtrain.settings import compose
-from vlmtrain.settings.composition import load_modules
+from vlmtrain.settings.composition import REGISTRIES, load_modules
 
 PAGES = ("README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")))
 COMMAND = re.compile(r"((\.venv/bin/)?(python|torchrun|vlmtrain|make|pip|source|sbatch|launch/\w+\.sh)|HEAD=\S+) .*")
@@ -66,7 +66,7 @@ PLACES = (
     (r"seeds=\[[\d,]+\]", "seeds=[0]"),
     (r"max_steps=600", "max_steps=1"),
     (r"(?<=vision\.path=)FOLDER", "encoder"),
-    (r"(?<=llm\.path=)FOLDER", "llm"),
+    (r"(?<=llm\.path=)FOLDER|(?<=llm\.vocabulary=)FOLDER", "llm"),
     (r"RUN_DIR", "run"),
     (r"/shared/runs/llava", "shared"),
     (r"data\.instruct=DATASET", "data.instruct=dataset.parquet"),
@@ -111,8 +111,11 @@ def test_the_pages_have_commands():
 @pytest.fixture
 def own_modules(monkeypatch):
     """Limit what the pages' modules register to one test."""
-    monkeypatch.delitem(sys.modules, "my_connectors", raising=False)
-    with mock.patch.dict(CONNECTORS):
+    for part in ("connectors", "encoders", "fusions", "llms"):
+        monkeypatch.delitem(sys.modules, f"my_{part}", raising=False)
+    with ExitStack() as stack:
+        for registry in REGISTRIES.values():
+            stack.enter_context(mock.patch.dict(registry))
         yield
 
 
@@ -204,6 +207,7 @@ def test_every_python_block_runs(home):
     for page in PAGES:
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
         code = "\n".join(block for block in blocks if not re.match(r"# \S+\.py\n", block))
+        code = "import json\nrecords = json.load(open('instruct.json'))[:4]\n" + code  # the user's
         for pattern, place in PLACES:
             code = re.sub(pattern, place, code)
         run(sys.executable, "-c", code, cwd=home)

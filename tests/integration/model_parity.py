@@ -24,8 +24,9 @@ from tests.conftest import run
 from tests.integration.published_models import build_blip, build_llava, build_parts
 from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, TOWERS, byte_tokenizer, stir
 from vlmtrain.data.connector_text import TextReader
+from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import ImageOnDisk
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.data.shapes import VOCABULARY
 from vlmtrain.interop.export import export
@@ -124,13 +125,10 @@ def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
     for turns, names in talks:
         shown = tuple(ImageOnDisk(pictures / name) for name in names)
         batch = processor.collate([processor.prompt(Conversation("asked", turns, shown))])
-        options = {"tiles": batch.tiles, "text_ids": batch.text_ids, "text_mask": batch.text_mask}
         greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": processor.renderer.stop_ids}
         with torch.no_grad():
-            logits = model(batch.input_ids, batch.images, batch.is_image, **options)[0]
-            ids = model.generate(
-                batch.input_ids, batch.images, batch.is_image, batch.lengths, pad_token_id=0, **options, **greedy
-            )
+            logits = model(batch)[0]
+            ids = model.generate(batch, pad_token_id=0, **greedy)
         text = processor.tokenizer.decode(ids[0], skip_special_tokens=True)
         answers.append({"batch": batch, "logits": logits, "answer": text, "std": processor.geometry.std})
     return answers
@@ -154,7 +152,7 @@ def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Par
 
 def _same_prompt(batch, ids: list[int]) -> bool:
     """The same text, and one other ID at all image positions."""
-    found, is_text = torch.tensor(ids), ~batch.is_image[0]
+    found, is_text = torch.tensor(ids), ~batch.visual.mask[0]
     if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0][is_text]):
         return False
     return len(found[~is_text].unique()) == 1 and not torch.isin(found[is_text], found[~is_text]).any()
@@ -166,10 +164,10 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def gray_levels(pixels: Tensor, ours: dict) -> float:
     """The largest difference of pixels, of 255 levels. LLaVA-NeXT pads images to the same number of views."""
-    batch = ours["batch"]
-    expected = batch.images
+    visual = ours["batch"].visual
+    expected = visual.pixels[0]
     if pixels.dim() == 5:
-        views = list(expected.split([tiles.views for tiles in batch.tiles]))
+        views = list(expected.split([len(each.items) for each in visual.placements]))
         expected = torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
     return float(((pixels - expected).abs() * torch.tensor(ours["std"])[:, None, None]).max()) * 255
 

@@ -164,7 +164,7 @@ def test_a_loss_of_ones_own_is_that_of_the_library(records, tmp_path):
         places = (targets != -100).nonzero()[:, 0]
         assert len(places) and torch.equal(targets[places], ids[places + 1])
     model.requires_grad_(False).connector.requires_grad_(True)
-    logits = model(batch.input_ids, batch.images, batch.is_image)
+    logits = model(batch)
     own = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
     own.backward()
     gradients = [parameter.grad.clone() for parameter in model.connector.parameters()]
@@ -188,7 +188,7 @@ def test_the_notebook_runs_and_its_loss_falls(capsys):
     assert time.monotonic() - start < 60
     untrained, batch = build_model(**TINY)[0], scope["batch"]
     with torch.no_grad():
-        logits = untrained(batch.input_ids, batch.images, batch.is_image)
+        logits = untrained(batch)
     before = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
     assert before > 4 and scope["loss"] < 0.5 and scope["answer"] == "blue"
     assert all(same(getattr(untrained, part), getattr(scope["model"], part)) for part in ("vision", "llm"))

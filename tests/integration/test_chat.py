@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from tests.integration.model_parity import Case, build
 from vlmtrain.cli import main
@@ -46,15 +47,15 @@ def greedy(home: Path, turns: list[str], pictures: list[str]) -> str:
     said = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(turns))
     prompt = Conversation("x", said, tuple(ImageOnDisk(home / name) for name in pictures))
     batch = processor.collate([processor.prompt(prompt)])
-    ids, seen, new = batch.input_ids, batch.is_image, []
+    new = []
     while len(new) < NEW:
         with torch.no_grad():
-            token = int(model(ids, batch.images, seen)[0, -1].argmax())
+            token = int(model(batch)[0, -1].argmax())
         if token in processor.renderer.stop_ids:
             break
         new.append(token)
-        ids = torch.cat([ids, torch.tensor([[token]])], 1)
-        seen = None if seen is None else torch.cat([seen, torch.tensor([[False]])], 1)
+        ids, index = F.pad(batch.input_ids, (0, 1), value=token), F.pad(batch.visual.index, (0, 1), value=-1)
+        batch = batch._replace(input_ids=ids, visual=batch.visual._replace(index=index))
     return processor.renderer.decode(torch.tensor(new, dtype=torch.long))
 
 

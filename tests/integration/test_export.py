@@ -141,9 +141,7 @@ def test_a_connector_that_reads_gets_its_instructions(tmp_path, tokenizer, pictu
     batch = processor.collate([processor.prompt(Conversation("one", turns, tuple(map(ImageOnDisk, files))))])
     with torch.no_grad():
         found = [model(**theirs(shown, text, instructions=[words])).logits for words in ("What is this?", "Who?")]
-        expected = VLMWrapper.from_pretrained(tmp_path / "model")(
-            batch.input_ids, batch.images, batch.is_image, text_ids=batch.text_ids, text_mask=batch.text_mask
-        )
+        expected = VLMWrapper.from_pretrained(tmp_path / "model")(batch)
     assert difference(found[0], expected) <= 1e-4 < difference(found[1], expected)
     with pytest.raises(ValueError, match="pass instructions"):
         theirs(shown, text)

@@ -1,4 +1,4 @@
-"""A connector from a user's module: the example of the page, as written, in every command."""
+"""Parts from a user's modules: the examples of the page, as written, in every command."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, run, train
 from vlmtrain.connectors import CONNECTORS, Connector, register
+from vlmtrain.data.shapes import VOCABULARY
+from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 SMALL = [f"stages.{stage}.max_steps=1" for stage in ("clip", "text", "align", "instruct")]
@@ -105,6 +108,65 @@ def test_a_missing_module_is_named(home):
     done = train("recipe=quickstart", "modules=[no_such_module]", cwd=home, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "modules=['no_such_module']: no module no_such_module in the working directory" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> Path:
+    """A user's folder with an encoder, a fusion and a language model, and a run with all of them."""
+    folder = tmp_path_factory.mktemp("others")
+    for module in ("my_encoders", "my_fusions", "my_llms"):
+        (folder / f"{module}.py").write_text(block(f"{module}.py"))
+    build_tiny_tokenizer(VOCABULARY).save_pretrained(folder / "vocabulary")
+    train(*OTHERS, "fusion.start=0.25", "run_dir=run", cwd=folder)
+    return folder
+
+
+OTHERS = ["recipe=quickstart", "stage=align", "modules=[my_encoders,my_fusions,my_llms]", "stages.align.max_steps=2"]
+OTHERS += ["vision=my_encoder", "vision.width=32", "llm=small_qwen", "llm.vocabulary=vocabulary", *SMALL[-2:]]
+OTHERS += ["fusion=gated_concatenation", "stages.align.train.fusion=1e-3", "stages.align.fresh=[vision,connector,llm]"]
+OTHERS += ["data.validation.size=4"]
+
+
+def test_other_parts_are_trained_and_saved(others):
+    model, summary = others / "run/align/model", json.loads((others / "run/align/summary.json").read_text())
+    assert summary["parts"]["fusion"]["trained"] and summary["parts"]["vision"]["trained"] is False
+    assert load_file(model / "fusion/model.safetensors")["gate"].item() != 0.25
+    saved = json.loads((model / "fusion/config.json").read_text())
+    assert saved == {"name": "gated_concatenation", "width": 64, "start": 0.25}
+    encoder = json.loads((model / "vision/config.json").read_text())
+    assert (encoder["provider"], encoder["options"]) == ("my_encoder", {"width": 32, "depth": 3})
+    card = (model / "README.md").read_text()
+    assert "`my_encoder`" in card and "`gated_concatenation` (start=0.25)" in card and "`small_qwen`" in card
+
+
+def test_a_model_of_other_parts_is_evaluated_exported_and_trained_further(others):
+    modules = ["--module", "my_encoders", "--module", "my_fusions"]
+    done = json.loads(vlmtrain(others, "export", "run/align/model", "out", *modules, "--json").stdout)
+    assert done["model_class"] == "VLMTrainForConditionalGeneration" and done["largest_relative_difference"] < 1e-6
+    again = [*OTHERS, "init_from=run/align/model", "stages.align.fresh=[]"]
+    train(*again, "fusion.start=0.25", "run_dir=again", "stages.align.image_fit=native", *NATIVE, cwd=others)
+    wrong = train(
+        *again, "run_dir=wrong", "fusion=concatenation", "~stages.align.train.fusion", cwd=others, check=False
+    )
+    assert "fusion=concatenation, but the model of init_from=run/align/model needs" in wrong.stderr
+    assert "fusion=gated_concatenation fusion.start=0.25" in wrong.stderr
+
+
+NATIVE = ["stages.align.image_pixels=[576,9216]"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["vision.widht=3"], "vision.widht"),
+        (["fusion.strat=1"], "fusion.strat"),
+        (["vision=my_encodre"], "unknown vision 'my_encodre'. Did you mean 'my_encoder'?"),
+        (["fusion=concatenation"], "stages.align.train.fusion needs the part fusion, but the stage has only"),
+    ],
+)
+def test_wrong_keys_of_other_parts_are_named(change, message, others):
+    done = train(*OTHERS, *change, "run_dir=refused", cwd=others, check=False)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_a_name_cannot_be_registered_twice():

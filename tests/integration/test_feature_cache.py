@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vlmtrain.data.processor import picture_key
+from vlmtrain.data.processor import pixel_key
 from vlmtrain.model.vision import HFVision, build_vision, load_vision
 from vlmtrain.training.feature_cache import FeatureCache
 
@@ -32,13 +32,17 @@ def encoder():
     return build_vision("open_clip", model_config=VISION, layer=-1, levels=[1, 2]).eval()
 
 
+def key_of(image: torch.Tensor) -> str:
+    return pixel_key(image, with_shape=False)
+
+
 def cache(folder: Path, encoder, limit: int = 10**9) -> FeatureCache:
     return FeatureCache(folder, encoder, "weights", limit)
 
 
 @torch.no_grad()
 def features(cache: FeatureCache, images: torch.Tensor):
-    return cache(images, [picture_key(image) for image in images])
+    return cache(images, [key_of(image) for image in images])
 
 
 @torch.no_grad()
@@ -60,12 +64,12 @@ def test_cached_features_equal_computed_ones(tmp_path, encoder):
 def test_a_damaged_entry_is_computed_again(tmp_path, encoder, damage):
     images = torch.randn(2, 3, 16, 16)
     wanted = features(cache(tmp_path, encoder), images)
-    file = next(tmp_path.rglob(f"{picture_key(images[1])}.safetensors"))
+    file = next(tmp_path.rglob(f"{key_of(images[1])}.safetensors"))
     file.write_bytes(damage(file.read_bytes()))
     again = cache(tmp_path, encoder)
     assert torch.equal(features(again, images).patches, wanted.patches)
     assert (again.hits, again.misses) == (1, 1)
-    assert cache(tmp_path, encoder)._read(picture_key(images[1])) is not None
+    assert cache(tmp_path, encoder)._read(key_of(images[1])) is not None
 
 
 def test_no_flipped_bit_of_an_entry_is_an_error_or_other_features(tmp_path, encoder):
@@ -78,7 +82,7 @@ def test_no_flipped_bit_of_an_entry_is_an_error_or_other_features(tmp_path, enco
         flipped = bytearray(intact)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
-        tensors = again._read(picture_key(images[0]))
+        tensors = again._read(key_of(images[0]))
         if tensors is not None:
             assert tensors.keys() == {"patches", "prefix", "level0", "level1"}
             found = (tensors["patches"], tensors["prefix"], tensors["level0"], tensors["level1"])
@@ -192,7 +196,7 @@ def test_the_same_images_written_by_two_processes_count_once(tmp_path, encoder):
     tensors |= {"level0": torch.zeros(2, 2, 24), "level1": torch.zeros(2, 2, 24)}
     for image in images:
         for each in two:
-            each._write(picture_key(image), tensors)
+            each._write(key_of(image), tensors)
     assert size_of(tmp_path / "two") == limit
 
 

@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.hf_dataset import HFDataset
 from vlmtrain.data.llava import open_llava
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample
 from vlmtrain.data.webdataset import WebDataset
 
@@ -97,10 +98,10 @@ def assert_record(source, index: int, processor: Processor, verdict: Verdict | N
         assert ids.count(end) == 1 and ids[-1] == end
         trained += ids
     assert tokens.targets[tokens.weights > 0].tolist() == trained
-    assert tokens.input_ids[tokens.image_index < 0].tolist().count(end) == len(tokens.answers)
-    assert int((tokens.image_index >= 0).sum()) == PICTURE_TOKENS * len(pixels)
-    assert len(sample.images) == len(pixels)
-    for image, expected in zip(sample.images, pixels):
+    assert tokens.input_ids[tokens.index < 0].tolist().count(end) == len(tokens.answers)
+    assert int((tokens.index >= 0).sum()) == PICTURE_TOKENS * len(pixels)
+    assert len(sample.pixels[0]) == len(pixels)
+    for image, expected in zip(sample.pixels[0], pixels):
         if expected.shape[:2] == (SIDE, SIDE):
             assert np.array_equal((image.permute(1, 2, 0).numpy() * 255).round(), expected)
     return "cut" if len(tokens.answers) < len(answers) else "accepted"

@@ -26,7 +26,7 @@ from tests.integration.published_models import (
 )
 from tests.integration.tiny_parts import SIDE
 from vlmtrain.cli import main
-from vlmtrain.data.images import to_tensor
+from vlmtrain.data.images import show_items
 from vlmtrain.data.processor import Processor
 from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
@@ -90,7 +90,8 @@ def test_images_are_preprocessed_as_by_the_source(tmp_path):
     geometry = Processor.from_pretrained(tmp_path / "model").geometry
     for file in pictures:
         expected = theirs(images=[Image.open(file)], return_tensors="pt")["pixel_values"][0]
-        found = to_tensor(geometry.views(Image.open(file), None)[0], geometry.mean, geometry.std)
+        items = geometry.plan([None]).items
+        (found,) = show_items(Image.open(file), items, geometry.mean, geometry.std)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     clip = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "crop_size": SQUARE}
     edge = {"size": {"shortest_edge": SIDE}}

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmtrain.data.processor import Batch, Geometry, Processor, Sample
+from vlmtrain.batch import Batch
+from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.processor import Processor, Sample
 from vlmtrain.data.shapes import VOCABULARY, Shapes
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.attention import attend_in_segments
@@ -70,8 +72,7 @@ def test_padded_packed_and_one_by_one_train_alike():
 
 
 def logits_of(model: VLMWrapper, batch: Batch) -> list[Tensor]:
-    out = model(batch.input_ids, batch.images, batch.is_image, positions=batch.positions, boundaries=batch.boundaries)
-    return list(out[0].split(batch.boundaries.diff().tolist()))
+    return list(model(batch)[0].split(batch.boundaries.diff().tolist()))
 
 
 @pytest.mark.parametrize("edited", range(5))
@@ -81,16 +82,14 @@ def test_no_token_or_image_of_a_sample_changes_a_logit_of_another(edited, what):
     model.eval()
     some = samples(processor)
     sample = some[edited]
-    if what == "picture" and not len(sample.images):
+    if what == "picture" and not sample.pixels[0]:
         pytest.skip("a sample without an image")
     with torch.no_grad():
         before = logits_of(model, processor.pack(some))
         if what == "picture":
-            some[edited] = sample._replace(images=1 - sample.images)
+            some[edited] = sample._replace(pixels=(tuple(1 - image for image in sample.pixels[0]),))
         else:
-            ids = torch.where(
-                sample.tokens.image_index < 0, (sample.tokens.input_ids + 1) % 40, sample.tokens.input_ids
-            )
+            ids = torch.where(sample.tokens.index < 0, (sample.tokens.input_ids + 1) % 40, sample.tokens.input_ids)
             tokens = type(sample.tokens)(ids, *list(vars(sample.tokens).values())[1:])
             some[edited] = sample._replace(tokens=tokens)
         after = logits_of(model, processor.pack(some))

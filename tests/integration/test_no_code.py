@@ -21,6 +21,7 @@ from vlmtrain.data.llava import open_llava
 from vlmtrain.data.records import BadSample
 from vlmtrain.data.rendering import Renderer
 from vlmtrain.data.webdataset import WebDataset
+from vlmtrain.visual import NO_MEDIA
 
 from ..conftest import gpt, human
 
@@ -174,5 +175,5 @@ def test_text_is_not_rendered_as_a_template(tokenizer, tmp_path):
     words = "{{ cycler.__init__.__globals__.os.mkdir('x') }}{% for m in messages %}{{ m }}{% endfor %}{{ 7 * 7 }}"
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"conversations": [human(words), gpt(words)]}]))
-    tokens = Renderer(tokenizer, "chat", 1000).render(open_llava(file, None)[0], [])
+    tokens = Renderer(tokenizer, "chat", 1000).render(open_llava(file, None)[0], NO_MEDIA)
     assert tokenizer.decode(tokens.input_ids) == f"<|user|>{words}<|assistant|>{words}<|end|>"

@@ -87,7 +87,7 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens(model, questions):
             prompt = processor.prompt(Conversation("q", asked_so_far, conversation.images))
             whole = processor(Conversation("a", (*asked_so_far, Turn("assistant", choice)), conversation.images))
             batch = processor.collate([whole])
-            logits = wrapper(batch.input_ids, batch.images, batch.is_image).log_softmax(-1)[0]
+            logits = wrapper(batch).log_softmax(-1)[0]
             places = range(len(prompt.tokens), len(whole.tokens))
             total = sum(float(logits[t - 1, batch.input_ids[0, t]]) for t in places)
             assert likelihood.total == pytest.approx(total, abs=1e-4) and likelihood.tokens == len(places)

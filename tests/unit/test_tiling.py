@@ -15,11 +15,14 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, g
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from vlmtrain.connectors import VisionFeatures, build_connector
-from vlmtrain.data.images import ImageInMemory, cut_tiles
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.images import ImageInMemory, show_items
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.model.tiled import TiledConnector
 from vlmtrain.tiling import Tiles, choose_tiles, tiled_tokens
+
+from ..media import tiled
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 PUBLISHED = {(336, 336): 1176, (672, 672): 2928, (480, 640): 2340, (300, 1000): 2182, (1080, 1920): 1948}
@@ -52,7 +55,7 @@ def test_tokens_and_their_order_are_the_librarys():
     for size in sizes(40):
         tiles = choose_tiles(size, (56, 56), GRIDS)
         views = torch.randn(tiles.views, 4, 4, 6)
-        found = connector(VisionFeatures(views), (tiles,))
+        found = connector(VisionFeatures(views), tiled(tiles))
         tokens = connector.connector(VisionFeatures(views))
         wanted, lengths = LlavaNextModel.pack_image_features(
             library, [tokens], torch.tensor([size]), "full", connector.newline
@@ -79,7 +82,7 @@ def test_limited_tokens_and_single_views_equal_llava_onevisions():
         wanted, lengths = LlavaOnevisionModel.pack_image_features(
             library, [tokens], torch.tensor([size]), connector.newline, "anyres_max_9"
         )
-        found = connector(VisionFeatures(views), (tiles,))
+        found = connector(VisionFeatures(views), tiled(tiles))
         torch.testing.assert_close(found, wanted[0], msg=str(size))
         assert tiled_tokens(tiles, 16, (4, 4)) == len(found) == int(lengths[0])
         scaled += len(found) != tiled_tokens(tiles._replace(most=0), 16, (4, 4))
@@ -87,7 +90,7 @@ def test_limited_tokens_and_single_views_equal_llava_onevisions():
     view = torch.randn(1, 4, 4, 6)
     tokens = connector.connector(VisionFeatures(view))
     wanted, _ = LlavaOnevisionModel.pack_image_features(library, [tokens], torch.tensor([[9, 9]]), connector.newline)
-    found = connector(VisionFeatures(view), (Tiles(0, 0, 9, 9),))
+    found = connector(VisionFeatures(view), tiled(Tiles(0, 0, 9, 9)))
     assert torch.equal(found, wanted[0]) and len(found) == tiled_tokens(Tiles(0, 0, 9, 9), 16, (4, 4)) == 17
 
 
@@ -95,8 +98,8 @@ def test_several_images_come_one_after_the_other_and_the_newline_trains():
     connector = TiledConnector(build_connector("avgpool", 6, 5, window=2)).double()
     cuts = [choose_tiles(size, (56, 56), GRIDS) for size in ((56, 56), (100, 300), (400, 90))]
     views = torch.randn(sum(cut.views for cut in cuts), 4, 4, 6, dtype=torch.double)
-    together = connector(VisionFeatures(views), cuts)
-    alone = [connector(VisionFeatures(v), (cut,)) for v, cut in zip(views.split([c.views for c in cuts]), cuts)]
+    together = connector(VisionFeatures(views), tiled(*cuts))
+    alone = [connector(VisionFeatures(v), tiled(cut)) for v, cut in zip(views.split([c.views for c in cuts]), cuts)]
     torch.testing.assert_close(together, torch.cat(alone))
     assert len(together) == sum(tiled_tokens(cut, 4, (2, 2)) for cut in cuts)
     together.sum().backward()
@@ -110,7 +113,7 @@ def test_tokens_without_a_grid_are_those_of_all_views():
     )
     tiles = choose_tiles((56, 112), (56, 56), GRIDS)
     views = VisionFeatures(torch.randn(tiles.views, 4, 4, 8))
-    assert torch.equal(connector(views, (tiles,)), connector.connector(views).flatten(0, 1))
+    assert torch.equal(connector(views, tiled(tiles)), connector.connector(views).flatten(0, 1))
     assert tiled_tokens(tiles, 3, None) == 9
 
 
@@ -127,7 +130,9 @@ def test_views_equal_the_librarys():
     noise = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     tiles = choose_tiles((90, 130), (48, 48), GRIDS)
-    ours = np.stack([np.asarray(view) for view in cut_tiles(image, (48, 48), tiles)])
+    geometry = Geometry((48, 48), "tiles", (0.0,) * 3, (1.0,) * 3, tokens=16, grid=(4, 4), tile_grids=GRIDS)
+    views = show_items(image, geometry.plan([(90, 130)]).items, geometry.mean, geometry.std)
+    ours = (255 * torch.stack(views)).round().permute(0, 2, 3, 1).numpy()
     theirs = library(image, return_tensors="np").pixel_values[0].transpose(0, 2, 3, 1)
     assert ours.shape == theirs.shape == (tiles.views, 48, 48, 3)
     assert np.abs(ours.astype(int) - theirs).max() <= 1
@@ -148,18 +153,20 @@ def test_the_processor_counts_what_it_shows(tokenizer):
     turns = (Turn("user", "<image> What <image>"), Turn("assistant", "red"))
     sample = processor(Conversation("two", turns, pictures))
     cuts = [choose_tiles(size, (48, 48), GRIDS) for size in ((200, 60), (90, 130))]
-    assert list(sample.tiles) == cuts and len(sample.images) == sum(cut.views for cut in cuts)
-    counts = [int((sample.tokens.image_index == i).sum()) for i in range(2)]
+    assert [each.tiles for each in sample.tokens.media.placements] == cuts
+    assert len(sample.pixels[0]) == sum(cut.views for cut in cuts)
+    counts = [int((sample.tokens.index == i).sum()) for i in range(2)]
     assert counts == [tiled_tokens(cut, 16, (4, 4)) for cut in cuts]
     alone = replace(geometry, tiles_alone=True)
     together = Processor(tokenizer, alone, "chat", max_length=400)(Conversation("two", turns, pictures))
-    assert [cut.views for cut in together.tiles] == [1, 1] and together.images.shape == (2, 3, 48, 48)
-    assert int((together.tokens.image_index >= 0).sum()) == 2 * 17
-    assert alone.tiles((200, 60), 1) == cuts[0]
+    assert [each.tiles.views for each in together.tokens.media.placements] == [1, 1]
+    assert torch.stack(together.pixels[0]).shape == (2, 3, 48, 48)
+    assert int((together.tokens.index >= 0).sum()) == 2 * 17
+    assert alone.plan([(200, 60)]).placements[0].tiles == cuts[0]
     text = processor(Conversation("none", (Turn("user", "What"), Turn("assistant", "red"))))
     batch = processor.collate([text, sample])
-    assert batch.tiles == tuple(cuts) and int(batch.is_image.sum()) == sum(counts)
-    assert processor.collate([text]).tiles is None
+    assert [each.tiles for each in batch.visual.placements] == cuts and int(batch.visual.mask.sum()) == sum(counts)
+    assert not processor.collate([text]).visual.placements
 
 
 def test_a_rotated_photo_is_measured_after_rotation():

@@ -24,7 +24,7 @@ def take_modules(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a custom Python module to import first, which registers connectors; may be repeated",
+        help="a Python module to import first, which registers parts of your own; may be repeated",
     )
 
 

@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--thumbnail", action="store_true", help="add one view of the complete image")
     parser.add_argument(
+        "--image-pixels",
+        nargs=2,
+        type=int,
+        metavar=("MIN", "MAX"),
+        help="image_fit=native: show the image at its own size, within this number of pixels",
+    )
+    parser.add_argument(
         "--connector",
         nargs="+",
         default=["linear"],
@@ -46,7 +53,8 @@ def run(options: argparse.Namespace) -> None:
     for choice in options.connector:
         name, *settings = choice.split(",")
         chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings))
-        more = (options.tiles, options.thumbnail, options.context)
+        limits = options.image_pixels and tuple(options.image_pixels)
+        more = (options.tiles, options.thumbnail, options.context, limits)
         found.append(visual_tokens(size, options.patch_size, name, chosen, *more))
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=2))
@@ -56,5 +64,6 @@ def run(options: argparse.Namespace) -> None:
         (each.connector, f"{each.tokens:,}", f"{each.tokens_per_view:,}", f"{each.views}", f"{each.context_share:.1%}")
         for each in found
     ]
-    print(f"{size[0]}x{size[1]} pixels, {found[0].grid[0]}x{found[0].grid[1]} patches per view")
+    grids = dict.fromkeys(f"{each.grid[0]}x{each.grid[1]}" for each in found)
+    print(f"{size[0]}x{size[1]} pixels, {' or '.join(grids)} patches per view")
     print(text_table(rows, indent=2))

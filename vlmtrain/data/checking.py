@@ -95,8 +95,8 @@ class _Readings(Dataset):
             index,
             None,
             len(tokens),
-            len(conversation.images),
-            int((tokens.image_index >= 0).sum()),
+            len(conversation.media),
+            int((tokens.index >= 0).sum()),
             int((tokens.weights > 0).sum()),
             len(tokens.answers),
             content.digest(),
@@ -190,7 +190,7 @@ def show_targets(tokens: Rendered, processor: Processor, color: bool) -> str:
     """Text of a sample with the trained tokens marked: green on a terminal, else in double angle brackets."""
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
     trained = [False, *(tokens.weights > 0).tolist()]
-    positions = zip(tokens.input_ids.tolist(), tokens.image_index.tolist(), trained)
+    positions = zip(tokens.input_ids.tolist(), tokens.index.tolist(), trained)
     out = []
     for (image, is_trained), run in groupby(positions, key=lambda position: position[1:]):
         ids = [token for token, *_ in run]

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,11 +22,13 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import first_line, printable, shown
-from ..tiling import Tiles
+from ..visual import WHOLE, Item
 from .file_index import read_span
 from .records import BadSample
 
-FITS = ("squash", "pad", "crop", "tiles")
+FITS = ("squash", "pad", "crop", "tiles", "native")
+CANVASES = ("squash", "pad", "crop", "contain")
+"""How an image is brought onto the canvas of an item, see `fit_image`."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow decodes within this process; for some others it starts external programs."""
 MAX_PIXELS = 100_000_000
@@ -306,9 +308,11 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
 
     squash: stretch. crop: scale to cover `size`, rounded to whole pixels, and crop the center (as in CLIP).
     pad: pad to the aspect ratio of `size` with the mean color, truncated to integer levels, then scale (LLaVA-1.5,
-    published code).
+    published code). contain: scale to the largest size that fits, and center on black (LLaVA-NeXT, published code).
     """
     height, width = size
+    if fit == "contain":
+        return _contained(image, size)
     if image.size == (width, height):
         return image
     if fit == "squash":
@@ -352,21 +356,30 @@ def _on_canvas(
     return canvas
 
 
-def cut_tiles(image: Image.Image, size: tuple[int, int], tiles: Tiles) -> list[Image.Image]:
-    """The views of an image, each of `size` ``(H, W)``: the complete image, stretched, then its tiles row by row.
-
-    The tiles are cut from a black canvas on which the image is centered, scaled to the largest size that fits
-    (LLaVA-NeXT, published code).
-    """
+def _contained(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
-    whole = (tiles.columns * width, tiles.rows * height)
-    scale = min(whole[0] / image.width, whole[1] / image.height)
-    inner = tuple(min(side, math.ceil(own * scale)) for side, own in zip(whole, image.size))
-    corner = (whole[0] - inner[0]) // 2, (whole[1] - inner[1]) // 2
-    canvas = _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), whole, corner, BLACK)
-    corners = [(column * width, row * height) for row in range(tiles.rows) for column in range(tiles.columns)]
-    stretched = image.resize((width, height), Image.Resampling.BICUBIC)
-    return [stretched, *(canvas.crop((x, y, x + width, y + height)) for x, y in corners)]
+    scale = min(width / image.width, height / image.height)
+    inner = tuple(min(side, math.ceil(own * scale)) for side, own in zip((width, height), image.size))
+    corner = (width - inner[0]) // 2, (height - inner[1]) // 2
+    return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, BLACK)
+
+
+def show_items(
+    image: Image.Image, items: Iterable[Item], mean: tuple[float, ...], std: tuple[float, ...]
+) -> list[Tensor]:
+    """What an encoder is shown of an image: tensors ``(3, H, W)``, one for each of its items."""
+    canvases: dict[tuple[str, tuple[int, int]], Image.Image] = {}
+    shown = []
+    for item in items:
+        key = item.fit, item.canvas()
+        if key not in canvases:
+            canvases[key] = fit_image(image, item.canvas(), item.fit, mean)
+        canvas, (height, width) = canvases[key], item.pixels[0]
+        if item.box != WHOLE:
+            left, top = round(item.box[0] * canvas.width), round(item.box[1] * canvas.height)
+            canvas = canvas.crop((left, top, left + width, top + height))
+        shown.append(to_tensor(canvas, mean, std))
+    return shown
 
 
 def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

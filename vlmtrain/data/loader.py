@@ -19,10 +19,12 @@ from typing import NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..batch import Batch
 from ..distributed.processes import die_with
+from ..visual import groups
 from .mixture import Mixture
 from .packing import Piece, RowBudget, lookahead, row_budget, take_row
-from .processor import Batch, Processor, Sample
+from .processor import Processor, Sample
 from .records import BadSample, Conversation
 from .rendering import Rendered
 
@@ -105,7 +107,8 @@ class Batching:
         """Sort key of a row: rows with similar keys run at the same time."""
         raise NotImplementedError
 
-    def collate(self, rows: list[list[Sample]]) -> Batch:
+    def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
+        """Build a micro-batch. calls: see `vlmtrain.visual.Visual`."""
         raise NotImplementedError
 
 
@@ -137,8 +140,8 @@ class PaddedBatching(Batching):
     def order(self, row: list[Planned]) -> int:
         return len(row[0].tokens)
 
-    def collate(self, rows: list[list[Sample]]) -> Batch:
-        return self.processor.collate([row[0] for row in rows], rows=1)
+    def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
+        return self.processor.collate([row[0] for row in rows], rows=1, calls=calls)
 
 
 class PackedBatching(Batching):
@@ -210,13 +213,13 @@ class PackedBatching(Batching):
         if sample is None:
             return None
         kind = self.mixture.source_number(sample.index) if self.by_source else 0
-        return Piece(position, len(sample.tokens), int((sample.tokens.image_index >= 0).sum()), kind), sample
+        return Piece(position, len(sample.tokens), int((sample.tokens.index >= 0).sum()), kind), sample
 
     def order(self, row: list[Planned]) -> int:
-        return sum(len(sample.conversation.images) for sample in row)
+        return sum(len(sample.conversation.media) for sample in row)
 
-    def collate(self, rows: list[list[Sample]]) -> Batch:
-        return self.processor.pack([sample for row in rows for sample in row])
+    def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
+        return self.processor.pack([sample for row in rows for sample in row], calls)
 
 
 @dataclass
@@ -250,8 +253,9 @@ class StepStream(IterableDataset):
         rows = sorted(step.rows, key=batching.order)
         batches, tokens, drawn = [], [], [0] * len(self.mixture.sources)
         for number in range(batching.accumulation):
-            mine = rows[number * together : (number + 1) * together][self.rank :: self.world_size]
-            loaded = []
+            shared = rows[number * together : (number + 1) * together]
+            by_rank = [shared[rank :: self.world_size] for rank in range(self.world_size)]
+            mine, loaded = by_rank[self.rank], []
             for row in mine:
                 samples = []
                 for planned in row:
@@ -263,19 +267,24 @@ class StepStream(IterableDataset):
                         tokens.append(planned.tokens)
                         drawn[self.mixture.source_number(planned.index)] += 1
                 loaded.append(samples)
-            batches.append(batching.collate([row for row in loaded if row]))
+            calls = max(map(_groups, by_rank))  # the ranks agree without communication: all know the plans of all
+            batches.append(batching.collate([row for row in loaded if row], calls))
         return StepData(
             batches,
             weight=sum(float(t.weights.sum()) for t in tokens),
             samples=len(tokens),
             tokens=sum(len(t) for t in tokens),
-            image_tokens=sum(int((t.image_index >= 0).sum()) for t in tokens),
+            image_tokens=sum(int((t.index >= 0).sum()) for t in tokens),
             target_tokens=sum(int((t.weights > 0).sum()) for t in tokens),
             padded_tokens=sum(batch.input_ids.numel() for batch in batches),
             drawn=drawn,
             bad=bad,
             cursor=step.cursor,
         )
+
+
+def _groups(rows: list[list[Planned]]) -> int:
+    return groups([item for row in rows for planned in row for item in planned.tokens.media.items])
 
 
 def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[StepData]:

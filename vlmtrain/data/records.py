@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,18 +51,39 @@ class Turn:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Conversation:
-    """One sample: turns in order, and the images that correspond to their ``<image>`` marks.
+    """One sample: turns in order, and the media that correspond to their ``<image>`` marks.
 
-    unused: keys of the record that were not read. repaired: whether turns were dropped or joined.
+    media: images, not decoded; ``images=`` is another name of the argument, and replaces `media`. unused: keys of the
+    record that were not read. repaired: whether turns were dropped or joined.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[ImageSource, ...] = ()
-    unused: tuple[str, ...] = ()
-    repaired: bool = False
+    media: tuple[ImageSource, ...]
+    unused: tuple[str, ...]
+    repaired: bool
+
+    def __init__(
+        self,
+        id: str,
+        turns: tuple[Turn, ...],
+        media: Sequence[ImageSource] = (),
+        unused: tuple[str, ...] = (),
+        repaired: bool = False,
+        *,
+        images: Sequence[ImageSource] | None = None,
+    ):
+        media = tuple(media if images is None else images)
+        values = {"id": id, "turns": turns, "media": media, "unused": unused, "repaired": repaired}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """The images among the media, which are all of them."""
+        return self.media
 
 
 class BadSample(ValueError):

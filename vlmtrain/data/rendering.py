@@ -22,7 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
 from ..time_limit import time_limit
+from ..visual import NO_MEDIA, MediaPlan
 from .grading import check_grading
+from .positions import POSITIONS
 from .records import IMAGE_MARK, BadSample, Conversation, Turn
 from .templates import BLIP, chat_template
 
@@ -37,16 +39,26 @@ class Rendered:
     input_ids:   token ids; a filler at image positions.
     targets:     the id that position t must predict (the token at t + 1), or IGNORE.
     weights:     loss weight of that target, float32; 0 if there is no target.
-    image_index: index of the sample's image to which a position belongs, -1 for text.
+    index:       the placement to which a position belongs, -1 for text.
     answers:     for each assistant turn, the range of its tokens including the end of turn;
                  ``input_ids[:start]`` is its prompt.
+    media:       the items and placements of the sample.
+    positions:   rotary positions ``(R, T)``, for a language model that reads rows of them.
     """
 
     input_ids: Tensor
     targets: Tensor
     weights: Tensor
-    image_index: Tensor
+    index: Tensor
     answers: tuple[tuple[int, int], ...]
+    media: MediaPlan = NO_MEDIA
+    positions: Tensor | None = None
+
+    def until(self, end: int, answers: tuple[tuple[int, int], ...] = ()) -> Rendered:
+        """The first `end` positions as a prompt, without targets."""
+        targets, weights = torch.full((end,), IGNORE), torch.zeros(end)
+        positions = None if self.positions is None else self.positions[:, :end]
+        return Rendered(self.input_ids[:end], targets, weights, self.index[:end], answers, self.media, positions)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -67,10 +79,19 @@ class Renderer:
     """Renders conversations for one tokenizer and template.
 
     template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
-    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`.
+    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. positions: ``mrope`` if
+    the language model reads rows of positions, see `positions.POSITIONS`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, fallback: str | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_length: int,
+        fallback: str | None = None,
+        positions: str | None = None,
+    ):
+        self.rows = None if positions is None else POSITIONS[positions]
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
@@ -109,13 +130,14 @@ class Renderer:
         if self.template == "plain":
             stop = self.tokenizer("\n", add_special_tokens=False).input_ids[-1:]
         else:
-            probe = self._render(Conversation("stop", (Turn("user", "question"), Turn("assistant", "answer"))), [])
+            exchange = Turn("user", "question"), Turn("assistant", "answer")
+            probe = self._render(Conversation("stop", exchange), NO_MEDIA)
             stop = [int(probe.input_ids[probe.answers[-1][1] - 1])]
         eos = self.tokenizer.eos_token_id
         return stop if eos is None or eos in stop else [*stop, eos]
 
-    def render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
-        """Tokens and targets of a conversation whose images have `image_tokens` tokens each.
+    def render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
+        """Tokens and targets of a conversation, with the slots of its planned `media`.
 
         A conversation longer than `max_length` loses complete turns from its end; images are never cut. With ``plain``
         the question counts as well although it is not rendered, so that the length of a record does not depend on the
@@ -131,15 +153,16 @@ class Renderer:
             question = turns[0].text.replace(IMAGE_MARK, "").strip()
             unseen = len(self.tokenizer(question, add_special_tokens=False).input_ids)
         while True:
-            rendered = self._render(replace(conversation, turns=turns), image_tokens)
+            rendered = self._render(replace(conversation, turns=turns), media)
             if len(rendered) + unseen <= self.max_length:
                 break
             turns = turns[:-1]
             while turns and turns[-1].role != "assistant":
                 turns = turns[:-1]
             if not turns or IMAGE_MARK in "".join(t.text for t in conversation.turns[len(turns) :] if t.role == "user"):
+                of_images = sum(placement.slots for placement in media.placements)
                 raise BadSample(
-                    f"{conversation.id}: {len(rendered) + unseen} tokens ({sum(image_tokens)} of images) exceed "
+                    f"{conversation.id}: {len(rendered) + unseen} tokens ({of_images} of images) exceed "
                     f"max_length={self.max_length}"
                 )
         if not (rendered.weights > 0).any():
@@ -156,39 +179,32 @@ class Renderer:
             return conversation
         turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
         shown = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
-        return replace(conversation, turns=turns, images=conversation.images[:shown])
+        return replace(conversation, turns=turns, media=conversation.media[:shown])
 
-    def prompt(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
+    def prompt(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         """Tokens up to the answer to generate; the conversation ends with a user turn."""
         _check_content(conversation)
         conversation = self._with_system_taken(conversation)
         complete = (*conversation.turns, Turn("assistant", "answer"))
-        rendered = self._render(replace(conversation, turns=complete), image_tokens)
-        start = rendered.answers[-1][0]
-        return Rendered(
-            rendered.input_ids[:start],
-            torch.full((start,), IGNORE),
-            torch.zeros(start),
-            rendered.image_index[:start],
-            rendered.answers[:-1],
-        )
+        rendered = self._render(replace(conversation, turns=complete), media)
+        return rendered.until(rendered.answers[-1][0], rendered.answers[:-1])
 
     def decode(self, ids: Tensor) -> str:
         """Text of a generated answer, without its end."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return (text.split("\n")[0] if self.template == "plain" else text).strip()
 
-    def _render(self, conversation: Conversation, image_tokens: list[int]) -> Rendered:
-        tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the image to which it belongs, or -1
-        images = iter(enumerate(image_tokens))
+    def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
+        tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the placement to which it belongs, or -1
+        placements = iter(enumerate(media.placements))
         chunk: list[_Span] = []  # text that is tokenized together
         for span in self._spans(conversation):
             if span.is_image or span.is_start:
                 tokens += self._tokenize(chunk)
                 chunk = []
             if span.is_image:
-                index, count = next(images)
-                tokens += [(self.filler, -1, index)] * count
+                number, placement = next(placements)
+                tokens += [(self.filler, -1, number)] * placement.slots
             else:
                 chunk.append(span)
         tokens += self._tokenize(chunk)
@@ -196,14 +212,15 @@ class Renderer:
             # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
             tokens += [(token, 0, -1) for token in self.stop_ids[:1]]
 
-        input_ids, answer, image_index = map(torch.tensor, zip(*tokens))
+        input_ids, answer, index = map(torch.tensor, zip(*tokens))
         trains = torch.cat([answer[1:] >= 0, torch.tensor([False])])
         of_turns = torch.tensor([turn.weight for turn in conversation.turns if turn.role == "assistant"])
         weights = torch.where(trains, of_turns[answer.roll(-1)], 0.0)
         targets = torch.where(weights > 0, input_ids.roll(-1), IGNORE)
         turns = range(int(answer.max()) + 1)
         ranges = tuple((int((answer == turn).nonzero()[0]), int((answer == turn).nonzero()[-1]) + 1) for turn in turns)
-        return Rendered(input_ids, targets, weights, image_index, ranges)
+        positions = None if self.rows is None else self.rows(index, media.placements)
+        return Rendered(input_ids, targets, weights, index, ranges, media, positions)
 
     def _spans(self, conversation: Conversation) -> list[_Span]:
         if self._chat is None:

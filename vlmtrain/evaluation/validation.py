@@ -14,13 +14,14 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
+from ..batch import Batch
 from ..data.processor import Processor, Sample
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
-from ..data.rendering import IGNORE, Rendered
 from ..data.sources import Source
 from ..distributed.world import Stopped, StopSignal, World
 from ..model import VLMWrapper
-from .generation import Likelihood, generate, likelihoods, target_logits
+from ..visual import groups
+from .generation import Likelihood, generate, likelihoods
 from .scores import Answer, check_fits, grade
 
 
@@ -81,10 +82,10 @@ class Validator:
             self._check_stop()
             chunk = samples[i : i + self.batch_size]
             rows = [_blanked(sample) if blind else sample for *_, sample in chunk]
-            batch = self.processor.collate(rows, rows=1).to(self.world.device, self.dtype)
+            batch = self._collate(rows)
             keep = batch.weights > 0
             weighted = torch.zeros(batch.weights.shape, dtype=torch.double, device=self.world.device)
-            losses = F.cross_entropy(target_logits(model, batch, keep), batch.targets[keep], reduction="none")
+            losses = F.cross_entropy(model(batch, keep=keep).float(), batch.targets[keep], reduction="none")
             weighted[keep] = (losses * batch.weights[keep]).double()
             sums = zip(weighted.sum(1).tolist(), batch.weights.sum(1).tolist())
             found |= {index: pair for (index, *_), pair in zip(chunk, sums)}
@@ -103,7 +104,7 @@ class Validator:
                 asked.append((_prompt(sample, start), index, turn, question, true.text.strip(), true.grading))
                 for number, choice in enumerate(true.grading.choices):
                     tokens = self.processor.render(_answered(conversation, turn, choice))
-                    offered.append((_shown(sample, tokens), index, turn, number))
+                    offered.append((sample.cut(tokens), index, turn, number))
         likely = self._likelihoods(model, offered)
         asked.sort(key=lambda item: len(item[0].tokens))
         # ranks may have different numbers of questions, but must generate equally often
@@ -112,7 +113,7 @@ class Validator:
         for i in range(rounds):
             self._check_stop()
             chunk = asked[i * self.batch_size : (i + 1) * self.batch_size]
-            batch = self.processor.collate([item[0] for item in chunk], rows=1).to(self.world.device, self.dtype)
+            batch = self._collate([item[0] for item in chunk])
             options = {"max_new_tokens": self.max_new_tokens, "synced_gpus": self.sync_generation}
             for (_, *facts, grading), ids in zip(chunk, generate(model, self.processor, batch, **options)):
                 found = tuple(likely[facts[0], facts[1], number] for number in range(len(grading.choices)))
@@ -131,8 +132,10 @@ class Validator:
             self._check_stop()
             chunk = offered[i * self.batch_size : (i + 1) * self.batch_size]
             samples = [item[0] for item in chunk]
-            batch = likelihoods(model, self.processor, samples, self.world.device, self.dtype)
-            found |= {tuple(where): likelihood for (_, *where), likelihood in zip(chunk, batch)}
+            found |= {
+                tuple(where): likelihood
+                for (_, *where), likelihood in zip(chunk, likelihoods(model, self._collate(samples), samples))
+            }
         return found
 
     def scores(self, model: VLMWrapper, size: int | None) -> tuple[dict, list[dict]]:
@@ -165,6 +168,12 @@ class Validator:
             for answer, other, values, blind_values in zip(seeing, blind, grades.each, blind_grades.each)
         ]
         return scores, shown
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        """A batch of at least one row, for which all ranks make the same calls."""
+        sizes = groups([item for sample in samples for item in sample.tokens.media.items])
+        calls = int(self.world.max([sizes])[0])
+        return self.processor.collate(samples, rows=1, calls=calls).to(self.world.device, self.dtype)
 
     def _check_stop(self) -> None:
         """Raise Stopped on all ranks if one of them received a stop signal."""
@@ -208,7 +217,7 @@ def _beside(values: dict[str, float], blind: dict[str, float]) -> dict[str, floa
 
 def _blanked(sample: Sample) -> Sample:
     """A sample whose images have the mean color in every pixel."""
-    return sample._replace(images=torch.zeros_like(sample.images))
+    return sample._replace(pixels=tuple(tuple(map(torch.zeros_like, pixels)) for pixels in sample.pixels))
 
 
 def _answered(conversation: Conversation, turn: int, words: str) -> Conversation:
@@ -216,20 +225,9 @@ def _answered(conversation: Conversation, turn: int, words: str) -> Conversation
     first = conversation.turns[0].role == "system"
     turns = (*conversation.turns[: first + 2 * turn + 1], Turn("assistant", words))
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
-    return replace(conversation, turns=turns, images=conversation.images[:marks])
+    return replace(conversation, turns=turns, media=conversation.media[:marks])
 
 
 def _prompt(sample: Sample, length: int) -> Sample:
     """The first `length` tokens of a sample, with the images that they refer to."""
-    tokens = sample.tokens
-    targets, weights = torch.full((length,), IGNORE), torch.zeros(length)
-    prompt = Rendered(tokens.input_ids[:length], targets, weights, tokens.image_index[:length], ())
-    return _shown(sample, prompt)
-
-
-def _shown(sample: Sample, tokens: Rendered) -> Sample:
-    """Other tokens for a sample, with those of its images that they refer to."""
-    shown = int(tokens.image_index.max()) + 1 if len(tokens) else 0
-    tiles = sample.tiles and sample.tiles[:shown]
-    views = shown if tiles is None else sum(cut.views for cut in tiles)
-    return Sample(sample.id, tokens, sample.images[:views], tiles, sample.texts[:views])
+    return sample.cut(sample.tokens.until(length))

@@ -23,7 +23,8 @@ from transformers import (
 from ..connectors.published import published_state
 from ..connectors.qformer import EPS, QFormer
 from ..data.connector_text import TextReader
-from ..data.processor import Geometry, Processor
+from ..data.geometry import Geometry
+from ..data.processor import Processor
 from ..model import VLMWrapper
 from .blip_towers import as_blip_tower
 from .chat_template import Speech, spoken_words, typed_speech

@@ -21,6 +21,7 @@ from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendering import Renderer
 from ..data.templates import chat_template
+from ..visual import MediaPlan
 
 _TYPED = """\
 {%- set typed = namespace(messages=[], text='', before='') -%}
@@ -211,10 +212,11 @@ def _difference(renderer: Renderer, speech: Speech, pictures_put: bool) -> str |
     for turns in _conversations(renderer):
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
-            wanted = renderer.prompt(Conversation("export", turns, (None,) * images), [3] * images)
+            asked = Conversation("export", turns, (None,) * images)
+            wanted = renderer.prompt(asked, MediaPlan.of_slots(*[3] * images))
         except BadSample:  # the template may not support a system turn, or only one exchange
             continue
-        expected = wanted.input_ids.masked_fill(wanted.image_index >= 0, speech.image_id).tolist()
+        expected = wanted.input_ids.masked_fill(wanted.index >= 0, speech.image_id).tolist()
         for message_of in (_string_message, _typed_message):
             text = speech.tokenizer.apply_chat_template(
                 [message_of(turn) for turn in turns],

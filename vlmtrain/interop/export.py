@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 
+from ..batch import Batch
 from ..connectors.qformer import QFormer
 from ..data.images import ImageInMemory
-from ..data.processor import Batch, Processor
+from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, Conversation, Turn
-from ..evaluation.generation import model_inputs
 from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
+from ..model.fusion import Concatenation
 from ..reporting.card import write_export_card
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
@@ -65,6 +67,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
+            if type(model.fusion) is not Concatenation:
+                raise DoesNotFit(f"fusion={model.fusion.config['name']}: transformers' classes only concatenate")
             takes_queries = form == "blip2" or (form == "hf" and isinstance(model.connector, QFormer))
             exported = (as_blip if takes_queries else as_llava)(model, processor)
             return exported, compare_logits(exported, model, processor)
@@ -83,8 +87,8 @@ def compare_logits(exported: Exported, model: VLMWrapper, processor: Processor) 
     """Difference of the logits for a question about an image. Raises DoesNotFit if it is more than rounding."""
     dtype = next(exported.model.parameters()).dtype
     batch = _probe(processor)
-    batch = batch._replace(images=batch.images.to(dtype))
-    expected = model(**model_inputs(batch))
+    batch = batch.to(torch.device("cpu"), dtype)
+    expected = model(batch)
     found = _hf_logits(exported, batch)[..., : expected.shape[-1]]
     difference = relative_difference(found, expected)
     if not difference <= tolerance(dtype):
@@ -108,17 +112,21 @@ def _probe(processor: Processor) -> Batch:
 
 def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
     """Logits ``(B, T, V)`` of a Hugging Face model for one of our batches with images."""
-    options = {"pixel_values": batch.images}
+    visual, pixels = batch.visual, batch.visual.pixels[0]
+    cuts = [placement.tiles for placement in visual.placements if placement.tiles]
+    options: dict = {"pixel_values": pixels}
     if exported.model.config.model_type == "vlmtrain":
-        if batch.tiles is not None:
-            options["image_cuts"] = torch.tensor(batch.tiles)
-        if batch.text_ids is not None:
-            options |= {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
-    elif batch.text_ids is not None:
-        options |= {"qformer_input_ids": batch.text_ids, "qformer_attention_mask": batch.text_mask.long()}
-    elif batch.tiles is not None:
-        views = batch.images.split([tiles.views for tiles in batch.tiles])
-        options["pixel_values"] = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)
-        options["image_sizes"] = torch.tensor([(tiles.height, tiles.width) for tiles in batch.tiles])
-    ids = batch.input_ids.masked_fill(batch.is_image, exported.model.config.image_token_id)
+        if cuts:
+            options["image_cuts"] = torch.tensor(cuts)
+        if not isinstance(pixels, Tensor):  # one image of its own size
+            options |= {"pixel_values": torch.stack(pixels), "image_sizes": torch.tensor([pixels[0].shape[1:]])}
+        if visual.texts is not None:
+            options |= {"text_ids": visual.texts.ids, "text_mask": visual.texts.mask}
+    elif visual.texts is not None:
+        options |= {"qformer_input_ids": visual.texts.ids, "qformer_attention_mask": visual.texts.mask.long()}
+    elif cuts:
+        items = pixels.split([tiles.views for tiles in cuts])
+        options["pixel_values"] = torch.nn.utils.rnn.pad_sequence(list(items), batch_first=True)
+        options["image_sizes"] = torch.tensor([(tiles.height, tiles.width) for tiles in cuts])
+    ids = batch.input_ids.masked_fill(visual.mask, exported.model.config.image_token_id)
     return exported.model(input_ids=ids, use_cache=False, **options).logits

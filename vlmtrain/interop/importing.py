@@ -22,8 +22,9 @@ from transformers import (
 
 from ..connectors.layers import ACTIVATIONS
 from ..data.connector_text import TextReader
-from ..data.images import to_tensor
-from ..data.processor import Geometry, Processor
+from ..data.geometry import Geometry
+from ..data.images import show_items
+from ..data.processor import Processor
 from ..data.rendering import Renderer
 from ..data.templates import BLIP
 from ..errors import first_line
@@ -180,8 +181,8 @@ def _check_pixels(file: Path, preparation: ImageProcessingMixin, geometry: Geome
     across, down = torch.linspace(0, 255, 2 * width), torch.linspace(0, 255, height + height // 4)
     x, y = torch.meshgrid(across, down, indexing="xy")
     picture = Image.fromarray(torch.stack([x, y, 255 - x], dim=-1).to(torch.uint8).numpy())
-    cut = geometry.tiles((picture.height, picture.width), 1)
-    ours = torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in geometry.views(picture, cut)])
+    items = geometry.plan([(picture.height, picture.width)]).items
+    ours = torch.stack(show_items(picture, items, geometry.mean, geometry.std))
     problem = f"resample={int(preparation.resample)}, expected 3 (bicubic)" if preparation.resample != 3 else None
     if problem is None:
         try:
@@ -288,7 +289,8 @@ def _processor(
     vision, connector = model.vision, model.connector
     tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
     look = (vision.image_mean, vision.image_std)
-    geometry = Geometry(vision.image_size, fit, *look, tokens, grid, grids if fit == "tiles" else ())
+    tile_grids = grids if fit == "tiles" else ()
+    geometry = Geometry(vision.image_size, fit, *look, tokens, grid, tile_grids, patch_size=vision.patch_size)
     length = max_positions(model.llm) or DEFAULT_LENGTH
     return Processor(tokenizer, geometry, template or _template(where, tokenizer), length, reader=reader)
 

@@ -24,7 +24,8 @@ from transformers import (
 
 from ..connectors.layers import ACTIVATIONS
 from ..connectors.mlp import MLP
-from ..data.processor import Geometry, Processor
+from ..data.geometry import Geometry
+from ..data.processor import Processor
 from ..data.records import IMAGE_MARK
 from ..model import VLMWrapper
 from ..model.tiled import TiledConnector
@@ -178,6 +179,8 @@ def _image_processor(geometry: Geometry):
         return CLIPImageProcessorPil(**options, size=square, do_center_crop=False), remarks
     if geometry.fit == "crop":
         return CLIPImageProcessorPil(**cropping), remarks
+    if geometry.fit == "native":
+        raise DoesNotFit("image_fit=native: LLaVA's classes take images of one size")
     if geometry.fit == "tiles":
         if geometry.tiles_most or geometry.tiles_alone:
             raise DoesNotFit("LLaVA-NeXT's class does not support image_tiles_most and image_tiles_alone")

@@ -110,10 +110,9 @@ class Model(lmms):
             samples.append(self.processor(Conversation(asked.id, turns, asked.images)))
         found: dict[int, tuple[float, bool]] = {}
         for numbers in self._batches(samples):
-            for i, one in zip(
-                numbers,
-                likelihoods(self.model, self.processor, [samples[i] for i in numbers], self.device, self.dtype),
-            ):
+            chosen = [samples[i] for i in numbers]
+            batch = self.processor.collate(chosen).to(self.device, self.dtype)
+            for i, one in zip(numbers, likelihoods(self.model, batch, chosen)):
                 found[i] = (one.total, one.is_greedy)
         return [found[i] for i in range(len(requests))]
 

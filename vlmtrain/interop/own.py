@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BatchFeature,
@@ -23,17 +22,19 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..data.connector_text import TextReader, pad_texts
-from ..data.images import ImageOnDisk, to_rgb, to_tensor
-from ..data.processor import OWN_TOKENIZER, Geometry, Processor, as_tuple
+from ..data.geometry import Geometry
+from ..data.images import ImageOnDisk, show_items, to_rgb
+from ..data.processor import OWN_TOKENIZER, Processor, as_tuple
 from ..data.records import IMAGE_MARK
 from ..data.rendering import IGNORE
 from ..model import VLMWrapper
-from ..model.loading import know_blip_towers
+from ..model.deep_levels import at_prefill
+from ..model.fusion import Concatenation, Fused, build_fusion
 from ..model.parts import connector_from
-from ..model.vision import HFVision, OpenClipVision, VisionEncoder
-from ..tiling import Tiles
+from ..model.vision import describe_vision, vision_from
+from ..tiling import Tiles, tiled_tokens
+from ..visual import WHOLE, Item, Pixels, Placement, Texts, Visual, joined
 from .chat_template import typed_speech
-from .fitting import DoesNotFit
 from .llava import Exported, generation_settings
 from .own_config import VLMTrainConfig
 
@@ -79,24 +80,49 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_cuts: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Map ids ``(B, T)`` and views ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
+    ) -> Fused:
+        """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input.
 
-        image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. text_ids,
-        text_mask ``(N, L)``: text for each view, if the connector reads text.
+        image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. image_sizes ``(N, 2)``:
+        height and width of each item, if they differ; the rest of its pixels is padding. text_ids, text_mask
+        ``(N, L)``: text for each item, if the connector reads text.
         """
         is_image = input_ids == self.config.image_token_id
         ids = input_ids.masked_fill(is_image, 0)
         if not is_image.any():
-            return self.get_input_embeddings()(ids)
+            return Fused(self.get_input_embeddings()(ids))
         if pixel_values is None:
             raise ValueError(f"the text has {IMAGE_MARK} tokens, but pixel_values is missing: pass images")
-        tiles = None if image_cuts is None else tuple(Tiles(*cut) for cut in image_cuts.tolist())
-        mask = None if text_mask is None else text_mask.bool()
-        images = pixel_values.to(next(self.vlm.vision.parameters()).dtype)
-        return self.vlm.embed(ids, images, is_image, None, tiles, text_ids, mask)
+        pixels = pixel_values.to(next(self.vlm.vision.parameters()).dtype)
+        if image_sizes is not None:
+            pixels = tuple(item[:, :height, :width] for item, (height, width) in zip(pixels, image_sizes.tolist()))
+        visual = self._visual(is_image, pixels, None if image_cuts is None else image_cuts.tolist())
+        if text_ids is not None:
+            visual = visual._replace(texts=Texts(text_ids, text_mask.bool()))
+        return self.vlm.embed(ids, visual)
+
+    def _visual(self, is_image: Tensor, pixels: Pixels, cuts: list[list[int]] | None) -> Visual:
+        """What the model's inputs show, as the batches of `vlmtrain.data.Processor` say it."""
+        connector, items, placements = self.vlm.connector, [], []
+        tiles = [None] * len(pixels) if cuts is None else [Tiles(*cut) for cut in cuts]
+        for medium, cut in enumerate(tiles):
+            numbers = range(len(items), len(items) + (cut.views if cut else 1))
+            for image in pixels[numbers.start : numbers.stop]:
+                size = tuple(image.shape[1:])
+                items.append(Item(medium, "image", "squash", WHOLE, (), (size,), (self.vlm.vision.grid_of(size),)))
+            tokens, grid = (f(*items[-1].grids[0]) for f in (connector.num_tokens, connector.output_grid))
+            if cut:
+                tokens, grid = tiled_tokens(cut, tokens, grid), None
+            placements.append(Placement(medium, tuple(numbers), tokens, tokens, grid, cut))
+        owner = [number for number, placement in enumerate(placements) for _ in range(placement.slots)]
+        if len(owner) != int(is_image.sum()):
+            raise ValueError(f"the text has {int(is_image.sum())} image tokens, but the images have {len(owner)}")
+        index = torch.full(is_image.shape, -1, device=is_image.device)
+        index[is_image] = torch.tensor(owner, device=is_image.device)
+        return Visual((pixels,), tuple(items), tuple(placements), index)
 
     def forward(
         self,
@@ -106,6 +132,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         image_cuts: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -116,7 +143,10 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels ``(B, T)``: targets; -100 and image tokens are ignored.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values, image_cuts, text_ids, text_mask)
+            fused = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
+            inputs_embeds = fused.embeddings
+            if fused.added:
+                options |= {"levels": fused.added, "visual_mask": fused.visual_mask}
         if labels is not None:
             options["labels"] = labels.masked_fill(labels == self.config.image_token_id, IGNORE)
         return self.vlm.llm(
@@ -130,6 +160,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_cuts: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
         generation_config=None,
@@ -144,11 +175,10 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vlm.llm.generation_config = self.generation_config
         if generation_config is not None:
             options["generation_config"] = generation_config
-        found = self.vlm.llm.generate(
-            inputs_embeds=self.embed(input_ids, pixel_values, image_cuts, text_ids, text_mask),
-            attention_mask=attention_mask,
-            **options,
-        )
+        fused = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
+        mask = fused.visual_mask if fused.added else None
+        with at_prefill(self.vlm.llm, len(input_ids), levels=fused.added, visual_mask=mask):
+            found = self.vlm.llm.generate(inputs_embeds=fused.embeddings, attention_mask=attention_mask, **options)
         new = found if isinstance(found, Tensor) else found.sequences
         whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
         if isinstance(found, Tensor):
@@ -157,25 +187,10 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return found
 
 
-def _vision_config(vision: VisionEncoder) -> dict:
-    common = {"layer": vision.layer, "levels": list(vision.levels)}
-    if isinstance(vision, OpenClipVision):
-        return {"provider": "open_clip", **common, "model_config": vision.config}
-    if isinstance(vision, HFVision):
-        return {"provider": "hf", **common, "geometry": vision.geometry, "encoder": vision.encoder.config.to_dict()}
-    raise DoesNotFit(f"{type(vision).__name__} cannot be saved as a configuration: use open_clip or hf encoders")
-
-
 def _build(config: VLMTrainConfig) -> VLMWrapper:
-    saved = config.vision
-    if saved["provider"] == "open_clip":
-        visual = OpenClipVision._build_visual(saved["model_config"])
-        vision: VisionEncoder = OpenClipVision(visual, saved["model_config"], saved["layer"], saved["levels"])
-    else:
-        know_blip_towers()
-        encoder = AutoModel.from_config(AutoConfig.for_model(**saved["encoder"]))
-        vision = HFVision(encoder, saved["geometry"], saved["layer"], saved["levels"])
-    return VLMWrapper(vision, connector_from(config.connector), AutoModelForCausalLM.from_config(config.text_config))
+    llm = AutoModelForCausalLM.from_config(config.text_config)
+    fusion = build_fusion(**config.fusion) if config.fusion else None
+    return VLMWrapper(vision_from(config.vision), connector_from(config.connector), llm, fusion)
 
 
 class VLMTrainProcessor(ProcessorMixin):
@@ -219,10 +234,14 @@ class VLMTrainProcessor(ProcessorMixin):
         marks = sum(one.count(self.image_token) for one in texts)
         if marks != len(pictures):
             raise ValueError(f"{marks} {self.image_token} tokens in the text, but {len(pictures)} images")
-        beside = [count for one in texts for count in [one.count(self.image_token)] * one.count(self.image_token)]
-        cuts = [geometry.tiles((p.height, p.width), together) for p, together in zip(pictures, beside)]
-        views = [_views(picture, geometry, tiles) for picture, tiles in zip(pictures, cuts)]
-        counts = iter([geometry.token_count(tiles) for tiles in cuts])
+        of_text = iter(pictures)  # as in training, the images of one text are planned together
+        groups = [[next(of_text) for _ in range(one.count(self.image_token))] for one in texts]
+        media = joined([geometry.plan([(image.height, image.width) for image in images]) for images in groups])
+        pixels: list[Tensor] = []
+        for medium, image in enumerate(pictures):
+            shown = [item for item in media.items if item.medium == medium]
+            pixels += show_items(image, shown, geometry.mean, geometry.std)
+        counts = iter([placement.slots for placement in media.placements])
         expanded = []
         for one in texts:
             first, *rest = one.split(self.image_token)
@@ -231,11 +250,13 @@ class VLMTrainProcessor(ProcessorMixin):
         found = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **options)
         data = {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
         if pictures:
-            data["pixel_values"] = torch.cat(views)
+            if geometry.fit == "native":
+                data["image_sizes"] = torch.tensor([item.pixels[0] for item in media.items])
+            data["pixel_values"] = _padded(pixels)
             if geometry.fit == "tiles":
-                data["image_cuts"] = torch.tensor(cuts)
+                data["image_cuts"] = torch.tensor([placement.tiles for placement in media.placements])
             if self.reader:
-                data |= self._read(instructions, [len(shown) for shown in views])
+                data |= self._read(instructions, [len(placement.items) for placement in media.placements])
         return BatchFeature(data)
 
     def _read(self, instructions: Sequence[str] | None, views: list[int]) -> dict[str, Tensor]:
@@ -263,9 +284,10 @@ class VLMTrainProcessor(ProcessorMixin):
         return processor
 
 
-def _views(picture: Image.Image, geometry: Geometry, tiles: Tiles | None) -> Tensor:
-    """The views of an image, ``(V, 3, H, W)``."""
-    return torch.stack([to_tensor(view, geometry.mean, geometry.std) for view in geometry.views(picture, tiles)])
+def _padded(pixels: Sequence[Tensor]) -> Tensor:
+    """Items ``(3, h, w)`` as one tensor ``(N, 3, H, W)``, with zeros to the right of and below smaller ones."""
+    height, width = (max(image.shape[side] for image in pixels) for side in (1, 2))
+    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in pixels])
 
 
 def _opened(image: object) -> Image.Image:
@@ -284,13 +306,14 @@ def _flat(images: object) -> list:
 
 
 def as_own(model: VLMWrapper, processor: Processor) -> Exported:
-    """Wrap the unchanged model for transformers' Auto classes. Raises DoesNotFit for custom encoders."""
+    """Wrap the unchanged model for transformers' Auto classes."""
     speech = typed_speech(processor)
     text_config = model.llm.config
     config = VLMTrainConfig(
         text_config=text_config,
-        vision=_vision_config(model.vision),
+        vision=describe_vision(model.vision),
         connector=dict(model.connector.config),
+        fusion=None if type(model.fusion) is Concatenation else dict(model.fusion.config),
         image_token_id=speech.image_id,
         tie_word_embeddings=bool(text_config.tie_word_embeddings),
     )

@@ -13,7 +13,8 @@ class VLMTrainConfig(PreTrainedConfig):
     """What each part of the model is built from.
 
     text_config: the language model's own configuration; vision: provider, layers and architecture of the encoder;
-    connector: its name, widths and options; image_token_id: ID of the image token; may lie outside the vocabulary.
+    connector: its name, widths and options; fusion: the same, None for concatenation; image_token_id: ID of the image
+    token, which may lie outside the vocabulary.
     """
 
     model_type = "vlmtrain"
@@ -24,6 +25,7 @@ class VLMTrainConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     vision: dict | None = None
     connector: dict | None = None
+    fusion: dict | None = None
     image_token_id: int | None = None
 
     def __post_init__(self, **kwargs):

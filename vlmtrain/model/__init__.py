@@ -1,4 +1,4 @@
-"""The model: vision encoder, connector and language model, joined by token concatenation."""
+"""The model: vision encoder, connector, fusion and language model."""
 
 import importlib
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -13,9 +15,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line, nearest
+from ..registry import Registry
 from .blocks import first_blocks
 from .loading import load_hf_config, load_hf_model
+from .rotary import restore_multimodal_rotary
 
+
+class LanguageModel(ABC):
+    """How a language model and its tokenizer are built; the base class of those that a module registers.
+
+    The model is one of Hugging Face's interface: it takes ``inputs_embeds``, has ``get_input_embeddings`` and
+    ``generate``, and its classes are known to ``AutoConfig`` and ``AutoModelForCausalLM``, because a model folder holds
+    an ordinary Hugging Face folder. The parameters of `build` other than tokenizer, dtype and weights are its options.
+    """
+
+    @classmethod
+    @abstractmethod
+    def tokenizer(cls, **options: Any) -> PreTrainedTokenizerBase:
+        """Build the fast tokenizer, given the options of `build`."""
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls, *, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, weights: bool = True, **options: Any
+    ) -> nn.Module:
+        """Build the model. weights: False skips loading published weights, to inspect sizes."""
+
+
+LANGUAGE_MODELS: Registry[LanguageModel] = Registry(
+    "llm", LanguageModel, {}, builder="build", fixed=("tokenizer", "dtype", "weights")
+)
+register = LANGUAGE_MODELS.register
 LARGE = 10**9
 """Number of parameters above which only a part of a model is run to check it."""
 
@@ -189,7 +219,9 @@ def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
     """Load a model that was written by `save_llm`."""
     load_hf_config(str(folder), "llm", trust_remote_code)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    return load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, **options)
+    llm = load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, **options)
+    restore_multimodal_rotary(llm)
+    return llm
 
 
 def hidden_width(llm: nn.Module) -> int:

@@ -4,6 +4,7 @@ MODEL_DIR/vlmtrain.json     {"parts": {"connector": {"sha256": ..., "dtype": ...
                              "files": {"connector/config.json": SHA-256, ...}}
 MODEL_DIR/vision/           an encoder (open_clip) or a Hugging Face folder
 MODEL_DIR/connector/        config.json (name, widths, options), model.safetensors
+MODEL_DIR/fusion/           the same; absent for concatenation
 MODEL_DIR/llm/              a Hugging Face folder
 MODEL_DIR/processor/        tokenizer, template and image geometry
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,12 +24,13 @@ from ..connectors import CONNECTORS, build_connector
 from ..errors import first_line
 from ..files import read_object
 from .folder import MANIFEST, check_files, read_manifest
+from .fusion import build_fusion
 from .llm import hidden_width, load_llm, save_llm
 from .loading import load_strictly
 from .tiled import TiledConnector
 from .vision import VisionEncoder, load_vision
 
-PARTS = ("vision", "connector", "llm")
+PARTS = ("vision", "connector", "fusion", "llm")
 FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
 
 
@@ -78,11 +81,20 @@ def connector_skeleton(model: Path) -> nn.Module | None:
 
 def _saved_connector(config: Path) -> nn.Module:
     """The connector of a config.json, with new weights. Raises ValueError, naming the file."""
+    return _described(config, connector_from)
+
+
+def _saved_fusion(config: Path) -> nn.Module:
+    return _described(config, lambda arguments: build_fusion(**arguments))
+
+
+def _described(config: Path, build: Callable[[dict], nn.Module]) -> nn.Module:
     arguments = read_object(config)
     try:
-        return connector_from(arguments)
+        return build(arguments)
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{config} describes no connector that can be built: {first_line(error)}") from None
+        part = config.parent.name
+        raise ValueError(f"{config} describes no {part} that can be built: {first_line(error)}") from None
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
@@ -111,6 +123,8 @@ def save_part(name: str, module: nn.Module, folder: Path, state: dict[str, Tenso
         module.save(folder, state)
     elif name == "llm":
         save_llm(module, folder, state)
+    elif not module.config:
+        raise ValueError(f"{type(module).__name__} cannot be saved: build it with build_{name}")
     else:
         (folder / "config.json").write_text(json.dumps(module.config, indent=2) + "\n")
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -129,7 +143,8 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32, trust_
     elif name == "llm":
         module = load_llm(folder, saved_as, trust_remote_code)
     else:
-        module = _saved_connector(folder / "config.json").to(saved_as)
+        saved = _saved_connector if name == "connector" else _saved_fusion
+        module = saved(folder / "config.json").to(saved_as)
         load_strictly(module, folder / "model.safetensors")
     state = module_state(module)
     if state_hash(state) != facts["sha256"]:

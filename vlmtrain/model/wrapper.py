@@ -1,121 +1,147 @@
-"""`VLMWrapper`: vision encoder, connector and language model in one module."""
+"""`VLMWrapper`: vision encoder, connector, fusion and language model in one module."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..connectors import VisionFeatures
-from ..tiling import Tiles
-from .attention import segment_arguments
-from .concatenation import concatenate
+from ..batch import Batch
+from ..connectors import Connector, Features, PackedFeatures
+from ..visual import Visual
+from .attention import attention_arguments, check_attention
+from .deep_levels import at_prefill, receive_levels
 from .folder import read_manifest, write_manifest
+from .fusion import Concatenation, Fused, Fusion, VisualTokens
 from .llm import hidden_width
 from .parts import PARTS, load_part, module_state, part_facts, save_part
+from .rotary import rows_of_positions
 from .vision import VisionEncoder
 
 
 class VLMWrapper(nn.Module):
-    """A vision encoder, a connector and a causal language model, joined by token concatenation.
+    """A vision encoder, a connector and a causal language model, joined by a fusion.
 
-    Any part may be None if a training stage does not need it. `forward` returns logits and `generate` continues
-    prompts; both take the tensors of a `Batch` from `vlmtrain.data.Processor`.
+    Any part may be None if a training stage does not need it; without a fusion, visual tokens are concatenated with the
+    text. ``model(batch)`` returns logits and ``model.generate(batch)`` continues prompts, for a `Batch` of
+    `vlmtrain.data.Processor`.
     """
 
-    def __init__(self, vision: VisionEncoder | None, connector: nn.Module | None, llm: nn.Module | None):
+    def __init__(
+        self,
+        vision: VisionEncoder | None,
+        connector: Connector | None,
+        llm: nn.Module | None,
+        fusion: Fusion | None = None,
+    ):
         super().__init__()
         self.vision = vision
         self.connector = connector
+        self.fusion = Concatenation(hidden_width(llm)) if fusion is None and llm is not None else fusion
         self.llm = llm
         if vision is not None and connector is not None and connector.in_dim not in (vision.width, (vision.width,)):
             raise ValueError(
                 f"the connector expects features of width {connector.in_dim}, got {vision.width} from the encoder"
             )
-        if llm is not None and connector is not None and connector.out_dim != hidden_width(llm):
+        if llm is not None and connector is not None:
+            if connector.out_dim != hidden_width(llm):
+                raise ValueError(
+                    f"the connector makes tokens of width {connector.out_dim}, but the LLM has width "
+                    f"{hidden_width(llm)}"
+                )
+            receive_levels(llm, self.fusion.num_added(connector.num_added))
+
+    def encode(self, visual: Visual) -> Features:
+        """The encoder's features of the images of a batch."""
+        return self.vision.encode(visual.pixels[0], visual.calls)
+
+    def connect(self, features: Features, visual: Visual) -> VisualTokens:
+        """The visual tokens of the placements of a batch, from the encoder's features of its items."""
+        options = {}
+        if isinstance(features, PackedFeatures):
+            options["calls"] = visual.calls
+        if visual.texts is not None:
+            options |= {"text_ids": visual.texts.ids, "text_mask": visual.texts.mask}
+        if self.connector.joins_tiles:
+            options["placements"] = visual.placements
+        found = self.connector(features, **options)
+        tokens, *levels = (
+            each.reshape(-1, each.shape[-1])
+            for each in ((found,) if isinstance(found, Tensor) else (found[0], *found[1]))
+        )
+        planned = sum(placement.tokens for placement in visual.placements)
+        if visual.items and len(tokens) != planned:
             raise ValueError(
-                f"the connector makes tokens of width {connector.out_dim}, but the LLM has width {hidden_width(llm)}"
+                f"{type(self.connector).__name__} returned {len(tokens)} tokens, but its num_tokens says {planned}"
             )
+        return VisualTokens(tokens, tuple(levels))
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        images: Tensor | None,
-        is_image: Tensor | None,
-        features: VisionFeatures | None = None,
-        tiles: Sequence[Tiles] | None = None,
-        text_ids: Tensor | None = None,
-        text_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Map token ids ``(B, T)`` and images ``(N, 3, H, W)`` to the language model's input ``(B, T, D)``.
+    def embed(self, input_ids: Tensor, visual: Visual | None, features: Features | None = None) -> Fused:
+        """Map token ids ``(B, T)`` and what is shown beside them to the language model's input.
 
-        features: the encoder's features of `images`, if they were computed elsewhere. tiles: how each image is cut, if
-        `images` are views. text_ids, text_mask: ``(N, L)``, the text for each of `images` if the connector reads text.
+        features: the encoder's features of the items, if they were computed elsewhere.
         """
         text = self.llm.get_input_embeddings()(input_ids)
         if self.connector is None:
-            assert is_image is None, "images, but no connector"
-            return text
-        if features is None:
-            features = self.vision(images)
-        options = {} if tiles is None else {"tiles": tiles}
-        if text_ids is not None:
-            options |= {"text_ids": text_ids, "text_mask": text_mask}
-        visual = self.connector(features, **options)
-        return concatenate(text, visual, is_image)
+            assert visual is None or not visual.items, "images, but no connector"
+            return Fused(text)
+        if visual is None:
+            raise ValueError("the batch has no visual: its processor was built for a model without an encoder")
+        features = self.encode(visual) if features is None else features
+        fused = self.fusion(text, self.connect(features, visual), visual)
+        expected = self.fusion.num_added(self.connector.num_added)
+        if len(fused.added) != expected:
+            raise ValueError(f"{type(self.fusion).__name__} added {len(fused.added)} levels, expected {expected}")
+        if fused.media is not None:
+            raise ValueError(f"{type(self.fusion).__name__} returned media, which no language model reads")
+        return fused
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        images: Tensor | None,
-        is_image: Tensor | None,
-        features: VisionFeatures | None = None,
-        keep: Tensor | None = None,
-        positions: Tensor | None = None,
-        boundaries: Tensor | None = None,
-        tiles: Sequence[Tiles] | None = None,
-        text_ids: Tensor | None = None,
-        text_mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, batch: Batch, features: Features | None = None, keep: Tensor | None = None) -> Tensor:
         """Logits of the next token, ``(B, T, V)``; with `keep` ``(B, T)`` bool, only of those positions, ``(K, V)``.
 
-        Rows are padded on the right: under causal attention no real position sees padding, so no mask is needed.
-        A packed row requires its `positions` ``(1, T)`` and `boundaries` ``(S + 1,)``, and a language model prepared
-        by `attend_in_segments`.
+        Rows are padded on the right: under causal attention no real position sees padding, so no mask is needed. A
+        packed row requires a language model prepared by `attend_in_segments`. features: see `embed`.
         """
-        embeddings = self.embed(input_ids, images, is_image, features, tiles, text_ids, text_mask)
-        options = {} if boundaries is None else {"position_ids": positions, **segment_arguments(boundaries)}
+        if not isinstance(batch, Batch):
+            raise TypeError(f"expected a Batch of vlmtrain.data.Processor, got {type(batch).__name__}")
+        fused = self.embed(batch.input_ids, batch.visual, features)
+        options = attention_arguments(batch.boundaries, batch.prefix, batch.branch, batch.bidirectional)
+        check_attention(self.llm, options)
+        if batch.boundaries is not None:
+            options["position_ids"] = batch.positions if batch.positions.ndim == 2 else batch.text_positions
+        if fused.added:
+            options |= {"levels": fused.added, "visual_mask": fused.visual_mask}
         kept = 0 if keep is None else keep
-        return self.llm(inputs_embeds=embeddings, use_cache=False, logits_to_keep=kept, **options).logits
+        with rows_of_positions(self.llm, batch.positions, batch.lengths):
+            return self.llm(inputs_embeds=fused.embeddings, use_cache=False, logits_to_keep=kept, **options).logits
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        images: Tensor | None,
-        is_image: Tensor | None,
-        lengths: Tensor | None = None,
-        tiles: Sequence[Tiles] | None = None,
-        text_ids: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        **options,
-    ) -> Tensor:
-        """Continue prompts. Rows are padded on the right, with their `lengths` ``(B,)``.
+    def generate(self, batch: Batch, **options) -> Tensor:
+        """Continue the prompts of a batch.
 
         options are passed to Hugging Face's ``generate`` (``max_new_tokens``, ``do_sample``, ``eos_token_id``,
         ``streamer``, ...). Returns the new token ids ``(B, new)``.
         """
-        embeddings = self.embed(input_ids, images, is_image, None, tiles, text_ids, text_mask)
-        rows, width = input_ids.shape
-        if lengths is None:
-            lengths = torch.full((rows,), width, device=input_ids.device)
+        fused = self.embed(batch.input_ids, batch.visual)
+        width, lengths = batch.input_ids.shape[1], batch.lengths
+        columns = torch.arange(width, device=lengths.device)[None]
         # generation requires padding on the left: roll each row's end to the right edge
-        shift = (torch.arange(width, device=lengths.device)[None] - (width - lengths)[:, None]) % width
-        embeddings = embeddings.gather(1, shift.unsqueeze(-1).expand_as(embeddings))
-        mask = torch.arange(width, device=lengths.device)[None] >= (width - lengths)[:, None]
-        return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask.long(), **options)
+        shift = (columns - (width - lengths)[:, None]) % width
+        embeddings = fused.embeddings.gather(1, shift.unsqueeze(-1).expand_as(fused.embeddings))
+        mask = columns >= (width - lengths)[:, None]
+        given = {"prefix": batch.prefix, "branch": batch.branch, "bidirectional": batch.bidirectional}
+        given["visual_mask"] = fused.visual_mask if fused.added else None
+        for name, tensor in given.items():
+            if tensor is not None and tensor.ndim == 2:
+                given[name] = tensor.gather(1, shift)
+        check_attention(self.llm, [name for name, tensor in given.items() if tensor is not None])
+        positions = batch.positions
+        if positions is not None:
+            positions = positions.gather(-1, shift.expand_as(positions))
+        rows = rows_of_positions(self.llm, positions, lengths)
+        with rows, at_prefill(self.llm, len(embeddings), levels=fused.added, **given):
+            return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask.long(), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save all parts and a manifest in `folder`; `from_pretrained` loads them."""
@@ -123,7 +149,7 @@ class VLMWrapper(nn.Module):
         manifest = {}
         for name in PARTS:
             module = getattr(self, name)
-            if module is not None:
+            if module is not None and type(module) is not Concatenation:
                 state = module_state(module)
                 save_part(name, module, folder / name, state)
                 manifest[name] = part_facts(state)
@@ -134,4 +160,4 @@ class VLMWrapper(nn.Module):
         """Load a model folder. Raises ValueError with the file or tensor that is missing or does not fit."""
         folder = Path(folder)
         saved = read_manifest(folder)
-        return cls(*(load_part(name, folder, dtype) if name in saved else None for name in PARTS)).eval()
+        return cls(**{name: load_part(name, folder, dtype) if name in saved else None for name in PARTS}).eval()

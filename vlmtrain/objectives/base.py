@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..connectors import VisionFeatures
+from ..batch import Batch
+from ..connectors import Features
 from ..data.loader import StepData
-from ..data.processor import Batch
 from ..model import VLMWrapper
 from ..settings import Vision
 
@@ -37,6 +37,6 @@ class Objective(nn.Module):
         """This rank's part of the weight by which the summed loss is divided: of its samples, or of its tokens."""
         return data.samples if cls.compares_samples else data.weight
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
         """Loss summed over the batch, a scalar. `features` are given if the encoder is frozen."""
         raise NotImplementedError

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ..connectors import VisionFeatures
-from ..data.processor import Batch
+from ..batch import Batch
+from ..connectors import Features
 from ..model import VLMWrapper
 from ..settings import Vision
 from .base import Objective
@@ -49,9 +49,9 @@ class Contrastive(Objective):
         text = {**config["text_cfg"], "vocab_size": len(tokenizer), "pool_type": "none"}
         return cls(_build_text_tower(config["embed_dim"], text), end, text["context_length"])
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
         rows = int((batch.weights.sum(1) > 0).sum())  # padding rows without weight come last
-        images = F.normalize(model.vision.pooled(batch.images)[:rows], dim=-1)
+        images = F.normalize(model.vision.pooled(batch.visual.pixels[0])[:rows], dim=-1)
         texts = F.normalize(self._embed(batch)[:rows], dim=-1)
         share = Share.of([count for (count,) in all_numbers([rows], images.device)])
         all_images, all_texts, labels = share.gather(images), share.gather(texts), share.mine(images.device)

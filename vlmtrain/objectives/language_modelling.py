@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..connectors import VisionFeatures
-from ..data.processor import Batch
+from ..batch import Batch
+from ..connectors import Features
 from ..model import VLMWrapper
 from .base import Objective
 from .token_losses import token_losses
@@ -16,18 +16,6 @@ class LanguageModelling(Objective):
 
     needs = ("llm",)
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
         keep = batch.weights > 0
-        logits = model(
-            batch.input_ids,
-            batch.images,
-            batch.is_image,
-            features,
-            keep=keep,
-            positions=batch.positions,
-            boundaries=batch.boundaries,
-            tiles=batch.tiles,
-            text_ids=batch.text_ids,
-            text_mask=batch.text_mask,
-        )
-        return (token_losses(logits, batch.targets[keep]) * batch.weights[keep]).sum()
+        return (token_losses(model(batch, features, keep), batch.targets[keep]) * batch.weights[keep]).sum()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ..connectors import VisionFeatures
+from ..batch import Batch
+from ..connectors import Features, VisionFeatures
 from ..connectors.layers import init_linears
 from ..connectors.qformer import EPS, QFormerCore, Words
-from ..data.processor import Batch
 from ..model import VLMWrapper
 from ..settings import Vision
 from .base import Objective
@@ -87,15 +87,15 @@ class QFormerPretraining(Objective):
             )
         return cls(embedding.words.embedding_dim, embedding.words.num_embeddings)
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Tensor:
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
         return sum(self.losses(model, batch, features))
 
-    def losses(self, model: VLMWrapper, batch: Batch, features: VisionFeatures | None) -> Losses:
+    def losses(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Losses:
         # Drawn first, while the generator state of the first rank does not depend on the number of ranks.
         seed = int(torch.randint(2**62, ()))
         if features is None:
-            features = model.vision(batch.images)
-        core, ids, mask = model.connector.core, batch.text_ids, batch.text_mask
+            features = model.encode(batch.visual)
+        core, (ids, mask) = model.connector.core, batch.visual.texts
         count = int((batch.weights.sum(1) > 0).sum())  # padding rows without weight come last
         words = int(mask[:count, 1:].sum())
         counts, all_words, widths, seeds = zip(*all_numbers([count, words, ids.shape[1], seed], ids.device))

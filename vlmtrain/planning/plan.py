@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..connectors import VisionFeatures
-from ..data.processor import Geometry
+from ..data.geometry import Geometry
 from ..data.sources import build_source
 from ..model.blocks import block_list
 from ..model.llm import hidden_width
@@ -48,9 +48,9 @@ class StagePlan:
     """The plan of one stage. Sizes are in parameters, tokens, FLOPs and bytes.
 
     parts: part -> its trainable and frozen parameters. view_tokens: part -> its tokens per view. picture_tokens:
-    minimum and maximum of one image in the language model's sequence; if these differ, with tiles, every image counts
-    as the maximum, and tokens_per_sample, FLOPs and hours are upper bounds. flops: FLOPs that the update needs;
-    hardware_flops: including what gradient checkpointing recomputes. memory: ZeRO stage -> bytes per GPU at
+    minimum (with tiles, of one view) and maximum of one image in the language model's sequence; if these differ, every
+    image counts as the maximum, and tokens_per_sample, FLOPs and hours are upper bounds. flops: FLOPs that the update
+    needs; hardware_flops: including what gradient checkpointing recomputes. memory: ZeRO stage -> bytes per GPU at
     `micro_batch_size`. fits: ZeRO stage -> the largest micro-batch that fits, 0 if none does.
     """
 
@@ -99,7 +99,6 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
     check_lengths(stage, geometry, parts)
     expected = stage.expected
-    views = 1 if geometry is None else _views(geometry)
     tokens = min(stage.max_length, _tokens(expected, geometry))
     samples = expected.samples
     if run.data.splits.get(stage.data) is not None:
@@ -109,20 +108,20 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     needed = computed = 0.0
     for share, training in _phases(groups, steps):
         freeze(parts, training, checkpointing=False)
-        mean = _measure(parts, training, stage, views, tokens, _answer_tokens(expected, tokens))
+        mean = _measure(parts, training, stage, geometry, tokens, _answer_tokens(expected, tokens))
         flops = sum(cost.flops + cost.backward_flops for cost in mean.values())
         needed += share * flops
         recomputes = stage.gradient_checkpointing and "llm" in mean
         computed += share * (flops + (mean["llm"].recomputed_flops if recomputes else 0.0))
     freeze(parts, groups, checkpointing=False)
-    longest = _measure(parts, groups, stage, views, stage.max_length, stage.max_length // 2)
+    longest = _measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
     trained_on = steps and steps * stage.batch_size
     most = max(1, stage.batch_size // machine.gpus)
     plan = StagePlan(
         stage.name,
         {part: _sizes(part, module, groups) for part, module in parts.items()},
         {part: cost.tokens for part, cost in longest.items() if cost.tokens},
-        (0, 0) if geometry is None else (geometry.tokens, geometry.most_tokens),
+        (0, 0) if geometry is None else (geometry.least_tokens, geometry.most_tokens),
         stage.max_length,
         samples,
         tokens,
@@ -165,11 +164,6 @@ class _Vocabulary:
         return list(range(self.size - len(tokens), self.size))
 
 
-def _views(geometry: Geometry) -> int:
-    """Views of an image; with tiles, those of the largest grid."""
-    return max((rows * columns + 1 for rows, columns in geometry.tile_grids), default=1)
-
-
 def _tokens(expected: Expected, geometry: Geometry | None) -> int:
     pictures = 0 if geometry is None else geometry.most_tokens * expected.images
     return max(2, round(pictures + expected.text_tokens))
@@ -197,29 +191,36 @@ def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Gr
 
 
 def _measure(
-    parts: Mapping[str, nn.Module], groups: list[Group], stage: Stage, views: int, tokens: int, targets: int
+    parts: Mapping[str, nn.Module],
+    groups: list[Group],
+    stage: Stage,
+    geometry: Geometry | None,
+    tokens: int,
+    targets: int,
 ) -> dict[str, PartCost]:
-    """Run one sample through the parts on the meta device."""
+    """Run one sample, whose images have the largest size, through the parts on the meta device."""
     meter = Meter()
     trains = {part: not is_frozen(part, groups) for part in STAGE_PARTS}
+    items = 1 if geometry is None else geometry.most_items
     features = visual = None
     if "vision" in parts:
         vision = parts["vision"]
         use_counted_attention(vision)
         dtype = next(vision.parameters()).dtype
-        pictures = torch.empty(views, 3, *vision.image_size, device="meta", dtype=dtype)
+        grid = vision.grid_of(geometry.largest)
+        pictures = torch.empty(items, 3, *geometry.largest, device="meta", dtype=dtype)
         with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled(trains["vision"]):
             features = vision(pictures)
             meter.backward("vision", (features.patches, features.prefix, *features.levels))
         prefix = 0 if features.prefix is None else features.prefix.shape[1]
-        meter.costs["vision"].tokens = math.prod(vision.grid) + prefix
+        meter.costs["vision"].tokens = math.prod(grid) + prefix
         features = _cut_off(features, trains["vision"])
     if "connector" in parts:
         connector = parts["connector"]
         use_counted_attention(connector)
         text = {}
         if connector.reads_text:
-            ids = torch.zeros(views, stage.connector_text.max_length, device="meta", dtype=torch.long)
+            ids = torch.zeros(items, stage.connector_text.max_length, device="meta", dtype=torch.long)
             text = {"text_ids": ids, "text_mask": None}
         with meter.part("connector", connector, None):
             if "llm" in parts:
@@ -228,7 +229,7 @@ def _measure(
             else:
                 made = parts["objective"].rehearse(connector, features, text["text_ids"])
             meter.backward("connector", made)
-        meter.costs["connector"].tokens = connector.num_tokens(*vision.grid)
+        meter.costs["connector"].tokens = connector.num_tokens(*grid)
     if "llm" in parts:
         llm = parts["llm"]
         use_counted_attention(llm)

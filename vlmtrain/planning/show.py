@@ -23,7 +23,9 @@ def show_plan(run: Run, plans: Sequence[StagePlan], machine: Machine) -> str:
 
 def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     least, most = plan.picture_tokens
-    picture = f"{least:,}" if least == most else f"{least:,} per view, up to {most:,}"
+    fit = run.stages[plan.name].image_fit
+    is_native, per_view = fit == "native", " per view" if fit == "tiles" else ""
+    picture = f"{least:,}" if least == most else f"{least:,}{per_view}, up to {most:,}"
     if not most:
         picture = "none in a language model's sequence"
     bound = "at most " if least != most else ""
@@ -32,7 +34,7 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     rows += [(part, f"{sizes['trainable']:,}", f"{sizes['frozen']:,}") for part, sizes in plan.parts.items()]
     rows.append(("total", f"{plan.trainable:,}", f"{plan.frozen:,}"))
     facts = [
-        *([("tokens per view", view)] if view else []),
+        *([("tokens of the largest image" if is_native else "tokens per view", view)] if view else []),
         ("tokens per image", picture),
         ("tokens per sample", f"{bound}{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
         ("samples", "unknown: set the data, or stages.<name>.expected.samples" if plan.samples is None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from ..connectors import build_connector
+from ..connectors import CONNECTORS, build_connector
+from ..data.geometry import native_size
 
 # The number of a connector's tokens does not depend on the widths; these are LLaVA-1.5's.
 IN_DIM, OUT_DIM = 1024, 4096
@@ -33,10 +36,12 @@ def visual_tokens(
     tiles: int = 1,
     thumbnail: bool = False,
     context: int = 4096,
+    image_pixels: tuple[int, int] | None = None,
 ) -> VisualTokens:
     """Count the tokens of an image in `tiles` views of `image_size` ``(H, W)`` pixels, and their share of `context`.
 
-    thumbnail: add one view of the complete image. Raises ValueError for sizes that do not fit.
+    thumbnail: add one view of the complete image. image_pixels: smallest and largest number of pixels of an image of
+    its own size, `image_size`, as for ``image_fit=native``. Raises ValueError for sizes that do not fit.
     """
     for name, value in (("--patch-size", patch_size), ("--tiles", tiles), ("--context", context)):
         if value < 1:
@@ -44,11 +49,22 @@ def visual_tokens(
     height, width = image_size
     if height < 1 or width < 1:
         raise ValueError(f"--image-size {height}x{width}: must be positive")
+    build = partial(build_connector, connector, IN_DIM, OUT_DIM, **(options or {}))
+    if image_pixels is not None:
+        if tiles > 1 or thumbnail:
+            raise ValueError("--image-pixels: images of their own size are not split into tiles")
+        if not 1 <= image_pixels[0] <= image_pixels[1]:
+            raise ValueError(f"--image-pixels {image_pixels[0]} {image_pixels[1]}: expected 1 <= MIN <= MAX")
+        if "input_grid" in inspect.signature(CONNECTORS.find(connector)).parameters:
+            raise ValueError(f"--image-pixels: {connector} supports only one grid, not images of different sizes")
+        with torch.device("meta"):
+            factor = patch_size * build().multiple
+        height, width = native_size(image_size, (factor, factor), image_pixels)
     if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
         raise ValueError(f"--image-size {height}x{width} is not a multiple of --patch-size {patch_size}")
     grid = (height // patch_size, width // patch_size)
     with torch.device("meta"):
-        module = build_connector(connector, IN_DIM, OUT_DIM, input_grid=grid, **(options or {}))
+        module = build(input_grid=grid)
     each = module.num_tokens(*grid)
     views = tiles + thumbnail
     return VisualTokens(connector, grid, views, each, each * views, each * views / context)

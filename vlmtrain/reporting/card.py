@@ -48,7 +48,7 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
         [
             _front("vlmtrain", bases, config["connector"]["name"]),
             f"# {markdown_text(config['name'])}, stage {markdown_text(stage)}\n",
-            "A vision-language model: image encoder, connector and language model, joined by token concatenation. "
+            "A vision-language model: image encoder, connector and language model. "
             "Generated from the files of its run; fields that these files do not cover are left blank.\n",
             _table(("part", "what it is", "parameters"), _part_rows(config, model)),
             *(_adapters(folder, config["stages"][stage]) for folder in sorted(model.glob("adapters/*"))),
@@ -85,7 +85,9 @@ def write_import_card(folder: Path, facts: Mapping, classes: Mapping[str, str]) 
     same = same if difference is None else f"within {difference:.1g} of the source's, relative to the largest"
     rows = [*((f"source's {part}", name) for part, name in classes.items()), ("connector", f"`{facts['connector']}`")]
     rows += [("template", facts["template"]), ("image_fit", facts["image_fit"]), ("logits", same)]
-    parts = [(part, _held_name(folder / part), f"{_size(folder / part):,}") for part in PARTS]
+    parts = [
+        (part, _held_name(folder / part), f"{_size(folder / part):,}") for part in PARTS if (folder / part).exists()
+    ]
     lines = [
         _front("vlmtrain", [facts["source"]], facts["connector"]),
         f"# Imported from {markdown_text(facts['source'])}\n",
@@ -143,13 +145,15 @@ def _listed(card: Path, key: str) -> list[str]:
 def _part_rows(config: Mapping, model: Path) -> Iterator[tuple]:
     for part in PARTS:
         if (model / part).is_dir():
-            held = config.get("init_from") or part == "connector"
+            held = config.get("init_from") or part in ("connector", "fusion")
             what = _held_name(model / part) if held else _chosen_name(config[part])
             yield part, what, f"{_size(model / part):,}"
 
 
 def _chosen_name(options: Mapping) -> str:
     """Name of an encoder or language model in the settings."""
+    if options["provider"] not in ("open_clip", "hf", "tiny"):
+        return f"`{options['provider']}`"
     name = options.get("path") or options.get("name") or "a small model with random weights"
     pretrained = options.get("pretrained")
     return f"{options['provider']}: {name}" + (f", {pretrained}" if pretrained else "")
@@ -158,12 +162,14 @@ def _chosen_name(options: Mapping) -> str:
 def _held_name(folder: Path) -> str:
     """Description of the part in a folder: a connector, a transformers class, or an open_clip tower."""
     config = json.loads((folder / "config.json").read_text())
-    if folder.name == "connector":
-        given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", *FIXED))
+    if folder.name in ("connector", "fusion"):
+        given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", "width", *FIXED))
         return f"`{config['name']}`" + (f" ({given})" if given else "")
     if tower := config.get("model_config", {}).get("vision_cfg"):
         name = "open_clip: " + tower.get("timm_model_name", "ViT")
         layers, width = tower.get("layers"), tower.get("width")
+    elif "options" in config:
+        return f"`{config['provider']}`"
     else:
         name = ", ".join(config.get("architectures") or [config["model_type"]])
         layers, width = config.get("num_hidden_layers"), config.get("hidden_size")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..distributed.processes import die_with_launcher
 from ..files import make_folder, read_json, replace_text
 from ..settings import import_modules, read_run
+from ..settings.free_keys import completed
 from ..settings.run import MODULES
 from .records import read_config, read_records, read_summary
 
@@ -127,7 +128,7 @@ def main() -> None:
 
     try:
         with users_errors():
-            settings = OmegaConf.to_container(OmegaConf.load(sys.argv[1]))
+            settings = completed(OmegaConf.to_container(OmegaConf.load(sys.argv[1])))
             import_modules(MODULES(settings.get("modules", []), "modules"))
             train(read_run({**settings, "stage": sys.argv[2] if len(sys.argv) > 2 else None}))
     finally:

@@ -28,15 +28,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ..connectors import CONNECTORS, check_options, connector_options
+from ..connectors import CONNECTORS
 from ..errors import first_line, nearest
+from ..model.fusion import FUSIONS
+from ..model.llm import LANGUAGE_MODELS
+from ..model.vision import ENCODERS
 from .data import PURPOSES
 from .fields import OPEN, flatten, read
 from .locations import CONFIGS, RECIPES
 from .other_trainers import suggestion
 from .run import MODULES, Evaluation, Run, read_run
 
-OPTION_GROUPS = ("vision", "connector", "llm", "data")
+OPTION_GROUPS = ("vision", "connector", "fusion", "llm", "data")
+REGISTRIES = {"vision": ENCODERS, "connector": CONNECTORS, "fusion": FUSIONS, "llm": LANGUAGE_MODELS}
+OWN_KEYS = {
+    "vision": {"image_size": None, "layer": -2, "levels": None},
+    "llm": {"chat_template": None, "new_tokens": [], "attn_implementation": None, "positions": None},
+}
+"""Keys of choices that a module registers, besides their options."""
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
 SPLIT = re.compile(r"data\.(?!columns$)\w+")
 MODEL_STAGE = "build_model"  # names the only stage of `compose_model` in messages
@@ -77,15 +86,16 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def register_choices(overrides: Sequence[str]) -> None:
-    """Make the recipes, and connectors without a YAML file with their default options, available to Hydra."""
+    """Make the recipes, and registered parts without a YAML file with their default options, available to Hydra."""
     load_modules(overrides)
     register_recipes()
-    for name in CONNECTORS:
-        if not (CONFIGS / "connector" / f"{name}.yaml").exists():
-            options = connector_options(name)
-            required = {option: OPEN for option, default in options.items() if default is inspect.Parameter.empty}
-            node = {"name": name, **options, **required}
-            ConfigStore.instance().store(group="connector", name=name, node=node)
+    for group, registry in REGISTRIES.items():
+        for name in registry:
+            if not (CONFIGS / group / f"{name}.yaml").exists():
+                options = registry.options(name)
+                required = {option: OPEN for option, default in options.items() if default is inspect.Parameter.empty}
+                common = {"provider" if group in OWN_KEYS else "name": name, **OWN_KEYS.get(group, {})}
+                ConfigStore.instance().store(group=group, name=name, node={**common, **options, **required})
 
 
 def with_mini(overrides: Sequence[str]) -> list[str]:
@@ -305,8 +315,11 @@ def _check_unselected(
     entries = [(group, *entry) for by_group in options for group in by_group for entry in by_group[group].items()]
     for group, choice, given in entries:
         files = [file for folder in folders if (file := folder / group / f"{choice}.yaml").exists()]
-        if group == "connector" and (choice in CONNECTORS or not files):
-            check_options(choice, given or (), f"connector_options.{choice}")
+        registry = REGISTRIES.get(group, {})
+        has_class, by_name = choice in registry, group in ("connector", "fusion")
+        if (has_class and by_name) or (not files and (has_class or by_name)):
+            own = {key: value for key, value in (given or {}).items() if key not in OWN_KEYS.get(group, ())}
+            registry.check_options(choice, own, f"{group}_options.{choice}")
         elif not files:
             choices = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
             raise ValueError(f"the recipe sets {group}_options.{choice}: no such {group}.{nearest(choice, choices)}")

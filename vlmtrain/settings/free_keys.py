@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,10 +19,13 @@ _NO_UPDATE = {
 _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "best_metric", "validate_every", "validation"}
 
 # These did not exist in earlier versions, which behaved as with these values.
-_ADDED = {"data.ignore": [], "data.repair": False, "data.columns.system": None}
+_ADDED = {
+    **{"data.ignore": [], "data.repair": False, "data.columns.system": None},
+    **{"fusion.name": "concatenation", "llm.positions": None},
+}
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},
-    **{"optimizer.name": "adamw", "ema": None},
+    **{"optimizer.name": "adamw", "ema": None, "train.fusion": None, "image_pixels": None},
 }
 
 
@@ -30,8 +34,25 @@ def with_added(settings: Mapping[str, Any], stages: Iterable[str]) -> dict[str, 
 
     Their values are those that behave as these versions did.
     """
+    return {**_added(stages), **settings}
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that an earlier version recorded, with the keys that were added since."""
+    found = copy.deepcopy(dict(settings))
+    for key, value in _added(found["stages"]).items():
+        *parents, last = key.split(".")
+        if parents[0] != "data":  # formats have different keys, and those that were added are optional
+            place = found
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place.setdefault(last, value)
+    return found
+
+
+def _added(stages: Iterable[str]) -> dict[str, Any]:
     of_stages = {f"stages.{stage}.{key}": value for stage in stages for key, value in _ADDED_IN_STAGE.items()}
-    return {**_ADDED, **of_stages, **settings}
+    return {**_ADDED, **of_stages}
 
 
 def changes_no_result(key: str) -> bool:

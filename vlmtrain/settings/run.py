@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
-from ..connectors import CONNECTORS, check_options
+from ..connectors import CONNECTORS
 from ..data.templates import check_fallback
 from ..errors import nearest
+from ..model.fusion import CONCATENATION, FUSIONS
+from ..model.llm import LANGUAGE_MODELS
+from ..model.vision import ENCODERS
+from ..registry import Registry
 from .data import PURPOSES, DataGroup, read_data
 from .fields import (
     IMAGE_SIZE,
@@ -32,6 +36,7 @@ from .stage import Stage
 
 _LOGGERS = list_of(one_of("wandb", "tensorboard", "mlflow"), "a list of wandb, tensorboard, mlflow")
 _FOR_VALIDATION = "for validation, which draws from all records: give a data set that is not streamed"
+_POSITIONS = Kind("null or mrope", lambda value: value in (None, "mrope"))
 _LAYERS = list_of(whole(), "a list of layers")
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
 MODULES = Kind(
@@ -111,6 +116,11 @@ class Encoder:
     layer: int = key(whole())  # index of the hidden state that the connector receives
     levels: tuple[int, ...] | None = key(optional(_LAYERS))  # further hidden states; null: as the connector needs
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `vlmtrain.model.vision.build_vision`."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True)
 class OpenClipOptions(Encoder):
@@ -145,6 +155,25 @@ class HFVisionOptions(Encoder):
 
 
 @dataclass(frozen=True)
+class OwnEncoder(Encoder):
+    """A vision encoder that a module registers."""
+
+    provider: str = key(TEXT)
+    options: Mapping = field(default_factory=dict)  # those of its `build`
+    path: ClassVar[None] = None
+    name: ClassVar[None] = None
+    pretrained: ClassVar[None] = None
+    model_config: ClassVar[None] = None
+    trust_remote_code: ClassVar[bool] = False
+    is_pretrained: ClassVar[bool] = True
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        common = {name: value for name, value in vars(self).items() if name != "options"}
+        return {**common, **self.options}
+
+
+@dataclass(frozen=True)
 class TinyLLM:
     """A language model with random weights and a tokenizer built from the vocabulary of the procedural data."""
 
@@ -153,6 +182,7 @@ class TinyLLM:
     chat_template: str | None = key(optional(TEXT))  # template name, or a Jinja template
     new_tokens: tuple[str, ...] = key(WORDS)  # tokens to add to the tokenizer
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
+    positions: str | None = key(_POSITIONS)  # mrope: rows of rotary positions; null: the model's own
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
     is_pretrained: ClassVar[bool] = False
@@ -168,38 +198,64 @@ class HFLLM:
     new_tokens: tuple[str, ...] = key(WORDS)  # tokens to add to the tokenizer
     trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
+    positions: str | None = key(_POSITIONS)  # mrope: rows of rotary positions; null: the model's own
     config: ClassVar[None] = None
     is_pretrained: ClassVar[bool] = True
 
 
-Vision = OpenClipOptions | HFVisionOptions
-LLM = TinyLLM | HFLLM
+@dataclass(frozen=True)
+class OwnLLM:
+    """A language model that a module registers."""
+
+    provider: str = key(TEXT)
+    chat_template: str | None = key(optional(TEXT), None)  # used if the tokenizer has none
+    new_tokens: tuple[str, ...] = key(WORDS, ())  # tokens to add to the tokenizer
+    attn_implementation: str | None = key(optional(TEXT), None)  # null: the library's default
+    positions: str | None = key(_POSITIONS, None)  # mrope: rows of rotary positions; null: the model's own
+    options: Mapping = field(default_factory=dict)  # those of its `build`
+    path: ClassVar[None] = None
+    config: ClassVar[None] = None
+    trust_remote_code: ClassVar[bool] = False
+    is_pretrained: ClassVar[bool] = True
 
 
-def _by_provider(**classes: type) -> Kind:
-    """A part whose keys depend on its provider."""
+Vision = OpenClipOptions | HFVisionOptions | OwnEncoder
+LLM = TinyLLM | HFLLM | OwnLLM
+
+
+def _by_provider(registry: Registry, own: type, **classes: type) -> Kind:
+    """A part whose keys depend on its provider; `own` holds those of a provider that a module registers."""
 
     def build(value: Mapping, name: str) -> Any:
         provider = value.get("provider")
-        if provider not in classes:
-            raise ValueError(f"{name}.provider={provider}: expected one of {', '.join(classes)}")
-        return read(classes[provider], value, f"{name}.")
+        if provider in classes:
+            return read(classes[provider], value, f"{name}.")
+        common = {each.name for each in fields(own) if "kind" in each.metadata}
+        options = {option: given for option, given in value.items() if option not in common}
+        registry.check_options(provider, options)
+        known = {option: given for option, given in value.items() if option in common}
+        return read(own, known, f"{name}.", options=MappingProxyType(options))
 
     return Kind("a mapping", MAPPING.fits, build)
 
 
-class ConnectorChoice(NamedTuple):
-    """A connector's name and its options."""
+class Choice(NamedTuple):
+    """The name of a part and its options."""
 
     name: str
     options: Mapping[str, Any]
 
 
-def _connector(value: Mapping, key: str) -> ConnectorChoice:
-    options = dict(value)
-    name = options.pop("name", None)
-    check_options(name, options)
-    return ConnectorChoice(name, MappingProxyType(options))
+def _by_name(registry: Registry) -> Kind:
+    """A part whose keys depend on its name."""
+
+    def build(value: Mapping, key: str) -> Choice:
+        options = dict(value)
+        name = options.pop("name", None)
+        registry.check_options(name, options)
+        return Choice(name, MappingProxyType(options))
+
+    return Kind(f"a {registry.kind}", MAPPING.fits, build)
 
 
 def _stages(value: Mapping, key: str) -> Mapping[str, Stage]:
@@ -242,9 +298,10 @@ class Run:
     wandb_model: bool = key(SWITCH)  # upload the model folder of each stage
     features: Features = key(section(Features))
     validation: Validation = key(section(Validation))
-    vision: Vision = key(_by_provider(open_clip=OpenClipOptions, hf=HFVisionOptions))
-    connector: ConnectorChoice = key(Kind("a connector", MAPPING.fits, _connector))
-    llm: LLM = key(_by_provider(tiny=TinyLLM, hf=HFLLM))
+    vision: Vision = key(_by_provider(ENCODERS, OwnEncoder, open_clip=OpenClipOptions, hf=HFVisionOptions))
+    connector: Choice = key(_by_name(CONNECTORS))
+    fusion: Choice = key(_by_name(FUSIONS))
+    llm: LLM = key(_by_provider(LANGUAGE_MODELS, OwnLLM, tiny=TinyLLM, hf=HFLLM))
     engine: Engine = key(section(Engine))
     stages: Mapping[str, Stage] = key(Kind("{name: {...}}", MAPPING.fits, _stages))
 
@@ -262,7 +319,7 @@ class Run:
                 key = f"{stage.prefix}.connector_options"
                 if name not in CONNECTORS:
                     raise ValueError(f"{key}: unknown connector {name}.{nearest(name, CONNECTORS)}")
-                check_options(name, options, f"{key}.{name}")
+                CONNECTORS.check_options(name, options, f"{key}.{name}")
             for option, known in (("data", {*self.data.splits, *PURPOSES}), ("validation", self.data.splits)):
                 split = getattr(stage, option)
                 if split is not None and split not in known:
@@ -302,12 +359,12 @@ class Run:
         sized = [each for each in self.up_to(stage) if "vision" in each.parts and each.image_size is not None]
         return sized[-1] if sized else None
 
-    def connector_of(self, stage: Stage) -> ConnectorChoice:
+    def connector_of(self, stage: Stage) -> Choice:
         """The connector of `stage`, with the options changed by that stage and the stages before it."""
         options = dict(self.connector.options)
         for each in self.up_to(stage):
             options |= (each.connector_options or {}).get(self.connector.name, {})
-        return ConnectorChoice(self.connector.name, MappingProxyType(options))
+        return Choice(self.connector.name, MappingProxyType(options))
 
     @property
     def has_tiles(self) -> bool:
@@ -326,11 +383,21 @@ class Run:
 def read_run(composed: Mapping[str, Any]) -> Run:
     """Read a run from its composed configuration, given as plain values. Raises ValueError naming the key."""
     given = dict(composed)
-    stages = given.get("stages")
+    fusion, stages = given.get("fusion"), given.get("stages")
+    if isinstance(fusion, Mapping) and fusion.get("name") != CONCATENATION and isinstance(stages, Mapping):
+        given["stages"] = {name: _with_fusion(stage) for name, stage in stages.items()}
     stages = [stage for stage in stages.values() if isinstance(stage, Mapping)] if isinstance(stages, Mapping) else []
     named = [stage.get(option) for stage in stages for option in ("data", "validation")]
     data = read_data(MAPPING(given.pop("data", None), "data"), [split for split in named if isinstance(split, str)])
     return read(Run, given, data=data, composed=MappingProxyType(composed))
+
+
+def _with_fusion(stage: Any) -> Any:
+    """A stage with the part ``fusion``, if it has the parts that a fusion joins."""
+    parts = stage.get("parts") if isinstance(stage, Mapping) else None
+    if not NAMES.fits(parts) or "fusion" in parts or not {"connector", "llm"} <= set(parts):
+        return stage
+    return {**stage, "parts": [*parts, "fusion"]}
 
 
 @dataclass(frozen=True)

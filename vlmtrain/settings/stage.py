@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..data.images import FITS
+from ..data.images import FITS, MAX_PIXELS
 from ..data.loader import LAYOUTS
 from .fields import (
     IMAGE_SIZE,
@@ -28,7 +28,7 @@ from .fields import (
     whole,
 )  # fmt: skip
 
-STAGE_PARTS = ("vision", "connector", "llm", "objective")
+STAGE_PARTS = ("vision", "connector", "fusion", "llm", "objective")
 """The parts that a stage may have and train. The heads and towers of the objective do not belong to the model."""
 
 
@@ -36,6 +36,11 @@ _RATE = Kind("a positive learning rate, or null to freeze", lambda value: value 
 _BELOW_1 = Kind("a number of at least 0 and below 1", lambda value: number(0).fits(value) and value < 1)
 _SHARE = Kind("a number above 0 and up to 1", lambda value: number(0, 1).fits(value) and value > 0)
 _DECAY = Kind("a number above 0 and below 1", lambda value: number(0, 1).fits(value) and 0 < value < 1)
+_LIMITS = Kind(
+    f"null, or [MIN, MAX] pixels up to {MAX_PIXELS:,}",
+    lambda value: value is None or (list_of(whole(1, MAX_PIXELS), "", sizes=(2,)).fits(value) and value[0] <= value[1]),
+    lambda value, name: value and tuple(value),
+)
 _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
 
 
@@ -133,6 +138,7 @@ class Stage:
     template: str = key(TEXT)  # name of the template that renders conversations
     image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # in pixels; null: unchanged
     image_fit: str = key(one_of(*FITS))  # how images are fitted to the image size
+    image_pixels: tuple[int, int] | None = key(_LIMITS)  # native: smallest and largest number of pixels of an image
     image_tiles: tuple[tuple[int, int], ...] = key(list_of(_GRID, "a list of [rows, columns]", sizes=range(1, 10_000)))
     image_tiles_most: int | None = key(optional(whole(1)))  # maximum tokens per image, in tiles
     image_tiles_alone: bool = key(SWITCH)  # tile only images that are alone in their sample
@@ -200,6 +206,12 @@ class Stage:
     def _check_parts(self) -> None:
         if self.image_size is not None and "vision" not in self.parts:
             raise ValueError(f"{self.prefix}.image_size={self.image_size} needs the part vision, which the stage lacks")
+        if (self.image_fit == "native") != (self.image_pixels is not None):
+            value = None if self.image_pixels is None else list(self.image_pixels)
+            raise ValueError(
+                f"{self.prefix}.image_fit={self.image_fit} with image_pixels={value}: image_pixels=[MIN, MAX] must be "
+                "set with image_fit=native, and only then"
+            )
         modules = ("fresh", "drops")  # may also name modules of the connector
         for option in ("parts", "train", *modules):
             for entry in getattr(self, option):
@@ -213,7 +225,8 @@ class Stage:
         for entry, part in used.items():
             if part not in self.parts:
                 has = ", ".join(self.parts)
-                raise ValueError(f"{self.prefix}.{entry} needs the part {part}, but the stage has only {has}")
+                hint = "; fusion=concatenation has no weights" if part == "fusion" else ""
+                raise ValueError(f"{self.prefix}.{entry} needs the part {part}, but the stage has only {has}{hint}")
 
     def _check_training(self) -> None:
         for i, group in enumerate(self.groups):

@@ -13,17 +13,21 @@ from transformers import PreTrainedTokenizerBase
 from ..data.processor import Processor
 from ..data.sources import vocabulary
 from ..model.folder import read_manifest
+from ..model.fusion import build_fusion
 from ..model.llm import (
+    LANGUAGE_MODELS,
     add_tokens,
     build_llm,
     build_llm_skeleton,
     build_random_llm,
     choose_attention,
     give_tokens,
+    hidden_width,
     load_tokenizer,
 )
 from ..model.loading import load_hf_model
 from ..model.parts import PARTS, load_part, make_connector
+from ..model.rotary import use_multimodal_rotary
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import build_vision
@@ -36,7 +40,8 @@ from .processing import naming_size, text_vocab
 from .seeding import seed_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BUILD_ORDER = ("vision", "llm", "connector", "objective")  # a connector's widths come from the parts that it connects
+# The widths of a connector and of a fusion come from the parts that they connect.
+BUILD_ORDER = ("vision", "llm", "connector", "fusion", "objective")
 
 
 def build_tokenizer(run: Run) -> PreTrainedTokenizerBase:
@@ -46,6 +51,8 @@ def build_tokenizer(run: Run) -> PreTrainedTokenizerBase:
         tokenizer = Processor.from_pretrained(run.init_from).tokenizer
     elif run.llm.provider == "tiny":
         tokenizer = build_tiny_tokenizer(vocabulary(run.data.format))
+    elif run.llm.provider in LANGUAGE_MODELS:
+        tokenizer = LANGUAGE_MODELS[run.llm.provider].tokenizer(**run.llm.options)
     else:
         tokenizer = load_tokenizer(run.llm.path, trust_remote_code=run.llm.trust_remote_code)
     add_tokens(tokenizer, run.llm.new_tokens)
@@ -88,6 +95,8 @@ def build_parts(
         if part == "llm":
             give_tokens(parts[part], tokenizer, run.llm.new_tokens)
             choose_attention(parts[part], run.llm.attn_implementation)
+            if run.llm.positions == "mrope":
+                use_multimodal_rotary(parts[part])
     seed_for(run.seed, "adapters")
     add_adapters(stage, parts)
     return parts
@@ -100,6 +109,7 @@ def check_origins(run: Run, stage: Stage, parts: Collection[str], handed_on: Col
     """
     chosen = {"vision": run.vision, "llm": run.llm}
     pretrained = {part for part, options in chosen.items() if run.mini or options.is_pretrained}
+    pretrained.add("fusion")  # a new one starts from the initial values of its class
     for part in parts:
         if part not in {*handed_on, *stage.fresh, *pretrained}:
             raise ValueError(
@@ -122,6 +132,8 @@ def build_skeleton(
                 parts[part].resize(resized.image_size, f"{resized.prefix}.image_size")
             if part == "llm":
                 give_tokens(parts[part], tokenizer, run.llm.new_tokens)
+                if run.llm.positions == "mrope":
+                    use_multimodal_rotary(parts[part])
         add_adapters(stage, parts)
     return parts
 
@@ -142,14 +154,19 @@ def _build(
     weights: bool = True,
 ) -> nn.Module:
     if part == "vision":
-        return build_vision(**vars(run.vision), dtype=dtype, weights=weights)
+        return build_vision(**run.vision.arguments, dtype=dtype, weights=weights)
     if part == "llm":
         llm = run.llm
         if llm.provider == "tiny":
             return build_random_llm(llm.config, tokenizer, dtype)
+        if llm.provider in LANGUAGE_MODELS:
+            own = LANGUAGE_MODELS[llm.provider]
+            return own.build(**llm.options, tokenizer=tokenizer, dtype=dtype, weights=weights).to(dtype)
         if not weights:
             return build_llm_skeleton(llm.path, dtype, published_llm(llm.path), llm.trust_remote_code)
         return build_llm(llm.path, dtype, llm.attn_implementation, llm.trust_remote_code)
+    if part == "fusion":
+        return build_fusion(run.fusion.name, hidden_width(parts["llm"]), **run.fusion.options).to(dtype)
     bert = stage.connector_text.bert if weights else None
     if part == "connector":
         name, options = run.connector_of(stage)

@@ -15,7 +15,9 @@ from ..data.records import BadSample
 from ..data.sources import LOOKED_AT, build_source, first_look
 from ..evaluation.lmms_eval import check_tasks
 from ..evaluation.scores import check_metrics
+from ..files import read_object
 from ..model.attention import attend_in_segments
+from ..model.deep_levels import receive_levels
 from ..model.folder import read_manifest
 from ..model.llm import check_vocabulary, choose_attention, hidden_width
 from ..model.loading import load_hf_config
@@ -65,8 +67,9 @@ def _check_layout(stage: Stage, world_size: int) -> None:
         )
     if stage.batch_size < 2:
         raise ValueError(f"{comparing}, but {stage.prefix}.batch_size={stage.batch_size}")
-    if stage.image_fit == "tiles":
-        raise ValueError(f"{comparing}, one image per text: {stage.prefix}.image_fit=tiles cannot work; use squash")
+    if stage.image_fit in ("tiles", "native"):
+        key = f"{stage.prefix}.image_fit={stage.image_fit}"
+        raise ValueError(f"{comparing}, one image of one size per text: {key} cannot work; use squash")
 
 
 def check_stages(run: Run, folder: RunFolder) -> None:
@@ -76,6 +79,8 @@ def check_stages(run: Run, folder: RunFolder) -> None:
     handed_on = set(read_manifest(source)) if source else set()
     given = set(handed_on)  # parts that come from `init_from` rather than from the settings
     connector = connector_skeleton(source) if source else None
+    if "fusion" in handed_on:
+        _check_fusion(run, read_object(source / "fusion" / "config.json"))
     for stage in run.stages.values():
         if folder.is_finished(stage.name):
             folder.summary(stage.name)  # raises if the file is damaged, before anything is trained
@@ -95,6 +100,8 @@ def check_stages(run: Run, folder: RunFolder) -> None:
             _check_bert(stage, parts)
             if "llm" in parts:
                 choose_attention(parts["llm"], run.llm.attn_implementation)
+                if "connector" in parts:
+                    receive_levels(parts["llm"], parts["connector"].num_added)
             if "llm" in parts and (source is None or "llm" in stage.fresh):
                 check_vocabulary(parts["llm"], tokenizer)
                 if stage.layout == "packed":
@@ -109,6 +116,14 @@ def check_stages(run: Run, folder: RunFolder) -> None:
         else:
             continue
         handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
+
+
+def _check_fusion(run: Run, held: Mapping) -> None:
+    """Raise ValueError unless the settings choose the fusion that the model of `init_from` was trained with."""
+    held = {key: value for key, value in held.items() if key != "width"}
+    if held != {"name": run.fusion.name, **run.fusion.options}:
+        words = " ".join(f"fusion{'' if key == 'name' else f'.{key}'}={value}" for key, value in held.items())
+        raise ValueError(f"fusion={run.fusion.name}, but the model of init_from={run.init_from} needs {words}")
 
 
 def _check_bert(stage: Stage, parts: Mapping[str, nn.Module]) -> None:

@@ -1,6 +1,6 @@
 """Disk cache for the features of a frozen encoder, so that it processes each image once.
 
-DIR/<encoder>/<ab>/<image>.safetensors, one file per view. The folder name is the hash of the encoder's weights,
+DIR/<encoder>/<ab>/<image>.safetensors, one file per item. The folder name is the hash of the encoder's weights,
 architecture, layers and image size. The file name is the hash of the pixels that the encoder receives.
 """
 
@@ -23,9 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..connectors import VisionFeatures
+from ..connectors import Features, VisionFeatures
 from ..model.vision import VisionEncoder
-from ..settings import Features
+from ..model.vision.base import packed, rows_of, stacked
+from ..settings import Features as FeatureOptions
+from ..visual import Pixels
 from .assembly import DTYPES
 from .log import logger
 
@@ -66,26 +68,31 @@ class FeatureCache:
         self.hits = self.misses = 0
 
     @classmethod
-    def of(cls, options: Features, encoder: VisionEncoder, encoder_hash: str) -> FeatureCache:
+    def of(cls, options: FeatureOptions, encoder: VisionEncoder, encoder_hash: str) -> FeatureCache:
         """Create the cache that the settings `features` describe."""
         stored = DTYPES[options.dtype] if options.dtype else None
         return cls(Path(options.cache), encoder, encoder_hash, int(options.max_gb * 2**30), stored)
 
-    def __call__(self, images: Tensor, keys: Sequence[str]) -> VisionFeatures:
-        """Return the features of views ``(V, 3, H, W)`` with their `keys`, on the device of the views."""
+    def __call__(self, pixels: Pixels, keys: Sequence[str]) -> Features:
+        """Return the features of items with their `keys`, on the device of their `pixels`, as the encoder does."""
         found = {key: self._read(key) for key in keys}
         missing = {key: number for number, key in enumerate(keys) if found[key] is None}
         if missing:
-            computed = self.encoder(images[list(missing.values())])
-            for place, key in enumerate(missing):
-                found[key] = {name: tensor.to(self.stored) for name, tensor in _tensors(computed, place).items()}
+            numbers = list(missing.values())
+            computed = self.encoder.encode(
+                pixels[numbers] if isinstance(pixels, Tensor) else tuple(pixels[number] for number in numbers)
+            )
+            for key, row in zip(missing, rows_of(computed)):
+                found[key] = {name: tensor.to(self.stored) for name, tensor in _tensors(row).items()}
                 self._write(key, found[key])
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        rows = [found[key] for key in keys]
-        stacked = {name: torch.stack([row[name].to(images.device, self.dtype) for row in rows]) for name in rows[0]}
-        levels = tuple(stacked[f"level{i}"] for i in range(len(self.encoder.levels)))
-        return VisionFeatures(stacked["patches"], stacked.get("prefix"), levels)
+        rows = []
+        for key in keys:
+            tensors = {name: tensor.to(pixels[0].device, self.dtype) for name, tensor in found[key].items()}
+            levels = tuple(tensors[f"level{i}"] for i in range(len(self.encoder.levels)))
+            rows.append(VisionFeatures(tensors["patches"], tensors.get("prefix"), levels))
+        return stacked(rows) if isinstance(pixels, Tensor) else packed(rows)
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -178,11 +185,9 @@ def _lock(file: int, how: int) -> None:
         pass  # some network file systems do not support locks
 
 
-def _tensors(features: VisionFeatures, row: int) -> dict[str, Tensor]:
-    tensors = {"patches": features.patches[row]}
-    if features.prefix is not None:
-        tensors["prefix"] = features.prefix[row]
-    return tensors | {f"level{i}": level[row] for i, level in enumerate(features.levels)}
+def _tensors(row: VisionFeatures) -> dict[str, Tensor]:
+    tensors = {"patches": row.patches} | ({} if row.prefix is None else {"prefix": row.prefix})
+    return tensors | {f"level{i}": level for i, level in enumerate(row.levels)}
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

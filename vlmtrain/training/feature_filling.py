@@ -24,7 +24,7 @@ from .processing import build_processor, image_size_of
 
 @dataclass
 class Filled:
-    """Result for the first epoch of a stage. known: views already cached. computed: views added to the cache."""
+    """Result for the first epoch of a stage. known: items already cached. computed: items added to the cache."""
 
     known: int
     computed: int
@@ -77,8 +77,9 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     ):
         for data in loader:
             for batch in data.micro_batches:
-                if batch.keys is not None:
-                    cache(batch.images.to(device, cache.dtype), batch.keys)
+                visual = batch.visual.to(device, cache.dtype)
+                if visual.keys is not None:
+                    cache(visual.pixels[0], *visual.keys)
             problems += [bad.problem for bad in data.bad]
             bar.update()
     return Filled(cache.hits, cache.misses, problems)

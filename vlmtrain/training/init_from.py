@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from ..connectors import connector_options
+from ..connectors import CONNECTORS
 from ..files import read_json, write_json
 from ..model.folder import is_model_folder
 from ..model.parts import FIXED
@@ -66,7 +66,7 @@ def adopt_connector(run: Run, finished: Collection[str]) -> tuple[Run, list[str]
         )
     if anew:
         return run, []
-    held = {"name": kind, **connector_options(kind), **held}
+    held = {"name": kind, **CONNECTORS.options(kind), **held}
     options = chosen.options if chosen.name == kind else {}
     differing = [key for key in held if key in options and options[key] != held[key]]
     for key in differing:

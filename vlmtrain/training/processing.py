@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from ..connectors.checks import GridError
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
 from ..model.llm import load_tokenizer, max_positions
+from ..model.rotary import reads_rows
 from ..model.vision import VisionEncoder
 from ..objectives import Objective
 from ..settings import Run, Stage
@@ -61,6 +63,7 @@ def build_processor(
         run.llm.chat_template,
         _build_reader(run, stage, parts, tokenizer),
         in_pairs=objective.compares_samples,
+        positions="mrope" if "llm" in parts and reads_rows(parts["llm"]) else None,
     )
 
 
@@ -112,10 +115,36 @@ def build_geometry(stage: Stage, parts: dict[str, nn.Module], objective: Objecti
     connector: Connector | None = parts.get("connector")
     shows = connector is not None and objective.sees_pictures_as_tokens
     tokens, grid = (f(*vision.grid) for f in (connector.num_tokens, connector.output_grid)) if shows else (0, None)
-    tile_grids = stage.image_tiles if stage.image_fit == "tiles" else ()
-    look = (vision.image_mean, vision.image_std)
-    limits = (stage.image_tiles_most or 0, stage.image_tiles_alone)
-    return Geometry(vision.image_size, stage.image_fit, *look, tokens, grid, tile_grids, *limits)
+    fit, multiple = stage.image_fit, math.lcm(vision.multiple, connector.multiple if shows else 1)
+    geometry = Geometry(
+        vision.image_size,
+        fit,
+        vision.image_mean,
+        vision.image_std,
+        tokens,
+        grid,
+        stage.image_tiles if fit == "tiles" else (),
+        stage.image_tiles_most or 0,
+        stage.image_tiles_alone,
+        vision.patch_size,
+        *((stage.image_pixels, multiple, connector.config) if fit == "native" and shows else ()),
+    )
+    if fit == "native":
+        _check_native(geometry, stage, vision)
+    return geometry
+
+
+def _check_native(geometry: Geometry, stage: Stage, vision: VisionEncoder) -> None:
+    """Raise ValueError if the encoder or the connector does not support images of their own sizes."""
+    vision.check_any_size()
+    try:
+        for size in {geometry.smallest, geometry.largest}:
+            geometry.plan([size])
+    except GridError as error:
+        raise ValueError(
+            f"{stage.prefix}.image_fit=native: the connector does not support every grid ({error}): use another "
+            "connector or image_fit"
+        ) from None
 
 
 def image_size_of(parts: dict[str, nn.Module]) -> tuple[int, int]:

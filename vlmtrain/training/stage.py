@@ -310,7 +310,7 @@ class _Stage:
         for name, part in parts.items():
             if not part["trained"] or part["sha256_before"] != part["sha256_after"]:
                 continue
-            if name not in ("vision", "connector") or self.record["image_tokens"]:
+            if name not in ("vision", "connector", "fusion") or self.record["image_tokens"]:
                 raise RuntimeError(f"{name} is trained but unchanged")
             if self.world.is_main:
                 logger.warning(

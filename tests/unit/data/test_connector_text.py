@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import BertTokenizerFast
 
 from vlmtrain.data.connector_text import TextReader, text_vocabulary
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from vlmtrain.evaluation.validation import _blanked, _prompt
 
@@ -111,17 +112,17 @@ def test_texts_stay_with_their_images(bert, tokenizer, layout):
     samples = [make(conversation) for conversation in (OTHER, SILENT, TALK)]
     batch = make.collate(samples) if layout == "padded" else make.pack(samples)
     expected = ["what circle", "what color", "and now", "and now"]
-    assert len(batch.images) == 4
-    for ids, mask, words in zip(batch.text_ids, batch.text_mask, expected, strict=True):
+    assert len(batch.visual.pixels[0]) == 4
+    for ids, mask, words in zip(*batch.visual.texts, expected, strict=True):
         assert bert.decode(ids[mask]) == f"[CLS] {words} [SEP]"
-    assert batch.to(torch.device("cpu"), torch.bfloat16).text_ids.dtype == torch.int64
+    assert batch.to(torch.device("cpu"), torch.bfloat16).visual.texts.ids.dtype == torch.int64
 
 
 def test_every_view_of_an_image_has_its_text(bert, tokenizer):
     make = processor(tokenizer, TextReader(bert, "instruction", 20), "tiles")
     batch = make.collate([make(OTHER), make(TALK)])
-    assert len(batch.images) == len(batch.text_ids) == 4 * 3
-    said = [bert.decode(ids[mask]) for ids, mask in zip(batch.text_ids, batch.text_mask)]
+    assert len(batch.visual.pixels[0]) == len(batch.visual.texts.ids) == 4 * 3
+    said = [bert.decode(ids[mask]) for ids, mask in zip(*batch.visual.texts)]
     expected = ["what circle", "what color", "and now", "and now"]
     assert said == [f"[CLS] {words} [SEP]" for words in expected for _ in range(3)]
 
@@ -129,14 +130,14 @@ def test_every_view_of_an_image_has_its_text(bert, tokenizer):
 def test_a_placeholder_image_has_a_placeholder_text(bert, tokenizer):
     make = processor(tokenizer, TextReader(bert, "instruction", 20))
     for batch in (make.collate([make(SILENT)]), make.collate([], rows=2), make.pack([])):
-        assert len(batch.images) == 1 and batch.is_image is None
-        assert batch.text_ids.tolist() == [[2, 3]] and batch.text_mask.all()
+        assert len(batch.visual.pixels[0]) == 1 and not batch.visual.items
+        assert batch.visual.texts.ids.tolist() == [[2, 3]] and batch.visual.texts.mask.all()
 
 
 def test_without_a_reader_there_is_no_text(tokenizer):
     make = processor(tokenizer, None)
     batch = make.collate([make(OTHER)])
-    assert batch.text_ids is None and batch.text_mask is None
+    assert batch.visual.texts is None
 
 
 def test_a_prompt_has_the_text_of_its_images(bert, tokenizer):
@@ -144,7 +145,7 @@ def test_a_prompt_has_the_text_of_its_images(bert, tokenizer):
     sample = make(TALK)
     for seen in (sample, _blanked(sample)):
         first, last = (_prompt(seen, start) for start, _ in (sample.tokens.answers[0], sample.tokens.answers[2]))
-        assert len(first.images) == len(first.texts) == 1 and len(last.images) == len(last.texts) == 3
+        assert len(first.pixels[0]) == len(first.texts) == 1 and len(last.pixels[0]) == len(last.texts) == 3
         assert all(one.equal(other) for one, other in zip(last.texts, sample.texts))
     asked = make.prompt(Conversation("asked", TALK.turns[:1], TALK.images[:1]))
     assert [ids.tolist() for ids in asked.texts] == [sample.texts[0].tolist()]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmtrain.batch import Batch
+from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.loader import BadRecord, PaddedBatching, StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
-from vlmtrain.data.processor import Batch, Geometry, Processor
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
 
 SIZE, BATCH, PICTURE_TOKENS = 30, 8, 3  # four steps per epoch, the last one with six samples
@@ -76,12 +78,12 @@ def rows(data: StepData) -> Counter:
     """The content of a step: each row as (tokens, targets, value of the image)."""
     out = Counter()
     for batch in data.micro_batches:
-        pictures = iter(batch.images if batch.is_image is not None else ())
+        pictures = iter(batch.visual.pixels[0] if batch.visual.items else ())
         for row in range(len(batch.input_ids)):
             length = int(batch.lengths[row])
             if not batch.weights[row].any():
                 continue
-            shows = batch.is_image is not None and batch.is_image[row].any()
+            shows = batch.visual.mask[row].any()
             picture = round(float(next(pictures)[0, 0, 0]) * 255) if shows else None
             out[
                 (tuple(batch.input_ids[row, :length].tolist()), tuple(batch.targets[row, :length].tolist()), picture)
@@ -125,7 +127,7 @@ def test_the_short_last_step_is_filled_with_rows_without_weight(processor):
         assert len(share.micro_batches) == 2
         weights = [float(batch.weights.sum()) for batch in share.micro_batches]
         assert sum(weight > 0 for weight in weights) == share.samples
-        assert all(batch.images is not None for batch in share.micro_batches)
+        assert all(len(batch.visual.pixels[0]) > 0 for batch in share.micro_batches)
 
 
 def test_counts_are_those_of_the_tensors(processor):
@@ -133,18 +135,23 @@ def test_counts_are_those_of_the_tensors(processor):
         full = [batch for batch in data.micro_batches if batch.weights.any()]
         assert data.tokens == sum(int(batch.lengths.sum()) for batch in full)
         assert data.padded_tokens == sum(batch.input_ids.numel() for batch in data.micro_batches)
-        pictures = [batch for batch in full if batch.is_image is not None]
-        assert data.image_tokens == sum(int(batch.is_image.sum()) for batch in pictures)
-        assert data.image_tokens == sum(PICTURE_TOKENS * len(batch.images) for batch in pictures)
+        pictures = [batch for batch in full if batch.visual.items]
+        assert data.image_tokens == sum(int(batch.visual.mask.sum()) for batch in pictures)
+        assert data.image_tokens == sum(PICTURE_TOKENS * len(batch.visual.pixels[0]) for batch in pictures)
         assert data.target_tokens == sum(int((batch.targets >= 0).sum()) for batch in full)
         assert data.weight == sum(float(batch.weights.sum()) for batch in full) == data.target_tokens
         assert data.samples == sum(rows(data).values()) and data.bad == [] and data.drawn == [data.samples]
 
 
 def same_batches(batches: list[Batch], others: list[Batch]) -> None:
-    assert [batch.ids for batch in batches] == [batch.ids for batch in others]
-    tensors = ([batch._replace(ids=()) for batch in some] for some in (batches, others))
-    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    def split(batch: Batch) -> tuple[tuple, Batch]:
+        visual = batch.visual
+        named = batch.ids, visual.items, visual.placements, visual.keys
+        return named, batch._replace(ids=(), visual=visual._replace(items=(), placements=(), keys=None))
+
+    (names, tensors), (other_names, other_tensors) = (zip(*map(split, some)) for some in (batches, others))
+    assert names == other_names
+    torch.testing.assert_close(tensors, other_tensors, rtol=0, atol=0)
 
 
 def same(one: StepData, other: StepData) -> None:
@@ -213,4 +220,4 @@ def test_a_step_of_bad_samples_only_still_has_its_micro_batches(processor):
     data = steps(processor, bad=tuple(range(SIZE)))[0]
     assert len(data.bad) == BATCH and data.samples == data.weight == data.tokens == 0
     assert [batch.input_ids.shape for batch in data.micro_batches] == [(1, 1)] * 4
-    assert all(not batch.weights.any() and batch.is_image is None for batch in data.micro_batches)
+    assert all(not batch.weights.any() and not batch.visual.items for batch in data.micro_batches)

@@ -9,10 +9,11 @@ from itertools import chain, islice
 import pytest
 import torch
 
+from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.loader import PackedBatching, StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.packing import LOOKAHEAD, Piece, row_budget, take_row
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.processor import Processor
 
 from .test_loader import Numbered, rows, same_batches
 
@@ -138,10 +139,10 @@ def unpacked(data: StepData) -> Counter:
         if batch.boundaries is None:
             assert not batch.weights.any()
             continue
-        pictures = iter(batch.images)
+        pictures = iter(batch.visual.pixels[0])
         for start, end in zip(batch.boundaries, batch.boundaries[1:]):
             assert batch.positions[0, start:end].tolist() == list(range(end - start))
-            shows = batch.is_image is not None and batch.is_image[0, start:end].any()
+            shows = batch.visual.mask[0, start:end].any()
             picture = round(float(next(pictures)[0, 0, 0]) * 255) if shows else None
             tokens = (batch.input_ids[0, start:end].tolist(), batch.targets[0, start:end].tolist())
             found[(*map(tuple, tokens), picture)] += 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendering import IGNORE
 
@@ -41,27 +43,28 @@ def test_rows_are_padded_on_the_right(processor):
     batch = processor.collate(samples)
     lengths = [len(sample.tokens) for sample in samples]
     assert batch.lengths.tolist() == lengths
-    for tensor in (batch.input_ids, batch.targets, batch.weights, batch.is_image):
+    for tensor in (batch.input_ids, batch.targets, batch.weights, batch.visual.mask):
         assert tensor.shape == (3, max(lengths))
     for row, (sample, length) in enumerate(zip(samples, lengths)):
         assert batch.input_ids[row, :length].equal(sample.tokens.input_ids)
         assert batch.targets[row, :length].equal(sample.tokens.targets)
-        assert batch.is_image[row, :length].equal(sample.tokens.image_index >= 0)
+        assert batch.visual.mask[row, :length].equal(sample.tokens.index >= 0)
         assert (batch.targets[row, length:] == IGNORE).all()
-        assert not batch.weights[row, length:].any() and not batch.is_image[row, length:].any()
+        assert not batch.weights[row, length:].any() and not batch.visual.mask[row, length:].any()
         assert batch.weights[row].gt(0).equal(batch.targets[row] != IGNORE)
 
 
 def test_there_are_as_many_image_positions_as_visual_tokens(processor):
     samples = [processor(conversation(pictures)) for pictures in (2, 0, 1, 3)]
     batch = processor.collate(samples)
-    assert batch.images.shape == (6, 3, 8, 12)
-    assert batch.is_image.sum(1).tolist() == [2 * 6, 0, 6, 3 * 6]
-    assert batch.images.equal(torch.cat([samples[row].images for row in (0, 2, 3)]))
+    assert batch.visual.pixels[0].shape == (6, 3, 8, 12)
+    assert batch.visual.mask.sum(1).tolist() == [2 * 6, 0, 6, 3 * 6]
+    shown = [image for row in (0, 2, 3) for image in samples[row].pixels[0]]
+    assert batch.visual.pixels[0].equal(torch.stack(shown))
 
 
 def test_images_are_fitted_and_normalized(processor):
-    (image,) = processor(conversation(1)).images
+    (image,) = processor(conversation(1)).pixels[0]
     # a 20 x 16 image (H x W) fitted to 8 x 12: on a canvas of 20 x 30, seven columns from its left edge
     inside = Image.new("RGB", (30, 20), tuple(int(255 * channel) for channel in GEOMETRY.mean))
     inside.paste(Noise(0).load(), (7, 0))
@@ -74,20 +77,20 @@ def test_images_are_fitted_and_normalized(processor):
 
 def test_a_batch_without_images_has_a_placeholder(processor):
     batch = processor.collate([processor(conversation(0))])
-    assert batch.is_image is None and batch.images.shape == (1, 3, 8, 12)
+    assert not batch.visual.items and not batch.visual.mask.any() and batch.visual.pixels[0].shape == (1, 3, 8, 12)
 
 
 def test_a_batch_is_filled_with_rows_without_weight(processor):
     batch = processor.collate([processor(conversation(1))], rows=3)
-    assert batch.input_ids.shape[0] == 3 and len(batch.images) == 1
-    assert not batch.weights[1:].any() and not batch.is_image[1:].any() and (batch.targets[1:] == IGNORE).all()
+    assert batch.input_ids.shape[0] == 3 and len(batch.visual.pixels[0]) == 1
+    assert not batch.weights[1:].any() and not batch.visual.mask[1:].any() and (batch.targets[1:] == IGNORE).all()
     empty = processor.collate([], rows=2)
-    assert empty.input_ids.shape == (2, 1) and empty.is_image is None and not empty.weights.any()
+    assert empty.input_ids.shape == (2, 1) and not empty.visual.items and not empty.weights.any()
 
 
 def test_only_images_change_their_dtype(processor):
     batch = processor.collate([processor(conversation(1))]).to(torch.device("cpu"), torch.bfloat16)
-    assert batch.images.dtype == torch.bfloat16
+    assert batch.visual.pixels[0].dtype == torch.bfloat16
     assert batch.weights.dtype == torch.float32 and batch.input_ids.dtype == batch.targets.dtype == torch.int64
 
 
@@ -96,14 +99,15 @@ def test_without_a_geometry_images_are_bad_samples(tokenizer):
     with pytest.raises(BadSample, match="x: the sample has an image, but there is no vision encoder"):
         processor(conversation(1))
     batch = processor.collate([processor(conversation(0))])
-    assert batch.images is None and batch.is_image is None
+    assert batch.visual is None
 
 
 def test_the_prompt_is_the_sample_up_to_its_answer(processor):
     whole = conversation(2)
     sample, prompt = processor(whole), processor.prompt(Conversation("x", whole.turns[:1], whole.images))
     start, _ = sample.tokens.answers[0]
-    assert prompt.tokens.input_ids.equal(sample.tokens.input_ids[:start]) and prompt.images.equal(sample.images)
+    assert prompt.tokens.input_ids.equal(sample.tokens.input_ids[:start])
+    torch.testing.assert_close(prompt.pixels, sample.pixels, rtol=0, atol=0)
 
 
 def test_an_unknown_fit_is_an_error():
@@ -122,8 +126,8 @@ def test_saved_and_loaded_it_renders_the_same(tmp_path, kind, template, fallback
     assert again.filler == processor.filler
     subject = conversation(2 if geometry else 0, "What </s> is <|end|> this?", "a red<s> circle.")
     one, other = processor(subject), again(subject)
-    assert one.images.equal(other.images)
-    for field in ("input_ids", "targets", "weights", "image_index"):
+    torch.testing.assert_close(one.pixels, other.pixels, rtol=0, atol=0)
+    for field in ("input_ids", "targets", "weights", "index"):
         assert getattr(one.tokens, field).equal(getattr(other.tokens, field)), field
     assert one.tokens.answers == other.tokens.answers
     with pytest.raises(BadSample, match="max_length=300"):
@@ -133,3 +137,10 @@ def test_saved_and_loaded_it_renders_the_same(tmp_path, kind, template, fallback
 def test_a_folder_without_a_processor_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"is not a model folder: processor/processor\.json is missing"):
         Processor.from_pretrained(tmp_path)
+
+
+def test_media_are_images_under_another_name():
+    one, other = conversation(1), conversation(2)
+    assert one.media == one.images and Conversation("x", one.turns, images=one.images).media == one.media
+    assert replace(one, images=other.images).media == other.media and replace(one, images=()).media == ()
+    assert replace(one, media=other.media).images == other.images

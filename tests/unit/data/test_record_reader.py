@@ -13,6 +13,7 @@ from vlmtrain.data.images import ImageFolder
 from vlmtrain.data.record_reader import RecordReader
 from vlmtrain.data.records import BadSample, Conversation
 from vlmtrain.data.rendering import Renderer, check_conversation
+from vlmtrain.visual import NO_MEDIA
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 QUESTION, ANSWER = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
@@ -164,7 +165,9 @@ def test_other_keys_are_listed_as_unused_and_ignored_keys_are_not(folder):
 )
 def test_the_weight_of_a_turn_is_the_loss_weight_of_its_tokens(folder, tokenizer, given, weights):
     talk = [QUESTION, {**ANSWER, **given}, QUESTION, ANSWER]
-    rendered = Renderer(tokenizer, "chat", 100).render(RecordReader(folder).read({"conversations": talk}, "r"), [])
+    rendered = Renderer(tokenizer, "chat", 100).render(
+        RecordReader(folder).read({"conversations": talk}, "r"), NO_MEDIA
+    )
     for (start, end), weight in zip(rendered.answers, weights):
         assert set(rendered.weights[start - 1 : end - 1].tolist()) == {weight}
         assert (rendered.targets[start - 1 : end - 1] >= 0).all() == (weight > 0)

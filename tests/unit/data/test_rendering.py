@@ -16,7 +16,9 @@ from vlmtrain.data import rendering
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendering import IGNORE, Rendered, Renderer
 from vlmtrain.data.templates import VICUNA_V1
+from vlmtrain.visual import NO_MEDIA
 
+from ...media import slots
 from . import chat_formats
 from .chat_formats import CHATS, TOKENIZERS, renderer, tokenizers
 
@@ -36,7 +38,7 @@ def talk(*texts: str, system: str | None = None, id: str = "sample-7") -> Conver
 
 
 def render(subject: Renderer, conversation: Conversation) -> Rendered:
-    return subject.render(conversation, [PICTURE_TOKENS] * len(conversation.images))
+    return subject.render(conversation, slots(*[PICTURE_TOKENS] * len(conversation.images)))
 
 
 def end_of_turn(subject: Renderer, template: str) -> int:
@@ -79,7 +81,7 @@ def assert_shifted(tokens: Rendered) -> None:
     assert (tokens.targets[~trained] == IGNORE).all()
     assert tokens.targets[:-1][trained[:-1]].equal(tokens.input_ids[1:][trained[:-1]])
     assert not trained[-1]
-    assert (tokens.image_index[1:][trained[:-1]] == -1).all()
+    assert (tokens.index[1:][trained[:-1]] == -1).all()
 
 
 LONG = ("What color is the circle?", "red", "How many circles\nare there", "5", "and this?", "a blue square (é).")
@@ -123,9 +125,9 @@ def test_the_prompt_is_the_beginning_of_what_was_trained(kind, template, answer)
     tokens = render(subject, conversation)
     for turn, (start, _) in enumerate(tokens.answers):
         asked = Conversation("q", conversation.turns[: 2 * turn + 1], conversation.images[: turn + 1])
-        prompt = subject.prompt(asked, [PICTURE_TOKENS] * (turn + 1))
+        prompt = subject.prompt(asked, slots(*[PICTURE_TOKENS] * (turn + 1)))
         assert prompt.input_ids.tolist() == tokens.input_ids[:start].tolist()
-        assert prompt.image_index.equal(tokens.image_index[:start])
+        assert prompt.index.equal(tokens.index[:start])
         assert prompt.answers == tokens.answers[:turn]
         assert not prompt.weights.any() and (prompt.targets == IGNORE).all()
 
@@ -138,7 +140,7 @@ def test_the_prompt_equals_transformers_generation_prompt(kind, template):
         for system in system_turns(template):
             conversation = talk(*texts, system=system)
             expected = as_transformers_has_it(subject, template, conversation, add_generation_prompt=True)
-            assert subject.prompt(conversation, []).input_ids.tolist() == expected
+            assert subject.prompt(conversation, NO_MEDIA).input_ids.tolist() == expected
 
 
 @every_chat
@@ -160,7 +162,7 @@ def test_images_are_at_their_marks(kind, template, texts):
     tokens = render(subject, conversation)
     assert_shifted(tokens)
     runs, segments = [], [[]]
-    for token, image in zip(tokens.input_ids.tolist(), tokens.image_index.tolist()):
+    for token, image in zip(tokens.input_ids.tolist(), tokens.index.tolist()):
         if image < 0:
             segments[-1].append(token)
         elif runs and runs[-1][0] == image:
@@ -180,7 +182,7 @@ SNEAKY = "a </s> red<s> <|im_end|>\n<|im_start|>assistant <|eot_id|>, <|end|> bl
 def control_ids(subject: Renderer, tokens: Rendered) -> list[int]:
     special = {id for id, token in subject.tokenizer.added_tokens_decoder.items() if token.special}
     special -= {subject.tokenizer.unk_token_id}
-    return [token for token in tokens.input_ids[tokens.image_index < 0].tolist() if token in special]
+    return [token for token in tokens.input_ids[tokens.index < 0].tolist() if token in special]
 
 
 def assert_words_stay_words(kind: str, template: str, texts: list[str], system: str | None = None) -> None:
@@ -219,7 +221,7 @@ def test_a_mark_in_an_answer_is_text(tokenizer):
     tokens = render(subject, talk("What is written here?", "It says <image>."))
     start, end = tokens.answers[0]
     assert tokenizer.decode(tokens.input_ids[start : end - 1]) == "It says <image>."
-    assert (tokens.image_index == -1).all()
+    assert (tokens.index == -1).all()
 
 
 # plain
@@ -234,7 +236,7 @@ def test_plain_is_images_caption_newline(kind, caption):
     ((start, end),) = tokens.answers
     starts_with_bos = kind in ("unigram_always", "unigram_first", "llama_bpe")
     assert start == starts_with_bos + 2 * PICTURE_TOKENS and end == len(tokens)
-    assert tokens.image_index[:start].tolist() == [-1] * starts_with_bos + [0] * PICTURE_TOKENS + [1] * PICTURE_TOKENS
+    assert tokens.index[:start].tolist() == [-1] * starts_with_bos + [0] * PICTURE_TOKENS + [1] * PICTURE_TOKENS
     if starts_with_bos:
         assert tokens.input_ids[0] == subject.tokenizer.bos_token_id
     assert int(tokens.input_ids[-1]) == subject.stop_ids[0]
@@ -244,7 +246,7 @@ def test_plain_is_images_caption_newline(kind, caption):
         assert decoded.endswith("\n") and not decoded.endswith("\n\n")
         assert decoded.lstrip() == caption.strip() + "\n"
         assert subject.decode(tokens.input_ids[start:]) == caption.strip()
-    prompt = subject.prompt(talk("Describe <image><image>"), [PICTURE_TOKENS] * 2)
+    prompt = subject.prompt(talk("Describe <image><image>"), slots(*[PICTURE_TOKENS] * 2))
     assert prompt.input_ids.tolist() == tokens.input_ids[:start].tolist()
 
 
@@ -265,17 +267,15 @@ def test_blip_is_images_then_the_tokenized_text(kind, question):
     shown = PICTURE_TOKENS * len(conversation.images)
     tokens = render(subject, conversation)
     assert_shifted(tokens)
-    assert tokens.image_index.tolist() == [0] * shown + [-1] * (len(tokens) - shown)
+    assert tokens.index.tolist() == [0] * shown + [-1] * (len(tokens) - shown)
     eos = subject.tokenizer.eos_token
     own = subject.tokenizer(f"What color is it? a red circle{eos}and how many? 5{eos}").input_ids
     if own[0] != subject.tokenizer.bos_token_id and subject.tokenizer.bos_token:
         own = [subject.tokenizer.bos_token_id, *own]
     if kind != "wordpiece":  # which adds special tokens around every text
         assert tokens.input_ids[shown:].tolist() == own
-    prompt = subject.prompt(talk(question), [PICTURE_TOKENS] * len(conversation.images))
-    assert prompt.input_ids.equal(tokens.input_ids[: len(prompt)]) and prompt.image_index.equal(
-        tokens.image_index[: len(prompt)]
-    )
+    prompt = subject.prompt(talk(question), slots(*[PICTURE_TOKENS] * len(conversation.images)))
+    assert prompt.input_ids.equal(tokens.input_ids[: len(prompt)]) and prompt.index.equal(tokens.index[: len(prompt)])
     assert tokens.answers[0][0] == len(prompt)
 
 
@@ -305,7 +305,7 @@ def test_no_image_is_ever_truncated(tokenizer):
     complete, two = (
         len(render(Renderer(tokenizer, "chat", 10_000), c)) for c in (late, talk("What", "red", "<image>", "blue"))
     )
-    assert (render(Renderer(tokenizer, "chat", complete - 1), late).image_index >= 0).sum() == PICTURE_TOKENS
+    assert (render(Renderer(tokenizer, "chat", complete - 1), late).index >= 0).sum() == PICTURE_TOKENS
     assert len(render(Renderer(tokenizer, "chat", two), late)) == two
     with pytest.raises(BadSample, match=rf"sample-7: .*max_length={two - 1}"):
         render(Renderer(tokenizer, "chat", two - 1), late)
@@ -402,11 +402,11 @@ def test_a_template_that_cannot_be_trained_is_refused_at_once(tokenizer, templat
 @pytest.mark.parametrize("template", chat_formats.NO_SYSTEM)
 def test_an_unsupported_system_turn_is_a_bad_sample_unless_it_is_empty(template):
     subject = renderer("byte_bpe", template)
-    for ask in (lambda c: render(subject, c), lambda c: subject.prompt(c, [])):
+    for ask in (lambda c: render(subject, c), lambda c: subject.prompt(c, NO_MEDIA)):
         with pytest.raises(BadSample, match=r"sample-7: template=chat does not support a system turn: "):
             ask(talk(*LONG, system="Be good."))
     assert render(subject, talk(*LONG, system=" \n")).input_ids.equal(render(subject, talk(*LONG)).input_ids)
-    asked = [subject.prompt(talk("What?", system=system), []).input_ids for system in (None, "")]
+    asked = [subject.prompt(talk("What?", system=system), NO_MEDIA).input_ids for system in (None, "")]
     assert asked[0].equal(asked[1])
 
 
@@ -440,7 +440,7 @@ def test_qwen_3_is_prompted_for_answers_without_thinking(kind):
         asked = talk("What is this?", system=system)
         options = {"add_generation_prompt": True, "enable_thinking": False, "chat_template": chat_formats.QWEN_3}
         published = as_transformers_has_it(subject, "qwen_3", asked, **options)
-        assert subject.prompt(asked, []).input_ids.tolist() == published
+        assert subject.prompt(asked, NO_MEDIA).input_ids.tolist() == published
 
 
 @pytest.mark.parametrize("answer", ["<think>\nround\n</think>\n\na circle", "</think>", "a </think> b"])
@@ -511,4 +511,4 @@ def test_a_broken_conversation_is_a_bad_sample_that_is_named(tokenizer, template
 def test_a_prompt_needs_as_many_images_as_marks(tokenizer, pictures):
     asked = conversation_of(("user", "<image>"), pictures=pictures)
     with pytest.raises(BadSample, match=f"sample-7: 1 <image> marks in the user's turns, but {pictures} images"):
-        Renderer(tokenizer, "chat", 1000).prompt(asked, [PICTURE_TOKENS] * pictures)
+        Renderer(tokenizer, "chat", 1000).prompt(asked, slots(*[PICTURE_TOKENS] * pictures))

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from vlmtrain.cli import main
 from vlmtrain.data import sources
+from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.hf_dataset import HFDataset
 from vlmtrain.data.hf_stream import HFStream
 from vlmtrain.data.loader import Batching, PackedBatching, PaddedBatching, StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, StreamError
 from vlmtrain.data.sources import build_source, first_look
 from vlmtrain.settings import compose, compose_evaluation

@@ -8,6 +8,7 @@ from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.interop.chat_template import spoken_words, typed_speech
 
+from ...media import slots
 from ..data.chat_formats import CHATS, TOKENIZERS, renderer
 
 
@@ -26,8 +27,8 @@ def test_an_exported_template_renders_what_training_saw(kind, template):
         [{"role": "user", "content": items}], add_generation_prompt=True, tokenize=False
     )
     asked = Conversation("one", (Turn("user", "<image>\nWhat color is it?"),), (None,))
-    expected = processor.renderer.prompt(asked, [1])
-    ids = expected.input_ids.masked_fill(expected.image_index >= 0, speech.image_id)
+    expected = processor.renderer.prompt(asked, slots(1))
+    ids = expected.input_ids.masked_fill(expected.index >= 0, speech.image_id)
     assert speech.tokenizer(said).input_ids == ids.tolist()
     assert speech.tokenizer.padding_side == "left" and renderer(kind, template).tokenizer.chat_template == (
         processor.tokenizer.chat_template
@@ -38,7 +39,8 @@ def test_an_exported_template_renders_what_training_saw(kind, template):
 def test_blips_processors_insert_images_and_the_first_token_themselves(kind):
     processor = speaking(kind, "blip")
     speech = spoken_words(processor)
-    expected = processor.renderer.prompt(Conversation("one", (Turn("user", "<image>\nWhat is it?"),), (None,)), [1])
+    asked = Conversation("one", (Turn("user", "<image>\nWhat is it?"),), (None,))
+    expected = processor.renderer.prompt(asked, slots(1))
     said = speech.tokenizer.apply_chat_template([{"role": "user", "content": "<image>\nWhat is it?"}], tokenize=False)
     assert said == "What is it?"
     assert speech.tokenizer(said).input_ids == expected.input_ids[1:].tolist()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmtrain.batch import Batch
 from vlmtrain.data.connector_text import TextReader
-from vlmtrain.data.processor import Batch, Geometry, Processor
+from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.data.shapes import Shapes
 from vlmtrain.distributed.world import World
@@ -52,10 +54,8 @@ def asked(words: str, *more: str) -> Conversation:
 
 def visual(model: VLMWrapper, batch: Batch) -> Tensor:
     with torch.no_grad():
-        embedded = model.embed(
-            batch.input_ids, batch.images, batch.is_image, text_ids=batch.text_ids, text_mask=batch.text_mask
-        )
-    return embedded[batch.is_image].unflatten(0, (-1, 3))
+        embedded = model.embed(batch.input_ids, batch.visual).embeddings
+    return embedded[batch.visual.mask].unflatten(0, (-1, 3))
 
 
 def test_the_instruction_changes_the_tokens_of_the_same_image(built):

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from vlmtrain.model.parts import module_state
-from vlmtrain.model.vision import VisionEncoder, build_vision, load_vision
+from vlmtrain.model.vision import ENCODERS, HFVision, VisionEncoder, build_vision, load_vision
 
 BLOCKS, WIDTH, PATCH, SIDE = 3, 16, 8, 32
 LAYERS = (-1, -2, 1)
@@ -490,3 +490,39 @@ def test_an_open_clip_name_without_a_grid_or_a_model_is_refused_in_one_line(name
     with torch.device("meta"), pytest.raises(ValueError, match=r"has no patch grid|cannot read its config") as refused:
         build_vision("open_clip", name=name, weights=False)
     assert "\n" not in str(refused.value)
+
+
+def test_a_registered_subclass_is_loaded_as_itself(tmp_path):
+    """An encoder of a user's module that derives from a class of the package keeps its own behavior."""
+
+    class Louder(HFVision):
+        def forward(self, images):
+            features = super().forward(images)
+            return features._replace(patches=7 * features.patches)
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=16, patch_size=8))
+    ENCODERS["louder"] = Louder
+    try:
+        encoder = Louder(tower, {"image_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, -1).eval()
+        encoder.provider = "louder"
+        encoder.save(tmp_path, module_state(encoder))
+        again, images = load_vision(tmp_path), torch.randn(1, 3, 16, 16)
+        assert type(again) is Louder and again.provider == "louder"
+        assert again.eval()(images).patches.equal(encoder(images).patches)
+    finally:
+        del ENCODERS["louder"]
+
+
+def test_an_encoder_without_an_attribute_is_named():
+    class Nameless(VisionEncoder):
+        @classmethod
+        def build(cls, **options):
+            return cls()
+
+    ENCODERS["nameless"] = Nameless
+    try:
+        with pytest.raises(ValueError, match=r"vision\.provider=nameless: Nameless has no attribute image_size"):
+            build_vision("nameless")
+    finally:
+        del ENCODERS["nameless"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,14 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.media import slots
+from vlmtrain.batch import Batch
 from vlmtrain.connectors import VisionFeatures
 from vlmtrain.model import VLMWrapper
-from vlmtrain.model.concatenation import concatenate
+from vlmtrain.model.fusion import Concatenation, VisualTokens
 from vlmtrain.model.parts import make_connector, module_state
 from vlmtrain.model.vision import build_vision
+from vlmtrain.visual import NO_MEDIA, Visual
 
 VOCABULARY, WIDTH, IMAGE_TOKENS = 97, 32, 4
 SMALL = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -64,11 +68,12 @@ class Row:
     """A row of text with images at some positions: ``[3, "picture", 5]``."""
 
     def __init__(self, *items: int | str, seed: int = 0):
-        self.ids, self.marks = [], []
+        self.ids, self.index, pictures = [], [], count()
         for item in items:
-            count = IMAGE_TOKENS if item == "picture" else 1
-            self.ids += [0 if item == "picture" else item] * count
-            self.marks += [item == "picture"] * count
+            is_picture = item == "picture"
+            length = IMAGE_TOKENS if is_picture else 1
+            self.ids += [0 if is_picture else item] * length
+            self.index += [next(pictures) if is_picture else -1] * length
         generator = torch.Generator().manual_seed(seed)
         self.pictures = torch.randn(items.count("picture"), 3, 16, 16, generator=generator)
 
@@ -81,15 +86,19 @@ ROWS = [
 ]
 
 
-def collate(*rows: Row, filler: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """input_ids, images, is_image and lengths; rows padded on the right."""
+def collate(*rows: Row, filler: int = 0) -> Batch:
+    """Rows padded on the right, without targets."""
     width = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [filler] * (width - len(row.ids)) for row in rows])
-    marks = torch.tensor([row.marks + [False] * (width - len(row.ids)) for row in rows])
+    index, before = torch.full_like(ids, -1), 0
+    for place, row in zip(index, rows):
+        own = torch.tensor(row.index)
+        place[: len(own)] = torch.where(own >= 0, own + before, -1)
+        before += len(row.pictures)
+    pictures = torch.cat([row.pictures for row in rows]) if before else torch.zeros(1, 3, 16, 16)
+    visual = Visual((pictures,), *slots(*[IMAGE_TOKENS] * before), index)
     lengths = torch.tensor([len(row.ids) for row in rows])
-    if not marks.any():
-        return ids, torch.zeros(1, 3, 16, 16), None, lengths
-    return ids, torch.cat([row.pictures for row in rows]), marks, lengths
+    return Batch(ids, torch.full_like(ids, -100), torch.zeros(ids.shape), lengths, visual)
 
 
 def embeddings_by_hand(model: VLMWrapper, row: Row) -> Tensor:
@@ -97,13 +106,13 @@ def embeddings_by_hand(model: VLMWrapper, row: Row) -> Tensor:
     table = model.llm.get_input_embeddings().weight
     visual = [model.connector(model.vision(picture[None]))[0] for picture in row.pictures]
     tokens = iter(torch.cat(visual)) if visual else iter(())
-    return torch.stack([next(tokens) if mark else table[id] for id, mark in zip(row.ids, row.marks)])
+    return torch.stack([next(tokens) if number >= 0 else table[id] for id, number in zip(row.ids, row.index)])
 
 
 def logits(model: VLMWrapper, *rows: Row, **options) -> Tensor:
-    ids, images, is_image, _ = collate(*rows, filler=options.pop("filler", 0))
+    batch = collate(*rows, filler=options.pop("filler", 0))
     with torch.no_grad():
-        return model(ids, images, is_image, **options)
+        return model(batch, **options)
 
 
 def close(one: Tensor, other: Tensor) -> None:
@@ -113,11 +122,19 @@ def close(one: Tensor, other: Tensor) -> None:
 # concatenation
 
 
+def concatenate(text: Tensor, visual: Tensor, index: list[list[int]] | None) -> Tensor:
+    """Fuse text with the tokens ``(N, n, D)`` of images whose number is at their positions; None: of a stand-in."""
+    media = NO_MEDIA if index is None else slots(*[visual.shape[1]] * len(visual))
+    places = torch.full(text.shape[:2], -1) if index is None else torch.tensor(index)
+    fusion = Concatenation(text.shape[-1])
+    return fusion(text, VisualTokens(visual.flatten(0, 1)), Visual((), *media, places)).embeddings
+
+
 def test_tokens_fill_the_marked_positions_in_reading_order():
     text = torch.arange(10.0).reshape(2, 5, 1)
     visual = torch.tensor([[[100.0], [101.0]], [[200.0], [201.0]]])
-    is_image = torch.tensor([[False, True, True, False, False], [True, False, False, False, True]])
-    assert concatenate(text, visual, is_image)[..., 0].tolist() == [[0, 100, 101, 3, 4], [200, 6, 7, 8, 201]]
+    index = [[-1, 0, 0, -1, -1], [1, -1, -1, -1, 1]]
+    assert concatenate(text, visual, index)[..., 0].tolist() == [[0, 100, 101, 3, 4], [200, 6, 7, 8, 201]]
     assert concatenate(text, visual, None).equal(text)
 
 
@@ -129,26 +146,27 @@ def test_a_batch_without_images_still_gives_the_connector_a_gradient_of_zero():
 
 def test_gradients_reach_each_image_only_from_its_own_positions():
     text, visual = torch.zeros(1, 6, 2), torch.zeros(2, 2, 2, requires_grad=True)
-    is_image = torch.tensor([[True, True, False, True, True, False]])
+    index = [[0, 0, -1, 1, 1, -1]]
     weight = torch.arange(6.0)[None, :, None]
-    (concatenate(text, visual, is_image) * weight).sum().backward()
+    (concatenate(text, visual, index) * weight).sum().backward()
     assert visual.grad[..., 0].tolist() == [[0, 1], [3, 4]]
 
 
 def test_visual_tokens_are_at_the_marks(model):
-    ids, images, is_image, lengths = collate(*ROWS)
+    batch = collate(*ROWS)
     with torch.no_grad():
-        embedded = model.embed(ids, images, is_image)
-        for row, values, length in zip(ROWS, embedded, lengths):
+        embedded = model.embed(batch.input_ids, batch.visual).embeddings
+        for row, values, length in zip(ROWS, embedded, batch.lengths):
             close(values[:length], embeddings_by_hand(model, row))
 
 
 def test_precomputed_features_give_the_same_result(model):
-    ids, images, is_image, _ = collate(*ROWS)
+    batch = collate(*ROWS)
+    unseen = batch._replace(visual=batch.visual._replace(pixels=()))
     with torch.no_grad():
-        features = model.vision(images)
+        features = model.vision(batch.visual.pixels[0])
         assert isinstance(features, VisionFeatures)
-        close(model(ids, None, is_image, features=features), model(ids, images, is_image))
+        close(model(unseen, features), model(batch))
 
 
 # logits
@@ -162,10 +180,10 @@ def test_a_row_gets_the_logits_of_the_language_model_alone(model):
 
 
 def test_text_gets_the_language_models_own_logits(model):
-    ids, images, is_image, _ = collate(ROWS[2])
-    assert is_image is None
+    batch = collate(ROWS[2])
+    assert not batch.visual.items
     with torch.no_grad():
-        close(model(ids, images, None), model.llm(input_ids=ids).logits)
+        close(model(batch), model.llm(input_ids=batch.input_ids).logits)
 
 
 def test_padding_on_the_right_changes_nothing(model):
@@ -211,7 +229,7 @@ def greedy(model: VLMWrapper, row: Row, new: int, stop: int | None = None) -> li
 
 def generate(model: VLMWrapper, *rows: Row, **options) -> list[list[int]]:
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
-    return model.generate(*collate(*rows), **options).tolist()
+    return model.generate(collate(*rows), **options).tolist()
 
 
 def test_generation_equals_a_greedy_loop_without_a_cache(model):
@@ -233,9 +251,9 @@ def test_generation_stops_at_the_end_of_turn(model):
 
 def test_generation_from_text_needs_no_images(model):
     assert generate(model, ROWS[2]) == [greedy(model, ROWS[2], 6)]
-    ids = torch.tensor([ROWS[2].ids])
+    text = collate(ROWS[2])._replace(visual=None)
     alone = VLMWrapper(None, None, model.llm)
-    without = alone.generate(ids, None, None, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    without = alone.generate(text, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert without.tolist() == [greedy(model, ROWS[2], 6)]
 
 

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from vlmtrain.data.processor import Geometry, Processor
+from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.processor import Processor
 from vlmtrain.data.shapes import Shapes
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.vision import build_vision
@@ -35,7 +36,8 @@ def test_loss_equals_open_clips(parts, tokenizer):
     samples = [processor(Shapes("caption", 5)[i]) for i in range(5)]
     loss = objective(VLMWrapper(vision, None, None), processor.collate(samples, rows=7), None)
 
-    images = torch.nn.functional.normalize(vision.pooled(torch.cat([s.images for s in samples])), dim=-1)
+    shown = torch.stack([image for sample in samples for image in sample.pixels[0]])
+    images = torch.nn.functional.normalize(vision.pooled(shown), dim=-1)
     ids = torch.zeros(5, 40, dtype=torch.long)
     for row, sample in enumerate(samples):
         length = len(sample.tokens)

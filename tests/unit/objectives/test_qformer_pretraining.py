@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForImageTextRetrieval
 
+from vlmtrain.batch import Batch
 from vlmtrain.connectors import VisionFeatures, build_connector
-from vlmtrain.data.processor import Batch
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import qformer_pretraining
 from vlmtrain.objectives.gathering import Share
 from vlmtrain.objectives.qformer_pretraining import Pairs, QFormerPretraining
+from vlmtrain.visual import Texts, Visual
 
 WIDTH, VOCABULARY, QUERIES, CLS, SEP = 16, 50, 5, 47, 48
 DEC = VOCABULARY - 1
@@ -93,7 +94,7 @@ def batch(texts: list[list[int]] = TEXTS, rows: int = 0, width: int = 0) -> Batc
     weights = torch.zeros(rows, 2)
     weights[: len(texts), 0] = 1
     empty = torch.zeros(rows, 2, dtype=torch.long)
-    return Batch(empty, empty, weights, None, None, empty[:, 0], text_ids=ids, text_mask=mask)
+    return Batch(empty, empty, weights, empty[:, 0], Visual((), (), (), empty - 1, Texts(ids, mask)))
 
 
 def sequence(features: VisionFeatures) -> Tensor:
@@ -140,7 +141,7 @@ def test_candidates_carry_no_gradient(parts, features):
     model, objective = parts
     objective.losses(model, batch(), features).contrastive.backward()
     found = [objective.vision_proj.weight.grad.clone(), objective.text_proj.weight.grad.clone()]
-    core, ids, mask = model.connector.core, batch().text_ids, batch().text_mask
+    core, (ids, mask) = model.connector.core, batch().visual.texts
     with torch.no_grad():
         seen, heard = core(sequence(features)), core(None, ids, mask[:, None])[:, 0]
     objective.zero_grad()
@@ -221,7 +222,7 @@ def test_a_caption_is_predicted_from_left_to_right(parts, features):
 def pairs_of(vision: Tensor, texts: list[list[int]]) -> Pairs:
     made = batch(texts)
     share = Share([len(texts)], 0)
-    return Pairs(vision, made.text_ids, made.text_mask, len(texts), share, share.mine(vision.device))
+    return Pairs(vision, *made.visual.texts, len(texts), share, share.mine(vision.device))
 
 
 def test_padding_and_rows_without_weight_change_nothing(parts, features, drawn):

@@ -101,7 +101,7 @@ def test_every_recipe_composes_and_declares_every_part(recipe):
     settings = compose([f"recipe={recipe}"])
     assert settings.name == recipe
     for stage in settings.stages.values():
-        assert set(stage.train) == {"vision", "connector", "llm", "objective"}
+        assert set(stage.train) == {"vision", "connector", "fusion", "llm", "objective"}
 
 
 # Published values: LLaVA's scripts (pretrain.sh, finetune.sh of v1_5; pretrain.sh, finetune_full_schedule.sh of 1.0).

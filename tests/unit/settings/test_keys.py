@@ -9,15 +9,17 @@ import yaml
 from omegaconf import OmegaConf
 
 from vlmtrain.cli import main
-from vlmtrain.connectors import CONNECTORS, connector_options
+from vlmtrain.connectors import CONNECTORS
 from vlmtrain.data.hf_dataset import COLUMNS
+from vlmtrain.model.fusion import FUSIONS
 from vlmtrain.settings import LoRA, compose, flatten
 from vlmtrain.settings import run as settings
 from vlmtrain.settings.data import FORMATS, OWN_KEYS, PURPOSES
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 from vlmtrain.settings.other_trainers import KEYS
 
-FILLED = {"name", "vision", "connector", "llm", "data", "engine"}  # by the recipe and the groups that it selects
+# by the recipe and the groups that it selects
+FILLED = {"name", "vision", "connector", "fusion", "llm", "data", "engine"}
 OF_THE_COMPOSITION = {"defaults", "hydra", "mini_options", *(f"{group}_options" for group in FILLED)}
 GROUPS = {
     "vision/open_clip": settings.OpenClipOptions,
@@ -72,7 +74,14 @@ def test_train_and_evaluate_declare_exactly_the_keys_that_are_read():
 def test_a_connectors_file_declares_its_classs_options_and_defaults(name):
     file = CONFIGS / "connector" / f"{name}.yaml"
     if file.exists():  # a connector of some other test has none
-        assert declared(f"connector/{name}") == {"name": name, **connector_options(name)}
+        assert declared(f"connector/{name}") == {"name": name, **CONNECTORS.options(name)}
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_fusions_file_declares_its_classs_options_and_defaults(name):
+    file = CONFIGS / "fusion" / f"{name}.yaml"
+    if file.exists():
+        assert declared(f"fusion/{name}") == {"name": name, **FUSIONS.options(name)}
 
 
 def plan(*overrides: str) -> None:

@@ -10,8 +10,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from ...connectors import VisionFeatures
-from ...data.processor import Batch
+from ...batch import Batch
+from ...connectors import Features
 from ...model import VLMWrapper
 from ...objectives import Objective
 from ...settings import Engine, Stage
@@ -33,7 +33,7 @@ class StageModule(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch, features: VisionFeatures | None) -> Tensor:
+    def forward(self, batch: Batch, features: Features | None) -> Tensor:
         return self.objective(self.model, batch, features)
 
 
@@ -61,7 +61,8 @@ class StageEngine:
         self.feature_cache: FeatureCache | None = None
         self._frozen_vision = vision.to(device) if vision is not None and is_frozen("vision", groups) else None
         inside = None if self._frozen_vision is not None else vision
-        module = StageModule(VLMWrapper(inside, parts.get("connector"), parts.get("llm")), objective)
+        others = (parts.get(part) for part in ("connector", "llm", "fusion"))
+        module = StageModule(VLMWrapper(inside, *others), objective)
         # DeepSpeed without ZeRO cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
         self.zero_stage = max(1, engine.zero_stage) if self.dtype is torch.bfloat16 else engine.zero_stage
         in_groups = parameter_groups(parts, groups, stage.optimizer)
@@ -90,7 +91,7 @@ class StageEngine:
         inner = self._engine.module.model
         if self._frozen_vision is None:
             return inner
-        return VLMWrapper(self._frozen_vision, inner.connector, inner.llm)
+        return VLMWrapper(self._frozen_vision, inner.connector, inner.llm, inner.fusion)
 
     def set_rates(self, step: int) -> dict[str, float]:
         """Set the learning rates of all groups for a step. Returns the highest rate of each label."""
@@ -105,8 +106,10 @@ class StageEngine:
         features = None
         if self._frozen_vision is not None:
             with torch.no_grad():
-                cached = self.feature_cache is not None and batch.keys is not None
-                features = self.feature_cache(batch.images, batch.keys) if cached else self._frozen_vision(batch.images)
+                visual = batch.visual
+                cached = self.feature_cache is not None and visual.keys is not None
+                encode = self.feature_cache if cached else self._frozen_vision.encode
+                features = encode(visual.pixels[0], *(visual.keys if cached else ()))
         return self._engine(batch, features)
 
     def backward(self, loss: Tensor, total_weight: float) -> None:

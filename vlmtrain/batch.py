@@ -1,0 +1,52 @@
+"""`Batch`: the model's input, text and images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .visual import Visual
+
+
+class Batch(NamedTuple):
+    """The model's input; B rows padded on the right to T positions.
+
+    Targets are already shifted: ``targets[:, t]`` is the token after position t, which the logits at t predict. Compare
+    logits and targets as they are, and do not shift them again (Hugging Face's ``labels`` are not shifted).
+
+    input_ids ``(B, T)``; targets ``(B, T)``, -100 if there is none; weights ``(B, T)`` float32, the loss weight of each
+    target, 0 if there is none; lengths ``(B,)``. visual: the images and their positions in the text; None without an
+    encoder. positions: rotary positions ``(B, T)``, or ``(R, B, T)`` for a language model that reads R rows of them;
+    None for 0, 1, ... in each row.
+
+    A packed batch has one row of several samples: positions ``(1, T)`` or ``(R, 1, T)``, starting at 0 in each sample;
+    boundaries ``(S + 1,)`` int32, the start of each of the S samples and the end of the row, None otherwise. prefix
+    ``(B,)`` (of a packed batch ``(S,)``), branch ``(B, T)`` and bidirectional ``(B, T)`` say which positions see each
+    other beyond causal attention, see `vlmtrain.model.attention`. ids: of the samples.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    lengths: Tensor
+    visual: Visual | None = None
+    positions: Tensor | None = None
+    boundaries: Tensor | None = None
+    prefix: Tensor | None = None
+    branch: Tensor | None = None
+    bidirectional: Tensor | None = None
+    ids: tuple[str, ...] = ()
+
+    @property
+    def text_positions(self) -> Tensor:
+        """Positions ``(1, T)`` in the samples of a packed batch, as if they were text."""
+        sizes = self.boundaries.diff()
+        starts = torch.repeat_interleave(self.boundaries[:-1], sizes, output_size=self.input_ids.shape[1])
+        return (torch.arange(self.input_ids.shape[1], device=starts.device) - starts)[None]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """Move all tensors to a device, and convert pixels to `dtype`."""
+        batch = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+        return batch if batch.visual is None else batch._replace(visual=batch.visual.to(device, dtype))

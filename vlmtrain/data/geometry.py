@@ -1,0 +1,204 @@
+"""Plans how images are shown to an encoder and how many tokens each becomes, from their sizes alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from ..model.parts import connector_from
+from ..tiling import Tiles, choose_tiles, tiled_tokens
+from ..visual import WHOLE, Item, MediaPlan, Placement, Size
+from .images import FITS, MAX_ASPECT
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How images are prepared for the encoder, and how many tokens each becomes.
+
+    size ``(H, W)`` in pixels; fit: ``squash``, ``pad``, ``crop``, ``tiles`` or ``native``; mean, std: of the channels
+    in [0, 1]. tokens, grid: number and grid of the tokens of one image of `size`; grid is None if the tokens form none.
+    tile_grids: for ``tiles``, the ``(rows, columns)`` into which an image may be cut; tiles_most: maximum number of
+    tiles whose tokens are kept, 0 for all; tiles_alone: whether an image is cut only if its sample has no other image.
+    patch_size ``(H, W)`` in pixels, None in model folders of earlier versions. For ``native``: image_pixels, smallest
+    and largest number of pixels; multiple: both sides are multiples of this many patches; connector: the configuration
+    of the connector, which says how many tokens it makes of each grid.
+    """
+
+    size: Size
+    fit: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    tokens: int
+    grid: Size | None = None
+    tile_grids: tuple[Size, ...] = ()
+    tiles_most: int = 0
+    tiles_alone: bool = False
+    patch_size: Size | None = None
+    image_pixels: tuple[int, int] | None = None
+    multiple: int = 1
+    connector: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ValueError(f"image_fit={self.fit}: expected one of {', '.join(FITS)}")
+        if self.fit == "tiles" and not (self.tile_grids and all(min(grid) > 0 for grid in self.tile_grids)):
+            raise ValueError(
+                f"image_fit=tiles needs image_tiles, a list of [rows, columns], got {list(self.tile_grids)}"
+            )
+        if self.fit == "native" and not (self.image_pixels and 0 < self.image_pixels[0] <= self.image_pixels[1]):
+            raise ValueError(f"image_fit=native needs image_pixels, [MIN, MAX] pixels, got {self.image_pixels}")
+        if self.fit == "native" and (self.patch_size is None or self.connector is None):
+            raise ValueError("image_fit=native needs an encoder and a connector whose tokens enter the text")
+        if self.fit == "native" and math.prod(self.factors) > self.image_pixels[1]:
+            window = math.prod(self.factors)
+            raise ValueError(f"image_pixels={list(self.image_pixels)}: expected a MAX of at least one window, {window}")
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the plan depends on the sizes of the images."""
+        return self.fit in ("tiles", "native")
+
+    def plan(self, sizes: Sequence[Size | None]) -> MediaPlan:
+        """The items and placements of the images of a sample, given their sizes ``(H, W)`` if `reads_sizes`.
+
+        Raises ValueError for an image whose grid the connector does not support.
+        """
+        items: list[Item] = []
+        placements: list[Placement] = []
+        for medium, size in enumerate(sizes):
+            shown, tiles = self._items(medium, size, alone=len(sizes) == 1)
+            tokens, grid = self.tokens, self.grid
+            if self.fit == "native":
+                tokens, grid = self._counted(shown[0].grids[0])
+            if tiles:
+                tokens, grid = tiled_tokens(tiles, tokens, grid), None
+            numbers = tuple(range(len(items), len(items) + len(shown)))
+            placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles))
+            items += shown
+        return MediaPlan(tuple(items), tuple(placements))
+
+    def _items(self, medium: int, size: Size | None, alone: bool) -> tuple[list[Item], Tiles | None]:
+        if self.fit == "native":
+            return [self._item(medium, "image", "squash", pixels=self.native_size(size))], None
+        if self.fit != "tiles":
+            return [self._item(medium, "image", self.fit)], None
+        if self.tiles_alone and not alone:
+            return [self._item(medium, "image", "pad")], Tiles(0, 0, *size)
+        tiles = choose_tiles(size, self.size, self.tile_grids, self.tiles_most)
+        rows, columns = tiles.rows, tiles.columns
+        items = [self._item(medium, "overview", "squash")]
+        for row in range(rows):
+            for column in range(columns):
+                box = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+                items.append(self._item(medium, "tile", "contain", box))
+        return items, tiles
+
+    def _item(
+        self,
+        medium: int,
+        kind: str,
+        fit: str,
+        box: tuple[float, float, float, float] = WHOLE,
+        pixels: Size | None = None,
+    ) -> Item:
+        pixels = pixels or self.size
+        return Item(medium, kind, fit, box, (), (pixels,), () if self.patch_size is None else (self._grid(pixels),))
+
+    def _grid(self, pixels: Size) -> Size:
+        return pixels[0] // self.patch_size[0], pixels[1] // self.patch_size[1]
+
+    def _counted(self, grid: Size) -> tuple[int, Size | None]:
+        return _tokens_of(self._described, grid)
+
+    @cached_property
+    def _described(self) -> str:
+        return json.dumps(self.connector, sort_keys=True)
+
+    @property
+    def factors(self) -> Size:
+        """The sides ``(H, W)`` in pixels of which those of a native image are multiples."""
+        return self.patch_size[0] * self.multiple, self.patch_size[1] * self.multiple
+
+    def native_size(self, size: Size) -> Size:
+        """The size ``(H, W)`` at which an image of `size` is shown."""
+        return native_size(size, self.factors, self.image_pixels)
+
+    @property
+    def smallest(self) -> Size:
+        """Size of the stand-in for a batch without images: the smallest legal one."""
+        return self.native_size((1, 1)) if self.fit == "native" else self.size
+
+    @property
+    def largest(self) -> Size:
+        """The largest size of an image."""
+        if self.fit != "native":
+            return self.size
+        return max(self._extremes(), key=lambda size: (size[0] * size[1], min(size)))
+
+    @property
+    def most_items(self) -> int:
+        """The largest number of items of any image."""
+        return max((rows * columns + 1 for rows, columns in self.tile_grids), default=1)
+
+    @property
+    def least_tokens(self) -> int:
+        """Number of tokens of one view of `size`, or of the smallest image with ``native``."""
+        return self._counted(self._grid(self.smallest))[0] if self.fit == "native" else self.tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest number of tokens of any image."""
+        if self.fit == "native":
+            return max(self._counted(self._grid(size))[0] for size in self._extremes())
+        height, width = self.size
+        cuts = [
+            Tiles(rows, columns, rows * height, columns * width, self.tiles_most) for rows, columns in self.tile_grids
+        ]
+        return max(tiled_tokens(cut, self.tokens, self.grid) if cut else self.tokens for cut in cuts or [None])
+
+    def _extremes(self) -> list[Size]:
+        """The largest native sizes, one for each height that an image may have."""
+        (_, most), (down, across) = self.image_pixels, self.factors
+        tallest = min(most // across, math.isqrt(MAX_ASPECT * most) + down)
+        heights = range(down, max(down, tallest) + 1, down)
+        return [(height, max(1, most // height // across) * across) for height in heights]
+
+
+def native_size(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:
+    """The size nearest to `size` ``(H, W)`` with sides that are multiples of `factors` (Qwen2-VL, published code).
+
+    An image with fewer or more pixels than `image_pixels` ``(MIN, MAX)`` is first scaled to them. The result never has
+    more than MAX pixels, if `factors` themselves do not.
+    """
+    least, most = image_pixels
+    area = size[0] * size[1]
+    shown = [round(side / factor) * factor for side, factor in zip(size, factors)]
+    if shown[0] * shown[1] < least:
+        scale = math.sqrt(least / area)
+        shown = [math.ceil(side * scale / factor) * factor for side, factor in zip(size, factors)]
+    elif shown[0] * shown[1] > most:
+        scale = math.sqrt(area / most)
+        shown = [max(factor, math.floor(side / scale / factor) * factor) for side, factor in zip(size, factors)]
+    while shown[0] * shown[1] > most and shown != list(factors):  # a thin image, or no multiples within the limits
+        longer = max((0, 1), key=lambda side: (shown[side] > factors[side], shown[side]))
+        shown[longer] -= factors[longer]
+    return shown[0], shown[1]
+
+
+@lru_cache(maxsize=2**16)
+def _tokens_of(connector: str, grid: Size) -> tuple[int, Size | None]:
+    """Number and grid of the tokens that a connector, given by its configuration, makes of a grid of patches."""
+    skeleton = _skeleton(connector)
+    return skeleton.num_tokens(*grid), skeleton.output_grid(*grid)
+
+
+@lru_cache(maxsize=16)
+def _skeleton(connector: str):
+    with torch.device("meta"):
+        return connector_from(json.loads(connector))

@@ -1,0 +1,81 @@
+"""Vision encoders: images in, features on an explicit grid out.
+
+All providers share one interface, `VisionEncoder`: an encoder has an image size, a grid, a width, a normalization and a
+hidden layer whose features it returns. It keeps prefix tokens (CLS, registers) separate from the patches. `ENCODERS`
+maps the names of the providers to their classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...files import read_object
+from ...registry import Registry
+from .base import VisionEncoder
+from .hugging_face import HFVision
+from .native import NATIVE
+from .open_clip import OpenClipVision
+
+BUILT_IN = {"open_clip": OpenClipVision, "hf": HFVision, **{found.provider: found for found in NATIVE.values()}}
+REQUIRED = ("image_size", "patch_size", "width", "num_blocks", "image_mean", "image_std", "layer", "levels")
+COMMON = ("image_size", "layer", "levels", "weights", "dtype")
+ENCODERS: Registry[VisionEncoder] = Registry("vision", VisionEncoder, BUILT_IN, builder="build", fixed=COMMON)
+register = ENCODERS.register
+
+
+def build_vision(
+    provider: str, dtype: torch.dtype = torch.float32, weights: bool = True, **options: Any
+) -> VisionEncoder:
+    """Build the encoder of `provider`: ``open_clip``, ``hf``, one of native resolution or one that a module registers.
+
+    weights: False skips loading published weights, to inspect sizes (best under ``torch.device("meta")``).
+    """
+    found = ENCODERS.find(provider)
+    encoder = found.build(**options, dtype=dtype, weights=weights)
+    for name in REQUIRED:
+        if not hasattr(encoder, name):
+            raise ValueError(f"vision.provider={provider}: {type(encoder).__name__} has no attribute {name}")
+    if isinstance(encoder, found) or not encoder.provider:  # `hf` can build an encoder of another provider
+        encoder.provider = provider
+    encoder.options = {key: options[key] for key in ENCODERS.options(provider) if key in options}
+    return encoder
+
+
+def describe_vision(vision: VisionEncoder) -> dict:
+    """Plain values from which `vision_from` builds the encoder again, without its weights."""
+    return {"provider": vision.provider, **vision.describe()}
+
+
+def vision_from(description: dict) -> VisionEncoder:
+    """Build the encoder of a description, with new weights."""
+    found = dict(description)
+    provider = found.pop("provider")
+    encoder = ENCODERS.find(provider).from_description(found)
+    encoder.provider = provider
+    return encoder
+
+
+def load_vision(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> VisionEncoder:
+    """Load an encoder that was written by `VisionEncoder.save`."""
+    of_hf = folder / "vlmtrain.json"
+    file, usual = (of_hf, "hf") if of_hf.exists() else (folder / "config.json", "open_clip")
+    provider = read_object(file).get("provider", usual)
+    encoder = ENCODERS.find(provider).from_folder(folder, dtype, trust_remote_code)
+    encoder.provider = provider
+    return encoder
+
+
+__all__ = [
+    "ENCODERS",
+    "HFVision",
+    "OpenClipVision",
+    "VisionEncoder",
+    "build_vision",
+    "describe_vision",
+    "load_vision",
+    "register",
+    "vision_from",
+]

@@ -1,0 +1,148 @@
+"""The visual contract: what a conversation's media become, from the plan to the batch that a model receives.
+
+    plan      header sizes -> items and placements, before anything is decoded
+    load      decodes and cuts what the items say -> pixels
+    Batch     carries a `Visual`: the pixels, items and placements of all its samples
+
+Everything here is plain values that can be printed. Grids and sizes are ``(height, width)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiling import Tiles
+
+Size = tuple[int, int]
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+class Item(NamedTuple):
+    """One input of an encoder: an image, a tile of one, or the overview of an image that is also cut into tiles.
+
+    medium: index of the image. kind: ``image``, ``tile`` or ``overview``. fit: how the image is brought onto a canvas,
+    one of `vlmtrain.data.images.CANVASES`. box: the part of the canvas that is shown, as fractions
+    (left, top, right, bottom). times: of the frames of a video, in seconds; empty for images. pixels, grids: size in
+    pixels and in patches, one per encoder.
+    """
+
+    medium: int
+    kind: str
+    fit: str
+    box: tuple[float, float, float, float]
+    times: tuple[float, ...]
+    pixels: tuple[Size, ...]
+    grids: tuple[Size, ...]
+
+    def canvas(self, encoder: int = 0) -> Size:
+        """Size in pixels of the canvas that the image is brought onto."""
+        (height, width), (left, top, right, bottom) = self.pixels[encoder], self.box
+        return round(height / (bottom - top)), round(width / (right - left))
+
+
+class Placement(NamedTuple):
+    """What stands at one place in the text.
+
+    medium: index of the image. items: indices of its items, in order. slots: number of text positions. tokens: number
+    of visual tokens, which equals `slots` under concatenation. out_grid: grid of the tokens, None if they form none.
+    tiles: how the image is cut; the tokens of its items are then joined row by row (`vlmtrain.model.tiled`).
+    """
+
+    medium: int
+    items: tuple[int, ...]
+    slots: int
+    tokens: int
+    out_grid: Size | None
+    tiles: Tiles | None = None
+
+
+class MediaPlan(NamedTuple):
+    """The items and placements of one conversation, in reading order."""
+
+    items: tuple[Item, ...] = ()
+    placements: tuple[Placement, ...] = ()
+
+    @classmethod
+    def of_slots(cls, *counts: int) -> MediaPlan:
+        """Placements with these numbers of slots, without items, to render text only."""
+        return cls((), tuple(Placement(medium, (), count, count, None) for medium, count in enumerate(counts)))
+
+    def first(self, count: int) -> MediaPlan:
+        """The plan of the first `count` placements."""
+        kept = self.placements[:count]
+        return MediaPlan(self.items[: sum(len(placement.items) for placement in kept)], kept)
+
+
+NO_MEDIA = MediaPlan()
+
+
+class Texts(NamedTuple):
+    """Text for a connector that reads text: ids ``(N, L)`` and mask ``(N, L)`` bool, one row per item."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+Pixels = Tensor | tuple[Tensor, ...]
+"""Images of equal size, ``(N, 3, H, W)``, or of different sizes, each ``(3, H, W)``."""
+
+
+class Visual(NamedTuple):
+    """The visual inputs of a batch.
+
+    pixels: one `Pixels` per encoder. items, placements: of all samples, in reading order; both are empty for a batch
+    without images, whose pixels are a stand-in, so that every rank makes the same calls. index ``(B, T)``: the
+    placement at each text position, -1 for text. texts: for a connector that reads text. keys: cache key of each item,
+    per encoder. calls: number of calls of modules that process one size or grid of images at a time; the same on all
+    ranks.
+
+    This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
+    """
+
+    pixels: tuple[Pixels, ...]
+    items: tuple[Item, ...]
+    placements: tuple[Placement, ...]
+    index: Tensor
+    texts: Texts | None = None
+    keys: tuple[tuple[str, ...], ...] | None = None
+    calls: int = 1
+
+    @property
+    def mask(self) -> Tensor:
+        """Positions of visual tokens, ``(B, T)`` bool."""
+        return self.index >= 0
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Visual:
+        """Move all tensors to a device, and convert pixels to `dtype`."""
+
+        def moved(pixels: Pixels) -> Pixels:
+            if not isinstance(pixels, Tensor):
+                return tuple(moved(each) for each in pixels)
+            return pixels.to(device, non_blocking=True).to(dtype or pixels.dtype)
+
+        texts = self.texts and Texts(*(tensor.to(device, non_blocking=True) for tensor in self.texts))
+        index = self.index.to(device, non_blocking=True)
+        return self._replace(pixels=tuple(map(moved, self.pixels)), index=index, texts=texts)
+
+
+def joined(plans: Sequence[MediaPlan]) -> MediaPlan:
+    """The plans of several conversations as one, with indices of media and items that count over all of them."""
+    items: list[Item] = []
+    placements: list[Placement] = []
+    for plan in plans:
+        media, before = len(placements), len(items)  # every medium has one placement
+        items += [item._replace(medium=media + item.medium) for item in plan.items]
+        placements += [
+            each._replace(medium=media + each.medium, items=tuple(before + item for item in each.items))
+            for each in plan.placements
+        ]
+    return MediaPlan(tuple(items), tuple(placements))
+
+
+def groups(items: Sequence[Item]) -> int:
+    """Number of groups of items that an encoder, or a connector, processes at once: those of one size."""
+    return len({item.pixels for item in items})
