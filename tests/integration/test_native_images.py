@@ -136,6 +136,8 @@ def test_a_tower_of_qwen_with_rows_of_positions(folder, tmp_path):
     again, reader = VLMWrapper.from_pretrained(tmp_path / "model"), Processor.from_pretrained(tmp_path / "model")
     same = reader.collate([reader.prompt(asked(folder, *numbers)) for numbers in ((0, 3), (1,), ())])
     assert again(same).equal(model(batch))
+    with pytest.raises(ValueError, match=r"llm\.positions=mrope: exports do not support"):
+        export(tmp_path / "model", tmp_path / "out")
 
 
 def _in_published_order(image: torch.Tensor) -> torch.Tensor:
