@@ -152,7 +152,7 @@ def write_own(folder: Path) -> None:
 def home(tmp_path_factory, llava_files, tokenizer) -> Path:
     """A folder with all files that the commands name."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     from tests.integration.published_models import PROCESSORS, build_llava
     from tests.integration.tiny_parts import HF_VISION, LLMS
@@ -175,6 +175,12 @@ def home(tmp_path_factory, llava_files, tokenizer) -> Path:
     AutoModelForCausalLM.from_config(LLMS["llama"](vocab_size=len(tokenizer))).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     build_llava(folder / "SOURCE")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = {**sizes, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+    config = Qwen2_5_VLConfig(text_config={**sizes, "num_hidden_layers": 1, "vocab_size": 50}, vision_config=vision)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "QWEN_VL")
+    look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "QWEN_VL" / "preprocessor_config.json").write_text(json.dumps(look))
     records = json.loads(llava_files["instruct"].read_text())
     asked = {"role": "user", "content": "<image>\nWhat?"}
     talks = [[asked, {"role": "assistant", "content": "red"}] for _ in records]
