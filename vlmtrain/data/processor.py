@@ -81,7 +81,7 @@ class Processor:
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
-        self.names_pictures = False  # whether batches contain the cache keys of their images
+        self.makes_keys = False  # whether batches contain the cache keys of their images
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions)
         self.filler = self.renderer.filler
 
@@ -94,7 +94,7 @@ class Processor:
         if not conversation.media:
             return NO_MEDIA
         if self.geometry is None:
-            raise BadSample(f"{conversation.id}: the sample has an image, but there is no vision encoder")
+            raise BadSample(f"{conversation.id}: the sample has an image, but the model has no vision encoder")
         with _naming(conversation):
             sizes = [medium.size() if self.geometry.reads_sizes else None for medium in conversation.media]
             try:
@@ -188,7 +188,7 @@ class Processor:
         texts = [text for sample in samples for text in sample.texts]
         if not items:
             pixels, texts = [torch.zeros(3, *self.geometry.smallest)], [self.reader.encode("")] if self.reader else []
-        elif self.names_pictures:
+        elif self.makes_keys:
             keys = (tuple(pixel_key(image, self.geometry.fit == "native") for image in pixels),)
         return Visual(
             (tuple(pixels) if self.geometry.fit == "native" else torch.stack(pixels),),

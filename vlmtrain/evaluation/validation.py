@@ -171,8 +171,10 @@ class Validator:
 
     def _collate(self, samples: list[Sample]) -> Batch:
         """A batch of at least one row, for which all ranks make the same calls."""
-        sizes = groups([item for sample in samples for item in sample.tokens.media.items])
-        calls = int(self.world.max([sizes])[0])
+        calls, geometry = 1, self.processor.geometry
+        if geometry is not None and geometry.fit == "native":  # other fits have one size on every rank
+            sizes = groups([item for sample in samples for item in sample.tokens.media.items])
+            calls = int(self.world.max([sizes])[0])
         return self.processor.collate(samples, rows=1, calls=calls).to(self.world.device, self.dtype)
 
     def _check_stop(self) -> None:

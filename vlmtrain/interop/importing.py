@@ -180,13 +180,13 @@ def _check_pixels(file: Path, preparation: ImageProcessingMixin, geometry: Geome
     height, width = geometry.size
     across, down = torch.linspace(0, 255, 2 * width), torch.linspace(0, 255, height + height // 4)
     x, y = torch.meshgrid(across, down, indexing="xy")
-    picture = Image.fromarray(torch.stack([x, y, 255 - x], dim=-1).to(torch.uint8).numpy())
-    items = geometry.plan([(picture.height, picture.width)]).items
-    ours = torch.stack(show_items(picture, items, geometry.mean, geometry.std))
+    image = Image.fromarray(torch.stack([x, y, 255 - x], dim=-1).to(torch.uint8).numpy())
+    items = geometry.plan([(image.height, image.width)]).items
+    ours = torch.stack(show_items(image, items, geometry.mean, geometry.std))
     problem = f"resample={int(preparation.resample)}, expected 3 (bicubic)" if preparation.resample != 3 else None
     if problem is None:
         try:
-            theirs = preparation(images=[picture], return_tensors="pt")["pixel_values"].flatten(0, -4)
+            theirs = preparation(images=[image], return_tensors="pt")["pixel_values"].flatten(0, -4)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{file} cannot prepare an image: {first_line(error)}") from None
         if theirs.shape != ours.shape:

@@ -229,16 +229,16 @@ class VLMTrainProcessor(ProcessorMixin):
         numbers of image tokens, images and instructions do not match.
         """
         geometry = Geometry(**{key: as_tuple(value) for key, value in self.geometry.items()})
-        pictures = [_opened(picture) for picture in _flat(images)]
+        loaded = [_opened(image) for image in _flat(images)]
         texts = [text] if isinstance(text, str) else list(text or ())
         marks = sum(one.count(self.image_token) for one in texts)
-        if marks != len(pictures):
-            raise ValueError(f"{marks} {self.image_token} tokens in the text, but {len(pictures)} images")
-        of_text = iter(pictures)  # as in training, the images of one text are planned together
+        if marks != len(loaded):
+            raise ValueError(f"{marks} {self.image_token} tokens in the text, but {len(loaded)} images")
+        of_text = iter(loaded)  # as in training, the images of one text are planned together
         groups = [[next(of_text) for _ in range(one.count(self.image_token))] for one in texts]
         media = joined([geometry.plan([(image.height, image.width) for image in images]) for images in groups])
         pixels: list[Tensor] = []
-        for medium, image in enumerate(pictures):
+        for medium, image in enumerate(loaded):
             shown = [item for item in media.items if item.medium == medium]
             pixels += show_items(image, shown, geometry.mean, geometry.std)
         counts = iter([placement.slots for placement in media.placements])
@@ -249,7 +249,7 @@ class VLMTrainProcessor(ProcessorMixin):
         options.pop("add_special_tokens", None)
         found = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **options)
         data = {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
-        if pictures:
+        if loaded:
             if geometry.fit == "native":
                 data["image_sizes"] = torch.tensor([item.pixels[0] for item in media.items])
             data["pixel_values"] = _padded(pixels)

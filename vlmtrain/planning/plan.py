@@ -165,8 +165,8 @@ class _Vocabulary:
 
 
 def _tokens(expected: Expected, geometry: Geometry | None) -> int:
-    pictures = 0 if geometry is None else geometry.most_tokens * expected.images
-    return max(2, round(pictures + expected.text_tokens))
+    visual = 0 if geometry is None else geometry.most_tokens * expected.images
+    return max(2, round(visual + expected.text_tokens))
 
 
 def _answer_tokens(expected: Expected, tokens: int) -> int:
@@ -208,9 +208,9 @@ def _measure(
         use_counted_attention(vision)
         dtype = next(vision.parameters()).dtype
         grid = vision.grid_of(geometry.largest)
-        pictures = torch.empty(items, 3, *geometry.largest, device="meta", dtype=dtype)
+        images = torch.empty(items, 3, *geometry.largest, device="meta", dtype=dtype)
         with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled(trains["vision"]):
-            features = vision(pictures)
+            features = vision(images)
             meter.backward("vision", (features.patches, features.prefix, *features.levels))
         prefix = 0 if features.prefix is None else features.prefix.shape[1]
         meter.costs["vision"].tokens = math.prod(grid) + prefix

@@ -25,9 +25,9 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     least, most = plan.picture_tokens
     fit = run.stages[plan.name].image_fit
     is_native, per_view = fit == "native", " per view" if fit == "tiles" else ""
-    picture = f"{least:,}" if least == most else f"{least:,}{per_view}, up to {most:,}"
+    per_image = f"{least:,}" if least == most else f"{least:,}{per_view}, up to {most:,}"
     if not most:
-        picture = "none in a language model's sequence"
+        per_image = "none in a language model's sequence"
     bound = "at most " if least != most else ""
     view = ", ".join(f"{tokens:,} from {part}" for part, tokens in plan.view_tokens.items())
     rows = [("", "trained", "frozen")]
@@ -35,7 +35,7 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     rows.append(("total", f"{plan.trainable:,}", f"{plan.frozen:,}"))
     facts = [
         *([("tokens of the largest image" if is_native else "tokens per view", view)] if view else []),
-        ("tokens per image", picture),
+        ("tokens per image", per_image),
         ("tokens per sample", f"{bound}{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
         ("samples", "unknown: set the data, or stages.<name>.expected.samples" if plan.samples is None
          else f"{plan.samples:,}"),

@@ -61,7 +61,7 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     tokenizer = build_tokenizer(run)
     skeleton = build_skeleton(run, stage, tokenizer)
     processor = build_processor(run, stage, skeleton, OBJECTIVES[stage.objective], tokenizer)
-    processor.names_pictures = True
+    processor.makes_keys = True
     source = build_source(run.data.split(stage.data), image_size_of(skeleton), run.seed)
     batching = build_batching(source, processor, stage, world_size=1)
     steps = min(stage.max_steps or batching.steps_per_epoch, batching.steps_per_epoch)

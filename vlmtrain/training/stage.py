@@ -164,7 +164,7 @@ class _Stage:
         options = self.settings.features
         if options.cache == "off" or "vision" not in self.parts or not is_frozen("vision", self.groups):
             return None
-        self.processor.names_pictures = True
+        self.processor.makes_keys = True
         return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)
 
     def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, trackers: Trackers) -> None:

@@ -96,7 +96,7 @@ def test_only_images_change_their_dtype(processor):
 
 def test_without_a_geometry_images_are_bad_samples(tokenizer):
     processor = Processor(tokenizer, None, "chat", max_length=300)
-    with pytest.raises(BadSample, match="x: the sample has an image, but there is no vision encoder"):
+    with pytest.raises(BadSample, match="x: the sample has an image, but the model has no vision encoder"):
         processor(conversation(1))
     batch = processor.collate([processor(conversation(0))])
     assert batch.visual is None

@@ -223,6 +223,19 @@ def test_a_batch_of_unequal_images_equals_its_rows(connector):
         torch.testing.assert_close(packed, real, rtol=0, atol=1e-8)
 
 
+def as_pinned(value):
+    """What PyTorch's data loader makes of a batch for a GPU: plain tuples become lists."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(as_pinned, value))
+    return [as_pinned(each) for each in value] if isinstance(value, tuple) else value
+
+
+def test_a_pinned_batch_gives_the_same_logits():
+    model = wrapper("ldp")
+    batch = batch_of(model, ROWS)
+    assert model(as_pinned(batch).to(torch.device("cpu"))).equal(model(batch))
+
+
 def test_a_batch_without_images_uses_the_stand_in_and_ignores_it():
     model = wrapper("mlp")
     batch = batch_of(model, [ROWS[2]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 
 import pytest
@@ -12,9 +13,10 @@ from vlmtrain.cli import main
 from vlmtrain.connectors import CONNECTORS
 from vlmtrain.data.hf_dataset import COLUMNS
 from vlmtrain.model.fusion import FUSIONS
-from vlmtrain.settings import LoRA, compose, flatten
+from vlmtrain.settings import LoRA, compose, flatten, read_run
 from vlmtrain.settings import run as settings
 from vlmtrain.settings.data import FORMATS, OWN_KEYS, PURPOSES
+from vlmtrain.settings.free_keys import completed
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 from vlmtrain.settings.other_trainers import KEYS
 
@@ -252,3 +254,15 @@ def test_settings_cannot_be_changed():
     for mapping in (run.composed, run.stages, run.data.splits, run.llm.config, stage.train, run.connector.options):
         with pytest.raises(TypeError):
             mapping["align"] = 1
+
+
+def test_settings_of_earlier_versions_are_completed():
+    """A recorded run without the keys that were added since is read as with their values."""
+    line = ["recipe=quickstart", "mini=true"]
+    recorded = copy.deepcopy(dict(compose(line).composed))
+    del recorded["fusion"], recorded["llm"]["positions"]
+    for stage in recorded["stages"].values():
+        del stage["image_pixels"], stage["ema"], stage["train"]["fusion"], stage["optimizer"]["name"]
+    with pytest.raises(ValueError, match="is missing"):
+        read_run(recorded)
+    assert read_run(completed(recorded)).composed == compose(line).composed
