@@ -10,6 +10,7 @@ Everything here is plain values that can be printed. Grids and sizes are ``(heig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ class Placement(NamedTuple):
     medium: index of the image. items: indices of its items, in order. slots: number of text positions. tokens: number
     of visual tokens, which equals `slots` under concatenation. out_grid: grid of the tokens, None if they form none.
     tiles: how the image is cut; the tokens of its items are then joined row by row (`vlmtrain.model.tiled`).
+    framed_grid: grid of the tokens between a first and a last one that belong to no grid, None if there is none.
+    before, after: text of the template around the slots, such as the token that starts an image.
     """
 
     medium: int
@@ -58,6 +61,9 @@ class Placement(NamedTuple):
     tokens: int
     out_grid: Size | None
     tiles: Tiles | None = None
+    framed_grid: Size | None = None
+    before: str = ""
+    after: str = ""
 
 
 class MediaPlan(NamedTuple):
@@ -70,6 +76,12 @@ class MediaPlan(NamedTuple):
     def of_slots(cls, *counts: int) -> MediaPlan:
         """Placements with these numbers of slots, without items, to render text only."""
         return cls((), tuple(Placement(medium, (), count, count, None) for medium, count in enumerate(counts)))
+
+    @property
+    def by_medium(self) -> list[list[tuple[int, Placement]]]:
+        """The placements of each medium, with their numbers."""
+        numbered = groupby(enumerate(self.placements), key=lambda each: each[1].medium)
+        return [list(placements) for _, placements in numbered]
 
     def first(self, count: int) -> MediaPlan:
         """The plan of the first `count` placements."""
@@ -133,13 +145,15 @@ def joined(plans: Sequence[MediaPlan]) -> MediaPlan:
     """The plans of several conversations as one, with indices of media and items that count over all of them."""
     items: list[Item] = []
     placements: list[Placement] = []
+    media = 0
     for plan in plans:
-        media, before = len(placements), len(items)  # every medium has one placement
+        before = len(items)
         items += [item._replace(medium=media + item.medium) for item in plan.items]
         placements += [
             each._replace(medium=media + each.medium, items=tuple(before + item for item in each.items))
             for each in plan.placements
         ]
+        media += len(plan.by_medium)
     return MediaPlan(tuple(items), tuple(placements))
 
 

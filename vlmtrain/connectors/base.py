@@ -151,6 +151,10 @@ class Connector(nn.Module):
         """
         raise NotImplementedError
 
+    def framed_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """Grid of the output tokens between a first and a last one that belong to no grid, or None if there is none."""
+        return None
+
     def num_tokens(self, height: int, width: int) -> int:
         """Number of visual tokens for a ``height x width`` grid. Raises ValueError for an unsupported grid."""
         grid = self.output_grid(height, width)

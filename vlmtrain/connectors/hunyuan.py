@@ -42,9 +42,13 @@ class HunyuanMerger(Connector):
     def output_grid(self, height: int, width: int) -> None:
         require_window(height, width, self.factor, "factor")
 
-    def num_tokens(self, height: int, width: int) -> int:
+    def framed_grid(self, height: int, width: int) -> tuple[int, int]:
         self.output_grid(height, width)
-        return 2 + (height // self.factor) * (width // self.factor + 1)
+        return height // self.factor, width // self.factor + 1
+
+    def num_tokens(self, height: int, width: int) -> int:
+        rows, columns = self.framed_grid(height, width)
+        return 2 + rows * columns
 
     def forward(self, features: VisionFeatures) -> Tensor:
         x = self.before_rms(self.check(features)).permute(0, 3, 1, 2)

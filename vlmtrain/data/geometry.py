@@ -25,9 +25,10 @@ class Geometry:
     in [0, 1]. tokens, grid: number and grid of the tokens of one image of `size`; grid is None if the tokens form none.
     tile_grids: for ``tiles``, the ``(rows, columns)`` into which an image may be cut; tiles_most: maximum number of
     tiles whose tokens are kept, 0 for all; tiles_alone: whether an image is cut only if its sample has no other image.
-    patch_size ``(H, W)`` in pixels, None in model folders of earlier versions. For ``native``: image_pixels, smallest
-    and largest number of pixels; multiple: both sides are multiples of this many patches; connector: the configuration
-    of the connector, which says how many tokens it makes of each grid.
+    patch_size ``(H, W)`` in pixels, None in model folders of earlier versions. framed_grid: see `Placement`. frame:
+    text of the template before and after each image, such as the tokens that start and end one. For ``native``:
+    image_pixels, smallest and largest number of pixels; multiple: both sides are multiples of this many patches;
+    connector: the configuration of the connector, which says how many tokens it makes of each grid.
     """
 
     size: Size
@@ -43,6 +44,8 @@ class Geometry:
     image_pixels: tuple[int, int] | None = None
     multiple: int = 1
     connector: dict[str, Any] | None = None
+    framed_grid: Size | None = None
+    frame: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -73,13 +76,13 @@ class Geometry:
         placements: list[Placement] = []
         for medium, size in enumerate(sizes):
             shown, tiles = self._items(medium, size, alone=len(sizes) == 1)
-            tokens, grid = self.tokens, self.grid
+            tokens, grid, framed = self.tokens, self.grid, self.framed_grid
             if self.fit == "native":
-                tokens, grid = self._counted(shown[0].grids[0])
+                tokens, grid, framed = self._counted(shown[0].grids[0])
             if tiles:
-                tokens, grid = tiled_tokens(tiles, tokens, grid), None
+                tokens, grid, framed = tiled_tokens(tiles, tokens, grid), None, None
             numbers = tuple(range(len(items), len(items) + len(shown)))
-            placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles))
+            placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles, framed, *self.frame))
             items += shown
         return MediaPlan(tuple(items), tuple(placements))
 
@@ -113,7 +116,7 @@ class Geometry:
     def _grid(self, pixels: Size) -> Size:
         return pixels[0] // self.patch_size[0], pixels[1] // self.patch_size[1]
 
-    def _counted(self, grid: Size) -> tuple[int, Size | None]:
+    def _counted(self, grid: Size) -> tuple[int, Size | None, Size | None]:
         return _tokens_of(self._described, grid)
 
     @cached_property
@@ -192,10 +195,10 @@ def native_size(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Siz
 
 
 @lru_cache(maxsize=2**16)
-def _tokens_of(connector: str, grid: Size) -> tuple[int, Size | None]:
-    """Number and grid of the tokens that a connector, given by its configuration, makes of a grid of patches."""
+def _tokens_of(connector: str, grid: Size) -> tuple[int, Size | None, Size | None]:
+    """Number, grid and framed grid of the tokens that a connector, given by its configuration, makes of patches."""
     skeleton = _skeleton(connector)
-    return skeleton.num_tokens(*grid), skeleton.output_grid(*grid)
+    return skeleton.num_tokens(*grid), skeleton.output_grid(*grid), skeleton.framed_grid(*grid)
 
 
 @lru_cache(maxsize=16)

@@ -33,4 +33,28 @@ def mrope(index: Tensor, placements: Sequence[Placement]) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-POSITIONS: dict[str, Callable[[Tensor, Sequence[Placement]], Tensor]] = {"mrope": mrope}
+def xdrope(index: Tensor, placements: Sequence[Placement]) -> Tensor:
+    """Positions in the sequence, width, height and image number, ``(4, T)`` (HunyuanOCR, 2025, published code).
+
+    All four are the position in the sequence, except in the grid of an image, framed or not: there the second is the
+    column, the third the row, and the fourth the number of the image in the sample, all from 0. `index`: see `mrope`.
+    """
+    rows = torch.arange(len(index)).repeat(4, 1)
+    starts = {owner: start for start, owner in reversed(list(enumerate(index.tolist())))}
+    for number, placement in enumerate(placements):
+        grid, start = placement.out_grid, starts.get(number)
+        if grid is None and placement.framed_grid is not None:
+            grid, start = placement.framed_grid, None if start is None else start + 1
+        if grid is not None and start is not None:
+            height, width = grid
+            position = torch.arange(height * width)
+            numbers = torch.full_like(position, placement.medium)
+            rows[1:, start : start + len(position)] = torch.stack([position % width, position // width, numbers])
+    return rows
+
+
+POSITIONS: dict[str, Callable[[Tensor, Sequence[Placement]], Tensor]] = {
+    "mrope": mrope,
+    "interleaved_mrope": mrope,
+    "xdrope": xdrope,
+}

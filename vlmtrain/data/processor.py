@@ -82,7 +82,8 @@ class Processor:
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
         self.makes_keys = False  # whether batches contain the cache keys of their images
-        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions)
+        controls = geometry.frame if geometry else ()
+        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls)
         self.filler = self.renderer.filler
 
     def __call__(self, conversation: Conversation) -> Sample:

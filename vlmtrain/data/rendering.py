@@ -79,8 +79,9 @@ class Renderer:
     """Renders conversations for one tokenizer and template.
 
     template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
-    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. positions: ``mrope`` if
-    the language model reads rows of positions, see `positions.POSITIONS`.
+    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. positions: the rows of
+    positions that the language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens
+    that the media plan puts into the template's text, and that are ordinary text in a turn.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Renderer:
         max_length: int,
         fallback: str | None = None,
         positions: str | None = None,
+        controls: Sequence[str] = (),
     ):
         self.rows = None if positions is None else POSITIONS[positions]
         self.tokenizer = tokenizer
@@ -102,7 +104,8 @@ class Renderer:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks = filter(re.compile(r"<\S+>|\[\S+\]").fullmatch, tokenizer.get_added_vocab())
         in_template = {mark for mark in marks if mark in (self._chat or "")}
-        specials = sorted(added.union(tokenizer.all_special_tokens, in_template), key=len, reverse=True)
+        controls = set(controls) - {""}
+        specials = sorted(added.union(tokenizer.all_special_tokens, in_template, controls), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
         self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
@@ -196,15 +199,17 @@ class Renderer:
 
     def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the placement to which it belongs, or -1
-        placements = iter(enumerate(media.placements))
+        shown = iter(media.by_medium)
         chunk: list[_Span] = []  # text that is tokenized together
         for span in self._spans(conversation):
             if span.is_image or span.is_start:
                 tokens += self._tokenize(chunk)
                 chunk = []
             if span.is_image:
-                number, placement = next(placements)
-                tokens += [(self.filler, -1, number)] * placement.slots
+                for number, placement in next(shown):
+                    tokens += self._tokenize([_Span(placement.before)])
+                    tokens += [(self.filler, -1, number)] * placement.slots
+                    tokens += self._tokenize([_Span(placement.after)])
             else:
                 chunk.append(span)
         tokens += self._tokenize(chunk)

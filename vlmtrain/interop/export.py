@@ -19,7 +19,7 @@ from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
 from ..model.fusion import Concatenation
-from ..model.rotary import reads_rows
+from ..model.rotary import positions_of
 from ..reporting.card import write_export_card
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
@@ -65,8 +65,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
             raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
     if processor.geometry is None:
         raise DoesNotFit("the model's processor does not accept images: export a stage that does")
-    if reads_rows(model.llm):
-        raise DoesNotFit("llm.positions=mrope: exports do not support rotary positions in time, height and width")
+    if (positions := positions_of(model.llm)) is not None:
+        raise DoesNotFit(f"llm.positions={positions}: exports do not support rows of positions")
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:

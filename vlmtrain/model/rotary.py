@@ -1,33 +1,69 @@
-"""Rotary positions with several rows, such as time, height and width, for language models that know only one."""
+"""Rotary positions with several rows, such as time, height and width, for language models that read only one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-KEY = "multimodal_rotary"  # of a language model's configuration: {"section": [...], "interleaved": ...}
+KEY = "multimodal_rotary"  # of a language model's configuration: {"positions": ..., "section": [...]}
+
+
+def _chunks(section: Sequence[int]) -> list[int]:
+    return [row for row, count in enumerate(section) for _ in range(count)] * 2
+
+
+def _interleaved(section: Sequence[int]) -> list[int]:
+    """Row i owns the frequencies i, i + 3, ..., and the first row owns the others."""
+    owner = [0] * sum(section)
+    for row, count in enumerate(section[1:], start=1):
+        owner[row : len(section) * count : len(section)] = [row] * count
+    return owner * 2
+
+
+def _channels(section: Sequence[int]) -> list[int]:
+    """Chunks of channels, so the two channels that a frequency rotates belong to different rows."""
+    return [row for row, count in enumerate(section) for _ in range(2 * count)]
+
+
+class Division(NamedTuple):
+    """How the frequencies of a head are divided among rows of positions.
+
+    published: numbers of frequencies of each row for heads with 64. owner: from such numbers to the row that owns each
+    channel of the head.
+    """
+
+    published: tuple[int, ...]
+    owner: Callable[[Sequence[int]], list[int]]
+
+    def section(self, frequencies: int) -> tuple[int, ...]:
+        """Numbers of frequencies of each row in the published proportions."""
+        ends = [round(frequencies * end / sum(self.published)) for end in accumulate(self.published)]
+        return tuple(end - start for start, end in pairwise([0, *ends]))
+
+
+DIVISIONS = {
+    "mrope": Division((16, 24, 24), _chunks),  # Qwen2-VL, Qwen2.5-VL
+    "interleaved_mrope": Division((24, 20, 20), _interleaved),  # Qwen3-VL
+    "xdrope": Division((16, 16, 16, 16), _channels),  # HunyuanOCR
+}
 
 
 class MultimodalRotary(nn.Module):
     """A rotary embedding whose frequencies are divided among several rows of positions (M-RoPE; Qwen2-VL, section 2.1).
 
-    embedding: the model's own. section: number of frequencies of each row. interleaved: whether neighboring
-    frequencies belong to different rows (Qwen3-VL), not to contiguous chunks (Qwen2-VL). Without rows, and for rows
-    that are equal, the result is that of `embedding`.
+    embedding: the model's own. positions: name of the rows and of their division, one of `DIVISIONS`. section: number
+    of frequencies of each row. Without rows, and for rows that are equal, the result is that of `embedding`.
     """
 
-    def __init__(self, embedding: nn.Module, section: Sequence[int], interleaved: bool = False):
+    def __init__(self, embedding: nn.Module, positions: str, section: Sequence[int]):
         super().__init__()
-        self.embedding = embedding
-        owner = [row for row, count in enumerate(section) for _ in range(count)]
-        if interleaved:  # row i owns count frequencies: i, i + 3, ...; the first row owns the others
-            owner = [0] * len(owner)
-            for row, count in enumerate(section[1:], start=1):
-                owner[row : len(section) * count : len(section)] = [row] * count
-        self.register_buffer("owner", torch.tensor(owner * 2), persistent=False)
+        self.embedding, self.positions, self.num_rows = embedding, positions, len(section)
+        self.register_buffer("owner", torch.tensor(DIVISIONS[positions].owner(section)), persistent=False)
         self.rows: Tensor | None = None
         self.lengths: Tensor | None = None
         self.is_read = False
@@ -62,31 +98,27 @@ def _mixed(parts: Tensor, owner: Tensor) -> Tensor:
     return parts.gather(0, owner.expand(1, *parts.shape[1:]))[0]
 
 
-def default_section(frequencies: int) -> tuple[int, int, int]:
-    """Numbers of frequencies of time, height and width in the proportions of Qwen2-VL: 16, 24 and 24 of 64."""
-    time = frequencies // 4
-    height = (frequencies - time) // 2
-    return time, height, frequencies - time - height
-
-
-def use_multimodal_rotary(llm: nn.Module, section: Sequence[int] | None = None, interleaved: bool = False) -> None:
+def use_multimodal_rotary(llm: nn.Module, positions: str, section: Sequence[int] | None = None) -> None:
     """Make a language model read rows of positions; model folders remember it. Its text-only logits do not change.
 
-    section: see `MultimodalRotary`; None: `default_section`. Raises ValueError for a model whose rotary positions
-    cannot be replaced, and for a section that does not fit them.
+    positions, section: see `MultimodalRotary`; without a section, the published proportions. Raises ValueError for a
+    model whose rotary positions cannot be replaced or that reads other rows, and for a section that does not fit them.
     """
-    base, name = llm.base_model, type(llm).__name__
-    embedding = getattr(base, "rotary_emb", None)
-    if isinstance(embedding, MultimodalRotary):
+    given = f"llm.positions={positions}"
+    base, name, known = llm.base_model, type(llm).__name__, positions_of(llm)
+    if known is not None:
+        if known != positions:
+            raise ValueError(f"{given}, but the language model was trained with {known}")
         return
+    embedding = getattr(base, "rotary_emb", None)
     frequencies = getattr(embedding, "inv_freq", None)
     if frequencies is None:
-        raise ValueError(f"llm.positions=mrope: {name} has no rotary positions of one kind that could be replaced")
-    section = tuple(section or default_section(len(frequencies)))
+        raise ValueError(f"{given}: {name} has no rotary positions of one kind that could be replaced")
+    section = tuple(section or DIVISIONS[positions].section(len(frequencies)))
     if sum(section) != len(frequencies):
-        raise ValueError(f"llm.positions=mrope: {section} does not sum to the {len(frequencies)} frequencies of {name}")
-    base.rotary_emb = MultimodalRotary(embedding, section, interleaved).to(frequencies.device)
-    setattr(llm.config.get_text_config(), KEY, {"section": list(section), "interleaved": interleaved})
+        raise ValueError(f"{given}: {section} does not sum to the {len(frequencies)} frequencies of {name}")
+    base.rotary_emb = MultimodalRotary(embedding, positions, section).to(frequencies.device)
+    setattr(llm.config.get_text_config(), KEY, {"positions": positions, "section": list(section)})
 
 
 def restore_multimodal_rotary(llm: nn.Module) -> None:
@@ -96,9 +128,10 @@ def restore_multimodal_rotary(llm: nn.Module) -> None:
         use_multimodal_rotary(llm, **saved)
 
 
-def reads_rows(llm: nn.Module) -> bool:
-    """Whether a language model reads rows of positions."""
-    return isinstance(getattr(llm.base_model, "rotary_emb", None), MultimodalRotary)
+def positions_of(llm: nn.Module) -> str | None:
+    """Name of the rows of positions that a language model reads, one of `DIVISIONS`; None for ordinary positions."""
+    rotary = getattr(llm.base_model, "rotary_emb", None)
+    return rotary.positions if isinstance(rotary, MultimodalRotary) else None
 
 
 @contextmanager
@@ -107,16 +140,17 @@ def rows_of_positions(llm: nn.Module, positions: Tensor | None, lengths: Tensor)
 
     Raises ValueError if one of the model and the batch has rows and the other does not.
     """
-    has_rows = positions is not None and positions.ndim == 3
-    if has_rows != reads_rows(llm):
-        lacking = "the language model does not read" if has_rows else "the batch does not have"
+    given = len(positions) if positions is not None and positions.ndim == 3 else 0
+    rotary = getattr(llm.base_model, "rotary_emb", None)
+    read = rotary.num_rows if isinstance(rotary, MultimodalRotary) else 0
+    if given != read:
         raise ValueError(
-            f"{lacking} rows of positions: model and processor must both be built with llm.positions=mrope, or without"
+            f"the batch has {given} rows of positions, but the language model reads {read}: model and processor must "
+            "be built with the same llm.positions"
         )
-    if not has_rows:
+    if not given:
         yield
         return
-    rotary = llm.base_model.rotary_emb
     rotary.rows, rotary.lengths, rotary.is_read = positions, lengths, False
     try:
         yield

@@ -40,6 +40,9 @@ class TiledConnector(nn.Module):
     def output_grid(self, height: int, width: int) -> tuple[int, int] | None:
         return self.connector.output_grid(height, width)
 
+    def framed_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        return self.connector.framed_grid(height, width)
+
     def forward(
         self, features: Features, placements: Sequence[Placement] = (), **options
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:

@@ -43,7 +43,10 @@ OPTION_GROUPS = ("vision", "connector", "fusion", "llm", "data")
 REGISTRIES = {"vision": ENCODERS, "connector": CONNECTORS, "fusion": FUSIONS, "llm": LANGUAGE_MODELS}
 OWN_KEYS = {
     "vision": {"image_size": None, "layer": -2, "levels": None},
-    "llm": {"chat_template": None, "new_tokens": [], "attn_implementation": None, "positions": None},
+    "llm": {
+        **{"chat_template": None, "new_tokens": [], "attn_implementation": None},
+        **{"positions": None, "image_frame": None},
+    },
 }
 """Keys of choices that a module registers, besides their options."""
 OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")

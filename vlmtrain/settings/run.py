@@ -36,7 +36,8 @@ from .stage import Stage
 
 _LOGGERS = list_of(one_of("wandb", "tensorboard", "mlflow"), "a list of wandb, tensorboard, mlflow")
 _FOR_VALIDATION = "for validation, which draws from all records: give a data set that is not streamed"
-_POSITIONS = Kind("null or mrope", lambda value: value in (None, "mrope"))
+_POSITIONS = optional(one_of("mrope", "interleaved_mrope", "xdrope"))
+_FRAME = optional(list_of(TEXT, "a list of two tokens", sizes=(2,)))
 _LAYERS = list_of(whole(), "a list of layers")
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
 MODULES = Kind(
@@ -182,7 +183,8 @@ class TinyLLM:
     chat_template: str | None = key(optional(TEXT))  # template name, or a Jinja template
     new_tokens: tuple[str, ...] = key(WORDS)  # tokens to add to the tokenizer
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
-    positions: str | None = key(_POSITIONS)  # mrope: rows of rotary positions; null: the model's own
+    positions: str | None = key(_POSITIONS)  # rows of rotary positions; null: the model's own
+    image_frame: tuple[str, str] | None = key(_FRAME)  # tokens before and after each image
     path: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
     is_pretrained: ClassVar[bool] = False
@@ -198,7 +200,8 @@ class HFLLM:
     new_tokens: tuple[str, ...] = key(WORDS)  # tokens to add to the tokenizer
     trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
-    positions: str | None = key(_POSITIONS)  # mrope: rows of rotary positions; null: the model's own
+    positions: str | None = key(_POSITIONS)  # rows of rotary positions; null: the model's own
+    image_frame: tuple[str, str] | None = key(_FRAME)  # tokens before and after each image
     config: ClassVar[None] = None
     is_pretrained: ClassVar[bool] = True
 
@@ -211,7 +214,8 @@ class OwnLLM:
     chat_template: str | None = key(optional(TEXT), None)  # used if the tokenizer has none
     new_tokens: tuple[str, ...] = key(WORDS, ())  # tokens to add to the tokenizer
     attn_implementation: str | None = key(optional(TEXT), None)  # null: the library's default
-    positions: str | None = key(_POSITIONS, None)  # mrope: rows of rotary positions; null: the model's own
+    positions: str | None = key(_POSITIONS, None)  # rows of rotary positions; null: the model's own
+    image_frame: tuple[str, str] | None = key(_FRAME, None)  # tokens before and after each image
     options: Mapping = field(default_factory=dict)  # those of its `build`
     path: ClassVar[None] = None
     config: ClassVar[None] = None

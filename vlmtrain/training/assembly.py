@@ -95,8 +95,8 @@ def build_parts(
         if part == "llm":
             give_tokens(parts[part], tokenizer, run.llm.new_tokens)
             choose_attention(parts[part], run.llm.attn_implementation)
-            if run.llm.positions == "mrope":
-                use_multimodal_rotary(parts[part])
+            if run.llm.positions is not None:
+                use_multimodal_rotary(parts[part], run.llm.positions)
     seed_for(run.seed, "adapters")
     add_adapters(stage, parts)
     return parts
@@ -132,8 +132,8 @@ def build_skeleton(
                 parts[part].resize(resized.image_size, f"{resized.prefix}.image_size")
             if part == "llm":
                 give_tokens(parts[part], tokenizer, run.llm.new_tokens)
-                if run.llm.positions == "mrope":
-                    use_multimodal_rotary(parts[part])
+                if run.llm.positions is not None:
+                    use_multimodal_rotary(parts[part], run.llm.positions)
         add_adapters(stage, parts)
     return parts
 

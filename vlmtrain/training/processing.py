@@ -14,7 +14,7 @@ from ..connectors.checks import GridError
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.processor import Geometry, Processor
 from ..model.llm import load_tokenizer, max_positions
-from ..model.rotary import reads_rows
+from ..model.rotary import positions_of
 from ..model.vision import VisionEncoder
 from ..objectives import Objective
 from ..settings import Run, Stage
@@ -53,7 +53,7 @@ def build_processor(
 ) -> Processor:
     """Build the processor of a stage, which turns conversations into batches. Raises ValueError for invalid lengths."""
     with naming_size(run, stage):
-        geometry = build_geometry(stage, parts, objective)
+        geometry = build_geometry(stage, parts, objective, _image_frame(run, tokenizer))
     check_lengths(stage, geometry, parts)
     return Processor(
         tokenizer,
@@ -63,7 +63,7 @@ def build_processor(
         run.llm.chat_template,
         _build_reader(run, stage, parts, tokenizer),
         in_pairs=objective.compares_samples,
-        positions="mrope" if "llm" in parts and reads_rows(parts["llm"]) else None,
+        positions=positions_of(parts["llm"]) if "llm" in parts else None,
     )
 
 
@@ -107,14 +107,31 @@ def _build_reader(
     return reader
 
 
-def build_geometry(stage: Stage, parts: dict[str, nn.Module], objective: Objective) -> Geometry | None:
+def _image_frame(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The tokens around images: those of the settings, or else of `init_from`."""
+    frame = run.llm.image_frame
+    if frame is None and run.init_from is not None:
+        held = Processor.from_pretrained(run.init_from).geometry
+        frame = held and held.frame
+    for token in frame or ():
+        if token and token not in tokenizer.get_vocab():
+            raise ValueError(f"llm.image_frame: '{token}' is not a token of the tokenizer: list it in llm.new_tokens")
+    return frame or ("", "")
+
+
+def build_geometry(
+    stage: Stage, parts: dict[str, nn.Module], objective: Objective, frame: tuple[str, str] = ("", "")
+) -> Geometry | None:
     """Build the image geometry of a stage: preprocessing and number of tokens. None without an encoder."""
     vision: VisionEncoder | None = parts.get("vision")
     if vision is None:
         return None
     connector: Connector | None = parts.get("connector")
     shows = connector is not None and objective.sees_pictures_as_tokens
-    tokens, grid = (f(*vision.grid) for f in (connector.num_tokens, connector.output_grid)) if shows else (0, None)
+    tokens, grid, framed_grid = 0, None, None
+    if shows:
+        counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
+        tokens, grid, framed_grid = (count(*vision.grid) for count in counts)
     fit, multiple = stage.image_fit, math.lcm(vision.multiple, connector.multiple if shows else 1)
     geometry = Geometry(
         vision.image_size,
@@ -128,6 +145,8 @@ def build_geometry(stage: Stage, parts: dict[str, nn.Module], objective: Objecti
         stage.image_tiles_alone,
         vision.patch_size,
         *((stage.image_pixels, multiple, connector.config) if fit == "native" and shows else ()),
+        framed_grid=framed_grid,
+        frame=frame if shows else ("", ""),
     )
     if fit == "native":
         _check_native(geometry, stage, vision)

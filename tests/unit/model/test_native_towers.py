@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    HunYuanVLConfig,
+    HunYuanVLForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -43,6 +45,8 @@ VISION = {
     "qwen3_vl": QWEN
     | {"hidden_size": WIDTH, "intermediate_size": 20, "out_hidden_size": OUT, "num_position_embeddings": 49}
     | {"deepstack_visual_indexes": [0, 1, 2]},
+    "hunyuan_vl": {"hidden_size": WIDTH, "intermediate_size": 20, "num_hidden_layers": DEPTH, "patch_size": PATCH}
+    | {"num_attention_heads": 2, "max_image_size": 7 * PATCH, "min_image_size": 4 * PATCH, "rms_norm_eps": 1e-5},
     "siglip2_naflex": {"hidden_size": WIDTH, "intermediate_size": 20, "num_hidden_layers": DEPTH}
     | {"num_attention_heads": 2, "patch_size": PATCH, "num_patches": 25},
 }
@@ -50,13 +54,26 @@ WHOLE = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "hunyuan_vl": (HunYuanVLConfig, HunYuanVLForConditionalGeneration),
     "siglip2_naflex": (Siglip2Config, Siglip2Model),
 }
 FAMILIES = list(WHOLE)
 MERGERS = {"qwen2_vl": "qwen2_vl_merger", "qwen2_5_vl": "qwen2_5_vl_merger", "qwen3_vl": "qwen3_vl_merger"}
+MERGERS["hunyuan_vl"] = "hunyuan_merger"
 # In patches. Windows of 8x8 are ragged, and some images are equally long. There is no grid one patch wide for SigLIP 2,
 # because torch's antialiased interpolation on the CPU is wrong for those: every row becomes the first one.
 GRIDS = {"qwen": [(10, 6), (4, 12), (8, 8), (12, 4)], "siglip2_naflex": [(3, 7), (5, 5), (1, 9), (7, 3)]}
+
+
+PREFIXES = {"qwen2_vl": "visual.", "qwen2_5_vl": "visual.", "qwen3_vl": "model.visual.", "hunyuan_vl": "vit."}
+PREFIXES["siglip2_naflex"] = "vision_model."
+
+
+def under_our_names(key: str) -> str:
+    """The name of a tensor of HunyuanOCR in the tower, from that in a published file."""
+    for theirs, ours in (("dense_h_to_4h", "fc1"), ("dense_4h_to_h", "fc2")):
+        key = key.replace(theirs, ours)
+    return key.replace("input_layernorm", "layer_norm1").replace("post_attention_layernorm", "layer_norm2")
 
 
 def scaled(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -71,6 +88,8 @@ def scaled(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def tower_of(whole: nn.Module) -> nn.Module:
+    if isinstance(whole, HunYuanVLForConditionalGeneration):
+        return whole.model.vision_tower
     return whole.vision_model if isinstance(whole, Siglip2Model) else whole.model.visual
 
 
@@ -78,7 +97,7 @@ def tower_of(whole: nn.Module) -> nn.Module:
 def published(family: str) -> nn.Module:
     """A small model with random weights, of which transformers' tower is the reference."""
     config, model = WHOLE[family]
-    text = TEXT if family.startswith("qwen") else SIGLIP_TEXT
+    text = SIGLIP_TEXT if family == "siglip2_naflex" else TEXT
     whole = scaled(model(config(text_config=text, vision_config=VISION[family])))
     return whole.eval()
 
@@ -105,7 +124,7 @@ def encoder(family, folders) -> VisionEncoder:
 
 
 def grids_of(family: str) -> list[tuple[int, int]]:
-    return GRIDS["qwen" if family.startswith("qwen") else family]
+    return GRIDS["siglip2_naflex" if family == "siglip2_naflex" else "qwen"]
 
 
 def images(family: str, seed: int = 1) -> list[Tensor]:
@@ -133,13 +152,17 @@ def reference(family: str, image: Tensor) -> tuple[list[Tensor], Tensor | None, 
     """Hidden states after each block in raster order, merged features and DeepStack features of transformers' tower."""
     tower, (height, width) = tower_of(published(family)), (image.shape[1] // PATCH, image.shape[2] // PATCH)
     if not family.startswith("qwen"):
-        rows = torch.stack(
-            [
-                image[:, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH].permute(1, 2, 0).flatten()
-                for y in range(height)
-                for x in range(width)
-            ]
-        )
+        patches = [
+            image[:, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH]
+            for y in range(height)
+            for x in range(width)
+        ]
+        if family == "hunyuan_vl":
+            rows = torch.stack([patch.flatten() for patch in patches])
+            out = tower(rows, grid_thw=torch.tensor([[1, height, width]]), output_hidden_states=True)
+            states = [state[0] for state in (*out.hidden_states[1:DEPTH], out.last_hidden_state)]
+            return states, out.pooler_output[0], []
+        rows = torch.stack([patch.permute(1, 2, 0).flatten() for patch in patches])
         mask, shape = torch.ones(1, len(rows), dtype=torch.long), torch.tensor([[height, width]])
         out = tower(rows[None], mask, shape, output_hidden_states=True)
         return [state[0] for state in out.hidden_states[1:]], None, []
@@ -181,8 +204,12 @@ def test_mergers_of_the_project_follow(family, encoder):
     options = {"levels": levels} if levels else {}
     merger = build_connector(MERGERS[family], in_dim=WIDTH, out_dim=OUT, **options)
     tower = tower_of(published(family))
-    parts = tower.state_dict() if levels else tower.merger.state_dict()
-    merger.load_state_dict({name: parts[name] for name in merger.state_dict()})
+    parts = tower if levels else tower.patch_merger if family == "hunyuan_vl" else tower.merger
+    parts = parts.state_dict()
+    if family == "hunyuan_vl":
+        merger.load_published({f"model.vision_tower.patch_merger.{name}": each for name, each in parts.items()})
+    else:
+        merger.load_state_dict({name: parts[name] for name in merger.state_dict()})
     encoder.set_layers(-1, [1, 2, 3] if levels else None)
     with torch.no_grad():
         made = merger(encoder.encode(tuple(shown)))
@@ -269,14 +296,19 @@ def test_the_device_is_not_waited_for(family, encoder):
 
 def test_weights_keep_their_published_names_and_shapes(family, folders, encoder):
     tensors = load_file(folders[family] / "model.safetensors")
-    name = {"qwen2_vl": "visual.", "qwen2_5_vl": "visual.", "qwen3_vl": "model.visual."}.get(family, "vision_model.")
+    name = PREFIXES[family]
+    if family == "hunyuan_vl":
+        tensors = {under_our_names(key): tensor for key, tensor in tensors.items()}
     state = encoder.state_dict()
     for key, tensor in state.items():
         assert tensor.equal(tensors[name + key])
     dropped = {key.removeprefix(name) for key in tensors if key.startswith(name)} - state.keys()
-    assert {key.split(".")[0] for key in dropped} <= {"merger", "deepstack_merger_list", "post_layernorm", "head"}
+    unused = {"merger", "deepstack_merger_list", "post_layernorm", "head", "perceive"}
+    assert {key.split(".")[0] for key in dropped} <= unused
     if family.startswith("qwen"):
         assert state["patch_embed.proj.weight"].shape == (WIDTH, 3, 2, PATCH, PATCH)
+    elif family == "hunyuan_vl":
+        assert state["embeddings.patch_embedding.weight"].shape == (WIDTH, 3, PATCH, PATCH)
     else:
         assert state["embeddings.patch_embedding.weight"].shape == (WIDTH, 3 * PATCH * PATCH)
 
@@ -304,7 +336,7 @@ def test_building_without_weights_and_by_provider(family, folders):
     assert skeleton.provider == family and skeleton.image_mean == (0.5, 0.4, 0.3)
     by_name = build_vision(family, path=path, image_mean=[0.1] * 3, image_std=[0.9] * 3)
     assert by_name.image_mean == (0.1,) * 3 and by_name.image_size == skeleton.image_size
-    nominal = 448 if family.startswith("qwen") else 5 * PATCH
+    nominal = 448 if family.startswith("qwen") else (4 if family == "hunyuan_vl" else 5) * PATCH
     assert by_name.image_size == (nominal, nominal) and by_name.layer == -1
     other = next(name for name in FAMILIES if name != family)
     with pytest.raises(ValueError, match=r"use vision=hf"):
@@ -317,7 +349,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(family, folders, tmp_path, ki
     for file in folders[family].glob("*.json"):
         (tmp_path / file.name).write_text(file.read_text())
     tensors = load_file(folders[family] / "model.safetensors")
-    ends = ("visual.blocks.1.attn.proj.bias", "vision_model.encoder.layers.1.mlp.fc1.bias")
+    ends = ("visual.blocks.1.attn.proj.bias", "layers.1.mlp.fc1.bias", "vit.layers.1.self_attn.o_proj.bias")
     name = next(key for key in tensors if key.endswith(ends))
     tensor = tensors.pop(name)
     if kind == "shape":
@@ -339,8 +371,8 @@ def test_a_checkpoint_of_several_files(family, folders, tmp_path):
     expected = build_vision("hf", path=str(folders[family])).state_dict()
     assert all(tensor.equal(expected[name]) for name, tensor in built.state_dict().items())
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    part = "visual." if family.startswith("qwen") else "vision_model."
-    shard = next(file for name, file in index.items() if f"{part}blocks.0." in name or f"{part}encoder" in name)
+    starts = tuple(f"{PREFIXES[family]}{blocks}.0." for blocks in ("blocks", "encoder.layers", "layers"))
+    shard = next(file for name, file in index.items() if name.startswith(starts))
     (tmp_path / shard).unlink()
     with pytest.raises(ValueError, match=f"{shard} is missing"):
         build_vision("hf", path=str(tmp_path))
@@ -366,7 +398,8 @@ def test_a_checkpoint_without_safetensors_is_refused(family, folders, tmp_path):
 def test_layers_and_levels(family, encoder):
     """The blocks after the deepest one that is needed are not called."""
     image, called = images(family)[0], []
-    blocks = encoder.blocks if family.startswith("qwen") else encoder.encoder["layers"]
+    blocks = {"siglip2_naflex": lambda: encoder.encoder["layers"], "hunyuan_vl": lambda: encoder.layers}
+    blocks = blocks.get(family, lambda: encoder.blocks)()
     for number, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, number=number: called.append(number))
     states, _, _ = reference(family, image)

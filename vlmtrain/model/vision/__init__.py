@@ -15,8 +15,7 @@ import torch
 from ...files import read_object
 from ...registry import Registry
 from .base import VisionEncoder
-from .hugging_face import HFVision
-from .native import NATIVE
+from .hugging_face import NATIVE, HFVision
 from .open_clip import OpenClipVision
 
 BUILT_IN = {"open_clip": OpenClipVision, "hf": HFVision, **{found.provider: found for found in NATIVE.values()}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,8 +28,9 @@ def read_preprocessor(path: str, image_mean: list[float] | None, image_std: list
 
     image_mean, image_std: instead of those of the file. Raises ValueError if neither gives them.
     """
-    found = _file(path, "preprocessor_config.json")
-    preprocessor = json.loads(found.read_text()) if found else {}
+    found = _file(path, "preprocessor_config.json") or _file(path, "processor_config.json")
+    preprocessor = read_object(found) if found else {}
+    preprocessor = preprocessor.get("image_processor", preprocessor)
     mean, std = image_mean or preprocessor.get("image_mean"), image_std or preprocessor.get("image_std")
     if not mean or not std:
         raise ValueError(
@@ -39,16 +41,23 @@ def read_preprocessor(path: str, image_mean: list[float] | None, image_std: list
 
 
 def read_part(
-    path: str, own: Mapping[str, Tensor], prefixes: tuple[str, ...], dropped: tuple[str, ...], part: str
+    path: str,
+    own: Mapping[str, Tensor],
+    prefixes: tuple[str, ...],
+    dropped: tuple[str, ...],
+    part: str,
+    renames: tuple[tuple[str, str], ...] = (),
 ) -> dict[str, Tensor]:
     """Memory-mapped tensors of one part of a checkpoint, by their names in that part.
 
     own: the tensors of the part, whose names and shapes the file must have. prefixes: names in the file that the part
     can have, in order of preference. dropped: starts of names that are ignored within the part. part: for messages.
+    renames: patterns of names in the file, and their replacements.
     Raises ValueError listing tensors that are missing, unexpected or of another shape.
     """
     files = _files(path)
-    prefix = next((prefix for prefix in prefixes if any(prefix + name in files for name in own)), prefixes[0])
+    known = {_renamed(name, renames) for name in files}
+    prefix = next((prefix for prefix in prefixes if any(prefix + name in known for name in own)), prefixes[0])
     names = [name for name in files if name.startswith(prefix) and not name[len(prefix) :].startswith(dropped)]
     state = {}
     for file in sorted({files[name] for name in names}):
@@ -57,13 +66,20 @@ def read_part(
             raise ValueError(f"{path} is incomplete: {file} is missing, but its index lists it")
         try:
             with safe_open(here, "pt") as tensors:
-                state |= {name: tensors.get_tensor(name) for name in names if files[name] == file}
+                here_too = (name for name in names if files[name] == file)
+                state |= {_renamed(name, renames): tensors.get_tensor(name) for name in here_too}
         except SafetensorError as error:
             raise ValueError(f"{here} is broken: {error}") from None
     problems = mismatches(state, {prefix + name: tensor for name, tensor in own.items()})
     if problems:
         raise ValueError(f"{path} does not fit {part}: {problems}")
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _files(path: str) -> dict[str, str]:

@@ -18,7 +18,13 @@ from ...visual import Size
 from ..loading import know_blip_towers, load_hf_config, load_hf_model
 from .base import VisionEncoder, as_size
 from .checkpoint import facts, read_preprocessor
-from .native import NATIVE
+from .hunyuan import HunyuanVision
+from .native import NativeVision
+from .qwen import Qwen2VLVision, Qwen3VLVision, Qwen25VLVision
+from .siglip2 import Siglip2NaflexVision
+
+TOWERS = (Qwen2VLVision, Qwen25VLVision, Qwen3VLVision, Siglip2NaflexVision, HunyuanVision)
+NATIVE: dict[str, type[NativeVision]] = {kind: tower for tower in TOWERS for kind in tower.model_types}
 
 
 class HFVision(VisionEncoder):

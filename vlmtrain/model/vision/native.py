@@ -1,4 +1,4 @@
-"""Vision encoders of native resolution: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and SigLIP 2 NaFlex.
+"""Base class and parts of vision encoders of native resolution.
 
 They encode images of any size, each with a grid of its own, in one call. The features are those before the merger of
 the published model, in raster order.
@@ -10,19 +10,17 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...connectors import Features, PackedFeatures, VisionFeatures
 from ...visual import Pixels, Size
 from ..loading import load_hf_config
 from .base import VisionEncoder, as_size, block_index
 from .checkpoint import facts, read_part, read_preprocessor
-from .image_attention import NAME, Segments, register_image_attention, sent
+from .image_attention import NAME, register_image_attention, sent
 
 Grids = tuple[Size, ...]
 
@@ -31,13 +29,15 @@ class NativeVision(VisionEncoder):
     """Base class of vision encoders of native resolution.
 
     config: the Hugging Face configuration of the tower; geometry: ``image_size``, ``image_mean`` and ``image_std``.
-    A subclass sets `provider`, `prefixes` and `dropped` (names in a published checkpoint, see `read_part`) and
-    `width_key` (of `width` in the configuration), makes its modules under their published names, and implements
-    `states` and `nominal_side`.
+    A subclass sets `provider`, `model_types` (of published models with the tower), `prefixes`, `dropped` and `renames`
+    (names in a published checkpoint, see `read_part`) and `width_key` (of `width` in the configuration), makes its
+    modules under their published names, and implements `states` and `nominal_side`.
     """
 
+    model_types: tuple[str, ...]
     prefixes: tuple[str, ...]
     dropped: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...] = ()
     width_key = "hidden_size"
 
     def __init__(self, config, geometry: dict, layer: int, levels: Sequence[int] | None = None):
@@ -71,7 +71,7 @@ class NativeVision(VisionEncoder):
         another kind, and for one that lacks a tensor of the tower.
         """
         config = load_hf_config(path, "vision.path", trust_remote_code)
-        if NATIVE.get(config.model_type) is not cls:
+        if config.model_type not in cls.model_types:
             raise ValueError(f"vision.path={path} is a model of the type {config.model_type}: use vision=hf")
         config = getattr(config, "vision_config", config)
         preprocessor, look = read_preprocessor(path, image_mean, image_std)
@@ -81,7 +81,7 @@ class NativeVision(VisionEncoder):
         with torch.device("meta"):
             encoder = cls(config, geometry, layer, levels)
         own = encoder.state_dict()
-        encoder.load_state_dict(read_part(path, own, cls.prefixes, cls.dropped, cls.__name__), assign=True)
+        encoder.load_state_dict(read_part(path, own, cls.prefixes, cls.dropped, cls.__name__, cls.renames), assign=True)
         return encoder.to(dtype)
 
     @staticmethod
@@ -139,209 +139,26 @@ class NativeVision(VisionEncoder):
         return cls(config, saved["geometry"], saved["layer"], saved["levels"])
 
 
-class QwenVision(NativeVision):
-    """Base class of the towers of Qwen-VL.
-
-    A patch is two equal frames, embedded by one matrix. Attention has rotary positions, which count from 0 in each
-    image. Patches are processed in the published order, squares of `multiple` x `multiple` patches.
-
-    window: side of the windows of attention in such squares; None means that every block sees the complete image.
-    """
-
-    prefixes = ("model.visual.", "visual.")
-    dropped = ("merger.", "deepstack_merger_list.")
-    multiple = 2
-    bias = False
-    window: int | None = None
-
-    def __init__(self, config, geometry: dict, layer: int, levels: Sequence[int] | None = None):
-        super().__init__(config, geometry, layer, levels)
-        self.multiple = config.spatial_merge_size
-        self._check_geometry()
-        kernel = (config.temporal_patch_size, *self.patch_size)
-        self.frames, self.head_width = config.temporal_patch_size, self.width // config.num_attention_heads
-        self.patch_embed = nn.ModuleDict({"proj": PatchProjection(config.in_channels, self.width, kernel, self.bias)})
-        self.blocks = nn.ModuleList(self._block() for _ in range(self.num_blocks))
-
-    def _block(self) -> nn.Module:
-        raise NotImplementedError
-
-    @staticmethod
-    def nominal_side(config, preprocessor: Mapping) -> int:
-        """448, rounded to whole squares of patches."""
-        step = as_size(config.patch_size)[0] * config.spatial_merge_size
-        return max(1, round(448 / step)) * step
-
-    def states(self, images: Pixels, grids: Grids, wanted: set[int]) -> dict[int, Tensor]:
-        lengths = [height * width for height, width in grids]
-        windows = [self._windows(grid) for grid in grids]
-        order = [torch.cat(own) for own in windows]
-        device = images[0].device
-        rotation = self._rotation(order, grids, device)
-        order = torch.cat([start + own for start, own in zip(accumulate(lengths, initial=0), order)])
-        inverse = sent(order.argsort(), device)
-        within_images = Segments.of(lengths, device)
-        within_windows = Segments.of([len(window) for own in windows for window in own], device)
-        # transformers' attention splits the row at these, with a wait for a GPU unless they are on the host
-        one_piece = torch.tensor([0, sum(lengths)], device="cpu")
-
-        x = self._embed(squares(images, self.patch_size), grids).index_select(0, sent(order, device))
-        states = {}
-        for index, block in zip(range(max(wanted) + 1), self.blocks):
-            segments = within_images if self._sees_image(index) else within_windows
-            x = block(x, cu_seqlens=one_piece, position_embeddings=rotation, segments=segments)
-            if index in wanted:
-                states[index] = x.index_select(0, inverse)
-        return states
-
-    def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
-        frames = patches[:, :, None].expand(-1, -1, self.frames, -1, -1)
-        return self.patch_embed["proj"](frames.flatten(1))
-
-    def _sees_image(self, block: int) -> bool:
-        """Whether a block attends over complete images, not windows."""
-        return True
-
-    def _windows(self, grid: Size) -> list[Tensor]:
-        """Indices in raster order of the patches of each window, on the host; windows at the border are smaller."""
-        (height, width), side = grid, self.multiple
-        patches = torch.arange(height * width, device="cpu")
-        cells = patches.view(height // side, side, width // side, side).transpose(1, 2).flatten(2)
-        if self.window is None:
-            return [cells.flatten()]
-        bands = cells.split(self.window)
-        return [window.flatten() for band in bands for window in band.split(self.window, dim=1)]
-
-    def _rotation(self, order: Sequence[Tensor], grids: Grids, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``(N, d)`` of the rotary positions, float32; half of the angles turn with the row."""
-        positions = [torch.stack([own // width, own % width], 1) for own, (_, width) in zip(order, grids, strict=True)]
-        half = self.head_width // 2
-        exponents = torch.arange(0, half, 2, device=device, dtype=torch.float32) / half
-        frequencies = self.config.rope_parameters["rope_theta"] ** -exponents
-        angles = (sent(torch.cat(positions), device)[..., None] * frequencies).flatten(1)
-        angles = torch.cat([angles, angles], 1)
-        return angles.cos(), angles.sin()
-
-
-class Qwen2VLVision(QwenVision):
-    """Vision tower of Qwen2-VL (2024, published code)."""
-
-    provider = "qwen2_vl"
-    width_key = "embed_dim"  # its hidden_size is the width of the language model
-
-    def _block(self) -> nn.Module:
-        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
-
-        return Qwen2VLVisionBlock(self.config)
-
-
-class Qwen25VLVision(QwenVision):
-    """Vision tower of Qwen2.5-VL, most of whose blocks attend within windows (2025, published code)."""
-
-    provider = "qwen2_5_vl"
-
-    def __init__(self, config, geometry: dict, layer: int, levels: Sequence[int] | None = None):
-        super().__init__(config, geometry, layer, levels)
-        self.window = config.window_size // config.spatial_merge_size // self.patch_size[0]
-
-    def _block(self) -> nn.Module:
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
-
-        return Qwen2_5_VLVisionBlock(self.config)
-
-    def _sees_image(self, block: int) -> bool:
-        return block in self.config.fullatt_block_indexes
-
-
-class Qwen3VLVision(QwenVision):
-    """Vision tower of Qwen3-VL, with an interpolated position table (2025, published code).
-
-    Its DeepStack features are `levels`, which a connector such as `qwen3_vl_merger` reads.
-    """
-
-    provider = "qwen3_vl"
-    bias = True
-
-    def __init__(self, config, geometry: dict, layer: int, levels: Sequence[int] | None = None):
-        super().__init__(config, geometry, layer, levels)
-        self.pos_embed = PositionTable(config.num_position_embeddings, self.width, align_corners=True)
-
-    def _block(self) -> nn.Module:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionBlock
-
-        return Qwen3VLVisionBlock(self.config)
-
-    def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
-        x = super()._embed(patches, grids)
-        return x + self.pos_embed(grids).to(x.dtype)
-
-
-class Siglip2NaflexVision(NativeVision):
-    """Vision tower of SigLIP 2 NaFlex (2025, published code), without its final norm and its head."""
-
-    provider = "siglip2_naflex"
-    prefixes = ("vision_model.", "")
-    dropped = ("post_layernorm.", "head.")
-
-    def __init__(self, config, geometry: dict, layer: int, levels: Sequence[int] | None = None):
-        from transformers.models.siglip2.modeling_siglip2 import Siglip2EncoderLayer
-
-        super().__init__(config, geometry, layer, levels)
-        self._check_geometry()
-        embed = nn.Linear(config.num_channels * math.prod(self.patch_size), self.width)
-        table = PositionTable(config.num_patches, self.width, align_corners=False)
-        self.embeddings = nn.ModuleDict({"patch_embedding": embed, "position_embedding": table})
-        layers = nn.ModuleList(Siglip2EncoderLayer(self.config) for _ in range(self.num_blocks))
-        self.encoder = nn.ModuleDict({"layers": layers})
-
-    @staticmethod
-    def nominal_side(config, preprocessor: Mapping) -> int:
-        """The side of a square image with the published maximum number of patches."""
-        most = preprocessor.get("max_num_patches") or config.num_patches
-        return math.isqrt(most) * as_size(config.patch_size)[0]
-
-    def states(self, images: Pixels, grids: Grids, wanted: set[int]) -> dict[int, Tensor]:
-        rows = squares(images, self.patch_size).permute(0, 2, 3, 1).flatten(1)
-        x = self.embeddings["patch_embedding"](rows)
-        x = (x + self.embeddings["position_embedding"](grids).to(x.dtype))[None]
-        segments, states = Segments.of([height * width for height, width in grids], x.device), {}
-        for index, layer in zip(range(max(wanted) + 1), self.encoder["layers"]):
-            x = layer(x, attention_mask=segments)
-            if index in wanted:
-                states[index] = x[0]
-        return states
-
-
-class PatchProjection(nn.Conv3d):
-    """A convolution whose kernel is one patch, as a matrix product of rows ``(N, C * T * h * w)`` -> ``(N, D)``.
-
-    ``nn.Conv3d`` itself can be slower by orders of magnitude (transformers issue 45750).
-    """
-
-    def __init__(self, channels: int, width: int, kernel: tuple[int, int, int], bias: bool):
-        super().__init__(channels, width, kernel, stride=kernel, bias=bias)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.weight.flatten(1), self.bias)
-
-
 class PositionTable(nn.Embedding):
     """A square table of positions, interpolated bilinearly to the grid of each image.
 
-    align_corners: as in `torch.nn.functional.interpolate`; if False, interpolation to a smaller grid is antialiased.
+    align_corners, antialias: as in `torch.nn.functional.interpolate`. unused: rows before those of the table.
     """
 
-    def __init__(self, positions: int, width: int, align_corners: bool):
-        super().__init__(positions, width)
-        self.align_corners = align_corners
+    def __init__(self, positions: int, width: int, align_corners: bool, antialias: bool = False, unused: int = 0):
+        super().__init__(unused + positions, width)
+        self.side, self.unused = math.isqrt(positions), unused
+        self.align_corners, self.antialias = align_corners, antialias
 
     def forward(self, grids: Grids) -> Tensor:
         """Positions ``(N, C)`` of the patches of all grids in raster order, at least float32."""
-        side = math.isqrt(self.num_embeddings)
-        table = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).unflatten(0, (side, side))
+        table = self.weight[self.unused :].unflatten(0, (self.side, self.side))
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
 
         def along(size: int) -> Tensor:
-            return sent(_interpolation(size, side, self.align_corners), table.device).to(table.dtype)
+            return sent(_interpolation(size, self.side, self.align_corners, self.antialias), table.device).to(
+                table.dtype
+            )
 
         found = {
             grid: torch.einsum("hs,wt,stc->hwc", along(grid[0]), along(grid[1]), table) for grid in dict.fromkeys(grids)
@@ -350,13 +167,14 @@ class PositionTable(nn.Embedding):
 
 
 @lru_cache(maxsize=1024)
-def _interpolation(size: int, side: int, align_corners: bool) -> Tensor:
+def _interpolation(size: int, side: int, align_corners: bool, antialias: bool) -> Tensor:
     """Weights ``(size, side)`` with which `side` points are interpolated to `size` points, on the host."""
     targets, points = (torch.arange(count, dtype=torch.float64, device="cpu") for count in (size, side))
     if align_corners:
         at, reach = targets * (side - 1) / max(size - 1, 1), 1.0
     else:
-        at, reach = (targets + 0.5) * side / size - 0.5, max(side / size, 1.0)
+        at, reach = (targets + 0.5) * side / size - 0.5, max(side / size, 1.0) if antialias else 1.0
+        at = at if antialias else at.clamp(0, side - 1)
     weights = (1 - (points - at[:, None]).abs() / reach).clamp(min=0)
     return (weights / weights.sum(1, keepdim=True)).float()
 
@@ -367,12 +185,3 @@ def squares(images: Pixels, patch: Size) -> Tensor:
         return torch.cat([squares(image[None], patch) for image in images])
     cut = images.unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-
-
-NATIVE: dict[str, type[NativeVision]] = {
-    "qwen2_vl": Qwen2VLVision,
-    "qwen2_5_vl": Qwen25VLVision,
-    "qwen3_vl": Qwen3VLVision,
-    "siglip2": Siglip2NaflexVision,
-    "siglip2_vision_model": Siglip2NaflexVision,
-}
