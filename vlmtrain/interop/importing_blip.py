@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..connectors.qformer import EPS
 from ..data.connector_text import TextReader
+from ..data.processor import Processor
+from ..data.templates import BLIP
 from ..model import VLMWrapper
 from ..model.llm import load_tokenizer
 from ..model.parts import make_connector
 from ..model.vision import HFVision
+from .importing_llava import fixed_geometry
+from .preparation import check_pixels, fit_of
+from .source import Source, processor_of
 
 MODEL_CLASSES = {
     "blip-2": "Blip2ForConditionalGeneration",
     "instructblip": "InstructBlipForConditionalGeneration",
 }
+DTYPE = torch.float32  # BLIP-2's classes keep the Q-Former in fp32 regardless of the dtype of the rest
 READING_TOKENIZER = "qformer_tokenizer"  # folder in which InstructBLIP's processor stores it
 
 
-def check_blip(folder: Path, config) -> None:
+def check(folder: Path, config, fit: str | None) -> None:
     """Raise ValueError with the key if the model cannot be represented by a `VLMWrapper`."""
     text, qformer = config.text_config, config.qformer_config
     for key, got, expected in (
@@ -33,7 +40,19 @@ def check_blip(folder: Path, config) -> None:
             raise ValueError(f"{folder / 'config.json'}: {key}={got}, expected {wanted}")
 
 
-def blip_parts(source: PreTrainedModel, look: dict) -> VLMWrapper:
+def read(source: Source) -> tuple[VLMWrapper, Processor]:
+    """The model and the processor of a source, which share its tensors."""
+    model = _parts(source.model, source.look)
+    geometry = fixed_geometry(model, source.fit or fit_of(source.preparation))
+    reader = _reader_of(source.folder, source.config)
+    _end_answers(source.tokenizer, source.model)
+    processor = processor_of(source.folder, source.tokenizer, geometry, model.llm, source.template or BLIP, reader)
+    if source.fit is None:
+        check_pixels(source.preparation_file, source.preparation, geometry)
+    return model, processor
+
+
+def _parts(source: PreTrainedModel, look: dict) -> VLMWrapper:
     """The parts of a BLIP-2 or InstructBLIP model, which share its tensors. look: image_mean and image_std."""
     tower = source.vision_model
     vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer=-1)
@@ -65,7 +84,7 @@ def _is_connector(name: str) -> bool:
     return name.startswith(("query_tokens", "qformer.", "language_projection.", "vision_model.post_layernorm."))
 
 
-def reader_of(folder: Path, config) -> TextReader | None:
+def _reader_of(folder: Path, config) -> TextReader | None:
     """The reader of instructions for InstructBLIP's Q-Former. Raises ValueError if its tokenizer is missing."""
     if config.model_type != "instructblip":
         return None
@@ -79,7 +98,7 @@ def reader_of(folder: Path, config) -> TextReader | None:
     return reader
 
 
-def end_answers(tokenizer: PreTrainedTokenizerBase, source: PreTrainedModel) -> None:
+def _end_answers(tokenizer: PreTrainedTokenizerBase, source: PreTrainedModel) -> None:
     """Unset the BOS token if the tokenizer does not add it, and use the source's end of answers (OPT's: a newline)."""
     if tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
         tokenizer.bos_token = None

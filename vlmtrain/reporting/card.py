@@ -159,6 +159,9 @@ def _chosen_name(options: Mapping) -> str:
     return f"{options['provider']}: {name}" + (f", {pretrained}" if pretrained else "")
 
 
+_TOWER_KEYS = (("depth", "num_hidden_layers"), ("embed_dim", "hidden_size"))
+
+
 def _held_name(folder: Path) -> str:
     """Description of the part in a folder: a connector, a transformers class, or an open_clip tower."""
     config = json.loads((folder / "config.json").read_text())
@@ -170,6 +173,10 @@ def _held_name(folder: Path) -> str:
         layers, width = tower.get("layers"), tower.get("width")
     elif "options" in config:
         return f"`{config['provider']}`"
+    elif "encoder" in config:  # of native resolution; the configurations call depth and width differently
+        tower = config["encoder"]
+        layers, width = (next(tower[key] for key in keys if key in tower) for keys in _TOWER_KEYS)
+        name = f"`{config['provider']}`"
     else:
         name = ", ".join(config.get("architectures") or [config["model_type"]])
         layers, width = config.get("num_hidden_layers"), config.get("hidden_size")

@@ -1,0 +1,122 @@
+"""Import of LLaVA-1.5 and LLaVA-NeXT from Hugging Face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..connectors.layers import ACTIVATIONS
+from ..data.geometry import Geometry
+from ..data.processor import Processor
+from ..model import VLMWrapper
+from ..model.parts import make_connector
+from ..model.tiled import TiledConnector
+from ..model.vision import HFVision, VisionEncoder
+from .fitting import filled
+from .preparation import check_pixels, fit_of
+from .source import Source, processor_of
+
+MODEL_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+DTYPE = "auto"
+
+
+def check(folder: Path, config, fit: str | None) -> None:
+    """Raise ValueError if a LLaVA-NeXT is to be imported with another image fit than its own."""
+    if config.model_type == "llava_next" and fit not in (None, "tiles"):
+        raise ValueError(f"--image-fit {fit}: {folder} is a LLaVA-NeXT, which supports only tiles")
+
+
+def read(source: Source) -> tuple[VLMWrapper, Processor]:
+    """The model and the processor of a source, which share its tensors."""
+    vision, llm = _encoder(source.folder, source.model, source.look), _language_model(source.model)
+    model = VLMWrapper(vision, _connector(source.folder, source.model, vision, llm), llm).eval()
+    is_next = source.config.model_type == "llava_next"
+    grids = _tile_grids(source.folder, source.config, vision) if is_next else ()
+    geometry = fixed_geometry(model, source.fit or ("tiles" if grids else fit_of(source.preparation)), grids)
+    processor = processor_of(source.folder, source.tokenizer, geometry, llm, source.template)
+    if source.fit is None:
+        check_pixels(source.preparation_file, source.preparation, geometry)
+    return model, processor
+
+
+def fixed_geometry(model: VLMWrapper, fit: str, tile_grids: tuple[tuple[int, int], ...] = ()) -> Geometry:
+    """The geometry of a model whose encoder sees images of one size."""
+    vision, connector = model.vision, model.connector
+    tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
+    look = (vision.image_mean, vision.image_std)
+    tile_grids = tile_grids if fit == "tiles" else ()
+    return Geometry(vision.image_size, fit, *look, tokens, grid, tile_grids, patch_size=vision.patch_size)
+
+
+def _encoder(folder: Path, source: PreTrainedModel, look: dict) -> HFVision:
+    config, layer = source.config, source.config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise ValueError(
+            f"{folder / 'config.json'}: vision_feature_layer={list(layer)} combines several layers, expected one number"
+        )
+    tower = source.model.vision_tower
+    vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer).eval()
+    with torch.no_grad():
+        parameter = next(vision.parameters())
+        prefix = vision(torch.zeros(1, 3, *vision.image_size).to(parameter)).prefix
+    count = 0 if prefix is None else prefix.shape[1]
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    if count != dropped:
+        raise ValueError(
+            f"{folder / 'config.json'}: vision_feature_select_strategy={config.vision_feature_select_strategy} drops "
+            f"{dropped} tokens, expected {count}, the number that the encoder has before its patches"
+        )
+    return vision
+
+
+def _language_model(source: PreTrainedModel) -> nn.Module:
+    """The source's language model with its own head."""
+    config = source.config.text_config
+    head, table = source.get_output_embeddings().weight, source.get_input_embeddings().weight
+    config.tie_word_embeddings = head.data_ptr() == table.data_ptr()
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    state = {
+        f"{model_class.base_model_prefix}.{name}": tensor
+        for name, tensor in source.model.language_model.state_dict().items()
+    }
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = head.detach()
+    return filled(model_class, config, state, head.dtype)
+
+
+def _connector(folder: Path, source: PreTrainedModel, vision: VisionEncoder, llm: nn.Module) -> nn.Module:
+    act = source.config.projector_hidden_act
+    state = {name: tensor.detach() for name, tensor in source.model.multi_modal_projector.state_dict().items()}
+    first, second = state["linear_1.weight"], state["linear_2.weight"]
+    for layer, weight in (("linear_1", first), ("linear_2", second)):
+        state.setdefault(f"{layer}.bias", weight.new_zeros(len(weight)))
+    if act == "linear":  # two layers without an activation in between are one
+        bias = second @ state["linear_1.bias"] + state["linear_2.bias"]
+        state, name, options = {"weight": second @ first, "bias": bias}, "linear", {}
+    elif act in ACTIVATIONS:
+        name, options = "mlp", {"activation": act}
+    else:
+        raise ValueError(
+            f"{folder / 'config.json'}: projector_hidden_act={act}, expected one of {', '.join(ACTIVATIONS)}, linear"
+        )
+    connector = make_connector(name, vision, llm, options, first.dtype)
+    connector.load_published(state)
+    if source.config.model_type != "llava_next":
+        return connector
+    tiled = TiledConnector(connector).to(first.dtype)
+    tiled.newline.data.copy_(source.model.image_newline.detach())
+    return tiled
+
+
+def _tile_grids(folder: Path, config, vision: VisionEncoder) -> tuple[tuple[int, int], ...]:
+    side = vision.image_size[0]
+    if any(height % side or width % side for height, width in config.image_grid_pinpoints):
+        raise ValueError(
+            f"{folder / 'config.json'}: image_grid_pinpoints={config.image_grid_pinpoints}, expected multiples of the "
+            f"encoder's {side} pixels"
+        )
+    return tuple((height // side, width // side) for height, width in config.image_grid_pinpoints)

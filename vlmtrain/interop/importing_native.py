@@ -1,0 +1,127 @@
+"""Import of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and HunyuanOCR from Hugging Face."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ..connectors import Connector
+from ..data.geometry import Geometry
+from ..data.processor import Processor
+from ..errors import first_line
+from ..model import VLMWrapper
+from ..model.parts import make_connector
+from ..model.rotary import use_multimodal_rotary
+from ..model.vision.native import NativeVision
+from .fitting import filled
+from .native_families import FAMILIES, Family
+from .source import Source, processor_of
+
+MODEL_CLASSES = {kind: family.model_class for kind, family in FAMILIES.items()}
+DTYPE = "auto"
+_MERGERS = ("merger.", "deepstack_merger_list.", "patch_merger.")
+
+
+def check(folder: Path, config, fit: str | None) -> None:
+    """Raise ValueError for an image fit other than ``native``, and for positions that are not supported."""
+    if fit not in (None, "native"):
+        raise ValueError(f"--image-fit {fit}: {folder} is a {config.model_type}, which supports only native")
+    section = (config.text_config.rope_parameters or {}).get("mrope_section")
+    rows = 4 if FAMILIES[config.model_type].positions == "xdrope" else 3
+    if section is None or len(section) != rows:
+        raise ValueError(
+            f"{folder / 'config.json'}: mrope_section={section}, expected {rows} numbers, one for each row of positions"
+        )
+
+
+def read(source: Source) -> tuple[VLMWrapper, Processor]:
+    """The model and the processor of a source, which share its tensors."""
+    family = FAMILIES[source.config.model_type]
+    vision, llm = _tower(source, family), _language_model(source, family)
+    model = VLMWrapper(vision, _connector(source.model, vision, llm, family), llm).eval()
+    ids = [getattr(source.config, key) for key in family.frame]
+    frame = tuple(source.tokenizer.convert_ids_to_tokens(ids))
+    limits = source.preparation.size.shortest_edge, source.preparation.size.longest_edge
+    geometry = native_geometry(vision, model.connector, limits, frame)
+    return model, processor_of(
+        source.folder, source.tokenizer, geometry, llm, source.template, positions=family.positions
+    )
+
+
+def hf_processor(source: Source) -> ProcessorMixin:
+    """The source's processor, with images resized by Pillow, as here. Raises ValueError if it cannot be loaded."""
+    try:
+        processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything for files of a wrong kind
+        raise ValueError(f"{source.folder} has no valid processor: {first_line(error)}") from None
+    processor.image_processor = source.preparation
+    return processor
+
+
+def native_geometry(
+    vision: NativeVision, connector: Connector, image_pixels: tuple[int, int], frame: tuple[str, str]
+) -> Geometry:
+    """The geometry of a model for images of their own sizes."""
+    counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
+    tokens, grid, framed_grid = (count(*vision.grid) for count in counts)
+    return Geometry(
+        vision.image_size,
+        "native",
+        vision.image_mean,
+        vision.image_std,
+        tokens,
+        grid,
+        patch_size=vision.patch_size,
+        image_pixels=image_pixels,
+        multiple=math.lcm(vision.multiple, connector.multiple),
+        connector=connector.config,
+        framed_grid=framed_grid,
+        frame=frame,
+    )
+
+
+def _tower(source: Source, family: Family) -> NativeVision:
+    config, tower = source.config.vision_config, getattr(source.model.model, family.tower_name)
+    side = family.tower.nominal_side(config, {})
+    levels = [block + 1 for block in getattr(config, "deepstack_visual_indexes", ())]
+    with torch.device("meta"):
+        vision = family.tower(config, {"image_size": side, **source.look}, -1, levels or None)
+    state = tower.state_dict()
+    vision.load_state_dict({name: state[name] for name in vision.state_dict()}, assign=True)
+    return vision.eval()
+
+
+def _connector(source: PreTrainedModel, vision: NativeVision, llm: nn.Module, family: Family) -> Connector:
+    tower = getattr(source.model, family.tower_name)
+    options = {"factor": tower.config.spatial_merge_size}
+    if vision.levels:
+        options["levels"] = len(vision.levels)
+    published = f"model.{family.tower_name}."
+    state = {f"{published}{name}": each for name, each in tower.state_dict().items() if name.startswith(_MERGERS)}
+    connector = make_connector(family.connector, vision, llm, options, next(iter(state.values())).dtype)
+    connector.load_published(state)
+    return connector
+
+
+def _language_model(source: Source, family: Family) -> nn.Module:
+    """The source's language model as an ordinary one that reads rows of positions, with its own head."""
+    head, table = (each.weight for each in (source.model.get_output_embeddings(), source.model.get_input_embeddings()))
+    values, known = source.config.text_config.to_dict(), AutoConfig.for_model(family.llm).to_dict()
+    values = {key: value for key, value in values.items() if key in known and key != "model_type"}
+    rope = dict(values.pop("rope_parameters"))
+    section = rope.pop("mrope_section")
+    rope.pop("mrope_interleaved", None)
+    values["tie_word_embeddings"] = head.data_ptr() == table.data_ptr()
+    config = AutoConfig.for_model(family.llm, **values, rope_parameters=rope)
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    state = {f"model.{name}": tensor for name, tensor in source.model.model.language_model.state_dict().items()}
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = head.detach()
+    llm = filled(model_class, config, state, head.dtype)
+    use_multimodal_rotary(llm, family.positions, section)
+    return llm

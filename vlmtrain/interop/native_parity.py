@@ -1,0 +1,106 @@
+"""Compares a model of native resolution with its class of transformers: prompts, pixels, logits and answers."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+from ..batch import Batch
+from ..data.images import ImageInMemory
+from ..data.processor import Processor
+from ..data.records import IMAGE_MARK, Conversation, Turn
+from ..model import VLMWrapper
+from .fitting import DoesNotFit, relative_difference, tolerance
+from .llava import Exported
+
+NEW = 8  # tokens of an answer
+
+
+@torch.no_grad()
+def compare_native(exported: Exported, model: VLMWrapper, processor: Processor) -> float:
+    """The largest difference of the logits for questions about two images and about none.
+
+    Raises DoesNotFit if prompts, pixels or greedy answers differ, or if the logits differ by more than rounding.
+    """
+    name, dtype = type(exported.model).__name__, next(exported.model.parameters()).dtype
+    worst = 0.0
+    for number in (2, 0):
+        conversation, images = _question(processor, number)
+        batch = processor.collate([processor.prompt(conversation)]).to(torch.device("cpu"), dtype)
+        inputs = _inputs(exported, conversation, images)
+        _check_prompt(name, batch, inputs["input_ids"][0], exported.model.config.image_token_id)
+        if number:
+            _check_pixels(name, batch, inputs, model, processor)
+        expected = model(batch)
+        found = exported.model(**inputs.to(dtype=dtype), use_cache=False).logits[..., : expected.shape[-1]]
+        difference = relative_difference(found, expected)
+        if not difference <= tolerance(dtype):
+            raise DoesNotFit(
+                f"{name} gives different logits with the same weights (by {difference:.1g} relative to the largest)"
+            )
+        worst = max(worst, difference)
+        _check_answer(name, exported, inputs, model, batch)
+    return worst
+
+
+def _question(processor: Processor, number: int) -> tuple[Conversation, list[Image.Image]]:
+    """A question about noise images, the first wide and the second tall, close to the smallest size."""
+    height, width = processor.geometry.smallest
+    generator, images, encoded = torch.Generator().manual_seed(0), [], []
+    for size in ((height, width + width // 2), (height + height // 2, width))[:number]:
+        pixels = torch.randint(0, 256, (*size, 3), generator=generator).to(torch.uint8)
+        images.append(Image.fromarray(pixels.numpy()))
+        encoded.append(BytesIO())
+        images[-1].save(encoded[-1], "PNG")
+    media = tuple(ImageInMemory(each.getvalue(), "probe") for each in encoded)
+    question = Turn("user", IMAGE_MARK * number + "What is this?")
+    return Conversation("probe", (question,), media), images
+
+
+def _inputs(exported: Exported, conversation: Conversation, images: list[Image.Image]) -> BatchFeature:
+    items = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
+    text = exported.processor.apply_chat_template(
+        [{"role": "user", "content": items}], add_generation_prompt=True, tokenize=False
+    )
+    return exported.processor(text=[text], images=images or None, return_tensors="pt")
+
+
+def _check_prompt(name: str, batch: Batch, found: Tensor, image_id: int) -> None:
+    expected = batch.input_ids[0].masked_fill(batch.visual.mask[0], image_id)
+    if not found.equal(expected):
+        raise DoesNotFit(
+            f"{name}'s processor makes other prompts: got ids {found.tolist()[:20]}, expected {expected.tolist()[:20]}"
+        )
+
+
+def _check_pixels(name: str, batch: Batch, inputs: BatchFeature, model: VLMWrapper, processor: Processor) -> None:
+    (patch, _), order = model.vision.patch_size, model.vision.multiple
+    rows = torch.cat([pixel_rows(image, patch, order) for image in batch.visual.pixels[0]])
+    found = inputs["pixel_values"]
+    frames = found.shape[1] // rows[0].numel() if len(found) == len(rows) else 0
+    if not frames:
+        raise DoesNotFit(f"{name}'s processor makes {len(found)} patches of the probe's images, expected {len(rows)}")
+    found = found.view(len(rows), 3, frames, -1)
+    spread = torch.tensor(processor.geometry.std)[:, None, None]
+    levels = float(((found - rows.to(found.dtype).view(len(rows), 3, 1, -1)).abs() * spread).max() * 255)
+    if not levels <= 1.5:
+        raise DoesNotFit(f"{name}'s processor makes other pixels, by {levels:.0f} of 255 levels")
+
+
+def pixel_rows(image: Tensor, patch: int, merge: int) -> Tensor:
+    """The patches ``(N, 3, p, p)`` of an image ``(3, H, W)``: squares of `merge` x `merge`, each in raster order."""
+    cut = image.unflatten(2, (-1, merge, patch)).unflatten(1, (-1, merge, patch))
+    return cut.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)
+
+
+def _check_answer(name: str, exported: Exported, inputs: BatchFeature, model: VLMWrapper, batch: Batch) -> None:
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [exported.model.config.image_token_id]}
+    options |= {"eos_token_id": None, "pad_token_id": 0}
+    theirs = exported.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    ours = model.generate(batch, **options)[0]
+    if not theirs.equal(ours):
+        raise DoesNotFit(f"{name} answers with other tokens: got {theirs.tolist()}, expected {ours.tolist()}")
