@@ -101,7 +101,7 @@ def scaled(module: nn.Module) -> nn.Module:
             if parameter.dim() < 2:
                 parameter.copy_(0.2 * noise + (1.0 if "norm" in name and "bias" not in name else 0.0))
             else:
-                parameter.copy_(noise if is_table else 1.5 * noise / parameter[0].numel() ** 0.5)
+                parameter.copy_(noise if is_table else 1.3 * noise / parameter[0].numel() ** 0.5)
     return module.eval()
 
 

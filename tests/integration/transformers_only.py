@@ -21,7 +21,7 @@ else:
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 transformers.logging.set_verbosity_error()
 NEW = 12
@@ -45,8 +45,10 @@ def inputs(processor, questions: list, pictures: list):
 @torch.no_grad()
 def answer(model, processor, questions: list, pictures: list) -> list[dict]:
     batch = inputs(processor, questions, pictures)
-    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # counted as in generation
-    logits = model(**batch, position_ids=positions).logits
+    positions = {}
+    if "mm_token_type_ids" not in batch:  # models that do not make rows of positions themselves
+        positions["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # counted as in generation
+    logits = model(**batch, **positions).logits
     ids = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :]
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), logits, ids)
     return [
@@ -65,7 +67,11 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_pretrained(job["folder"]).eval()
-        processor = AutoProcessor.from_pretrained(job["folder"], backend=job["backend"])
+        backend = {"backend": job["backend"]} if job["backend"] else {}
+        processor = AutoProcessor.from_pretrained(job["folder"], **backend)
+        if job.get("images_backend"):  # there is no video processor for Pillow, which `backend` would look for
+            pillow = {"backend": job["images_backend"]}
+            processor.image_processor = AutoImageProcessor.from_pretrained(job["folder"], **pillow)
         questions, pictures = job["questions"], job["pictures"]
         alone = [answer(model, processor, [q], [p])[0] for q, p in zip(questions, pictures)]
         found.append(

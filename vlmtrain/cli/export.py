@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="hf",
         metavar="FORMAT",
-        help="llava, blip2: the transformers class of LLaVA or BLIP-2, which loads without vlmtrain; vlmtrain: a class "
-        "that needs 'import vlmtrain'; hf (default): the first of these that fits",
+        help="llava, blip2, native: the transformers class of LLaVA, BLIP-2, or Qwen-VL and HunyuanOCR, which loads "
+        "without vlmtrain; vlmtrain: a class that needs 'import vlmtrain'; hf (default): the first of these that fits",
     )
     take_modules(parser)
 

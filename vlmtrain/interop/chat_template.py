@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendering import Renderer
 from ..data.templates import chat_template
-from ..visual import MediaPlan
+from ..visual import MediaPlan, Placement
 
 _TYPED = """\
 {%- set typed = namespace(messages=[], text='', before='') -%}
@@ -83,25 +84,32 @@ class Speech(NamedTuple):
     template: str
 
 
-def typed_speech(processor: Processor) -> Speech:
+def typed_speech(processor: Processor, token: str = IMAGE_MARK) -> Speech:
     """Tokenizer and template of `processor` for Hugging Face processors that expand image tokens in the text.
 
-    The tokenizer itself adds no special tokens: the template writes all of them. Raises ValueError if no candidate
-    template gives the same token ids.
+    The tokenizer itself adds no special tokens: the template writes all of them. token: the image token. The
+    tokenizer's own template is kept if it writes this token for images. Raises ValueError if no candidate template
+    gives the same token ids.
     """
-    renderer = processor.renderer
-    tokenizer = _with_image_token(renderer.tokenizer)
+    renderer, frame = processor.renderer, processor.geometry.frame
+    tokenizer = _with_image_token(renderer.tokenizer, token)
     _add_nothing(tokenizer)
+    own = tokenizer.chat_template
+    if renderer.template == "chat" and isinstance(own, str) and token != IMAGE_MARK and token in own:
+        speech = Speech(tokenizer, tokenizer.convert_tokens_to_ids(token), own)
+        if _difference(renderer, speech, token, frame, (_exact_message,)) is None:
+            return speech
     inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
     before, spacings = "", ("", _SPACING)
     if renderer.pictures_first:
         before, spacings = _PICTURES, (_MARKS_OUT,)
         inner += [each.replace("{{ bos_token }}", "{{ bos_token + ' ' }}") for each in inner]
-    return _chosen(
-        renderer,
-        tokenizer,
-        [_marked(before + _TYPED.replace("SPACING", each)) + end for end, each in product(inner, spacings)],
-    )
+    templates = [_marked(before + _TYPED.replace("SPACING", each)) + end for end, each in product(inner, spacings)]
+    if token != IMAGE_MARK or any(frame):
+        shown = json.dumps(frame[0] + token + frame[1], ensure_ascii=False)
+        end = f"{{% endset %}}{{{{ framed | replace('{IMAGE_MARK}', {shown}) }}}}"
+        templates = ["{% set framed %}" + each + end for each in templates]
+    return _chosen(renderer, tokenizer, templates, token, frame)
 
 
 def spoken_words(processor: Processor) -> Speech:
@@ -112,7 +120,7 @@ def spoken_words(processor: Processor) -> Speech:
     renderer = processor.renderer
     if not renderer.pictures_first:
         raise ValueError(f"template={renderer.template} does not put images before the text: use template=blip")
-    tokenizer = _with_image_token(renderer.tokenizer)
+    tokenizer = _with_image_token(renderer.tokenizer, IMAGE_MARK)
     _add_nothing(tokenizer)
     words = _inner_template(renderer, processor.fallback).replace("{{ bos_token }}", "")
     if tokenizer.bos_token is not None:
@@ -120,17 +128,18 @@ def spoken_words(processor: Processor) -> Speech:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             f"{start[0]} $A", f"{start[0]} $A $B", [start]
         )
-    return _chosen(renderer, tokenizer, [_marked(_TYPED.replace("SPACING", _MARKS_OUT)) + words], pictures_put=True)
+    template = _marked(_TYPED.replace("SPACING", _MARKS_OUT)) + words
+    return _chosen(renderer, tokenizer, [template], IMAGE_MARK, processor.geometry.frame, pictures_put=True)
 
 
 def _marked(template: str) -> str:
     return template.replace("IMAGE", IMAGE_MARK)
 
 
-def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _with_image_token(tokenizer: PreTrainedTokenizerBase, token: str) -> PreTrainedTokenizerBase:
     tokenizer = copy.deepcopy(tokenizer)
-    if IMAGE_MARK not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
+    if token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for generation
@@ -138,13 +147,18 @@ def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def _chosen(
-    renderer: Renderer, tokenizer: PreTrainedTokenizerBase, templates: list[str], pictures_put: bool = False
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: list[str],
+    token: str,
+    frame: tuple[str, str],
+    pictures_put: bool = False,
 ) -> Speech:
     """Return the first template that gives the same token ids as the renderer. Raises ValueError if none does."""
-    image_id, differing = tokenizer.convert_tokens_to_ids(IMAGE_MARK), ""
+    image_id, differing = tokenizer.convert_tokens_to_ids(token), ""
     for template in templates:
         speech = Speech(tokenizer, image_id, template)
-        found = _difference(renderer, speech, pictures_put)
+        found = _difference(renderer, speech, token, frame, pictures_put=pictures_put)
         if found is None:
             tokenizer.chat_template = template
             return speech
@@ -204,26 +218,36 @@ def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
     return [*talks, *((Turn("system", "Be brief."), *talk) for talk in talks)]
 
 
-def _difference(renderer: Renderer, speech: Speech, pictures_put: bool) -> str | None:
-    """Describe the first difference between the ids of typed or plain content and the renderer's; None if equal.
+def _difference(
+    renderer: Renderer,
+    speech: Speech,
+    token: str,
+    frame: tuple[str, str],
+    messages: Sequence[Callable[[Turn], dict]] | None = None,
+    pictures_put: bool = False,
+) -> str | None:
+    """Describe the first difference between the ids of messages and the renderer's; None if they are equal.
 
-    pictures_put: whether a processor puts the image tokens before the others.
+    token, frame: the image token and the texts around it. messages: how a turn becomes a message; by default with
+    plain and with typed content. pictures_put: whether a processor puts the image tokens before the others.
     """
+    before, after = frame
     for turns in _conversations(renderer):
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
             asked = Conversation("export", turns, (None,) * images)
-            wanted = renderer.prompt(asked, MediaPlan.of_slots(*[3] * images))
+            places = (Placement(medium, (), 3, 3, None, before=before, after=after) for medium in range(images))
+            wanted = renderer.prompt(asked, MediaPlan((), tuple(places)))
         except BadSample:  # the template may not support a system turn, or only one exchange
             continue
         expected = wanted.input_ids.masked_fill(wanted.index >= 0, speech.image_id).tolist()
-        for message_of in (_string_message, _typed_message):
+        for message_of in messages or (_string_message, _typed_message):
             text = speech.tokenizer.apply_chat_template(
                 [message_of(turn) for turn in turns],
                 chat_template=speech.template,
                 add_generation_prompt=True,
                 tokenize=False,
-            ).replace(IMAGE_MARK, IMAGE_MARK * 3)
+            ).replace(token, token * 3)
             found = [speech.image_id] * (3 * images if pictures_put else 0) + speech.tokenizer(text).input_ids
             if found != expected:
                 alike = min(len(found), len(expected))
@@ -235,6 +259,17 @@ def _difference(renderer: Renderer, speech: Speech, pictures_put: bool) -> str |
 
 def _string_message(turn: Turn) -> dict:
     return {"role": turn.role, "content": turn.text}
+
+
+def _exact_message(turn: Turn) -> dict:
+    """A turn of the user as typed items whose texts include all white space; others as they are."""
+    if turn.role != "user":
+        return _string_message(turn)
+    first, *rest = turn.text.split(IMAGE_MARK)
+    content = [{"type": "text", "text": first}] if first else []
+    for piece in rest:
+        content += [{"type": "image"}, *([{"type": "text", "text": piece}] if piece else [])]
+    return {"role": turn.role, "content": content}
 
 
 def _typed_message(turn: Turn) -> dict:

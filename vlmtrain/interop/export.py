@@ -19,13 +19,15 @@ from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
 from ..model.fusion import Concatenation
-from ..model.rotary import positions_of
+from ..model.vision.native import NativeVision
 from ..reporting.card import write_export_card
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported, as_llava
+from .native import as_native
+from .native_parity import compare_native
 
-FORMATS = ("hf", "llava", "blip2", "vlmtrain")
+FORMATS = ("hf", "llava", "blip2", "native", "vlmtrain")
 
 
 class Export(NamedTuple):
@@ -40,9 +42,10 @@ class Export(NamedTuple):
 def export(source: Path, out: Path, form: str = "hf") -> Export:
     """Export the model folder `source` to `out`.
 
-    form: ``llava`` is the class of LLaVA-1.5 or LLaVA-NeXT and ``blip2`` that of BLIP-2 or InstructBLIP, which
-    transformers loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the first
-    of them that fits. Raises ValueError with the reason if the form does not fit.
+    form: ``llava`` is the class of LLaVA-1.5 or LLaVA-NeXT, ``blip2`` that of BLIP-2 or InstructBLIP, and ``native``
+    that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, which transformers loads without vlmtrain; ``vlmtrain`` is a
+    class that ``import vlmtrain`` registers; ``hf`` is the first of them that fits. Raises ValueError with the reason
+    if the form does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -65,16 +68,15 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
             raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
     if processor.geometry is None:
         raise DoesNotFit("the model's processor does not accept images: export a stage that does")
-    if (positions := positions_of(model.llm)) is not None:
-        raise DoesNotFit(f"llm.positions={positions}: exports do not support rows of positions")
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
             if type(model.fusion) is not Concatenation:
                 raise DoesNotFit(f"fusion={model.fusion.config['name']}: transformers' classes only concatenate")
-            takes_queries = form == "blip2" or (form == "hf" and isinstance(model.connector, QFormer))
-            exported = (as_blip if takes_queries else as_llava)(model, processor)
-            return exported, compare_logits(exported, model, processor)
+            kind = form if form != "hf" else _kind(model)
+            exported = {"blip2": as_blip, "native": as_native, "llava": as_llava}[kind](model, processor)
+            compare = compare_native if kind == "native" else compare_logits
+            return exported, compare(exported, model, processor)
         except DoesNotFit as error:
             if form != "hf":
                 raise DoesNotFit(f"{error}; --format vlmtrain supports all models") from error
@@ -83,6 +85,13 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
 
     exported = as_own(model, processor)._replace(remarks=remarks)
     return exported, compare_logits(exported, model, processor)
+
+
+def _kind(model: VLMWrapper) -> str:
+    """The form of transformers' classes that could hold a model."""
+    if isinstance(model.vision, NativeVision):
+        return "native"
+    return "blip2" if isinstance(model.connector, QFormer) else "llava"
 
 
 @torch.no_grad()

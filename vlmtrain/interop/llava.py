@@ -62,7 +62,7 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
             f"the encoder has {prefix} prefix tokens: LLaVA's classes drop at most one, and would treat registers as "
             "patches"
         )
-    text_config, language = _language_state(model.llm, speech.image_id)
+    text_config, language = language_state(model.llm, speech.image_id)
     image_processor, remarks = _image_processor(processor.geometry)
     strategy = "default" if prefix else "full"
     options = {
@@ -132,16 +132,16 @@ def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
     return found, next(name for name, kind in ACTIVATIONS.items() if isinstance(connector.layers[1], kind))
 
 
-def _language_state(llm: nn.Module, image_id: int) -> tuple:
-    """Configuration and tensors of the language model under LLaVA's names, with a row for the image token."""
+def language_state(llm: nn.Module, last_id: int) -> tuple:
+    """Configuration and tensors of the language model under LLaVA's names, with rows for all ids up to `last_id`."""
     head, base = llm.get_output_embeddings(), llm.base_model
     if base is llm or head is None or getattr(head, "bias", None) is not None:
-        raise DoesNotFit(f"{type(llm).__name__}: LLaVA's classes require a language model whose head has no bias")
+        raise DoesNotFit(f"{type(llm).__name__}: transformers' classes require a language model whose head has no bias")
     config = copy.deepcopy(llm.config.get_text_config())
     table = llm.get_input_embeddings().weight
-    lacking = max(0, image_id + 1 - len(table))
+    lacking = max(0, last_id + 1 - len(table))
     config.vocab_size = len(table) + lacking
-    # LLaVA's classes tie the head only to an embedding table of this name
+    # these classes tie the head only to an embedding table of this name
     config.tie_word_embeddings = bool(config.tie_word_embeddings) and hasattr(base, "embed_tokens")
     state = {}
     for name, tensor in base.state_dict().items():

@@ -48,10 +48,13 @@ def compare_native(exported: Exported, model: VLMWrapper, processor: Processor) 
 
 
 def _question(processor: Processor, number: int) -> tuple[Conversation, list[Image.Image]]:
-    """A question about noise images, the first wide and the second tall, close to the smallest size."""
+    """A question about noise images, the first wide and the second tall, which are not much larger than the smallest.
+
+    Their sides are not multiples of patches, so that they are resized.
+    """
     height, width = processor.geometry.smallest
     generator, images, encoded = torch.Generator().manual_seed(0), [], []
-    for size in ((height, width + width // 2), (height + height // 2, width))[:number]:
+    for size in ((height + 1, 2 * width - 1), (2 * height - 1, width + 1))[:number]:
         pixels = torch.randint(0, 256, (*size, 3), generator=generator).to(torch.uint8)
         images.append(Image.fromarray(pixels.numpy()))
         encoded.append(BytesIO())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers.utils import ModelOutput
 from ..data.connector_text import TextReader, pad_texts
 from ..data.geometry import Geometry
 from ..data.images import ImageOnDisk, show_items, to_rgb
+from ..data.positions import POSITIONS
 from ..data.processor import OWN_TOKENIZER, Processor, as_tuple
 from ..data.records import IMAGE_MARK
 from ..data.rendering import IGNORE
@@ -31,6 +33,7 @@ from ..model import VLMWrapper
 from ..model.deep_levels import at_prefill
 from ..model.fusion import Concatenation, Fused, build_fusion
 from ..model.parts import connector_from
+from ..model.rotary import positions_of, restore_multimodal_rotary, rows_of_positions
 from ..model.vision import describe_vision, vision_from
 from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, Pixels, Placement, Texts, Visual, joined
@@ -83,8 +86,8 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_sizes: Tensor | None = None,
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
-    ) -> Fused:
-        """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input.
+    ) -> tuple[Fused, Visual | None]:
+        """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input, and what they show.
 
         image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. image_sizes ``(N, 2)``:
         height and width of each item, if they differ; the rest of its pixels is padding. text_ids, text_mask
@@ -93,7 +96,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_image = input_ids == self.config.image_token_id
         ids = input_ids.masked_fill(is_image, 0)
         if not is_image.any():
-            return Fused(self.get_input_embeddings()(ids))
+            return Fused(self.get_input_embeddings()(ids)), None
         if pixel_values is None:
             raise ValueError(f"the text has {IMAGE_MARK} tokens, but pixel_values is missing: pass images")
         pixels = pixel_values.to(next(self.vlm.vision.parameters()).dtype)
@@ -102,7 +105,30 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual = self._visual(is_image, pixels, None if image_cuts is None else image_cuts.tolist())
         if text_ids is not None:
             visual = visual._replace(texts=Texts(text_ids, text_mask.bool()))
-        return self.vlm.embed(ids, visual)
+        return self.vlm.embed(ids, visual), visual
+
+    def _rows(self, mask: Tensor, visual: Visual | None) -> Tensor | None:
+        """Rows of positions ``(R, B, T)`` of inputs with an attention mask ``(B, T)``, if the language model reads any.
+
+        They count from each row's first real position, as in training.
+        """
+        name = positions_of(self.vlm.llm)
+        if name is None:
+            return None
+        rows = []
+        for number, real in enumerate(mask.bool().cpu()):
+            index = torch.full((int(real.sum()),), -1)
+            placements: list[Placement] = []
+            if visual is not None:
+                index = visual.index[number].cpu()[real]
+                shown = index[index >= 0].unique().tolist()
+                placements = [visual.placements[each]._replace(medium=i) for i, each in enumerate(shown)]
+                index = torch.where(index >= 0, index - min(shown, default=0), -1)
+            positions = POSITIONS[name](index, placements)
+            row = torch.zeros(len(positions), len(real), dtype=torch.long)
+            row[:, real] = positions
+            rows.append(row)
+        return torch.stack(rows, dim=1).to(mask.device)
 
     def _visual(self, is_image: Tensor, pixels: Pixels, cuts: list[list[int]] | None) -> Visual:
         """What the model's inputs show, as the batches of `vlmtrain.data.Processor` say it."""
@@ -113,10 +139,11 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for image in pixels[numbers.start : numbers.stop]:
                 size = tuple(image.shape[1:])
                 items.append(Item(medium, "image", "squash", WHOLE, (), (size,), (self.vlm.vision.grid_of(size),)))
-            tokens, grid = (f(*items[-1].grids[0]) for f in (connector.num_tokens, connector.output_grid))
+            counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
+            tokens, grid, framed = (count(*items[-1].grids[0]) for count in counts)
             if cut:
-                tokens, grid = tiled_tokens(cut, tokens, grid), None
-            placements.append(Placement(medium, tuple(numbers), tokens, tokens, grid, cut))
+                tokens, grid, framed = tiled_tokens(cut, tokens, grid), None, None
+            placements.append(Placement(medium, tuple(numbers), tokens, tokens, grid, cut, framed))
         owner = [number for number, placement in enumerate(placements) for _ in range(placement.slots)]
         if len(owner) != int(is_image.sum()):
             raise ValueError(f"the text has {int(is_image.sum())} image tokens, but the images have {len(owner)}")
@@ -140,18 +167,27 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ):
         """Return the language model's output; options (logits_to_keep, past_key_values, ...) are passed on to it.
 
-        labels ``(B, T)``: targets; -100 and image tokens are ignored.
+        labels ``(B, T)``: targets; -100 and image tokens are ignored. Raises ValueError for a cache to be continued if
+        the language model reads rows of positions: `generate` continues them.
         """
+        context = nullcontext()
         if inputs_embeds is None:
-            fused = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
+            fused, visual = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
             inputs_embeds = fused.embeddings
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if (rows := self._rows(mask, visual)) is not None:
+                cache = options.get("past_key_values")
+                if cache is not None and cache.get_seq_length():
+                    raise ValueError("a model with rows of positions continues its cache only in generate")
+                context = rows_of_positions(self.vlm.llm, rows, mask.sum(1))
             if fused.added:
                 options |= {"levels": fused.added, "visual_mask": fused.visual_mask}
         if labels is not None:
             options["labels"] = labels.masked_fill(labels == self.config.image_token_id, IGNORE)
-        return self.vlm.llm(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **options
-        )
+        with context:
+            return self.vlm.llm(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **options
+            )
 
     @torch.no_grad()
     def generate(
@@ -175,9 +211,12 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vlm.llm.generation_config = self.generation_config
         if generation_config is not None:
             options["generation_config"] = generation_config
-        fused = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
-        mask = fused.visual_mask if fused.added else None
-        with at_prefill(self.vlm.llm, len(input_ids), levels=fused.added, visual_mask=mask):
+        fused, visual = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
+        mask, rows = fused.visual_mask if fused.added else None, self._rows(attention_mask, visual)
+        with (
+            rows_of_positions(self.vlm.llm, rows, attention_mask.sum(1)),
+            at_prefill(self.vlm.llm, len(input_ids), levels=fused.added, visual_mask=mask),
+        ):
             found = self.vlm.llm.generate(inputs_embeds=fused.embeddings, attention_mask=attention_mask, **options)
         new = found if isinstance(found, Tensor) else found.sequences
         whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
@@ -189,6 +228,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 def _build(config: VLMTrainConfig) -> VLMWrapper:
     llm = AutoModelForCausalLM.from_config(config.text_config)
+    restore_multimodal_rotary(llm)
     fusion = build_fusion(**config.fusion) if config.fusion else None
     return VLMWrapper(vision_from(config.vision), connector_from(config.connector), llm, fusion)
 
