@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,8 +137,40 @@ def test_a_tower_of_qwen_with_rows_of_positions(folder, tmp_path):
     again, reader = VLMWrapper.from_pretrained(tmp_path / "model"), Processor.from_pretrained(tmp_path / "model")
     same = reader.collate([reader.prompt(asked(folder, *numbers)) for numbers in ((0, 3), (1,), ())])
     assert again(same).equal(model(batch))
-    with pytest.raises(ValueError, match=r"llm\.positions=mrope: exports do not support"):
-        export(tmp_path / "model", tmp_path / "out")
+    done = export(tmp_path / "model", tmp_path / "out")
+    assert "the language model's type=llama: Qwen2_5_VLForConditionalGeneration requires qwen2" in done.remarks[0]
+    check_own_class(tmp_path / "out", folder, model, processor)
+
+
+@pytest.mark.parametrize("positions", ["interleaved_mrope", "xdrope"])
+def test_exports_with_other_rows_of_positions(positions, folder, tmp_path):
+    words = ["[start]", "[end]"]
+    llm = {"tiny": {"positions": positions, "new_tokens": words, "image_frame": words}}
+    model, processor = build_model("tiny", "hunyuan_merger", llm, image_fit="native", image_pixels=list(LIMITS))
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out")
+    check_own_class(tmp_path / "out", folder, model, processor)
+
+
+def check_own_class(out: Path, folder: Path, model: VLMWrapper, processor: Processor) -> None:
+    """An export in the project's own class: logits and answers of a batch that is padded on the left."""
+    theirs, prepare = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    rows = ((0, 3), (1,), ())
+    batch = processor.collate([processor.prompt(asked(folder, *numbers)) for numbers in rows])
+    texts = []
+    for numbers in rows:
+        content = [{"type": "image"} for _ in numbers] + [{"type": "text", "text": "What color?"}]
+        texts.append(prepare.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    images = [Image.open(folder / f"{number}.png") for numbers in rows for number in numbers]
+    inputs = prepare(images=images, text=texts)
+    assert inputs["attention_mask"][-1, 0] == 0
+    expected, logits = model(batch), theirs(**inputs).logits
+    for row, mask, found, length in zip(expected, inputs["attention_mask"].bool(), logits, batch.lengths):
+        torch.testing.assert_close(found[mask][:, : row.shape[1]], row[:length], rtol=0, atol=2e-5)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    new = theirs.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert new.tolist() == [each.tolist() for each in model.generate(batch, **options)]
 
 
 def _in_published_order(image: torch.Tensor) -> torch.Tensor:

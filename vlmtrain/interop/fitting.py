@@ -30,6 +30,7 @@ def filled(model_class: type[PreTrainedModel], config, state: dict[str, Tensor],
 
 def relative_difference(one: Tensor, other: Tensor) -> float:
     """The largest absolute difference, relative to the largest absolute value of `other`."""
+    one, other = one.detach(), other.detach()
     return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-30))
 
 
