@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.integration.native_models import CLASSES, PATCH, build_native
+from vlmtrain.interop.importing import import_model
+
 from ..conftest import gpt, human, metrics, train
 
 SIZES = [(60, 36), (36, 60), (48, 48), (84, 24)]
@@ -63,6 +66,26 @@ def test_the_update_does_not_depend_on_the_split(connector, data, tmp_path):
             assert before[key] == pytest.approx(after[key], rel=2e-3)
     assert scores(tmp_path / "one")["loss"] == pytest.approx(scores(tmp_path / "two")["loss"], rel=2e-3)
     assert metrics(tmp_path / "packed", "instruct")[0]["image_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSES if name != "qwen3_vl")]
+)
+def test_published_models_train_on_one_and_two_ranks(family, data, tmp_path):
+    """Everything trains, the encoder too; a micro-batch of two ranks is often without images on one of them."""
+    build_native(tmp_path / "hf", family)
+    import_model(tmp_path / "hf", tmp_path / "model")
+    limits = f"stages.instruct.image_pixels=[{16 * PATCH**2},{64 * PATCH**2}]"
+    more = [f"init_from={tmp_path / 'model'}", "stage=instruct", "stages.instruct.template=chat", limits]
+    more += ["stages.instruct.max_length=400", "stages.instruct.train.connector=1e-4", "stages.instruct.train.llm=1e-4"]
+    train(*line(data, tmp_path / "one", *more, "engine=zero0"))
+    split = ["stages.instruct.micro_batch_size=1", "workers=0"]
+    train(*line(data, tmp_path / "two", *more, *ZERO_3, *split), ranks=2)
+    one, two = (metrics(tmp_path / name, "instruct") for name in ("one", "two"))
+    for before, after in zip(one, two, strict=True):
+        assert (before["samples"], before["image_tokens"]) == (after["samples"], after["image_tokens"])
+        assert before["loss"] == pytest.approx(after["loss"], rel=2e-3)
+        assert before["grad_norm"] == pytest.approx(after["grad_norm"], rel=2e-3)
 
 
 def test_cached_features_give_the_same_run(data, tmp_path):

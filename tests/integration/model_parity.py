@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import run
+from tests.integration.native_models import CLASSES as NATIVE
+from tests.integration.native_models import build_native
 from tests.integration.published_models import build_blip, build_llava, build_parts
 from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, TOWERS, byte_tokenizer, stir
 from vlmtrain.data.connector_text import TextReader
@@ -32,6 +34,7 @@ from vlmtrain.data.shapes import VOCABULARY
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import relative_difference
 from vlmtrain.interop.importing import MODEL_CLASSES, import_model
+from vlmtrain.interop.native_parity import pixel_rows
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import make_connector
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
@@ -61,6 +64,17 @@ AGAIN: Talk = (user(f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "a red circ
 OTHER: Talk = (user(f"{IMAGE_MARK}\nWhich of them is red, 1 or 2?"),), ("square.png",)
 # InstructBLIP's processor pads instructions on the left, which shifts positions: so all of them have the same length
 EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
+
+
+# without newlines, because the published templates of native models write none
+JOINED: list[Talk] = [
+    ((user(f"{IMAGE_MARK}What is this?"),), ("wide.png",)),
+    ((user(f"{IMAGE_MARK}{IMAGE_MARK}Which is red, 1 or 2?"),), ("square.png", "tall.png")),
+    (
+        (user(f"Look: {IMAGE_MARK}"), Turn("assistant", "a red circle"), user(f"{IMAGE_MARK}Sure?")),
+        ("large.png", "wide.png"),
+    ),
+]
 
 
 class Parity(NamedTuple):
@@ -95,20 +109,35 @@ def draw_pictures(folder: Path) -> Path:
 
 def typed(turn: Turn) -> dict:
     """A turn in the format of Hugging Face's processors."""
+    if "\n" not in turn.text:  # for templates that write nothing between an image and its text
+        first, *rest = turn.text.split(IMAGE_MARK)
+        pieces = [{"type": "text", "text": first}]
+        for piece in rest:
+            pieces += [{"type": "image"}, {"type": "text", "text": piece}]
+        return {"role": turn.role, "content": [piece for piece in pieces if piece.get("text", "image")]}
     content = []
     for line in turn.text.split("\n"):
         content.append({"type": "image"} if line == IMAGE_MARK else {"type": "text", "text": line})
     return {"role": turn.role, "content": content}
 
 
-def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "pil") -> dict:
+def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "pil", **options) -> dict:
     """A job for transformers_only.py."""
     return {
+        **options,
         "backend": backend,
         "folder": str(folder),
         "questions": [[typed(turn) for turn in turns] for turns, _ in talks],
         "pictures": [[str(pictures / name) for name in names] for _, names in talks],
     }
+
+
+def native_options(family: str) -> dict:
+    """How transformers runs a model of native resolution: there is no video processor for Pillow.
+
+    Its class for HunyuanOCR numbers images over a batch, whereas here they are numbered in each sample.
+    """
+    return {"backend": None, "images_backend": "pil", "together": family != "hunyuan_vl"}
 
 
 def run_outside(home: Path, jobs: list[dict], *own: str) -> list[dict]:
@@ -126,11 +155,18 @@ def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
         shown = tuple(ImageOnDisk(pictures / name) for name in names)
         batch = processor.collate([processor.prompt(Conversation("asked", turns, shown))])
         greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": processor.renderer.stop_ids}
+        known = processor.tokenizer.get_vocab()  # exports never answer with the token of images
+        greedy["suppress_tokens"] = [
+            known[token] for token in ("<|image_pad|>", "<image_pad>") if token in known
+        ] or None
         with torch.no_grad():
             logits = model(batch)[0]
             ids = model.generate(batch, pad_token_id=0, **greedy)
         text = processor.tokenizer.decode(ids[0], skip_special_tokens=True)
-        answers.append({"batch": batch, "logits": logits, "answer": text, "std": processor.geometry.std})
+        order = model.vision.patch_size[0], model.vision.multiple
+        answers.append(
+            {"batch": batch, "logits": logits, "answer": text, "std": processor.geometry.std, "order": order}
+        )
     return answers
 
 
@@ -166,6 +202,11 @@ def gray_levels(pixels: Tensor, ours: dict) -> float:
     """The largest difference of pixels, of 255 levels. LLaVA-NeXT pads images to the same number of views."""
     visual = ours["batch"].visual
     expected = visual.pixels[0]
+    if not isinstance(expected, Tensor):  # native resolution: rows of patches, in one or two equal frames
+        expected = torch.cat([pixel_rows(image, *ours["order"]) for image in expected])
+        pixels, expected = pixels.view(len(expected), 3, -1), expected.flatten(2)
+        expected = expected.repeat(1, 1, pixels.shape[2] // expected.shape[2])
+        return float(((pixels - expected).abs() * torch.tensor(ours["std"])[:, None]).max()) * 255
     if pixels.dim() == 5:
         views = list(expected.split([len(each.items) for each in visual.placements]))
         expected = torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
@@ -193,6 +234,8 @@ class Case(NamedTuple):
 
     @property
     def talks(self) -> list[Talk]:
+        if self.vision in NATIVE:
+            return JOINED
         if self.reads:
             return [ONE, EQUAL]
         talks = [ONE, OTHER, AGAIN] if self.becomes.startswith("Blip2") else [ONE, TWO, LONG]
@@ -275,7 +318,9 @@ BLIP_CASES = {
     "reads": blip2(llm="llama", **READS),
     "reads, its own tower": blip2(vision="instructblip", llm="opt", layer=-1, **READS),
 }
-EXPORTS = {"llava": LLAVA_CASES, "blip2": BLIP_CASES, "vlmtrain": OWN_CASES}
+NATIVE_LLMS = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "hunyuan_vl": "hunyuan"}
+NATIVE_CASES = {name: Case(vision=name, llm=llm, becomes=MODEL_CLASSES[name]) for name, llm in NATIVE_LLMS.items()}
+EXPORTS = {"llava": LLAVA_CASES, "blip2": BLIP_CASES, "native": NATIVE_CASES, "vlmtrain": OWN_CASES}
 """Cases by their target; those of ``vlmtrain`` load only where it is imported."""
 
 
@@ -285,7 +330,9 @@ def export_all(cases: dict[str, Case], home: Path, *own: str) -> dict[str, dict]
     for name, case in cases.items():
         build(case, home / name / "model")
         export(home / name / "model", home / name / "out", case.form)
-        jobs.append(job(home / name / "out", case.talks, pictures, None if own else "pil"))
+        backend = None if own else "pil"
+        how = native_options(case.vision) if case.vision in NATIVE else {}
+        jobs.append(job(home / name / "out", case.talks, pictures, **{"backend": backend, **how}))
     found = dict(zip(cases, run_outside(home, jobs, *own)))
     return {
         name: {"home": home / name, "parity": measure(found[name], home / name / "model", case.talks, pictures)}
@@ -295,6 +342,10 @@ def export_all(cases: dict[str, Case], home: Path, *own: str) -> dict[str, dict]
 
 def build(case: Case, folder: Path) -> None:
     """Write a model folder."""
+    if case.vision in NATIVE:
+        build_native(folder.parent / "hf", case.vision)
+        import_model(folder.parent / "hf", folder)
+        return
     torch.manual_seed(0)
     vision = build_encoder(case, folder / "encoder")
     tokenizer = build_tokenizer(case)
@@ -369,6 +420,13 @@ def blip(kind: str, llm: str = "opt", **options) -> Source:
     return Source(write, MODEL_CLASSES[kind], talks, "blip2" if kind == "blip-2" else kind, llm)
 
 
+def native(family: str) -> Source:
+    def write(folder: Path) -> None:
+        build_native(folder / "hf", family)
+
+    return Source(write, MODEL_CLASSES[family], JOINED, family, NATIVE_CASES[family].llm)
+
+
 def projector(depth: int) -> Source:
     return Source(partial(build_parts, depth=depth), "llava", CHATTING, "clip", "llama")
 
@@ -393,7 +451,8 @@ BLIP_SOURCES = {
     "instructblip, llama": blip("instructblip", llm="llama"),
     "instructblip, opt": blip("instructblip", cross_attention_frequency=3),
 }
-IMPORTS = {"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES}
+NATIVE_SOURCES = {family: native(family) for family in NATIVE}
+IMPORTS = {"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES, "native": NATIVE_SOURCES}
 
 
 def import_all(sources: dict[str, Source], home: Path) -> dict[str, dict]:
@@ -402,7 +461,8 @@ def import_all(sources: dict[str, Source], home: Path) -> dict[str, dict]:
     for name, source in sources.items():
         told = source.write(home / name) or {"source": home / name / "hf"}
         done[name] = import_model(out=home / name / "model", **told)
-        jobs.append(job(home / name / "hf", source.talks, pictures))
+        how = native_options(source.vision) if source.vision in NATIVE else {}
+        jobs.append(job(home / name / "hf", source.talks, pictures, **how))
     found = dict(zip(sources, run_outside(home, jobs)))
     return {
         name: {

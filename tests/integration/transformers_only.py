@@ -79,7 +79,7 @@ def main() -> None:
                 "class": type(model).__name__,
                 "module": type(model).__module__.split(".")[0],
                 "alone": alone,
-                "batch": answer(model, processor, questions, pictures),
+                "batch": answer(model, processor, questions, pictures) if job.get("together", True) else alone,
             }
         )
     torch.save(found, sys.argv[2])
