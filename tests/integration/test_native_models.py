@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
-from tests.conftest import gpt, human, train
+from tests.conftest import gpt, human, metrics, train
 from tests.integration.model_parity import (
     JOINED,
     check,
@@ -27,6 +27,7 @@ from tests.integration.model_parity import (
 )
 from tests.integration.native_models import CLASSES, PATCH, build_native
 from vlmtrain.batch import Batch
+from vlmtrain.cli import main
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.interop.export import export
@@ -211,7 +212,7 @@ def test_an_import_trains_and_exports_to_its_own_class(tmp_path):
         assert found["module"] == "transformers"
 
 
-def test_a_run_starts_from_a_published_model(files, tmp_path):
+def test_a_run_starts_from_a_published_model(files, tmp_path, capsys):
     talk = [human("<image>What is this?"), gpt("noise")]
     records = [{"image": f"{name}.png", "conversations": talk} for name in ("wide", "tall")]
     records.append({"conversations": [human("hello"), gpt("noise")]})
@@ -224,6 +225,12 @@ def test_a_run_starts_from_a_published_model(files, tmp_path):
     line = ["recipe=llava_1_5", "mini=true", "stage=instruct", *data, *fit, f"init_from={tmp_path / 'hf'}"]
     train(*line, *(f"stages.instruct.{step}" for step in steps), "run_dir=run", cwd=tmp_path)
     check_export("qwen3_vl", tmp_path, tmp_path / "run" / "instruct" / "model")
+
+    # the recipe's own encoder and connector, which would make other counts, are not used
+    line[-1] = f"init_from={tmp_path / 'run' / 'imported'}"
+    main(["check", *line, *(f"stages.instruct.{step}" for step in steps), "--json"])
+    (report,) = json.loads(capsys.readouterr().out)["instruct"]["sources"].values()
+    assert report["image_tokens"] == metrics(tmp_path / "run", "instruct")[0]["image_tokens"] > 0
 
 
 def published_as_on_the_hub(folder: Path, family: str) -> None:

@@ -224,6 +224,14 @@ def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
     return llm
 
 
+def saved_llm_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """Build the architecture of a model that was written by `save_llm`, with new weights."""
+    config = load_hf_config(str(folder), "llm", trust_remote_code)
+    llm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    restore_multimodal_rotary(llm)
+    return llm
+
+
 def hidden_width(llm: nn.Module) -> int:
     """Width of the model's token embeddings."""
     return llm.get_input_embeddings().embedding_dim

@@ -25,10 +25,10 @@ from ..errors import first_line
 from ..files import read_object
 from .folder import MANIFEST, check_files, read_manifest
 from .fusion import build_fusion
-from .llm import hidden_width, load_llm, save_llm
+from .llm import hidden_width, load_llm, save_llm, saved_llm_skeleton
 from .loading import load_strictly
 from .tiled import TiledConnector
-from .vision import VisionEncoder, load_vision
+from .vision import VisionEncoder, load_vision, read_description, vision_from
 
 PARTS = ("vision", "connector", "fusion", "llm")
 FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
@@ -153,6 +153,15 @@ def load_part(name: str, model: Path, dtype: torch.dtype = torch.float32, trust_
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{folder}: {tensor_name} has values that are not finite")
     return module.to(dtype)
+
+
+def part_skeleton(name: str, model: Path, trust_remote_code: bool = False) -> nn.Module:
+    """One part of a model folder, with new weights."""
+    if name == "vision":
+        return vision_from(read_description(model / name))
+    if name == "llm":
+        return saved_llm_skeleton(model / name, trust_remote_code)
+    return (_saved_connector if name == "connector" else _saved_fusion)(model / name / "config.json")
 
 
 def part_facts(state: dict[str, Tensor], sha256: str | None = None) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.processor import Processor
 from ..data.sources import vocabulary
-from ..model.folder import read_manifest
+from ..model.folder import is_model_folder, read_manifest
 from ..model.fusion import build_fusion
 from ..model.llm import (
     LANGUAGE_MODELS,
@@ -26,7 +26,7 @@ from ..model.llm import (
     load_tokenizer,
 )
 from ..model.loading import load_hf_model
-from ..model.parts import PARTS, load_part, make_connector
+from ..model.parts import PARTS, load_part, make_connector, part_skeleton
 from ..model.rotary import use_multimodal_rotary
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
@@ -123,10 +123,15 @@ def build_skeleton(
 ) -> dict[str, nn.Module]:
     """Build the parts of a stage on the meta device, without weights, to determine sizes and lengths."""
     parts: dict[str, nn.Module] = {}
+    inherited = _inherited(run, stage)
     with torch.device("meta"):
         for part in (p for p in BUILD_ORDER if p in stage.parts):
             with naming_size(run, stage):
-                parts[part] = _build(run, stage, part, parts, tokenizer, dtype, weights=False)
+                if part in inherited:
+                    trusts_code = getattr(getattr(run, part), "trust_remote_code", False)
+                    parts[part] = part_skeleton(part, Path(run.init_from), trusts_code).to(dtype)
+                else:
+                    parts[part] = _build(run, stage, part, parts, tokenizer, dtype, weights=False)
             resized = run.resized_by(stage)
             if part == "vision" and resized is not None:
                 parts[part].resize(resized.image_size, f"{resized.prefix}.image_size")
@@ -136,6 +141,16 @@ def build_skeleton(
                     use_multimodal_rotary(parts[part], run.llm.positions)
         add_adapters(stage, parts)
     return parts
+
+
+def _inherited(run: Run, stage: Stage) -> set[str]:
+    """The parts whose architecture a stage gets from the model folder `init_from`."""
+    if run.init_from is None or not is_model_folder(Path(run.init_from)):
+        return set()
+    so_far = [each for each in run.wanted if each.position <= stage.position]
+    anew = {part for each in so_far for part in each.fresh}
+    anew |= {"connector" for each in so_far if each.starts_connector or each.image_fit == "tiles"}
+    return set(PARTS) & read_manifest(Path(run.init_from)).keys() - anew
 
 
 def published_llm(path: str) -> dict | None:

@@ -57,11 +57,17 @@ def vision_from(description: dict) -> VisionEncoder:
     return encoder
 
 
+def read_description(folder: Path) -> dict:
+    """The description of an encoder that was written by `VisionEncoder.save`."""
+    of_hf = folder / "vlmtrain.json"
+    if of_hf.exists():
+        return {"provider": "hf", **read_object(of_hf), "encoder": read_object(folder / "config.json")}
+    return {"provider": "open_clip", **read_object(folder / "config.json")}
+
+
 def load_vision(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> VisionEncoder:
     """Load an encoder that was written by `VisionEncoder.save`."""
-    of_hf = folder / "vlmtrain.json"
-    file, usual = (of_hf, "hf") if of_hf.exists() else (folder / "config.json", "open_clip")
-    provider = read_object(file).get("provider", usual)
+    provider = read_description(folder)["provider"]
     encoder = ENCODERS.find(provider).from_folder(folder, dtype, trust_remote_code)
     encoder.provider = provider
     return encoder
@@ -75,6 +81,7 @@ __all__ = [
     "build_vision",
     "describe_vision",
     "load_vision",
+    "read_description",
     "register",
     "vision_from",
 ]
