@@ -101,9 +101,15 @@ def pixel_rows(image: Tensor, patch: int, merge: int) -> Tensor:
 
 
 def _check_answer(name: str, exported: Exported, inputs: BatchFeature, model: VLMWrapper, batch: Batch) -> None:
+    """Raise DoesNotFit if greedy answers differ where their logits differ by more than rounding."""
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [exported.model.config.image_token_id]}
     options |= {"eos_token_id": None, "pad_token_id": 0}
-    theirs = exported.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
-    ours = model.generate(batch, **options)[0]
-    if not theirs.equal(ours):
+    found = exported.model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    theirs, ours = found.sequences[0, inputs["input_ids"].shape[1] :], model.generate(batch, **options)[0]
+    if theirs.equal(ours):
+        return
+    step = int((theirs != ours).nonzero()[0])
+    logits = found.logits[step][0]
+    gap = (logits[theirs[step]] - logits[ours[step]]) / logits.abs().max()
+    if not gap <= tolerance(logits.dtype):
         raise DoesNotFit(f"{name} answers with other tokens: got {theirs.tolist()}, expected {ours.tolist()}")
