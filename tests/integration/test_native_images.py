@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from tests.conftest import gpt, human, run, train
+from tests.integration import native_models
 from vlmtrain import build_model
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
@@ -140,6 +142,36 @@ def test_a_tower_of_qwen_with_rows_of_positions(folder, tmp_path):
     done = export(tmp_path / "model", tmp_path / "out")
     assert "the language model's type=llama: Qwen2_5_VLForConditionalGeneration requires qwen2" in done.remarks[0]
     check_own_class(tmp_path / "out", folder, model, processor)
+
+
+def test_parts_of_qwen_become_its_class(folder, tmp_path):
+    """A tower, a merger and an ordinary Qwen2 with a tokenizer and a template that know nothing of images."""
+    native_models.build_native(tmp_path / "qwen", "qwen2_5_vl")
+    words = ["[start]", "[end]"]
+    config = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    llm = {"tiny": {"positions": "mrope", "new_tokens": words, "image_frame": words, "config": config}}
+    vision = {"hf": {"path": str(tmp_path / "qwen"), "layer": -1}}
+    model, processor = build_model(
+        vision, "qwen2_5_vl_merger", llm, image_fit="native", image_pixels=list(LIMITS), template="vicuna_v1"
+    )
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    done = export(tmp_path / "model", tmp_path / "out")
+    assert done.model_class == "Qwen2_5_VLForConditionalGeneration" and done.largest_relative_difference <= 1e-5
+    again = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert again.image_token == "<|image_pad|>"
+    with pytest.raises(
+        ValueError, match=r"llm\.image_frame: Qwen2_5_VLForConditionalGeneration requires a token before"
+    ):
+        export(_without_frame(tmp_path / "model", tmp_path / "frameless"), tmp_path / "refused", "native")
+
+
+def _without_frame(folder: Path, copy: Path) -> Path:
+    VLMWrapper.from_pretrained(folder).save_pretrained(copy)
+    processor = Processor.from_pretrained(folder)
+    processor.geometry = replace(processor.geometry, frame=("", ""))
+    processor.save_pretrained(copy)
+    return copy
 
 
 @pytest.mark.parametrize("positions", ["interleaved_mrope", "xdrope"])

@@ -17,6 +17,7 @@ from ..model import VLMWrapper
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported
 
+QUESTION = "What is this?"
 NEW = 8  # tokens of an answer
 
 
@@ -29,10 +30,8 @@ def compare_native(exported: Exported, model: VLMWrapper, processor: Processor) 
     name, dtype = type(exported.model).__name__, next(exported.model.parameters()).dtype
     worst = 0.0
     for number in (2, 0):
-        conversation, images = _question(processor, number)
-        batch = processor.collate([processor.prompt(conversation)]).to(torch.device("cpu"), dtype)
-        inputs = _inputs(exported, conversation, images)
-        _check_prompt(name, batch, inputs["input_ids"][0], exported.model.config.image_token_id)
+        batch, inputs = _asked(exported, processor, _noise(processor, number))
+        batch = batch.to(torch.device("cpu"), dtype)
         if number:
             _check_pixels(name, batch, inputs, model, processor)
         expected = model(batch)
@@ -47,37 +46,44 @@ def compare_native(exported: Exported, model: VLMWrapper, processor: Processor) 
     return worst
 
 
-def _question(processor: Processor, number: int) -> tuple[Conversation, list[Image.Image]]:
-    """A question about noise images, the first wide and the second tall, which are not much larger than the smallest.
+def _noise(processor: Processor, number: int) -> list[Image.Image]:
+    """Images of noise, the first wide and the second tall, which are not much larger than the smallest.
 
     Their sides are not multiples of patches, so that they are resized.
     """
     height, width = processor.geometry.smallest
-    generator, images, encoded = torch.Generator().manual_seed(0), [], []
+    generator, images = torch.Generator().manual_seed(0), []
     for size in ((height + 1, 2 * width - 1), (2 * height - 1, width + 1))[:number]:
         pixels = torch.randint(0, 256, (*size, 3), generator=generator).to(torch.uint8)
         images.append(Image.fromarray(pixels.numpy()))
-        encoded.append(BytesIO())
-        images[-1].save(encoded[-1], "PNG")
-    media = tuple(ImageInMemory(each.getvalue(), "probe") for each in encoded)
-    question = Turn("user", IMAGE_MARK * number + "What is this?")
-    return Conversation("probe", (question,), media), images
+    return images
 
 
-def _inputs(exported: Exported, conversation: Conversation, images: list[Image.Image]) -> BatchFeature:
-    items = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
+def _asked(exported: Exported, processor: Processor, images: list[Image.Image]) -> tuple[Batch, BatchFeature]:
+    """A question about images as inputs of both. Raises DoesNotFit if the prompts differ."""
+    items = [{"type": "image"}] * len(images) + [{"type": "text", "text": QUESTION}]
     text = exported.processor.apply_chat_template(
         [{"role": "user", "content": items}], add_generation_prompt=True, tokenize=False
     )
-    return exported.processor(text=[text], images=images or None, return_tensors="pt")
+    inputs = exported.processor(text=[text], images=images or None, return_tensors="pt")
+    found, image_id = inputs["input_ids"][0], exported.model.config.image_token_id
+    for separator in ("", "\n"):  # which the template puts between an image and what follows
+        question = Turn("user", f"{IMAGE_MARK}{separator}" * len(images) + QUESTION)
+        conversation = Conversation("probe", (question,), tuple(map(_in_memory, images)))
+        batch = processor.collate([processor.prompt(conversation)])
+        expected = batch.input_ids[0].masked_fill(batch.visual.mask[0], image_id)
+        if found.equal(expected):
+            return batch, inputs
+    raise DoesNotFit(
+        f"{type(exported.model).__name__}'s processor makes other prompts: got ids {found.tolist()[:20]}, "
+        f"expected {expected.tolist()[:20]}"
+    )
 
 
-def _check_prompt(name: str, batch: Batch, found: Tensor, image_id: int) -> None:
-    expected = batch.input_ids[0].masked_fill(batch.visual.mask[0], image_id)
-    if not found.equal(expected):
-        raise DoesNotFit(
-            f"{name}'s processor makes other prompts: got ids {found.tolist()[:20]}, expected {expected.tolist()[:20]}"
-        )
+def _in_memory(image: Image.Image) -> ImageInMemory:
+    encoded = BytesIO()
+    image.save(encoded, "PNG")
+    return ImageInMemory(encoded.getvalue(), "probe")
 
 
 def _check_pixels(name: str, batch: Batch, inputs: BatchFeature, model: VLMWrapper, processor: Processor) -> None:
