@@ -34,7 +34,7 @@ from ..model.parts import connector_from
 from ..model.vision import describe_vision, vision_from
 from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, Pixels, Placement, Texts, Visual, joined
-from .chat_template import typed_speech
+from .chat_template import expanded, typed_speech
 from .llava import Exported, generation_settings
 from .own_config import VLMTrainConfig
 
@@ -86,7 +86,8 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Fused:
         """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input.
 
-        image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. image_sizes ``(N, 2)``:
+        image_cuts ``(P, 5)``: how each image is cut into tiles whose tokens are joined row by row, as the fields of
+        `Tiles`. image_sizes ``(N, 2)``:
         height and width of each item, if they differ; the rest of its pixels is padding. text_ids, text_mask
         ``(N, L)``: text for each item, if the connector reads text.
         """
@@ -239,24 +240,20 @@ class VLMTrainProcessor(ProcessorMixin):
         media = joined([geometry.plan([(image.height, image.width) for image in images]) for images in groups])
         pixels: list[Tensor] = []
         for medium, image in enumerate(loaded):
-            shown = [item for item in media.items if item.medium == medium]
-            pixels += show_items(image, shown, geometry.mean, geometry.std)
-        counts = iter([placement.slots for placement in media.placements])
-        expanded = []
-        for one in texts:
-            first, *rest = one.split(self.image_token)
-            expanded.append(first + "".join(self.image_token * next(counts) + piece for piece in rest))
+            items = [item for item in media.items if item.medium == medium]
+            pixels += show_items(image, items, geometry.mean, geometry.std)
         options.pop("add_special_tokens", None)
-        found = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **options)
+        found = self.tokenizer(expanded(texts, media), padding=padding, return_tensors=return_tensors, **options)
         data = {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
         if loaded:
             if geometry.fit == "native":
                 data["image_sizes"] = torch.tensor([item.pixels[0] for item in media.items])
             data["pixel_values"] = _padded(pixels)
-            if geometry.fit == "tiles":
-                data["image_cuts"] = torch.tensor([placement.tiles for placement in media.placements])
+            if cuts := [placement.tiles for placement in media.placements if placement.tiles]:
+                data["image_cuts"] = torch.tensor(cuts)
             if self.reader:
-                data |= self._read(instructions, [len(placement.items) for placement in media.placements])
+                views = [sum(len(placement.items) for _, placement in places) for places in media.by_medium]
+                data |= self._read(instructions, views)
         return BatchFeature(data)
 
     def _read(self, instructions: Sequence[str] | None, views: list[int]) -> dict[str, Tensor]:
