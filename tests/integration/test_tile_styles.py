@@ -22,8 +22,8 @@ WORDS = ["<|global_image|>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for
 SIZES = [(120, 50), (48, 48), (60, 200)]  # (width, height)
 
 
-def built(style: str):
-    tokens = {"new_tokens": WORDS, "image_frame": WORDS[-2:]}
+def built(style: str, frame: list[str] | None = None):
+    tokens = {"new_tokens": WORDS, "image_frame": frame}
     tiles = {"image_fit": "tiles", "image_tiles": GRIDS, "image_tile_style": style}
     return build_model("tiny", {"pixel_shuffle": {"factor": 2}}, {"tiny": tokens}, **tiles)
 
@@ -43,7 +43,7 @@ def talk(images: list[Image.Image], *answer: str) -> Conversation:
 
 @pytest.mark.parametrize("style", ["internvl", "nanovlm"])
 def test_packed_rows_equal_padded_ones(style):
-    model, processor = built(style)
+    model, processor = built(style, WORDS[-2:])
     samples = [processor(talk([image(SIZES[n]) for n in each], "red")) for each in ((0, 1), (), (2,))]
     padded, packed = processor.collate(samples), processor.pack(samples)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_transformers_own_classes_are_refused(tmp_path):
     model, processor = build_model("tiny", "mlp", "tiny", image_fit="tiles", image_tile_style="internvl")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"image_tile_style=internvl: .* only llava_next's tiles"):
+    with pytest.raises(ValueError, match=r"image_tile_style=internvl: .* a newline after each row of tiles"):
         export(tmp_path / "model", tmp_path / "out", "llava")
 
 

@@ -29,7 +29,7 @@ from ..model import VLMWrapper
 from .blip_towers import as_blip_tower
 from .chat_template import Speech, spoken_words, typed_speech
 from .fitting import DoesNotFit, filled
-from .llava import ROUNDING, Exported, check_words, generation_settings
+from .llava import ROUNDING, Exported, generation_settings
 
 
 @torch.no_grad()
@@ -90,7 +90,6 @@ def _check(connector: nn.Module, geometry: Geometry) -> None:
         )
     if geometry.fit != "squash":
         raise DoesNotFit(f"image_fit={geometry.fit}: BLIP-2's processors stretch images (train with image_fit=squash)")
-    check_words(geometry)
 
 
 def _speech(processor: Processor) -> tuple[Speech, int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
@@ -99,7 +98,7 @@ def typed_speech(processor: Processor) -> Speech:
         before, spacings = _PICTURES, (_MARKS_OUT,)
         inner += [each.replace("{{ bos_token }}", "{{ bos_token + ' ' }}") for each in inner]
     return _chosen(
-        processor,
+        renderer,
         tokenizer,
         [_marked(before + _TYPED.replace("SPACING", each)) + end for end, each in product(inner, spacings)],
     )
@@ -121,7 +120,7 @@ def spoken_words(processor: Processor) -> Speech:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             f"{start[0]} $A", f"{start[0]} $A $B", [start]
         )
-    return _chosen(processor, tokenizer, [_marked(_TYPED.replace("SPACING", _MARKS_OUT)) + words], pictures_put=True)
+    return _chosen(renderer, tokenizer, [_marked(_TYPED.replace("SPACING", _MARKS_OUT)) + words], pictures_put=True)
 
 
 def _marked(template: str) -> str:
@@ -139,13 +138,13 @@ def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def _chosen(
-    processor: Processor, tokenizer: PreTrainedTokenizerBase, templates: list[str], pictures_put: bool = False
+    renderer: Renderer, tokenizer: PreTrainedTokenizerBase, templates: list[str], pictures_put: bool = False
 ) -> Speech:
     """Return the first template that gives the same token ids as the renderer. Raises ValueError if none does."""
     image_id, differing = tokenizer.convert_tokens_to_ids(IMAGE_MARK), ""
     for template in templates:
         speech = Speech(tokenizer, image_id, template)
-        found = _difference(processor, speech, pictures_put)
+        found = _difference(renderer, speech, pictures_put)
         if found is None:
             tokenizer.chat_template = template
             return speech
@@ -205,39 +204,16 @@ def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
     return [*talks, *((Turn("system", "Be brief."), *talk) for talk in talks)]
 
 
-def expanded(texts: Iterable[str], media: MediaPlan) -> list[str]:
-    """Texts with one mark for each token of their images, and the template's text around them."""
-    images = iter(media.by_medium)
-
-    def shown() -> str:
-        return "".join(each.before + IMAGE_MARK * each.slots + each.after for _, each in next(images))
-
-    pieces = [text.split(IMAGE_MARK) for text in texts]
-    return [first + "".join(shown() + piece for piece in rest) for first, *rest in pieces]
-
-
-def _planned(processor: Processor, images: int) -> MediaPlan:
-    """A plan of images with the words of the processor, and three tokens in each place."""
-    geometry = processor.geometry
-    if geometry is None:
-        return MediaPlan.of_slots(*[3] * images)
-    size = (3 * geometry.size[0], 2 * geometry.size[1]) if geometry.fit == "tiles" else geometry.largest
-    places = geometry.plan([size] * images).placements
-    return MediaPlan((), tuple(each._replace(slots=3, out_grid=None, framed_grid=None) for each in places))
-
-
-def _difference(processor: Processor, speech: Speech, pictures_put: bool) -> str | None:
+def _difference(renderer: Renderer, speech: Speech, pictures_put: bool) -> str | None:
     """Describe the first difference between the ids of typed or plain content and the renderer's; None if equal.
 
     pictures_put: whether a processor puts the image tokens before the others.
     """
-    renderer = processor.renderer
     for turns in _conversations(renderer):
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
             asked = Conversation("export", turns, (None,) * images)
-            media = _planned(processor, images)
-            wanted = renderer.prompt(asked, media)
+            wanted = renderer.prompt(asked, MediaPlan.of_slots(*[3] * images))
         except BadSample:  # the template may not support a system turn, or only one exchange
             continue
         expected = wanted.input_ids.masked_fill(wanted.index >= 0, speech.image_id).tolist()
@@ -247,8 +223,7 @@ def _difference(processor: Processor, speech: Speech, pictures_put: bool) -> str
                 chat_template=speech.template,
                 add_generation_prompt=True,
                 tokenize=False,
-            )
-            (text,) = expanded([text], media)
+            ).replace(IMAGE_MARK, IMAGE_MARK * 3)
             found = [speech.image_id] * (3 * images if pictures_put else 0) + speech.tokenizer(text).input_ids
             if found != expected:
                 alike = min(len(found), len(expected))

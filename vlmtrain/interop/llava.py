@@ -27,7 +27,7 @@ from ..connectors.mlp import MLP
 from ..data.geometry import Geometry
 from ..data.processor import Processor
 from ..data.records import IMAGE_MARK
-from ..data.tile_styles import LLAVA_NEXT
+from ..data.tile_styles import TILE_STYLES
 from ..model import VLMWrapper
 from ..model.tiled import TiledConnector
 from .chat_template import Speech, typed_speech
@@ -54,8 +54,9 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
 
     Unchanged tensors are shared. Raises DoesNotFit for parts that these classes do not support.
     """
-    check_words(processor.geometry)
     tiled = processor.geometry.fit == "tiles"
+    if tiled and not TILE_STYLES[style := processor.geometry.tile_style].newline:
+        raise DoesNotFit(f"image_tile_style={style}: LLaVA-NeXT's class puts a newline after each row of tiles")
     connector = model.connector.connector if isinstance(model.connector, TiledConnector) else model.connector
     projector, activation = _projector(connector)
     (tower, prefix), speech = as_hf_tower(model.vision), typed_speech(processor)
@@ -168,14 +169,6 @@ def generation_settings(processor: Processor, speech: Speech) -> GenerationConfi
         pad_token_id=speech.tokenizer.pad_token_id,
         suppress_tokens=[speech.image_id],
     )
-
-
-def check_words(geometry: Geometry) -> None:
-    """Raise DoesNotFit if there are words around images or their views, which only vlmtrain's class writes."""
-    if any(geometry.frame):
-        raise DoesNotFit(f"llm.image_frame={list(geometry.frame)}: the class puts no tokens around images")
-    if geometry.fit == "tiles" and geometry.tile_style != LLAVA_NEXT:
-        raise DoesNotFit(f"image_tile_style={geometry.tile_style}: the class has only {LLAVA_NEXT}'s tiles")
 
 
 def _image_processor(geometry: Geometry):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ from transformers.utils import ModelOutput
 
 from ..data.connector_text import TextReader, pad_texts
 from ..data.geometry import Geometry
-from ..data.images import ImageOnDisk, show_items, to_rgb
+from ..data.images import ImageInMemory, ImageOnDisk, show_items, to_rgb
 from ..data.processor import OWN_TOKENIZER, Processor, as_tuple
-from ..data.records import IMAGE_MARK
+from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..data.rendering import IGNORE
 from ..model import VLMWrapper
 from ..model.deep_levels import at_prefill
@@ -34,7 +35,8 @@ from ..model.parts import connector_from
 from ..model.vision import describe_vision, vision_from
 from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, Pixels, Placement, Texts, Visual, joined
-from .chat_template import expanded, typed_speech
+from .chat_template import typed_speech
+from .fitting import DoesNotFit
 from .llava import Exported, generation_settings
 from .own_config import VLMTrainConfig
 
@@ -86,8 +88,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Fused:
         """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input.
 
-        image_cuts ``(P, 5)``: how each image is cut into tiles whose tokens are joined row by row, as the fields of
-        `Tiles`. image_sizes ``(N, 2)``:
+        image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. image_sizes ``(N, 2)``:
         height and width of each item, if they differ; the rest of its pixels is padding. text_ids, text_mask
         ``(N, L)``: text for each item, if the connector reads text.
         """
@@ -230,6 +231,7 @@ class VLMTrainProcessor(ProcessorMixin):
         numbers of image tokens, images and instructions do not match.
         """
         geometry = Geometry(**{key: as_tuple(value) for key, value in self.geometry.items()})
+        geometry = replace(geometry, frame=("", ""))  # a frame is in the text already
         loaded = [_opened(image) for image in _flat(images)]
         texts = [text] if isinstance(text, str) else list(text or ())
         marks = sum(one.count(self.image_token) for one in texts)
@@ -240,10 +242,15 @@ class VLMTrainProcessor(ProcessorMixin):
         media = joined([geometry.plan([(image.height, image.width) for image in images]) for images in groups])
         pixels: list[Tensor] = []
         for medium, image in enumerate(loaded):
-            items = [item for item in media.items if item.medium == medium]
-            pixels += show_items(image, items, geometry.mean, geometry.std)
+            shown = [item for item in media.items if item.medium == medium]
+            pixels += show_items(image, shown, geometry.mean, geometry.std)
+        images_shown = iter(media.by_medium)
+        expanded = []
+        for one in texts:
+            first, *rest = one.split(self.image_token)
+            expanded.append(first + "".join(self._written(next(images_shown)) + piece for piece in rest))
         options.pop("add_special_tokens", None)
-        found = self.tokenizer(expanded(texts, media), padding=padding, return_tensors=return_tensors, **options)
+        found = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **options)
         data = {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
         if loaded:
             if geometry.fit == "native":
@@ -255,6 +262,10 @@ class VLMTrainProcessor(ProcessorMixin):
                 views = [sum(len(placement.items) for _, placement in places) for places in media.by_medium]
                 data |= self._read(instructions, views)
         return BatchFeature(data)
+
+    def _written(self, places: list[tuple[int, Placement]]) -> str:
+        """The text of one image: the words of its views, each before the view's image tokens."""
+        return "".join(placement.before + self.image_token * placement.slots for _, placement in places)
 
     def _read(self, instructions: Sequence[str] | None, views: list[int]) -> dict[str, Tensor]:
         if instructions is None or len(instructions) != len(views):
@@ -320,4 +331,23 @@ def as_own(model: VLMWrapper, processor: Processor) -> Exported:
     hf_processor = VLMTrainProcessor(speech.tokenizer, speech.template, asdict(processor.geometry), reader)
     if processor.reader and processor.reader.tokenizer is not processor.tokenizer:
         hf_processor.reads_with = processor.reader.tokenizer
+    if processor.geometry.view_words:
+        _check_words(hf_processor, processor)
     return Exported(exported, hf_processor, ())
+
+
+def _check_words(exported: VLMTrainProcessor, processor: Processor) -> None:
+    """Raise DoesNotFit unless the words between the views of images give the ids that training saw."""
+    height, width = processor.geometry.size
+    images = [Image.new("RGB", size) for size in ((3 * width, 2 * height), (width, 3 * height), (width, height))]
+    encoded = []
+    for image in images:
+        image.save(file := BytesIO(), "PNG")
+        encoded.append(ImageInMemory(file.getvalue(), "probe"))
+    for marks, count in ((f"{IMAGE_MARK}\n", 1), (f"Look: {IMAGE_MARK} and {IMAGE_MARK}\n{IMAGE_MARK}", 3)):
+        said = f"{marks}What is this?"
+        wanted = processor.prompt(Conversation("probe", (Turn("user", said),), tuple(encoded[:count]))).tokens
+        text = exported.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)
+        found = exported(images=images[:count], text=text)["input_ids"][0].tolist()
+        if found != wanted.input_ids.masked_fill(wanted.index >= 0, exported.image_token_id).tolist():
+            raise DoesNotFit("the words between the views of an image would be other tokens than in training")
