@@ -1,4 +1,4 @@
-"""The miniatures of the LLaVA family, Qwen-VL and CLIP: each stage learns, and trains what its paper states."""
+"""The miniatures of recipes without a Q-Former: each stage learns, and trains what its source states."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ TRAINED = {
         "multitask": {"vision", "connector", "llm"},
         "instruct": {"connector", "llm"},
     },
+    "internvl": {"warmup": {"connector"}, "instruct": {"vision", "connector", "llm"}},
+    "nanovlm": {"train": {"vision", "connector", "llm"}},
+    "kempnerforge": {"joint": {"connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 

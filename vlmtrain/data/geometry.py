@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..model.parts import connector_from
-from ..tiling import Tiles, choose_tiles, tiled_tokens
+from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, MediaPlan, Placement, Size
 from .images import FITS, MAX_ASPECT
+from .tile_styles import LLAVA_NEXT, TILE_STYLES, TileStyle
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Geometry:
     size ``(H, W)`` in pixels; fit: ``squash``, ``pad``, ``crop``, ``tiles`` or ``native``; mean, std: of the channels
     in [0, 1]. tokens, grid: number and grid of the tokens of one image of `size`; grid is None if the tokens form none.
     tile_grids: for ``tiles``, the ``(rows, columns)`` into which an image may be cut; tiles_most: maximum number of
-    tiles whose tokens are kept, 0 for all; tiles_alone: whether an image is cut only if its sample has no other image.
+    tiles whose tokens are kept, 0 for all; tiles_alone: whether an image is cut only if its sample has no other image;
+    tile_style: a name in `TILE_STYLES`.
     patch_size ``(H, W)`` in pixels, None in model folders of earlier versions. framed_grid: see `Placement`. frame:
     text of the template before and after each image, such as the tokens that start and end one. For ``native``:
     image_pixels, smallest and largest number of pixels; multiple: both sides are multiples of this many patches;
@@ -46,6 +48,7 @@ class Geometry:
     connector: dict[str, Any] | None = None
     framed_grid: Size | None = None
     frame: tuple[str, str] = ("", "")
+    tile_style: str = LLAVA_NEXT
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -54,6 +57,10 @@ class Geometry:
             raise ValueError(
                 f"image_fit=tiles needs image_tiles, a list of [rows, columns], got {list(self.tile_grids)}"
             )
+        if self.tile_style not in TILE_STYLES:
+            raise ValueError(f"image_tile_style={self.tile_style}: expected one of {', '.join(TILE_STYLES)}")
+        if self.fit == "tiles":
+            self._style.check(self.tile_grids)
         if self.fit == "native" and not (self.image_pixels and 0 < self.image_pixels[0] <= self.image_pixels[1]):
             raise ValueError(f"image_fit=native needs image_pixels, [MIN, MAX] pixels, got {self.image_pixels}")
         if self.fit == "native" and (self.patch_size is None or self.connector is None):
@@ -61,6 +68,18 @@ class Geometry:
         if self.fit == "native" and math.prod(self.factors) > self.image_pixels[1]:
             window = math.prod(self.factors)
             raise ValueError(f"image_pixels={list(self.image_pixels)}: expected a MAX of at least one window, {window}")
+
+    @property
+    def _style(self) -> TileStyle:
+        return TILE_STYLES[self.tile_style]
+
+    @property
+    def view_words(self) -> tuple[str, ...]:
+        """The words that the style of tiles puts before the views of images."""
+        if self.fit != "tiles":
+            return ()
+        views = [view for grid in (None, *self.tile_grids) for view in self._style.views(grid)]
+        return tuple(dict.fromkeys(view.words for view in views if view.words))
 
     @property
     def reads_sizes(self) -> bool:
@@ -75,32 +94,35 @@ class Geometry:
         items: list[Item] = []
         placements: list[Placement] = []
         for medium, size in enumerate(sizes):
-            shown, tiles = self._items(medium, size, alone=len(sizes) == 1)
-            tokens, grid, framed = self.tokens, self.grid, self.framed_grid
-            if self.fit == "native":
-                tokens, grid, framed = self._counted(shown[0].grids[0])
-            if tiles:
-                tokens, grid, framed = tiled_tokens(tiles, tokens, grid), None, None
-            numbers = tuple(range(len(items), len(items) + len(shown)))
-            placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles, framed, *self.frame))
-            items += shown
+            places = self._places(medium, size, len(sizes))
+            for number, (shown, tiles, words) in enumerate(places):
+                tokens, grid, framed = self.tokens, self.grid, self.framed_grid
+                if self.fit == "native":
+                    tokens, grid, framed = self._counted(shown[0].grids[0])
+                if tiles:
+                    tokens, grid, framed = tiled_tokens(tiles, tokens, grid), None, None
+                numbers = tuple(range(len(items), len(items) + len(shown)))
+                before = (self.frame[0] if number == 0 else "") + words
+                after = self.frame[1] if number == len(places) - 1 else ""
+                placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles, framed, before, after))
+                items += shown
         return MediaPlan(tuple(items), tuple(placements))
 
-    def _items(self, medium: int, size: Size | None, alone: bool) -> tuple[list[Item], Tiles | None]:
+    def _places(self, medium: int, size: Size | None, images: int) -> list[tuple[list[Item], Tiles | None, str]]:
+        """Items, cut and words of each place in the text at which an image of a sample with `images` is shown."""
         if self.fit == "native":
-            return [self._item(medium, "image", "squash", pixels=self.native_size(size))], None
+            return [([self._item(medium, "image", "squash", pixels=self.native_size(size))], None, "")]
         if self.fit != "tiles":
-            return [self._item(medium, "image", self.fit)], None
-        if self.tiles_alone and not alone:
-            return [self._item(medium, "image", "pad")], Tiles(0, 0, *size)
-        tiles = choose_tiles(size, self.size, self.tile_grids, self.tiles_most)
-        rows, columns = tiles.rows, tiles.columns
-        items = [self._item(medium, "overview", "squash")]
-        for row in range(rows):
-            for column in range(columns):
-                box = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
-                items.append(self._item(medium, "tile", "contain", box))
-        return items, tiles
+            return [([self._item(medium, "image", self.fit)], None, "")]
+        style, cut = self._style, images == 1 or not self.tiles_alone
+        grid = style.choose(size, self.size, self.tile_grids, images) if cut else None
+        views = style.views(grid)
+        items = [self._item(medium, view.kind, view.fit, view.box) for view in views]
+        heading = style.heading(medium, images)
+        if style.newline:
+            return [(items, Tiles(*grid, *size, self.tiles_most) if grid else Tiles(0, 0, *size), heading)]
+        words = [heading * (number == 0) + view.words for number, view in enumerate(views)]
+        return [([item], None, word) for item, word in zip(items, words)]
 
     def _item(
         self,
@@ -147,7 +169,7 @@ class Geometry:
     @property
     def most_items(self) -> int:
         """The largest number of items of any image."""
-        return max((rows * columns + 1 for rows, columns in self.tile_grids), default=1)
+        return max((len(self._style.views(grid)) for grid in self.tile_grids), default=1)
 
     @property
     def least_tokens(self) -> int:
@@ -159,11 +181,13 @@ class Geometry:
         """The largest number of tokens of any image."""
         if self.fit == "native":
             return max(self._counted(self._grid(size))[0] for size in self._extremes())
+        if not self.tile_grids or not self._style.newline:
+            return self.most_items * self.tokens
         height, width = self.size
         cuts = [
             Tiles(rows, columns, rows * height, columns * width, self.tiles_most) for rows, columns in self.tile_grids
         ]
-        return max(tiled_tokens(cut, self.tokens, self.grid) if cut else self.tokens for cut in cuts or [None])
+        return max(tiled_tokens(cut, self.tokens, self.grid) for cut in cuts)
 
     def _extremes(self) -> list[Size]:
         """The largest native sizes, one for each height that an image may have."""

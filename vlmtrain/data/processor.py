@@ -82,7 +82,7 @@ class Processor:
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
         self.makes_keys = False  # whether batches contain the cache keys of their images
-        controls = geometry.frame if geometry else ()
+        controls = (*geometry.frame, *geometry.view_words) if geometry else ()
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls)
         self.filler = self.renderer.filler
 

@@ -202,12 +202,13 @@ class Renderer:
         shown = iter(media.by_medium)
         chunk: list[_Span] = []  # text that is tokenized together
         for span in self._spans(conversation):
-            if span.is_image or span.is_start:
+            if span.is_start:
                 tokens += self._tokenize(chunk)
                 chunk = []
             if span.is_image:
                 for number, placement in next(shown):
-                    tokens += self._tokenize([_Span(placement.before)])
+                    tokens += self._tokenize([*chunk, _Span(placement.before)])
+                    chunk = []
                     tokens += [(self.filler, -1, number)] * placement.slots
                     tokens += self._tokenize([_Span(placement.after)])
             else:

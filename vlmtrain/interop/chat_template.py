@@ -91,7 +91,7 @@ def typed_speech(processor: Processor, token: str = IMAGE_MARK) -> Speech:
     tokenizer's own template is kept if it writes this token for images. Raises ValueError if no candidate template
     gives the same token ids.
     """
-    renderer, frame = processor.renderer, processor.geometry.frame
+    renderer, frame = processor.renderer, _frame(processor)
     tokenizer = _with_image_token(renderer.tokenizer, token)
     _add_nothing(tokenizer)
     own = tokenizer.chat_template
@@ -129,7 +129,11 @@ def spoken_words(processor: Processor) -> Speech:
             f"{start[0]} $A", f"{start[0]} $A $B", [start]
         )
     template = _marked(_TYPED.replace("SPACING", _MARKS_OUT)) + words
-    return _chosen(renderer, tokenizer, [template], IMAGE_MARK, processor.geometry.frame, pictures_put=True)
+    return _chosen(renderer, tokenizer, [template], IMAGE_MARK, _frame(processor), pictures_put=True)
+
+
+def _frame(processor: Processor) -> tuple[str, str]:
+    return processor.geometry.frame if processor.geometry else ("", "")
 
 
 def _marked(template: str) -> str:

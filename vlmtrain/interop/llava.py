@@ -27,6 +27,7 @@ from ..connectors.mlp import MLP
 from ..data.geometry import Geometry
 from ..data.processor import Processor
 from ..data.records import IMAGE_MARK
+from ..data.tile_styles import TILE_STYLES
 from ..model import VLMWrapper
 from ..model.tiled import TiledConnector
 from .chat_template import Speech, typed_speech
@@ -54,6 +55,8 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
     Unchanged tensors are shared. Raises DoesNotFit for parts that these classes do not support.
     """
     tiled = processor.geometry.fit == "tiles"
+    if tiled and not TILE_STYLES[style := processor.geometry.tile_style].newline:
+        raise DoesNotFit(f"image_tile_style={style}: LLaVA-NeXT's class puts a newline after each row of tiles")
     connector = model.connector.connector if isinstance(model.connector, TiledConnector) else model.connector
     projector, activation = _projector(connector)
     (tower, prefix), speech = as_hf_tower(model.vision), typed_speech(processor)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -24,11 +25,12 @@ from transformers.utils import ModelOutput
 
 from ..data.connector_text import TextReader, pad_texts
 from ..data.geometry import Geometry
-from ..data.images import ImageOnDisk, show_items, to_rgb
+from ..data.images import ImageInMemory, ImageOnDisk, show_items, to_rgb
 from ..data.positions import POSITIONS
 from ..data.processor import OWN_TOKENIZER, Processor, as_tuple
-from ..data.records import IMAGE_MARK
+from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..data.rendering import IGNORE
+from ..data.tile_styles import LLAVA_NEXT
 from ..model import VLMWrapper
 from ..model.deep_levels import at_prefill
 from ..model.fusion import Concatenation, Fused, build_fusion
@@ -38,6 +40,7 @@ from ..model.vision import describe_vision, vision_from
 from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, Pixels, Placement, Texts, Visual, joined
 from .chat_template import typed_speech
+from .fitting import DoesNotFit
 from .llava import Exported, generation_settings
 from .own_config import VLMTrainConfig
 
@@ -269,6 +272,7 @@ class VLMTrainProcessor(ProcessorMixin):
         numbers of image tokens, images and instructions do not match.
         """
         geometry = Geometry(**{key: as_tuple(value) for key, value in self.geometry.items()})
+        geometry = replace(geometry, frame=("", ""))  # a frame is in the text already
         loaded = [_opened(image) for image in _flat(images)]
         texts = [text] if isinstance(text, str) else list(text or ())
         marks = sum(one.count(self.image_token) for one in texts)
@@ -281,11 +285,11 @@ class VLMTrainProcessor(ProcessorMixin):
         for medium, image in enumerate(loaded):
             shown = [item for item in media.items if item.medium == medium]
             pixels += show_items(image, shown, geometry.mean, geometry.std)
-        counts = iter([placement.slots for placement in media.placements])
+        images_shown = iter(media.by_medium)
         expanded = []
         for one in texts:
             first, *rest = one.split(self.image_token)
-            expanded.append(first + "".join(self.image_token * next(counts) + piece for piece in rest))
+            expanded.append(first + "".join(self._written(next(images_shown)) + piece for piece in rest))
         options.pop("add_special_tokens", None)
         found = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **options)
         data = {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
@@ -293,11 +297,16 @@ class VLMTrainProcessor(ProcessorMixin):
             if geometry.fit == "native":
                 data["image_sizes"] = torch.tensor([item.pixels[0] for item in media.items])
             data["pixel_values"] = _padded(pixels)
-            if geometry.fit == "tiles":
-                data["image_cuts"] = torch.tensor([placement.tiles for placement in media.placements])
+            if cuts := [placement.tiles for placement in media.placements if placement.tiles]:
+                data["image_cuts"] = torch.tensor(cuts)
             if self.reader:
-                data |= self._read(instructions, [len(placement.items) for placement in media.placements])
+                views = [sum(len(placement.items) for _, placement in places) for places in media.by_medium]
+                data |= self._read(instructions, views)
         return BatchFeature(data)
+
+    def _written(self, places: list[tuple[int, Placement]]) -> str:
+        """The text of one image: the words of its views, each before the view's image tokens."""
+        return "".join(placement.before + self.image_token * placement.slots for _, placement in places)
 
     def _read(self, instructions: Sequence[str] | None, views: list[int]) -> dict[str, Tensor]:
         if instructions is None or len(instructions) != len(views):
@@ -346,7 +355,16 @@ def _flat(images: object) -> list:
 
 
 def as_own(model: VLMWrapper, processor: Processor) -> Exported:
-    """Wrap the unchanged model for transformers' Auto classes."""
+    """Wrap the unchanged model for transformers' Auto classes.
+
+    Raises DoesNotFit for positions that count images if the views of an image have places of their own in the text.
+    """
+    geometry = processor.geometry
+    if positions_of(model.llm) == "xdrope" and geometry.fit == "tiles" and geometry.tile_style != LLAVA_NEXT:
+        raise DoesNotFit(
+            f"image_tile_style={geometry.tile_style}: exports with llm.positions=xdrope would number the views of an "
+            "image, not the images"
+        )
     speech = typed_speech(processor)
     text_config = model.llm.config
     config = VLMTrainConfig(
@@ -363,4 +381,23 @@ def as_own(model: VLMWrapper, processor: Processor) -> Exported:
     hf_processor = VLMTrainProcessor(speech.tokenizer, speech.template, asdict(processor.geometry), reader)
     if processor.reader and processor.reader.tokenizer is not processor.tokenizer:
         hf_processor.reads_with = processor.reader.tokenizer
+    if processor.geometry.view_words:
+        _check_words(hf_processor, processor)
     return Exported(exported, hf_processor, ())
+
+
+def _check_words(exported: VLMTrainProcessor, processor: Processor) -> None:
+    """Raise DoesNotFit unless the words between the views of images give the ids that training saw."""
+    height, width = processor.geometry.size
+    images = [Image.new("RGB", size) for size in ((3 * width, 2 * height), (width, 3 * height), (width, height))]
+    encoded = []
+    for image in images:
+        image.save(file := BytesIO(), "PNG")
+        encoded.append(ImageInMemory(file.getvalue(), "probe"))
+    for marks, count in ((f"{IMAGE_MARK}\n", 1), (f"Look: {IMAGE_MARK} and {IMAGE_MARK}\n{IMAGE_MARK}", 3)):
+        said = f"{marks}What is this?"
+        wanted = processor.prompt(Conversation("probe", (Turn("user", said),), tuple(encoded[:count]))).tokens
+        text = exported.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)
+        found = exported(images=images[:count], text=text)["input_ids"][0].tolist()
+        if found != wanted.input_ids.masked_fill(wanted.index >= 0, exported.image_token_id).tolist():
+            raise DoesNotFit("the words between the views of an image would be other tokens than in training")

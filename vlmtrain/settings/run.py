@@ -371,9 +371,9 @@ class Run:
         return Choice(self.connector.name, MappingProxyType(options))
 
     @property
-    def has_tiles(self) -> bool:
-        """Whether any stage splits images into tiles, which requires a newline token in the connector."""
-        return any(stage.image_fit == "tiles" for stage in self.stages.values())
+    def needs_newline(self) -> bool:
+        """Whether any stage splits images into tiles in a style that requires a newline token in the connector."""
+        return any(stage.needs_newline for stage in self.stages.values())
 
     def validates(self, stage: Stage) -> bool:
         """Whether a stage has validation data."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..data.images import FITS, MAX_PIXELS
 from ..data.loader import LAYOUTS
+from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
 from .fields import (
     IMAGE_SIZE,
     MAPPING,
@@ -140,6 +141,7 @@ class Stage:
     image_fit: str = key(one_of(*FITS))  # how images are fitted to the image size
     image_pixels: tuple[int, int] | None = key(_LIMITS)  # native: smallest and largest number of pixels of an image
     image_tiles: tuple[tuple[int, int], ...] = key(list_of(_GRID, "a list of [rows, columns]", sizes=range(1, 10_000)))
+    image_tile_style: str = key(one_of(*TILE_STYLES))  # tiles: which grid is chosen, order of the views
     image_tiles_most: int | None = key(optional(whole(1)))  # maximum tokens per image, in tiles
     image_tiles_alone: bool = key(SWITCH)  # tile only images that are alone in their sample
     connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
@@ -174,6 +176,11 @@ class Stage:
     def rates(self) -> dict[str, float]:
         """Learning rates by part, for the parts that have one in ``train``."""
         return {part: rate for part, rate in self.train.items() if rate is not None}
+
+    @property
+    def needs_newline(self) -> bool:
+        """Whether the stage splits images into tiles in a style that requires a newline token in the connector."""
+        return self.image_fit == "tiles" and TILE_STYLES[self.image_tile_style].newline
 
     def trains(self, part: str) -> bool:
         """Whether any parameter of a part trains at some step of the stage."""
@@ -212,6 +219,12 @@ class Stage:
                 f"{self.prefix}.image_fit={self.image_fit} with image_pixels={value}: image_pixels=[MIN, MAX] must be "
                 "set with image_fit=native, and only then"
             )
+        if self.image_tile_style != LLAVA_NEXT:
+            said = f"{self.prefix}.image_tile_style={self.image_tile_style}"
+            if self.image_fit != "tiles":
+                raise ValueError(f"{said} needs {self.prefix}.image_fit=tiles, got {self.image_fit}")
+            if self.image_tiles_most is not None and not TILE_STYLES[self.image_tile_style].newline:
+                raise ValueError(f"{said} does not support {self.prefix}.image_tiles_most={self.image_tiles_most}")
         modules = ("fresh", "drops")  # may also name modules of the connector
         for option in ("parts", "train", *modules):
             for entry in getattr(self, option):

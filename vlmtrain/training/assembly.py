@@ -86,7 +86,7 @@ def build_parts(
                 handed_on = parts.pop(part)
                 parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
                 take_over(parts[part], handed_on, stage)
-            elif part == "connector" and stage.image_fit == "tiles" and not isinstance(parts[part], TiledConnector):
+            elif part == "connector" and stage.needs_newline and not isinstance(parts[part], TiledConnector):
                 parts[part] = TiledConnector(parts[part]).to(dtype)  # trained in a run without tiles
         else:
             parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
@@ -187,7 +187,7 @@ def _build(
         name, options = run.connector_of(stage)
         if "text_vocab" in options:
             options = {**options, "text_vocab": text_vocab(options, stage, tokenizer)}
-        built = make_connector(name, parts["vision"], parts.get("llm"), options, dtype, run.has_tiles)
+        built = make_connector(name, parts["vision"], parts.get("llm"), options, dtype, run.needs_newline)
     else:
         built = build_objective(stage.objective, run.vision, tokenizer, parts).to(dtype)
     if bert is not None and hasattr(built, "load_bert"):

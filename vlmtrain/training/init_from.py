@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..connectors import CONNECTORS
+from ..data.tile_styles import LLAVA_NEXT
 from ..files import read_json, write_json
 from ..model.folder import is_model_folder
 from ..model.parts import FIXED
@@ -88,10 +89,14 @@ def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:
     file = Path(run.init_from or "", "processor", "processor.json")
     if run.init_from is None or finished or stage is None or not file.exists():
         return []
-    chosen, key = stage.image_fit, f"{stage.prefix}.image_fit"
-    held = (read_json(file).get("geometry") or {}).get("fit", chosen)
+    key, chosen = "image_fit", stage.image_fit
+    geometry = read_json(file).get("geometry") or {}
+    held = geometry.get("fit", chosen)
+    if held == chosen == "tiles":
+        key, chosen, held = "image_tile_style", stage.image_tile_style, geometry.get("tile_style", LLAVA_NEXT)
     if held == chosen:
         return []
+    key = f"{stage.prefix}.{key}"
     return [
         f"{key}={chosen}, but the model in init_from={run.init_from} was trained with {held}; set {key}={held} to keep "
         "its preprocessing"

@@ -55,6 +55,8 @@ def build_processor(
     with naming_size(run, stage):
         geometry = build_geometry(stage, parts, objective, _image_frame(run, tokenizer))
     check_lengths(stage, geometry, parts)
+    for word in geometry.view_words if geometry else ():
+        _check_token(word, f"{stage.prefix}.image_tile_style={stage.image_tile_style}", tokenizer)
     return Processor(
         tokenizer,
         geometry,
@@ -113,10 +115,14 @@ def _image_frame(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str
     if frame is None and run.init_from is not None:
         held = Processor.from_pretrained(run.init_from).geometry
         frame = held and held.frame
-    for token in frame or ():
-        if token and token not in tokenizer.get_vocab():
-            raise ValueError(f"llm.image_frame: '{token}' is not a token of the tokenizer: list it in llm.new_tokens")
+    for token in filter(None, frame or ()):
+        _check_token(token, "llm.image_frame", tokenizer)
     return frame or ("", "")
+
+
+def _check_token(token: str, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"{key}: '{token}' is not a token of the tokenizer: list it in llm.new_tokens")
 
 
 def build_geometry(
@@ -147,6 +153,7 @@ def build_geometry(
         *((stage.image_pixels, multiple, connector.config) if fit == "native" and shows else ()),
         framed_grid=framed_grid,
         frame=frame if shows else ("", ""),
+        tile_style=stage.image_tile_style,
     )
     if fit == "native":
         _check_native(geometry, stage, vision)

@@ -154,6 +154,12 @@ def test_a_change_of_preprocessing_is_reported(tmp_path):
     assert overruled_fit(compose([*line[:-1], "stages.instruct.image_fit=crop"]), []) == []
     assert overruled_fit(compose(line), ["align"]) == []  # the stage before then belongs to the run itself
     assert overruled_fit(compose(["recipe=llava_1_5", "mini=true"]), []) == []
+    file = tmp_path / "processor" / "processor.json"
+    file.write_text(json.dumps({"geometry": {"fit": "tiles"}}))  # of an earlier version, without a style
+    tiles = [*line[:-1], "stages.instruct.image_fit=tiles"]
+    assert overruled_fit(compose(tiles), []) == []
+    (said,) = overruled_fit(compose([*tiles, "stages.instruct.image_tile_style=internvl"]), [])
+    assert said.startswith("stages.instruct.image_tile_style=internvl, but") and "trained with llava_next" in said
 
 
 def test_a_fresh_connector_is_the_one_that_the_command_names(tmp_path):
