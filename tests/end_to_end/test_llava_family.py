@@ -1,4 +1,4 @@
-"""The miniatures of the LLaVA family, Qwen-VL and CLIP: each stage learns, and trains what its paper states."""
+"""The miniatures of the LLaVA and Qwen-VL families, HunyuanOCR and CLIP: each stage learns, and trains what it should."""
 
 from __future__ import annotations
 
@@ -27,6 +27,30 @@ TRAINED = {
         "multitask": {"vision", "connector", "llm"},
         "instruct": {"connector", "llm"},
     },
+    "qwen2_vl": {
+        "pretrain": {"vision", "connector"},
+        "multitask": {"vision", "connector", "llm"},
+        "instruct": {"llm"},
+    },
+    "qwen2_5_vl": {
+        "pretrain": {"vision", "connector"},
+        "multitask": {"vision", "connector", "llm"},
+        "long_context": {"vision", "connector", "llm"},
+        "instruct": {"connector", "llm"},
+    },
+    "qwen3_vl": {
+        "align": {"connector"},
+        "pretrain": {"vision", "connector", "llm"},
+        "long_context": {"vision", "connector", "llm"},
+        "ultra_long_context": {"vision", "connector", "llm"},
+    },
+    "hunyuan_ocr": {
+        "align": {"vision", "connector"},
+        "pretrain": {"vision", "connector", "llm"},
+        "long_context": {"vision", "connector", "llm"},
+        "instruct": {"vision", "connector", "llm"},
+    },
+    "speedrun": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 
