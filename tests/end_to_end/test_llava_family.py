@@ -1,4 +1,4 @@
-"""The miniatures of the LLaVA and Qwen-VL families, HunyuanOCR and CLIP: each stage learns, and trains what it should."""
+"""The miniatures of the LLaVA and Qwen-VL families, HunyuanOCR and CLIP: stages learn, and train what they should."""
 
 from __future__ import annotations
 
