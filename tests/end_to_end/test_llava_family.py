@@ -30,6 +30,30 @@ TRAINED = {
     "internvl": {"warmup": {"connector"}, "instruct": {"vision", "connector", "llm"}},
     "nanovlm": {"train": {"vision", "connector", "llm"}},
     "kempnerforge": {"joint": {"connector", "llm"}},
+    "qwen2_vl": {
+        "pretrain": {"vision", "connector"},
+        "multitask": {"vision", "connector", "llm"},
+        "instruct": {"llm"},
+    },
+    "qwen2_5_vl": {
+        "pretrain": {"vision", "connector"},
+        "multitask": {"vision", "connector", "llm"},
+        "long_context": {"vision", "connector", "llm"},
+        "instruct": {"connector", "llm"},
+    },
+    "qwen3_vl": {
+        "align": {"connector"},
+        "pretrain": {"vision", "connector", "llm"},
+        "long_context": {"vision", "connector", "llm"},
+        "ultra_long_context": {"vision", "connector", "llm"},
+    },
+    "hunyuan_ocr": {
+        "align": {"vision", "connector"},
+        "pretrain": {"vision", "connector", "llm"},
+        "long_context": {"vision", "connector", "llm"},
+        "instruct": {"vision", "connector", "llm"},
+    },
+    "speedrun": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 

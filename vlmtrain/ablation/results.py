@@ -118,12 +118,12 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
     losses = [_losses(seed) for seed in answers]
     return Entry(
         choice.label,
-        _mean_of(measured),
-        _interval(measured),
+        mean_of(measured),
+        interval(measured),
         measured,
-        blind=_mean_of([_measured(seed, ablation.metric, folders[0], "blind_scores") for seed in answers]),
-        loss=_mean_of(losses),
-        loss_interval=_interval(losses),
+        blind=mean_of([_measured(seed, ablation.metric, folders[0], "blind_scores") for seed in answers]),
+        loss=mean_of(losses),
+        loss_interval=interval(losses),
         tokens=plans[last].picture_tokens[1],
         parameters=summaries[0]["parts"]["connector"]["parameters"],
         samples_per_second=float(np.median([step["samples_per_second"] for step in steps])),
@@ -169,7 +169,7 @@ def _by_category(answers: list[list[dict]], metric: str) -> dict[str, tuple[floa
         if all(own):
             measured = [_measured(seed, metric, Path()) for seed in own]
             blind = [_measured(seed, metric, Path(), "blind_scores") for seed in own]
-            found[kind] = (_mean_of(measured), _interval(measured), _mean_of(blind))
+            found[kind] = (mean_of(measured), interval(measured), mean_of(blind))
     return found
 
 
@@ -195,7 +195,7 @@ def compare(entries: Sequence[Entry]) -> None:
 
 def _by_bootstrap(best: Entry, others: Sequence[Entry]) -> np.ndarray:
     """p-values of the differences between the other entries and the best one."""
-    means = np.array([_mean_of(entry.measured) for entry in (best, *others)])
+    means = np.array([mean_of(entry.measured) for entry in (best, *others)])
     off = np.stack([_draws(entry.measured) for entry in (best, *others)]) - means[:, None]
     largest = np.zeros(off.shape[1])
     observed = np.zeros(len(others))
@@ -214,7 +214,7 @@ def _by_bootstrap(best: Entry, others: Sequence[Entry]) -> np.ndarray:
 
 def _by_seeds(best: Entry, others: Sequence[Entry]) -> np.ndarray:
     """The same p-values, from the interaction between connectors and seeds."""
-    means = np.array([[_mean_of([seed]) for seed in entry.measured] for entry in (best, *others)])
+    means = np.array([[mean_of([seed]) for seed in entry.measured] for entry in (best, *others)])
     choices, seeds = means.shape
     own = means.mean(1)
     residuals = means - own[:, None] - means.mean(0) + means.mean()
@@ -276,11 +276,13 @@ def _side_by_side(measured: Sequence[Clusters]) -> tuple[np.ndarray, np.ndarray]
     return sums[:, has_any], counts[:, has_any]
 
 
-def _mean_of(measured: Sequence[Clusters]) -> float:
+def mean_of(measured: Sequence[Clusters]) -> float:
+    """Mean over all questions of all seeds."""
     return float(sum(seed.sums.sum() for seed in measured) / sum(seed.counts.sum() for seed in measured))
 
 
-def _interval(measured: Sequence[Clusters]) -> Interval:
+def interval(measured: Sequence[Clusters]) -> Interval:
+    """95 % interval of the mean, over seeds and conversations."""
     low, high = np.quantile(_draws(measured), [0.025, 0.975])
     return float(low), float(high)
 

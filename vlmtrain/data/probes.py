@@ -24,10 +24,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from PIL import ImageDraw, ImageFont
+from PIL import ImageFont
 
 from .records import IMAGE_MARK, Conversation, Grading, Turn
-from .shapes import COLORS, DESCRIBE, HELD_OUT, INK, LINE, PLACES, SHAPES, SPLITS, Item, Picture, draw_item
+from .shapes import (
+    COLORS,
+    DESCRIBE,
+    HELD_OUT,
+    INK,
+    LINE,
+    PLACES,
+    SHAPES,
+    SPLITS,
+    Canvas,
+    Item,
+    Picture,
+    draw_item,
+    frame_of,
+)
 
 CATEGORIES = ("color", "shape", "count", "position", "text", "small")
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -40,7 +54,7 @@ DIGITS = "0123456789"
 CHARACTERS = DIGITS + "ABCDEFGHJKLMNPQRSTUVWXYZ"
 """Without I and O, which look like 1 and 0."""
 MARGIN = 0.03
-"""Margin around the grid of objects, as a fraction of the image's side."""
+"""Margin around the grid of objects, as a fraction of the image's width and height."""
 PITCH = 1.15
 """Distance between neighboring characters, in units of their height."""
 
@@ -67,7 +81,7 @@ class Level(NamedTuple):
 
     cells: cells per side of the grid of objects; radius: of an object, as a fraction of its cell; objects: number of
     objects in an image; most: largest count; small: radius of the small object; alphabet, characters, height: of the
-    text to read. small and height are fractions of the image's side.
+    text to read. small and height are fractions of the scene's side.
     """
 
     cells: int
@@ -89,7 +103,10 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Writing:
-    """A line of characters of the given `height`, centered at ``(x, y)``; in fractions of the image's side."""
+    """A line of characters, with its center as fractions of the image's width and height.
+
+    Its height is a fraction of the side of the scene.
+    """
 
     text: str
     color: str
@@ -98,28 +115,29 @@ class Writing:
     height: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbePicture(Picture):
     """An image with optional text; small items have thinner outlines."""
 
     writing: Writing | None = None
 
-    def draw(self, draw: ImageDraw.ImageDraw, side: int) -> None:
+    def draw(self, canvas: Canvas) -> None:
         for item in self.items:
-            draw_item(draw, item, side, line=min(LINE, item.radius / 6))
+            draw_item(canvas, item, line=min(LINE, item.radius / 6))
         if self.writing:
-            _write(draw, self.writing, side)
+            _write(canvas, self.writing)
 
 
-def _write(draw: ImageDraw.ImageDraw, writing: Writing, side: int) -> None:
+def _write(canvas: Canvas, writing: Writing) -> None:
     """Draw each character at a separate position in Pillow's built-in font."""
+    side = canvas.side
     font = ImageFont.load_default(1.35 * writing.height * side)  # the height of capitals is about 0.74 of the font size
-    pitch = PITCH * writing.height
+    pitch = PITCH * writing.height * side / canvas.width
     for i, character in enumerate(writing.text):
         x = writing.x + pitch * (i - (len(writing.text) - 1) / 2)
-        place = (x * side, writing.y * side)
+        place = (x * canvas.width, writing.y * canvas.height)
         fill, stroke = COLORS[writing.color], max(1, round(0.008 * side))
-        draw.text(place, character, fill, font, anchor="mm", stroke_width=stroke, stroke_fill=INK)
+        canvas.drawing.text(place, character, fill, font, anchor="mm", stroke_width=stroke, stroke_fill=INK)
 
 
 class Scene(NamedTuple):
@@ -136,7 +154,8 @@ class Probes:
 
     split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
     ``instruct`` (image and questions) or ``validation`` (image and one question about a held-out combination).
-    size: number of conversations. image_size: side of the images in pixels. difficulty: a key of `LEVELS`.
+    size: number of conversations. image_size, sides: of the images in pixels, see `frame_of`. difficulty: a key of
+    `LEVELS`.
 
     Raises ValueError for an unknown split, category or difficulty.
     """
@@ -149,6 +168,7 @@ class Probes:
         seed: int = 0,
         difficulty: int = 1,
         categories: Sequence[str] = CATEGORIES,
+        sides: tuple[int, int] | None = None,
     ):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r} of the probes. Available: {', '.join(SPLITS)}")
@@ -157,7 +177,7 @@ class Probes:
         strange = [category for category in categories if category not in CATEGORIES]
         if strange or not len(categories):
             raise ValueError(f"data.categories={list(categories)}: expected some of {', '.join(CATEGORIES)}")
-        self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
+        self.split, self.size, self.image_size, self.seed, self.sides = split, size, image_size, seed, sides
         self.difficulty, self.categories = difficulty, tuple(categories)
 
     def __len__(self) -> int:
@@ -166,7 +186,8 @@ class Probes:
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < self.size:
             raise IndexError(f"probe {index} of {self.size}")
-        rng = random.Random(f"{self.seed}/{self.split}/{self.difficulty}/{index}")
+        key = f"{self.seed}/{self.split}/{self.difficulty}/{index}"
+        rng = random.Random(key)
         category = self.categories[index % len(self.categories)]
         scene = SCENES[category](rng, LEVELS[self.difficulty], self.split == "validation")
         if self.split == "caption":
@@ -177,7 +198,8 @@ class Probes:
         for question, answer in exchanges:
             text = question if turns else f"{opening}\n{question}"
             turns += [Turn("user", text), Turn("assistant", answer, Grading(category))]
-        picture = ProbePicture(scene.items, self.image_size, scene.writing)
+        frame, side = frame_of(key, self.image_size, self.sides)
+        picture = ProbePicture(items=scene.items, frame=frame, side=side, writing=scene.writing)
         return Conversation(f"{self.split}-{index}", tuple(turns), () if self.split == "text" else (picture,))
 
 

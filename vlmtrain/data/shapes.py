@@ -1,6 +1,7 @@
 """Procedural images of colored shapes with captions and questions, which need no download.
 
     (seed, split, i) -> scene: shapes in a 2 x 2 grid -> image, caption, questions -> Conversation
+                     -> size of the image, if sizes vary
 
 Sample ``i`` of a split depends on nothing else, so any subset can be drawn in any order on any machine.
 Every validation scene has one item with a color-shape pair in `HELD_OUT`, and no other scene has one: a model
@@ -13,9 +14,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from ..visual import Size
 from .records import IMAGE_MARK, Conversation, Turn
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -30,7 +33,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 BACKGROUND = (246, 246, 242)
 INK = (25, 25, 30)
 LINE = 0.03
-"""Width of the outline, as a fraction of the image's side."""
+"""Width of the outline, as a fraction of a scene's side."""
 
 # Outlines as polygons in a square of side 2 around the origin, y pointing down.
 OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
@@ -70,7 +73,10 @@ VOCABULARY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: its place in the grid, and its center and radius as fractions of the image's side."""
+    """One shape: its place in the grid, its center as fractions of the image's width and height, and its radius.
+
+    The radius is a fraction of the side of the scene, see `Picture`.
+    """
 
     color: str
     shape: str
@@ -81,17 +87,17 @@ class Item:
     radius: float
 
     @property
-    def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of the drawn item including its outline, as fractions of the image's side."""
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the drawn item including its outline, from its center, as the radius."""
         outline = OUTLINES[self.shape]
         if outline is None:  # the outline is drawn inside the shape
-            return self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius
+            return -self.radius, -self.radius, self.radius, self.radius
         across, down = zip(*outline)
         return (
-            self.x + self.radius * min(across) - LINE / 2,
-            self.y + self.radius * min(down) - LINE / 2,
-            self.x + self.radius * max(across) + LINE / 2,
-            self.y + self.radius * max(down) + LINE / 2,
+            self.radius * min(across) - LINE / 2,
+            self.radius * min(down) - LINE / 2,
+            self.radius * max(across) + LINE / 2,
+            self.radius * max(down) + LINE / 2,
         )
 
     @property
@@ -99,35 +105,50 @@ class Item:
         return PLACES[2 * self.row + self.column]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A scene that is drawn on loading: ``side x side`` pixels, antialiased, RGB."""
+    """A scene that is drawn on loading, antialiased, RGB.
+
+    frame: size ``(H, W)`` of the image in pixels. side: of the scene in pixels, to which the sizes of its items refer.
+    In a frame of another size, items have other distances, but their own sizes and shapes.
+    """
 
     items: tuple[Item, ...]
+    frame: Size
     side: int
 
-    def size(self) -> tuple[int, int]:
-        return self.side, self.side
+    def size(self) -> Size:
+        return self.frame
 
     def load(self) -> Image.Image:
         oversample = 4
-        canvas = Image.new("RGB", (self.side * oversample,) * 2, BACKGROUND)
-        draw = ImageDraw.Draw(canvas)
-        self.draw(draw, canvas.width)
+        height, width = (side * oversample for side in self.frame)
+        canvas = Image.new("RGB", (width, height), BACKGROUND)
+        self.draw(Canvas(ImageDraw.Draw(canvas), width, height, self.side * oversample))
         return canvas.reduce(oversample)
 
-    def draw(self, draw: ImageDraw.ImageDraw, side: int) -> None:
-        """Draw the scene on a canvas of `side` pixels."""
+    def draw(self, canvas: Canvas) -> None:
+        """Draw the scene."""
         for item in self.items:
-            draw_item(draw, item, side)
+            draw_item(canvas, item)
 
 
-def draw_item(draw: ImageDraw.ImageDraw, item: Item, side: int, line: float = LINE) -> None:
+class Canvas(NamedTuple):
+    """What a scene is drawn on, and its width, height and the scene's side in pixels."""
+
+    drawing: ImageDraw.ImageDraw
+    width: int
+    height: int
+    side: int
+
+
+def draw_item(canvas: Canvas, item: Item, line: float = LINE) -> None:
     """Draw an item with a dark outline, which is the same for every color.
 
-    side: of the image, in pixels; line: width of the outline, as a fraction of it.
+    line: width of the outline, as a fraction of the scene's side.
     """
-    x, y, radius = item.x * side, item.y * side, item.radius * side
+    draw, side = canvas.drawing, canvas.side
+    x, y, radius = item.x * canvas.width, item.y * canvas.height, item.radius * side
     color, outline, width = COLORS[item.color], OUTLINES[item.shape], max(1, round(line * side))
     if outline is not None:
         points = [(x + radius * dx, y + radius * dy) for dx, dy in outline]
@@ -140,21 +161,36 @@ def draw_item(draw: ImageDraw.ImageDraw, item: Item, side: int, line: float = LI
         draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=BACKGROUND, outline=INK, width=width)
 
 
+def frame_of(key: str, image_size: int, sides: tuple[int, int] | None) -> tuple[Size, int]:
+    """The size ``(H, W)`` of an image and the side of its scene, in pixels.
+
+    key: of the sample, which determines the size. image_size: side of square images. sides: smallest and largest
+    height and width, each drawn with equal probability; None for square images. The scene has the smallest side, so
+    objects and text have the same size in images of all sizes.
+    """
+    if sides is None:
+        return (image_size, image_size), image_size
+    rng = random.Random(f"{key}/frame")  # apart from the scene, which does not depend on the size
+    return (rng.randint(*sides), rng.randint(*sides)), sides[0]
+
+
 class Shapes:
     """One split as a sequence of conversations.
 
     split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
     ``instruct`` (image and questions), ``validation`` (the same, with `HELD_OUT` pairs) or ``grounding``
     (image, and the positions of objects as boxes).
-    size: number of conversations. image_size: side of the images in pixels.
+    size: number of conversations. image_size, sides: of the images in pixels, see `frame_of`.
 
     Raises ValueError for an unknown split.
     """
 
-    def __init__(self, split: str, size: int, image_size: int = 48, seed: int = 0):
+    def __init__(
+        self, split: str, size: int, image_size: int = 48, seed: int = 0, sides: tuple[int, int] | None = None
+    ):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r} of the shapes data. Available: {', '.join(SPLITS)}")
-        self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
+        self.split, self.size, self.image_size, self.seed, self.sides = split, size, image_size, seed, sides
 
     def __len__(self) -> int:
         return self.size
@@ -162,7 +198,9 @@ class Shapes:
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size}")
-        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        key = f"{self.seed}/{self.split}/{index}"
+        rng = random.Random(key)
+        frame, side = frame_of(key, self.image_size, self.sides)
         objects = rng.choice(CAPTION_OBJECTS if self.split == "caption" else OBJECTS)
         items, counted = _scene(rng, objects, held_out=self.split == "validation")
         if self.split == "caption":
@@ -171,14 +209,14 @@ class Shapes:
             exchanges = _questions(rng, items, counted)
             opening = describe(rng.sample(items, len(items)))
         elif self.split == "grounding":
-            exchanges, opening = [_grounding(item) for item in rng.sample(items, 2)], IMAGE_MARK
+            exchanges, opening = [_grounding(item, frame, side) for item in rng.sample(items, 2)], IMAGE_MARK
         else:
             exchanges, opening = _questions(rng, items, counted), IMAGE_MARK
         turns = []
         for question, answer in exchanges:
             text = question if turns else f"{opening}\n{question}"
             turns += [Turn("user", text), Turn("assistant", answer)]
-        images = () if self.split == "text" else (Picture(items, self.image_size),)
+        images = () if self.split == "text" else (Picture(items=items, frame=frame, side=side),)
         return Conversation(f"{self.split}-{index}", tuple(turns), images)
 
 
@@ -230,12 +268,14 @@ def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[
     return rng.sample(questions, len(questions))
 
 
-def _grounding(item: Item) -> tuple[str, str]:
+def _grounding(item: Item, frame: Size, side: int) -> tuple[str, str]:
     """Question and answer about the position of an item: Qwen-VL's box, in thousandths of width and height.
 
     Numbers are in [0, 1000) (Qwen-VL, section 3.2.1; from memory: unverified).
     """
-    left, top, right, bottom = (min(999, max(0, int(1000 * side))) for side in item.box)
+    centers, lengths = (item.x, item.y) * 2, (frame[1], frame[0]) * 2
+    edges = (center + reach * side / length for center, reach, length in zip(centers, item.extent, lengths))
+    left, top, right, bottom = (min(999, max(0, int(1000 * edge))) for edge in edges)
     thing = f"{item.color} {item.shape}"
     return f"Where is the {thing}?", f"<ref>{thing}</ref><box>({left},{top}),({right},{bottom})</box>"
 

@@ -57,11 +57,12 @@ def _open_webdataset(source: RecordSource, image_size: tuple[int, int], seed: in
 
 
 def _open_shapes(source: ShapesSource, image_size: tuple[int, int], seed: int) -> Source:
-    return Shapes(source.split, source.size, min(image_size), seed)
+    return Shapes(source.split, source.size, min(image_size), seed, source.sides)
 
 
 def _open_probes(source: ProbesSource, image_size: tuple[int, int], seed: int) -> Source:
-    return Probes(source.split, source.size, min(image_size), seed, source.difficulty, source.categories)
+    own = (source.difficulty, source.categories, source.sides)
+    return Probes(source.split, source.size, min(image_size), seed, *own)
 
 
 _OPENERS: dict[type[DataSource], Callable[..., Source]] = {

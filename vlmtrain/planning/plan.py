@@ -225,7 +225,7 @@ def _measure(
         with meter.part("connector", connector, None):
             if "llm" in parts:
                 visual = connector(features, **text)
-                made = visual if isinstance(visual, tuple) else (visual,)
+                made = (visual[0], *visual[1]) if isinstance(visual, tuple) else (visual,)
             else:
                 made = parts["objective"].rehearse(connector, features, text["text_ids"])
             meter.backward("connector", made)

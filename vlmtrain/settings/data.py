@@ -24,6 +24,12 @@ PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "v
 """Splits that the `data` group may contain, whether or not a recipe uses them."""
 _COUNT = whole(1, 10**10)
 _SOME = list_of(one_of(*CATEGORIES), f"a non-empty list of some of {', '.join(CATEGORIES)}", sizes=range(1, 10**6))
+_SIDE = whole(16, 4096)
+_SIDES = Kind(
+    "null, or [LEAST, MOST] of the height and the width in pixels, each from 16 to 4,096",
+    lambda value: value is None or (list_of(_SIDE, "", sizes=(2,)).fits(value) and value[0] <= value[1]),
+    lambda value, key: value and tuple(value),
+)
 
 
 def _columns(value: Mapping, key: str) -> Mapping[str, str | None]:
@@ -78,6 +84,7 @@ class ShapesSource(DataSource):
 
     size: int = key(_COUNT)  # number of conversations
     split: str = key(one_of(*SPLITS))  # what they are about
+    sides: tuple[int, int] | None = key(_SIDES, None)  # smallest and largest height and width; null: the encoder's size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "best_metric", "validate_every",
 
 # These did not exist in earlier versions, which behaved as with these values.
 _ADDED = {
-    **{"data.ignore": [], "data.repair": False, "data.columns.system": None},
+    **{"data.ignore": [], "data.repair": False, "data.columns.system": None, "data.sides": None},
     **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None},
 }
 _ADDED_IN_STAGE = {

@@ -30,9 +30,9 @@ from ..model.parts import PARTS, load_part, make_connector, part_skeleton
 from ..model.rotary import use_multimodal_rotary
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
-from ..model.vision import build_vision
+from ..model.vision import VisionEncoder, build_vision, vision_from
 from ..objectives import build_objective
-from ..settings import STAGE_PARTS, Run, Stage
+from ..settings import STAGE_PARTS, Run, Stage, Vision
 from ..settings.locations import CONFIGS
 from .adapters import add_adapters
 from .handover import take_over
@@ -155,8 +155,21 @@ def _inherited(run: Run, stage: Stage) -> set[str]:
 
 def published_llm(path: str) -> dict | None:
     """The Hugging Face configuration of a language model used in recipes, if it is available without the hub."""
-    known = OmegaConf.to_container(OmegaConf.load(CONFIGS / "published_llms.yaml"))
-    return known.get(path)
+    return _published("published_llms.yaml", path)
+
+
+def _published_encoder(options: Vision) -> VisionEncoder | None:
+    """The architecture of a vision tower used in recipes, if it is available without the hub."""
+    known = _published("published_encoders.yaml", options.path)
+    if known is None:
+        return None
+    given = {name: options.arguments[name] for name in known["geometry"]}
+    geometry = {**known["geometry"], **{name: value for name, value in given.items() if value is not None}}
+    return vision_from({**known, "geometry": geometry, "layer": options.layer, "levels": options.levels})
+
+
+def _published(file: str, path: str | None) -> dict | None:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / file)).get(path)
 
 
 def _build(
@@ -169,7 +182,8 @@ def _build(
     weights: bool = True,
 ) -> nn.Module:
     if part == "vision":
-        return build_vision(**run.vision.arguments, dtype=dtype, weights=weights)
+        published = None if weights else _published_encoder(run.vision)
+        return published.to(dtype) if published else build_vision(**run.vision.arguments, dtype=dtype, weights=weights)
     if part == "llm":
         llm = run.llm
         if llm.provider == "tiny":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlmtrain.ablation import Entry, compare, read_line
-from vlmtrain.ablation.results import Clusters, _interval, studentized_range
+from vlmtrain.ablation.results import Clusters, interval, studentized_range
 from vlmtrain.ablation.show import main_table, note
 
 
@@ -78,7 +78,7 @@ def test_repeating_a_seed_ten_times_changes_no_interval():
     compare(often)
     for a, b in zip(once, often):
         assert b.p_value == pytest.approx(a.p_value, abs=0.01)
-        assert _interval(b.measured) == pytest.approx(_interval(a.measured), abs=1e-9)
+        assert interval(b.measured) == pytest.approx(interval(a.measured), abs=1e-9)
     assert any(e.p_value and 0.01 < e.p_value < 0.9 for e in once)
 
 
@@ -115,7 +115,7 @@ def test_with_few_seeds_it_says_that_it_cannot_tell():
 def test_the_interval_is_that_of_a_share():
     rng = np.random.default_rng(2)
     exact = answers(rng, 0.7, seeds=1, questions=2000)
-    low, high = _interval([Clusters.of(exact[0], np.arange(2000))])
+    low, high = interval([Clusters.of(exact[0], np.arange(2000))])
     half, mean = 1.96 * (0.7 * 0.3 / 2000) ** 0.5, float(exact[0].mean())
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.005)
 
@@ -124,5 +124,5 @@ def test_questions_of_one_image_count_as_one_draw():
     """Five equal answers per image count as one: the interval is that of a fifth as many questions."""
     rng = np.random.default_rng(3)
     exact = [np.repeat(answers(rng, 0.5, 1, 400)[0], 5)]
-    low, high = _interval([Clusters.of(exact[0], np.arange(2000) // 5)])
+    low, high = interval([Clusters.of(exact[0], np.arange(2000) // 5)])
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)

@@ -144,13 +144,28 @@ def test_answers_are_balanced():
     assert most["count"] < 0.4 and most["small"] < 0.2
 
 
-def test_images_fit_the_frame_and_differ_in_what_is_asked():
+@pytest.mark.parametrize("sides", [None, (36, 96)])
+def test_images_fit_the_frame(sides):
     for difficulty in LEVELS:
-        for conversation in conversations("instruct", difficulty, 120):
+        source = Probes("instruct", 120, difficulty=difficulty, sides=sides)
+        for conversation in source:
             pixels = np.asarray(conversation.images[0].load()).astype(int)
-            assert pixels.shape == (48, 48, 3)
+            assert pixels.shape == (*conversation.images[0].size(), 3) and (sides or pixels.shape == (48, 48, 3))
             edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
             assert abs(edge - np.array([246, 246, 242])).max() < 40, conversation.id
+
+
+def test_text_keeps_its_size_in_images_of_mixed_sizes():
+    options = {"difficulty": 3, "categories": ["text"]}
+    squares, mixed = Probes("instruct", 30, 36, **options), Probes("instruct", 30, **options, sides=(36, 96))
+    for before, after in zip(squares, mixed):
+        inks = []
+        for (picture,) in (before.images, after.images):
+            rows, columns = np.nonzero(
+                np.abs(np.asarray(picture.load()).astype(int) - (246, 246, 242)).max(axis=2) > 90
+            )
+            inks.append((np.ptp(rows), np.ptp(columns)))
+        assert np.abs(np.subtract(*inks)).max() <= 1
 
 
 def test_every_text_is_made_of_known_words():

@@ -265,6 +265,10 @@ def test_flops_and_memory_depend_on_what_trains():
     assert few.flops_per_sample < half.flops_per_sample < more.flops_per_sample
 
 
+# Numbers of parameters that the Hub shows for complete models.
+PUBLISHED = {"qwen2_vl": 8_291_375_616, "qwen2_5_vl": 8_292_166_656, "qwen3_vl": 8_767_123_696}
+
+
 @pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
 def test_every_recipe_can_be_planned(recipe, capsys):
     main(["plan", f"recipe={recipe}", "gpus=16", "--json"])
@@ -272,6 +276,8 @@ def test_every_recipe_can_be_planned(recipe, capsys):
     assert found["machine"]["gpus"] == 16
     for stage in found["stages"]:
         assert stage["trainable"] > 0 and stage["flops_per_sample"] > 0 and set(stage["memory"]) == {"0", "1", "2", "3"}
+        parameters = stage["trainable"] + stage["frozen"]
+        assert parameters == PUBLISHED.get(recipe, parameters)
 
 
 def test_the_table_names_every_stage(capsys):

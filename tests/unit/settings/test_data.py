@@ -40,6 +40,8 @@ def test_sources_of_the_wrong_kind_are_named(data, said):
         ("data.instruct={a: {split: tex, size: 8}}", "data.instruct.a.split=tex: expected one of caption, text"),
         ("data.difficulty=[1]", r"data.difficulty=\[1\]: expected one of 1, 2, 3"),
         ("+data.instruct.difficulty=4", "data.instruct.difficulty=4: expected one of 1, 2, 3"),
+        ("data.sides=[90,40]", r"data.sides=\[90, 40\]: expected null, or \[LEAST, MOST\]"),
+        ("data.sides=[8,40]", r"data.sides=\[8, 40\]: expected null, or \[LEAST, MOST\]"),
         ("data.categories=3", "data.categories=3: expected a non-empty list of some of color, shape"),
         ("data.categories=color", "data.categories=color: expected a non-empty list of some of color, shape"),
     ],
