@@ -58,7 +58,13 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("recipe", TRAINED)
+# like others in what they use: kept for runs with --slow
+SLOW = {"internvl", "kempnerforge", "qwen2_vl", "qwen2_5_vl", "hunyuan_ocr", "speedrun"}
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in TRAINED]
+)
 def test_every_stage_of_the_miniature_learns_and_trains_what_it_should(recipe, tmp_path):
     stages = TRAINED[recipe]
     few = [f"stages.{stage}.{key}" for stage in stages for key in ("max_steps=15", "schedule.name=constant")]
