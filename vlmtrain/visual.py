@@ -51,7 +51,7 @@ class Placement(NamedTuple):
     medium: index of the image. items: indices of its items, in order. slots: number of text positions. tokens: number
     of visual tokens, which equals `slots` under concatenation. out_grid: grid of the tokens, None if they form none.
     tiles: how the image is cut; the tokens of its items are then joined row by row (`vlmtrain.model.tiled`).
-    framed_grid: grid of the tokens between a first and a last one that belong to no grid, None if there is none.
+    framed_grid: grid of the tokens other than the first and the last, for connectors that add these two; or None.
     before, after: text of the template around the slots, such as the token that starts an image.
     """
 

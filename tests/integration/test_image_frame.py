@@ -12,6 +12,8 @@ from tests.conftest import gpt, human, train
 from vlmtrain import build_model
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageInMemory
+from vlmtrain.settings import compose
+from vlmtrain.training.init_from import overruled_frame
 
 WORDS = ["[start]", "[end]"]
 
@@ -67,6 +69,10 @@ def test_a_run_from_a_model_keeps_its_frame(framed, tmp_path):
     assert again.geometry.frame == tuple(WORDS)
     talk = conversation("<image>\nwhat color?", "red")
     assert again.render(talk).input_ids.equal(processor.render(talk).input_ids)
+
+    assert not overruled_frame(compose(line))
+    (warning,) = overruled_frame(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
+    assert "replaces the tokens of init_from" in warning and "to keep ['[start]', '[end]']" in warning
 
 
 def test_a_frame_that_is_not_a_token_is_refused():

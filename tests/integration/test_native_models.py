@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,6 +234,18 @@ def test_a_run_starts_from_a_published_model(files, tmp_path, capsys):
     assert report["image_tokens"] == metrics(tmp_path / "run", "instruct")[0]["image_tokens"] > 0
 
 
+def test_other_tokens_around_images_are_exported(tmp_path):
+    """HunyuanOCR's processor reads the tokens from the tokenizer, which names those of the source."""
+    build_native(tmp_path / "hf", "hunyuan_vl")
+    import_model(tmp_path / "hf", tmp_path / "model")
+    processor = Processor.from_pretrained(tmp_path / "model")
+    processor.geometry = replace(processor.geometry, frame=("<user>", "<end>"))
+    VLMWrapper.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "framed")
+    processor.save_pretrained(tmp_path / "framed")
+    done = export(tmp_path / "framed", tmp_path / "out")
+    assert done.model_class == "HunYuanVLForConditionalGeneration"
+
+
 def published_as_on_the_hub(folder: Path, family: str) -> None:
     """Rewrite a folder's files to the older layout of the published ones."""
     config = json.loads((folder / "config.json").read_text())
@@ -268,15 +281,22 @@ def test_folders_in_the_layout_of_the_hub(family, tmp_path):
     )
 
 
+PREPARED = ("resample", "merge_size", "patch_size", "do_resize")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"image_fit": "squash"}, "--image-fit squash: .* is a qwen2_vl, which supports only native"),
         ({"resample": 2}, "Qwen2VLForConditionalGeneration's processor makes other pixels, by [0-9]+ of 255 levels"),
-        ({"merge_size": 1}, "Qwen2VLForConditionalGeneration's processor makes other prompts"),
+        ({"merge_size": 1}, "Qwen2VLForConditionalGeneration's processor makes 64 image tokens .*, not 16"),
+        ({"patch_size": 8}, "Qwen2VLForConditionalGeneration's processor makes [0-9]+ image tokens .*, not"),
+        ({"do_resize": False}, "Qwen2VLForConditionalGeneration's processor cannot prepare a question about images"),
+        ({"frame": 99999}, r"config\.json: vision_start_token_id=99999 is not the id of a token of the tokenizer"),
         ({"template": "chatml"}, "Qwen2VLForConditionalGeneration's processor makes other prompts"),
         ({"drop": "visual.blocks.1.attn.proj.bias"}, r"missing keys: model\.visual\.blocks\.1\.attn\.proj\.bias"),
         ({"section": [3, 5]}, r"mrope_section=\[3, 5\], expected 3 numbers, one for each row of positions"),
+        ({"section": [2, 3, 4]}, r"mrope_section=\[2, 3, 4\], .* which sum to half of the width of a head, 8"),
     ],
 )
 def test_what_cannot_be_imported_is_refused(change, message, tmp_path):
@@ -285,16 +305,18 @@ def test_what_cannot_be_imported_is_refused(change, message, tmp_path):
     options = {key: change[key] for key in ("image_fit", "template") if key in change}
     file = folder / "processor_config.json"
     images = json.loads(file.read_text())
-    images["image_processor"] |= {key: change[key] for key in ("resample", "merge_size") if key in change}
+    images["image_processor"] |= {key: change[key] for key in PREPARED if key in change}
     file.write_text(json.dumps(images))
     if "drop" in change:
         tensors = load_file(folder / "model.safetensors")
         tensors.pop(change["drop"])
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
     if "section" in change:
-        config = json.loads((folder / "config.json").read_text())
         config["text_config"]["rope_parameters"]["mrope_section"] = change["section"]
-        (folder / "config.json").write_text(json.dumps(config))
+    if "frame" in change:
+        config["vision_start_token_id"] = change["frame"]
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         import_model(folder, tmp_path / "model", **options)
     assert not (tmp_path / "model").exists()

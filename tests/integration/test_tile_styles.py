@@ -15,7 +15,10 @@ from vlmtrain.data.images import ImageInMemory
 from vlmtrain.interop.export import export
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.attention import attend_in_segments
+from vlmtrain.model.tiled import TiledConnector
 from vlmtrain.settings import compose
+from vlmtrain.training.assembly import build_skeleton, build_tokenizer
+from vlmtrain.training.init_from import with_held_connector
 
 GRIDS = [[1, 1], [1, 2], [2, 1], [2, 2]]
 WORDS = ["<|global_image|>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)), "<img>", "</img>"]
@@ -118,3 +121,18 @@ def test_only_newlines_need_weights():
     line = ["recipe=llava_next", "mini=true"]
     assert compose(line).needs_newline
     assert not compose([*line, "stages.instruct.image_tile_style=internvl"]).needs_newline
+
+
+def test_plans_use_the_connector_of_init_from(tmp_path):
+    """Also with tiles, where it gets a newline if it has none."""
+    model, processor = built("nanovlm", WORDS[-2:])
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    line = ["recipe=llava_next", "mini=true", "stage=instruct", f"init_from={tmp_path / 'model'}"]
+    run = with_held_connector(compose(line))
+    skeleton = build_skeleton(run, run.stages["instruct"], build_tokenizer(run))["connector"]
+    assert isinstance(skeleton, TiledConnector) and skeleton.num_tokens(4, 4) == model.connector.num_tokens(4, 4) == 4
+    with pytest.raises(ValueError, match=r"connector\.factor=1, but the connector in init_from=.* has 2"):
+        with_held_connector(compose([*line, "connector=pixel_shuffle", "connector.factor=1"]))
+    with pytest.raises(ValueError, match="is not a model folder"):
+        with_held_connector(compose([*line[:-1], f"init_from={tmp_path / 'nowhere'}"]))

@@ -20,7 +20,10 @@ COMMANDS: dict[str, tuple[str, ModuleType]] = {
     "tokens": ("count the visual tokens of an image for given connectors", tokens),
     "plan": ("estimate what a recipe needs: parameters, tokens, FLOPs, GPU-hours, memory", plan),
     "export": ("export a model for Hugging Face transformers", export),
-    "import": ("convert a published LLaVA or BLIP-2 to a model folder, for init_from", import_model),
+    "import": (
+        "convert a published model (LLaVA, BLIP-2, Qwen-VL, ...) to a model folder, for init_from",
+        import_model,
+    ),
     "push": ("upload a model folder or an export to the Hugging Face Hub", push),
     "ablate": ("train a recipe with several connectors and report which differ", ablate),
 }

@@ -152,7 +152,7 @@ class Connector(nn.Module):
         raise NotImplementedError
 
     def framed_grid(self, height: int, width: int) -> tuple[int, int] | None:
-        """Grid of the output tokens between a first and a last one that belong to no grid, or None if there is none."""
+        """Grid of the output tokens other than the first and the last, for a connector that adds these two; or None."""
         return None
 
     def num_tokens(self, height: int, width: int) -> int:

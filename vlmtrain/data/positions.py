@@ -36,8 +36,9 @@ def mrope(index: Tensor, placements: Sequence[Placement]) -> Tensor:
 def xdrope(index: Tensor, placements: Sequence[Placement]) -> Tensor:
     """Positions in the sequence, width, height and image number, ``(4, T)`` (HunyuanOCR, 2025, published code).
 
-    All four are the position in the sequence, except in the grid of an image, framed or not: there the second is the
-    column, the third the row, and the fourth the number of the image in the sample, all from 0. `index`: see `mrope`.
+    All four rows are the position in the sequence, except for the tokens in the grid of an image (`out_grid` or
+    `framed_grid`). For these, the second row is the column, the third the row of the grid, and the fourth the number of
+    the image in the sample, all counted from 0. `index`: see `mrope`.
     """
     rows = torch.arange(len(index)).repeat(4, 1)
     starts = {owner: start for start, owner in reversed(list(enumerate(index.tolist())))}

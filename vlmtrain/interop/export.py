@@ -19,6 +19,7 @@ from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
 from ..model.fusion import Concatenation
+from ..model.rotary import positions_of
 from ..model.vision.native import NativeVision
 from ..reporting.card import write_export_card
 from .blip import as_blip
@@ -74,6 +75,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
             if type(model.fusion) is not Concatenation:
                 raise DoesNotFit(f"fusion={model.fusion.config['name']}: transformers' classes only concatenate")
             kind = form if form != "hf" else _kind(model)
+            if kind != "native" and (positions := positions_of(model.llm)) is not None:
+                raise DoesNotFit(f"llm.positions={positions}: the classes of LLaVA and BLIP-2 have ordinary positions")
             exported = {"blip2": as_blip, "native": as_native, "llava": as_llava}[kind](model, processor)
             compare = compare_native if kind == "native" else compare_logits
             return exported, compare(exported, model, processor)
@@ -88,7 +91,7 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
 
 
 def _kind(model: VLMWrapper) -> str:
-    """The form of transformers' classes that could hold a model."""
+    """The format (see `FORMATS`) of transformers' own classes that suits the model's parts best."""
     if isinstance(model.vision, NativeVision):
         return "native"
     return "blip2" if isinstance(model.connector, QFormer) else "llava"

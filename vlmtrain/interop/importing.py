@@ -100,8 +100,9 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
     config = load_hf_config(str(folder), "SOURCE")
     family = FAMILIES.get(config.model_type)
     if family is None:
+        dense = " (only dense models)" if "_moe" in config.model_type else ""
         raise ValueError(
-            f"{folder / 'config.json'}: model_type is {config.model_type}, expected {' or '.join(FAMILIES)}"
+            f"{folder / 'config.json'}: model_type is {config.model_type}, expected {' or '.join(FAMILIES)}{dense}"
         )
     family.check(folder, config, fit)
     tokenizer = load_tokenizer(str(folder), "SOURCE")

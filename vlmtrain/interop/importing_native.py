@@ -30,11 +30,14 @@ def check(folder: Path, config, fit: str | None) -> None:
     """Raise ValueError for an image fit other than ``native``, and for positions that are not supported."""
     if fit not in (None, "native"):
         raise ValueError(f"--image-fit {fit}: {folder} is a {config.model_type}, which supports only native")
-    section = (config.text_config.rope_parameters or {}).get("mrope_section")
+    text = config.text_config
+    section = (text.rope_parameters or {}).get("mrope_section")
     rows = 4 if FAMILIES[config.model_type].positions == "xdrope" else 3
-    if section is None or len(section) != rows:
+    half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+    if section is None or len(section) != rows or sum(section) != half:
         raise ValueError(
-            f"{folder / 'config.json'}: mrope_section={section}, expected {rows} numbers, one for each row of positions"
+            f"{folder / 'config.json'}: mrope_section={section}, expected {rows} numbers, one for each row of "
+            f"positions, which sum to half of the width of a head, {half}"
         )
 
 
@@ -43,13 +46,21 @@ def read(source: Source) -> tuple[VLMWrapper, Processor]:
     family = FAMILIES[source.config.model_type]
     vision, llm = _tower(source, family), _language_model(source, family)
     model = VLMWrapper(vision, _connector(source.model, vision, llm, family), llm).eval()
-    ids = [getattr(source.config, key) for key in family.frame]
-    frame = tuple(source.tokenizer.convert_ids_to_tokens(ids))
+    frame = tuple(_token(source, key) for key in family.frame)
     limits = source.preparation.size.shortest_edge, source.preparation.size.longest_edge
     geometry = native_geometry(vision, model.connector, limits, frame)
     return model, processor_of(
         source.folder, source.tokenizer, geometry, llm, source.template, positions=family.positions
     )
+
+
+def _token(source: Source, key: str) -> str:
+    """The token around images whose id the configuration has under `key`."""
+    number = getattr(source.config, key, None)
+    token = None if number is None else source.tokenizer.convert_ids_to_tokens(number)
+    if token is None:
+        raise ValueError(f"{source.folder / 'config.json'}: {key}={number} is not the id of a token of the tokenizer")
+    return token
 
 
 def hf_processor(source: Source) -> ProcessorMixin:

@@ -51,7 +51,7 @@ def as_native(model: VLMWrapper, processor: Processor) -> Exported:
         "processor.image_processor = AutoImageProcessor.from_pretrained(OUT_DIR, backend='pil') resizes as in training"
     ]
     if family.videos_class:
-        remarks.append("videos: the processor has the default limits of its class")
+        remarks.append("videos: the limits of the source's video processor are not kept; those of its class apply")
     return Exported(exported, _processor(model.vision, processor.geometry, family, speech), tuple(remarks))
 
 
@@ -119,7 +119,7 @@ def _speech(processor: Processor, family: Family) -> Speech:
     if family.video_token and family.video_token not in tokenizer.get_vocab():
         added = AddedToken(family.video_token, special=True, normalized=False)
         tokenizer.add_tokens([added], special_tokens=True)
-    if not family.video_token and getattr(tokenizer, "image_token", None) is None:
+    if not family.video_token:  # its processor reads the tokens from the tokenizer
         tokenizer._set_model_specific_special_tokens(dict(zip(names, (token, *processor.geometry.frame))))
     return speech
 

@@ -17,7 +17,7 @@ class Family:
     tower, connector, positions: of this project. llm: ``model_type`` of the ordinary language model with the same
     weights. tower_name: of the tower's module in the class. width_key: of the language model's width in the tower's
     configuration. frame: keys of the configuration with the ids of the tokens around images. image_token, video_token:
-    in a tokenizer that does not name them.
+    the tokens that stand for images and videos, if the tokenizer does not say which they are.
     """
 
     model_class: str

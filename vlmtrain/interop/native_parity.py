@@ -13,6 +13,7 @@ from ..batch import Batch
 from ..data.images import ImageInMemory
 from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, Conversation, Turn
+from ..errors import first_line
 from ..model import VLMWrapper
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported
@@ -62,10 +63,14 @@ def _noise(processor: Processor, number: int) -> list[Image.Image]:
 def _asked(exported: Exported, processor: Processor, images: list[Image.Image]) -> tuple[Batch, BatchFeature]:
     """A question about images as inputs of both. Raises DoesNotFit if the prompts differ."""
     items = [{"type": "image"}] * len(images) + [{"type": "text", "text": QUESTION}]
-    text = exported.processor.apply_chat_template(
-        [{"role": "user", "content": items}], add_generation_prompt=True, tokenize=False
-    )
-    inputs = exported.processor(text=[text], images=images or None, return_tensors="pt")
+    name = type(exported.model).__name__
+    try:
+        text = exported.processor.apply_chat_template(
+            [{"role": "user", "content": items}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = exported.processor(text=[text], images=images or None, return_tensors="pt")
+    except Exception as error:  # processors of transformers raise anything for settings that do not fit
+        raise DoesNotFit(f"{name}'s processor cannot prepare a question about images: {first_line(error)}") from None
     found, image_id = inputs["input_ids"][0], exported.model.config.image_token_id
     for separator in ("", "\n"):  # which the template puts between an image and what follows
         question = Turn("user", f"{IMAGE_MARK}{separator}" * len(images) + QUESTION)
@@ -74,9 +79,14 @@ def _asked(exported: Exported, processor: Processor, images: list[Image.Image]) 
         expected = batch.input_ids[0].masked_fill(batch.visual.mask[0], image_id)
         if found.equal(expected):
             return batch, inputs
+    counts = [int((ids == image_id).sum()) for ids in (found, expected)]
+    if counts[0] != counts[1]:
+        raise DoesNotFit(f"{name}'s processor makes {counts[0]} image tokens of the probe's images, not {counts[1]}")
+    both = list(zip(found.tolist(), expected.tolist()))
+    start = next((place for place, (one, other) in enumerate(both) if one != other), len(both))
     raise DoesNotFit(
-        f"{type(exported.model).__name__}'s processor makes other prompts: got ids {found.tolist()[:20]}, "
-        f"expected {expected.tolist()[:20]}"
+        f"{name}'s processor makes other prompts: from token {start} on, got ids {found.tolist()[start:][:10]}, "
+        f"expected {expected.tolist()[start:][:10]}"
     )
 
 
@@ -107,7 +117,7 @@ def pixel_rows(image: Tensor, patch: int, merge: int) -> Tensor:
 
 
 def _check_answer(name: str, exported: Exported, inputs: BatchFeature, model: VLMWrapper, batch: Batch) -> None:
-    """Raise DoesNotFit if greedy answers differ where their logits differ by more than rounding."""
+    """Raise DoesNotFit unless greedy answers are equal, or first differ where two tokens have nearly equal logits."""
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [exported.model.config.image_token_id]}
     options |= {"eos_token_id": None, "pad_token_id": 0}
     found = exported.model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)

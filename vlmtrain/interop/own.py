@@ -90,7 +90,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> tuple[Fused, Visual | None]:
-        """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input, and what they show.
+        """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input and the `Visual` of the images.
 
         image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. image_sizes ``(N, 2)``:
         height and width of each item, if they differ; the rest of its pixels is padding. text_ids, text_mask

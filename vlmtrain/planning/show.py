@@ -16,8 +16,6 @@ def show_plan(run: Run, plans: Sequence[StagePlan], machine: Machine) -> str:
         f"{run.name}, connector {run.connector.name}, {run.precision}, on {machine.gpus} GPUs of "
         f"{machine.gpu_memory_gb:g} GB, {machine.gpu_tflops:g} TFLOP/s at {machine.utilisation:.0%}"
     )
-    if run.init_from is not None:
-        head += f"\nThe parts are those that the overrides name: a plan does not read init_from={run.init_from}"
     return "\n\n".join([head, *(_show_stage(plan, run, machine) for plan in plans)])
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ..connectors import CONNECTORS, build_connector
 from ..data.geometry import native_size
+from ..data.images import MAX_ASPECT
 
 # The number of a connector's tokens does not depend on the widths; these are LLaVA-1.5's.
 IN_DIM, OUT_DIM = 1024, 4096
@@ -53,6 +54,8 @@ def visual_tokens(
     if image_pixels is not None:
         if tiles > 1 or thumbnail:
             raise ValueError("--image-pixels: images of their own size are not split into tiles")
+        if max(image_size) > MAX_ASPECT * min(image_size):
+            raise ValueError(f"--image-size {height}x{width}: one side is more than {MAX_ASPECT} times the other")
         if not 1 <= image_pixels[0] <= image_pixels[1]:
             raise ValueError(f"--image-pixels {image_pixels[0]} {image_pixels[1]}: expected 1 <= MIN <= MAX")
         if "input_grid" in inspect.signature(CONNECTORS.find(connector)).parameters:

@@ -130,6 +130,8 @@ def build_skeleton(
                 if part in inherited:
                     trusts_code = getattr(getattr(run, part), "trust_remote_code", False)
                     parts[part] = part_skeleton(part, Path(run.init_from), trusts_code).to(dtype)
+                    if part == "connector" and stage.needs_newline and not isinstance(parts[part], TiledConnector):
+                        parts[part] = TiledConnector(parts[part]).to(dtype)
                 else:
                     parts[part] = _build(run, stage, part, parts, tokenizer, dtype, weights=False)
             resized = run.resized_by(stage)
@@ -149,7 +151,7 @@ def _inherited(run: Run, stage: Stage) -> set[str]:
         return set()
     so_far = [each for each in run.wanted if each.position <= stage.position]
     anew = {part for each in so_far for part in each.fresh}
-    anew |= {"connector" for each in so_far if each.starts_connector or each.image_fit == "tiles"}
+    anew |= {"connector" for each in so_far if each.starts_connector}
     return set(PARTS) & read_manifest(Path(run.init_from)).keys() - anew
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..connectors import CONNECTORS
 from ..data.tile_styles import LLAVA_NEXT
 from ..files import read_json, write_json
-from ..model.folder import is_model_folder
+from ..model.folder import is_model_folder, read_manifest
 from ..model.parts import FIXED
 from ..runs.fingerprints import fingerprint
 from ..runs.folder import RunFolder
@@ -25,7 +25,18 @@ def take_in(run: Run, folder: RunFolder) -> tuple[Run, list[str]]:
     """
     finished = [name for name in run.stages if folder.is_finished(name)]
     run, overruled = adopt_connector(_imported(run, folder), finished)
-    return run, [*overruled, *overruled_fit(run, finished)]
+    return run, [*overruled, *overruled_fit(run, finished), *overruled_frame(run)]
+
+
+def with_held_connector(run: Run) -> Run:
+    """The settings with the connector of the model folder `init_from`, for commands that do not train.
+
+    Raises ValueError if `init_from` is not a model folder, or if the command requires another connector.
+    """
+    if run.init_from is None:
+        return run
+    read_manifest(Path(run.init_from))
+    return adopt_connector(run, ())[0]
 
 
 def _imported(run: Run, folder: RunFolder) -> Run:
@@ -101,3 +112,15 @@ def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:
         f"{key}={chosen}, but the model in init_from={run.init_from} was trained with {held}; set {key}={held} to keep "
         "its preprocessing"
     ]
+
+
+def overruled_frame(run: Run) -> list[str]:
+    """Return a warning if the settings replace the tokens around images of the model in `init_from`."""
+    file = Path(run.init_from or "", "processor", "processor.json")
+    if run.init_from is None or run.llm.image_frame is None or not file.exists():
+        return []
+    held = tuple((read_json(file).get("geometry") or {}).get("frame", ("", "")))
+    if held == run.llm.image_frame:
+        return []
+    kept = f"; leave out llm.image_frame to keep {list(held)}" if any(held) else ""
+    return [f"llm.image_frame={list(run.llm.image_frame)} replaces the tokens of init_from={run.init_from}{kept}"]
