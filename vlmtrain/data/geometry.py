@@ -82,6 +82,11 @@ class Geometry:
         return tuple(dict.fromkeys(view.words for view in views if view.words))
 
     @property
+    def most_control_tokens(self) -> int:
+        """The largest number of tokens of the template around the tokens of an image that is alone in its sample."""
+        return sum(map(bool, self.frame)) + (self.most_items if self.view_words else 0)
+
+    @property
     def reads_sizes(self) -> bool:
         """Whether the plan depends on the sizes of the images."""
         return self.fit in ("tiles", "native")

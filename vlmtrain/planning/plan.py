@@ -23,7 +23,7 @@ from ..settings.fields import POSITIVE, whole
 from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
 from ..training.optimizer import moment_bytes, parameter_groups
-from ..training.processing import build_geometry, check_lengths, image_size_of
+from ..training.processing import build_geometry, check_lengths, image_frame, image_size_of
 from ..training.quantized import quantized_layers
 from ..training.trainable import Group, check_starts, freeze, is_frozen, part_size, trained_groups
 from .measuring import Meter, PartCost, use_counted_attention
@@ -96,7 +96,7 @@ def plan_run(run: Run, machine: Machine) -> list[StagePlan]:
 def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
     groups = trained_groups(stage, parts)
-    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
+    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
     check_lengths(stage, geometry, parts)
     expected = stage.expected
     tokens = min(stage.max_length, _tokens(expected, geometry))
@@ -165,7 +165,7 @@ class _Vocabulary:
 
 
 def _tokens(expected: Expected, geometry: Geometry | None) -> int:
-    visual = 0 if geometry is None else geometry.most_tokens * expected.images
+    visual = 0 if geometry is None else (geometry.most_tokens + geometry.most_control_tokens) * expected.images
     return max(2, round(visual + expected.text_tokens))
 
 

@@ -53,10 +53,10 @@ def build_processor(
 ) -> Processor:
     """Build the processor of a stage, which turns conversations into batches. Raises ValueError for invalid lengths."""
     with naming_size(run, stage):
-        geometry = build_geometry(stage, parts, objective, _image_frame(run, tokenizer))
+        geometry = build_geometry(stage, parts, objective, image_frame(run))
+    if geometry is not None:
+        _check_controls(stage, geometry, tokenizer)
     check_lengths(stage, geometry, parts)
-    for word in geometry.view_words if geometry else ():
-        _check_token(word, f"{stage.prefix}.image_tile_style={stage.image_tile_style}", tokenizer)
     return Processor(
         tokenizer,
         geometry,
@@ -109,20 +109,22 @@ def _build_reader(
     return reader
 
 
-def _image_frame(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The tokens around images: those of the settings, or else of `init_from`."""
+def image_frame(run: Run) -> tuple[str, str]:
+    """The tokens around images: those of the settings, or else of `init_from`; empty strings if there are none."""
     frame = run.llm.image_frame
     if frame is None and run.init_from is not None:
         held = Processor.from_pretrained(run.init_from).geometry
         frame = held and held.frame
-    for token in filter(None, frame or ()):
-        _check_token(token, "llm.image_frame", tokenizer)
     return frame or ("", "")
 
 
-def _check_token(token: str, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    if token not in tokenizer.get_vocab():
-        raise ValueError(f"{key}: '{token}' is not a token of the tokenizer: list it in llm.new_tokens")
+def _check_controls(stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless what the template writes around images are tokens of the tokenizer."""
+    style = f"{stage.prefix}.image_tile_style={stage.image_tile_style}"
+    for key, words in (("llm.image_frame", geometry.frame), (style, geometry.view_words)):
+        for word in filter(None, words):
+            if word not in tokenizer.get_vocab():
+                raise ValueError(f"{key}: '{word}' is not a token of the tokenizer: list it in llm.new_tokens")
 
 
 def build_geometry(
