@@ -15,6 +15,7 @@ from ..model.parts import connector_from
 from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, MediaPlan, Placement, Size
 from .images import FITS, MAX_ASPECT
+from .native_sizes import SIZE_RULES, SMART_RESIZE
 from .tile_styles import LLAVA_NEXT, TILE_STYLES, TileStyle
 
 
@@ -30,7 +31,8 @@ class Geometry:
     patch_size ``(H, W)`` in pixels, None in model folders of earlier versions. framed_grid: see `Placement`. frame:
     text of the template before and after each image, such as the tokens that start and end one. For ``native``:
     image_pixels, smallest and largest number of pixels; multiple: both sides are multiples of this many patches;
-    connector: the configuration of the connector, which says how many tokens it makes of each grid.
+    connector: the configuration of the connector, which says how many tokens it makes of each grid; size_rule: of the
+    encoder, one of `SIZE_RULES`.
     """
 
     size: Size
@@ -49,6 +51,7 @@ class Geometry:
     framed_grid: Size | None = None
     frame: tuple[str, str] = ("", "")
     tile_style: str = LLAVA_NEXT
+    size_rule: str = SMART_RESIZE
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -157,7 +160,7 @@ class Geometry:
 
     def native_size(self, size: Size) -> Size:
         """The size ``(H, W)`` at which an image of `size` is shown."""
-        return native_size(size, self.factors, self.image_pixels)
+        return SIZE_RULES[self.size_rule](size, self.factors, self.image_pixels)
 
     @property
     def smallest(self) -> Size:
@@ -200,27 +203,6 @@ class Geometry:
         tallest = min(most // across, math.isqrt(MAX_ASPECT * most) + down)
         heights = range(down, max(down, tallest) + 1, down)
         return [(height, max(1, most // height // across) * across) for height in heights]
-
-
-def native_size(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:
-    """The size nearest to `size` ``(H, W)`` with sides that are multiples of `factors` (Qwen2-VL, published code).
-
-    An image with fewer or more pixels than `image_pixels` ``(MIN, MAX)`` is first scaled to them. The result never has
-    more than MAX pixels, if `factors` themselves do not.
-    """
-    least, most = image_pixels
-    area = size[0] * size[1]
-    shown = [round(side / factor) * factor for side, factor in zip(size, factors)]
-    if shown[0] * shown[1] < least:
-        scale = math.sqrt(least / area)
-        shown = [math.ceil(side * scale / factor) * factor for side, factor in zip(size, factors)]
-    elif shown[0] * shown[1] > most:
-        scale = math.sqrt(area / most)
-        shown = [max(factor, math.floor(side / scale / factor) * factor) for side, factor in zip(size, factors)]
-    while shown[0] * shown[1] > most and shown != list(factors):  # a thin image, or no multiples within the limits
-        longer = max((0, 1), key=lambda side: (shown[side] > factors[side], shown[side]))
-        shown[longer] -= factors[longer]
-    return shown[0], shown[1]
 
 
 @lru_cache(maxsize=2**16)

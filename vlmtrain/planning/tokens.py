@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from ..connectors import CONNECTORS, build_connector
-from ..data.geometry import native_size
 from ..data.images import MAX_ASPECT
+from ..data.native_sizes import smart_resize
 
 # The number of a connector's tokens does not depend on the widths; these are LLaVA-1.5's.
 IN_DIM, OUT_DIM = 1024, 4096
@@ -62,7 +62,7 @@ def visual_tokens(
             raise ValueError(f"--image-pixels: {connector} supports only one grid, not images of different sizes")
         with torch.device("meta"):
             factor = patch_size * build().multiple
-        height, width = native_size(image_size, (factor, factor), image_pixels)
+        height, width = smart_resize(image_size, (factor, factor), image_pixels)
     if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
         raise ValueError(f"--image-size {height}x{width} is not a multiple of --patch-size {patch_size}")
     grid = (height // patch_size, width // patch_size)

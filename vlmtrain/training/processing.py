@@ -156,6 +156,7 @@ def build_geometry(
         framed_grid=framed_grid,
         frame=frame if shows else ("", ""),
         tile_style=stage.image_tile_style,
+        size_rule=vision.size_rule,
     )
     if fit == "native":
         _check_native(geometry, stage, vision)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from vlmtrain.connectors.checks import GridError
-from vlmtrain.data.geometry import Geometry, native_size
+from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import show_items
+from vlmtrain.data.native_sizes import naflex, smart_resize
 from vlmtrain.data.processor import pixel_key
 from vlmtrain.visual import WHOLE, Item
 
@@ -35,10 +36,24 @@ def native(connector: str, pixels: tuple[int, int], multiple: int = 1, patch: in
     ],
 )
 def test_sizes_are_those_of_qwen2_vl(size, limits, expected):
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    from transformers.models.qwen2_vl import image_processing_qwen2_vl as theirs
 
-    assert native_size(size, (28, 28), limits) == expected
-    assert smart_resize(*size, factor=28, min_pixels=limits[0], max_pixels=limits[1]) == expected
+    assert smart_resize(size, (28, 28), limits) == expected
+    assert theirs.smart_resize(*size, factor=28, min_pixels=limits[0], max_pixels=limits[1]) == expected
+
+
+def test_sizes_are_those_of_naflex():
+    from transformers.models.siglip2 import image_processing_pil_siglip2 as theirs
+
+    draw = random.Random(2)
+    for _ in range(200):
+        size, patches = (draw.randint(1, 2000), draw.randint(1, 2000)), draw.choice((64, 256, 1024))
+        expected = theirs.get_image_size_for_max_num_patches(*size, 16, patches)
+        assert naflex(size, (16, 16), (256 * patches, 256 * patches)) == expected
+    assert naflex((480, 640), (16, 16), (65_536, 65_536)) == (14 * 16, 18 * 16)
+    # within the limits, only rounded up; outside, as close to the limit as whole patches allow
+    assert naflex((100, 150), (16, 16), (256, 65_536)) == (112, 160)
+    assert naflex((20, 20), (16, 16), (4_096, 65_536)) == (64, 64)
 
 
 def test_sizes_are_multiples_within_the_limits_and_keep_the_aspect_ratio():
@@ -48,7 +63,7 @@ def test_sizes_are_multiples_within_the_limits_and_keep_the_aspect_ratio():
         if max(size) > 200 * min(size):
             continue
         limits = sorted((draw.randint(784, 60_000), draw.choice((800, 50_176, 120_000, 2_000_000))))
-        height, width = native_size(size, factors, limits)
+        height, width = smart_resize(size, factors, limits)
         assert height % factors[0] == width % factors[1] == 0 and height >= factors[0] and width >= factors[1]
         assert height * width <= limits[1]
         if limits[1] < 120_000:

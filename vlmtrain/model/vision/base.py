@@ -25,7 +25,8 @@ class VisionEncoder(nn.Module):
     image_size: ``(H, W)`` in pixels; grid: ``(H, W)`` in patches; width: number of feature channels;
     layer: which hidden state is returned, as in Hugging Face's ``hidden_states[layer]``, where 1 is the output of
     the first block and -1 that of the last block (before any final norm); levels: additional layers, shallow to deep,
-    for connectors that read several. multiple: both sides of a grid must be multiples of it. provider, options: name
+    for connectors that read several. multiple: both sides of a grid must be multiples of it. size_rule: how
+    images of their own sizes are rounded, a name in `vlmtrain.data.native_sizes`. provider, options: name
     under which the class is registered, and the options with which it was built; set by `build_vision`.
 
     A subclass sets image_size, patch_size, width, num_blocks, image_mean and image_std (of pixels in [0, 1]), calls
@@ -41,6 +42,7 @@ class VisionEncoder(nn.Module):
     levels: list[int]
     num_blocks: int
     multiple: int = 1
+    size_rule: str = "smart_resize"
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     options: Mapping[str, Any] = MappingProxyType({})

@@ -17,6 +17,7 @@ class Siglip2NaflexVision(NativeVision):
     """Vision tower of SigLIP 2 NaFlex (2025, published code), without its final norm and its head."""
 
     provider = "siglip2_naflex"
+    size_rule = "naflex"
     model_types = ("siglip2", "siglip2_vision_model")
     prefixes = ("vision_model.", "")
     dropped = ("post_layernorm.", "head.")

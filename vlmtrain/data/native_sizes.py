@@ -1,0 +1,58 @@
+"""Rules for the size at which an image of its own aspect ratio is shown to an encoder (``image_fit=native``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ..visual import Size
+
+STEP = 1e-5  # precision of `naflex`'s scale
+
+
+def smart_resize(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:
+    """The size nearest to `size` ``(H, W)`` with sides that are multiples of `factors` (Qwen2-VL, published code).
+
+    An image with fewer or more pixels than `image_pixels` ``(MIN, MAX)`` is first scaled to them. The result never has
+    more than MAX pixels, if `factors` themselves do not.
+    """
+    least, most = image_pixels
+    area = size[0] * size[1]
+    shown = [round(side / factor) * factor for side, factor in zip(size, factors)]
+    if shown[0] * shown[1] < least:
+        scale = math.sqrt(least / area)
+        shown = [math.ceil(side * scale / factor) * factor for side, factor in zip(size, factors)]
+    elif shown[0] * shown[1] > most:
+        scale = math.sqrt(area / most)
+        shown = [max(factor, math.floor(side / scale / factor) * factor) for side, factor in zip(size, factors)]
+    while shown[0] * shown[1] > most and shown != list(factors):  # a thin image, or no multiples within the limits
+        longer = max((0, 1), key=lambda side: (shown[side] > factors[side], shown[side]))
+        shown[longer] -= factors[longer]
+    return shown[0], shown[1]
+
+
+def naflex(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:
+    """The sides of `size` ``(H, W)``, rounded up to multiples of `factors` (SigLIP 2 NaFlex, published code).
+
+    An image whose rounded size is outside `image_pixels` ``(MIN, MAX)`` is first scaled as much as fits into the limit
+    that it violates, at most 100 times. NaFlex itself scales all images to one number of patches: MIN is then MAX.
+    """
+
+    def rounded(scale: float) -> Size:
+        height, width = (max(1, math.ceil(side * scale / factor)) for side, factor in zip(size, factors))
+        return height * factors[0], width * factors[1]
+
+    own = rounded(1.0)
+    least, most = image_pixels
+    if least <= math.prod(own) <= most:
+        return own
+    limit = least if math.prod(own) < least else most
+    low, high = STEP / 10, 100.0
+    while high - low >= STEP:
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.prod(rounded(middle)) <= limit else (low, middle)
+    return rounded(low)
+
+
+SMART_RESIZE = "smart_resize"
+SIZE_RULES: dict[str, Callable[[Size, Size, tuple[int, int]], Size]] = {SMART_RESIZE: smart_resize, "naflex": naflex}
