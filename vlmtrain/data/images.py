@@ -87,6 +87,8 @@ class EncodedImage:
                 head = file.read(16)
                 found = f"it starts with {head!r}, which is not one of {', '.join(FORMATS)}" if head else "it is empty"
                 raise BadSample(f"image {self.label} is not an image: {found}") from None
+            except _BadSize as error:
+                raise BadSample(f"image {self.label} cannot be used: {error}") from None
             except Exception as error:  # decoders can raise any exception for malformed bytes
                 raise BadSample(f"image {self.label} cannot be decoded: {first_line(error)}") from None
 
@@ -257,16 +259,20 @@ def is_image_value(value: object) -> bool:
 _real_folder = lru_cache(maxsize=2**16)(os.path.realpath)
 
 
+class _BadSize(ValueError):
+    """An image whose size is outside the limits."""
+
+
 def _check_size(size: tuple[int, int]) -> None:
     width, height = size
     if min(size) < 1:
-        raise ValueError(f"it has {width}x{height} pixels")
+        raise _BadSize(f"it has {width}x{height} pixels")
     if width * height > MAX_PIXELS:
-        raise ValueError(f"it has {width}x{height} pixels: too many")
+        raise _BadSize(f"it has {width}x{height} pixels: too many")
     if max(size) > MAX_SIDE:
-        raise ValueError(f"it has {width}x{height} pixels: a side of more than {MAX_SIDE}")
+        raise _BadSize(f"it has {width}x{height} pixels: a side of more than {MAX_SIDE}")
     if max(size) > MAX_ASPECT * min(size):
-        raise ValueError(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
+        raise _BadSize(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def _orientation(image: Image.Image) -> int | None:
