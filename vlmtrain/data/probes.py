@@ -40,7 +40,7 @@ from .shapes import (
     Item,
     Picture,
     draw_item,
-    frame_of,
+    pixels_of,
 )
 
 CATEGORIES = ("color", "shape", "count", "position", "text", "small")
@@ -154,7 +154,7 @@ class Probes:
 
     split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
     ``instruct`` (image and questions) or ``validation`` (image and one question about a held-out combination).
-    size: number of conversations. image_size, sides: of the images in pixels, see `frame_of`. difficulty: a key of
+    size: number of conversations. image_size, sides: of the images in pixels, see `pixels_of`. difficulty: a key of
     `LEVELS`.
 
     Raises ValueError for an unknown split, category or difficulty.
@@ -198,8 +198,8 @@ class Probes:
         for question, answer in exchanges:
             text = question if turns else f"{opening}\n{question}"
             turns += [Turn("user", text), Turn("assistant", answer, Grading(category))]
-        frame, side = frame_of(key, self.image_size, self.sides)
-        picture = ProbePicture(items=scene.items, frame=frame, side=side, writing=scene.writing)
+        pixels, side = pixels_of(key, self.image_size, self.sides)
+        picture = ProbePicture(items=scene.items, pixels=pixels, side=side, writing=scene.writing)
         return Conversation(f"{self.split}-{index}", tuple(turns), () if self.split == "text" else (picture,))
 
 

@@ -109,20 +109,20 @@ class Item:
 class Picture:
     """A scene that is drawn on loading, antialiased, RGB.
 
-    frame: size ``(H, W)`` of the image in pixels. side: of the scene in pixels, to which the sizes of its items refer.
-    In a frame of another size, items have other distances, but their own sizes and shapes.
+    pixels: size ``(H, W)`` of the image in pixels. side: of the scene in pixels, to which the sizes of its items refer.
+    In an image of another size, items are farther apart or closer together, but have the same size and shape.
     """
 
     items: tuple[Item, ...]
-    frame: Size
+    pixels: Size
     side: int
 
     def size(self) -> Size:
-        return self.frame
+        return self.pixels
 
     def load(self) -> Image.Image:
         oversample = 4
-        height, width = (side * oversample for side in self.frame)
+        height, width = (side * oversample for side in self.pixels)
         canvas = Image.new("RGB", (width, height), BACKGROUND)
         self.draw(Canvas(ImageDraw.Draw(canvas), width, height, self.side * oversample))
         return canvas.reduce(oversample)
@@ -161,7 +161,7 @@ def draw_item(canvas: Canvas, item: Item, line: float = LINE) -> None:
         draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=BACKGROUND, outline=INK, width=width)
 
 
-def frame_of(key: str, image_size: int, sides: tuple[int, int] | None) -> tuple[Size, int]:
+def pixels_of(key: str, image_size: int, sides: tuple[int, int] | None) -> tuple[Size, int]:
     """The size ``(H, W)`` of an image and the side of its scene, in pixels.
 
     key: of the sample, which determines the size. image_size: side of square images. sides: smallest and largest
@@ -180,7 +180,7 @@ class Shapes:
     split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
     ``instruct`` (image and questions), ``validation`` (the same, with `HELD_OUT` pairs) or ``grounding``
     (image, and the positions of objects as boxes).
-    size: number of conversations. image_size, sides: of the images in pixels, see `frame_of`.
+    size: number of conversations. image_size, sides: of the images in pixels, see `pixels_of`.
 
     Raises ValueError for an unknown split.
     """
@@ -200,7 +200,7 @@ class Shapes:
             raise IndexError(f"sample {index} of {self.size}")
         key = f"{self.seed}/{self.split}/{index}"
         rng = random.Random(key)
-        frame, side = frame_of(key, self.image_size, self.sides)
+        pixels, side = pixels_of(key, self.image_size, self.sides)
         objects = rng.choice(CAPTION_OBJECTS if self.split == "caption" else OBJECTS)
         items, counted = _scene(rng, objects, held_out=self.split == "validation")
         if self.split == "caption":
@@ -209,14 +209,14 @@ class Shapes:
             exchanges = _questions(rng, items, counted)
             opening = describe(rng.sample(items, len(items)))
         elif self.split == "grounding":
-            exchanges, opening = [_grounding(item, frame, side) for item in rng.sample(items, 2)], IMAGE_MARK
+            exchanges, opening = [_grounding(item, pixels, side) for item in rng.sample(items, 2)], IMAGE_MARK
         else:
             exchanges, opening = _questions(rng, items, counted), IMAGE_MARK
         turns = []
         for question, answer in exchanges:
             text = question if turns else f"{opening}\n{question}"
             turns += [Turn("user", text), Turn("assistant", answer)]
-        images = () if self.split == "text" else (Picture(items=items, frame=frame, side=side),)
+        images = () if self.split == "text" else (Picture(items=items, pixels=pixels, side=side),)
         return Conversation(f"{self.split}-{index}", tuple(turns), images)
 
 
@@ -268,12 +268,12 @@ def _questions(rng: random.Random, items: Sequence[Item], counted: str) -> list[
     return rng.sample(questions, len(questions))
 
 
-def _grounding(item: Item, frame: Size, side: int) -> tuple[str, str]:
+def _grounding(item: Item, pixels: Size, side: int) -> tuple[str, str]:
     """Question and answer about the position of an item: Qwen-VL's box, in thousandths of width and height.
 
     Numbers are in [0, 1000) (Qwen-VL, section 3.2.1; from memory: unverified).
     """
-    centers, lengths = (item.x, item.y) * 2, (frame[1], frame[0]) * 2
+    centers, lengths = (item.x, item.y) * 2, (pixels[1], pixels[0]) * 2
     edges = (center + reach * side / length for center, reach, length in zip(centers, item.extent, lengths))
     left, top, right, bottom = (min(999, max(0, int(1000 * edge))) for edge in edges)
     thing = f"{item.color} {item.shape}"

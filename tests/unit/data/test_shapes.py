@@ -22,9 +22,9 @@ def test_boxes_are_where_the_things_are_drawn(sides):
             pattern = rf"<ref>{color} {shape}</ref><box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>"
             found = [int(number) for number in re.fullmatch(pattern, answer.text).groups()]
             (item,) = (item for item in picture.items if (item.color, item.shape) == (color, shape))
-            frame = tuple(20 * side for side in picture.frame)
-            left, top, right, bottom = extent(Picture(items=(item,), frame=frame, side=20 * picture.side))
-            drawn = np.divide((left, top, right, bottom), (frame[1], frame[0]) * 2) * 1000
+            pixels = tuple(20 * side for side in picture.pixels)
+            left, top, right, bottom = extent(Picture(items=(item,), pixels=pixels, side=20 * picture.side))
+            drawn = np.divide((left, top, right, bottom), (pixels[1], pixels[0]) * 2) * 1000
             assert np.abs(found - drawn).max() <= 3
             assert min(found) >= 0 and max(found) < 1000
             seen.add(shape)
