@@ -403,11 +403,14 @@ def batch_hash(batch: Any) -> str:
         is_image = visual.mask if visual and visual.items else None
         texts = (visual and visual.texts) or (None, None)
     tensors |= {"images": images, "is_image": is_image}
-    tensors |= {"positions": batch.positions if batch.boundaries is not None else None}
+    has_rows = batch.positions is not None and batch.positions.ndim == 3
+    tensors |= {"positions": batch.positions if has_rows or batch.boundaries is not None else None}
     tensors |= dict(zip(("text_ids", "text_mask"), texts))
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if tensor is not None:
+    for name, value in tensors.items():
+        for tensor in value if isinstance(value, tuple) else (value,):  # a tuple: images of their own sizes
+            if tensor is None:
+                continue
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()
