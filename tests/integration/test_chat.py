@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -24,6 +25,15 @@ from vlmtrain.evaluation.chat import Chat, Pieces
 from vlmtrain.model import VLMWrapper
 
 NEW = 12
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Undo what gradio sets for its process, which runs of later tests would otherwise see."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 @pytest.fixture(scope="module")
