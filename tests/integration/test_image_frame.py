@@ -14,6 +14,7 @@ from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageInMemory
 from vlmtrain.settings import compose
 from vlmtrain.training.init_from import overruled_frame
+from vlmtrain.training.processing import image_frame
 
 WORDS = ["[start]", "[end]"]
 
@@ -72,6 +73,8 @@ def test_a_run_from_a_model_keeps_its_frame(framed, tmp_path):
 
     assert not overruled_frame(compose(line))
     (warning,) = overruled_frame(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
+    assert image_frame(compose(line)) == tuple(WORDS)
+    assert image_frame(compose([*line, "llm.image_frame=['','']"])) == ("", "")
     assert "replaces the tokens of init_from" in warning and "to keep ['[start]', '[end]']" in warning
 
 

@@ -185,6 +185,14 @@ def test_exports_with_other_rows_of_positions(positions, folder, tmp_path):
     check_own_class(tmp_path / "out", folder, model, processor)
 
 
+def test_llavas_classes_do_not_take_rows_of_positions(tmp_path):
+    model, processor = build_model("tiny", "mlp", {"tiny": {"positions": "mrope"}})
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    done = export(tmp_path / "model", tmp_path / "out")
+    assert done.model_class == "VLMTrainForConditionalGeneration" and "llm.positions=mrope" in done.remarks[0]
+
+
 def check_own_class(out: Path, folder: Path, model: VLMWrapper, processor: Processor) -> None:
     """An export in the project's own class: logits and answers of a batch that is padded on the left."""
     theirs, prepare = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)

@@ -17,15 +17,12 @@ from ..model.llm import load_tokenizer
 from ..model.loading import load_hf_config, load_hf_model
 from ..reporting.card import write_import_card
 from . import importing_blip, importing_llava, importing_native
-from .export import compare_logits
 from .importing_llava import fixed_geometry
 from .importing_projectors import projector_parts
-from .llava import Exported
-from .native_parity import compare_native
 from .preparation import read_preparation
 from .source import Source, processor_of
 
-# modules that read a family of models, by model_type
+# modules that check, read and compare a family of models, by model_type
 FAMILIES = {
     kind: family for family in (importing_llava, importing_blip, importing_native) for kind in family.MODEL_CLASSES
 }
@@ -110,7 +107,4 @@ def _from_folder(folder: Path, template: str | None, fit: str | None) -> tuple[V
     file, preparation = read_preparation(folder)
     source = Source(folder, config, loaded, tokenizer, preparation, file, template, fit)
     model, processor = family.read(source)
-    if family is importing_native:
-        exported = Exported(loaded, importing_native.hf_processor(source), ())
-        return model, processor, compare_native(exported, model, processor)
-    return model, processor, compare_logits(Exported(loaded, None, ()), model, processor)
+    return model, processor, family.compare(source, model, processor)

@@ -15,7 +15,7 @@ from ..model import VLMWrapper
 from ..model.llm import load_tokenizer
 from ..model.parts import make_connector
 from ..model.vision import HFVision
-from .importing_llava import fixed_geometry
+from .importing_llava import compare, fixed_geometry
 from .preparation import check_pixels, fit_of
 from .source import Source, processor_of
 
@@ -24,6 +24,7 @@ MODEL_CLASSES = {
     "instructblip": "InstructBlipForConditionalGeneration",
 }
 DTYPE = torch.float32  # BLIP-2's classes keep the Q-Former in fp32 regardless of the dtype of the rest
+__all__ = ["DTYPE", "MODEL_CLASSES", "check", "compare", "read"]
 READING_TOKENIZER = "qformer_tokenizer"  # folder in which InstructBLIP's processor stores it
 
 

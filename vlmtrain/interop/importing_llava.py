@@ -15,7 +15,9 @@ from ..model import VLMWrapper
 from ..model.parts import make_connector
 from ..model.tiled import TiledConnector
 from ..model.vision import HFVision, VisionEncoder
+from .export import compare_logits
 from .fitting import filled
+from .llava import Exported
 from .preparation import check_pixels, fit_of
 from .source import Source, processor_of
 
@@ -40,6 +42,11 @@ def read(source: Source) -> tuple[VLMWrapper, Processor]:
     if source.fit is None:
         check_pixels(source.preparation_file, source.preparation, geometry)
     return model, processor
+
+
+def compare(source: Source, model: VLMWrapper, processor: Processor) -> float:
+    """Difference of the logits from the source's. Raises DoesNotFit if it is more than rounding."""
+    return compare_logits(Exported(source.model, None, ()), model, processor)
 
 
 def fixed_geometry(model: VLMWrapper, fit: str, tile_grids: tuple[tuple[int, int], ...] = ()) -> Geometry:

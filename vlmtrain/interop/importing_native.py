@@ -18,7 +18,9 @@ from ..model.parts import make_connector
 from ..model.rotary import use_multimodal_rotary
 from ..model.vision.native import NativeVision
 from .fitting import filled
+from .llava import Exported
 from .native_families import FAMILIES, Family
+from .native_parity import compare_native
 from .source import Source, processor_of
 
 MODEL_CLASSES = {kind: family.model_class for kind, family in FAMILIES.items()}
@@ -63,7 +65,12 @@ def _token(source: Source, key: str) -> str:
     return token
 
 
-def hf_processor(source: Source) -> ProcessorMixin:
+def compare(source: Source, model: VLMWrapper, processor: Processor) -> float:
+    """See `compare_native`."""
+    return compare_native(Exported(source.model, _hf_processor(source), ()), model, processor)
+
+
+def _hf_processor(source: Source) -> ProcessorMixin:
     """The source's processor, with images resized by Pillow, as here. Raises ValueError if it cannot be loaded."""
     try:
         processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)

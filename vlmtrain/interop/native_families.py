@@ -13,7 +13,8 @@ from ..model.vision.qwen import Qwen2VLVision, Qwen3VLVision, Qwen25VLVision
 class Family:
     """A published model of native resolution.
 
-    model_class, processor_class, images_class, videos_class: of transformers; without the last, there is no video.
+    model_class, processor_class, images_class, videos_class: classes of transformers; videos_class is None for a model
+    that does not support video.
     tower, connector, positions: of this project. llm: ``model_type`` of the ordinary language model with the same
     weights. tower_name: of the tower's module in the class. width_key: of the language model's width in the tower's
     configuration. frame: keys of the configuration with the ids of the tokens around images. image_token, video_token:
