@@ -291,3 +291,10 @@ def test_an_invalid_machine_is_named(word, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "recipe=quickstart", word])
     assert stopped.value.code == 2 and word.split("=")[0] in capsys.readouterr().err
+
+
+def test_tokens_around_images_are_counted():
+    line = ["recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.max_length=400"]
+    frame = ["llm.new_tokens=['<a>','</a>']", "llm.image_frame=['<a>','</a>']"]
+    plain, framed = (plan(*line, *more)["instruct"].tokens_per_sample for more in ([], frame))
+    assert framed == plain + round(2 * compose(line).stages["instruct"].expected.images)

@@ -27,3 +27,5 @@ def test_sizes_that_do_not_fit():
         visual_tokens((340, 336), 14)
     with pytest.raises(ValueError, match="factor"):
         visual_tokens((350, 350), 14, "pixel_shuffle")
+    with pytest.raises(ValueError, match="--image-size 10x4000: one side is more than 200 times the other"):
+        visual_tokens((10, 4000), 14, image_pixels=(3136, 12_845_056))
