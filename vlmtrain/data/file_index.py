@@ -54,7 +54,7 @@ def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
     if stamp[0] < WORTHWHILE:
         return build()
     name = hashlib.sha256(os.fsencode(f"{kind}\0{path.resolve()}")).hexdigest()[:40]
-    folder = _cache_folder("index")
+    folder = cache_folder("index")
     file = folder / f"{name}.npz"
     found = _read(file, stamp)
     if found is not None:
@@ -80,7 +80,7 @@ def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
 def unpacked(path: Path) -> Path:
     """The content of a .gz file, in ``$XDG_CACHE_HOME/vlmtrain/unpacked``. Raises OSError, EOFError or zlib.error."""
     stamp = "-".join(map(str, [path.resolve(), *_stamp(path)]))
-    folder = _cache_folder("unpacked")
+    folder = cache_folder("unpacked")
     file = folder / f"{hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]}-{path.stem}"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def unpacked(path: Path) -> Path:
     return file
 
 
-def _cache_folder(name: str) -> Path:
+def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlmtrain", name)
 
 

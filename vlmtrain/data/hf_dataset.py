@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import first_line, nearest
+from .file_index import stamp_of
 from .grading import GRADING
 from .images import ImageFolder
 from .record_reader import FORMS, KEYS, RecordReader
@@ -59,6 +60,11 @@ class RowReader:
         self.features = {column: data.features[column] for column in present}
         self.is_tsv = re.search(r"\.tsv(\.gz)?$", str(path), re.IGNORECASE) is not None
         self._reader = RecordReader(folder, keys=self.columns, **options)
+
+    @property
+    def root(self) -> str | None:
+        """The real path of the folder of images."""
+        return self._reader.images.root
 
     @property
     def has_caption_lists(self) -> bool:
@@ -114,13 +120,15 @@ class HFDataset:
     ):
         self.name = Path(path).name
         data = load_split(os.fspath(path), split, name)
-        _check_ends([entry["filename"] for entry in data.cache_files], path)
+        files = [entry["filename"] for entry in data.cache_files]
+        _check_ends(files, path)
         if not len(data):
             raise ValueError(f"dataset {path} is empty: no records")
         self.reader = RowReader(data, path, columns, images, outside, **options)
         # in Arrow format, so that only the requested row is read and images stay encoded
         self.rows = data.select_columns(list(self.reader.features)).with_format("arrow")
         self._ends = self._caption_ends()
+        self.identity = tuple((file, stamp_of(file)) for file in files), self.reader.root
 
     def _caption_ends(self) -> np.ndarray | None:
         """The number of captions up to the end of each row, if rows have lists of captions."""

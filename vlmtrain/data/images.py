@@ -174,15 +174,15 @@ class ImageInFile(EncodedImage):
 class ImageFolder:
     """Images as records name them: encoded, or by path relative to a folder.
 
-    folder: None if no path is relative. outside: whether paths may lead out of the folder. Raises ValueError if the
-    folder does not exist.
+    folder: None if no path is relative. outside: whether paths may lead out of the folder. root: its real path. Raises
+    ValueError if the folder does not exist.
     """
 
     def __init__(self, folder: str | Path | None, outside: bool = False):
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"data.images={folder} is not a folder")
         self.folder, self.outside = folder, outside
-        self._inside = None if folder is None else os.path.join(os.path.realpath(folder), "")
+        self.root = None if folder is None else os.path.join(os.path.realpath(folder), "")
 
     def read(self, value: object, label: str, name: str) -> EncodedImage:
         """The image of record `name`: a path, bytes, base64, a data URL, or an object with one of these.
@@ -209,7 +209,7 @@ class ImageFolder:
         if self.folder is None and not (self.outside and os.path.isabs(path)):
             raise BadSample(f"{name}: the record has an image, but data.images is not set")
         whole = Path(self.folder or "", path)
-        if not self.outside and not self._real(str(whole)).startswith(self._inside):
+        if not self.outside and not self._real(str(whole)).startswith(self.root):
             raise BadSample(
                 f"{name}: image path {shown(path)} leads out of data.images; data.outside_images=true allows that"
             )

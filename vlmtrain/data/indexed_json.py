@@ -45,7 +45,7 @@ class IndexedJson:
                 raise ValueError(f"data file {self.file} cannot be read: it is not a regular file")
             if is_packed:
                 self.file = unpacked(given)
-            self._stamp = stamp_of(self.file)
+            self.stamp = stamp_of(self.file)
             index = cached_index(self.file, "lines" if self.has_lines else "array", build)
         except FileNotFoundError:
             raise ValueError(f"data file {self.file} does not exist") from None
@@ -67,7 +67,7 @@ class IndexedJson:
         where = self.name(index)
         if self._lines is not None:
             where += f" (line {self._lines[index]})"
-        return parse_json(read_span(self.file, start, end - start, self._stamp), where)
+        return parse_json(read_span(self.file, start, end - start, self.stamp), where)
 
     def _index_lines(self) -> Index:
         starts, ends, firsts, position, at_start = [], [], [], 0, True

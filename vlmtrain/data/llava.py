@@ -31,6 +31,10 @@ class LlavaJson:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def identity(self) -> tuple:
+        return str(self.records.file.resolve()), self.records.stamp, self.reader.images.root
+
     def __getitem__(self, index: int) -> Conversation:
         return self.reader.read(self.records[index], self.records.name(index))
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import atexit
 import math
 import signal
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import active_children, parent_process
 from typing import NamedTuple
@@ -20,25 +21,34 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..batch import Batch
-from ..distributed.processes import die_with
-from ..visual import groups
+from ..distributed.processes import die_with, ignore_stop_signals, is_first_on_machine
+from .lengths import CHUNK, Lengths
 from .mixture import Mixture
 from .packing import Piece, RowBudget, lookahead, row_budget, take_row
 from .processor import Processor, Sample
 from .records import BadSample, Conversation
-from .rendering import Rendered
+from .rendering import Rendered, SampleLength
+from .step_planner import StepPlanner
 
 LAYOUTS = ("padded", "packed")
 MEASURED = 1024  # samples used to estimate the lengths in a stream
+FEW = 4096  # samples whose lengths are found fast enough without a background process
+
+
+class Read(NamedTuple):
+    """A record that was read and tokenized, without its images."""
+
+    conversation: Conversation
+    tokens: Rendered
 
 
 class Planned(NamedTuple):
-    """A tokenized sample whose images are not loaded yet. `position` is its position in the stream."""
+    """A sample of a step. `position` is its position in the stream; `read` is None if its length was known before."""
 
     position: int
     index: int
-    conversation: Conversation
-    tokens: Rendered
+    length: SampleLength
+    read: Read | None
 
 
 class BadRecord(NamedTuple):
@@ -64,7 +74,7 @@ class StepData(NamedTuple):
     """One rank's share of an optimizer step. Counts are this rank's.
 
     weight: sum of the loss weights of the target tokens. padded_tokens: tokens including padding. drawn: number of
-    samples from each source.
+    samples from each source. plan: a checksum of the whole step, which all ranks must agree on.
     """
 
     micro_batches: list[Batch]
@@ -77,30 +87,66 @@ class StepData(NamedTuple):
     drawn: list[int]
     bad: list[BadRecord]
     cursor: dict
+    plan: int
 
 
 class Batching:
-    """A layout: how the stream is split into steps, and each step into the micro-batches of the ranks."""
+    """A layout: how the stream is split into steps, and each step into the micro-batches of the ranks.
 
+    plans_in_turn: whether a step can only be planned after the steps before it. lengths: of the samples, as far as they
+    are known; None if this process renders all samples of a step in any case.
+    """
+
+    plans_in_turn = False
     steps_per_epoch: int
     accumulation: int
     micro_rows: int
 
-    def __init__(self, mixture: Mixture, processor: Processor):
-        self.mixture, self.processor = mixture, processor
+    def __init__(self, mixture: Mixture, processor: Processor, lengths: Lengths | None = None):
+        self.mixture, self.processor, self.lengths = mixture, processor, lengths
+        self._measured = 0  # position in the stream up to which lengths were looked for
 
-    def read(self, position: int, bad: list[BadRecord]) -> Planned | None:
+    def look(self, position: int, bad: list[BadRecord]) -> Planned | None:
         """Return the sample at a position, or None for a broken record, which is appended to `bad`."""
+        if self.lengths is not None and position >= self._measured:
+            self.lengths.fill(self.processor, range(position, position + CHUNK))
+            self._measured = position + CHUNK
         index = self.mixture.draw(position)
+        known = None if self.lengths is None else self.lengths[index]
+        if known is not None:
+            return Planned(position, index, known, None)
         try:
-            conversation = self.mixture[index]
-            return Planned(position, index, conversation, self.processor.render(conversation))
+            read = self.read(index)
         except BadSample as error:
             bad.append(BadRecord(position, index, str(error)))
             return None
+        length = read.tokens.length
+        if self.lengths is not None:
+            self.lengths[index] = length
+        return Planned(position, index, length, read)
+
+    def read(self, index: int) -> Read:
+        """Read and tokenize a record. Raises BadSample."""
+        conversation = self.mixture[index]
+        return Read(conversation, self.processor.render(conversation))
+
+    def load(self, planned: Planned) -> Sample:
+        """The sample of a row. Raises BadSample, also if its length is not the one that was planned with."""
+        conversation, tokens = planned.read or self.read(planned.index)
+        if tokens.length != planned.length:
+            self.lengths[planned.index] = None
+            raise BadSample(
+                f"{conversation.id}: an image has changed since an earlier run read it ({planned.length.tokens} tokens "
+                f"then, {len(tokens)} now); run the same command again"
+            )
+        return self.processor.load(conversation, tokens)
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
+        raise NotImplementedError
+
+    def upcoming(self, first: int, last: int, cursor: dict | None) -> range:
+        """The positions of the stream that steps from `first` to ``last - 1`` will use, about."""
         raise NotImplementedError
 
     def order(self, row: list[Planned]) -> int:
@@ -115,8 +161,16 @@ class Batching:
 class PaddedBatching(Batching):
     """One sample per row, padded on the right. Rows of similar length run together."""
 
-    def __init__(self, mixture: Mixture, processor: Processor, batch_size: int, accumulation: int, micro_rows: int):
-        super().__init__(mixture, processor)
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: Processor,
+        batch_size: int,
+        accumulation: int,
+        micro_rows: int,
+        lengths: Lengths | None = None,
+    ):
+        super().__init__(mixture, processor, lengths)
         self.batch_size, self.epoch_size = batch_size, mixture.epoch_size
         self.accumulation, self.micro_rows = accumulation, micro_rows
         self.steps_per_epoch = math.ceil(self.epoch_size / batch_size)
@@ -127,7 +181,7 @@ class PaddedBatching(Batching):
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         for step in count(first + worker, workers):
             bad: list[BadRecord] = []
-            read = (self.read(position, bad) for position in self.positions(step))
+            read = (self.look(position, bad) for position in self.positions(step))
             yield PlannedStep([[sample] for sample in read if sample], bad, {})
 
     def positions(self, step: int) -> range:
@@ -137,8 +191,11 @@ class PaddedBatching(Batching):
         end = min(start + self.batch_size, self.epoch_size)
         return range(epoch * self.epoch_size + start, epoch * self.epoch_size + end)
 
+    def upcoming(self, first: int, last: int, cursor: dict | None) -> range:
+        return range(self.positions(first).start, self.positions(last - 1).stop) if first < last else range(0)
+
     def order(self, row: list[Planned]) -> int:
-        return len(row[0].tokens)
+        return row[0].length.tokens
 
     def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
         return self.processor.collate([row[0] for row in rows], rows=1, calls=calls)
@@ -153,6 +210,8 @@ class PackedBatching(Batching):
     by_source: whether each row holds samples of a single source only (Qwen-VL packs samples of the same task).
     """
 
+    plans_in_turn = True
+
     def __init__(
         self,
         mixture: Mixture,
@@ -161,8 +220,9 @@ class PackedBatching(Batching):
         micro_batch_size: int | None,
         world_size: int,
         by_source: bool = False,
+        lengths: Lengths | None = None,
     ):
-        super().__init__(mixture, processor)
+        super().__init__(mixture, processor, lengths)
         self.by_source = by_source
         kinds = len(mixture.sources) if by_source else 1
         self.ahead = min(kinds * lookahead(mixture.epoch_size), mixture.epoch_size)
@@ -209,14 +269,18 @@ class PackedBatching(Batching):
             bad = []
 
     def _piece(self, position: int, bad: list[BadRecord]) -> tuple[Piece, Planned] | None:
-        sample = self.read(position, bad)
+        sample = self.look(position, bad)
         if sample is None:
             return None
         kind = self.mixture.source_number(sample.index) if self.by_source else 0
-        return Piece(position, len(sample.tokens), int((sample.tokens.index >= 0).sum()), kind), sample
+        return Piece(position, sample.length.tokens, sample.length.image_tokens, kind), sample
+
+    def upcoming(self, first: int, last: int, cursor: dict | None) -> range:
+        start = cursor["position"] if cursor else 0
+        return range(start, start + math.ceil((last - first) * self.budget.samples) + self.ahead)
 
     def order(self, row: list[Planned]) -> int:
-        return sum(len(sample.conversation.media) for sample in row)
+        return sum(sample.length.images for sample in row)
 
     def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
         return self.processor.pack([sample for row in rows for sample in row], calls)
@@ -226,7 +290,7 @@ class PackedBatching(Batching):
 class StepStream(IterableDataset):
     """One rank's share of the steps of a stage, from step `first` to ``last - 1``.
 
-    cursor: the cursor of the step before `first`, for layouts that need it.
+    cursor: the cursor of the step before `first`, for layouts that need it. planner: see `step_loader`.
     """
 
     batching: Batching
@@ -237,11 +301,15 @@ class StepStream(IterableDataset):
     first: int
     last: int
     cursor: dict | None = None
+    planner: StepPlanner | None = None
 
     def __iter__(self) -> Iterator[StepData]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        steps = self.batching.steps(self.first, self.cursor, worker, workers)
+        if self.planner is not None:
+            steps = self.planner.steps(worker)
+        else:
+            steps = self.batching.steps(self.first, self.cursor, worker, workers)
         for _ in range(self.first + worker, self.last, workers):
             yield self._deal(next(steps))
 
@@ -260,11 +328,11 @@ class StepStream(IterableDataset):
                 samples = []
                 for planned in row:
                     try:
-                        samples.append(self.processor.load(planned.conversation, planned.tokens))
+                        samples.append(batching.load(planned))
                     except BadSample as error:
                         bad.append(BadRecord(planned.position, planned.index, str(error)))
                     else:
-                        tokens.append(planned.tokens)
+                        tokens.append(samples[-1].tokens)
                         drawn[self.mixture.source_number(planned.index)] += 1
                 loaded.append(samples)
             calls = max(map(_groups, by_rank))  # the ranks agree without communication: all know the plans of all
@@ -280,17 +348,24 @@ class StepStream(IterableDataset):
             drawn=drawn,
             bad=bad,
             cursor=step.cursor,
+            plan=zlib.crc32(repr([[(p.position, p.length.tokens) for p in row] for row in rows]).encode()),
         )
 
 
 def _groups(rows: list[list[Planned]]) -> int:
-    return groups([item for row in rows for planned in row for item in planned.tokens.media.items])
+    return len(frozenset().union(*(planned.length.sizes for row in rows for planned in row)))
 
 
 def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[StepData]:
-    """Iterate over the steps of a stage, prefetched by `workers` processes (0: loaded in the main process)."""
+    """Iterate over the steps of a stage, prefetched by `workers` processes (0: loaded in the main process).
+
+    If each step depends on those before it, a separate process plans them for several workers.
+    """
     for source in stream.mixture.streams.values():
         source.close()  # a process must not be forked while threads of the library read in it
+    batching, ahead = stream.batching, stream.batching.upcoming(stream.first, stream.last, stream.cursor)
+    if batching.plans_in_turn and workers > 1 and not stream.mixture.streams:
+        stream = replace(stream, planner=StepPlanner(batching, stream.first, stream.last, stream.cursor, workers))
     loader = DataLoader(
         stream,
         batch_size=None,
@@ -300,6 +375,9 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
         worker_init_fn=_follow_the_trainer,
     )
     steps = iter(loader)
+    lengths = batching.lengths
+    if lengths is not None and lengths.are_shared and len(ahead) > FEW and is_first_on_machine():
+        lengths.fill_in_background(stream.processor, ahead, steps)
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)  # registered after the handlers of the libraries, so that it runs before them
     return steps
@@ -319,5 +397,4 @@ def _follow_the_trainer(worker: int) -> None:
     has saved a checkpoint. Workers that outlive the trainer would keep the lock of the run folder.
     """
     die_with(parent_process().pid)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stop_signals()

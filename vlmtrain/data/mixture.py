@@ -22,7 +22,7 @@ class Concatenation:
     """All records of the first source, then all of the second, and so on."""
 
     def __init__(self, sources: Sequence[Source]):
-        self._parts = tuple(sources)
+        self.parts = tuple(sources)
         self._ends = list(accumulate(len(source) for source in sources))
 
     def __len__(self) -> int:
@@ -30,7 +30,7 @@ class Concatenation:
 
     def __getitem__(self, index: int) -> Conversation:
         number = self.source_number(index)
-        return self._parts[number][index - self._start(number)]
+        return self.parts[number][index - self._start(number)]
 
     def _start(self, number: int) -> int:
         return self._ends[number - 1] if number else 0
@@ -49,11 +49,20 @@ class Mixture(Concatenation):
     only partly drawn in an epoch continues in the next epoch where it stopped, so all its records are drawn equally
     often. A `Stream` keeps its own order; its records of epoch e have the indices from ``e * len(self)`` on.
 
+    identities: of the sources, equal only for sources with equal records; None if they are not known.
+
     The order depends only on (seed, epoch, position).
     """
 
-    def __init__(self, sources: Mapping[str, Source], counts: Mapping[str, int] | None = None, seed: int = 0):
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        counts: Mapping[str, int] | None = None,
+        seed: int = 0,
+        identities: Mapping[str, object] | None = None,
+    ):
         super().__init__(list(sources.values()))
+        self.identities = dict(identities or {})
         self.sources = dict(sources)
         self.streams = {name: source for name, source in self.sources.items() if isinstance(source, Stream)}
         self.counts = {name: counts[name] if counts else len(source) for name, source in self.sources.items()}
@@ -65,7 +74,7 @@ class Mixture(Concatenation):
     def __getitem__(self, index: int) -> Conversation:
         number = self.source_number(index)
         epoch, within = divmod(index, len(self))
-        source = self._parts[number]
+        source = self.parts[number]
         return source[epoch * len(source) + within - self._start(number)]
 
     def source_number(self, index: int) -> int:
@@ -73,7 +82,7 @@ class Mixture(Concatenation):
         if index < len(self) or not self.streams:
             return super().source_number(index)
         number = super().source_number(index % len(self))
-        if not isinstance(self._parts[number], Stream):
+        if not isinstance(self.parts[number], Stream):
             raise IndexError(f"record {index} of {len(self)}")
         return number
 

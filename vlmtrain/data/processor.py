@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .. import __version__
 from ..batch import Batch
 from ..connectors.checks import GridError
 from ..errors import first_line
@@ -31,7 +32,7 @@ from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
 from .images import show_items
 from .records import BadSample, Conversation
-from .rendering import IGNORE, Rendered, Renderer
+from .rendering import IGNORE, Rendered, Renderer, SampleLength
 
 OWN_TOKENIZER = "connector_tokenizer"  # tokenizer of a connector that reads text in a separate vocabulary
 
@@ -108,6 +109,23 @@ class Processor:
         if self.in_pairs and len(conversation.media) != 1:
             raise BadSample(f"{conversation.id}: {len(conversation.media)} images, expected one per text")
         return self.renderer.render(conversation, self.plan(conversation))
+
+    def lengths(self, conversations: Sequence[Conversation]) -> list[SampleLength | None]:
+        """The lengths of conversations without rendering them, which is faster.
+
+        None where only rendering can tell, and for bad ones.
+        """
+        found: list[SampleLength | None] = [None] * len(conversations)
+        plans = {}
+        for number, conversation in enumerate(conversations):
+            if self.in_pairs and len(conversation.media) != 1:
+                continue
+            with suppress(BadSample):
+                plans[number] = self.plan(conversation)
+        tokens = self.renderer.lengths([conversations[number] for number in plans], list(plans.values()))
+        for (number, plan), count in zip(plans.items(), tokens):
+            found[number] = None if count is None else SampleLength.of(count, plan)
+        return found
 
     def load(self, conversation: Conversation, tokens: Rendered) -> Sample:
         """Decode the conversation's images as its rendered tokens say. Raises BadSample, naming the conversation."""
@@ -201,18 +219,30 @@ class Processor:
             max(calls, groups(items)),
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Save tokenizer and settings in ``folder/processor``."""
-        folder = Path(folder) / "processor"
-        self.tokenizer.save_pretrained(folder)
-        settings = {
+    @property
+    def _rendering(self) -> dict:
+        """The settings that decide how a conversation is rendered."""
+        return {
             "template": self.renderer.template,
             "fallback": self.fallback,
             "max_length": self.max_length,
             "geometry": asdict(self.geometry) if self.geometry else None,
-            "reader": None,
             "positions": self.positions,
         }
+
+    @property
+    def rendering_identity(self) -> str:
+        """Equal only for processors that render conversations to the same tokens."""
+        tokenizer = self.tokenizer
+        vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        words = {**tokenizer.special_tokens_map, "chat_template": tokenizer.chat_template}
+        return repr((__version__, vocabulary, words, self.in_pairs, self._rendering))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save tokenizer and settings in ``folder/processor``."""
+        folder = Path(folder) / "processor"
+        self.tokenizer.save_pretrained(folder)
+        settings = {**self._rendering, "reader": None}
         if self.reader:
             settings["reader"] = {"reads": self.reader.reads, "max_length": self.reader.max_length}
             if self.reader.tokenizer is not self.tokenizer:

@@ -99,7 +99,11 @@ class StreamError(ValueError):
 
 
 class Source(Protocol):
-    """A sequence of conversations; a broken one raises BadSample when it is accessed."""
+    """A sequence of conversations; a broken one raises BadSample when it is accessed.
+
+    A source of files may have an ``identity``, which changes with the files: what is stored about its records then
+    serves other runs.
+    """
 
     def __len__(self) -> int: ...
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
 from ..time_limit import time_limit
-from ..visual import NO_MEDIA, MediaPlan
+from ..visual import NO_MEDIA, MediaPlan, Size
 from .grading import check_grading
 from .positions import POSITIONS
 from .records import IMAGE_MARK, BadSample, Conversation, Turn
@@ -30,6 +31,24 @@ from .templates import BLIP, chat_template
 
 IGNORE = -100
 PROBE_SECONDS = 20
+
+
+class SampleLength(NamedTuple):
+    """What must be known of a sample to plan a step: its numbers of tokens, of image tokens and of images.
+
+    sizes: the different sizes ``(H, W)`` in pixels at which the encoder is shown its images.
+    """
+
+    tokens: int
+    image_tokens: int
+    images: int
+    sizes: frozenset[Size]
+
+    @classmethod
+    def of(cls, tokens: int, media: MediaPlan) -> SampleLength:
+        """The length of a sample of so many tokens with planned `media`."""
+        slots = sum(placement.slots for placement in media.placements)
+        return cls(tokens, slots, len(media.by_medium), frozenset(item.pixels[0] for item in media.items))
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,10 @@ class Rendered:
         positions = None if self.positions is None else self.positions[:, :end]
         return Rendered(self.input_ids[:end], targets, weights, self.index[:end], answers, self.media, positions)
 
+    @property
+    def length(self) -> SampleLength:
+        return SampleLength.of(len(self), self.media)
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -73,6 +96,17 @@ class _Span:
     answer: int | None = None
     is_image: bool = False
     is_start: bool = False  # tokenized separately from the text before it
+
+
+_Run = list[tuple[str, int]]
+"""Texts that are tokenized as one string, each with the assistant turn that it trains, or -1."""
+
+
+class _Slots(NamedTuple):
+    """The slots of a placement."""
+
+    number: int
+    count: int
 
 
 class Renderer:
@@ -146,15 +180,10 @@ class Renderer:
         the question counts as well although it is not rendered, so that the length of a record does not depend on the
         template. Raises BadSample, naming the conversation, if no target remains or if marks and images do not match.
         """
-        check_conversation(conversation)
-        conversation = self._with_system_taken(conversation)
+        conversation = self._checked(conversation)
         turns = conversation.turns
-        if self._chat is not None:
-            self._check_words(conversation)
-            unseen = 0
-        else:  # the question, which is not rendered
-            question = turns[0].text.replace(IMAGE_MARK, "").strip()
-            unseen = len(self.tokenizer(question, add_special_tokens=False).input_ids)
+        unseen = self._unrendered(conversation)
+        unseen = len(self.tokenizer(unseen, add_special_tokens=False).input_ids) if unseen else 0
         while True:
             rendered = self._render(replace(conversation, turns=turns), media)
             if len(rendered) + unseen <= self.max_length:
@@ -171,6 +200,62 @@ class Renderer:
         if not (rendered.weights > 0).any():
             raise BadSample(f"{conversation.id}: nothing to learn: no assistant text")
         return rendered
+
+    def _checked(self, conversation: Conversation) -> Conversation:
+        """The conversation without an empty system turn that the template does not support. Raises BadSample."""
+        check_conversation(conversation)
+        conversation = self._with_system_taken(conversation)
+        if self._chat is not None:
+            self._check_words(conversation)
+        return conversation
+
+    def _unrendered(self, conversation: Conversation) -> str:
+        """Text that is not rendered but counts towards `max_length`: the question, with ``plain``."""
+        return "" if self._chat else conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
+
+    def lengths(self, conversations: Sequence[Conversation], media: Sequence[MediaPlan]) -> list[int | None]:
+        """Number of tokens of each rendered conversation; None where only rendering it can tell, and for bad ones.
+
+        All texts are tokenized together, which is faster than to render each conversation.
+        """
+        texts: list[str] = []
+        found: list[tuple[int, int, int] | None] = []  # tokens without texts, end of its texts, of those rendered
+        for conversation, plan in zip(conversations, media, strict=True):
+            try:
+                rendered, unseen = self._texts(conversation, plan)
+            except (BadSample, _Unusual):
+                found.append(None)
+                continue
+            texts += rendered
+            fixed = sum(placement.slots for placement in plan.placements) + (self._chat is None)
+            found.append((fixed, len(texts), len(texts) + len(unseen)))
+            texts += unseen
+        counts = list(map(len, self.tokenizer(texts, add_special_tokens=False).input_ids)) if texts else []
+        sums = [0, *accumulate(counts)]
+        lengths, start = [], 0
+        for each in found:
+            if each is None:
+                lengths.append(None)
+                continue
+            fixed, end, unseen = each
+            length = fixed + sums[end] - sums[start]
+            fits = length + sums[unseen] - sums[end] <= self.max_length
+            lengths.append(length if fits else None)
+            start = unseen
+        return lengths
+
+    def _texts(self, conversation: Conversation, media: MediaPlan) -> tuple[list[str], list[str]]:
+        """Texts whose tokens are those of the rendered conversation, and texts that only count towards the limit.
+
+        Raises _Unusual if the number of tokens depends on more than the texts, and BadSample.
+        """
+        conversation = self._checked(conversation)
+        runs = [part for part in self._layout(conversation, media) if not isinstance(part, _Slots)]
+        is_cut = any(answer == _DROPPED for run in runs for _, answer in run)
+        if is_cut or not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
+            raise _Unusual
+        texts = ["".join(piece for piece, _ in run) for run in runs]
+        return list(filter(None, texts)), list(filter(None, [self._unrendered(conversation)]))
 
     def showable(self, conversation: Conversation) -> Conversation:
         """The part of a held-out conversation that the template can render: captions have only one exchange.
@@ -199,21 +284,8 @@ class Renderer:
 
     def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the placement to which it belongs, or -1
-        shown = iter(media.by_medium)
-        chunk: list[_Span] = []  # text that is tokenized together
-        for span in self._spans(conversation):
-            if span.is_start:
-                tokens += self._tokenize(chunk)
-                chunk = []
-            if span.is_image:
-                for number, placement in next(shown):
-                    tokens += self._tokenize([*chunk, _Span(placement.before)])
-                    chunk = []
-                    tokens += [(self.filler, -1, number)] * placement.slots
-                    tokens += self._tokenize([_Span(placement.after)])
-            else:
-                chunk.append(span)
-        tokens += self._tokenize(chunk)
+        for part in self._layout(conversation, media):
+            tokens += [(self.filler, -1, part.number)] * part.count if isinstance(part, _Slots) else self._encode(part)
         if self._chat is None:
             # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
             tokens += [(token, 0, -1) for token in self.stop_ids[:1]]
@@ -349,26 +421,46 @@ class Renderer:
         spans += [span for span in _with_images(user.text) if span.is_image]
         return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0)]
 
-    def _tokenize(self, spans: list[_Span]) -> list[tuple[int, int, int]]:
-        """Token ids of consecutive text spans, each with the assistant turn to which it belongs (or -1), and -1.
+    def _layout(self, conversation: Conversation, media: MediaPlan) -> list[_Run | _Slots]:
+        """The texts to tokenize, and the slots of images between them."""
+        parts: list[_Run | _Slots] = []
+        shown = iter(media.by_medium)
+        chunk: list[_Span] = []  # text that is tokenized together
+        for span in self._spans(conversation):
+            if span.is_start:
+                parts += self._runs(chunk)
+                chunk = []
+            if span.is_image:
+                for number, placement in next(shown):
+                    parts += self._runs([*chunk, _Span(placement.before)])
+                    chunk = []
+                    parts.append(_Slots(number, placement.slots))
+                    parts += self._runs([_Span(placement.after)])
+            else:
+                chunk.append(span)
+        return parts + self._runs(chunk)
+
+    def _runs(self, spans: list[_Span]) -> list[_Run]:
+        """Consecutive text spans as texts to tokenize.
 
         The spans are tokenized as one string, as in the language model's own training. Special-token strings in the
         text of a turn are cut after their first character, so that the tokenizer never sees a complete one.
         """
-        out: list[tuple[int, int, int]] = []
-        run: list[tuple[str, int]] = []
+        runs: list[_Run] = []
+        run: _Run = []
         for span in spans:
             answer = -1 if span.answer is None else span.answer
             position = 0
             while span.is_words and (match := self._special.search(span.text, position)):
                 cut = match.start() + 1
-                out += self._encode([*run, (span.text[position:cut], answer)])
+                runs.append([*run, (span.text[position:cut], answer)])
                 run = [(_AFTER_CUT, _DROPPED)]
                 position = cut
             run.append((span.text[position:], answer))
-        return out + self._encode(run)
+        return [*runs, run]
 
-    def _encode(self, run: list[tuple[str, int]]) -> list[tuple[int, int, int]]:
+    def _encode(self, run: _Run) -> list[tuple[int, int, int]]:
+        """Token ids of a run, each with the assistant turn to which it belongs (or -1), and -1."""
         text = "".join(piece for piece, _ in run)
         if not text:
             return []
@@ -381,6 +473,10 @@ class Renderer:
             end = start + len(text[start:end].rstrip()) if text[start:end].strip() else end
             out.append((token, run[bisect_left(ends, max(end, 1))][1]))
         return [(token, answer, -1) for token, answer in out if answer != _DROPPED]
+
+
+class _Unusual(Exception):
+    """A conversation that must be rendered to know its length."""
 
 
 _AFTER_CUT, _DROPPED = "\n", -2

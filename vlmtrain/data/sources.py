@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import Subset
 
 from ..errors import first_line
@@ -14,7 +17,7 @@ from ..settings.data import DataSource, HFSource, LlavaJSONSource, ProbesSource,
 from . import probes, shapes
 from .images import EncodedImage
 from .llava import open_llava
-from .mixture import Mixture
+from .mixture import Concatenation, Mixture
 from .probes import Probes
 from .records import BadSample, Source, Stream
 from .rendering import check_conversation
@@ -32,7 +35,24 @@ def build_source(split: Split, image_size: tuple[int, int], seed: int) -> Mixtur
     sources = {name: _OPENERS[type(each)](each, image_size, seed) for name, each in split.sources.items()}
     if split.clean_list is not None:
         sources = _without_bad(sources, Path(split.clean_list), split.name)
-    return Mixture(sources, _counts(sources, split.sources), seed)
+    identities = {name: _identity(source, split.sources[name]) for name, source in sources.items()}
+    return Mixture(sources, _counts(sources, split.sources), seed, identities)
+
+
+def _identity(source: Source, settings: DataSource) -> object:
+    """What identifies the records of a source; None if they are not read from files."""
+    files = _identity_of_files(source)
+    return None if files is None else (replace(settings, weight=None, samples=None), files)
+
+
+def _identity_of_files(source: Source) -> object:
+    if isinstance(source, Subset):
+        inner = _identity_of_files(source.dataset)
+        return None if inner is None else (inner, hashlib.sha256(np.array(source.indices)).hexdigest())
+    if isinstance(source, Concatenation):
+        parts = tuple(map(_identity_of_files, source.parts))
+        return None if None in parts else parts
+    return getattr(source, "identity", None)
 
 
 def _open_llava(source: LlavaJSONSource, image_size: tuple[int, int], seed: int) -> Source:

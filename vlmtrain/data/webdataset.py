@@ -83,6 +83,10 @@ class _Shard:
     def __len__(self) -> int:
         return len(self.index["records"]) - 1
 
+    @property
+    def identity(self) -> tuple:
+        return str(self.path.resolve()), self.stamp
+
     def __getitem__(self, index: int) -> Conversation:
         members = self._members(index)
         where, id = f"{self.path.name} record {index}", _key(members[0].name)[0]

@@ -12,6 +12,8 @@ import resource
 import runpy
 import signal
 import sys
+import weakref
+from multiprocessing import Process
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -36,9 +38,30 @@ def die_with_launcher() -> None:
         die_with(os.getppid())
 
 
+def ignore_stop_signals() -> None:
+    """Leave signals to the trainer, which needs its helper processes until it has saved a checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_with(owner: object, process: Process) -> None:
+    """Kill a process that this one has started when `owner` is no longer used."""
+    weakref.finalize(owner, _kill, process, os.getpid()).atexit = False
+
+
+def _kill(process: Process, parent: int) -> None:
+    if os.getpid() == parent:  # `owner` may also be in forked processes
+        process.kill()
+
+
 def launched_rank() -> int:
     """Rank of this process as set by torchrun, available before a process group exists; 0 for a single process."""
     return int(os.environ.get("RANK", 0))
+
+
+def is_first_on_machine() -> bool:
+    """Whether this is the first of the processes that torchrun has started on this machine, or a single process."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def peak_resident_bytes() -> int:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from ..data.lengths import open_lengths
 from ..data.loader import Batching, PackedBatching, PaddedBatching
 from ..data.mixture import Mixture
 from ..data.processor import Processor
 from ..settings import Stage
 
 
-def build_batching(source: Mixture, processor: Processor, stage: Stage, world_size: int) -> Batching:
-    """Build the batching of a stage. Raises ValueError if the batch cannot be split over the ranks."""
-    if stage.layout == "packed":
+def build_batching(source: Mixture, processor: Processor, stage: Stage, world_size: int, workers: int) -> Batching:
+    """Build the batching of a stage. Raises ValueError if the batch cannot be split over the ranks.
+
+    workers: processes of each rank that load data.
+    """
+    is_packed = stage.layout == "packed"
+    # a process that loads all samples of a step itself needs no lengths in advance
+    alone = world_size == 1 and (workers < 2 or not is_packed)
+    lengths = None if alone else open_lengths(source, processor)
+    if is_packed:
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
-        return PackedBatching(source, processor, *sizes, stage.pack_by == "source")
-    return PaddedBatching(source, processor, stage.batch_size, *split_batch(stage, world_size))
+        return PackedBatching(source, processor, *sizes, stage.pack_by == "source", lengths)
+    return PaddedBatching(source, processor, stage.batch_size, *split_batch(stage, world_size), lengths)
 
 
 def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:

@@ -63,7 +63,7 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     processor = build_processor(run, stage, skeleton, OBJECTIVES[stage.objective], tokenizer)
     processor.makes_keys = True
     source = build_source(run.data.split(stage.data), image_size_of(skeleton), run.seed)
-    batching = build_batching(source, processor, stage, world_size=1)
+    batching = build_batching(source, processor, stage, 1, run.workers)
     steps = min(stage.max_steps or batching.steps_per_epoch, batching.steps_per_epoch)
     encoder = _encoder(run, stage, tokenizer)
     cache = FeatureCache.of(run.features, encoder, state_hash(module_state(encoder)))

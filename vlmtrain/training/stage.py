@@ -82,7 +82,7 @@ class _Stage:
         self.objective = objective or build_objective(stage.objective, settings.vision, tokenizer, self.parts)
         self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
         self.source = build_source(settings.data.split(stage.data), image_size_of(self.parts), settings.seed)
-        self.batching = build_batching(self.source, self.processor, stage, world.size)
+        self.batching = build_batching(self.source, self.processor, stage, world.size, settings.workers)
         planned = self.stage.max_steps or self.batching.steps_per_epoch * self.stage.epochs
         self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.stage.keep_last, world)
         self.record = self.checkpoints.newest()

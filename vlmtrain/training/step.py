@@ -53,8 +53,9 @@ class StepRunner:
         """
         ids = [sample for batch in data.micro_batches for sample in batch.ids]
         self.watch.doing(f"{self.stage} step {step + 1}: summing totals over ranks", ids)
-        weight, samples, tokens, image_tokens, target_tokens, padded, bad, stops, late, *drawn = self.world.sum(
+        plans, weight, samples, tokens, image_tokens, target_tokens, padded, bad, stops, late, *drawn = self.world.sum(
             [
+                data.plan,
                 self.objective.weight(data),
                 data.samples,
                 data.tokens,
@@ -67,6 +68,12 @@ class StepRunner:
                 *data.drawn,
             ]
         )
+        if plans != data.plan * self.world.size:
+            raise ValueError(
+                f"{self.stage} step {step + 1}: the ranks have planned different steps: their data files or images are "
+                "not the same, or an image has changed since an earlier run; delete $XDG_CACHE_HOME/vlmtrain/lengths "
+                "(~/.cache) on all machines and run the same command again"
+            )
         if bad:
             self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
         rates = self.engine.set_rates(step)
