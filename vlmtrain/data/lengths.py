@@ -1,6 +1,6 @@
 """Lengths of samples that are known without rendering them: tables on disk, shared by all processes and runs.
 
-    $XDG_CACHE_HOME/vlmtrain/lengths/<records and rendering>.i32    one row of integers per record of a source
+    $XDG_CACHE_HOME/vlmtrain/lengths/<records and rendering>.i32    one row of integers per record of a large source
 
 Any process that renders a record writes its row, and a background process fills the rows of the records that come next.
 All processes compute the same values, so they need no locks: a row of zeros is not known yet, and a row that is only
@@ -31,6 +31,8 @@ from .rendering import SampleLength
 
 SIZES = 8
 """Largest number of different image sizes of a sample in a table."""
+WORTHWHILE = 4096
+"""Minimum number of records of a source whose lengths are stored."""
 CHUNK = 256
 """Number of samples whose texts are tokenized together."""
 _MAX_SIDE = 2**15
@@ -99,7 +101,7 @@ class Lengths:
         self._starts = [0, *accumulate(table.records for table in tables)]
 
     @property
-    def are_shared(self) -> bool:
+    def are_stored(self) -> bool:
         """Whether some of the tables are files, which other processes and runs share."""
         return any(table.file is not None for table in self.tables)
 
@@ -150,7 +152,7 @@ def open_lengths(mixture: Mixture, processor: Processor) -> Lengths | None:
     tables, rendering = [], None
     for name, source in mixture.sources.items():
         identity, file = mixture.identities.get(name), None
-        if identity is not None:
+        if identity is not None and len(source) >= WORTHWHILE:
             rendering = rendering or processor.rendering_identity
             digest = hashlib.sha256(repr((_VERSION, identity, rendering)).encode()).hexdigest()
             file = cache_folder("lengths") / f"{digest[:40]}.i32"

@@ -32,7 +32,6 @@ from .step_planner import StepPlanner
 
 LAYOUTS = ("padded", "packed")
 MEASURED = 1024  # samples used to estimate the lengths in a stream
-FEW = 4096  # samples whose lengths are found fast enough without a background process
 
 
 class Read(NamedTuple):
@@ -376,7 +375,7 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
     )
     steps = iter(loader)
     lengths = batching.lengths
-    if lengths is not None and lengths.are_shared and len(ahead) > FEW and is_first_on_machine():
+    if lengths is not None and lengths.are_stored and is_first_on_machine():
         lengths.fill_in_background(stream.processor, ahead, steps)
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)  # registered after the handlers of the libraries, so that it runs before them

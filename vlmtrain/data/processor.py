@@ -235,7 +235,8 @@ class Processor:
         """Equal only for processors that render conversations to the same tokens."""
         tokenizer = self.tokenizer
         vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        words = {**tokenizer.special_tokens_map, "chat_template": tokenizer.chat_template}
+        # the texts of a template may change from day to day, if it contains the date
+        words = tokenizer.special_tokens_map, tokenizer.chat_template, self.renderer.sample_texts
         return repr((__version__, vocabulary, words, self.in_pairs, self._rendering))
 
     def save_pretrained(self, folder: str | Path) -> None:

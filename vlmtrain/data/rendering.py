@@ -162,6 +162,13 @@ class Renderer:
             self._looks_ahead = self._between(once)[:2] != self._between(once * 2)[:2]
 
     @property
+    def sample_texts(self) -> list[str]:
+        """The template's text around a question and its answer."""
+        return (
+            [] if self._chat is None else self.template_texts((Turn("user", "question"), Turn("assistant", "answer")))
+        )
+
+    @property
     def stop_ids(self) -> list[int]:
         """Token ids that end an answer."""
         if self.template == "plain":

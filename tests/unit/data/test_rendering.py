@@ -107,6 +107,29 @@ def test_targets_are_the_answers_and_their_ends(kind, template, texts):
 
 @every_chat
 @every_tokenizer
+def test_lengths_equal_those_of_rendered_conversations(kind, template):
+    """Where a length is known in advance, it is that of the rendered conversation; of usual ones it is known."""
+    subject = renderer(kind, template)
+    usual = [talk(*texts, system=system) for texts in (LONG, LATE_PICTURES) for system in system_turns(template)]
+    silent = Conversation("silent", (Turn("user", "What"), Turn("assistant", "red", weight=0.0)))
+    others = [talk(*LONG, "", ""), talk("What <|im_end|> </s> is", "a <|end|>"), silent]
+    found = subject.lengths(usual + others, [slots(*[PICTURE_TOKENS] * len(c.images)) for c in usual + others])
+    assert found[: len(usual)] == [len(render(subject, each)) for each in usual]
+    for each, length in zip(others, found[len(usual) :]):
+        assert length is None or length == len(render(subject, each))
+    assert found[-3] is found[-1] is None
+
+
+@every_tokenizer
+def test_lengths_of_captions_count_the_question_towards_the_limit(kind):
+    subject = Renderer(tokenizers()[kind], "plain", 40)
+    talks = [talk("<image>\nWhat", "a red circle"), talk("<image>" + "What " * 40, "red"), talk("<image>", "red")]
+    media = [slots(PICTURE_TOKENS)] * 3
+    assert subject.lengths(talks, media) == [len(render(subject, talks[0])), None, len(render(subject, talks[2]))]
+
+
+@every_chat
+@every_tokenizer
 def test_ids_equal_those_of_transformers(kind, template):
     subject = renderer(kind, template)
     for system in system_turns(template):
