@@ -10,6 +10,19 @@ from torch import Tensor
 from .visual import Visual
 
 
+class Targets(NamedTuple):
+    """The K positions of a batch that have a target, in order: a loss reads them without a search on the device.
+
+    positions ``(K,)``: ``row * T + column``; ids ``(K,)``: the tokens to predict; weights ``(K,)`` float32; sources
+    ``(K,)``: the number of the data source of each.
+    """
+
+    positions: Tensor
+    ids: Tensor
+    weights: Tensor
+    sources: Tensor
+
+
 class Batch(NamedTuple):
     """The model's input; B rows padded on the right to T positions.
 
@@ -17,12 +30,13 @@ class Batch(NamedTuple):
     logits and targets as they are, and do not shift them again (Hugging Face's ``labels`` are not shifted).
 
     input_ids ``(B, T)``; targets ``(B, T)``, -100 if there is none; weights ``(B, T)`` float32, the loss weight of each
-    target, 0 if there is none; lengths ``(B,)``. visual: the images and their positions in the text; None without an
-    encoder. positions: rotary positions ``(B, T)``, or ``(R, B, T)`` for a language model that reads R rows of them;
-    None for 0, 1, ... in each row.
+    target, 0 if there is none; lengths ``(B,)``; trained: the targets as a list. visual: the images and their positions
+    in the text; None without an encoder. positions: rotary positions ``(B, T)``, or ``(R, B, T)`` for a language model
+    that reads R rows of them; None for 0, 1, ... in each row.
 
     A packed batch has one row of several samples: positions ``(1, T)`` or ``(R, 1, T)``, starting at 0 in each sample;
-    boundaries ``(S + 1,)`` int32, the start of each of the S samples and the end of the row, None otherwise. prefix
+    boundaries ``(S + 1,)`` int32, the start of each of the S samples and the end of the row, None otherwise; segments
+    ``(S,)``: their lengths, which stay on the host. prefix
     ``(B,)`` (of a packed batch ``(S,)``), branch ``(B, T)`` and bidirectional ``(B, T)`` say which positions see each
     other beyond causal attention, see `vlmtrain.model.attention`. ids: of the samples.
     """
@@ -34,9 +48,11 @@ class Batch(NamedTuple):
     visual: Visual | None = None
     positions: Tensor | None = None
     boundaries: Tensor | None = None
+    segments: Tensor | None = None
     prefix: Tensor | None = None
     branch: Tensor | None = None
     bidirectional: Tensor | None = None
+    trained: Targets | None = None
     ids: tuple[str, ...] = ()
 
     @property
@@ -47,6 +63,10 @@ class Batch(NamedTuple):
         return (torch.arange(self.input_ids.shape[1], device=starts.device) - starts)[None]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Move all tensors to a device, and convert pixels to `dtype`."""
-        batch = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
-        return batch if batch.visual is None else batch._replace(visual=batch.visual.to(device, dtype))
+        """Move the tensors to a device, and convert pixels to `dtype`."""
+        moved = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+        return moved._replace(
+            trained=self.trained and Targets(*(t.to(device, non_blocking=True) for t in self.trained)),
+            visual=self.visual and self.visual.to(device, dtype),
+            segments=self.segments,
+        )

@@ -72,8 +72,9 @@ class PlannedStep(NamedTuple):
 class StepData(NamedTuple):
     """One rank's share of an optimizer step. Counts are this rank's.
 
-    weight: sum of the loss weights of the target tokens. padded_tokens: tokens including padding. drawn: number of
-    samples from each source. plan: a checksum of the whole step, which all ranks must agree on.
+    weight: sum of the loss weights of the target tokens. padded_tokens: tokens including padding. drawn,
+    source_weights: numbers of samples, and sums of loss weights, by source. plan: a checksum of the whole step, which
+    all ranks must agree on.
     """
 
     micro_batches: list[Batch]
@@ -84,6 +85,7 @@ class StepData(NamedTuple):
     target_tokens: int
     padded_tokens: int
     drawn: list[int]
+    source_weights: list[float]
     bad: list[BadRecord]
     cursor: dict
     plan: int
@@ -93,7 +95,7 @@ class Batching:
     """A layout: how the stream is split into steps, and each step into the micro-batches of the ranks.
 
     plans_in_turn: whether a step can only be planned after the steps before it. lengths: of the samples, as far as they
-    are known; None if this process renders all samples of a step in any case.
+    are known; None if this process renders all samples of a step in any case. loss_per: see `Rendered.weighed`.
     """
 
     plans_in_turn = False
@@ -101,8 +103,8 @@ class Batching:
     accumulation: int
     micro_rows: int
 
-    def __init__(self, mixture: Mixture, processor: Processor, lengths: Lengths | None = None):
-        self.mixture, self.processor, self.lengths = mixture, processor, lengths
+    def __init__(self, mixture: Mixture, processor: Processor, lengths: Lengths | None, loss_per: str):
+        self.mixture, self.processor, self.lengths, self.loss_per = mixture, processor, lengths, loss_per
         self._measured = 0  # position in the stream up to which lengths were looked for
 
     def look(self, position: int, bad: list[BadRecord]) -> Planned | None:
@@ -138,7 +140,8 @@ class Batching:
                 f"{conversation.id}: an image has changed since an earlier run read it ({planned.length.tokens} tokens "
                 f"then, {len(tokens)} now); run the same command again"
             )
-        return self.processor.load(conversation, tokens)
+        sample = self.processor.load(conversation, tokens.weighed(self.loss_per))
+        return sample._replace(source=self.mixture.source_number(planned.index))
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
@@ -168,8 +171,9 @@ class PaddedBatching(Batching):
         accumulation: int,
         micro_rows: int,
         lengths: Lengths | None = None,
+        loss_per: str = "token",
     ):
-        super().__init__(mixture, processor, lengths)
+        super().__init__(mixture, processor, lengths, loss_per)
         self.batch_size, self.epoch_size = batch_size, mixture.epoch_size
         self.accumulation, self.micro_rows = accumulation, micro_rows
         self.steps_per_epoch = math.ceil(self.epoch_size / batch_size)
@@ -220,8 +224,9 @@ class PackedBatching(Batching):
         world_size: int,
         by_source: bool = False,
         lengths: Lengths | None = None,
+        loss_per: str = "token",
     ):
-        super().__init__(mixture, processor, lengths)
+        super().__init__(mixture, processor, lengths, loss_per)
         self.by_source = by_source
         kinds = len(mixture.sources) if by_source else 1
         self.ahead = min(kinds * lookahead(mixture.epoch_size), mixture.epoch_size)
@@ -319,6 +324,7 @@ class StepStream(IterableDataset):
         bad = list(step.bad) if self.rank == 0 else []
         rows = sorted(step.rows, key=batching.order)
         batches, tokens, drawn = [], [], [0] * len(self.mixture.sources)
+        source_weights = [0.0] * len(drawn)
         for number in range(batching.accumulation):
             shared = rows[number * together : (number + 1) * together]
             by_rank = [shared[rank :: self.world_size] for rank in range(self.world_size)]
@@ -332,7 +338,8 @@ class StepStream(IterableDataset):
                         bad.append(BadRecord(planned.position, planned.index, str(error)))
                     else:
                         tokens.append(samples[-1].tokens)
-                        drawn[self.mixture.source_number(planned.index)] += 1
+                        drawn[samples[-1].source] += 1
+                        source_weights[samples[-1].source] += float(samples[-1].tokens.weights.sum())
                 loaded.append(samples)
             calls = max(map(_groups, by_rank))  # the ranks agree without communication: all know the plans of all
             batches.append(batching.collate([row for row in loaded if row], calls))
@@ -345,6 +352,7 @@ class StepStream(IterableDataset):
             target_tokens=sum(int((t.weights > 0).sum()) for t in tokens),
             padded_tokens=sum(batch.input_ids.numel() for batch in batches),
             drawn=drawn,
+            source_weights=source_weights,
             bad=bad,
             cursor=step.cursor,
             plan=zlib.crc32(repr([[(p.position, p.length.tokens) for p in row] for row in rows]).encode()),

@@ -50,6 +50,8 @@ class Mixture(Concatenation):
     often. A `Stream` keeps its own order; its records of epoch e have the indices from ``e * len(self)`` on.
 
     identities: of the sources, equal only for sources with equal records; None if they are not known.
+    loss_weights: what the mean loss of each source contributes to the loss, in total 1; None if the loss is the mean
+    over the targets of all sources.
 
     The order depends only on (seed, epoch, position).
     """
@@ -60,9 +62,10 @@ class Mixture(Concatenation):
         counts: Mapping[str, int] | None = None,
         seed: int = 0,
         identities: Mapping[str, object] | None = None,
+        loss_weights: Sequence[float] | None = None,
     ):
         super().__init__(list(sources.values()))
-        self.identities = dict(identities or {})
+        self.identities, self.loss_weights = dict(identities or {}), loss_weights
         self.sources = dict(sources)
         self.streams = {name: source for name, source in self.sources.items() if isinstance(source, Stream)}
         self.counts = {name: counts[name] if counts else len(source) for name, source in self.sources.items()}

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..batch import Batch
+from ..batch import Batch, Targets
 from ..connectors.checks import GridError
 from ..errors import first_line
 from ..files import read_object
@@ -41,20 +41,21 @@ class Sample(NamedTuple):
     """One rendered conversation and what its items show.
 
     pixels: for each encoder, one tensor ``(3, H, W)`` per item. texts: for a connector that reads text, the ids
-    ``(L,)`` for each item.
+    ``(L,)`` for each item. source: number of the data source.
     """
 
     id: str
     tokens: Rendered
     pixels: tuple[tuple[Tensor, ...], ...]
     texts: tuple[Tensor, ...] = ()
+    source: int = 0
 
     def cut(self, tokens: Rendered) -> Sample:
         """The sample with other tokens, which end earlier, and the items that they refer to."""
         media = tokens.media.first(int(tokens.index.max()) + 1 if len(tokens) else 0)
         count = len(media.items)
         pixels = tuple(pixels[:count] for pixels in self.pixels)
-        return Sample(self.id, replace(tokens, media=media), pixels, self.texts[:count])
+        return self._replace(tokens=replace(tokens, media=media), pixels=pixels, texts=self.texts[:count])
 
 
 class Processor:
@@ -191,11 +192,16 @@ class Processor:
             positions = (torch.arange(int(ends[-1])) - starts)[None]
         else:
             positions = torch.cat([t.positions for t in tokens], dim=1)[:, None]
-        return batch._replace(positions=positions, boundaries=F.pad(ends, (1, 0)).int())
+        return batch._replace(positions=positions, boundaries=F.pad(ends, (1, 0)).int(), segments=lengths)
 
     def _batch(self, samples: list[Sample], calls: int, index: Tensor, **tensors: Tensor | None) -> Batch:
         visual = None if self.geometry is None else self._visual(samples, calls, index)
-        return Batch(**tensors, visual=visual, ids=tuple(sample.id for sample in samples))
+        targets, weights = tensors["targets"].flatten(), tensors["weights"].flatten()
+        positions = (weights > 0).nonzero()[:, 0]
+        counts = torch.tensor([int((sample.tokens.weights > 0).sum()) for sample in samples], dtype=torch.long)
+        sources = torch.tensor([sample.source for sample in samples], dtype=torch.long).repeat_interleave(counts)
+        trained = Targets(positions, targets[positions], weights[positions], sources)
+        return Batch(**tensors, trained=trained, visual=visual, ids=tuple(sample.id for sample in samples))
 
     def _visual(self, samples: list[Sample], calls: int, index: Tensor) -> Visual:
         """What the samples show; `index` counts the placements of all of them."""

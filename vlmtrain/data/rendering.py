@@ -30,6 +30,7 @@ from .records import IMAGE_MARK, BadSample, Conversation, Turn
 from .templates import BLIP, chat_template
 
 IGNORE = -100
+LOSS_PER = ("token", "sample", "sqrt")
 PROBE_SECONDS = 20
 
 
@@ -78,6 +79,16 @@ class Rendered:
         targets, weights = torch.full((end,), IGNORE), torch.zeros(end)
         positions = None if self.positions is None else self.positions[:, :end]
         return Rendered(self.input_ids[:end], targets, weights, self.index[:end], answers, self.media, positions)
+
+    def weighed(self, per: str) -> Rendered:
+        """The sample with other loss weights.
+
+        per: ``token``, unchanged; ``sample``, divided by their sum, so that every sample counts the same; ``sqrt``,
+        divided by the root of their sum (square averaging of InternVL 2.5, 2024, section 3.3.3).
+        """
+        total = float(self.weights.sum())
+        divisors = {"token": 1.0, "sample": total, "sqrt": total**0.5}
+        return self if per == "token" else replace(self, weights=self.weights / divisors[per])
 
     @property
     def length(self) -> SampleLength:

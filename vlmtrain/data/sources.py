@@ -36,7 +36,7 @@ def build_source(split: Split, image_size: tuple[int, int], seed: int) -> Mixtur
     if split.clean_list is not None:
         sources = _without_bad(sources, Path(split.clean_list), split.name)
     identities = {name: _identity(source, split.sources[name]) for name, source in sources.items()}
-    return Mixture(sources, _counts(sources, split.sources), seed, identities)
+    return Mixture(sources, _counts(sources, split.sources), seed, identities, split.loss_weights)
 
 
 def _identity(source: Source, settings: DataSource) -> object:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import some
+from .varlen import has_kernel, varlen_attention
 
 NAME = "vlmtrain_segments"
 APART = {"full_attention", "sliding_attention", "attention"}  # types of layers that keep segments separate
@@ -71,6 +72,8 @@ def attention_arguments(
     prefix: Tensor | None = None,
     branch: Tensor | None = None,
     bidirectional: Tensor | None = None,
+    *,
+    segments: Tensor | None = None,
 ) -> dict:
     """Arguments that Hugging Face models pass on to attention; empty if nothing is given.
 
@@ -82,14 +85,16 @@ def attention_arguments(
             position sees only shared positions and those of its own branch.
         bidirectional: ``(B, T)``; positions with the same number >= 0 see each other in both directions, and those
             with -1 are causal. Padding on the right must have -1.
+        segments: ``(S,)``, lengths of the samples of a packed row, on the host; None to read them from `boundaries`.
 
     In a packed row, all of them apply within each sample.
     """
     arguments = {"prefix": prefix, "branch": branch, "bidirectional": bidirectional}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if boundaries is not None:
-        longest = int(boundaries.diff().max())
-        arguments |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        segments = boundaries.diff().cpu() if segments is None else segments
+        longest = int(segments.max())
+        arguments |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "segments": segments}
         arguments |= {"max_length_q": longest, "max_length_k": longest}
     return arguments
 
@@ -112,6 +117,7 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    segments: Tensor | None = None,
     prefix: Tensor | None = None,
     branch: Tensor | None = None,
     bidirectional: Tensor | None = None,
@@ -119,8 +125,8 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of a row, with the signature that Hugging Face models expect.
 
-    query ``(B, H, T, d)``; key, value ``(B, G, T, d)`` with G groups of heads; cu_seq_lens_q ``(S + 1,)`` for a
-    packed row (B = 1), None for rows of one sample. Returns ``(B, T, H, d)``.
+    query ``(B, H, T, d)``; key, value ``(B, G, T, d)`` with G groups of heads; cu_seq_lens_q ``(S + 1,)`` and segments
+    ``(S,)`` for a packed row (B = 1), None for rows of one sample. Returns ``(B, T, H, d)``.
 
     `prefix`, `branch` and `bidirectional` change which positions see each other, see `attention_arguments`. They
     describe all keys, so they need an empty cache. They are ignored for a single query, the next token of a
@@ -135,25 +141,23 @@ def segment_attention(
         attend = partial(_attend_by_rules, attend, sliding_window)
         if cu_seq_lens_q is None:
             return attend(query, key, value, attention_mask, **rules).transpose(1, 2), None
-        return _attend_each(attend, query, key, value, cu_seq_lens_q, **rules).transpose(1, 2), None
+        return _attend_each(attend, query, key, value, segments, **rules).transpose(1, 2), None
     if cu_seq_lens_q is None:
         return attend(query, key, value, attention_mask).transpose(1, 2), None
-    if query.is_cuda and softcap is None and (flash := _flash_varlen()) and query.dtype != torch.float32:
-        window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    if softcap is None and has_kernel(query, dropout):
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        bounds = (cu_seq_lens_q, cu_seq_lens_q, unused["max_length_q"], unused["max_length_q"])
-        options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True, "window_size": window}
-        return flash(*rows, *bounds, **options)[None], None
-    return _attend_each(attend, query, key, value, cu_seq_lens_q).transpose(1, 2), None
+        return varlen_attention(*rows, cu_seq_lens_q, unused["max_length_q"], scaling, window)[None], None
+    return _attend_each(attend, query, key, value, segments).transpose(1, 2), None
 
 
 # It would be recompiled for every number of segments. torch.compiler.disable would import the compiler here.
 @torch._disable_dynamo
 def _attend_each(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, **rules: Tensor | None
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, segments: Tensor, **rules: Tensor | None
 ) -> Tensor:
     """Attention within each segment, one segment at a time, with the rules of each; ``(B, H, T, d)``."""
-    sizes = boundaries.diff().tolist()
+    sizes = segments.tolist()
     pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
     own = [{} for _ in sizes]
     for name, rule in rules.items():
@@ -244,12 +248,3 @@ def _attend(
     scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout_p)
     return weights @ value
-
-
-def _flash_varlen():
-    """FlashAttention's variable-length kernel, or None if it is not installed."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func

@@ -15,6 +15,7 @@ from .deep_levels import at_prefill, receive_levels
 from .folder import read_manifest, write_manifest
 from .fusion import Concatenation, Fused, Fusion, VisualTokens
 from .llm import hidden_width
+from .logits import logits_at
 from .parts import PARTS, load_part, module_state, part_facts, save_part
 from .rotary import rows_of_positions
 from .vision import VisionEncoder
@@ -98,22 +99,26 @@ class VLMWrapper(nn.Module):
         return fused
 
     def forward(self, batch: Batch, features: Features | None = None, keep: Tensor | None = None) -> Tensor:
-        """Logits of the next token, ``(B, T, V)``; with `keep` ``(B, T)`` bool, only of those positions, ``(K, V)``.
+        """Logits of the next token, ``(B, T, V)``; with `keep`, only of some positions, ``(K, V)``.
 
         Rows are padded on the right: under causal attention no real position sees padding, so no mask is needed. A
-        packed row requires a language model prepared by `attend_in_segments`. features: see `embed`.
+        packed row requires a language model prepared by `attend_in_segments`. features: see `embed`. keep: positions
+        ``(K,)`` as in `Targets`, or ``(B, T)`` bool.
         """
         if not isinstance(batch, Batch):
             raise TypeError(f"expected a Batch of vlmtrain.data.Processor, got {type(batch).__name__}")
         fused = self.embed(batch.input_ids, batch.visual, features)
-        options = attention_arguments(batch.boundaries, batch.prefix, batch.branch, batch.bidirectional)
+        rules = batch.prefix, batch.branch, batch.bidirectional
+        options = attention_arguments(batch.boundaries, *rules, segments=batch.segments)
         check_attention(self.llm, options)
         if batch.boundaries is not None:
             options["position_ids"] = batch.positions if batch.positions.ndim == 2 else batch.text_positions
         if fused.added:
             options |= {"levels": fused.added, "visual_mask": fused.visual_mask}
-        kept = 0 if keep is None else keep
-        with rows_of_positions(self.llm, batch.positions, batch.lengths):
+        with (
+            rows_of_positions(self.llm, batch.positions, batch.lengths),
+            logits_at(self.llm, keep, batch.input_ids.shape) as kept,
+        ):
             return self.llm(inputs_embeds=fused.embeddings, use_cache=False, logits_to_keep=kept, **options).logits
 
     @torch.no_grad()

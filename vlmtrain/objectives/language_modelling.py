@@ -16,6 +16,7 @@ class LanguageModelling(Objective):
 
     needs = ("llm",)
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
-        keep = batch.weights > 0
-        return (token_losses(model(batch, features, keep), batch.targets[keep]) * batch.weights[keep]).sum()
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, Tensor]:
+        trained = batch.trained
+        losses = token_losses(model(batch, features, trained.positions), trained.ids) * trained.weights
+        return losses.sum(), losses.detach()

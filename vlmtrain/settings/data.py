@@ -46,6 +46,7 @@ class DataSource:
     format: str = key(TEXT)
     weight: float | None = key(optional(POSITIVE), None)  # share of the samples of an epoch
     samples: int | None = key(optional(_COUNT), None)  # samples per epoch; null: each record once
+    loss_weight: float | None = key(optional(POSITIVE), None)  # share of the source's mean loss in the loss
     streaming: ClassVar[bool] = False
 
 
@@ -95,7 +96,7 @@ class ProbesSource(ShapesSource):
     categories: tuple[str, ...] = key(_SOME, CATEGORIES)
 
 
-OWN_KEYS = ("format", "weight", "samples", "path", "size", "streaming", "shuffle_buffer")
+OWN_KEYS = ("format", "weight", "samples", "loss_weight", "path", "size", "streaming", "shuffle_buffer")
 """Keys that only a source has, not the group."""
 FORMATS: dict[str, type[DataSource]] = {
     "llava_json": LlavaJSONSource,
@@ -119,6 +120,13 @@ class Split:
     clean_list: str | None  # file written by vlmtrain check --clean-list; its bad records are excluded
 
     @property
+    def loss_weights(self) -> tuple[float, ...] | None:
+        """The loss weights of the sources, in total 1; None if they have none."""
+        given = [source.loss_weight for source in self.sources.values()]
+        total = sum(weight or 0.0 for weight in given)
+        return tuple((weight or 0.0) / total for weight in given) if total else None
+
+    @property
     def repairs(self) -> bool:
         """Whether the turns of some source are repaired."""
         return any(isinstance(source, RecordSource) and source.repair for source in self.sources.values())
@@ -129,6 +137,10 @@ class Split:
             if any(weighted) and (source.weight is None or source.samples is not None):
                 key = f"data.{self.name}.{name}"
                 raise ValueError(f"{key}: give all sources of this split a weight and no samples, or none a weight")
+            if self.loss_weights is not None and source.loss_weight is None:
+                raise ValueError(f"data.{self.name}.{name}: give all sources of this split a loss_weight, or none")
+        if self.loss_weights is not None and len(self.sources) == 1:
+            raise ValueError(f"data.{self.name}: a loss_weight needs several sources, got one")
 
     def refuse_streams(self, reason: str) -> None:
         """Raise ValueError with the reason if a source is streamed, for uses that need all records in any order."""

@@ -26,7 +26,7 @@ _ADDED = {
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},
     **{"optimizer.name": "adamw", "ema": None, "train.fusion": None, "image_pixels": None},
-    **{"image_tile_style": "llava_next"},
+    **{"image_tile_style": "llava_next", "loss_per": "token"},
 }
 
 

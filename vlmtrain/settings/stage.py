@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..data.images import FITS, MAX_PIXELS
 from ..data.loader import LAYOUTS
+from ..data.rendering import LOSS_PER
 from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
 from .fields import (
     IMAGE_SIZE,
@@ -153,6 +154,7 @@ class Stage:
     max_steps: int | None = key(optional(whole(1)))  # optimizer steps; null: as many as the epochs have
     batch_size: int = key(whole(1, 10**6))  # samples per optimizer step, over all ranks
     micro_batch_size: int | None = key(optional(whole(1)))  # samples that a rank processes at once; null: all
+    loss_per: str = key(one_of(*LOSS_PER))  # what counts the same in the loss: token, sample, or sqrt in between
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))
     ema: float | None = key(optional(_DECAY))  # decay of the average of the weights; null: no average

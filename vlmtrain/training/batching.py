@@ -20,8 +20,9 @@ def build_batching(source: Mixture, processor: Processor, stage: Stage, world_si
     lengths = None if alone else open_lengths(source, processor)
     if is_packed:
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
-        return PackedBatching(source, processor, *sizes, stage.pack_by == "source", lengths)
-    return PaddedBatching(source, processor, stage.batch_size, *split_batch(stage, world_size), lengths)
+        return PackedBatching(source, processor, *sizes, stage.pack_by == "source", lengths, stage.loss_per)
+    sizes = (stage.batch_size, *split_batch(stage, world_size))
+    return PaddedBatching(source, processor, *sizes, lengths, stage.loss_per)
 
 
 def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:

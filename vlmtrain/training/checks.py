@@ -51,10 +51,10 @@ def check_run(run: Run, world_size: int) -> None:
             )
         if stage.optimizer.name == "adamw_8bit" and not find_spec("bitsandbytes"):
             raise ValueError(f"{stage.prefix}.optimizer.name=adamw_8bit needs bitsandbytes: pip install -e '.[qlora]'")
-        _check_layout(stage, world_size)
+        _check_layout(stage, run.data.splits.get(stage.data), world_size)
 
 
-def _check_layout(stage: Stage, world_size: int) -> None:
+def _check_layout(stage: Stage, split: Split | None, world_size: int) -> None:
     accumulation = 1 if stage.layout == "packed" else split_batch(stage, world_size)[0]
     if not OBJECTIVES[stage.objective].compares_samples:
         return
@@ -67,6 +67,10 @@ def _check_layout(stage: Stage, world_size: int) -> None:
         )
     if stage.batch_size < 2:
         raise ValueError(f"{comparing}, but {stage.prefix}.batch_size={stage.batch_size}")
+    if stage.loss_per != "token":
+        raise ValueError(f"{comparing}: {stage.prefix}.loss_per={stage.loss_per} has no meaning; use token")
+    if split is not None and split.loss_weights is not None:
+        raise ValueError(f"{comparing}: the sources of data.{stage.data} cannot have a loss_weight")
     if stage.image_fit in ("tiles", "native"):
         key = f"{stage.prefix}.image_fit={stage.image_fit}"
         raise ValueError(f"{comparing}, one image of one size per text: {key} cannot work; use squash")

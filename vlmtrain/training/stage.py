@@ -178,7 +178,8 @@ class _Stage:
         progress = Progress(self.name, total, first) if self.world.is_main else None
         self.bad_steps = BadSteps(self.name, self.settings.bad_steps, bad_steps, record.get("bad_steps"))
         skips_bad, shared = self.settings.on_bad_sample == "skip", (self.world, self.watch, self.skips, self.bad_steps)
-        runner = StepRunner(self.name, self.settings.seed, skips_bad, engine, self.objective, *shared)
+        of_sources = list(self.source.sources), self.source.loss_weights
+        runner = StepRunner(self.name, self.settings.seed, skips_bad, engine, self.objective, *shared, *of_sources)
         steps = self._steps(first, record.get("cursor"))
         if not validation.on_schedule(engine, total, scores, trackers):
             raise Stopped(f"{self.name}: stopped during validation; run the same command to resume")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +34,11 @@ class StepDone(NamedTuple):
 
 @dataclass
 class StepRunner:
-    """Runs the optimizer steps of a stage. Every rank runs the same steps."""
+    """Runs the optimizer steps of a stage. Every rank runs the same steps.
+
+    sources: names of the data sources. loss_weights: what the mean loss of each source contributes to the loss, in
+    total 1; None if the loss is the mean over the targets of all sources.
+    """
 
     stage: str
     seed: int
@@ -44,6 +49,8 @@ class StepRunner:
     watch: Watch
     skips: Skips
     bad_steps: BadSteps
+    sources: Sequence[str]
+    loss_weights: Sequence[float] | None
 
     def run(self, step: int, data: StepData, started: float, waited: float, stopping: bool, is_late: bool) -> StepDone:
         """Train on a step's data.
@@ -53,21 +60,25 @@ class StepRunner:
         """
         ids = [sample for batch in data.micro_batches for sample in batch.ids]
         self.watch.doing(f"{self.stage} step {step + 1}: summing totals over ranks", ids)
-        plans, weight, samples, tokens, image_tokens, target_tokens, padded, bad, stops, late, *drawn = self.world.sum(
-            [
-                data.plan,
-                self.objective.weight(data),
-                data.samples,
-                data.tokens,
-                data.image_tokens,
-                data.target_tokens,
-                data.padded_tokens,
-                len(data.bad),
-                float(stopping),
-                float(is_late),
-                *data.drawn,
-            ]
+        plans, weight, samples, tokens, image_tokens, target_tokens, padded, bad, stops, late, *by_source = (
+            self.world.sum(
+                [
+                    data.plan,
+                    self.objective.weight(data),
+                    data.samples,
+                    data.tokens,
+                    data.image_tokens,
+                    data.target_tokens,
+                    data.padded_tokens,
+                    len(data.bad),
+                    float(stopping),
+                    float(is_late),
+                    *data.drawn,
+                    *data.source_weights,
+                ]
+            )
         )
+        drawn, weights = by_source[: len(data.drawn)], by_source[len(data.drawn) :]
         if plans != data.plan * self.world.size:
             raise ValueError(
                 f"{self.stage} step {step + 1}: the ranks have planned different steps: their data files or images are "
@@ -77,8 +88,12 @@ class StepRunner:
         if bad:
             self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
         rates = self.engine.set_rates(step)
-        loss, norm = self._update(step, data, max(weight, 1e-9))
+        shares = self.loss_weights and [
+            share / total if total else 0.0 for share, total in zip(self.loss_weights, weights)
+        ]
+        loss, by_source, norm = self._update(step, data, 1.0 if shares else max(weight, 1e-9), shares)
         seconds = time.perf_counter() - started
+        denominators = self.loss_weights or weights
         on_gpu = self.world.device.type == "cuda"
         values = {
             "step": step + 1,
@@ -95,22 +110,40 @@ class StepRunner:
             "samples_per_second": int(samples) / seconds,
             "tokens_per_second": int(tokens) / seconds,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
+            "phase_seconds": {"data": waited, **self.engine.timer.seconds()},
         }
+        if by_source:
+            values["loss_by_source"] = {
+                name: total / denominator
+                for name, total, denominator, count in zip(self.sources, by_source, denominators, weights)
+                if count
+            }
         return StepDone(values, stops > 0, late > 0, [int(number) for number in drawn])
 
-    def _update(self, step: int, data: StepData, weight: float) -> tuple[float, float]:
-        """Run the micro-batches of a step and update the weights. Returns the loss and the gradient norm.
+    def _update(
+        self, step: int, data: StepData, weight: float, shares: list[float] | None
+    ) -> tuple[float, list[float], float]:
+        """Run the micro-batches of a step and update the weights.
 
-        Bad steps make no update: every engine skips a step whose gradient is not finite on some rank.
+        shares: factors on the weights of the targets, by source; None for 1. Returns the loss, the summed losses by
+        source, if there are several, and the gradient norm. Bad steps make no update: every engine skips a step whose
+        gradient is not finite on some rank.
         """
         losses: list[Tensor] = []
+        by_source = torch.zeros(len(self.sources), dtype=torch.double, device=self.world.device)
         for i, batch in enumerate(data.micro_batches):
             # Randomness (dropout) depends on the position in the run, so resuming needs no generator state.
             seed_for(self.seed, self.stage, step, i, self.world.rank)
             where = f"{self.stage} step {step + 1}, micro-batch {i + 1} of {len(data.micro_batches)}"
             self.watch.doing(f"{where}: forward", batch.ids)
-            loss = self.engine.loss(batch.to(self.world.device, self.engine.dtype))
+            moved = batch.to(self.world.device, self.engine.dtype)
+            if shares is not None:
+                factors = moved.trained.weights.new_tensor(shares)[moved.trained.sources]
+                moved = moved._replace(trained=moved.trained._replace(weights=moved.trained.weights * factors))
+            loss, of_targets = self.engine.loss(moved)
             losses.append(loss.detach().float())
+            if of_targets is not None:
+                by_source.index_add_(0, moved.trained.sources, of_targets.double())
             loss = loss * (1 + 0 * loss.detach())  # a non-finite loss becomes NaN, and so do all gradients
             if self.bad_steps.skip_spikes and i + 1 == len(data.micro_batches):  # waits for the device
                 fault = self.bad_steps.judge(self._mean_loss(losses, weight))
@@ -118,13 +151,14 @@ class StepRunner:
             self.watch.doing(f"{where}: backward{' and update' * (i + 1 == len(data.micro_batches))}", batch.ids)
             self.engine.backward(loss, weight)
         mean, norm = self._mean_loss(losses, weight), self.engine.grad_norm()
+        found = self.world.sum(by_source.tolist()) if len(self.sources) > 1 and of_targets is not None else []
         fault = self.bad_steps.judge(mean)
         if not fault and not math.isfinite(norm):
             fault = Fault("the gradient is not finite", True)
         if not (fault and fault.skipped):
             self.engine.average()
         self.bad_steps.count(step + 1, mean, fault, self._suspects(data, losses) if fault else ())
-        return mean, norm
+        return mean, found, norm
 
     def _mean_loss(self, losses: list[Tensor], weight: float) -> float:
         """Loss of a step over all ranks, from the summed losses of this rank's micro-batches."""

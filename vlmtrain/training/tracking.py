@@ -156,10 +156,12 @@ class Trackers:
 
     def log(self, stage: str, record: Mapping[str, Any]) -> None:
         """Log a record. Its ``step`` counts within the stage."""
-        rates = {f"{stage}/learning_rate/{part}": lr for part, lr in record.get("learning_rate", {}).items()}
         values = {f"{stage}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+        for key, named in record.items():
+            if isinstance(named, Mapping):
+                values |= {f"{stage}/{key}/{name}": value for name, value in named.items()}
         for tracker in self.trackers:
-            tracker.log(self.steps_before + record["step"], {**values, **rates})
+            tracker.log(self.steps_before + record["step"], values)
 
     def finish_stage(self, stage: str, folder: Path, with_model: bool) -> None:
         """Log the answers of a finished stage, and, if `with_model`, its model folder."""

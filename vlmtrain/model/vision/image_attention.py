@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import _flash_varlen
+from ..varlen import has_kernel, varlen_attention
 
 NAME = "vlmtrain_images"
 
@@ -74,9 +74,8 @@ def attend_in_images(
     """
     segments = attention_mask if segments is None else segments
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and (flash := _flash_varlen()):
-        bounds = (segments.boundaries, segments.boundaries, segments.longest, segments.longest)
-        return flash(*rows, *bounds, dropout_p=dropout, softmax_scale=scaling, causal=False)[None], None
+    if has_kernel(query, dropout):
+        return varlen_attention(*rows, segments.boundaries, segments.longest, scaling)[None], None
     if segments.order is not None:
         rows = [tensor.index_select(0, segments.order) for tensor in rows]
     pieces = zip(*(tensor.split([count * length for count, length in segments.groups]) for tensor in rows))

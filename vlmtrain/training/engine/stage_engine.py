@@ -17,6 +17,7 @@ from ...objectives import Objective
 from ...settings import Engine, Stage
 from ..feature_cache import FeatureCache
 from ..optimizer import Schedule, parameter_groups
+from ..phases import PhaseTimer
 from ..trainable import Group, is_frozen
 from .optimizers import AVERAGE, build_optimizer
 from .state import TrainingState
@@ -26,14 +27,14 @@ NO_CLIPPING = 1e9
 
 
 class StageModule(nn.Module):
-    """The module that the engine runs: computes the summed loss of a batch from a model and an objective."""
+    """The module that the engine runs: computes the losses of a batch from a model and an objective."""
 
     def __init__(self, model: VLMWrapper, objective: Objective):
         super().__init__()
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch, features: Features | None) -> Tensor:
+    def forward(self, batch: Batch, features: Features | None) -> tuple[Tensor, Tensor | None]:
         return self.objective(self.model, batch, features)
 
 
@@ -59,8 +60,12 @@ class StageEngine:
         vision = parts.get("vision")
         self._groups = groups
         self.feature_cache: FeatureCache | None = None
+        self.timer = PhaseTimer(device)
         self._frozen_vision = vision.to(device) if vision is not None and is_frozen("vision", groups) else None
         inside = None if self._frozen_vision is not None else vision
+        if inside is not None:
+            inside.register_forward_pre_hook(lambda *_: self.timer.start("vision"))
+            inside.register_forward_hook(lambda *_: self.timer.stop())
         others = (parts.get(part) for part in ("connector", "llm", "fusion"))
         module = StageModule(VLMWrapper(inside, *others), objective)
         # DeepSpeed without ZeRO cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
@@ -101,16 +106,17 @@ class StageEngine:
             rates[group["label"]] = max(group["lr"], rates.get(group["label"], 0.0))
         return rates
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Compute the summed loss of a micro-batch on this rank."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Compute the losses of a micro-batch on this rank, see `Objective.forward`."""
         features = None
         if self._frozen_vision is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.timer.phase("vision"):
                 visual = batch.visual
                 cached = self.feature_cache is not None and visual.keys is not None
                 encode = self.feature_cache if cached else self._frozen_vision.encode
                 features = encode(visual.pixels[0], *(visual.keys if cached else ()))
-        return self._engine(batch, features)
+        with self.timer.phase("forward"):
+            return self._engine(batch, features)
 
     def backward(self, loss: Tensor, total_weight: float) -> None:
         """Accumulate a micro-batch's gradients of (global summed loss / total_weight); update after the last one.
@@ -118,7 +124,13 @@ class StageEngine:
         If the gradient of a step is not finite on some rank, no rank makes an update.
         """
         # the engine averages over ranks where a sum is required
-        self._engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
+        with self.timer.phase("backward"):
+            self._engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
+        with self.timer.phase("optimizer"):
+            self._step()
+
+    def _step(self) -> None:
+        """Update the weights after the last micro-batch of a step."""
         if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
             for parameter in self._moments:
                 if parameter.grad is None:  # as in the sum over ranks, so that momentum still applies
