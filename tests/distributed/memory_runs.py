@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from vlmtrain.distributed.world import leave_world
 from vlmtrain.objectives import OBJECTIVES
-from vlmtrain.planning.memory import States
-from vlmtrain.planning.plan import _answer_tokens, _kept, _measure, _Vocabulary, quantized_sizes
+from vlmtrain.planning.plan import _Vocabulary, answer_tokens
 from vlmtrain.settings import Run, Stage, compose
 from vlmtrain.training import stage as stages
 from vlmtrain.training.assembly import DTYPES, build_skeleton
+from vlmtrain.training.cost.memory import States
+from vlmtrain.training.cost.stage import kept_bytes, measure, quantized_sizes
 from vlmtrain.training.engine.joining import join_world
 from vlmtrain.training.processing import build_geometry
 from vlmtrain.training.run import train_run
@@ -96,8 +97,8 @@ def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
     groups = trained_groups(stage, parts)
     freeze(parts, groups, checkpointing=False)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
-    costs = _measure(parts, groups, stage, geometry, tokens, _answer_tokens(stage.expected, tokens))
-    return _kept(costs, stage.gradient_checkpointing, stage.expected.images)
+    costs = measure(parts, groups, stage, geometry, tokens, answer_tokens(stage.expected, tokens))
+    return kept_bytes(costs, stage.gradient_checkpointing, stage.expected.images)
 
 
 def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> None:

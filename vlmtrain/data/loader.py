@@ -69,12 +69,27 @@ class PlannedStep(NamedTuple):
     cursor: dict
 
 
+class Work(NamedTuple):
+    """What the FLOPs of a step depend on beside its tokens: sums over samples, views and encoded views.
+
+    All views are encoded, except those whose features are cached.
+    """
+
+    squared_tokens: int = 0
+    views: int = 0
+    patches: int = 0
+    squared_patches: int = 0
+    encoded: int = 0
+    encoded_patches: int = 0
+    encoded_squared_patches: int = 0
+
+
 class StepData(NamedTuple):
     """One rank's share of an optimizer step. Counts are this rank's.
 
     weight: sum of the loss weights of the target tokens. padded_tokens: tokens including padding. drawn,
-    source_weights: numbers of samples, and sums of loss weights, by source. plan: a checksum of the whole step, which
-    all ranks must agree on.
+    source_weights: numbers of samples, and sums of loss weights, by source. work: for FLOPs. plan: a checksum of
+    the whole step, which all ranks must agree on.
     """
 
     micro_batches: list[Batch]
@@ -89,6 +104,7 @@ class StepData(NamedTuple):
     bad: list[BadRecord]
     cursor: dict
     plan: int
+    work: Work
 
 
 class Batching:
@@ -355,8 +371,16 @@ class StepStream(IterableDataset):
             source_weights=source_weights,
             bad=bad,
             cursor=step.cursor,
+            work=_work(tokens),
             plan=zlib.crc32(repr([[(p.position, p.length.tokens) for p in row] for row in rows]).encode()),
         )
+
+
+def _work(samples: list[Rendered]) -> Work:
+    patches = [math.prod(item.grids[0]) for tokens in samples for item in tokens.media.items]
+    views = len(patches), sum(patches), sum(n * n for n in patches)
+    lengths = [len(tokens) for tokens in samples]
+    return Work(sum(n * n for n in lengths), *views, *views)
 
 
 def _groups(rows: list[list[Planned]]) -> int:

@@ -226,13 +226,14 @@ class Processor:
         )
 
     @property
-    def _rendering(self) -> dict:
-        """The settings that decide how a conversation is rendered."""
+    def _settings(self) -> dict:
+        """What a model folder stores of a processor, beside its tokenizers."""
         return {
             "template": self.renderer.template,
             "fallback": self.fallback,
             "max_length": self.max_length,
             "geometry": asdict(self.geometry) if self.geometry else None,
+            "reader": self.reader and {"reads": self.reader.reads, "max_length": self.reader.max_length},
             "positions": self.positions,
         }
 
@@ -243,18 +244,15 @@ class Processor:
         vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         # the texts of a template may change from day to day, if it contains the date
         words = tokenizer.special_tokens_map, tokenizer.chat_template, self.renderer.sample_texts
-        return repr((__version__, vocabulary, words, self.in_pairs, self._rendering))
+        return repr((__version__, vocabulary, words, self.in_pairs, self._settings))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save tokenizer and settings in ``folder/processor``."""
         folder = Path(folder) / "processor"
         self.tokenizer.save_pretrained(folder)
-        settings = {**self._rendering, "reader": None}
-        if self.reader:
-            settings["reader"] = {"reads": self.reader.reads, "max_length": self.reader.max_length}
-            if self.reader.tokenizer is not self.tokenizer:
-                self.reader.tokenizer.save_pretrained(folder / OWN_TOKENIZER)
-        (folder / "processor.json").write_text(json.dumps(settings, indent=2) + "\n")
+        if self.reader and self.reader.tokenizer is not self.tokenizer:
+            self.reader.tokenizer.save_pretrained(folder / OWN_TOKENIZER)
+        (folder / "processor.json").write_text(json.dumps(self._settings, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Processor:

@@ -7,27 +7,22 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..connectors import VisionFeatures
 from ..data.geometry import Geometry
 from ..data.sources import build_source
-from ..model.blocks import block_list
-from ..model.llm import hidden_width
 from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
-from ..objectives.token_losses import token_losses
-from ..settings import STAGE_PARTS, Expected, Run, Stage
+from ..settings import Expected, Run, Stage
 from ..settings.fields import POSITIVE, whole
 from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
+from ..training.cost.measuring import PartCost
+from ..training.cost.memory import ZERO_STAGES, States
+from ..training.cost.stage import kept_bytes, measure, quantized_sizes
 from ..training.optimizer import moment_bytes, parameter_groups
 from ..training.processing import build_geometry, check_lengths, image_frame, image_size_of
-from ..training.quantized import quantized_layers
 from ..training.trainable import Group, check_starts, freeze, is_frozen, part_size, trained_groups
-from .measuring import Meter, PartCost, use_counted_attention
-from .memory import ZERO_STAGES, States
 
 # The CUDA context, NCCL's buffers and fragmentation in the allocator.
 RESERVED_BYTES = 3 * 2**30
@@ -108,13 +103,13 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     needed = computed = 0.0
     for share, training in _phases(groups, steps):
         freeze(parts, training, checkpointing=False)
-        mean = _measure(parts, training, stage, geometry, tokens, _answer_tokens(expected, tokens))
-        flops = sum(cost.flops + cost.backward_flops for cost in mean.values())
+        mean = measure(parts, training, stage, geometry, tokens, answer_tokens(expected, tokens))
+        flops = sum(cost.all_flops for cost in mean.values())
         needed += share * flops
         recomputes = stage.gradient_checkpointing and "llm" in mean
         computed += share * (flops + (mean["llm"].recomputed_flops if recomputes else 0.0))
     freeze(parts, groups, checkpointing=False)
-    longest = _measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
+    longest = measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
     trained_on = steps and steps * stage.batch_size
     most = max(1, stage.batch_size // machine.gpus)
     plan = StagePlan(
@@ -169,7 +164,7 @@ def _tokens(expected: Expected, geometry: Geometry | None) -> int:
     return max(2, round(visual + expected.text_tokens))
 
 
-def _answer_tokens(expected: Expected, tokens: int) -> int:
+def answer_tokens(expected: Expected, tokens: int) -> int:
     return min(tokens, max(1, round(expected.text_tokens * expected.answer_share)))
 
 
@@ -190,78 +185,6 @@ def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Gr
     ]
 
 
-def _measure(
-    parts: Mapping[str, nn.Module],
-    groups: list[Group],
-    stage: Stage,
-    geometry: Geometry | None,
-    tokens: int,
-    targets: int,
-) -> dict[str, PartCost]:
-    """Run one sample, whose images have the largest size, through the parts on the meta device."""
-    meter = Meter()
-    trains = {part: not is_frozen(part, groups) for part in STAGE_PARTS}
-    items = 1 if geometry is None else geometry.most_items
-    features = visual = None
-    if "vision" in parts:
-        vision = parts["vision"]
-        use_counted_attention(vision)
-        dtype = next(vision.parameters()).dtype
-        grid = vision.grid_of(geometry.largest)
-        images = torch.empty(items, 3, *geometry.largest, device="meta", dtype=dtype)
-        with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled(trains["vision"]):
-            features = vision(images)
-            meter.backward("vision", (features.patches, features.prefix, *features.levels))
-        prefix = 0 if features.prefix is None else features.prefix.shape[1]
-        meter.costs["vision"].tokens = math.prod(grid) + prefix
-        features = _cut_off(features, trains["vision"])
-    if "connector" in parts:
-        connector = parts["connector"]
-        use_counted_attention(connector)
-        text = {}
-        if connector.reads_text:
-            ids = torch.zeros(items, stage.connector_text.max_length, device="meta", dtype=torch.long)
-            text = {"text_ids": ids, "text_mask": None}
-        with meter.part("connector", connector, None):
-            if "llm" in parts:
-                visual = connector(features, **text)
-                made = (visual[0], *visual[1]) if isinstance(visual, tuple) else (visual,)
-            else:
-                made = parts["objective"].rehearse(connector, features, text["text_ids"])
-            meter.backward("connector", made)
-        meter.costs["connector"].tokens = connector.num_tokens(*grid)
-    if "llm" in parts:
-        llm = parts["llm"]
-        use_counted_attention(llm)
-        dtype = next(llm.parameters()).dtype
-        gradient = (trains["vision"] or trains["connector"]) and visual is not None
-        row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
-        kept = torch.arange(targets, device="meta")
-        with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(gradient or trains["llm"]):
-            logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
-            meter.backward("llm", (token_losses(logits.flatten(0, 1), kept),))
-    if hasattr(parts.get("objective"), "text"):
-        text = parts["objective"].text
-        words = torch.zeros(1, parts["objective"].context_length, device="meta", dtype=torch.long)
-        with meter.part("objective", text, None):
-            meter.backward("objective", (text(words),))
-    for part in ("vision", "connector"):
-        if part in meter.costs:
-            cost = meter.costs[part]
-            cost.flops *= stage.expected.images
-            cost.backward_flops *= stage.expected.images
-    return meter.costs
-
-
-def _cut_off(features: VisionFeatures, trains: bool) -> VisionFeatures:
-    """Features detached from the encoder, which require gradients if it trains."""
-
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().requires_grad_(trains)
-
-    return VisionFeatures(cut(features.patches), cut(features.prefix), tuple(map(cut, features.levels)))
-
-
 def _plan_memory(
     plan: StagePlan,
     run: Run,
@@ -279,7 +202,7 @@ def _plan_memory(
     most = max(1, plan.batch_size // machine.gpus)
     # a packed row holds several samples; objectives that compare samples need all samples of a rank at once
     in_a_row = max(1.0, stage.max_length / plan.tokens_per_sample) if stage.layout == "packed" else 1.0
-    row = _kept(costs, stage.gradient_checkpointing, in_a_row * stage.expected.images)
+    row = kept_bytes(costs, stage.gradient_checkpointing, in_a_row * stage.expected.images)
     least = most if OBJECTIVES[stage.objective].compares_samples else 1
     if stage.layout == "padded" and plan.batch_size % machine.gpus:
         plan.obstacle = f"nothing: batch_size={plan.batch_size} is not a multiple of {machine.gpus} GPUs"
@@ -295,26 +218,6 @@ def _plan_memory(
         if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
             plan.suggested_zero_stage = zero_stage
             plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])
-
-
-def quantized_sizes(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
-    """Number of weights stored in 4 bits, their bytes, and the number of weights in the largest such layer."""
-    layers = [layer for module in parts.values() for layer in quantized_layers(module).values()]
-    sizes = [math.prod(layer.shape) for layer in layers]
-    return sum(sizes), sum(bits.numel() for layer in layers for bits in layer.packed), max(sizes, default=0)
-
-
-def _kept(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -> int:
-    """Bytes of activations and live gradients in the backward pass of a row with `pictures` images.
-
-    Encoder and connector keep `pictures` times what they keep for one image; without images they run on a placeholder.
-    """
-    times = {part: max(1.0, pictures) if part in ("vision", "connector") else 1.0 for part in costs}
-    kept = sum(
-        times[part] * (cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept)
-        for part, cost in costs.items()
-    )
-    return round(kept + max(times[part] * cost.at_work for part, cost in costs.items()))
 
 
 def _divisor(number: int, limit: int) -> int:

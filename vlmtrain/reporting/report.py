@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from html import escape
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def _stage(folder: Path, name: str) -> str:
         parts.append(f'<p class="quiet">not finished: {len(records)} steps so far</p>')
     else:
         samples = folder / "samples.json"
-        parts += [_facts(summary), _cards(read_json(samples) if samples.exists() else [])]
+        parts += [_facts(summary), _speed(records), _cards(read_json(samples) if samples.exists() else [])]
         if summary["validation"]:
             parts.append(html_table(score_rows(summary["validation"])))
         if summary.get("lmms_eval"):
@@ -128,6 +129,23 @@ def _facts(summary: dict) -> str:
     return f"<p>{escape(text)}</p>"
 
 
+def _speed(records: list[dict]) -> str:
+    """Where the time of the steps went, and the FLOPs."""
+    phases: dict[str, float] = {}
+    for record in records:
+        for phase, seconds in record.get("phase_seconds", {}).items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    total = sum(record["step_seconds"] for record in records)
+    if not phases or not total:
+        return ""
+    facts = [", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in phases.items())]
+    flops = [record["flops"] for record in records if record.get("flops")]
+    facts += [f"{sum(flops):.3g} FLOPs"] if flops else []
+    rates = [record["mfu"] for record in records if record.get("mfu")]
+    facts += [f"MFU {statistics.median(rates):.1%}"] if rates else []
+    return f'<p class="quiet">time: {escape("; ".join(facts))}</p>'
+
+
 def _charts(folder: Path, records: list[dict]) -> str:
     if not records:
         return ""
@@ -140,11 +158,17 @@ def _charts(folder: Path, records: list[dict]) -> str:
     if found:
         points = [r["step"] for r in found], [r["loss"] for r in found]
         loss.append(Series("validation", *points, color=1, dots=True))
+    sources = sorted({name for record in records for name in record.get("loss_by_source", {})})
+    by_source = []
+    for number, name in enumerate(sources):
+        points = [(r["step"], r["loss_by_source"][name]) for r in records if name in r.get("loss_by_source", {})]
+        by_source.append(Series(name, [x for x, _ in points], smooth([y for _, y in points]), color=number))
     parts = list(records[0]["learning_rate"])
     rates = [Series(part, steps, [r["learning_rate"][part] for r in records], color=i) for i, part in enumerate(parts)]
     speed = [r["samples_per_second"] for r in records]
     return (
         line_chart("loss", loss)
+        + (line_chart("loss by source, smoothed", by_source) if by_source else "")
         + line_chart("gradient norm", [Series("", steps, [r["grad_norm"] or math.nan for r in records], color=3)])
         + line_chart("learning rate", rates)
         + line_chart("samples per second", [Series("smoothed", steps, smooth(speed), color=2)])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # These affect the speed of a run or the files it keeps, but not its results.
-_NO_RESULT = {"workers", "loggers", "wandb", "wandb_project", "wandb_model", "collective_timeout"}
+_NO_RESULT = {"workers", "device_tflops", "loggers", "wandb", "wandb_project", "wandb_model", "collective_timeout"}
 _NO_RESULT_IN_STAGE = {"micro_batch_size", "save_every", "save_every_minutes", "keep_last"}
 
 # These do not affect updates that have already been made.
@@ -21,7 +21,7 @@ _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "best_metric", "validate_every",
 # These did not exist in earlier versions, which behaved as with these values.
 _ADDED = {
     **{"data.ignore": [], "data.repair": False, "data.columns.system": None, "data.sides": None},
-    **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None},
+    **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None, "device_tflops": None},
 }
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},

@@ -19,6 +19,7 @@ from .fields import (
     IMAGE_SIZE,
     MAPPING,
     NAMES,
+    POSITIVE,
     SWITCH,
     TEXT,
     WORDS,
@@ -296,6 +297,7 @@ class Run:
     bad_steps: BadStepOptions = key(section(BadStepOptions))
     collective_timeout: float = key(number(1))  # seconds after which ranks that wait for each other exit
     workers: int = key(whole(0, 1000))  # data processes per rank
+    device_tflops: float | None = key(optional(POSITIVE))  # peak of one device, for MFU; null: known for some GPUs
     loggers: tuple[str, ...] = key(_LOGGERS)  # trackers
     wandb: str = key(one_of("disabled", "offline", "online"))
     wandb_project: str = key(TEXT)

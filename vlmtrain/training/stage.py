@@ -9,6 +9,7 @@ from pathlib import Path
 from ..data.loader import StepData, StepStream, step_loader
 from ..data.sources import build_source
 from ..distributed.world import Stopped, StopSignal, World
+from ..errors import first_line
 from ..evaluation.lmms_eval import Benchmarks
 from ..evaluation.validation import Validator
 from ..files import restore_folder, write_json
@@ -17,11 +18,12 @@ from ..model.parts import module_state
 from ..objectives import build_objective
 from ..runs.folder import RunFolder
 from ..settings import Run, Stage
-from .assembly import DTYPES, build_parts, build_tokenizer
+from .assembly import DTYPES, build_parts, build_skeleton, build_tokenizer
 from .bad_steps import BadSteps
 from .batching import build_batching
 from .checkpoint import Checkpoints
 from .compiling import compile_blocks
+from .cost.flops import StepFlops, peak_tflops
 from .engine.stage_engine import StageEngine
 from .feature_cache import FeatureCache
 from .log import logger
@@ -178,8 +180,10 @@ class _Stage:
         progress = Progress(self.name, total, first) if self.world.is_main else None
         self.bad_steps = BadSteps(self.name, self.settings.bad_steps, bad_steps, record.get("bad_steps"))
         skips_bad, shared = self.settings.on_bad_sample == "skip", (self.world, self.watch, self.skips, self.bad_steps)
-        of_sources = list(self.source.sources), self.source.loss_weights
-        runner = StepRunner(self.name, self.settings.seed, skips_bad, engine, self.objective, *shared, *of_sources)
+        options = list(self.source.sources), self.source.loss_weights, self._step_flops()
+        peak = self.settings.device_tflops or peak_tflops(self.world.device, engine.dtype)
+        options = (engine, self.objective, *shared, *options, peak)
+        runner = StepRunner(self.name, self.settings.seed, skips_bad, *options)
         steps = self._steps(first, record.get("cursor"))
         if not validation.on_schedule(engine, total, scores, trackers):
             raise Stopped(f"{self.name}: stopped during validation; run the same command to resume")
@@ -198,7 +202,7 @@ class _Stage:
             if metrics:
                 metrics.write(values)
                 trackers.log(self.name, values)
-                progress.update(step + 1, values["loss"], values["tokens_per_second"], values["step_seconds"])
+                progress.update(step + 1, values)
             record |= {"step": step + 1, "cursor": data.cursor, "skips": self.skips.state}
             record["bad_steps"] = self.bad_steps.state
             self.watch.doing(f"{self.name} after step {step + 1}: validating, saving", outside=True)
@@ -217,6 +221,19 @@ class _Stage:
                 break
         for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
+
+    def _step_flops(self) -> StepFlops | None:
+        """The FLOPs of steps, on the main rank, which writes the metrics."""
+        if not self.world.is_main:
+            return None
+        dtype = DTYPES[self.settings.precision]
+        try:
+            parts = build_skeleton(self.settings, self.stage, self.processor.tokenizer, dtype)
+            freeze(parts, self.groups, checkpointing=False)
+            return StepFlops(parts, self.groups, self.stage, self.processor.geometry)
+        except Exception as error:  # a part of a user's module may not run without weights
+            logger.warning(f"stage {self.name}: its FLOPs are not counted: {first_line(error)}")
+            return None
 
     def _save(self, engine: StageEngine, is_needed: bool) -> None:
         """Write a checkpoint. Raises ValueError if it cannot be written and is needed.

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.loader import BadRecord, StepData
+from ..data.loader import BadRecord, StepData, Work
 from ..distributed.processes import peak_resident_bytes
 from ..distributed.world import World
 from ..objectives import Objective
 from .bad_steps import BadSteps, Fault
+from .cost.flops import StepFlops
 from .engine.stage_engine import StageEngine
 from .log import logger
 from .seeding import seed_for
@@ -32,12 +33,32 @@ class StepDone(NamedTuple):
     drawn: list[int]
 
 
+class Totals(NamedTuple):
+    """The numbers of `StepData` summed over ranks; bad, stops, late: numbers of bad records, and of ranks that stop or
+    are due to save."""
+
+    plan: float
+    weight: float
+    samples: float
+    tokens: float
+    image_tokens: float
+    target_tokens: float
+    padded_tokens: float
+    bad: float
+    stops: float
+    late: float
+    drawn: list[float]
+    source_weights: list[float]
+    work: Work
+
+
 @dataclass
 class StepRunner:
     """Runs the optimizer steps of a stage. Every rank runs the same steps.
 
     sources: names of the data sources. loss_weights: what the mean loss of each source contributes to the loss, in
-    total 1; None if the loss is the mean over the targets of all sources.
+    total 1; None if the loss is the mean over the targets of all sources. flops: counts those of a step, on the main
+    rank. peak_tflops: of one device, if it is known.
     """
 
     stage: str
@@ -51,6 +72,8 @@ class StepRunner:
     bad_steps: BadSteps
     sources: Sequence[str]
     loss_weights: Sequence[float] | None
+    flops: StepFlops | None
+    peak_tflops: float | None
 
     def run(self, step: int, data: StepData, started: float, waited: float, stopping: bool, is_late: bool) -> StepDone:
         """Train on a step's data.
@@ -60,65 +83,67 @@ class StepRunner:
         """
         ids = [sample for batch in data.micro_batches for sample in batch.ids]
         self.watch.doing(f"{self.stage} step {step + 1}: summing totals over ranks", ids)
-        plans, weight, samples, tokens, image_tokens, target_tokens, padded, bad, stops, late, *by_source = (
-            self.world.sum(
-                [
-                    data.plan,
-                    self.objective.weight(data),
-                    data.samples,
-                    data.tokens,
-                    data.image_tokens,
-                    data.target_tokens,
-                    data.padded_tokens,
-                    len(data.bad),
-                    float(stopping),
-                    float(is_late),
-                    *data.drawn,
-                    *data.source_weights,
-                ]
-            )
-        )
-        drawn, weights = by_source[: len(data.drawn)], by_source[len(data.drawn) :]
-        if plans != data.plan * self.world.size:
+        totals = self._totals(data, stopping, is_late)
+        if totals.plan != data.plan * self.world.size:
             raise ValueError(
                 f"{self.stage} step {step + 1}: the ranks have planned different steps: their data files or images are "
                 "not the same, or an image has changed since an earlier run; delete $XDG_CACHE_HOME/vlmtrain/lengths "
                 "(~/.cache) on all machines and run the same command again"
             )
-        if bad:
+        if totals.bad:
             self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
         rates = self.engine.set_rates(step)
         shares = self.loss_weights and [
-            share / total if total else 0.0 for share, total in zip(self.loss_weights, weights)
+            share / total if total else 0.0 for share, total in zip(self.loss_weights, totals.source_weights)
         ]
-        loss, by_source, norm = self._update(step, data, 1.0 if shares else max(weight, 1e-9), shares)
+        loss, by_source, norm = self._update(step, data, 1.0 if shares else max(totals.weight, 1e-9), shares)
         seconds = time.perf_counter() - started
-        denominators = self.loss_weights or weights
         on_gpu = self.world.device.type == "cuda"
         values = {
             "step": step + 1,
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": rates,
-            "samples": int(samples),
-            "tokens": int(tokens),
-            "image_tokens": int(image_tokens),
-            "target_tokens": int(target_tokens),
-            "padding_fraction": 1 - tokens / max(padded, 1),
+            "samples": int(totals.samples),
+            "tokens": int(totals.tokens),
+            "image_tokens": int(totals.image_tokens),
+            "target_tokens": int(totals.target_tokens),
+            "padding_fraction": 1 - totals.tokens / max(totals.padded_tokens, 1),
             "step_seconds": seconds,
             "data_seconds": waited,
-            "samples_per_second": int(samples) / seconds,
-            "tokens_per_second": int(tokens) / seconds,
+            "samples_per_second": int(totals.samples) / seconds,
+            "tokens_per_second": int(totals.tokens) / seconds,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
             "phase_seconds": {"data": waited, **self.engine.timer.seconds()},
+            **self._flops(totals, seconds),
+            **self._loss_by_source(by_source, totals.source_weights),
         }
-        if by_source:
-            values["loss_by_source"] = {
-                name: total / denominator
-                for name, total, denominator, count in zip(self.sources, by_source, denominators, weights)
-                if count
-            }
-        return StepDone(values, stops > 0, late > 0, [int(number) for number in drawn])
+        return StepDone(values, totals.stops > 0, totals.late > 0, [int(number) for number in totals.drawn])
+
+    def _totals(self, data: StepData, stopping: bool, is_late: bool) -> Totals:
+        """The counts of a step, summed over ranks."""
+        counts = (data.samples, data.tokens, data.image_tokens, data.target_tokens, data.padded_tokens, len(data.bad))
+        numbers = [data.plan, self.objective.weight(data), *counts, float(stopping), float(is_late)]
+        sums = self.world.sum([*numbers, *data.drawn, *data.source_weights, *data.work])
+        first, sources = len(numbers), len(data.drawn)
+        last = first + 2 * sources
+        return Totals(*sums[:first], sums[first : first + sources], sums[first + sources : last], Work(*sums[last:]))
+
+    def _flops(self, totals: Totals, seconds: float) -> dict[str, float]:
+        """FLOPs of a step, and their share of what the devices could do."""
+        if self.flops is None:
+            return {}
+        flops = self.flops(totals.samples, totals.tokens, totals.target_tokens, totals.work)
+        if self.peak_tflops is None:
+            return {"flops": flops}
+        return {"flops": flops, "mfu": flops / (seconds * self.peak_tflops * 1e12 * self.world.size)}
+
+    def _loss_by_source(self, sums: list[float], weights: list[float]) -> dict[str, dict[str, float]]:
+        """The mean loss of each source in a step, of the sums by source of the losses as they were weighed."""
+        divisors = self.loss_weights or weights
+        found = zip(self.sources, sums, divisors, weights)
+        means = {name: total / divisor for name, total, divisor, weight in found if weight}
+        return {"loss_by_source": means} if sums else {}
 
     def _update(
         self, step: int, data: StepData, weight: float, shares: list[float] | None

@@ -153,7 +153,7 @@ def test_packed_samples_equal_padded_ones(processor):
     mixture = Mixture({"all": Numbered()}, seed=0)
     seen = sum((unpacked(data) for data in stream(processor)), Counter())
     whole = [processor.collate([processor(mixture[i])], rows=1) for i in range(len(mixture))]
-    padded = StepData(whole, *[0] * 11)
+    padded = StepData(whole, *[0] * 12)
     assert set(seen) <= set(rows(padded)) and len(seen) == len(mixture)
 
 

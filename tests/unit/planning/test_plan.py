@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, 
 
 from vlmtrain.cli import main
 from vlmtrain.model.vision import build_vision
-from vlmtrain.planning.measuring import Meter, use_counted_attention
-from vlmtrain.planning.memory import States
 from vlmtrain.planning.plan import Machine, plan_run
 from vlmtrain.settings import compose
 from vlmtrain.settings.locations import RECIPES
+from vlmtrain.training.cost.measuring import Meter, use_counted_attention
+from vlmtrain.training.cost.memory import States
 from vlmtrain.training.trainable import freeze, trained_groups
 
 from ...conftest import run

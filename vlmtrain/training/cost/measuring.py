@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -24,17 +24,24 @@ NAME = "vlmtrain_planning"
 class PartCost:
     """Cost of a part for one sample: FLOPs, and the bytes that the backward pass needs, by block.
 
-    flops, backward_flops: of the forward and the backward pass; block_flops: of the forward pass, by block. outside:
-    bytes kept outside the blocks; block_input: bytes of a block's input. tokens: tokens per view of an image.
+    flops, backward_flops: of the forward and the backward pass; attention_flops: of attention in both; block_flops: of
+    the forward pass, by block. outside: bytes kept outside the blocks; block_input: bytes of a block's input. tokens:
+    tokens per view of an image.
     """
 
     flops: float = 0.0
     backward_flops: float = 0.0
+    attention_flops: float = 0.0
     block_flops: dict[int, float] = field(default_factory=dict)
     blocks: dict[int, int] = field(default_factory=dict)
     outside: int = 0
     block_input: int = 0
     tokens: int = 0
+
+    @property
+    def all_flops(self) -> float:
+        """FLOPs of both passes."""
+        return self.flops + self.backward_flops
 
     @property
     def recomputed_flops(self) -> float:
@@ -58,6 +65,19 @@ class PartCost:
     def kept_checkpointed(self) -> int:
         """Bytes kept with gradient checkpointing: the blocks' inputs, and the activations of one block at a time."""
         return self.outside + self.block_input * len(self.blocks) + max(self.blocks.values(), default=0)
+
+    def with_last_block_repeated(self, shorter: PartCost, times: int) -> PartCost:
+        """The cost of the part with more blocks like its last one, given the cost without that one."""
+        last = max(self.block_flops)
+        numbers = range(last + 1, last + 1 + times)
+        return replace(
+            self,
+            flops=self.flops + times * (self.flops - shorter.flops),
+            backward_flops=self.backward_flops + times * (self.backward_flops - shorter.backward_flops),
+            attention_flops=self.attention_flops + times * (self.attention_flops - shorter.attention_flops),
+            block_flops=self.block_flops | dict.fromkeys(numbers, self.block_flops[last]),
+            blocks=self.blocks | (dict.fromkeys(numbers, self.blocks[last]) if last in self.blocks else {}),
+        )
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -119,6 +139,7 @@ class Meter:
             for hook in hooks:
                 hook.remove()
         cost.flops += self._flops() - cost.backward_flops
+        cost.attention_flops += self._attention
 
     def backward(self, name: str, outputs: Iterable[Tensor | None]) -> None:
         """Run and count the backward pass from the outputs of a part, if anything in it trains."""

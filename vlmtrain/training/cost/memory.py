@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..training.engine.zero import BUCKET, LIVE
+from ..engine.zero import BUCKET, LIVE
 
 ZERO_STAGES = (0, 1, 2, 3)
 

@@ -1,0 +1,152 @@
+"""What the parts of a stage cost for one sample: FLOPs, and memory for activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...connectors import VisionFeatures
+from ...data.geometry import Geometry
+from ...model.blocks import block_list, first_blocks
+from ...model.llm import hidden_width
+from ...objectives.token_losses import token_losses
+from ...settings import STAGE_PARTS, Stage
+from ...visual import Size
+from ..quantized import quantized_layers
+from ..trainable import Group, is_frozen
+from .measuring import Meter, PartCost, use_counted_attention
+
+WORTHWHILE = 9  # blocks of a language model from which on only a few of them run
+
+
+def measure(
+    parts: Mapping[str, nn.Module],
+    groups: list[Group],
+    stage: Stage,
+    geometry: Geometry | None,
+    tokens: int,
+    targets: int,
+) -> dict[str, PartCost]:
+    """The costs of one sample of `tokens` and `targets` by part, whose images have the largest size and most views."""
+    views = (geometry.most_items, geometry.largest) if geometry else (1, None)
+    costs = measure_views(parts, groups, stage, *views)
+    if "llm" in parts:
+        costs["llm"] = measure_text(parts, groups, tokens, targets)
+    for part in ("vision", "connector"):
+        if part in costs:
+            costs[part].flops *= stage.expected.images
+            costs[part].backward_flops *= stage.expected.images
+    return costs
+
+
+def measure_views(
+    parts: Mapping[str, nn.Module], groups: list[Group], stage: Stage, items: int, size: Size | None
+) -> dict[str, PartCost]:
+    """The costs of encoder, connector and objective for so many views of `size`, run on the meta device."""
+    meter = Meter()
+    trains = {part: not is_frozen(part, groups) for part in STAGE_PARTS}
+    features = None
+    if "vision" in parts:
+        vision = parts["vision"]
+        use_counted_attention(vision)
+        dtype = next(vision.parameters()).dtype
+        grid = vision.grid_of(size)
+        images = torch.empty(items, 3, *size, device="meta", dtype=dtype)
+        with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled(trains["vision"]):
+            features = vision(images)
+            meter.backward("vision", (features.patches, features.prefix, *features.levels))
+        prefix = 0 if features.prefix is None else features.prefix.shape[1]
+        meter.costs["vision"].tokens = math.prod(grid) + prefix
+        features = _cut_off(features, trains["vision"])
+    if "connector" in parts:
+        connector = parts["connector"]
+        use_counted_attention(connector)
+        text = {}
+        if connector.reads_text:
+            ids = torch.zeros(items, stage.connector_text.max_length, device="meta", dtype=torch.long)
+            text = {"text_ids": ids, "text_mask": None}
+        with meter.part("connector", connector, None):
+            if "llm" in parts:
+                visual = connector(features, **text)
+                made = (visual[0], *visual[1]) if isinstance(visual, tuple) else (visual,)
+            else:
+                made = parts["objective"].rehearse(connector, features, text["text_ids"])
+            meter.backward("connector", made)
+        meter.costs["connector"].tokens = connector.num_tokens(*grid)
+    if hasattr(parts.get("objective"), "text"):
+        text = parts["objective"].text
+        words = torch.zeros(1, parts["objective"].context_length, device="meta", dtype=torch.long)
+        with meter.part("objective", text, None):
+            meter.backward("objective", (text(words),))
+    return meter.costs
+
+
+def measure_text(parts: Mapping[str, nn.Module], groups: list[Group], tokens: int, targets: int) -> PartCost:
+    """The cost of the language model for a sample, run on the meta device.
+
+    Only a few of its blocks run if all are alike: the others cost the same.
+    """
+    llm, (_, count) = parts["llm"], block_list(parts["llm"])
+    use_counted_attention(llm)
+    gradient = "connector" in parts and not (is_frozen("vision", groups) and is_frozen("connector", groups))
+
+    def run() -> PartCost:
+        meter = Meter()
+        dtype = next(llm.parameters()).dtype
+        row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
+        kept = torch.arange(targets, device="meta")
+        trains = gradient or not is_frozen("llm", groups)
+        with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(trains):
+            logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
+            meter.backward("llm", (token_losses(logits.flatten(0, 1), kept),))
+        return meter.costs["llm"]
+
+    if count < WORTHWHILE or not _are_alike(llm):
+        return run()
+    with first_blocks(llm, 2):
+        two = run()
+    with first_blocks(llm, 3):
+        three = run()
+    return three.with_last_block_repeated(two, count - 3)
+
+
+def _are_alike(llm: nn.Module) -> bool:
+    """Whether all blocks have the same class, kind of layer, and trained and frozen parameters."""
+    config, blocks = llm.config.get_text_config(), llm.get_submodule(block_list(llm)[0])
+    kinds = set(getattr(config, "layer_types", None) or ())
+    shapes = (
+        (type(block), *((name, p.shape, p.requires_grad) for name, p in block.named_parameters())) for block in blocks
+    )
+    return len(kinds) < 2 and len(set(shapes)) == 1
+
+
+def _cut_off(features: VisionFeatures, trains: bool) -> VisionFeatures:
+    """Features detached from the encoder, which require gradients if it trains."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().requires_grad_(trains)
+
+    return VisionFeatures(cut(features.patches), cut(features.prefix), tuple(map(cut, features.levels)))
+
+
+def quantized_sizes(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
+    """Number of weights stored in 4 bits, their bytes, and the number of weights in the largest such layer."""
+    layers = [layer for module in parts.values() for layer in quantized_layers(module).values()]
+    sizes = [math.prod(layer.shape) for layer in layers]
+    return sum(sizes), sum(bits.numel() for layer in layers for bits in layer.packed), max(sizes, default=0)
+
+
+def kept_bytes(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -> int:
+    """Bytes of activations and live gradients in the backward pass of a row with `pictures` images.
+
+    Encoder and connector keep `pictures` times what they keep for one image; without images they run on a placeholder.
+    """
+    times = {part: max(1.0, pictures) if part in ("vision", "connector") else 1.0 for part in costs}
+    kept = sum(
+        times[part] * (cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept)
+        for part, cost in costs.items()
+    )
+    return round(kept + max(times[part] * cost.at_work for part, cost in costs.items()))
