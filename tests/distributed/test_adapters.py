@@ -60,7 +60,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     parts = build_parts(settings, stage, start, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
     source = build_source(settings.data.split("instruct"), image_size_of(parts), settings.seed)
-    batching = build_batching(source, processor, stage, 1)
+    batching = build_batching(source, processor, stage, 1, 0)
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(parts["llm"], config)
     rate = 2e-3

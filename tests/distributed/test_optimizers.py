@@ -92,7 +92,7 @@ def plain_torch(overrides: list[str], name: str) -> tuple[list[float], dict[str,
         optimizers = [torch.optim.AdamW(groups, lr=RATE, eps=1e-4), PlainMuon(by_muon)]
     averages = {key: p.detach().clone() for key, p in trained.items()}
     losses = []
-    batching = build_batching(source, processor, stage, 1)
+    batching = build_batching(source, processor, stage, 1, 0)
     for data in step_loader(StepStream(batching, source, processor, 0, 1, 0, STEPS, None), 0, pin_memory=False):
         (batch,) = data.micro_batches
         loss = objective(model, batch, None)[0] / data.weight

@@ -53,7 +53,7 @@ def plain_torch(overrides: list[str]) -> list[float]:
     parts = build_parts(settings, stage, None, tokenizer)
     processor = build_processor(settings, stage, parts, objective, tokenizer)
     source = build_source(settings.data.split("align"), image_size_of(parts), settings.seed)
-    batching = build_batching(source, processor, stage, 1)
+    batching = build_batching(source, processor, stage, 1, 0)
     model = VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).eval()
     fixed = {parameter for parameter in model.parameters() if not parameter.requires_grad}  # sine and cosine positions
     model.requires_grad_(False)
