@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..data.geometry import Geometry
 from ..data.sources import build_source
 from ..model.loading import load_hf_config
 from ..objectives import OBJECTIVES
-from ..settings import Expected, Run, Stage
+from ..settings import AUTO, Expected, Run, Stage
 from ..settings.fields import POSITIVE, whole
 from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
-from ..training.cost.measuring import PartCost
-from ..training.cost.memory import ZERO_STAGES, States
-from ..training.cost.stage import kept_bytes, measure, quantized_sizes
-from ..training.optimizer import moment_bytes, parameter_groups
+from ..training.cost.fitting import Fitting
+from ..training.cost.memory import ZERO_STAGES
+from ..training.cost.stage import measure, sample_tokens
 from ..training.processing import build_geometry, check_lengths, image_frame, image_size_of
-from ..training.trainable import Group, check_starts, freeze, is_frozen, part_size, trained_groups
-
-# The CUDA context, NCCL's buffers and fragmentation in the allocator.
-RESERVED_BYTES = 3 * 2**30
+from ..training.trainable import Group, check_starts, freeze, part_size, trained_groups
 
 
 @dataclass(frozen=True)
@@ -45,8 +38,9 @@ class StagePlan:
     parts: part -> its trainable and frozen parameters. view_tokens: part -> its tokens per view. picture_tokens:
     minimum (with tiles, of one view) and maximum of one image in the language model's sequence; if these differ, every
     image counts as the maximum, and tokens_per_sample, FLOPs and hours are upper bounds. flops: FLOPs that the update
-    needs; hardware_flops: including what gradient checkpointing recomputes. memory: ZeRO stage -> bytes per GPU at
-    `micro_batch_size`. fits: ZeRO stage -> the largest micro-batch that fits, 0 if none does.
+    needs; hardware_flops: including what gradient checkpointing recomputes. recomputes: ZeRO stage -> whether gradient
+    checkpointing is on. memory: ZeRO stage -> bytes per GPU at `micro_batch_size`. fits: ZeRO stage -> the largest
+    micro-batch that fits, 0 if none does.
     """
 
     name: str
@@ -63,6 +57,7 @@ class StagePlan:
     flops: float | None
     hardware_flops: float | None
     gpu_hours: float | None
+    recomputes: dict[int, bool] = field(default_factory=dict)
     memory: dict[int, int] = field(default_factory=dict)
     fits: dict[int, int] = field(default_factory=dict)
     suggested_zero_stage: int | None = None
@@ -94,20 +89,19 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
     check_lengths(stage, geometry, parts)
     expected = stage.expected
-    tokens = min(stage.max_length, _tokens(expected, geometry))
+    tokens = sample_tokens(stage, geometry)
     samples = expected.samples
     if run.data.splits.get(stage.data) is not None:
         samples = build_source(run.data.split(stage.data), image_size_of(parts), run.seed).epoch_size
     steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
     check_starts(groups, stage, steps)
-    needed = computed = 0.0
+    needed = recomputed = 0.0
     for share, training in _phases(groups, steps):
         freeze(parts, training, checkpointing=False)
         mean = measure(parts, training, stage, geometry, tokens, answer_tokens(expected, tokens))
         flops = sum(cost.all_flops for cost in mean.values())
         needed += share * flops
-        recomputes = stage.gradient_checkpointing and "llm" in mean
-        computed += share * (flops + (mean["llm"].recomputed_flops if recomputes else 0.0))
+        recomputed += share * (mean["llm"].recomputed_flops if "llm" in mean else 0.0)
     freeze(parts, groups, checkpointing=False)
     longest = measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
     trained_on = steps and steps * stage.batch_size
@@ -122,13 +116,18 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
         tokens,
         steps,
         stage.batch_size,
-        min(stage.micro_batch_size or most, most),
+        min(most if stage.micro_batch_size in (None, AUTO) else stage.micro_batch_size, most),
         needed,
         trained_on and needed * trained_on,
-        trained_on and computed * trained_on,
+        trained_on and needed * trained_on,
         trained_on and needed * trained_on / (machine.gpu_tflops * 1e12 * machine.utilisation) / 3600,
     )
-    _plan_memory(plan, run, stage, parts, groups, longest, machine)
+    fitting = Fitting.of(run, stage, parts, groups, longest, tokens, machine.gpus)
+    _plan_memory(plan, stage, fitting, machine.gpu_memory_gb * 2**30)
+    if stage.micro_batch_size == AUTO and plan.suggested_micro_batch_size:
+        plan.micro_batch_size = plan.suggested_micro_batch_size
+    if trained_on and plan.recomputes[plan.suggested_zero_stage or ZERO_STAGES[-1]]:
+        plan.hardware_flops += recomputed * trained_on
     return plan
 
 
@@ -159,11 +158,6 @@ class _Vocabulary:
         return list(range(self.size - len(tokens), self.size))
 
 
-def _tokens(expected: Expected, geometry: Geometry | None) -> int:
-    visual = 0 if geometry is None else (geometry.most_tokens + geometry.most_control_tokens) * expected.images
-    return max(2, round(visual + expected.text_tokens))
-
-
 def answer_tokens(expected: Expected, tokens: int) -> int:
     return min(tokens, max(1, round(expected.text_tokens * expected.answer_share)))
 
@@ -185,41 +179,14 @@ def _phases(groups: list[Group], steps: int | None) -> list[tuple[float, list[Gr
     ]
 
 
-def _plan_memory(
-    plan: StagePlan,
-    run: Run,
-    stage: Stage,
-    parts: Mapping[str, nn.Module],
-    groups: list[Group],
-    costs: Mapping[str, PartCost],
-    machine: Machine,
-) -> None:
-    outside = plan.parts["vision"]["frozen"] if "vision" in parts and is_frozen("vision", groups) else 0
-    in_bf16 = run.precision == "bf16"
-    moments = moment_bytes(parameter_groups(parts, groups, stage.optimizer)) + 4 * (stage.ema is not None)
-    states = States(plan.trainable, plan.frozen - outside, outside, in_bf16, *quantized_sizes(parts), moments)
-    room = machine.gpu_memory_gb * 2**30 - RESERVED_BYTES
-    most = max(1, plan.batch_size // machine.gpus)
-    # a packed row holds several samples; objectives that compare samples need all samples of a rank at once
-    in_a_row = max(1.0, stage.max_length / plan.tokens_per_sample) if stage.layout == "packed" else 1.0
-    row = kept_bytes(costs, stage.gradient_checkpointing, in_a_row * stage.expected.images)
-    least = most if OBJECTIVES[stage.objective].compares_samples else 1
-    if stage.layout == "padded" and plan.batch_size % machine.gpus:
-        plan.obstacle = f"nothing: batch_size={plan.batch_size} is not a multiple of {machine.gpus} GPUs"
+def _plan_memory(plan: StagePlan, stage: Stage, fitting: Fitting, memory: float) -> None:
+    if stage.layout == "padded" and plan.batch_size % fitting.gpus:
+        plan.obstacle = f"nothing: batch_size={plan.batch_size} is not a multiple of {fitting.gpus} GPUs"
     for zero_stage in ZERO_STAGES:
-
-        def needed(rows: int, zero_stage: int = zero_stage) -> int:
-            return states.bytes(zero_stage, machine.gpus, row * rows)
-
-        plan.memory[zero_stage] = needed(math.ceil(plan.micro_batch_size / in_a_row)) + RESERVED_BYTES
-        rows = bisect_right(range(math.ceil(most / in_a_row) + 1), room, key=needed) - 1
-        largest = max(0, min(most, int(rows * in_a_row)))
-        plan.fits[zero_stage] = largest if largest >= least and not plan.obstacle else 0
+        recompute = fitting.recomputes(stage, zero_stage, memory)
+        plan.recomputes[zero_stage] = recompute
+        plan.memory[zero_stage] = fitting.bytes(zero_stage, plan.micro_batch_size, recompute)
+        plan.fits[zero_stage] = 0 if plan.obstacle else fitting.largest(zero_stage, memory, recompute)
         if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
             plan.suggested_zero_stage = zero_stage
-            plan.suggested_micro_batch_size = _divisor(most, plan.fits[zero_stage])
-
-
-def _divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`: a micro-batch must divide a rank's share of the batch."""
-    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
+            plan.suggested_micro_batch_size = fitting.divisor(plan.fits[zero_stage])

@@ -52,6 +52,9 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
         facts.append(("training FLOPs per sample", f"{bound}{plan.flops_per_sample:.3g}"))
     if not plan.obstacle or plan.batch_size >= machine.gpus:
         memory = ", ".join(f"ZeRO-{stage} {size / 2**30:.1f} GiB" for stage, size in plan.memory.items())
+        on = [f"ZeRO-{stage}" for stage, recomputes in plan.recomputes.items() if recomputes]
+        on = "on" if len(on) == len(plan.recomputes) else f"on with {', '.join(on)}" if on else "off"
+        facts.append(("gradient checkpointing", on))
         facts.append((f"memory per GPU, micro-batch {plan.micro_batch_size}", memory))
     if plan.suggested_zero_stage is None:
         less = "gradient_checkpointing, a shorter max_length"

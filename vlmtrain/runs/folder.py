@@ -4,7 +4,7 @@ run_dir/config.yaml
 run_dir/train.log
 run_dir/<stage>/metrics.jsonl, validation.jsonl, answers.json, samples.json, summary.json
 run_dir/<stage>/checkpoints/step-000100/
-run_dir/<stage>/bad_steps.jsonl
+run_dir/<stage>/bad_steps.jsonl, decided.json
 run_dir/<stage>/model/, best/
 run_dir/report.html
 """

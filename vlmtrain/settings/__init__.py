@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from .composition import compose, compose_evaluation, compose_model, flatten, import_modules
+from .fields import AUTO
 from .run import LLM, Engine, Features, Run, Validation, Vision, read_run
 from .stage import STAGE_PARTS, Expected, LoRA, Pattern, Stage
 
 __all__ = [
+    "AUTO",
     "LLM",
     "STAGE_PARTS",
     "Engine",

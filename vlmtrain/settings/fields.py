@@ -21,6 +21,7 @@ from .other_trainers import suggestion
 T = TypeVar("T")
 LARGEST = 10**12
 """The bound of integers without another one."""
+AUTO = "auto"
 OPEN = "???"
 """Hydra's marker for a missing value, which the user must set."""
 
@@ -90,6 +91,11 @@ def optional(kind: Kind) -> Kind:
         lambda value: value is None or kind.fits(value),
         lambda value, key: None if value is None else kind.build(value, key),
     )
+
+
+def or_auto(kind: Kind) -> Kind:
+    """Accept ``auto``, for which a run decides, in addition to the values of a kind."""
+    return Kind(f"{kind.expected}, or {AUTO}", lambda value: value == AUTO or kind.fits(value))
 
 
 def whole(least: float = -LARGEST, most: float = LARGEST) -> Kind:

@@ -8,7 +8,7 @@ from typing import Any
 
 # These affect the speed of a run or the files it keeps, but not its results.
 _NO_RESULT = {"workers", "device_tflops", "loggers", "wandb", "wandb_project", "wandb_model", "collective_timeout"}
-_NO_RESULT_IN_STAGE = {"micro_batch_size", "save_every", "save_every_minutes", "keep_last"}
+_NO_RESULT_IN_STAGE = {"gradient_checkpointing", "micro_batch_size", "save_every", "save_every_minutes", "keep_last"}
 
 # These do not affect updates that have already been made.
 _NO_UPDATE = {

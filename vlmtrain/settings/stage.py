@@ -26,6 +26,7 @@ from .fields import (
     number,
     one_of,
     optional,
+    or_auto,
     section,
     whole,
 )  # fmt: skip
@@ -153,13 +154,15 @@ class Stage:
     epochs: int = key(whole(1))  # passes over the data, unless max_steps is set
     max_steps: int | None = key(optional(whole(1)))  # optimizer steps; null: as many as the epochs have
     batch_size: int = key(whole(1, 10**6))  # samples per optimizer step, over all ranks
-    micro_batch_size: int | None = key(optional(whole(1)))  # samples that a rank processes at once; null: all
+    # samples that a rank processes at once; null: all; auto: as many as the memory allows
+    micro_batch_size: int | str | None = key(optional(or_auto(whole(1))))
     loss_per: str = key(one_of(*LOSS_PER))  # what counts the same in the loss: token, sample, or sqrt in between
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))
     ema: float | None = key(optional(_DECAY))  # decay of the average of the weights; null: no average
     max_grad_norm: float | None = key(optional(number(0)))  # limit on the gradient norm; null: none
-    gradient_checkpointing: bool = key(SWITCH)  # recompute the language model's activations
+    # recompute the language model's activations; auto: if the memory is too small otherwise
+    gradient_checkpointing: bool | str = key(or_auto(SWITCH))
     save_every: int | None = key(optional(whole(1)))  # steps between checkpoints
     save_every_minutes: float | None = key(optional(number(0.1)))  # minutes between checkpoints
     keep_last: int = key(whole(1))  # number of checkpoints to keep

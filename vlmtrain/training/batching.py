@@ -6,7 +6,7 @@ from ..data.lengths import open_lengths
 from ..data.loader import Batching, PackedBatching, PaddedBatching
 from ..data.mixture import Mixture
 from ..data.processor import Processor
-from ..settings import Stage
+from ..settings import AUTO, Stage
 
 
 def build_batching(source: Mixture, processor: Processor, stage: Stage, world_size: int, workers: int) -> Batching:
@@ -27,7 +27,7 @@ def build_batching(source: Mixture, processor: Processor, stage: Stage, world_si
 
 def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:
     """Return (accumulation, micro_batch_size) of a stage. Raises ValueError if the batch size is not divisible."""
-    batch, micro = stage.batch_size, stage.micro_batch_size
+    batch, micro = stage.batch_size, None if stage.micro_batch_size == AUTO else stage.micro_batch_size
     if batch % world_size:
         raise ValueError(f"{stage.prefix}.batch_size={batch} is not a multiple of the {world_size} processes")
     micro = micro or batch // world_size

@@ -24,6 +24,7 @@ from .batching import build_batching
 from .checkpoint import Checkpoints
 from .compiling import compile_blocks
 from .cost.flops import StepFlops, peak_tflops
+from .deciding import decided
 from .engine.stage_engine import StageEngine
 from .feature_cache import FeatureCache
 from .log import logger
@@ -76,9 +77,10 @@ class _Stage:
         watch: Watch,
     ):
         self.watch = watch
+        tokenizer = build_tokenizer(settings)
+        stage = decided(settings, stage, folder.stage(stage.name) / "decided.json", world, tokenizer)
         self.settings, self.stage, self.name = settings, stage, stage.name
         self.folder, self.world = folder, world
-        tokenizer = build_tokenizer(settings)
         self.parts = build_parts(settings, stage, previous, tokenizer)
         objective = self.parts.get("objective")
         self.objective = objective or build_objective(stage.objective, settings.vision, tokenizer, self.parts)

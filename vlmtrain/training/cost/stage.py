@@ -22,6 +22,12 @@ from .measuring import Meter, PartCost, use_counted_attention
 WORTHWHILE = 9  # blocks of a language model from which on only a few of them run
 
 
+def sample_tokens(stage: Stage, geometry: Geometry | None) -> int:
+    """Tokens of a sample, as the stage expects them on average, whose images have the most tokens."""
+    visual = 0 if geometry is None else (geometry.most_tokens + geometry.most_control_tokens) * stage.expected.images
+    return min(stage.max_length, max(2, round(visual + stage.expected.text_tokens)))
+
+
 def measure(
     parts: Mapping[str, nn.Module],
     groups: list[Group],
