@@ -47,6 +47,6 @@ class Batch(NamedTuple):
         return (torch.arange(self.input_ids.shape[1], device=starts.device) - starts)[None]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Move all tensors to a device, and convert pixels to `dtype`."""
+        """Move all tensors to a device, normalize pixels there, and convert them to `dtype` (default: float32)."""
         batch = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
         return batch if batch.visual is None else batch._replace(visual=batch.visual.to(device, dtype))

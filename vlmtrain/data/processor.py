@@ -26,7 +26,7 @@ from ..connectors.checks import GridError
 from ..errors import first_line
 from ..files import read_object
 from ..model.folder import check_files
-from ..visual import NO_MEDIA, MediaPlan, Texts, Visual, groups, joined
+from ..visual import NO_MEDIA, MediaPlan, Texts, Visual, groups, joined, normalized
 from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
 from .images import show_items
@@ -39,7 +39,8 @@ OWN_TOKENIZER = "connector_tokenizer"  # tokenizer of a connector that reads tex
 class Sample(NamedTuple):
     """One rendered conversation and what its items show.
 
-    pixels: for each encoder, one tensor ``(3, H, W)`` per item. texts: for a connector that reads text, the ids
+    pixels: for each encoder, one tensor ``(3, H, W)`` per item, uint8; normalized pixels in floating point are also
+    possible. texts: for a connector that reads text, the ids
     ``(L,)`` for each item.
     """
 
@@ -116,7 +117,7 @@ class Processor:
             return Sample(conversation.id, tokens, ())
         pixels: list[Tensor] = []
         for medium, image in enumerate(self.decode(conversation)):
-            pixels += show_items(image, [item for item in items if item.medium == medium], geometry.mean, geometry.std)
+            pixels += show_items(image, [item for item in items if item.medium == medium], geometry.mean)
         words = self.reader(conversation) if self.reader else []
         return Sample(conversation.id, tokens, (tuple(pixels),), tuple(words[item.medium] for item in items if words))
 
@@ -185,12 +186,15 @@ class Processor:
         slots = sum(placement.slots for placement in placements)
         assert int((index >= 0).sum()) == slots, f"{int((index >= 0).sum())} image positions, but {slots} slots"
         pixels = [image for sample in samples for image in sample.pixels[0]]
-        keys = None
+        keys, mean_std = None, (self.geometry.mean, self.geometry.std)
+        if any(image.is_floating_point() for image in pixels):
+            pixels = normalized(tuple(pixels), *mean_std)
         texts = [text for sample in samples for text in sample.texts]
         if not items:
             pixels, texts = [torch.zeros(3, *self.geometry.smallest)], [self.reader.encode("")] if self.reader else []
         elif self.makes_keys:
-            keys = (tuple(pixel_key(image, self.geometry.fit == "native") for image in pixels),)
+            shown = normalized(tuple(pixels), *mean_std)
+            keys = (tuple(pixel_key(image, self.geometry.fit == "native") for image in shown),)
         return Visual(
             (tuple(pixels) if self.geometry.fit == "native" else torch.stack(pixels),),
             items,
@@ -199,6 +203,7 @@ class Processor:
             Texts(*pad_texts(texts)) if self.reader else None,
             keys,
             max(calls, groups(items)),
+            mean_std,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -261,7 +266,7 @@ def _counted_on(samples: Sequence[Rendered]) -> list[Tensor]:
 
 
 def pixel_key(pixels: Tensor, with_shape: bool) -> str:
-    """Cache key of the pixels ``(3, H, W)`` of an item: their hash.
+    """Cache key of the normalized pixels ``(3, H, W)``, float32, of an item: their hash.
 
     with_shape: for images of different sizes, whose bytes may be equal although their shapes are not.
     """

@@ -84,7 +84,7 @@ def rows(data: StepData) -> Counter:
             if not batch.weights[row].any():
                 continue
             shows = batch.visual.mask[row].any()
-            picture = round(float(next(pictures)[0, 0, 0]) * 255) if shows else None
+            picture = int(next(pictures)[0, 0, 0]) if shows else None
             out[
                 (tuple(batch.input_ids[row, :length].tolist()), tuple(batch.targets[row, :length].tolist()), picture)
             ] += 1
