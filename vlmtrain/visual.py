@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .tiling import Tiles
+
+if TYPE_CHECKING:
+    from .connectors import Features
 
 Size = tuple[int, int]
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -130,15 +133,27 @@ def _each(pixels: Pixels, change: Callable[[Tensor], Tensor]) -> Pixels:
     return change(pixels) if isinstance(pixels, Tensor) else tuple(map(change, pixels))
 
 
+class Cached(NamedTuple):
+    """What a feature cache has of the items of a batch.
+
+    keys: of all items. numbers: of the items whose features were read, whose pixels the batch does not have. features:
+    of these items, in order; None if there are none.
+    """
+
+    keys: tuple[str, ...]
+    numbers: tuple[int, ...] = ()
+    features: Features | None = None
+
+
 class Visual(NamedTuple):
     """The visual inputs of a batch.
 
     pixels: one `Pixels` per encoder, uint8 until `to` or `normalized` normalizes them by `mean_std`, the mean and
     standard deviation of the channels. items, placements: of all samples, in reading order; both are empty for a batch
     without images, whose pixels are a normalized stand-in, so that every rank makes the same calls. index ``(B, T)``:
-    the placement at each text position, -1 for text. texts: for a connector that reads text. keys: cache key of each
-    item, per encoder. calls: number of calls of modules that process one size or grid of images at a time; the same on
-    all ranks.
+    the placement at each text position, -1 for text. texts: for a connector that reads text. cached: in a stage with
+    a feature cache; pixels are then those of the items that were not read from it. calls: number of calls of modules
+    that process one size or grid of images at a time; the same on all ranks.
 
     This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
     """
@@ -148,7 +163,7 @@ class Visual(NamedTuple):
     placements: tuple[Placement, ...]
     index: Tensor
     texts: Texts | None = None
-    keys: tuple[tuple[str, ...], ...] | None = None
+    cached: Cached | None = None
     calls: int = 1
     mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
@@ -167,7 +182,10 @@ class Visual(NamedTuple):
             return tensor.to(device, non_blocking=True)
 
         pixels, texts = tuple(_each(each, moved) for each in self.pixels), self.texts and Texts(*map(moved, self.texts))
-        visual = self._replace(pixels=pixels, index=moved(self.index), texts=texts).normalized()
+        cached = self.cached
+        if cached is not None and cached.features is not None:
+            cached = cached._replace(features=cached.features.to(device, non_blocking=True))
+        visual = self._replace(pixels=pixels, index=moved(self.index), texts=texts, cached=cached).normalized()
         if dtype is None:
             return visual
         return visual._replace(pixels=tuple(_each(each, lambda image: image.to(dtype)) for each in visual.pixels))

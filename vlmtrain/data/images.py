@@ -120,9 +120,10 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class ImageOnDisk(EncodedImage):
-    """An image file."""
+    """An image file. relative: its path within the folder of images, if it has one."""
 
     path: Path
+    relative: str | None = None
 
     @property
     def label(self) -> str:
@@ -213,7 +214,7 @@ class ImageFolder:
             raise BadSample(
                 f"{name}: image path {shown(path)} leads out of data.images; data.outside_images=true allows that"
             )
-        return ImageOnDisk(whole)
+        return ImageOnDisk(whole, path)
 
     @staticmethod
     def _real(path: str) -> str:

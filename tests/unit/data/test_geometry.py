@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from vlmtrain.connectors.checks import GridError
+from vlmtrain.data.cached_features import pixel_key
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import show_items
 from vlmtrain.data.native_sizes import naflex, smart_resize
-from vlmtrain.data.processor import pixel_key
 from vlmtrain.visual import WHOLE, Item, normalized
 
 LOOK = {"mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -146,8 +146,8 @@ def test_counts_are_those_of_the_tensors(processor):
 def same_batches(batches: list[Batch], others: list[Batch]) -> None:
     def split(batch: Batch) -> tuple[tuple, Batch]:
         visual = batch.visual
-        named = batch.ids, visual.items, visual.placements, visual.keys
-        return named, batch._replace(ids=(), visual=visual._replace(items=(), placements=(), keys=None))
+        named = batch.ids, visual.items, visual.placements, visual.cached
+        return named, batch._replace(ids=(), visual=visual._replace(items=(), placements=(), cached=None))
 
     (names, tensors), (other_names, other_tensors) = (zip(*map(split, some)) for some in (batches, others))
     assert names == other_names
