@@ -150,11 +150,13 @@ class _Budget:
     def _count(self) -> int:
         total = 0
         for file in self.folder.glob("*/*/*"):
+            if file.suffix not in (PARTIAL, ".safetensors"):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
                 if file.suffix == PARTIAL and time.time() - status.st_mtime > STALE_SECONDS:
                     file.unlink()
-                elif file.suffix in (PARTIAL, ".safetensors"):
+                else:
                     total += status.st_size
         return total
 
