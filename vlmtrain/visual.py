@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .tiling import Tiles
-
-if TYPE_CHECKING:
-    from .connectors import Features
 
 Size = tuple[int, int]
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -137,12 +134,12 @@ class Cached(NamedTuple):
     """What a feature cache has of the items of a batch.
 
     keys: of all items. numbers: of the items whose features were read, whose pixels the batch does not have. features:
-    of these items, in order; None if there are none.
+    of these items, in order, as `vlmtrain.connectors.Features`; None if there are none.
     """
 
     keys: tuple[str, ...]
     numbers: tuple[int, ...] = ()
-    features: Features | None = None
+    features: Any = None
 
 
 class Visual(NamedTuple):

@@ -123,7 +123,7 @@ class ImageOnDisk(EncodedImage):
     """An image file. relative: its path within the folder of images, if it has one."""
 
     path: Path
-    relative: str | None = None
+    relative: str | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
