@@ -96,8 +96,12 @@ class Levels:
         return Image.fromarray(values.reshape(3, 16, 16).transpose(1, 2, 0).astype(np.uint8))
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_are_bytes_that_are_normalized_when_they_are_moved(tokenizer, dtype):
+def test_images_are_bytes_that_are_normalized_when_they_are_moved(tokenizer, dtype, device):
     """To the bits of the definition in numpy, in float32 and in this order, rounded once at the end."""
     processor = Processor(tokenizer, replace(GEOMETRY, size=(16, 16)), "chat", max_length=300)
     asked = Conversation("x", conversation(1).turns, (Levels(),))
@@ -106,7 +110,7 @@ def test_images_are_bytes_that_are_normalized_when_they_are_moved(tokenizer, dty
     levels = np.asarray(Levels().load()).transpose(2, 0, 1).astype(np.float32)
     mean, std = (np.array(each, np.float32)[:, None, None] for each in (GEOMETRY.mean, GEOMETRY.std))
     expected = torch.from_numpy((levels / np.float32(255) - mean) / std)
-    assert batch.to(torch.device("cpu"), dtype).visual.pixels[0][0].equal(expected.to(dtype))
+    assert batch.to(torch.device(device), dtype).visual.pixels[0][0].cpu().equal(expected.to(dtype))
     assert batch.visual.normalized().pixels[0][0].equal(expected)
 
 
