@@ -44,6 +44,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+import torch
 import yaml
 from PIL import Image
 
@@ -389,7 +390,40 @@ def run_with_hashes(module: str) -> None:
             return made
 
         Processor.collate, Processor.pack = hashing(Processor.collate), hashing(Processor.pack)
+        if hasattr(Processor, "reading"):
+            remember_pixels()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+PIXELS: dict[str, Any] = {}
+"""The pixels of items by their cache keys: a batch with cached features has none."""
+
+
+def remember_pixels() -> None:
+    """Decode images also where their cached features are read."""
+    from vlmtrain.data.cached_features import FeatureFiles
+    from vlmtrain.data.images import show_items
+    from vlmtrain.visual import normalized
+
+    load = FeatureFiles.load
+
+    def loaded(files, image, items, geometry):
+        found, missing = load(files, image, items, geometry)
+        shown = normalized(tuple(show_items(image.load(), items, geometry.mean)), geometry.mean, geometry.std)
+        PIXELS.update(zip((item.key for item in found), shown))
+        return found, missing
+
+    FeatureFiles.load = loaded
+
+
+def normalized_images(visual: Any) -> Any:
+    """The normalized pixels of all items of a batch."""
+    if hasattr(visual, "normalized"):  # before, the pixels of a batch were normalized
+        if visual.cached is not None:
+            shown = [PIXELS[key] for key in visual.cached.keys]
+            return torch.stack(shown) if isinstance(visual.pixels[0], torch.Tensor) else tuple(shown)
+        visual = visual.normalized()
+    return visual.pixels[0]
 
 
 def batch_hash(batch: Any) -> str:
@@ -399,7 +433,7 @@ def batch_hash(batch: Any) -> str:
         images, is_image, texts = batch.images, batch.is_image, (batch.text_ids, batch.text_mask)
     else:
         visual = batch.visual
-        images = visual and visual.pixels[0]
+        images = visual and normalized_images(visual)
         is_image = visual.mask if visual and visual.items else None
         texts = (visual and visual.texts) or (None, None)
     tensors |= {"images": images, "is_image": is_image}

@@ -63,7 +63,7 @@ class Batch(NamedTuple):
         return (torch.arange(self.input_ids.shape[1], device=starts.device) - starts)[None]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Move the tensors to a device, and convert pixels to `dtype`."""
+        """Move the tensors to a device, normalize pixels there, and convert them to `dtype` (default: float32)."""
         moved = Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
         return moved._replace(
             trained=self.trained and Targets(*(t.to(device, non_blocking=True) for t in self.trained)),

@@ -1,7 +1,7 @@
 """The visual contract: what a conversation's media become, from the plan to the batch that a model receives.
 
     plan      header sizes -> items and placements, before anything is decoded
-    load      decodes and cuts what the items say -> pixels
+    load      decodes and cuts what the items say -> pixels, uint8 until the batch is moved to its device
     Batch     carries a `Visual`: the pixels, items and placements of all its samples
 
 Everything here is plain values that can be printed. Grids and sizes are ``(height, width)``.
@@ -9,9 +9,9 @@ Everything here is plain values that can be printed. Grids and sizes are ``(heig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,14 +103,54 @@ Pixels = Tensor | tuple[Tensor, ...]
 """Images of equal size, ``(N, 3, H, W)``, or of different sizes, each ``(3, H, W)``."""
 
 
+def normalized(pixels: Pixels, mean: Sequence[float], std: Sequence[float]) -> Pixels:
+    """Levels of uint8 as float32, normalized by the channel mean and standard deviation of values in [0, 1].
+
+    Pixels in floating point are normalized already, and returned as they are. The result has the same bits on every
+    device.
+    """
+    images = [image for image in ([pixels] if isinstance(pixels, Tensor) else pixels) if image.dtype == torch.uint8]
+    if not images:
+        return pixels
+    device = images[0].device
+
+    # Filled on the device, since copies of numbers would wait for it; and divisors are tensors, since GPUs divide by
+    # a number of the host by multiplying with its reciprocal, which rounds differently.
+    def filled(*values: float) -> Tensor:
+        return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
+
+    white, center, spread = filled(255), filled(*mean), filled(*std)
+    return _each(
+        pixels,
+        lambda image: image.float().div_(white).sub_(center).div_(spread) if image.dtype == torch.uint8 else image,
+    )
+
+
+def _each(pixels: Pixels, change: Callable[[Tensor], Tensor]) -> Pixels:
+    return change(pixels) if isinstance(pixels, Tensor) else tuple(map(change, pixels))
+
+
+class Cached(NamedTuple):
+    """What a feature cache has of the items of a batch.
+
+    keys: of all items. numbers: of the items whose features were read, whose pixels the batch does not have. features:
+    of these items, in order, as `vlmtrain.connectors.Features`; None if there are none.
+    """
+
+    keys: tuple[str, ...]
+    numbers: tuple[int, ...] = ()
+    features: Any = None
+
+
 class Visual(NamedTuple):
     """The visual inputs of a batch.
 
-    pixels: one `Pixels` per encoder. items, placements: of all samples, in reading order; both are empty for a batch
-    without images, whose pixels are a stand-in, so that every rank makes the same calls. index ``(B, T)``: the
-    placement at each text position, -1 for text. texts: for a connector that reads text. keys: cache key of each item,
-    per encoder. calls: number of calls of modules that process one size or grid of images at a time; the same on all
-    ranks.
+    pixels: one `Pixels` per encoder, uint8 until `to` or `normalized` normalizes them by `mean_std`, the mean and
+    standard deviation of the channels. items, placements: of all samples, in reading order; both are empty for a batch
+    without images, whose pixels are a normalized stand-in, so that every rank makes the same calls. index ``(B, T)``:
+    the placement at each text position, -1 for text. texts: for a connector that reads text. cached: in a stage with
+    a feature cache; pixels are then those of the items that were not read from it. calls: number of calls of modules
+    that process one size or grid of images at a time; the same on all ranks.
 
     This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
     """
@@ -120,8 +160,9 @@ class Visual(NamedTuple):
     placements: tuple[Placement, ...]
     index: Tensor
     texts: Texts | None = None
-    keys: tuple[tuple[str, ...], ...] | None = None
+    cached: Cached | None = None
     calls: int = 1
+    mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -129,16 +170,28 @@ class Visual(NamedTuple):
         return self.index >= 0
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Visual:
-        """Move all tensors to a device, and convert pixels to `dtype`."""
+        """Move all tensors to a device, where pixels are normalized, and convert pixels to `dtype`.
 
-        def moved(pixels: Pixels) -> Pixels:
-            if not isinstance(pixels, Tensor):
-                return tuple(moved(each) for each in pixels)
-            return pixels.to(device, non_blocking=True).to(dtype or pixels.dtype)
+        Without `dtype`, normalized pixels are float32.
+        """
 
-        texts = self.texts and Texts(*(tensor.to(device, non_blocking=True) for tensor in self.texts))
-        index = self.index.to(device, non_blocking=True)
-        return self._replace(pixels=tuple(map(moved, self.pixels)), index=index, texts=texts)
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        pixels, texts = tuple(_each(each, moved) for each in self.pixels), self.texts and Texts(*map(moved, self.texts))
+        cached = self.cached
+        if cached is not None and cached.features is not None:
+            cached = cached._replace(features=cached.features.to(device, non_blocking=True))
+        visual = self._replace(pixels=pixels, index=moved(self.index), texts=texts, cached=cached).normalized()
+        if dtype is None:
+            return visual
+        return visual._replace(pixels=tuple(_each(each, lambda image: image.to(dtype)) for each in visual.pixels))
+
+    def normalized(self) -> Visual:
+        """With normalized pixels, for a batch that was not moved by `to`."""
+        if self.mean_std is None:  # made by hand, of normalized pixels
+            return self
+        return self._replace(pixels=tuple(normalized(each, *self.mean_std) for each in self.pixels))
 
 
 def joined(plans: Sequence[MediaPlan]) -> MediaPlan:

@@ -200,7 +200,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def gray_levels(pixels: Tensor, ours: dict) -> float:
     """The largest difference of pixels, of 255 levels. LLaVA-NeXT pads images to the same number of views."""
-    visual = ours["batch"].visual
+    visual = ours["batch"].visual.normalized()
     expected = visual.pixels[0]
     if not isinstance(expected, Tensor):  # native resolution: rows of patches, in one or two equal frames
         expected = torch.cat([pixel_rows(image, *ours["order"]) for image in expected])

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vlmtrain.data.processor import pixel_key
+from vlmtrain.connectors import VisionFeatures
+from vlmtrain.data.cached_features import pixel_key
 from vlmtrain.model.vision import HFVision, build_vision, load_vision
 from vlmtrain.training.feature_cache import FeatureCache
+from vlmtrain.visual import Cached
 
 from ..conftest import data_overrides, metrics, run, train
 
@@ -42,7 +44,7 @@ def cache(folder: Path, encoder, limit: int = 10**9) -> FeatureCache:
 
 @torch.no_grad()
 def features(cache: FeatureCache, images: torch.Tensor):
-    return cache(images, [key_of(image) for image in images])
+    return cache(images, Cached(tuple(map(key_of, images))))
 
 
 @torch.no_grad()
@@ -69,7 +71,7 @@ def test_a_damaged_entry_is_computed_again(tmp_path, encoder, damage):
     again = cache(tmp_path, encoder)
     assert torch.equal(features(again, images).patches, wanted.patches)
     assert (again.hits, again.misses) == (1, 1)
-    assert cache(tmp_path, encoder)._read(key_of(images[1])) is not None
+    assert cache(tmp_path, encoder).files.read(key_of(images[1])) is not None
 
 
 def test_no_flipped_bit_of_an_entry_is_an_error_or_other_features(tmp_path, encoder):
@@ -82,10 +84,9 @@ def test_no_flipped_bit_of_an_entry_is_an_error_or_other_features(tmp_path, enco
         flipped = bytearray(intact)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
-        tensors = again._read(key_of(images[0]))
-        if tensors is not None:
-            assert tensors.keys() == {"patches", "prefix", "level0", "level1"}
-            found = (tensors["patches"], tensors["prefix"], tensors["level0"], tensors["level1"])
+        row = again.files.read(key_of(images[0]))
+        if row is not None:
+            found = (row.patches, row.prefix, *row.levels)
             assert all(map(torch.equal, found, (own[0] for own in (wanted.patches, wanted.prefix, *wanted.levels))))
 
 
@@ -192,11 +193,10 @@ def test_the_same_images_written_by_two_processes_count_once(tmp_path, encoder):
     features(cache(tmp_path / "one", encoder), images)
     limit = size_of(tmp_path / "one")
     two = [cache(tmp_path / "two", encoder, limit) for _ in range(2)]
-    tensors = {"patches": torch.zeros(2, 2, 24), "prefix": torch.zeros(1, 24)}
-    tensors |= {"level0": torch.zeros(2, 2, 24), "level1": torch.zeros(2, 2, 24)}
+    row = VisionFeatures(torch.zeros(2, 2, 24), torch.zeros(1, 24), (torch.zeros(2, 2, 24),) * 2)
     for image in images:
         for each in two:
-            each._write(key_of(image), tensors)
+            each._write(key_of(image), row)
     assert size_of(tmp_path / "two") == limit
 
 

@@ -34,6 +34,7 @@ from vlmtrain.model.parts import load_part
 from vlmtrain.runs.folder import RunFolder
 from vlmtrain.settings import compose
 from vlmtrain.training.init_from import take_in as imported_for
+from vlmtrain.visual import normalized
 
 ENDLESS = ITEMS.replace("Q: ", "USER: ").replace("A:", "ASSISTANT:").replace("eos_token", "' '")
 
@@ -91,7 +92,7 @@ def test_images_are_preprocessed_as_by_the_source(tmp_path):
     for file in pictures:
         expected = theirs(images=[Image.open(file)], return_tensors="pt")["pixel_values"][0]
         items = geometry.plan([None]).items
-        (found,) = show_items(Image.open(file), items, geometry.mean, geometry.std)
+        found = normalized(*show_items(Image.open(file), items, geometry.mean), geometry.mean, geometry.std)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     clip = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "crop_size": SQUARE}
     edge = {"size": {"shortest_edge": SIDE}}

@@ -87,7 +87,7 @@ def test_no_token_or_image_of_a_sample_changes_a_logit_of_another(edited, what):
     with torch.no_grad():
         before = logits_of(model, processor.pack(some))
         if what == "picture":
-            some[edited] = sample._replace(pixels=(tuple(1 - image for image in sample.pixels[0]),))
+            some[edited] = sample._replace(pixels=(tuple(255 - image for image in sample.pixels[0]),))
         else:
             ids = torch.where(sample.tokens.index < 0, (sample.tokens.input_ids + 1) % 40, sample.tokens.input_ids)
             tokens = type(sample.tokens)(ids, *list(vars(sample.tokens).values())[1:])

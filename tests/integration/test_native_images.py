@@ -127,7 +127,7 @@ def test_a_tower_of_qwen_with_rows_of_positions(folder, tmp_path):
     assert (batch.positions[2, 0, first] - batch.positions[0, 0, first]).max() == 5
     rows = torch.tensor([[8, 12], [4, 22], [12, 8]])
     merged = published.model.visual(  # each image is two equal frames
-        torch.cat([_in_published_order(image) for image in batch.visual.pixels[0]]),
+        torch.cat([_in_published_order(image) for image in batch.visual.normalized().pixels[0]]),
         grid_thw=torch.cat([torch.ones(3, 1, dtype=torch.long), rows], 1),
     )
     features = model.encode(batch.visual)

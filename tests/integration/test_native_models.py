@@ -103,7 +103,7 @@ ROWS = (("wide", "tall"), ("large",), ())
 
 def test_logits_and_gradients_of_images(pair, files):
     """Two images of different sizes, one, and none in one batch; transformers sees each row alone."""
-    batch = batch_of(pair, files, *ROWS)
+    batch = batch_of(pair, files, *ROWS).to(torch.device("cpu"))
     shown = tuple(image.requires_grad_() for image in batch.visual.pixels[0])
     logits = pair.model(batch._replace(visual=batch.visual._replace(pixels=(shown,))))
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))

@@ -29,6 +29,10 @@ class VisionFeatures(NamedTuple):
 
     grids = None  # not a field: all images have the grid of `patches`
 
+    def to(self, *args, **options) -> VisionFeatures:
+        """With tensors that are converted as by `Tensor.to`."""
+        return _each(self, lambda tensor: tensor.to(*args, **options))
+
 
 class PackedFeatures(NamedTuple):
     """Features of images with unequal grids.
@@ -46,6 +50,10 @@ class PackedFeatures(NamedTuple):
     prefix: Tensor | None = None
     levels: tuple[Tensor, ...] = ()
 
+    def to(self, *args, **options) -> PackedFeatures:
+        """With tensors that are converted as by `Tensor.to`."""
+        return _each(self, lambda tensor: tensor.to(*args, **options))
+
     def batch(self, images: Sequence[int]) -> VisionFeatures:
         """The features of some images, which must have the same grid."""
         sizes, grid = [height * width for height, width in self.grids], self.grids[images[0]]
@@ -58,6 +66,13 @@ class PackedFeatures(NamedTuple):
 
 
 Features = VisionFeatures | PackedFeatures
+
+
+def _each(features: Features, change: Callable[[Tensor], Tensor]) -> Features:
+    prefix = None if features.prefix is None else change(features.prefix)
+    return features._replace(
+        patches=change(features.patches), prefix=prefix, levels=tuple(map(change, features.levels))
+    )
 
 
 def _dispatching(forward: Callable) -> Callable:
@@ -90,8 +105,7 @@ def _blank(features: VisionFeatures) -> VisionFeatures:
     def zeros(x: Tensor) -> Tensor:
         return torch.zeros_like(x, requires_grad=x.requires_grad)
 
-    prefix = None if features.prefix is None else zeros(features.prefix)
-    return VisionFeatures(zeros(features.patches), prefix, tuple(map(zeros, features.levels)))
+    return _each(features, zeros)
 
 
 class Connector(nn.Module):

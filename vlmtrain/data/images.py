@@ -1,4 +1,4 @@
-"""Images: found, opened safely, fitted to the encoder's size, and normalized."""
+"""Images: found, opened safely, and fitted to the encoder's size."""
 
 from __future__ import annotations
 
@@ -120,9 +120,10 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class ImageOnDisk(EncodedImage):
-    """An image file."""
+    """An image file. relative: its path within the folder of images, if it has one."""
 
     path: Path
+    relative: str | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
@@ -213,7 +214,7 @@ class ImageFolder:
             raise BadSample(
                 f"{name}: image path {shown(path)} leads out of data.images; data.outside_images=true allows that"
             )
-        return ImageOnDisk(whole)
+        return ImageOnDisk(whole, path)
 
     @staticmethod
     def _real(path: str) -> str:
@@ -306,7 +307,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[float, ...]) -> Image.Image:
@@ -348,7 +349,9 @@ def _padded_and_scaled(image: Image.Image, size: tuple[int, int], color: tuple[i
     rows = max(1, BAND_PIXELS // whole[0])
     for first in range(0, image.height, rows):
         last = min(image.height, first + rows)
-        band = _on_canvas(image.crop((0, first, image.width, last)), (whole[0], last - first), (left, 0), color)
+        band = image if rows >= image.height else image.crop((0, first, image.width, last))
+        if whole[0] > image.width:
+            band = _on_canvas(band, (whole[0], last - first), (left, 0), color)
         narrow.paste(band.resize((width, last - first), Image.Resampling.BICUBIC), (0, top + first))
     return narrow.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -370,10 +373,8 @@ def _contained(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, BLACK)
 
 
-def show_items(
-    image: Image.Image, items: Iterable[Item], mean: tuple[float, ...], std: tuple[float, ...]
-) -> list[Tensor]:
-    """What an encoder is shown of an image: tensors ``(3, H, W)``, one for each of its items."""
+def show_items(image: Image.Image, items: Iterable[Item], mean: tuple[float, ...]) -> list[Tensor]:
+    """What an encoder is shown of an image: tensors ``(3, H, W)`` uint8, one for each of its items."""
     canvases: dict[tuple[str, tuple[int, int]], Image.Image] = {}
     shown = []
     for item in items:
@@ -384,11 +385,5 @@ def show_items(
         if item.box != WHOLE:
             left, top = round(item.box[0] * canvas.width), round(item.box[1] * canvas.height)
             canvas = canvas.crop((left, top, left + width, top + height))
-        shown.append(to_tensor(canvas, mean, std))
+        shown.append(torch.from_numpy(np.asarray(canvas).transpose(2, 0, 1).copy()))
     return shown
-
-
-def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Tensor ``(3, H, W)`` float32, normalized by the channel mean and standard deviation of values in [0, 1]."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-    return pixels.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])

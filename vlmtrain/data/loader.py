@@ -147,18 +147,6 @@ class Batching:
         conversation = self.mixture[index]
         return Read(conversation, self.processor.render(conversation))
 
-    def load(self, planned: Planned) -> Sample:
-        """The sample of a row. Raises BadSample, also if its length is not the one that was planned with."""
-        conversation, tokens = planned.read or self.read(planned.index)
-        if tokens.length != planned.length:
-            self.lengths[planned.index] = None
-            raise BadSample(
-                f"{conversation.id}: an image has changed since an earlier run read it ({planned.length.tokens} tokens "
-                f"then, {len(tokens)} now); run the same command again"
-            )
-        sample = self.processor.load(conversation, tokens.weighed(self.loss_per))
-        return sample._replace(source=self.mixture.source_number(planned.index))
-
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""
         raise NotImplementedError
@@ -333,13 +321,25 @@ class StepStream(IterableDataset):
         for _ in range(self.first + worker, self.last, workers):
             yield self._deal(next(steps))
 
+    def load(self, planned: Planned) -> Sample:
+        """The sample of a row. Raises BadSample, also if its length is not the one that was planned with."""
+        conversation, tokens = planned.read or self.batching.read(planned.index)
+        if tokens.length != planned.length:
+            self.batching.lengths[planned.index] = None
+            raise BadSample(
+                f"{conversation.id}: an image has changed since an earlier run read it ({planned.length.tokens} tokens "
+                f"then, {len(tokens)} now); run the same command again"
+            )
+        sample = self.processor.load(conversation, tokens.weighed(self.batching.loss_per))
+        return sample._replace(source=self.mixture.source_number(planned.index))
+
     def _deal(self, step: PlannedStep) -> StepData:
         """Build this rank's micro-batches. Similar rows run at the same time, and all ranks have equally many."""
         batching, together = self.batching, self.batching.micro_rows * self.world_size
         # all ranks find the same bad records while planning; only one reports them
         bad = list(step.bad) if self.rank == 0 else []
         rows = sorted(step.rows, key=batching.order)
-        batches, tokens, drawn = [], [], [0] * len(self.mixture.sources)
+        batches, used, drawn = [], [], [0] * len(self.mixture.sources)
         source_weights = [0.0] * len(drawn)
         for number in range(batching.accumulation):
             shared = rows[number * together : (number + 1) * together]
@@ -349,16 +349,17 @@ class StepStream(IterableDataset):
                 samples = []
                 for planned in row:
                     try:
-                        samples.append(batching.load(planned))
+                        samples.append(self.load(planned))
                     except BadSample as error:
                         bad.append(BadRecord(planned.position, planned.index, str(error)))
                     else:
-                        tokens.append(samples[-1].tokens)
+                        used.append(samples[-1])
                         drawn[samples[-1].source] += 1
                         source_weights[samples[-1].source] += float(samples[-1].tokens.weights.sum())
                 loaded.append(samples)
             calls = max(map(_groups, by_rank))  # the ranks agree without communication: all know the plans of all
             batches.append(batching.collate([row for row in loaded if row], calls))
+        tokens = [sample.tokens for sample in used]
         return StepData(
             batches,
             weight=sum(float(t.weights.sum()) for t in tokens),
@@ -371,16 +372,20 @@ class StepStream(IterableDataset):
             source_weights=source_weights,
             bad=bad,
             cursor=step.cursor,
-            work=_work(tokens),
+            work=_work(used),
             plan=zlib.crc32(repr([[(p.position, p.length.tokens) for p in row] for row in rows]).encode()),
         )
 
 
-def _work(samples: list[Rendered]) -> Work:
-    patches = [math.prod(item.grids[0]) for tokens in samples for item in tokens.media.items]
-    views = len(patches), sum(patches), sum(n * n for n in patches)
-    lengths = [len(tokens) for tokens in samples]
-    return Work(sum(n * n for n in lengths), *views, *views)
+def _work(samples: list[Sample]) -> Work:
+    shown, encoded = [], []
+    for sample in samples:
+        patches = [math.prod(item.grids[0]) if item.grids else 0 for item in sample.tokens.media.items]
+        shown += patches
+        cached = sample.cached or [None] * len(patches)
+        encoded += [count for count, found in zip(patches, cached) if found is None or found.features is None]
+    counts = [(len(each), sum(each), sum(n * n for n in each)) for each in (shown, encoded)]
+    return Work(sum(len(sample.tokens) ** 2 for sample in samples), *counts[0], *counts[1])
 
 
 def _groups(rows: list[list[Planned]]) -> int:

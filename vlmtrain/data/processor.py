@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,18 +22,19 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .. import __version__
 from ..batch import Batch, Targets
 from ..connectors.checks import GridError
 from ..errors import first_line
 from ..files import read_object
 from ..model.folder import check_files
-from ..visual import NO_MEDIA, MediaPlan, Texts, Visual, groups, joined
+from ..model.vision.base import packed, stacked
+from ..visual import NO_MEDIA, Cached, MediaPlan, Texts, Visual, groups, joined, normalized
+from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
 from .images import show_items
 from .records import BadSample, Conversation
-from .rendering import IGNORE, Rendered, Renderer, SampleLength
+from .rendering import IGNORE, RENDERING, Rendered, Renderer, SampleLength
 
 OWN_TOKENIZER = "connector_tokenizer"  # tokenizer of a connector that reads text in a separate vocabulary
 
@@ -40,22 +42,27 @@ OWN_TOKENIZER = "connector_tokenizer"  # tokenizer of a connector that reads tex
 class Sample(NamedTuple):
     """One rendered conversation and what its items show.
 
-    pixels: for each encoder, one tensor ``(3, H, W)`` per item. texts: for a connector that reads text, the ids
-    ``(L,)`` for each item. source: number of the data source.
+    pixels: for each encoder, one tensor ``(3, H, W)`` per item, uint8; normalized pixels in floating point are also
+    possible. texts: for a connector that reads text, the ids ``(L,)`` for each item. cached: with a feature cache, what
+    it has of each item; `pixels` are then those of the items without features. source: number of the data source.
     """
 
     id: str
     tokens: Rendered
     pixels: tuple[tuple[Tensor, ...], ...]
     texts: tuple[Tensor, ...] = ()
+    cached: tuple[ItemFeatures, ...] = ()
     source: int = 0
 
     def cut(self, tokens: Rendered) -> Sample:
         """The sample with other tokens, which end earlier, and the items that they refer to."""
         media = tokens.media.first(int(tokens.index.max()) + 1 if len(tokens) else 0)
         count = len(media.items)
-        pixels = tuple(pixels[:count] for pixels in self.pixels)
-        return self._replace(tokens=replace(tokens, media=media), pixels=pixels, texts=self.texts[:count])
+        cached = self.cached[:count]
+        with_pixels = count - sum(item.features is not None for item in cached)
+        pixels = tuple(pixels[:with_pixels] for pixels in self.pixels)
+        tokens = replace(tokens, media=media)
+        return self._replace(tokens=tokens, pixels=pixels, texts=self.texts[:count], cached=cached)
 
 
 class Processor:
@@ -83,7 +90,7 @@ class Processor:
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
-        self.makes_keys = False  # whether batches contain the cache keys of their images
+        self.features: FeatureFiles | None = None
         controls = (*geometry.frame, *geometry.view_words) if geometry else ()
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls)
         self.filler = self.renderer.filler
@@ -91,6 +98,12 @@ class Processor:
     def __call__(self, conversation: Conversation) -> Sample:
         """Convert a conversation to a training sample. Raises BadSample, naming the conversation."""
         return self.load(conversation, self.render(conversation))
+
+    def reading(self, features: FeatureFiles) -> Processor:
+        """A processor that is the same, but loads cached features instead of images."""
+        other = copy(self)
+        other.features = features
+        return other
 
     def plan(self, conversation: Conversation) -> MediaPlan:
         """The items and placements of a conversation's images, from their headers. Raises BadSample, naming it."""
@@ -129,15 +142,24 @@ class Processor:
         return found
 
     def load(self, conversation: Conversation, tokens: Rendered) -> Sample:
-        """Decode the conversation's images as its rendered tokens say. Raises BadSample, naming the conversation."""
+        """Load what the conversation's rendered tokens say about its images. Raises BadSample, naming it."""
         geometry, items = self.geometry, tokens.media.items
         if geometry is None:
             return Sample(conversation.id, tokens, ())
         pixels: list[Tensor] = []
-        for medium, image in enumerate(self.decode(conversation)):
-            pixels += show_items(image, [item for item in items if item.medium == medium], geometry.mean, geometry.std)
+        cached: list[ItemFeatures] = []
+        with _naming(conversation):
+            for medium, image in enumerate(conversation.media):
+                shown = [item for item in items if item.medium == medium]
+                if self.features is None:
+                    pixels += show_items(image.load(), shown, geometry.mean)
+                    continue
+                found, missing = self.features.load(image, shown, geometry)
+                cached += found
+                pixels += missing
         words = self.reader(conversation) if self.reader else []
-        return Sample(conversation.id, tokens, (tuple(pixels),), tuple(words[item.medium] for item in items if words))
+        texts = tuple(words[item.medium] for item in items if words)
+        return Sample(conversation.id, tokens, (tuple(pixels),), texts, tuple(cached))
 
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the start of the answer."""
@@ -209,20 +231,24 @@ class Processor:
         slots = sum(placement.slots for placement in placements)
         assert int((index >= 0).sum()) == slots, f"{int((index >= 0).sum())} image positions, but {slots} slots"
         pixels = [image for sample in samples for image in sample.pixels[0]]
-        keys = None
+        mean_std = self.geometry.mean, self.geometry.std
+        if any(image.is_floating_point() for image in pixels):
+            pixels = normalized(tuple(pixels), *mean_std)
         texts = [text for sample in samples for text in sample.texts]
         if not items:
             pixels, texts = [torch.zeros(3, *self.geometry.smallest)], [self.reader.encode("")] if self.reader else []
-        elif self.makes_keys:
-            keys = (tuple(pixel_key(image, self.geometry.fit == "native") for image in pixels),)
+        native = self.geometry.fit == "native"
+        if not native:
+            pixels = torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.geometry.size, dtype=torch.uint8)
         return Visual(
-            (tuple(pixels) if self.geometry.fit == "native" else torch.stack(pixels),),
+            (tuple(pixels) if native else pixels,),
             items,
             placements,
             index,
             Texts(*pad_texts(texts)) if self.reader else None,
-            keys,
+            _cached([item for sample in samples for item in sample.cached], native),
             max(calls, groups(items)),
+            mean_std,
         )
 
     @property
@@ -244,7 +270,7 @@ class Processor:
         vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         # the texts of a template may change from day to day, if it contains the date
         words = tokenizer.special_tokens_map, tokenizer.chat_template, self.renderer.sample_texts
-        return repr((__version__, vocabulary, words, self.in_pairs, self._settings))
+        return repr((RENDERING, vocabulary, words, self.in_pairs, self._settings))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save tokenizer and settings in ``folder/processor``."""
@@ -295,13 +321,12 @@ def _counted_on(samples: Sequence[Rendered]) -> list[Tensor]:
     return found
 
 
-def pixel_key(pixels: Tensor, with_shape: bool) -> str:
-    """Cache key of the pixels ``(3, H, W)`` of an item: their hash.
-
-    with_shape: for images of different sizes, whose bytes may be equal although their shapes are not.
-    """
-    key = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16).hexdigest()
-    return f"{key}-{pixels.shape[1]}x{pixels.shape[2]}" if with_shape else key
+def _cached(items: Sequence[ItemFeatures], native: bool) -> Cached | None:
+    if not items:
+        return None
+    found = {number: item.features for number, item in enumerate(items) if item.features is not None}
+    features = (packed if native else stacked)(list(found.values())) if found else None
+    return Cached(tuple(item.key for item in items), tuple(found), features)
 
 
 @contextmanager

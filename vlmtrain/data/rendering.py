@@ -30,6 +30,7 @@ from .records import IMAGE_MARK, BadSample, Conversation, Turn
 from .templates import BLIP, chat_template
 
 IGNORE = -100
+RENDERING = 1  # to be increased when conversations are rendered to other numbers of tokens
 LOSS_PER = ("token", "sample", "sqrt")
 PROBE_SECONDS = 20
 

@@ -219,7 +219,9 @@ def _beside(values: dict[str, float], blind: dict[str, float]) -> dict[str, floa
 
 def _blanked(sample: Sample) -> Sample:
     """A sample whose images have the mean color in every pixel."""
-    return sample._replace(pixels=tuple(tuple(map(torch.zeros_like, pixels)) for pixels in sample.pixels))
+    return sample._replace(
+        pixels=tuple(tuple(torch.zeros(image.shape) for image in pixels) for pixels in sample.pixels)
+    )
 
 
 def _answered(conversation: Conversation, turn: int, words: str) -> Conversation:

@@ -98,7 +98,7 @@ def _in_memory(image: Image.Image) -> ImageInMemory:
 
 def _check_pixels(name: str, batch: Batch, inputs: BatchFeature, model: VLMWrapper, processor: Processor) -> None:
     (patch, _), order = model.vision.patch_size, model.vision.multiple
-    rows = torch.cat([pixel_rows(image, patch, order) for image in batch.visual.pixels[0]])
+    rows = torch.cat([pixel_rows(image, patch, order) for image in batch.visual.normalized().pixels[0]])
     found = inputs["pixel_values"]
     frames = found.shape[1] // rows[0].numel() if len(found) == len(rows) else 0
     if not frames:

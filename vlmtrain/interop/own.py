@@ -38,7 +38,7 @@ from ..model.parts import connector_from
 from ..model.rotary import positions_of, restore_multimodal_rotary, rows_of_positions
 from ..model.vision import describe_vision, vision_from
 from ..tiling import Tiles, tiled_tokens
-from ..visual import WHOLE, Item, Pixels, Placement, Texts, Visual, joined
+from ..visual import WHOLE, Item, Pixels, Placement, Texts, Visual, joined, normalized
 from .chat_template import typed_speech
 from .fitting import DoesNotFit
 from .llava import Exported, generation_settings
@@ -284,7 +284,7 @@ class VLMTrainProcessor(ProcessorMixin):
         pixels: list[Tensor] = []
         for medium, image in enumerate(loaded):
             shown = [item for item in media.items if item.medium == medium]
-            pixels += show_items(image, shown, geometry.mean, geometry.std)
+            pixels += show_items(image, shown, geometry.mean)
         images_shown = iter(media.by_medium)
         expanded = []
         for one in texts:
@@ -296,7 +296,7 @@ class VLMTrainProcessor(ProcessorMixin):
         if loaded:
             if geometry.fit == "native":
                 data["image_sizes"] = torch.tensor([item.pixels[0] for item in media.items])
-            data["pixel_values"] = _padded(pixels)
+            data["pixel_values"] = _padded(normalized(tuple(pixels), geometry.mean, geometry.std))
             if cuts := [placement.tiles for placement in media.placements if placement.tiles]:
                 data["image_cuts"] = torch.tensor(cuts)
             if self.reader:

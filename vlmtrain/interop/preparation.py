@@ -13,6 +13,7 @@ from ..data.geometry import Geometry
 from ..data.images import show_items
 from ..errors import first_line
 from ..files import read_json
+from ..visual import normalized
 
 _TOLD = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_rescale", "rescale_factor", "do_normalize")
 
@@ -45,7 +46,7 @@ def check_pixels(file: Path, preparation: ImageProcessingMixin, geometry: Geomet
     x, y = torch.meshgrid(across, down, indexing="xy")
     image = Image.fromarray(torch.stack([x, y, 255 - x], dim=-1).to(torch.uint8).numpy())
     items = geometry.plan([(image.height, image.width)]).items
-    ours = torch.stack(show_items(image, items, geometry.mean, geometry.std))
+    ours = normalized(torch.stack(show_items(image, items, geometry.mean)), geometry.mean, geometry.std)
     problem = f"resample={int(preparation.resample)}, expected 3 (bicubic)" if preparation.resample != 3 else None
     if problem is None:
         try:

@@ -55,7 +55,7 @@ class VLMWrapper(nn.Module):
 
     def encode(self, visual: Visual) -> Features:
         """The encoder's features of the images of a batch."""
-        return self.vision.encode(visual.pixels[0], visual.calls)
+        return self.vision.encode(visual.normalized().pixels[0], visual.calls)
 
     def connect(self, features: Features, visual: Visual) -> VisualTokens:
         """The visual tokens of the placements of a batch, from the encoder's features of its items."""

@@ -51,7 +51,7 @@ class Contrastive(Objective):
 
     def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, None]:
         rows = int((batch.weights.sum(1) > 0).sum())  # padding rows without weight come last
-        images = F.normalize(model.vision.pooled(batch.visual.pixels[0])[:rows], dim=-1)
+        images = F.normalize(model.vision.pooled(batch.visual.normalized().pixels[0])[:rows], dim=-1)
         texts = F.normalize(self._embed(batch)[:rows], dim=-1)
         share = Share.of([count for (count,) in all_numbers([rows], images.device)])
         all_images, all_texts, labels = share.gather(images), share.gather(texts), share.mine(images.device)

@@ -1,7 +1,7 @@
 """Disk cache for the features of a frozen encoder, so that it processes each image once.
 
-DIR/<encoder>/<ab>/<image>.safetensors, one file per item. The folder name is the hash of the encoder's weights,
-architecture, layers and image size. The file name is the hash of the pixels that the encoder receives.
+Its files are described in `vlmtrain.data.cached_features`. The name of an encoder's folder is the hash of its weights,
+architecture, layers and image size.
 """
 
 from __future__ import annotations
@@ -11,27 +11,23 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import time
 import weakref
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..connectors import Features, VisionFeatures
+from ..data.cached_features import PARTIAL, FeatureFiles, checksum, write_whole
 from ..model.vision import VisionEncoder
 from ..model.vision.base import packed, rows_of, stacked
 from ..settings import Features as FeatureOptions
-from ..visual import Pixels
+from ..visual import Cached, Pixels
 from .assembly import DTYPES
 from .log import logger
 
-PARTIAL = ".partial"
 STALE_SECONDS = 3600
 
 
@@ -64,7 +60,7 @@ class FeatureCache:
         except OSError as error:
             logger.warning(f"features.cache={folder} is used read-only, as it cannot be written: {error}")
             self.budget = None
-        self.names = {"patches", *(f"level{i}" for i in range(len(encoder.levels)))}
+        self.files = FeatureFiles(folder, self.folder, len(encoder.levels))
         self.hits = self.misses = 0
 
     @classmethod
@@ -73,9 +69,15 @@ class FeatureCache:
         stored = DTYPES[options.dtype] if options.dtype else None
         return cls(Path(options.cache), encoder, encoder_hash, int(options.max_gb * 2**30), stored)
 
-    def __call__(self, pixels: Pixels, keys: Sequence[str]) -> Features:
-        """Return the features of items with their `keys`, on the device of their `pixels`, as the encoder does."""
-        found = {key: self._read(key) for key in keys}
+    def __call__(self, pixels: Pixels, cached: Cached) -> Features:
+        """Return the features of a batch's items on the encoder's device, as the encoder makes them.
+
+        pixels: of the items whose features were not read with the batch.
+        """
+        rows = dict(zip(cached.numbers, rows_of(cached.features) if cached.features else ()))
+        others = [number for number in range(len(cached.keys)) if number not in rows]
+        keys = [cached.keys[number] for number in others]
+        found = {key: self.files.read(key) for key in keys}  # an earlier batch may have had the same image
         missing = {key: number for number, key in enumerate(keys) if found[key] is None}
         if missing:
             numbers = list(missing.values())
@@ -83,36 +85,25 @@ class FeatureCache:
                 pixels[numbers] if isinstance(pixels, Tensor) else tuple(pixels[number] for number in numbers)
             )
             for key, row in zip(missing, rows_of(computed)):
-                found[key] = {name: tensor.to(self.stored) for name, tensor in _tensors(row).items()}
+                found[key] = row.to(self.stored)
                 self._write(key, found[key])
-        self.hits += len(keys) - len(missing)
+        self.hits += len(cached.keys) - len(missing)
         self.misses += len(missing)
-        rows = []
-        for key in keys:
-            tensors = {name: tensor.to(pixels[0].device, self.dtype) for name, tensor in found[key].items()}
-            levels = tuple(tensors[f"level{i}"] for i in range(len(self.encoder.levels)))
-            rows.append(VisionFeatures(tensors["patches"], tensors.get("prefix"), levels))
-        return stacked(rows) if isinstance(pixels, Tensor) else packed(rows)
+        rows |= {number: found[key] for number, key in zip(others, keys)}
+        device = next(self.encoder.parameters()).device
+        if not others:
+            features = cached.features.to(device, self.dtype)
+            # pinning memory makes lists of tuples
+            return features._replace(grids=tuple(map(tuple, features.grids))) if features.grids else features
+        ordered = [rows[number].to(device, self.dtype) for number in range(len(cached.keys))]
+        return stacked(ordered) if isinstance(pixels, Tensor) else packed(ordered)
 
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def _read(self, key: str) -> dict[str, Tensor] | None:
-        try:
-            with safe_open(self._file(key), "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                intact = (file.metadata() or {}).get("crc") == _checksum(tensors)
-        except (OSError, SafetensorError):
-            return None
-        return tensors if intact and tensors.keys() - {"prefix"} == self.names else None
-
-    def _write(self, key: str, tensors: dict[str, Tensor]) -> None:
+    def _write(self, key: str, features: VisionFeatures) -> None:
         if self.budget is None:
             return
-        tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}  # two may be the same layer
-        data = save(tensors, metadata={"crc": _checksum(tensors)})
-        file = self._file(key)
-        partial = file.with_suffix(f".{secrets.token_hex(8)}{PARTIAL}")
+        tensors = {name: tensor.cpu().clone() for name, tensor in _tensors(features).items()}  # two may be one layer
+        data = save(tensors, metadata={"crc": checksum(tensors)})
+        file = self.files.file(key)
         try:
             file.parent.mkdir(exist_ok=True)
             replaced = file.stat().st_size if file.exists() else 0
@@ -120,12 +111,9 @@ class FeatureCache:
                 logger.warning(f"{self.root} is full (features.max_gb): other images are not cached")
                 self.budget = None
                 return
-            partial.write_bytes(data)
-            partial.replace(file)
+            write_whole(file, data)
         except OSError as error:
             logger.warning(f"{file} cannot be written, so nothing more is cached: {error}")
-            with contextlib.suppress(OSError):
-                partial.unlink()
             self.budget = None
 
 
@@ -162,11 +150,13 @@ class _Budget:
     def _count(self) -> int:
         total = 0
         for file in self.folder.glob("*/*/*"):
+            if file.suffix not in (PARTIAL, ".safetensors"):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
                 if file.suffix == PARTIAL and time.time() - status.st_mtime > STALE_SECONDS:
                     file.unlink()
-                elif file.suffix in (PARTIAL, ".safetensors"):
+                else:
                     total += status.st_size
         return total
 
@@ -188,13 +178,3 @@ def _lock(file: int, how: int) -> None:
 def _tensors(row: VisionFeatures) -> dict[str, Tensor]:
     tensors = {"patches": row.patches} | ({} if row.prefix is None else {"prefix": row.prefix})
     return tensors | {f"level{i}": level for i, level in enumerate(row.levels)}
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """CRC-32 over names, shapes, dtypes and bytes. A flipped bit in the header can change any of the first three."""
-    crc = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        crc = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"

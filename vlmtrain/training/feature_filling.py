@@ -61,14 +61,13 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     tokenizer = build_tokenizer(run)
     skeleton = build_skeleton(run, stage, tokenizer)
     processor = build_processor(run, stage, skeleton, OBJECTIVES[stage.objective], tokenizer)
-    processor.makes_keys = True
     source = build_source(run.data.split(stage.data), image_size_of(skeleton), run.seed)
     batching = build_batching(source, processor, stage, 1, run.workers)
     steps = min(stage.max_steps or batching.steps_per_epoch, batching.steps_per_epoch)
     encoder = _encoder(run, stage, tokenizer)
     cache = FeatureCache.of(run.features, encoder, state_hash(module_state(encoder)))
     device = next(encoder.parameters()).device
-    stream = StepStream(batching, source, processor, 0, 1, 0, steps)
+    stream = StepStream(batching, source, processor.reading(cache.files), 0, 1, 0, steps)
     loader = step_loader(stream, run.workers, pin_memory=device.type == "cuda")
     problems: list[str] = []
     with (
@@ -78,8 +77,8 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
         for data in loader:
             for batch in data.micro_batches:
                 visual = batch.visual.to(device, cache.dtype)
-                if visual.keys is not None:
-                    cache(visual.pixels[0], *visual.keys)
+                if visual.cached is not None:
+                    cache(visual.pixels[0], visual.cached)
             problems += [bad.problem for bad in data.bad]
             bar.update()
     return Filled(cache.hits, cache.misses, problems)

@@ -168,7 +168,6 @@ class _Stage:
         options = self.settings.features
         if options.cache == "off" or "vision" not in self.parts or not is_frozen("vision", self.groups):
             return None
-        self.processor.makes_keys = True
         return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)
 
     def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, trackers: Trackers) -> None:
@@ -186,7 +185,7 @@ class _Stage:
         peak = self.settings.device_tflops or peak_tflops(self.world.device, engine.dtype)
         options = (engine, self.objective, *shared, *options, peak)
         runner = StepRunner(self.name, self.settings.seed, skips_bad, *options)
-        steps = self._steps(first, record.get("cursor"))
+        steps = self._steps(first, record.get("cursor"), engine.feature_cache)
         if not validation.on_schedule(engine, total, scores, trackers):
             raise Stopped(f"{self.name}: stopped during validation; run the same command to resume")
         if validation.ends_early:  # by the validation of the step after which the run was stopped
@@ -262,9 +261,10 @@ class _Stage:
         every = self.stage.save_every
         return not self.bad_steps.in_a_row and (bool(every and step % every == 0) or is_late)
 
-    def _steps(self, first: int, cursor: dict | None) -> Iterator[StepData]:
+    def _steps(self, first: int, cursor: dict | None, cache: FeatureCache | None) -> Iterator[StepData]:
         ranks = (self.world.rank, self.world.size)
-        stream = StepStream(self.batching, self.source, self.processor, *ranks, first, self.total_steps, cursor)
+        processor = self.processor if cache is None else self.processor.reading(cache.files)
+        stream = StepStream(self.batching, self.source, processor, *ranks, first, self.total_steps, cursor)
         return step_loader(stream, self.settings.workers, pin_memory=self.world.device.type == "cuda")
 
     def _validator(self, engine: StageEngine, stop: StopSignal) -> Validator | None:

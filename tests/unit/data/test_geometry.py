@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from vlmtrain.connectors.checks import GridError
+from vlmtrain.data.cached_features import pixel_key
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import show_items
 from vlmtrain.data.native_sizes import naflex, smart_resize
-from vlmtrain.data.processor import pixel_key
-from vlmtrain.visual import WHOLE, Item
+from vlmtrain.visual import WHOLE, Item, normalized
 
 LOOK = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -130,7 +130,7 @@ def test_native_without_what_it_needs_is_refused(change, message):
 def test_an_image_of_its_own_size_is_shown_completely():
     geometry = native("linear", (784, 50_000))
     image = Image.linear_gradient("L").convert("RGB").resize((84, 56))
-    (shown,) = show_items(image, geometry.plan([(56, 84)]).items, geometry.mean, geometry.std)
+    shown = normalized(*show_items(image, geometry.plan([(56, 84)]).items, geometry.mean), geometry.mean, geometry.std)
     levels = torch.tensor(list(image.getdata())).reshape(56, 84, 3).permute(2, 0, 1) / 255
     torch.testing.assert_close(shown, (levels - 0.5) / 0.5)
 
@@ -141,7 +141,7 @@ def test_a_box_is_the_part_of_the_canvas():
     boxes = [(x / 2, y / 2, (x + 1) / 2, (y + 1) / 2) for y in (0, 1) for x in (0, 1)]
     items = [Item(0, "tile", "contain", box, (), ((24, 32),), ()) for box in boxes]
     whole = Item(0, "image", "contain", WHOLE, (), ((48, 64),), ())
-    tiles, (canvas,) = show_items(image, items, (0,) * 3, (1,) * 3), show_items(image, [whole], (0,) * 3, (1,) * 3)
+    tiles, (canvas,) = show_items(image, items, (0,) * 3), show_items(image, [whole], (0,) * 3)
     rows = [torch.cat(tiles[:2], 2), torch.cat(tiles[2:], 2)]
     assert torch.cat(rows, 1).equal(canvas)
 

@@ -16,8 +16,9 @@ from torchvision.transforms import v2
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from vlmtrain.data import images
-from vlmtrain.data.images import MAX_ASPECT, MAX_SIDE, ImageInFile, ImageInMemory, ImageOnDisk, fit_image, to_tensor
+from vlmtrain.data.images import MAX_ASPECT, MAX_SIDE, ImageInFile, ImageInMemory, ImageOnDisk, fit_image
 from vlmtrain.data.records import BadSample
+from vlmtrain.visual import normalized
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -26,6 +27,10 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 def pixels(image: Image.Image) -> np.ndarray:
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def shown(image: Image.Image) -> torch.Tensor:
+    return normalized(torch.tensor(pixels(image)).permute(2, 0, 1), MEAN, STD)
 
 
 def quadrants(width: int = 40, height: int = 20) -> Image.Image:
@@ -68,8 +73,8 @@ def test_pad_keeps_the_aspect_and_fills_with_the_mean_color(wide):
 
 
 def test_padding_is_nearly_zero_once_normalized():
-    fitted = to_tensor(fit_image(Image.new("RGB", (40, 20), RED), (16, 16), "pad", MEAN), MEAN, STD)
-    assert fitted[:, 0].abs().max() < 1 / 255 / min(STD) + 1e-6
+    fitted = fit_image(Image.new("RGB", (40, 20), RED), (16, 16), "pad", MEAN)
+    assert shown(fitted)[:, 0].abs().max() < 1 / 255 / min(STD) + 1e-6
 
 
 @pytest.mark.parametrize("side", [16, 50, 336])
@@ -143,7 +148,7 @@ def test_an_image_of_the_right_size_is_unchanged():
 def test_normalization_equals_torchvision():
     image = noise(9, 7)
     reference = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(image)
-    torch.testing.assert_close(to_tensor(image, MEAN, STD), torch.Tensor(reference), rtol=0, atol=1e-6)
+    torch.testing.assert_close(shown(image), torch.Tensor(reference), rtol=0, atol=1e-6)
 
 
 # decoding

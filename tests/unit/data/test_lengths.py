@@ -149,15 +149,13 @@ def test_an_image_that_changed_since_its_length_was_stored_is_a_bad_sample_once(
     lengths.fill(processor, range(RECORDS))
     Image.new("RGB", (90, 8)).save(folder / "1.png")
     batching = batching_of(world, "padded", 1, lengths)
-    changed = next(
-        sample
-        for position in range(RECORDS)
-        if (sample := batching.look(position, [])) and sample.index % 5 and sample.index % 9 == 1
-    )
+    stream = StepStream(batching, batching.mixture, processor, 0, 1, 0, STEPS)
+    seen = (batching.look(position, []) for position in range(RECORDS))
+    changed = next(sample for sample in seen if sample and sample.index % 5 and sample.index % 9 == 1)
     with pytest.raises(BadSample, match=r"an image has changed .* run the same command again"):
-        batching.load(changed)
+        stream.load(changed)
     again = batching.look(changed.position, [])
-    assert again.length != changed.length and batching.load(again).tokens.length == again.length
+    assert again.length != changed.length and stream.load(again).tokens.length == again.length
 
 
 def test_an_error_of_the_planner_ends_the_loader(world):

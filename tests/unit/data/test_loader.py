@@ -84,7 +84,7 @@ def rows(data: StepData) -> Counter:
             if not batch.weights[row].any():
                 continue
             shows = batch.visual.mask[row].any()
-            picture = round(float(next(pictures)[0, 0, 0]) * 255) if shows else None
+            picture = int(next(pictures)[0, 0, 0]) if shows else None
             out[
                 (tuple(batch.input_ids[row, :length].tolist()), tuple(batch.targets[row, :length].tolist()), picture)
             ] += 1
@@ -146,8 +146,8 @@ def test_counts_are_those_of_the_tensors(processor):
 def same_batches(batches: list[Batch], others: list[Batch]) -> None:
     def split(batch: Batch) -> tuple[tuple, Batch]:
         visual = batch.visual
-        named = batch.ids, visual.items, visual.placements, visual.keys
-        return named, batch._replace(ids=(), visual=visual._replace(items=(), placements=(), keys=None))
+        named = batch.ids, visual.items, visual.placements, visual.cached
+        return named, batch._replace(ids=(), visual=visual._replace(items=(), placements=(), cached=None))
 
     (names, tensors), (other_names, other_tensors) = (zip(*map(split, some)) for some in (batches, others))
     assert names == other_names

@@ -143,7 +143,7 @@ def unpacked(data: StepData) -> Counter:
         for start, end in zip(batch.boundaries, batch.boundaries[1:]):
             assert batch.positions[0, start:end].tolist() == list(range(end - start))
             shows = batch.visual.mask[0, start:end].any()
-            picture = round(float(next(pictures)[0, 0, 0]) * 255) if shows else None
+            picture = int(next(pictures)[0, 0, 0]) if shows else None
             tokens = (batch.input_ids[0, start:end].tolist(), batch.targets[0, start:end].tolist())
             found[(*map(tuple, tokens), picture)] += 1
     return found

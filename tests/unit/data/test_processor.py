@@ -64,7 +64,7 @@ def test_there_are_as_many_image_positions_as_visual_tokens(processor):
 
 
 def test_images_are_fitted_and_normalized(processor):
-    (image,) = processor(conversation(1)).pixels[0]
+    (image,) = processor.collate([processor(conversation(1))]).to(torch.device("cpu")).visual.pixels[0]
     # a 20 x 16 image (H x W) fitted to 8 x 12: on a canvas of 20 x 30, seven columns from its left edge
     inside = Image.new("RGB", (30, 20), tuple(int(255 * channel) for channel in GEOMETRY.mean))
     inside.paste(Noise(0).load(), (7, 0))
@@ -86,6 +86,42 @@ def test_a_batch_is_filled_with_rows_without_weight(processor):
     assert not batch.weights[1:].any() and not batch.visual.mask[1:].any() and (batch.targets[1:] == IGNORE).all()
     empty = processor.collate([], rows=2)
     assert empty.input_ids.shape == (2, 1) and not empty.visual.items and not empty.weights.any()
+
+
+class Levels:
+    """An image of the right size with all levels in each channel."""
+
+    def load(self) -> Image.Image:
+        values = np.random.default_rng(0).permuted(np.arange(3 * 256).reshape(3, -1) % 256, axis=1)
+        return Image.fromarray(values.reshape(3, 16, 16).transpose(1, 2, 0).astype(np.uint8))
+
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_are_bytes_that_are_normalized_when_they_are_moved(tokenizer, dtype, device):
+    """To the bits of the definition in numpy, in float32 and in this order, rounded once at the end."""
+    processor = Processor(tokenizer, replace(GEOMETRY, size=(16, 16)), "chat", max_length=300)
+    asked = Conversation("x", conversation(1).turns, (Levels(),))
+    batch = processor.collate([processor(asked)])
+    assert batch.visual.pixels[0].dtype == torch.uint8
+    levels = np.asarray(Levels().load()).transpose(2, 0, 1).astype(np.float32)
+    mean, std = (np.array(each, np.float32)[:, None, None] for each in (GEOMETRY.mean, GEOMETRY.std))
+    expected = torch.from_numpy((levels / np.float32(255) - mean) / std)
+    assert batch.to(torch.device(device), dtype).visual.pixels[0][0].cpu().equal(expected.to(dtype))
+    assert batch.visual.normalized().pixels[0][0].equal(expected)
+
+
+def test_normalized_images_are_mixed_with_others(processor):
+    """Such as blanked ones: they are not normalized again."""
+    samples = [processor(conversation(1)), processor(conversation(1))]
+    blank = samples[1]._replace(pixels=((torch.zeros(3, 8, 12),),))
+    both = processor.collate([samples[0], blank]).to(torch.device("cpu")).visual.pixels[0]
+    alone = processor.collate(samples[:1]).to(torch.device("cpu")).visual.pixels[0]
+    assert both[0].equal(alone[0]) and not both[1].any()
+    assert not processor.collate([processor(conversation(0))]).to(torch.device("cpu")).visual.pixels[0].any()
 
 
 def test_only_images_change_their_dtype(processor):

@@ -34,10 +34,10 @@ def test_loss_equals_open_clips(parts, tokenizer):
     geometry = Geometry(vision.image_size, "squash", vision.image_mean, vision.image_std, tokens=0)
     processor = Processor(tokenizer, geometry, "plain", max_length=40)
     samples = [processor(Shapes("caption", 5)[i]) for i in range(5)]
-    loss = objective(VLMWrapper(vision, None, None), processor.collate(samples, rows=7), None)[0]
+    batch = processor.collate(samples, rows=7)
+    loss = objective(VLMWrapper(vision, None, None), batch, None)[0]
 
-    shown = torch.stack([image for sample in samples for image in sample.pixels[0]])
-    images = torch.nn.functional.normalize(vision.pooled(shown), dim=-1)
+    images = torch.nn.functional.normalize(vision.pooled(batch.visual.normalized().pixels[0]), dim=-1)
     ids = torch.zeros(5, 40, dtype=torch.long)
     for row, sample in enumerate(samples):
         length = len(sample.tokens)

@@ -112,9 +112,10 @@ class StageEngine:
         if self._frozen_vision is not None:
             with torch.no_grad(), self.timer.phase("vision"):
                 visual = batch.visual
-                cached = self.feature_cache is not None and visual.keys is not None
-                encode = self.feature_cache if cached else self._frozen_vision.encode
-                features = encode(visual.pixels[0], *(visual.keys if cached else ()))
+                if visual.cached is None:
+                    features = self._frozen_vision.encode(visual.pixels[0])
+                else:
+                    features = self.feature_cache(visual.pixels[0], visual.cached)
         with self.timer.phase("forward"):
             return self._engine(batch, features)
 

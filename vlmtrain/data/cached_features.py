@@ -1,0 +1,170 @@
+"""Cached features as data workers read them, before an image is opened.
+
+    CACHE/keys/<ab>/<lookup>                   the keys of an image's items, one per line
+    CACHE/<encoder>/<ab>/<key>.safetensors     the features of an item
+
+A key is the hash of the pixels that the encoder receives. A lookup is the hash of an image's path, size and time of
+modification, and of what is shown of it, so an image that is unchanged is not decoded to find its keys. Both are files
+of their own that are written under a temporary name first: other workers and ranks see them at once, and no locks are
+needed, which network file systems may not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import secrets
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import PIL
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..connectors import VisionFeatures
+from ..visual import Item, normalized
+from .file_index import stamp_of
+from .geometry import Geometry
+from .images import ImageInFile, ImageInMemory, ImageOnDisk, show_items
+from .records import ImageSource
+
+PARTIAL = ".partial"
+_VERSION = 1  # of the pixels that are made of an image
+_KEY = re.compile(r"[0-9a-f]{32}(-\d+x\d+)?")
+_SETTLED = 2 * 10**9  # nanoseconds; the coarsest clock of a file system in use, FAT's
+_DATED = 315_705_600 * 10**9  # 3 January 1980; archives that are reproducible date all files to 1970 or 1980
+
+
+class ItemFeatures(NamedTuple):
+    """The key of an item and its features, without the batch dimension; None if they are not cached."""
+
+    key: str
+    features: VisionFeatures | None
+
+
+@dataclass(frozen=True)
+class FeatureFiles:
+    """The files of one encoder in a feature cache.
+
+    root: of the cache; folder: of the encoder; levels: number of hidden layers that it returns in addition.
+    """
+
+    root: Path
+    folder: Path
+    levels: int
+
+    def load(
+        self, image: ImageSource, items: Sequence[Item], geometry: Geometry
+    ) -> tuple[list[ItemFeatures], list[Tensor]]:
+        """The items of an image, and the pixels of those without features. Raises BadSample.
+
+        An image whose items all have features is not decoded, and not opened if it is a file.
+        """
+        lookup = self._lookup(image, items, geometry)
+        found = [self._item(key) for key in self._keys(lookup)]
+        if len(found) == len(items) and all(item.features is not None for item in found):
+            return found, []
+        shown = show_items(image.load(), items, geometry.mean)
+        with_shape = geometry.fit == "native"
+        keys = [pixel_key(normalized(each, geometry.mean, geometry.std), with_shape) for each in shown]
+        if lookup is not None and keys != [item.key for item in found]:
+            with contextlib.suppress(OSError):  # a cache that cannot be written is read
+                lookup.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(lookup, "\n".join(keys).encode())
+        found = [self._item(key) for key in keys]
+        return found, [pixels for pixels, item in zip(shown, found) if item.features is None]
+
+    def file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def read(self, key: str) -> VisionFeatures | None:
+        """The features of an item; None if they are missing or damaged."""
+        try:
+            with safe_open(self.file(key), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                intact = (file.metadata() or {}).get("crc") == checksum(tensors)
+        except (OSError, SafetensorError):
+            return None
+        levels = [f"level{i}" for i in range(self.levels)]
+        if not intact or tensors.keys() - {"prefix"} != {"patches", *levels}:
+            return None
+        return VisionFeatures(tensors["patches"], tensors.get("prefix"), tuple(tensors[level] for level in levels))
+
+    def _item(self, key: str) -> ItemFeatures:
+        return ItemFeatures(key, self.read(key))
+
+    def _keys(self, lookup: Path | None) -> list[str]:
+        """The keys that were written for a lookup; none if there are none or they are damaged."""
+        try:
+            keys = lookup.read_text("ascii").split("\n") if lookup is not None else []
+        except (OSError, ValueError):
+            return []
+        return keys if all(map(_KEY.fullmatch, keys)) else []
+
+    def _lookup(self, image: ImageSource, items: Sequence[Item], geometry: Geometry) -> Path | None:
+        facts = _facts(image)
+        if facts is None:
+            return None
+        plan = [(item.fit, item.box, item.pixels[0]) for item in items]
+        look = (geometry.mean, geometry.std, geometry.fit == "native")
+        told = repr((_VERSION, PIL.__version__, facts, plan, look))
+        name = hashlib.blake2b(told.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+        return self.root / "keys" / name[:2] / name
+
+
+def _facts(image: ImageSource) -> tuple | None:
+    """Values that differ if the encoded image does; None if there are none.
+
+    A file that is still being written, or whose date is that of all files of an archive, has none.
+    """
+    if isinstance(image, ImageInMemory):
+        return (hashlib.blake2b(image.data, digest_size=16).hexdigest(),)
+    if not isinstance(image, ImageOnDisk | ImageInFile):
+        return None
+    path = image.path if isinstance(image, ImageOnDisk) else image.file
+    try:
+        size, modified = stamp_of(path)
+    except (OSError, ValueError):
+        return None
+    if not _DATED < modified < time.time_ns() - _SETTLED:
+        return None
+    if isinstance(image, ImageOnDisk):
+        return image.relative or str(path), size, modified
+    return path.name, size, modified, image.offset, image.length
+
+
+def pixel_key(pixels: Tensor, with_shape: bool) -> str:
+    """Cache key of the normalized pixels ``(3, H, W)``, float32, of an item: their hash.
+
+    with_shape: for images of different sizes, whose bytes may be equal although their shapes are not.
+    """
+    key = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16).hexdigest()
+    return f"{key}-{pixels.shape[1]}x{pixels.shape[2]}" if with_shape else key
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file so that it is never seen in part. Raises OSError."""
+    partial = file.with_suffix(f".{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over names, shapes, dtypes and bytes. A flipped bit in the header can change any of the first three."""
+    crc = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        crc = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
