@@ -14,7 +14,8 @@ import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import count
+from functools import partial
+from itertools import count, islice
 from multiprocessing import active_children, parent_process
 from typing import NamedTuple
 
@@ -309,7 +310,7 @@ class StepStream(IterableDataset):
     first: int
     last: int
     cursor: dict | None = None
-    planner: StepPlanner | None = None
+    planner: StepPlanner[PlannedStep] | None = None
 
     def __iter__(self) -> Iterator[StepData]:
         info = get_worker_info()
@@ -392,6 +393,12 @@ def _groups(rows: list[list[Planned]]) -> int:
     return len(frozenset().union(*(planned.length.sizes for row in rows for planned in row)))
 
 
+def _plans(stream: StepStream) -> Iterator[PlannedStep]:
+    """All steps of a stream, without what was read to plan them: the workers read only what they need."""
+    for step in islice(stream.batching.steps(stream.first, stream.cursor, 0, 1), stream.last - stream.first):
+        yield step._replace(rows=[[planned._replace(read=None) for planned in row] for row in step.rows])
+
+
 def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[StepData]:
     """Iterate over the steps of a stage, prefetched by `workers` processes (0: loaded in the main process).
 
@@ -401,7 +408,7 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
         source.close()  # a process must not be forked while threads of the library read in it
     batching, ahead = stream.batching, stream.batching.upcoming(stream.first, stream.last, stream.cursor)
     if batching.plans_in_turn and workers > 1 and not stream.mixture.streams:
-        stream = replace(stream, planner=StepPlanner(batching, stream.first, stream.last, stream.cursor, workers))
+        stream = replace(stream, planner=StepPlanner(partial(_plans, stream), workers))
     loader = DataLoader(
         stream,
         batch_size=None,
