@@ -291,11 +291,19 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
     """Iterate over the steps of a stage, prefetched by `workers` processes (0: loaded in the main process)."""
     for source in stream.mixture.streams.values():
         source.close()  # a process must not be forked while threads of the library read in it
+    return prefetched(stream, workers, pin_memory)
+
+
+def prefetched(dataset: IterableDataset, workers: int, pin_memory: bool, ahead: int = 4) -> Iterator:
+    """Iterate over a dataset whose items are made by `workers` processes (0: in this process).
+
+    Each process keeps up to `ahead` items ready, and ends with this process.
+    """
     loader = DataLoader(
-        stream,
+        dataset,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_follow_the_trainer,
     )
