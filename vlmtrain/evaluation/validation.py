@@ -33,7 +33,8 @@ class Validator:
     Images are decoded by `workers` processes (0: in this process), a few batches ahead. sync_generation: keep
     generating until all ranks are done, as ZeRO-3 requires. skip_bad: skip broken records. metrics: names of the
     metrics to compute; None: all that the records have the data for. stop: a signal on any rank ends a method with
-    `Stopped` after what it is doing at the moment. tell: is called with what is done, how often, and how often in all.
+    `Stopped` after what it is doing at the moment. tell: is called with what is
+    done, for how many conversations, and for how many it has to be.
     In all methods, `size` is the number of conversations to use, which are drawn from the whole source by `seed`; None
     means all. A larger draw contains the smaller ones.
     """
@@ -58,7 +59,7 @@ class Validator:
         self.batch_size, self.skip_bad, self.metrics = batch_size, skip_bad, metrics
         self.generation = {"max_new_tokens": max_new_tokens, "synced_gpus": sync_generation}
         self.seed, self.stop, self.workers = seed, stop, workers
-        self.tell = tell if tell is not None and world.is_main else lambda what, done, total: None
+        self.tell = tell or (lambda what, done, total: None)
         self.order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
         self._lengths: dict[int, int | None] = {}  # None: a broken record
 
