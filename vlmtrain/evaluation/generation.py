@@ -84,8 +84,13 @@ class Prefixes:
             return False
         return batch.visual is None or not bool(_last(batch.visual.mask, batch.lengths).any())
 
-    def generate(self, processor: Processor, batch: Batch, rows: Sequence[int], **options) -> Tensor:
-        """As the function `generate`, for prompts that are beginnings of the given `rows` of the forward pass."""
+    def generate(
+        self, processor: Processor, batch: Batch, rows: Sequence[int], is_last: bool = False, **options
+    ) -> Tensor:
+        """As the function `generate`, for prompts that are beginnings of the given `rows` of the forward pass.
+
+        is_last: whether the prefixes can be forgotten meanwhile, so that they are not in memory twice.
+        """
         llm, width, lengths = self.model.llm, batch.input_ids.shape[1], batch.lengths
         columns = torch.arange(width, device=lengths.device)[None]
         padding = (width - lengths)[:, None]  # generation requires padding on the left
@@ -94,6 +99,8 @@ class Prefixes:
         for number, layer in enumerate(self.cache.layers):
             keys, values = (states.transpose(1, 2)[source].transpose(1, 2) for states in (layer.keys, layer.values))
             cache.update(keys, values, number)
+            if is_last:
+                layer.keys = layer.values = None
         last = llm.get_input_embeddings()(_last(batch.input_ids, lengths)[:, None])
         # `generate` reads only the last of these, but derives the length of the prompts from them
         embeddings = F.pad(last, (0, 0, width - 1, 0))

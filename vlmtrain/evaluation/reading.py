@@ -114,13 +114,14 @@ class Reader:
     ) -> dict[tuple[int, int], str]:
         """Greedy answers by conversation and turn."""
         found = {}
-        for rows in asked:
+        for number, rows in enumerate(asked, 1):
             self.check_stop()
             if prefixes is None:
                 features = self._joined(images, rows.items)
                 ids = generate(self.model, self.processor, rows.batch, features, **self.generation)
             else:
-                ids = prefixes.generate(self.processor, rows.batch, rows.conversations or [0], **self.generation)
+                places, is_last = rows.conversations or [0], number == len(asked)
+                ids = prefixes.generate(self.processor, rows.batch, places, is_last, **self.generation)
             for row, conversation, turn in zip(ids, rows.conversations, rows.turns):
                 found[conversation, turn] = self.processor.renderer.decode(row)
         return found
