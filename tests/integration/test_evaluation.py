@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from vlmtrain.batch import Batch
 from vlmtrain.cli import main
 from vlmtrain.data.processor import Processor
-from vlmtrain.data.records import IMAGE_MARK, BadSample, Conversation, Turn
+from vlmtrain.data.records import IMAGE_MARK, BadSample, Conversation, Grading, Turn
 from vlmtrain.distributed.world import Stopped, World
 from vlmtrain.evaluation.generation import Prefixes, generate
 from vlmtrain.evaluation.progress import ValidationProgress
@@ -143,33 +144,27 @@ def test_answers_and_losses_are_those_of_each_prompt_alone(name, blind):
 
 @torch.no_grad()
 def test_an_image_is_decoded_and_encoded_once_and_a_blank_one_once_in_all(model):
-    """Also with choices, and no more images are decoded than a batch needs."""
+    """Choices included. No more images are decoded than a batch needs."""
     wrapper, events = model[0], []
-    choices = ("red", "blue")
-    graded = [
+    offered = Grading(choices=("red", "blue"))
+    source = [
         Conversation(
-            str(number),
-            tuple(
-                Turn(turn.role, turn.text if turn.role == "user" else "red", type(turn.grading)(choices=choices))
-                for turn in whole.turns
-            ),
-            whole.images,
+            each.id,
+            tuple(Turn(turn.role, "red" * (turn.role == "assistant") or turn.text, offered) for turn in each.turns),
+            each.images,
         )
-        for number in range(3)
-        for whole in talks()
+        for each in [*talks(), *talks(), *talks()]
     ]
-    images = [image for each in graded for image in each.images]
+    images = [image for each in source for image in each.images]
     for image in images:
         image.load = lambda load=image.load: events.append(1) or load()
     hook = wrapper.vision.register_forward_hook(lambda vision, given, _: events.append(-len(given[0])))
-    scores, _ = validator(model, graded, batch_size=2).scores(wrapper, None)
+    scores, _ = validator(model, source, batch_size=2).scores(wrapper, None)
     hook.remove()
     assert [image.loads for image in images] == [1] * len(images)
-    encoded = [-event for event in events if event < 0]
-    # a batch without images encodes a stand-in; the smallest size of a batch is one
-    assert sum(encoded) - 1 in range(len(images), len(images) + 4)
-    waiting = [sum(events[:end]) for end in range(len(events))]
-    assert max(waiting) <= 2 * 2  # conversations of a batch have at most two images
+    encoded = -sum(event for event in events if event < 0)
+    assert encoded == len(images) + 2  # a stand-in for the batch of the two shortest, which has no image; a blank one
+    assert max(accumulate(events)) <= 2 * 2  # conversations have at most two images
     assert 0 <= scores["choice_accuracy"] <= 1
 
 

@@ -36,9 +36,6 @@ class Rows(NamedTuple):
     items: list[int]
 
 
-NO_ROWS = Rows(None, [], [], [], [], [])
-
-
 class HeldOutBatch(NamedTuple):
     """Complete conversations with their images, and what is asked about them.
 

@@ -21,7 +21,7 @@ from ..model import VLMWrapper
 from ..model.vision.base import packed, rows_of, stacked
 from ..visual import Size, Visual
 from .generation import Likelihood, Prefixes, generate, likelihoods
-from .held_out import NO_ROWS, HeldOutBatch, Rows
+from .held_out import HeldOutBatch, Rows
 from .scores import Answer
 
 MOST_BLANKS = 64
@@ -163,7 +163,7 @@ class Reader:
 
     def _extended(self, found: Sequence[Rows], count: int) -> list[Rows]:
         """As many batches as the rank with the most has."""
-        empty = NO_ROWS._replace(batch=self.processor.collate([], rows=1))
+        empty = Rows(self.processor.collate([], rows=1), [], [], [], [], [])
         return [*found, *[empty] * (count - len(found))]
 
     def _moved(self, batch: Batch) -> Batch:
