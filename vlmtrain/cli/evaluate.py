@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .common import check_writable, take_overrides
+
+if TYPE_CHECKING:
+    from ..settings.data import Split
+    from ..settings.run import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     take_overrides(parser, "data.validation=FILE data.images=DIR validation.samples=N")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="write all questions and answers to FILE as JSON")
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="write all questions and answers to FILE as JSON; the same command resumes if it was interrupted",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -20,8 +33,10 @@ def run(options: argparse.Namespace) -> None:
 
     from ..data.processor import Processor
     from ..data.sources import build_source
-    from ..distributed.world import World
+    from ..distributed.world import Stopped, StopSignal, World
+    from ..evaluation.progress import ValidationProgress
     from ..evaluation.scores import check_metrics, score_rows
+    from ..evaluation.unfinished import Unfinished
     from ..evaluation.validation import Validator
     from ..model import VLMWrapper
     from ..model.folder import check_answers
@@ -38,16 +53,57 @@ def run(options: argparse.Namespace) -> None:
     source = build_source(settings.data.split("validation"), size, settings.seed)
     limits = settings.validation
     world, sizes = World(0, 1, device), (limits.batch_size, limits.max_new_tokens)
-    draw = {"metrics": limits.metrics, "seed": settings.seed}
-    validator = Validator(source, processor, world, torch.float32, *sizes, **draw)
+    draw = {"metrics": limits.metrics, "seed": settings.seed, "workers": settings.workers}
+    shown = {"tell": ValidationProgress(_say), "stop": StopSignal()}
+    validator = Validator(source, processor, world, torch.float32, *sizes, **draw, **shown)
     validator.check_metrics(limits.samples)
-    model = VLMWrapper.from_pretrained(options.model).to(device)
-    with torch.no_grad():
-        scores, answers = validator.scores(model, limits.samples)
+    unfinished = None
     if options.answers:
+        file = options.answers.with_name(f"{options.answers.name}.unfinished")
+        unfinished = Unfinished(file, _identity(options.model, settings))
+        if unfinished.found:
+            _say(f"{file} has {len(unfinished.found):,} finished conversations")
+    model = VLMWrapper.from_pretrained(options.model).to(device)
+    try:
+        with torch.no_grad():
+            scores, answers = validator.scores(model, limits.samples, unfinished)
+    except Stopped:
+        hint = "run the same command to resume" if unfinished else "with --answers FILE, it could be resumed"
+        _say(f"stopped: {hint}")
+        raise SystemExit(143) from None  # as if SIGTERM had ended it
+    if unfinished:
         options.answers.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+        unfinished.remove()
     if options.json:
         print(json.dumps(scores, indent=2))
         return
     print(f"{scores['questions']:,} questions")
     print(text_table(score_rows(scores), indent=2))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _identity(model: Path, settings: Evaluation) -> dict:
+    """What decides the answers to a question: the code, the model, the data and the settings."""
+    from .. import __version__
+    from ..model.folder import MANIFEST
+    from ..runs.fingerprints import fingerprint
+
+    split = settings.data.split("validation")
+    return {
+        "version": __version__,
+        "model": hashlib.sha256((model / MANIFEST).read_bytes()).hexdigest(),
+        "data": repr(split),
+        "files": {str(path): fingerprint(path) for path in _read_paths(split)},
+        "seed": settings.seed,
+        "max_new_tokens": settings.validation.max_new_tokens,
+    }
+
+
+def _read_paths(split: Split) -> Iterator[Path]:
+    for source in split.sources.values():
+        for value in (getattr(source, "path", None), getattr(source, "images", None), split.clean_list):
+            if value is not None and Path(value).exists():
+                yield Path(value)

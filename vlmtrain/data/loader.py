@@ -409,18 +409,27 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
     batching, ahead = stream.batching, stream.batching.upcoming(stream.first, stream.last, stream.cursor)
     if batching.plans_in_turn and workers > 1 and not stream.mixture.streams:
         stream = replace(stream, planner=StepPlanner(partial(_plans, stream), workers))
+    steps = prefetched(stream, workers, pin_memory)
+    lengths = batching.lengths
+    if lengths is not None and lengths.are_stored and is_first_on_machine():
+        lengths.fill_in_background(stream.processor, ahead, steps)
+    return steps
+
+
+def prefetched(dataset: IterableDataset, workers: int, pin_memory: bool, ahead: int = 4) -> Iterator:
+    """Iterate over a dataset whose items are made by `workers` processes (0: in this process).
+
+    Each process keeps up to `ahead` items ready, and ends with this process.
+    """
     loader = DataLoader(
-        stream,
+        dataset,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_follow_the_trainer,
     )
     steps = iter(loader)
-    lengths = batching.lengths
-    if lengths is not None and lengths.are_stored and is_first_on_machine():
-        lengths.fill_in_background(stream.processor, ahead, steps)
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)  # registered after the handlers of the libraries, so that it runs before them
     return steps

@@ -112,7 +112,8 @@ class Model(lmms):
         for numbers in self._batches(samples):
             chosen = [samples[i] for i in numbers]
             batch = self.processor.collate(chosen).to(self.device, self.dtype)
-            for i, one in zip(numbers, likelihoods(self.model, batch, chosen)):
+            starts = [sample.tokens.answers[-1][0] for sample in chosen]
+            for i, one in zip(numbers, likelihoods(self.model, batch, starts)):
                 found[i] = (one.total, one.is_greedy)
         return [found[i] for i in range(len(requests))]
 

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 def logits_at(llm: nn.Module, keep: Tensor | None, shape: torch.Size) -> Iterator[int | Tensor]:
     """Let a language model compute logits ``(K, V)`` only at the positions `keep`; all logits for None.
 
-    keep: positions ``(K,)`` in the flattened batch, or ``(B, T)`` bool, which a GPU has to search. shape: ``(B, T)``.
-    Yields the model's argument ``logits_to_keep``.
+    keep: positions ``(K,)`` in the flattened batch of `shape` ``(B, T)``. Yields the model's argument
+    ``logits_to_keep``: a mask for a model without output embeddings of its own, where a GPU has to search it.
     """
     head = llm.get_output_embeddings()
-    if keep is not None and keep.ndim == 1 and head is None:
-        mask = torch.zeros(shape, dtype=torch.bool, device=keep.device)
-        keep = mask.flatten().index_fill(0, keep, True).view(shape)
-    if keep is None or keep.ndim == 2:
-        yield 0 if keep is None else keep
+    if keep is None:
+        yield 0
+        return
+    if head is None:
+        mask = torch.zeros(shape.numel(), dtype=torch.bool, device=keep.device)
+        yield mask.index_fill(0, keep, True).view(shape)
         return
 
     def select(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

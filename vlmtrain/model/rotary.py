@@ -135,10 +135,13 @@ def positions_of(llm: nn.Module) -> str | None:
 
 
 @contextmanager
-def rows_of_positions(llm: nn.Module, positions: Tensor | None, lengths: Tensor) -> Iterator[None]:
+def rows_of_positions(
+    llm: nn.Module, positions: Tensor | None, lengths: Tensor, are_read: bool = False
+) -> Iterator[None]:
     """Give a language model the `positions` ``(R, B, T)`` of a batch with rows of `lengths` ``(B,)`` real positions.
 
-    Raises ValueError if one of the model and the batch has rows and the other does not.
+    are_read: whether the model continues from a cache of all but the last position of the rows, which is text. Raises
+    ValueError if one of the model and the batch has rows and the other does not.
     """
     given = len(positions) if positions is not None and positions.ndim == 3 else 0
     rotary = getattr(llm.base_model, "rotary_emb", None)
@@ -151,7 +154,7 @@ def rows_of_positions(llm: nn.Module, positions: Tensor | None, lengths: Tensor)
     if not given:
         yield
         return
-    rotary.rows, rotary.lengths, rotary.is_read = positions, lengths, False
+    rotary.rows, rotary.lengths, rotary.is_read = positions, lengths, are_read
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..batch import Batch
 from ..connectors import Connector, Features, PackedFeatures
@@ -98,12 +99,19 @@ class VLMWrapper(nn.Module):
             raise ValueError(f"{type(self.fusion).__name__} returned media, which no language model reads")
         return fused
 
-    def forward(self, batch: Batch, features: Features | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        features: Features | None = None,
+        keep: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits of the next token, ``(B, T, V)``; with `keep`, only of some positions, ``(K, V)``.
 
         Rows are padded on the right: under causal attention no real position sees padding, so no mask is needed. A
         packed row requires a language model prepared by `attend_in_segments`. features: see `embed`. keep: positions
-        ``(K,)`` as in `Targets`, or ``(B, T)`` bool.
+        ``(K,)`` in the flattened batch, as in `Targets`. cache: an empty one, which receives the keys and values of all
+        positions.
         """
         if not isinstance(batch, Batch):
             raise TypeError(f"expected a Batch of vlmtrain.data.Processor, got {type(batch).__name__}")
@@ -115,20 +123,23 @@ class VLMWrapper(nn.Module):
             options["position_ids"] = batch.positions if batch.positions.ndim == 2 else batch.text_positions
         if fused.added:
             options |= {"levels": fused.added, "visual_mask": fused.visual_mask}
+        if cache is not None:
+            options["past_key_values"] = cache
         with (
             rows_of_positions(self.llm, batch.positions, batch.lengths),
             logits_at(self.llm, keep, batch.input_ids.shape) as kept,
         ):
-            return self.llm(inputs_embeds=fused.embeddings, use_cache=False, logits_to_keep=kept, **options).logits
+            options |= {"use_cache": cache is not None, "logits_to_keep": kept}
+            return self.llm(inputs_embeds=fused.embeddings, **options).logits
 
     @torch.no_grad()
-    def generate(self, batch: Batch, **options) -> Tensor:
+    def generate(self, batch: Batch, features: Features | None = None, **options) -> Tensor:
         """Continue the prompts of a batch.
 
-        options are passed to Hugging Face's ``generate`` (``max_new_tokens``, ``do_sample``, ``eos_token_id``,
-        ``streamer``, ...). Returns the new token ids ``(B, new)``.
+        features: see `embed`. options are passed to Hugging Face's ``generate`` (``max_new_tokens``, ``do_sample``,
+        ``eos_token_id``, ``streamer``, ...). Returns the new token ids ``(B, new)``.
         """
-        fused = self.embed(batch.input_ids, batch.visual)
+        fused = self.embed(batch.input_ids, batch.visual, features)
         width, lengths = batch.input_ids.shape[1], batch.lengths
         columns = torch.arange(width, device=lengths.device)[None]
         # generation requires padding on the left: roll each row's end to the right edge

@@ -412,6 +412,7 @@ class Evaluation:
 
     modules: Sequence[str] = key(MODULES)
     seed: int = key(whole(0, 2**32 - 1))
+    workers: int = key(whole(0, 1000))  # data processes
     validation: Answers = key(section(Answers))
     data: DataGroup = key(Kind("a mapping", MAPPING.fits, lambda value, key: read_data(value)))
 

@@ -11,6 +11,7 @@ from ..data.sources import build_source
 from ..distributed.world import Stopped, StopSignal, World
 from ..errors import first_line
 from ..evaluation.lmms_eval import Benchmarks
+from ..evaluation.progress import ValidationProgress
 from ..evaluation.validation import Validator
 from ..files import restore_folder, write_json
 from ..model.attention import attend_in_segments
@@ -271,6 +272,15 @@ class _Stage:
         split = self.stage.validation
         if not self.settings.validates(self.stage):
             return None
+        for stream in self.source.streams.values():
+            stream.close()  # the validator starts processes too, see `step_loader`
+        progress = ValidationProgress(lambda text: logger.info(f"{self.name}: {text}"))
+
+        def tell(what: str, done: int, total: int) -> None:
+            self.watch.doing(f"stage {self.name}: {what}, {done} of {total} conversations", outside=True)
+            if self.world.is_main:
+                progress(what, done, total)
+
         options = self.settings.validation
         return Validator(
             build_source(self.settings.data.split(split), image_size_of(self.parts), self.settings.seed),
@@ -284,6 +294,8 @@ class _Stage:
             metrics=options.metrics,
             seed=self.settings.seed,
             stop=stop,
+            workers=self.settings.workers,
+            tell=tell,
         )
 
     def _finish(self, engine: StageEngine, validation: StageValidation, before: dict[str, Hashes]) -> dict:

@@ -1,0 +1,65 @@
+"""The finished conversations of an evaluation that may be interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from ..data.records import Grading
+from .generation import Likelihood
+from .reading import Told
+from .scores import Answer
+
+
+class Unfinished:
+    """Finished conversations in a file, which an interrupted evaluation reads when it is repeated.
+
+    identity: plain values that decide the answers. If the file is of other ones, it is started anew. The first line of
+    the file is the identity, and each further line is one conversation.
+    found: what the file has, for each conversation by its index: a `Told` for each view.
+    """
+
+    def __init__(self, file: Path, identity: Mapping):
+        self.file, self.found = file, {}
+        head = json.dumps(identity, sort_keys=True)
+        with suppress(OSError):
+            first, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            if first == head:
+                for line in lines[:-1]:  # what follows the last line feed was interrupted
+                    self.found |= _read(line)
+        self._write("w", [head, *(_line(index, told) for index, told in self.found.items())])
+
+    def add(self, told: Mapping[int, list[Told]]) -> None:
+        """Keep further conversations."""
+        self._write("a", [_line(*item) for item in told.items()])
+
+    def remove(self) -> None:
+        """Delete the file, when the evaluation is complete."""
+        self.file.unlink(missing_ok=True)
+
+    def _write(self, mode: str, lines: list[str]) -> None:
+        with open(self.file, mode, encoding="utf-8") as out:
+            out.write("".join(f"{line}\n" for line in lines))
+
+
+def _line(index: int, told: list[Told]) -> str:
+    views = [{"loss": each.loss, "weight": each.weight, "answers": list(map(asdict, each.answers))} for each in told]
+    return json.dumps({"conversation": index, "views": views})
+
+
+def _read(line: str) -> dict[int, list[Told]]:
+    entry = json.loads(line)
+    return {
+        entry["conversation"]: [
+            Told(view["loss"], view["weight"], tuple(map(_answer, view["answers"]))) for view in entry["views"]
+        ]
+    }
+
+
+def _answer(values: dict) -> Answer:
+    grading = {key: tuple(value) if isinstance(value, list) else value for key, value in values["grading"].items()}
+    likelihoods = tuple(Likelihood(*each) for each in values["likelihoods"])
+    return Answer(**{**values, "grading": Grading(**grading), "likelihoods": likelihoods})
