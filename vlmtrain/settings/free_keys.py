@@ -43,7 +43,7 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = copy.deepcopy(dict(settings))
     for key, value in _added(found["stages"]).items():
         *parents, last = key.split(".")
-        if parents[0] != "data":  # formats have different keys, and those that were added are optional
+        if parents[:1] != ["data"]:  # formats have different keys, and those that were added are optional
             place = found
             for parent in parents:
                 place = place.setdefault(parent, {})

@@ -29,6 +29,7 @@ from .fields import (
     number,
     one_of,
     optional,
+    or_auto,
     read,
     section,
     whole,
@@ -296,7 +297,7 @@ class Run:
     bad_sample_limit: BadSampleLimit = key(section(BadSampleLimit))
     bad_steps: BadStepOptions = key(section(BadStepOptions))
     collective_timeout: float = key(number(1))  # seconds after which ranks that wait for each other exit
-    workers: int = key(whole(0, 1000))  # data processes per rank
+    workers: int | str = key(or_auto(whole(0, 1000)))  # data processes per rank; auto: more while a rank waits for data
     device_tflops: float | None = key(optional(POSITIVE))  # peak of one device, for MFU; null: known for some GPUs
     loggers: tuple[str, ...] = key(_LOGGERS)  # trackers
     wandb: str = key(one_of("disabled", "offline", "online"))

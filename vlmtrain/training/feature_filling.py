@@ -20,6 +20,7 @@ from .batching import build_batching
 from .checks import check_run
 from .feature_cache import FeatureCache
 from .processing import build_processor, image_size_of
+from .workers import Workers
 
 
 @dataclass
@@ -62,13 +63,14 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     skeleton = build_skeleton(run, stage, tokenizer)
     processor = build_processor(run, stage, skeleton, OBJECTIVES[stage.objective], tokenizer)
     source = build_source(run.data.split(stage.data), image_size_of(skeleton), run.seed)
-    batching = build_batching(source, processor, stage, 1, run.workers)
+    workers = Workers(run.workers).count
+    batching = build_batching(source, processor, stage, 1, workers)
     steps = min(stage.max_steps or batching.steps_per_epoch, batching.steps_per_epoch)
     encoder = _encoder(run, stage, tokenizer)
     cache = FeatureCache.of(run.features, encoder, state_hash(module_state(encoder)))
     device = next(encoder.parameters()).device
     stream = StepStream(batching, source, processor.reading(cache.files), 0, 1, 0, steps)
-    loader = step_loader(stream, run.workers, pin_memory=device.type == "cuda")
+    loader = step_loader(stream, workers, pin_memory=device.type == "cuda")
     problems: list[str] = []
     with (
         torch.no_grad(),

@@ -42,6 +42,7 @@ from .step import StepRunner
 from .tracking import Trackers
 from .trainable import check_starts, freeze, groups_of, is_frozen, trained_groups
 from .watch import Watch
+from .workers import Workers
 
 
 def train_stage(
@@ -78,6 +79,7 @@ class _Stage:
         watch: Watch,
     ):
         self.watch = watch
+        self.workers = Workers(settings.workers)
         tokenizer = build_tokenizer(settings)
         stage = decided(settings, stage, folder.stage(stage.name) / "decided.json", world, tokenizer)
         self.settings, self.stage, self.name = settings, stage, stage.name
@@ -87,7 +89,7 @@ class _Stage:
         self.objective = objective or build_objective(stage.objective, settings.vision, tokenizer, self.parts)
         self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
         self.source = build_source(settings.data.split(stage.data), image_size_of(self.parts), settings.seed)
-        self.batching = build_batching(self.source, self.processor, stage, world.size, settings.workers)
+        self.batching = build_batching(self.source, self.processor, stage, world.size, self.workers.most)
         planned = self.stage.max_steps or self.batching.steps_per_epoch * self.stage.epochs
         self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.stage.keep_last, world)
         self.record = self.checkpoints.newest()
@@ -221,8 +223,20 @@ class _Stage:
                 if self.world.is_main:
                     logger.info(f"{self.name}: ends after step {step + 1}: {validation.ends_early}")
                 break
+            if step + 1 < self.end and self._needs_workers(values):
+                steps = self._steps(step + 1, data.cursor, engine.feature_cache)
         for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
+
+    def _needs_workers(self, values: dict) -> bool:
+        """Whether to start again with more data processes. Not for streams, which each process reads from the front."""
+        if self.source.streams or not self.workers.grow(values["data_seconds"], values["step_seconds"]):
+            return False
+        if self.world.is_main:
+            logger.info(
+                f"{self.name}: {self.workers.count} data processes from now on, because training waited for data"
+            )
+        return True
 
     def _step_flops(self) -> StepFlops | None:
         """The FLOPs of steps, on the main rank, which writes the metrics."""
@@ -266,7 +280,7 @@ class _Stage:
         ranks = (self.world.rank, self.world.size)
         processor = self.processor if cache is None else self.processor.reading(cache.files)
         stream = StepStream(self.batching, self.source, processor, *ranks, first, self.total_steps, cursor)
-        return step_loader(stream, self.settings.workers, pin_memory=self.world.device.type == "cuda")
+        return step_loader(stream, self.workers.count, pin_memory=self.world.device.type == "cuda")
 
     def _validator(self, engine: StageEngine, stop: StopSignal) -> Validator | None:
         split = self.stage.validation
@@ -294,7 +308,7 @@ class _Stage:
             metrics=options.metrics,
             seed=self.settings.seed,
             stop=stop,
-            workers=self.settings.workers,
+            workers=self.workers.count,
             tell=tell,
         )
 
