@@ -11,6 +11,7 @@ from vlmtrain.settings import compose
 from ..conftest import metrics, train
 
 BATCH = 8
+AUTO = ["stages.instruct.gradient_checkpointing=auto", "stages.instruct.micro_batch_size=auto"]
 
 
 def line(files, run_dir, sources: str, *more: str) -> list[str]:
@@ -67,7 +68,7 @@ def by_hand(overrides: list[str], per: str, weights: tuple[float, float] | None)
     [
         ("sample", None, 1, ["stages.instruct.micro_batch_size=3", "stages.instruct.batch_size=6"]),
         ("sqrt", (3.0, 1.0), 1, ["stages.instruct.micro_batch_size=2"]),
-        ("token", (1.0, 4.0), 2, ["engine=zero3", "engine.parameter_persistence_threshold=0"]),
+        ("token", (1.0, 4.0), 2, [*AUTO, "engine=zero3", "engine.parameter_persistence_threshold=0"]),
     ],
 )
 def test_losses_are_weighed_by_samples_and_sources(llava_files, tmp_path, monkeypatch, per, weights, ranks, more):
