@@ -9,7 +9,7 @@ from vlmtrain.batch import Batch
 from vlmtrain.connectors import PackedFeatures, VisionFeatures
 from vlmtrain.data import Conversation
 from vlmtrain.data.processor import Sample
-from vlmtrain.data.rendering import Rendered
+from vlmtrain.data.rendered import Rendered
 from vlmtrain.model.fusion import Fused, VisualTokens
 from vlmtrain.visual import Item, Placement, Visual
 

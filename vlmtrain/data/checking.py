@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .mixture import Mixture
 from .processor import Processor
 from .records import BadSample
-from .rendering import Rendered
+from .rendered import Rendered
 
 CHUNK = 64
 BINS = 8

@@ -27,7 +27,7 @@ from .file_index import cache_folder
 from .mixture import Mixture
 from .processor import Processor
 from .records import BadSample, Conversation
-from .rendering import SampleLength
+from .rendered import SampleLength
 
 SIZES = 8
 """Largest number of different image sizes of a sample in a table."""

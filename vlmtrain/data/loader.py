@@ -28,7 +28,7 @@ from .mixture import Mixture
 from .packing import Piece, RowBudget, lookahead, row_budget, take_row
 from .processor import Processor, Sample
 from .records import BadSample, Conversation
-from .rendering import Rendered, SampleLength
+from .rendered import Rendered, SampleLength
 from .step_planner import StepPlanner
 
 LAYOUTS = ("padded", "packed")

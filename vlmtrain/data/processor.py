@@ -34,7 +34,8 @@ from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
 from .images import show_items
 from .records import BadSample, Conversation
-from .rendering import IGNORE, RENDERING, Rendered, Renderer, SampleLength
+from .rendered import IGNORE, Rendered, SampleLength
+from .rendering import RENDERING, Renderer
 
 OWN_TOKENIZER = "connector_tokenizer"  # tokenizer of a connector that reads text in a separate vocabulary
 

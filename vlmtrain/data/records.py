@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Protocol
 from PIL import Image
 
 IMAGE_MARK = "<image>"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ImageSource(Protocol):
@@ -88,6 +90,34 @@ class Conversation:
 
 class BadSample(ValueError):
     """A record that cannot be trained on; the message names the record and the reason."""
+
+
+def check_conversation(conversation: Conversation) -> None:
+    """Raise BadSample, naming the conversation, unless its turns alternate and its marks match its images."""
+    roles = [turn.role for turn in conversation.turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if len(spoken) < 2 or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise BadSample(
+            f"{conversation.id}: turns must alternate user, assistant (a system turn may come first); got {roles}"
+        )
+    for turn in conversation.turns:
+        if turn.role == "assistant" and not turn.text.strip():
+            raise BadSample(f"{conversation.id}: an answer is empty")
+    check_content(conversation)
+
+
+def check_content(conversation: Conversation) -> None:
+    """Raise BadSample, naming the conversation, unless its marks match its images and its text is valid Unicode."""
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in conversation.turns if turn.role == "user")
+    if marks != len(conversation.images):
+        hint = "" if marks else "; data.prepend_missing_marks=true puts images before the first question"
+        raise BadSample(
+            f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, but {len(conversation.images)} images"
+            f"{hint}"
+        )
+    for turn in conversation.turns:
+        if _SURROGATE.search(turn.text):
+            raise BadSample(f"{conversation.id}: the text contains half of a character (a lone surrogate)")
 
 
 class StreamError(ValueError):

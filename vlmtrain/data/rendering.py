@@ -23,80 +23,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
 from ..time_limit import time_limit
-from ..visual import NO_MEDIA, MediaPlan, Size
+from ..visual import NO_MEDIA, MediaPlan
 from .grading import check_grading
 from .positions import POSITIONS
-from .records import IMAGE_MARK, BadSample, Conversation, Turn
+from .records import IMAGE_MARK, BadSample, Conversation, Turn, check_content, check_conversation
+from .rendered import IGNORE, Rendered
 from .templates import BLIP, chat_template
 
-IGNORE = -100
 RENDERING = 1  # to be increased when conversations are rendered to other numbers of tokens
-LOSS_PER = ("token", "sample", "sqrt")
 PROBE_SECONDS = 20
-
-
-class SampleLength(NamedTuple):
-    """What must be known of a sample to plan a step: its numbers of tokens, of image tokens and of images.
-
-    sizes: the different sizes ``(H, W)`` in pixels at which the encoder is shown its images.
-    """
-
-    tokens: int
-    image_tokens: int
-    images: int
-    sizes: frozenset[Size]
-
-    @classmethod
-    def of(cls, tokens: int, media: MediaPlan) -> SampleLength:
-        """The length of a sample of so many tokens with planned `media`."""
-        slots = sum(placement.slots for placement in media.placements)
-        return cls(tokens, slots, len(media.by_medium), frozenset(item.pixels[0] for item in media.items))
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as tokens, each tensor ``(T,)``.
-
-    input_ids:   token ids; a filler at image positions.
-    targets:     the id that position t must predict (the token at t + 1), or IGNORE.
-    weights:     loss weight of that target, float32; 0 if there is no target.
-    index:       the placement to which a position belongs, -1 for text.
-    answers:     for each assistant turn, the range of its tokens including the end of turn;
-                 ``input_ids[:start]`` is its prompt.
-    media:       the items and placements of the sample.
-    positions:   rotary positions ``(R, T)``, for a language model that reads rows of them.
-    """
-
-    input_ids: Tensor
-    targets: Tensor
-    weights: Tensor
-    index: Tensor
-    answers: tuple[tuple[int, int], ...]
-    media: MediaPlan = NO_MEDIA
-    positions: Tensor | None = None
-
-    def until(self, end: int, answers: tuple[tuple[int, int], ...] = ()) -> Rendered:
-        """The first `end` positions as a prompt, without targets."""
-        targets, weights = torch.full((end,), IGNORE), torch.zeros(end)
-        positions = None if self.positions is None else self.positions[:, :end]
-        return Rendered(self.input_ids[:end], targets, weights, self.index[:end], answers, self.media, positions)
-
-    def weighed(self, per: str) -> Rendered:
-        """The sample with other loss weights.
-
-        per: ``token``, unchanged; ``sample``, divided by their sum, so that every sample counts the same; ``sqrt``,
-        divided by the root of their sum (square averaging of InternVL 2.5, 2024, section 3.3.3).
-        """
-        total = float(self.weights.sum())
-        divisors = {"token": 1.0, "sample": total, "sqrt": total**0.5}
-        return self if per == "token" else replace(self, weights=self.weights / divisors[per])
-
-    @property
-    def length(self) -> SampleLength:
-        return SampleLength.of(len(self), self.media)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 @dataclass(frozen=True)
@@ -290,7 +225,7 @@ class Renderer:
 
     def prompt(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         """Tokens up to the answer to generate; the conversation ends with a user turn."""
-        _check_content(conversation)
+        check_content(conversation)
         conversation = self._with_system_taken(conversation)
         complete = (*conversation.turns, Turn("assistant", "answer"))
         rendered = self._render(replace(conversation, turns=complete), media)
@@ -502,7 +437,6 @@ _AFTER_CUT, _DROPPED = "\n", -2
 """Prefix of a text that continues after a cut, so that the tokenizer does not treat it as a beginning and add a
 space; the tokens of the prefix are dropped."""
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which no template treats specially
 
 
@@ -522,30 +456,3 @@ def _with_images(words: str) -> list[_Span]:
 def without_marks(words: str) -> str:
     """Text without image marks and the white space around them."""
     return re.sub(rf"\s*{re.escape(IMAGE_MARK)}\s*", " ", words).strip()
-
-
-def check_conversation(conversation: Conversation) -> None:
-    """Raise BadSample, naming the conversation, unless its turns alternate and its marks match its images."""
-    roles = [turn.role for turn in conversation.turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if len(spoken) < 2 or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise BadSample(
-            f"{conversation.id}: turns must alternate user, assistant (a system turn may come first); got {roles}"
-        )
-    for turn in conversation.turns:
-        if turn.role == "assistant" and not turn.text.strip():
-            raise BadSample(f"{conversation.id}: an answer is empty")
-    _check_content(conversation)
-
-
-def _check_content(conversation: Conversation) -> None:
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in conversation.turns if turn.role == "user")
-    if marks != len(conversation.images):
-        hint = "" if marks else "; data.prepend_missing_marks=true puts images before the first question"
-        raise BadSample(
-            f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, but {len(conversation.images)} images"
-            f"{hint}"
-        )
-    for turn in conversation.turns:
-        if _SURROGATE.search(turn.text):
-            raise BadSample(f"{conversation.id}: the text contains half of a character (a lone surrogate)")

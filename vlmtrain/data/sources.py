@@ -19,8 +19,7 @@ from .images import EncodedImage
 from .llava import open_llava
 from .mixture import Concatenation, Mixture
 from .probes import Probes
-from .records import BadSample, Source, Stream
-from .rendering import check_conversation
+from .records import BadSample, Source, Stream, check_conversation
 from .shapes import Shapes
 
 LOOKED_AT = 20_000  # number of records of a source that are checked before training; `vlmtrain check` reads all

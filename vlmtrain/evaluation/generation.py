@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..batch import Batch
 from ..connectors import Features
 from ..data.processor import Processor
-from ..data.rendering import IGNORE
+from ..data.rendered import IGNORE
 from ..model import VLMWrapper
 from ..model.fusion import Concatenation
 from ..model.rotary import rows_of_positions

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..batch import Batch
 from ..data.processor import Processor, Sample
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
-from ..data.rendering import Rendered
+from ..data.rendered import Rendered
 from ..data.sources import Source
 from .scores import Answer
 

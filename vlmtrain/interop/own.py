@@ -29,7 +29,7 @@ from ..data.images import ImageInMemory, ImageOnDisk, show_items, to_rgb
 from ..data.positions import POSITIONS
 from ..data.processor import OWN_TOKENIZER, Processor, as_tuple
 from ..data.records import IMAGE_MARK, Conversation, Turn
-from ..data.rendering import IGNORE
+from ..data.rendered import IGNORE
 from ..data.tile_styles import LLAVA_NEXT
 from ..model import VLMWrapper
 from ..model.deep_levels import at_prefill

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ..data.images import FITS, MAX_PIXELS
 from ..data.loader import LAYOUTS
-from ..data.rendering import LOSS_PER
+from ..data.rendered import LOSS_PER
 from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
 from .fields import (
     IMAGE_SIZE,

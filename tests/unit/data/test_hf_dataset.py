@@ -14,8 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlmtrain.data.hf_dataset import HFDataset, choose_columns
-from vlmtrain.data.records import BadSample
-from vlmtrain.data.rendering import check_conversation
+from vlmtrain.data.records import BadSample, check_conversation
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

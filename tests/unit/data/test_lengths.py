@@ -15,7 +15,7 @@ from vlmtrain.data.lengths import Lengths, LengthTable, open_lengths
 from vlmtrain.data.loader import PackedBatching, PaddedBatching, StepStream, step_loader
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample
-from vlmtrain.data.rendering import SampleLength
+from vlmtrain.data.rendered import SampleLength
 from vlmtrain.data.sources import build_source
 from vlmtrain.settings.data import read_data
 

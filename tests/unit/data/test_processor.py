@@ -13,7 +13,7 @@ from PIL import Image
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
-from vlmtrain.data.rendering import IGNORE
+from vlmtrain.data.rendered import IGNORE
 
 from . import chat_formats
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from vlmtrain.data.images import ImageFolder
 from vlmtrain.data.record_reader import RecordReader
-from vlmtrain.data.records import BadSample, Conversation
-from vlmtrain.data.rendering import Renderer, check_conversation
+from vlmtrain.data.records import BadSample, Conversation, check_conversation
+from vlmtrain.data.rendering import Renderer
 from vlmtrain.visual import NO_MEDIA
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}

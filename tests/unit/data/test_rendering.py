@@ -14,7 +14,8 @@ from PIL import Image
 
 from vlmtrain.data import rendering
 from vlmtrain.data.records import BadSample, Conversation, Turn
-from vlmtrain.data.rendering import IGNORE, Rendered, Renderer
+from vlmtrain.data.rendered import IGNORE, Rendered
+from vlmtrain.data.rendering import Renderer
 from vlmtrain.data.templates import VICUNA_V1
 from vlmtrain.visual import NO_MEDIA
 

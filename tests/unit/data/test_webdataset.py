@@ -16,8 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlmtrain.data import file_index, webdataset
-from vlmtrain.data.records import BadSample, Turn
-from vlmtrain.data.rendering import check_conversation
+from vlmtrain.data.records import BadSample, Turn, check_conversation
 from vlmtrain.data.webdataset import WebDataset, shard_paths
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
