@@ -143,6 +143,26 @@ def test_hf_returns_further_levels(hf):
         exact(level, state[:, PREFIX[name] :].reshape(2, 4, 4, WIDTH))
 
 
+@pytest.mark.parametrize(
+    "layer, levels, runs", [(-2, None, BLOCKS - 1), (1, None, 1), (1, [-2, 1], BLOCKS - 1), (-1, [1], BLOCKS)]
+)
+def test_hf_runs_only_the_blocks_of_a_frozen_encoder_that_are_needed(hf, layer, levels, runs):
+    _, _, folder = hf
+    encoder = build_vision("hf", path=str(folder), layer=layer, levels=levels).eval()
+    whole = run(encoder, pictures())
+    (blocks,) = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == BLOCKS]
+    seen = []
+    for block in blocks:
+        block.register_forward_hook(lambda *_: seen.append(1))
+    encoder.requires_grad_(False)
+    few = run(encoder, pictures())
+    assert len(seen) == runs
+    exact(few.patches, whole.patches)
+    assert (few.prefix is None) == (whole.prefix is None)
+    for one, other in zip(few.levels, whole.levels, strict=True):
+        exact(one, other)
+
+
 def test_hf_reads_geometry_from_the_folder(hf):
     _, _, folder = hf
     encoder = build_vision("hf", path=str(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from ...connectors import VisionFeatures
 from ...errors import first_line
 from ...files import read_object
 from ...visual import Size
+from ..blocks import block_list
 from ..loading import know_blip_towers, load_hf_config, load_hf_model
-from .base import VisionEncoder, as_size
+from .base import VisionEncoder, as_size, block_index
 from .checkpoint import facts, read_preprocessor
 from .hunyuan import HunyuanVision
 from .native import NativeVision
@@ -116,8 +118,32 @@ class HFVision(VisionEncoder):
     def forward(self, images: Tensor) -> VisionFeatures:
         resized = tuple(images.shape[2:]) != as_size(self.encoder.config.image_size)
         options = {"interpolate_pos_encoding": True} if self._takes_flag and resized else {}
+        blocks = {block_index(layer, self.num_blocks) for layer in (self.layer, *self.levels)}
+        if max(blocks) < self.num_blocks - 1 and not any(p.requires_grad for p in self.encoder.parameters()):
+            states = self._first_states(blocks, images, options)
+            return self.as_features(lambda layer: states[block_index(layer, self.num_blocks)], images)
         out = self.encoder(images, output_hidden_states=True, **options)
         return self.as_features(lambda layer: out.hidden_states[layer], images)
+
+    def _first_states(self, blocks: set[int], images: Tensor, options: dict) -> dict[int, Tensor]:
+        """The outputs of some blocks of a frozen encoder, of which the later blocks do not run."""
+        states: dict[int, Tensor] = {}
+
+        def keep(number: int, block: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            states[number] = output if isinstance(output, Tensor) else output[0]
+            if number == max(blocks):
+                raise _Reached
+
+        modules = self.encoder.get_submodule(block_list(self.encoder)[0])
+        hooks = [modules[number].register_forward_hook(partial(keep, number)) for number in blocks]
+        try:
+            self.encoder(images, **options)
+        except _Reached:
+            return states
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise AssertionError("the encoder has other blocks")
 
     @property
     def architecture(self) -> dict:
@@ -151,6 +177,10 @@ class HFVision(VisionEncoder):
             return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{folder / 'vlmtrain.json'} does not fit the encoder: {first_line(error)}") from None
+
+
+class _Reached(Exception):
+    """The last block that is needed has run."""
 
 
 def _preprocessor_size(preprocessor: dict) -> int | None:
