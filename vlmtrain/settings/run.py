@@ -106,6 +106,16 @@ class Engine:
         if self.zero_stage == 3 and self.parameter_persistence_threshold is None:
             raise ValueError("engine.zero_stage=3 needs engine.parameter_persistence_threshold: choose engine=zero3")
 
+    def used_stage(self, world_size: int, in_bf16: bool) -> int:
+        """The ZeRO stage that runs on `world_size` ranks.
+
+        One process has nothing to shard: without offloading, it needs neither ZeRO-3's hooks nor, in fp32, the copies
+        of ZeRO-1 and 2. In bf16, ZeRO-2 needs less memory than the stages below it.
+        """
+        if world_size > 1 or self.offload_optimizer != "none" or self.offload_parameters != "none":
+            return self.zero_stage
+        return min(self.zero_stage, 2 if in_bf16 else 0)
+
     def shards_weights(self, world_size: int) -> bool:
         """Whether each of `world_size` ranks holds only a part of the weights."""
         return self.zero_stage == 3 and world_size > 1

@@ -54,7 +54,7 @@ def _decide(run: Run, stage: Stage, memory: int, processes: int, tokenizer: PreT
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
     longest = measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
     fitting = Fitting.of(run, stage, parts, groups, longest, sample_tokens(stage, geometry), processes)
-    zero_stage = run.engine.zero_stage
+    zero_stage = run.engine.used_stage(processes, run.precision == "bf16")
     recompute = fitting.recomputes(stage, zero_stage, memory)
     micro = stage.micro_batch_size
     if micro == AUTO:

@@ -132,6 +132,7 @@ class _Stage:
             self.schedule,
             self.batching.accumulation,
             self.world.device,
+            self.world.size,
         )
         engine.feature_cache = self._feature_cache(before)
         record = self.record

@@ -52,6 +52,7 @@ class StageEngine:
         schedule: Schedule,
         accumulation: int,
         device: torch.device,
+        world_size: int,
     ):
         self.dtype = dtype
         self.device = device
@@ -69,7 +70,8 @@ class StageEngine:
         others = (parts.get(part) for part in ("connector", "llm", "fusion"))
         module = StageModule(VLMWrapper(inside, *others), objective)
         # DeepSpeed without ZeRO cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
-        self.zero_stage = max(1, engine.zero_stage) if self.dtype is torch.bfloat16 else engine.zero_stage
+        in_bf16 = self.dtype is torch.bfloat16
+        self.zero_stage = max(int(in_bf16), engine.used_stage(world_size, in_bf16))
         in_groups = parameter_groups(parts, groups, stage.optimizer)
         optimizer = build_optimizer(in_groups, stage.optimizer, offload=engine.offload_optimizer != "none")
         # fp32 without ZeRO is the only engine that does not report the gradient norm
