@@ -42,6 +42,7 @@ def line(folder: str, engine: str, precision: str, trained: str, batch: int) -> 
         "stage=instruct",
         "stages.instruct.fresh=[vision,connector,llm]",
         "stages.instruct.max_steps=3",
+        "stages.instruct.gradient_checkpointing=false",
         f"stages.instruct.batch_size={batch}",
         *(f"stages.instruct.train.{part}={rate}" for part, rate in rates.items()),
         f"stages.instruct.lora={lora}",
