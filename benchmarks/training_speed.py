@@ -35,11 +35,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORKLOADS = ("align", "instruct", "quickstart")
 TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart": ["connector", "llm"]}
 SIDES = ("ours", "cold", "cached", "packed", "ranks", "ranks-zero2", "trainer", "trl")
@@ -56,14 +58,46 @@ BASES = {
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # in bf16 the two sides round at different places
 
 
+class Shapes(NamedTuple):
+    """Hugging Face configurations of an encoder and a language model, each with its model_type."""
+
+    vision: dict
+    llm: dict
+
+
+SMALL = Shapes(
+    {
+        **{"model_type": "siglip_vision_model", "hidden_size": 768, "intermediate_size": 3072},
+        **{"num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
+    },
+    {
+        **{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536},
+        **{"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    },
+)
+
+
 @dataclass
 class Case:
-    """One workload in one precision: the folder of its inputs, and the measurements of each side, one entry per run."""
+    """One workload in one precision: the folder of its inputs, and the measurements of each side, one entry per run.
+
+    shapes: architectures of new parts. weights: folder of the models, which cases of the same parts can share; None for
+    `folder`. stored: precision of the weight files, and of the Trainer's frozen parts. records: number of samples,
+    None for all different. more: settings of our side that the initial model does not depend on. lora: peft's options
+    for adapters of the language model, None to train it itself. workers: processes that load data.
+    """
 
     workload: str
     precision: str
     folder: Path
     options: argparse.Namespace
+    shapes: Shapes = field(default_factory=lambda: SMALL)
+    weights: Path | None = None
+    stored: str = "fp32"
+    records: int | None = None
+    more: list[str] = field(default_factory=list)
+    lora: dict | None = None
+    workers: int = 1
     sides: dict[str, list[dict]] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     line: list[str] = field(default_factory=list)
@@ -124,7 +158,7 @@ def run_case(workload: str, precision: str, folder: Path, options: argparse.Name
 def prepare(case: Case) -> None:
     """Create the inputs of both sides: a model folder, its export, images and conversations, and our command."""
     options, folder = case.options, case.folder
-    needed = options.batch_size * options.steps
+    needed = case.records or options.batch_size * options.steps
     side = 48 if case.workload == "quickstart" else options.image_size
     records = list(real_records(options, case.stage, needed)) if options.data and side > 48 else None
     if records is None:
@@ -156,48 +190,49 @@ def prepare(case: Case) -> None:
         "engine=zero0",
         f"precision={case.precision}",
     ]
+    case.weights = case.weights or folder
     case.line += ["mini=true"] if case.workload == "quickstart" else parts_line(case)
     build_model(case)
-    case.line += [f"init_from={folder / 'model'}", *options.set]
+    case.line += [f"init_from={case.weights / 'model'}", *case.more, *options.set]
 
 
 def parts_line(case: Case) -> list[str]:
-    """The two large parts: the given folders, or new ones with the architecture of published parts."""
-    from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+    """The two large parts: the given folders, or new ones with random weights."""
+    vision, llm = case.options.vision or case.weights / "vision", case.options.llm or case.weights / "llm"
+    torch.manual_seed(0)
+    if not Path(vision).exists():
+        save_vision(case.shapes.vision, vision, case.options.image_size, case.stored)
+    if not Path(llm).exists():
+        save_llm(case.shapes.llm, llm, case.stored)
+    size = f"vision.image_size={case.options.image_size}"
+    return ["vision=hf", f"vision.path={vision}", size, "vision.layer=-2", "llm=hf", f"llm.path={llm}"]
+
+
+def save_vision(shape: dict, folder: Path, image_size: int, stored: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(**shape)
+    config.image_size = image_size
+    _save(AutoModel, config, folder, stored)
+    look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": image_size, "width": image_size}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(look))
+
+
+def save_llm(shape: dict, folder: Path, stored: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from vlmtrain.data.shapes import VOCABULARY
     from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 
-    options, folder = case.options, case.folder
-    vision, llm = options.vision, options.llm
-    torch.manual_seed(0)
-    if vision is None:
-        vision = folder / "vision"
-        config = SiglipVisionConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-        )
-        config.image_size, config.patch_size = options.image_size, 16
-        SiglipVisionModel(config).save_pretrained(vision)
-        look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}}
-        (vision / "preprocessor_config.json").write_text(json.dumps(look))
-    if llm is None:
-        llm = folder / "llm"
-        tokenizer = build_tiny_tokenizer(VOCABULARY)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        config = LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-            **ids,
-        )
-        LlamaForCausalLM(config).save_pretrained(llm)
-        tokenizer.save_pretrained(llm)
-    size = f"vision.image_size={options.image_size}"
-    return ["vision=hf", f"vision.path={vision}", size, "vision.layer=-2", "llm=hf", f"llm.path={llm}"]
+    tokenizer = build_tiny_tokenizer(VOCABULARY)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    _save(AutoModelForCausalLM, AutoConfig.for_model(**shape, **ids), folder, stored)
+    tokenizer.save_pretrained(folder)
+
+
+def _save(auto_class: type, config, folder: Path, stored: str) -> None:
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # initial values of billions of weights
+        auto_class.from_config(config, dtype=DTYPES[stored]).save_pretrained(folder)
 
 
 def real_records(options: argparse.Namespace, stage: str, needed: int) -> Iterator[dict]:
@@ -254,39 +289,42 @@ def pictures_of(record: dict) -> list[str]:
 def build_model(case: Case) -> None:
     """Save the initial model of both sides, in our format and Hugging Face's, and the conversations as token ids."""
     from vlmtrain.data.sources import build_source
-    from vlmtrain.interop.export import export
+    from vlmtrain.interop.llava import as_llava
     from vlmtrain.model import VLMWrapper
     from vlmtrain.objectives import LanguageModelling
     from vlmtrain.settings import compose
-    from vlmtrain.training.assembly import build_parts, build_tokenizer
-    from vlmtrain.training.batching import build_batching
+    from vlmtrain.training.assembly import build_parts, build_skeleton, build_tokenizer
     from vlmtrain.training.processing import build_processor, image_size_of
 
     name, folder = case.stage, case.folder
     fresh = "[vision,connector,llm]" if case.workload == "quickstart" else "[connector]"
-    settings = compose([*case.line, f"stages.{name}.fresh={fresh}", "precision=fp32"])
-    tokenizer = build_tokenizer(settings)
-    parts = build_parts(settings, settings.stages[name], None, tokenizer)
-    processor = build_processor(settings, settings.stages[name], parts, LanguageModelling(), tokenizer)
-    VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    export(folder / "model", folder / "export", "llava")
-    image_id = json.loads((folder / "export" / "config.json").read_text())["image_token_index"]
+    settings = compose([*case.line, f"stages.{name}.fresh={fresh}", f"precision={case.stored}"])
+    stage, tokenizer = settings.stages[name], build_tokenizer(settings)
+    is_built = (case.weights / "export").exists()
+    parts = build_skeleton(settings, stage, tokenizer) if is_built else build_parts(settings, stage, None, tokenizer)
+    processor = build_processor(settings, stage, parts, LanguageModelling(), tokenizer)
+    if not is_built:
+        model = VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).eval()
+        model.save_pretrained(case.weights / "model")
+        processor.save_pretrained(case.weights / "model")
+        exported = as_llava(model, processor)
+        exported.model.save_pretrained(case.weights / "export")
+        exported.processor.save_pretrained(case.weights / "export")
+    image_id = json.loads((case.weights / "export" / "config.json").read_text())["image_token_index"]
     source = build_source(settings.data.split(name), image_size_of(parts), settings.seed)
-    batching = build_batching(source, processor, settings.stages[name], 1)
     records = json.loads((folder / "data.json").read_text())
     with (folder / "samples.jsonl").open("w") as file:
         for position in range(len(source)):
-            planned = batching.read(position, [])
-            tokens = planned.tokens
+            index = source.draw(position)
+            tokens = processor.render(source[index])
             ids = tokens.input_ids.masked_fill(tokens.index >= 0, image_id).tolist()
             labels = [-100, *tokens.targets[:-1].tolist()]  # the Hugging Face model shifts the labels
-            pictures = pictures_of(records[planned.index])
+            pictures = pictures_of(records[index])
             file.write(json.dumps({"input_ids": ids, "labels": labels, "images": pictures, "length": len(ids)}) + "\n")
 
 
 def run_ours(case: Case, side: str, out: Path) -> dict:
-    """Run `python -m vlmtrain.train` in a separate process; step times are when its metrics appear in the file."""
+    """Run `python -m vlmtrain.train` in a separate process."""
     more = []
     if side == "packed":
         more = [f"stages.{case.stage}.layout=packed", f"stages.{case.stage}.micro_batch_size=null"]
@@ -304,39 +342,55 @@ def run_ours(case: Case, side: str, out: Path) -> dict:
             f"stages.{case.stage}.micro_batch_size={case.options.batch_size // 2}",
         ]
     command = [sys.executable, *launcher, "vlmtrain.train", *case.line, *more, f"run_dir={out}"]
-    records, ends = watch(command, out / case.stage / "metrics.jsonl", threads)
-    timed = records[case.options.warmup :]
-    seconds = ends[-1] - ends[case.options.warmup - 1]
+    return measure(command, out / case.stage / "metrics.jsonl", case.options.warmup, threads)
+
+
+def measure(command: list[str], metrics: Path, warmup: int, threads: int, steps: int | None = None, **options) -> dict:
+    """Run a command of ours that writes `metrics`, and return means over the steps after `warmup`.
+
+    Step times are when their metrics appear in the file. steps, options: see `watch`.
+    """
+    records, ends = watch(command, metrics, threads, steps, **options)
+    timed = records[warmup:]
+    seconds = ends[-1] - ends[warmup - 1]
+    samples = sum(r["samples"] for r in timed)
+    phases = {name for record in timed for name in record["phase_seconds"]}
     return {
         "first": records[0]["loss"],
-        "samples_per_second": sum(r["samples"] for r in timed) / seconds,
+        "samples_per_second": samples / seconds,
         "targets_per_second": sum(r["target_tokens"] for r in timed) / seconds,
+        "step_seconds": seconds / len(timed),
         "peak": max(r["peak_memory_bytes"] for r in records),
         "waited": sum(r["data_seconds"] for r in timed) / seconds,
-        "tokens": sum(r["tokens"] for r in timed) / sum(r["samples"] for r in timed),
-        "targets": sum(r["target_tokens"] for r in timed) / sum(r["samples"] for r in timed),
-        "image_tokens": sum(r["image_tokens"] for r in timed) / sum(r["samples"] for r in timed),
+        "phases": {name: sum(r["phase_seconds"].get(name, 0.0) for r in timed) / len(timed) for name in phases},
+        "flops": sum(r["flops"] for r in timed) / samples,  # of a sample
+        "tokens": sum(r["tokens"] for r in timed) / samples,
+        "padding": statistics.mean(r["padding_fraction"] for r in timed),
     }
 
 
-def run_trainer(case: Case, side: str, out: Path) -> dict:
+def run_trainer(case: Case, side: str, out: Path, **limits) -> dict:
     out.mkdir()
     options = case.options
     job = {
         "trainer": side,
-        "model": str(case.folder / "export"),
+        "model": str(case.weights / "export"),
         "samples": str(case.folder / "samples.jsonl"),
         "images": str(case.folder / "images"),
         "trained": TRAINED[case.workload],
         "batch_size": options.batch_size,
+        "warmup": options.warmup,
         "steps": options.steps,
         "precision": case.precision,
+        "stored": case.stored,
+        "lora": case.lora,
+        "workers": case.workers,
         "group_by_length": case.workload == "instruct",
         "out": str(out),
     }
     (out / "job.json").write_text(json.dumps(job))
     command = [sys.executable, str(ROOT / "benchmarks" / "hf_trainer.py"), str(out / "job.json")]
-    records, _ = watch(command, out / "clock.jsonl", options.threads)
+    records, _ = watch(command, out / "clock.jsonl", options.threads, **limits)
     seconds = records[-1]["time"] - records[options.warmup]["time"]
     samples = options.batch_size * (options.steps - options.warmup)
     said = [json.loads(line) for line in (case.folder / "samples.jsonl").read_text().splitlines()]
@@ -349,27 +403,48 @@ def run_trainer(case: Case, side: str, out: Path) -> dict:
     }
 
 
-def watch(command: list[str], file: Path, threads: int) -> tuple[list[dict], list[float]]:
-    """Run a command; return the JSON lines of a file that it writes, and the time when each line appeared."""
+def watch(
+    command: list[str],
+    file: Path,
+    threads: int,
+    lines: int | None = None,
+    limit: float = math.inf,
+    awaited: Path | None = None,
+) -> tuple[list[dict], list[float]]:
+    """Run a command; return the JSON lines of a file that it writes, and the time when each line appeared.
+
+    lines: end the command after so many lines, and after the file `awaited` exists, if there is one; None to wait for
+    its end. limit: seconds after which it is ended with a TimeoutError. Raises RuntimeError if it fails.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     ends: list[float] = []
+    started = time.monotonic()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        while process.poll() is None:
-            if file.exists():
-                ends += [time.time()] * (file.read_bytes().count(b"\n") - len(ends))
-            time.sleep(0.002)
-        if process.returncode:
+        try:
+            while process.poll() is None:
+                if file.exists():
+                    ends += [time.time()] * (file.read_bytes().count(b"\n") - len(ends))
+                if lines is not None and len(ends) >= lines and (awaited is None or awaited.exists()):
+                    break
+                if time.monotonic() - started > limit:
+                    raise TimeoutError(f"{len(ends)} steps after {limit:.0f} s")
+                time.sleep(0.002)
+        finally:
+            is_ended = process.poll() is not None
+            process.kill()
+            process.wait()
+        if is_ended and process.returncode:
             errors.seek(0)
-            raise SystemExit(f"{' '.join(command)}\n{errors.read().decode()[-3000:]}")
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    return records, ends + [time.time()] * (len(records) - len(ends))
+            raise RuntimeError(f"{' '.join(command)}\n{errors.read().decode()[-3000:]}")
+    records = [json.loads(line) for line in file.read_text().splitlines()[:lines]]
+    return records, (ends + [time.time()] * (len(records) - len(ends)))[:lines]
 
 
 def matrix_rate(precision: str, threads: int) -> float:
     """FLOP/s of a large matrix product, the best of several."""
     torch.set_num_threads(threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = DTYPES[precision]
     one, other = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
     times = []
     for _ in range(6):
@@ -377,32 +452,6 @@ def matrix_rate(precision: str, threads: int) -> float:
         one @ other
         times.append(time.perf_counter() - started)
     return 2 * 2048**3 / min(times)
-
-
-def useful_flops(case: Case, run: dict, cached: bool) -> float:
-    """FLOPs per sample that an update of this workload requires, as counted by `vlmtrain plan`."""
-    from vlmtrain.planning.measuring import Meter, use_counted_attention
-    from vlmtrain.planning.plan import Machine, plan_run
-    from vlmtrain.settings import compose
-    from vlmtrain.training.assembly import build_skeleton, build_tokenizer
-
-    name = case.stage
-    (plan,) = plan_run(compose(case.line), Machine())
-    expected = {"text_tokens": run["tokens"] - run["image_tokens"]}
-    expected["images"] = run["image_tokens"] / plan.picture_tokens[0]
-    share = run["targets"] / max(1.0, expected["text_tokens"])
-    expected["answer_share"] = min(1.0, share)  # these are rounded means over steps
-    line = [f"stages.{name}.expected.{key}={value}" for key, value in expected.items()]
-    settings = compose([*case.line, *line])
-    (plan,) = plan_run(settings, Machine())
-    if not cached:
-        return plan.flops_per_sample
-    vision = build_skeleton(settings, settings.stages[name], build_tokenizer(settings))["vision"]
-    use_counted_attention(vision)
-    meter = Meter()
-    with meter.part("vision", vision, None), torch.no_grad():
-        vision(torch.empty(1, 3, *vision.image_size, device="meta"))
-    return plan.flops_per_sample - expected["images"] * meter.costs["vision"].flops
 
 
 def table(cases: list[Case], options: argparse.Namespace) -> str:
@@ -437,8 +486,7 @@ def case_rows(case: Case) -> Iterator[str]:
         if side in THEIRS:
             cells += ["", ""]
         else:
-            needed = useful_flops(case, runs[0], side == "cached")
-            cells += [f"{speed * needed / max(case.rates):.2f}", f"{median(side, 'waited'):.1%}"]
+            cells += [f"{speed * runs[0]['flops'] / max(case.rates):.2f}", f"{median(side, 'waited'):.1%}"]
         yield "| " + " | ".join([*cells, f"{memory / 2**30:.2f} GiB{share}"]) + " |"
 
 
