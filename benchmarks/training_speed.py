@@ -46,6 +46,7 @@ WORKLOADS = ("align", "instruct", "quickstart")
 TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart": ["connector", "llm"]}
 SIDES = ("ours", "cold", "cached", "packed", "ranks", "ranks-zero2", "trainer", "trl")
 THEIRS = ("trainer", "trl")
+PACKED = ("layout=packed", "micro_batch_size=null")
 THEIR_SETTINGS = (
     "trainer, trl: text tokenized in advance, no gradients for frozen parts, rows grouped by length, images decoded in "
     "a worker, their own bf16 autocast, no gradient checkpointing (also in ours), no saving or logging."
@@ -327,7 +328,7 @@ def run_ours(case: Case, side: str, out: Path) -> dict:
     """Run `python -m vlmtrain.train` in a separate process."""
     more = []
     if side == "packed":
-        more = [f"stages.{case.stage}.layout=packed", f"stages.{case.stage}.micro_batch_size=null"]
+        more = [f"stages.{case.stage}.{setting}" for setting in PACKED]
     if side == "cold":
         more = [f"features.cache={out}-cache"]
     if side == "cached":
