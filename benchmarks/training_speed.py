@@ -233,7 +233,7 @@ def save_llm(shape: dict, folder: Path, stored: str) -> None:
 
 def _save(auto_class: type, config, folder: Path, stored: str) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # initial values of billions of weights
-        auto_class.from_config(config, dtype=DTYPES[stored]).save_pretrained(folder)
+        auto_class.from_config(config, dtype=torch.float32).to(DTYPES[stored]).save_pretrained(folder)
 
 
 def real_records(options: argparse.Namespace, stage: str, needed: int) -> Iterator[dict]:
