@@ -91,7 +91,11 @@ def _profile(piece: Mapping) -> list[str]:
     if ideal:
         gap = f"MFU {target:.0%} needs {ideal / target:.4f} s, {max(0.0, step - ideal / target):.4f} s less."
         lines = [f"A step takes {step:.4f} s: MFU {ideal / step:.1%}. {gap} The peak would need {ideal:.4f} s.", ""]
-    shares = [[name, f"{seconds:.4f}", f"{seconds / step:.1%}"] for name, seconds in values["ranked"].items()]
+    shares = [
+        [name, f"{seconds:.4f}", f"{seconds / step:.1%}"]
+        for name, seconds in values["ranked"].items()
+        if seconds > step / 1000
+    ]
     lines += [*_table(["where the time goes", "s per step", "of the step"], shares), ""]
     phases = ", ".join(f"{name} {values['phases'].get(name, 0.0) / step:.1%}" for name in PHASES)
     lines += [f"By phase: {phases}.", ""]

@@ -129,9 +129,7 @@ def main() -> None:
             name: tensor.to(device) for name, tensor in collator([samples[i] for i in range(job["batch_size"])]).items()
         }
         logits = model(**batch).logits[:, :-1].float()
-        logits[
-            ..., model.config.image_token_index
-        ] = -torch.inf  # a token that the export adds and our side does not have
+        logits[..., job["vocabulary"] :] = -torch.inf  # tokens that only the export has
         first = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
     del logits, batch
     if on_gpu:

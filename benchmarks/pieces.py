@@ -38,10 +38,16 @@ class Result:
 
 
 def run_pieces(
-    pieces: Sequence[Piece], budget: float, clock: Callable[[], float] = time.monotonic
+    pieces: Sequence[Piece],
+    budget: float,
+    report: Callable[[dict[str, Result]], None] = lambda results: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Result]:
-    """Run pieces in order; `budget` in seconds. One that fails does not stop the others. Returns a result for each."""
-    results: dict[str, Result] = {}
+    """Run pieces in order; `budget` in seconds. One that fails does not stop the others. Returns a result for each.
+
+    report: called with all results so far, after each piece that ran.
+    """
+    results = {piece.name: Result(NOT_RUN, 0.0, {}, "interrupted before it") for piece in pieces}
     end = clock() + budget
     for piece in pieces:
         started = clock()
@@ -49,6 +55,9 @@ def run_pieces(
         result.seconds = clock() - started
         said = f": {result.problem}" if result.problem else ""
         print(f"[{end - clock():4.0f} s left] {piece.name}: {result.status}{said}", file=sys.stderr, flush=True)
+        if result.status in (DONE, FAILED):
+            report(results)
+    report(results)
     return results
 
 

@@ -373,12 +373,14 @@ def measure(command: list[str], metrics: Path, warmup: int, threads: int, steps:
 def run_trainer(case: Case, side: str, out: Path, **limits) -> dict:
     out.mkdir()
     options = case.options
+    vocabulary = json.loads((case.weights / "model" / "llm" / "config.json").read_text())["vocab_size"]
     job = {
         "trainer": side,
         "model": str(case.weights / "export"),
         "samples": str(case.folder / "samples.jsonl"),
         "images": str(case.folder / "images"),
         "trained": TRAINED[case.workload],
+        "vocabulary": vocabulary,
         "batch_size": options.batch_size,
         "warmup": options.warmup,
         "steps": options.steps,
@@ -491,14 +493,18 @@ def case_rows(case: Case) -> Iterator[str]:
         yield "| " + " | ".join([*cells, f"{memory / 2**30:.2f} GiB{share}"]) + " |"
 
 
-def disagreement(case: Case, side: str, base: str) -> str | None:
-    """Why a side's speed cannot be compared with that of `base`: the first losses differ. None if it can."""
+def disagreement(case: Case, side: str, base: str, tolerance: float | None = None) -> str | None:
+    """Why a side's speed cannot be compared with that of `base`: the first losses differ. None if it can.
+
+    tolerance: relative; None for that of the precision.
+    """
+    tolerance = AGREEMENT[case.precision] if tolerance is None else tolerance
     checked = "ours" if side == "packed" else side
     if checked not in case.sides:
         return f"void: {side} requires {checked} in the same run, whose first losses are compared"
     ours, theirs = ([run["first"] for run in case.sides[name]] for name in (checked, base))
     losses = [math.nan if loss is None else loss for loss in (*ours, *theirs)]
-    agree = all(map(math.isfinite, losses)) and max(losses) - min(losses) <= AGREEMENT[case.precision] * losses[-1]
+    agree = all(map(math.isfinite, losses)) and max(losses) - min(losses) <= tolerance * losses[-1]
     if not agree:
         return f"void: first losses {ours[0]}, {theirs[0]}"
     return None

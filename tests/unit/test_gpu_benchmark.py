@@ -44,7 +44,10 @@ def test_every_piece_is_accounted_for():
         Piece("late", fails, limit=60),
         Piece("comparison", clock.takes(0), needs=("weights", "long")),
     ]
-    results = run_pieces(pieces, budget=100, clock=clock)
+    reports: list[list[str]] = []
+    results = run_pieces(pieces, 100, lambda found: reports.append([each.status for each in found.values()]), clock)
+    assert reports[0] == ["done", *["not run"] * 7]  # so that what is known survives an interruption
+    assert reports[-1] == [result.status for result in results.values()]
     assert list(results) == [piece.name for piece in pieces]
     statuses = {name: result.status for name, result in results.items()}
     assert statuses == {
@@ -60,7 +63,7 @@ def test_every_piece_is_accounted_for():
 
 def test_a_piece_gets_no_more_than_the_time_left():
     clock = Clock()
-    results = run_pieces([Piece("one", clock.takes(70), 90), Piece("two", clock.takes(1), 90)], 100, clock)
+    results = run_pieces([Piece("one", clock.takes(70), 90), Piece("two", clock.takes(1), 90)], 100, clock=clock)
     assert results["two"].values["limit"] == 30
 
 
@@ -85,7 +88,7 @@ def text() -> str:
         Piece("speedrun stage 1", clock.takes(0, **row(100.0), samples=360_000, published_hours=19.32, hours=1.0)),
         Piece("0.6B align: first losses agree", clock.takes(0)),
     ]
-    results = {name: asdict(result) for name, result in run_pieces(pieces, 100, clock).items()}
+    results = {name: asdict(result) for name, result in run_pieces(pieces, 100, clock=clock).items()}
     return page({"about": {"device": "H200", "tflops": 989.0, "torch": "2", "tiny": False}, "pieces": results})
 
 
