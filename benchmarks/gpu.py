@@ -36,19 +36,8 @@ from typing import Any
 import torch
 from gpu_page import page
 from pieces import DONE, LEFT_OUT, Piece, Result, run_pieces
-from training_speed import (
-    PACKED,
-    ROOT,
-    WORKLOADS,
-    Case,
-    Shapes,
-    disagreement,
-    matrix_rate,
-    measure,
-    prepare,
-    run_trainer,
-    save_vision,
-)
+from speed_inputs import Case, Shapes, prepare, save_vision
+from training_speed import PACKED, ROOT, WORKLOADS, disagreement, matrix_rate, measure, run_trainer
 
 PROFILED = 2  # steps under the profiler
 RECORDS = 512  # different samples

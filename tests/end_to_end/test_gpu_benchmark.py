@@ -55,7 +55,7 @@ def test_all_pieces(tmp_path):
     for model in ("0.6B", "7B"):
         for workload in ("align", "instruct"):
             ours, theirs = (pieces[f"{model} {workload} {side}"]["values"]["first"] for side in ("padded", "trainer"))
-            assert abs(ours - theirs) < 0.005 * theirs  # bf16 on both sides
+            assert abs(ours - theirs) < 1e-4 * theirs  # swapped images differ by 3e-4 or more
         ranked = pieces[f"{model}: profile"]["values"]["ranked"]
         assert ranked["matrix products"] > 0 and list(ranked.values()) == sorted(ranked.values(), reverse=True)
     stage = pieces["speedrun stage 1"]["values"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training_speed import Case, __doc__, case_rows, disagreement, talks
+from benchmarks.speed_inputs import Case, talks
+from benchmarks.training_speed import __doc__, case_rows, disagreement
 
 
 def case(precision: str = "fp32", **firsts: list[float | None]) -> Case:
