@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -68,41 +69,37 @@ def sizes(tiny: bool) -> dict[str, Size]:
 
     siglip = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
     clip = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    clip |= {"model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 768}
-    small, large = published_llm("Qwen/Qwen3-0.6B"), published_llm("lmsys/vicuna-7b-v1.5")
-    batches, steps, rank, sides = (
-        ({"align": 32, "instruct": 32}, {"align": 16, "instruct": 8}),
-        (16, 10),
-        128,
-        (256, 336),
-    )
+    qwen, vicuna = published_llm("Qwen/Qwen3-0.6B"), published_llm("lmsys/vicuna-7b-v1.5")
     if tiny:
-        little = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-        siglip, clip = little, clip | little
-        little = {**little, "vocab_size": 512, "num_key_value_heads": 2, "head_dim": 16}
-        small, large = small | little, large | little
-        batches, steps, rank, sides = ({"align": 4, "instruct": 4},) * 2, (4, 4), 2, (32, 28)
-    one = Shapes({**siglip, "model_type": "siglip_vision_model", "patch_size": 16}, small)
+        siglip = clip = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+        little = {**clip, "vocab_size": 512, "num_key_value_heads": 2, "head_dim": 16}
+        qwen, vicuna = qwen | little, vicuna | little
     naflex = {**siglip, "model_type": "siglip2_vision_model", "patch_size": 16, "num_patches": 256}
-    lora = {"r": rank, "lora_alpha": 2 * rank}
-    return {
-        "0.6B": Size(one, sides[0], batches[0], steps[0], 4 if not tiny else 1, 0.40, stage_1=naflex),
-        "7B": Size(Shapes(clip, large), sides[1], batches[1], steps[1], 3 if not tiny else 1, 0.45, lora),
-    }
+    siglip = {**siglip, "model_type": "siglip_vision_model", "patch_size": 16}
+    clip = {**clip, "model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 768}
+    small, large = Shapes(siglip, qwen), Shapes(clip, vicuna)
+    if tiny:
+        batch = {"align": 4, "instruct": 4}
+        one = Size(small, 32, batch, 4, 1, 0.40, stage_1=naflex)
+        return {"0.6B": one, "7B": Size(large, 28, batch, 4, 1, 0.45, {"r": 2, "lora_alpha": 4})}
+    one = Size(small, 256, {"align": 32, "instruct": 32}, 16, 4, 0.40, stage_1=naflex)
+    other = Size(large, 336, {"align": 16, "instruct": 8}, 10, 3, 0.45, {"r": 128, "lora_alpha": 256})
+    return {"0.6B": one, "7B": other}
 
 
 class Model:
     """The measurements of one model: its cases, and their rows by side."""
 
     def __init__(self, name: str, size: Size, folder: Path, options: argparse.Namespace):
-        self.name, self.size, self.folder, self.options = name, size, folder / name, options
+        self.size, self.folder, self.options = size, folder / name, options
         self.workers = min(8, self.threads)
         self.cases: dict[str, Case] = {}
 
     def prepare(self, limit: float) -> dict[str, Any]:
         """Weights of both sides, and the samples of both workloads."""
+        end = time.monotonic() + limit
         for workload in WORKLOADS[:2]:
-            self.cases[workload] = in_process(prepared, limit, self._case(workload))
+            self.cases[workload] = in_process(prepared, end - time.monotonic(), self._case(workload))
         return {}
 
     def _case(self, workload: str) -> Case:
@@ -127,8 +124,8 @@ class Model:
     def ours(self, workload: str, side: str, limit: float) -> dict[str, Any]:
         case = self.cases[workload]
         out = self.folder / f"{workload}-{side.replace(' ', '-')}"
-        program, awaited = ["-m", "vlmtrain.train"], None
-        if self._is_profiled(workload, side):
+        program, awaited = ["-m", "vlmtrain.train"], None  # a profile
+        if (workload, side) == ("instruct", "packed"):
             awaited = self.folder / "profile.json"
             program = [str(ROOT / "benchmarks" / "profiled.py"), str(awaited), str(self.size.steps), str(PROFILED)]
         more = [f"stages.{workload}.{setting}" for setting in PACKED] if side.startswith("packed") else []
@@ -149,9 +146,6 @@ class Model:
         rate = None if flops is None else flops * run["samples_per_second"] / 1e12
         peak = self.options.device_tflops
         return {**run, "tflops": rate, "mfu": rate / peak if rate and peak else None}
-
-    def _is_profiled(self, workload: str, side: str) -> bool:
-        return (workload, side) == ("instruct", "packed")
 
     def check(self, workload: str, limit: float) -> dict[str, Any]:
         """Compare the first losses of the rows that were measured."""
@@ -186,6 +180,7 @@ class Model:
     def stage_1(self, limit: float) -> dict[str, Any]:
         """Stage 1 of the recipe `speedrun` itself: SigLIP 2 NaFlex, 256 samples per step."""
         vision, images, out = self.folder / "naflex", self.cases["align"].folder, self.folder / "stage_1"
+        end = time.monotonic() + limit
         in_process(save_vision, limit, self.size.stage_1, vision, 256, "bf16")
         batch, micro = (8, 4) if self.options.tiny else (256, 64)
         line = [
@@ -195,7 +190,10 @@ class Model:
             *("stages.align.max_steps=100000", "stages.align.save_every=null", f"workers={self.workers}"),
         ]
         command = [sys.executable, "-m", "vlmtrain.train", *line, f"run_dir={out}"]
-        warmup, limits = 1 if self.options.tiny else 2, {"steps": 3 if self.options.tiny else 8, "limit": limit}
+        warmup, limits = (
+            1 if self.options.tiny else 2,
+            {"steps": 3 if self.options.tiny else 8, "limit": end - time.monotonic()},
+        )
         run = measure(command, out / "align" / "metrics.jsonl", warmup, self.threads, **limits)
         hours = SPEEDRUN["samples"] / run["samples_per_second"] / 3600
         return {**self._row(run, run["flops"]), **SPEEDRUN, "hours": hours}
