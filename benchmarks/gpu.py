@@ -41,6 +41,7 @@ from speed_inputs import Case, Shapes, prepare, save_vision
 from training_speed import PACKED, ROOT, WORKLOADS, disagreement, matrix_rate, measure, run_trainer
 
 PROFILED = 2  # steps under the profiler
+RECOMPILED = 4  # steps more before the timed ones, in which other shapes may be compiled
 RECORDS = 512  # different samples
 TOLERANCE = 2e-3  # of first losses: means over hundreds of targets, in which roundings to bf16 largely cancel
 SPEEDRUN = {"samples": 558128, "published_hours": 19.32}  # recipes/speedrun.yaml
@@ -129,10 +130,12 @@ class Model:
             awaited = self.folder / "profile.json"
             program = [str(ROOT / "benchmarks" / "profiled.py"), str(awaited), str(self.size.steps), str(PROFILED)]
         more = [f"stages.{workload}.{setting}" for setting in PACKED] if side.startswith("packed") else []
-        more += ["compile=true"] if side.endswith("compiled") else []
+        warmup, steps = self.size.warmup, self.size.steps
+        if side.endswith("compiled"):
+            more, warmup, steps = [*more, "compile=true"], warmup + RECOMPILED, steps + RECOMPILED
         command = [sys.executable, *program, *case.line, *more, f"run_dir={out}"]
-        metrics, limits = out / case.stage / "metrics.jsonl", {"steps": self.size.steps, "limit": limit}
-        run = measure(command, metrics, self.size.warmup, self.threads, **limits, awaited=awaited)
+        metrics, limits = out / case.stage / "metrics.jsonl", {"limit": limit, "awaited": awaited}
+        run = measure(command, metrics, warmup, self.threads, steps, **limits)
         case.sides[side] = [run]
         return self._row(run, run["flops"])
 
