@@ -84,7 +84,7 @@ def sizes(tiny: bool) -> dict[str, Size]:
         one = Size(small, 32, batch, 4, 1, 0.40, stage_1=naflex)
         return {"0.6B": one, "7B": Size(large, 28, batch, 4, 1, 0.45, {"r": 2, "lora_alpha": 4})}
     one = Size(small, 256, {"align": 32, "instruct": 32}, 16, 4, 0.40, stage_1=naflex)
-    other = Size(large, 336, {"align": 16, "instruct": 8}, 10, 3, 0.45, {"r": 128, "lora_alpha": 256})
+    other = Size(large, 336, {"align": 8, "instruct": 8}, 10, 3, 0.45, {"r": 128, "lora_alpha": 256})
     return {"0.6B": one, "7B": other}
 
 
