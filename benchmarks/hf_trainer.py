@@ -3,8 +3,8 @@
     python benchmarks/hf_trainer.py JOB.json
 
 It uses its best settings: conversations tokenized in advance, no gradients for frozen parts, grouping of rows by length
-if lengths differ, images decoded in a worker, its own bf16 autocast, and no saving or logging. Its `torch_compile` is
-not used, because it was slower with varying lengths.
+if lengths differ, images decoded in workers, its own bf16 autocast, and no saving or logging. Its `torch_compile` is
+not used, because it was slower with varying lengths. It runs on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Collator:
 
 
 class Clock(TrainerCallback):
-    """Writes the end time of each step and the peak memory so far."""
+    """Writes the end time of each step and the peak memory so far. The steps in `waits` end when the GPU has ended."""
 
-    def __init__(self, file: Path):
-        self.file = file.open("w")
+    def __init__(self, file: Path, waits: tuple[int, ...]):
+        self.file, self.waits = file.open("w"), waits
 
     def on_train_begin(self, *arguments, **options) -> None:
         self._write(0)
@@ -68,7 +68,11 @@ class Clock(TrainerCallback):
         self._write(state.global_step)
 
     def _write(self, step: int) -> None:
-        self.file.write(json.dumps({"step": step, "time": time.time(), "peak": peak_resident_bytes()}) + "\n")
+        on_gpu = torch.cuda.is_available()
+        if on_gpu and step in self.waits:
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()
+        self.file.write(json.dumps({"step": step, "time": time.time(), "peak": peak}) + "\n")
         self.file.flush()
 
 
@@ -86,26 +90,53 @@ def build_trainer(name: str, options: dict, samples: Samples, processor, shared:
     return SFTTrainer(args=arguments, train_dataset=table, processing_class=processor, **shared)
 
 
+def load_model(job: dict) -> LlavaForConditionalGeneration:
+    """The model of a job. What trains is in fp32; the rest is in the precision that the job stores weights in."""
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["stored"]]
+    model = LlavaForConditionalGeneration.from_pretrained(job["model"], dtype=stored)
+    model.requires_grad_(False)
+    parts = {"connector": "multi_modal_projector", "llm": "language_model", "vision": "vision_tower"}
+    for part in job["trained"]:
+        if part == "llm" and job["lora"]:
+            continue
+        getattr(model.model, parts[part]).float().requires_grad_(True)
+        if part == "llm":
+            model.lm_head.float().requires_grad_(True)
+            model.tie_weights()
+    if job["lora"]:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        language = model.model.language_model
+        targets = [name for name, layer in language.named_modules() if isinstance(layer, torch.nn.Linear)]
+        inject_adapter_in_model(LoraConfig(**job["lora"], target_modules=targets), language)
+        for name, parameter in language.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    return model
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration.from_pretrained(job["model"], dtype=torch.float32)
+    on_gpu, in_bf16 = torch.cuda.is_available(), job["precision"] == "bf16"
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model = load_model(job).to(device)
     processor = AutoProcessor.from_pretrained(job["model"])
-    trained = {"connector": "multi_modal_projector", "llm": "language_model", "vision": "vision_tower"}
-    model.requires_grad_(False)
-    for part in job["trained"]:
-        getattr(model.model, trained[part]).requires_grad_(True)
-    if "llm" in job["trained"]:
-        model.lm_head.requires_grad_(True)
     samples, collator = Samples(Path(job["samples"])), Collator(processor, Path(job["images"]))
-    with torch.no_grad():
-        batch = collator([samples[i] for i in range(job["batch_size"])])
+    # Weights of both precisions need autocast. Otherwise the loss is in fp32.
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16 and job["stored"] == "bf16"):
+        batch = {
+            name: tensor.to(device) for name, tensor in collator([samples[i] for i in range(job["batch_size"])]).items()
+        }
         logits = model(**batch).logits[:, :-1].float()
-        logits[
-            ..., model.config.image_token_index
-        ] = -torch.inf  # a token that the export adds and our side does not have
+        logits[..., job["vocabulary"] :] = -torch.inf  # tokens that only the export has
         first = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
+    del logits, batch
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     out = Path(job["out"])
+    (out / "first.json").write_text(json.dumps({"loss": first}))
     options = dict(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=job["batch_size"],
@@ -114,10 +145,11 @@ def main() -> None:
         lr_scheduler_type="cosine",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=job["precision"] == "bf16",
-        use_cpu=True,
-        dataloader_num_workers=1,
-        dataloader_pin_memory=False,
+        bf16=in_bf16,
+        tf32=True if on_gpu else None,
+        use_cpu=not on_gpu,
+        dataloader_num_workers=job["workers"],
+        dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         train_sampling_strategy="group_by_length" if job["group_by_length"] else "random",
         length_column_name="length",
@@ -126,9 +158,9 @@ def main() -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    shared = {"model": model, "data_collator": collator, "callbacks": [Clock(out / "clock.jsonl")]}
+    clock = Clock(out / "clock.jsonl", (job["warmup"], job["steps"]))
+    shared = {"model": model, "data_collator": collator, "callbacks": [clock]}
     build_trainer(job["trainer"], options, samples, processor, shared).train()
-    (out / "first.json").write_text(json.dumps({"loss": first}))
 
 
 if __name__ == "__main__":

@@ -25,25 +25,27 @@ import argparse
 import json
 import math
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from speed_inputs import DTYPES, Case, prepare  # noqa: E402
+
 WORKLOADS = ("align", "instruct", "quickstart")
 TRAINED = {"align": ["connector"], "instruct": ["connector", "llm"], "quickstart": ["connector", "llm"]}
 SIDES = ("ours", "cold", "cached", "packed", "ranks", "ranks-zero2", "trainer", "trl")
 THEIRS = ("trainer", "trl")
+PACKED = ("layout=packed", "micro_batch_size=null")
 THEIR_SETTINGS = (
     "trainer, trl: text tokenized in advance, no gradients for frozen parts, rows grouped by length, images decoded in "
     "a worker, their own bf16 autocast, no gradient checkpointing (also in ours), no saving or logging."
@@ -54,23 +56,6 @@ BASES = {
     "trainer": None,
 }  # the baseline of a side's ratio; trainer for all others
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # in bf16 the two sides round at different places
-
-
-@dataclass
-class Case:
-    """One workload in one precision: the folder of its inputs, and the measurements of each side, one entry per run."""
-
-    workload: str
-    precision: str
-    folder: Path
-    options: argparse.Namespace
-    sides: dict[str, list[dict]] = field(default_factory=dict)
-    rates: list[float] = field(default_factory=list)
-    line: list[str] = field(default_factory=list)
-
-    @property
-    def stage(self) -> str:
-        return "align" if self.workload == "align" else "instruct"
 
 
 def main() -> None:
@@ -121,175 +106,11 @@ def run_case(workload: str, precision: str, folder: Path, options: argparse.Name
     return case
 
 
-def prepare(case: Case) -> None:
-    """Create the inputs of both sides: a model folder, its export, images and conversations, and our command."""
-    options, folder = case.options, case.folder
-    needed = options.batch_size * options.steps
-    side = 48 if case.workload == "quickstart" else options.image_size
-    records = list(real_records(options, case.stage, needed)) if options.data and side > 48 else None
-    if records is None:
-        records = list(made_records(case.workload, needed, folder / "source", side))
-    (folder / "images").mkdir()
-    for record in records:
-        for name in pictures_of(record):
-            target = folder / "images" / name.replace("/", "_")
-            picture = Image.open(record.pop("folder", None) or folder / "source" / name).convert("RGB")
-            picture.resize((side, side), Image.Resampling.BICUBIC).save(target.with_suffix(".png"))
-            record["image"] = target.with_suffix(".png").name
-    (folder / "data.json").write_text(json.dumps(records))
-    case.line = [
-        "recipe=llava_1_5",
-        f"stage={case.stage}",
-        f"stages.{case.stage}.fresh=[]",
-        f"stages.{case.stage}.batch_size={options.batch_size}",
-        f"stages.{case.stage}.micro_batch_size={options.batch_size}",
-        f"stages.{case.stage}.max_steps={options.steps}",
-        f"stages.{case.stage}.gradient_checkpointing=false",
-        f"stages.{case.stage}.max_grad_norm=1.0",
-        f"stages.{case.stage}.image_fit=squash",
-        f"stages.{case.stage}.max_length={512 if case.workload == 'quickstart' else 2048}",
-        f"stages.{case.stage}.train.connector=1e-4",
-        "data=llava_json",
-        f"data.images={folder / 'images'}",
-        f"data.{case.stage}={folder / 'data.json'}",
-        "data.validation=null",
-        "engine=zero0",
-        f"precision={case.precision}",
-    ]
-    case.line += ["mini=true"] if case.workload == "quickstart" else parts_line(case)
-    build_model(case)
-    case.line += [f"init_from={folder / 'model'}", *options.set]
-
-
-def parts_line(case: Case) -> list[str]:
-    """The two large parts: the given folders, or new ones with the architecture of published parts."""
-    from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
-
-    from vlmtrain.data.shapes import VOCABULARY
-    from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
-
-    options, folder = case.options, case.folder
-    vision, llm = options.vision, options.llm
-    torch.manual_seed(0)
-    if vision is None:
-        vision = folder / "vision"
-        config = SiglipVisionConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-        )
-        config.image_size, config.patch_size = options.image_size, 16
-        SiglipVisionModel(config).save_pretrained(vision)
-        look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}}
-        (vision / "preprocessor_config.json").write_text(json.dumps(look))
-    if llm is None:
-        llm = folder / "llm"
-        tokenizer = build_tiny_tokenizer(VOCABULARY)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        config = LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-            **ids,
-        )
-        LlamaForCausalLM(config).save_pretrained(llm)
-        tokenizer.save_pretrained(llm)
-    size = f"vision.image_size={options.image_size}"
-    return ["vision=hf", f"vision.path={vision}", size, "vision.layer=-2", "llm=hf", f"llm.path={llm}"]
-
-
-def real_records(options: argparse.Namespace, stage: str, needed: int) -> Iterator[dict]:
-    folder = Path(options.data)
-    records = [r for r in json.loads((folder / f"{stage}.json").read_text()) if isinstance(r.get("image", ""), str)]
-    rng = random.Random(0)
-    for record in rng.sample(records, needed) if stage == "align" else talks(rng, records, needed):
-        yield {**record, "folder": str(folder / "images" / record["image"])} if "image" in record else record
-
-
-def talks(rng: random.Random, records: list[dict], needed: int) -> Iterator[dict]:
-    """Conversations with the lengths of the mixture, made from the words and images of `records`."""
-    words = [word for record in records for turn in record["conversations"] for word in turn["value"].split()]
-    words = [word for word in words if "<" not in word]
-    for number in range(needed):
-        shown = rng.choice([record for record in records if "image" in record])
-        turns = []
-        for _ in range(min(6, 1 + int(rng.expovariate(1 / 1.2)))):
-            length = rng.randint(1, 5) if rng.random() < 0.5 else min(200, int(rng.lognormvariate(3.7, 0.6)))
-            asked = " ".join(rng.choices(words, k=rng.randint(6, 14)))
-            turns += [
-                {"from": "human", "value": asked},
-                {"from": "gpt", "value": " ".join(rng.choices(words, k=max(1, length)))},
-            ]
-        record = {"id": number, "conversations": turns}
-        if rng.random() >= 0.06:
-            record["image"] = shown["image"]
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-        yield record
-
-
-def made_records(workload: str, needed: int, folder: Path, side: int) -> Iterator[dict]:
-    """Procedural images with captions, or conversations made from the words of the captions."""
-    from vlmtrain.data.shapes import Shapes
-
-    folder.mkdir()
-    source = Shapes("caption", needed, side)
-    captions = []
-    for number in range(needed):
-        conversation = source[number]
-        conversation.images[0].load().save(folder / f"{number}.png")
-        turns = [
-            {"from": "human", "value": "<image>"},
-            {"from": "gpt", "value": conversation.turns[-1].text},
-        ]
-        captions.append({"id": number, "image": f"{number}.png", "conversations": turns})
-    yield from captions if workload != "instruct" else talks(random.Random(0), captions, needed)
-
-
-def pictures_of(record: dict) -> list[str]:
-    return [record["image"]] if "image" in record else []
-
-
-def build_model(case: Case) -> None:
-    """Save the initial model of both sides, in our format and Hugging Face's, and the conversations as token ids."""
-    from vlmtrain.data.sources import build_source
-    from vlmtrain.interop.export import export
-    from vlmtrain.model import VLMWrapper
-    from vlmtrain.objectives import LanguageModelling
-    from vlmtrain.settings import compose
-    from vlmtrain.training.assembly import build_parts, build_tokenizer
-    from vlmtrain.training.batching import build_batching
-    from vlmtrain.training.processing import build_processor, image_size_of
-
-    name, folder = case.stage, case.folder
-    fresh = "[vision,connector,llm]" if case.workload == "quickstart" else "[connector]"
-    settings = compose([*case.line, f"stages.{name}.fresh={fresh}", "precision=fp32"])
-    tokenizer = build_tokenizer(settings)
-    parts = build_parts(settings, settings.stages[name], None, tokenizer)
-    processor = build_processor(settings, settings.stages[name], parts, LanguageModelling(), tokenizer)
-    VLMWrapper(parts["vision"], parts["connector"], parts["llm"]).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    export(folder / "model", folder / "export", "llava")
-    image_id = json.loads((folder / "export" / "config.json").read_text())["image_token_index"]
-    source = build_source(settings.data.split(name), image_size_of(parts), settings.seed)
-    batching = build_batching(source, processor, settings.stages[name], 1)
-    records = json.loads((folder / "data.json").read_text())
-    with (folder / "samples.jsonl").open("w") as file:
-        for position in range(len(source)):
-            planned = batching.read(position, [])
-            tokens = planned.tokens
-            ids = tokens.input_ids.masked_fill(tokens.index >= 0, image_id).tolist()
-            labels = [-100, *tokens.targets[:-1].tolist()]  # the Hugging Face model shifts the labels
-            pictures = pictures_of(records[planned.index])
-            file.write(json.dumps({"input_ids": ids, "labels": labels, "images": pictures, "length": len(ids)}) + "\n")
-
-
 def run_ours(case: Case, side: str, out: Path) -> dict:
-    """Run `python -m vlmtrain.train` in a separate process; step times are when its metrics appear in the file."""
+    """Run `python -m vlmtrain.train` in a separate process."""
     more = []
     if side == "packed":
-        more = [f"stages.{case.stage}.layout=packed", f"stages.{case.stage}.micro_batch_size=null"]
+        more = [f"stages.{case.stage}.{setting}" for setting in PACKED]
     if side == "cold":
         more = [f"features.cache={out}-cache"]
     if side == "cached":
@@ -304,39 +125,57 @@ def run_ours(case: Case, side: str, out: Path) -> dict:
             f"stages.{case.stage}.micro_batch_size={case.options.batch_size // 2}",
         ]
     command = [sys.executable, *launcher, "vlmtrain.train", *case.line, *more, f"run_dir={out}"]
-    records, ends = watch(command, out / case.stage / "metrics.jsonl", threads)
-    timed = records[case.options.warmup :]
-    seconds = ends[-1] - ends[case.options.warmup - 1]
+    return measure(command, out / case.stage / "metrics.jsonl", case.options.warmup, threads)
+
+
+def measure(command: list[str], metrics: Path, warmup: int, threads: int, steps: int | None = None, **options) -> dict:
+    """Run a command of ours that writes `metrics`, and return means over the steps after `warmup`.
+
+    Step times are when their metrics appear in the file. steps, options: see `watch`.
+    """
+    records, ends = watch(command, metrics, threads, steps, **options)
+    timed = records[warmup:]
+    seconds = ends[-1] - ends[warmup - 1]
+    samples = sum(r["samples"] for r in timed)
+    phases = {name for record in timed for name in record["phase_seconds"]}
     return {
         "first": records[0]["loss"],
-        "samples_per_second": sum(r["samples"] for r in timed) / seconds,
+        "samples_per_second": samples / seconds,
         "targets_per_second": sum(r["target_tokens"] for r in timed) / seconds,
+        "step_seconds": seconds / len(timed),
         "peak": max(r["peak_memory_bytes"] for r in records),
         "waited": sum(r["data_seconds"] for r in timed) / seconds,
-        "tokens": sum(r["tokens"] for r in timed) / sum(r["samples"] for r in timed),
-        "targets": sum(r["target_tokens"] for r in timed) / sum(r["samples"] for r in timed),
-        "image_tokens": sum(r["image_tokens"] for r in timed) / sum(r["samples"] for r in timed),
+        "phases": {name: sum(r["phase_seconds"].get(name, 0.0) for r in timed) / len(timed) for name in phases},
+        "flops": sum(r["flops"] for r in timed) / samples,  # of a sample
+        "tokens": sum(r["tokens"] for r in timed) / samples,
+        "padding": statistics.mean(r["padding_fraction"] for r in timed),
     }
 
 
-def run_trainer(case: Case, side: str, out: Path) -> dict:
+def run_trainer(case: Case, side: str, out: Path, **limits) -> dict:
     out.mkdir()
     options = case.options
+    vocabulary = json.loads((case.weights / "model" / "llm" / "config.json").read_text())["vocab_size"]
     job = {
         "trainer": side,
-        "model": str(case.folder / "export"),
+        "model": str(case.weights / "export"),
         "samples": str(case.folder / "samples.jsonl"),
         "images": str(case.folder / "images"),
         "trained": TRAINED[case.workload],
+        "vocabulary": vocabulary,
         "batch_size": options.batch_size,
+        "warmup": options.warmup,
         "steps": options.steps,
         "precision": case.precision,
+        "stored": case.stored,
+        "lora": case.lora,
+        "workers": case.workers,
         "group_by_length": case.workload == "instruct",
         "out": str(out),
     }
     (out / "job.json").write_text(json.dumps(job))
     command = [sys.executable, str(ROOT / "benchmarks" / "hf_trainer.py"), str(out / "job.json")]
-    records, _ = watch(command, out / "clock.jsonl", options.threads)
+    records, _ = watch(command, out / "clock.jsonl", options.threads, **limits)
     seconds = records[-1]["time"] - records[options.warmup]["time"]
     samples = options.batch_size * (options.steps - options.warmup)
     said = [json.loads(line) for line in (case.folder / "samples.jsonl").read_text().splitlines()]
@@ -349,27 +188,48 @@ def run_trainer(case: Case, side: str, out: Path) -> dict:
     }
 
 
-def watch(command: list[str], file: Path, threads: int) -> tuple[list[dict], list[float]]:
-    """Run a command; return the JSON lines of a file that it writes, and the time when each line appeared."""
+def watch(
+    command: list[str],
+    file: Path,
+    threads: int,
+    lines: int | None = None,
+    limit: float = math.inf,
+    awaited: Path | None = None,
+) -> tuple[list[dict], list[float]]:
+    """Run a command; return the JSON lines of a file that it writes, and the time when each line appeared.
+
+    lines: end the command after so many lines, and after the file `awaited` exists, if there is one; None to wait for
+    its end. limit: seconds after which it is ended with a TimeoutError. Raises RuntimeError if it fails.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     ends: list[float] = []
+    started = time.monotonic()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        while process.poll() is None:
-            if file.exists():
-                ends += [time.time()] * (file.read_bytes().count(b"\n") - len(ends))
-            time.sleep(0.002)
-        if process.returncode:
+        try:
+            while process.poll() is None:
+                if file.exists():
+                    ends += [time.time()] * (file.read_bytes().count(b"\n") - len(ends))
+                if lines is not None and len(ends) >= lines and (awaited is None or awaited.exists()):
+                    break
+                if time.monotonic() - started > limit:
+                    raise TimeoutError(f"{len(ends)} steps after {limit:.0f} s")
+                time.sleep(0.002)
+        finally:
+            is_ended = process.poll() is not None
+            process.kill()
+            process.wait()
+        if is_ended and process.returncode:
             errors.seek(0)
-            raise SystemExit(f"{' '.join(command)}\n{errors.read().decode()[-3000:]}")
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    return records, ends + [time.time()] * (len(records) - len(ends))
+            raise RuntimeError(f"{' '.join(command)}\n{errors.read().decode()[-3000:]}")
+    records = [json.loads(line) for line in file.read_text().splitlines()[:lines]]
+    return records, (ends + [time.time()] * (len(records) - len(ends)))[:lines]
 
 
 def matrix_rate(precision: str, threads: int) -> float:
     """FLOP/s of a large matrix product, the best of several."""
     torch.set_num_threads(threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = DTYPES[precision]
     one, other = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
     times = []
     for _ in range(6):
@@ -377,32 +237,6 @@ def matrix_rate(precision: str, threads: int) -> float:
         one @ other
         times.append(time.perf_counter() - started)
     return 2 * 2048**3 / min(times)
-
-
-def useful_flops(case: Case, run: dict, cached: bool) -> float:
-    """FLOPs per sample that an update of this workload requires, as counted by `vlmtrain plan`."""
-    from vlmtrain.planning.measuring import Meter, use_counted_attention
-    from vlmtrain.planning.plan import Machine, plan_run
-    from vlmtrain.settings import compose
-    from vlmtrain.training.assembly import build_skeleton, build_tokenizer
-
-    name = case.stage
-    (plan,) = plan_run(compose(case.line), Machine())
-    expected = {"text_tokens": run["tokens"] - run["image_tokens"]}
-    expected["images"] = run["image_tokens"] / plan.picture_tokens[0]
-    share = run["targets"] / max(1.0, expected["text_tokens"])
-    expected["answer_share"] = min(1.0, share)  # these are rounded means over steps
-    line = [f"stages.{name}.expected.{key}={value}" for key, value in expected.items()]
-    settings = compose([*case.line, *line])
-    (plan,) = plan_run(settings, Machine())
-    if not cached:
-        return plan.flops_per_sample
-    vision = build_skeleton(settings, settings.stages[name], build_tokenizer(settings))["vision"]
-    use_counted_attention(vision)
-    meter = Meter()
-    with meter.part("vision", vision, None), torch.no_grad():
-        vision(torch.empty(1, 3, *vision.image_size, device="meta"))
-    return plan.flops_per_sample - expected["images"] * meter.costs["vision"].flops
 
 
 def table(cases: list[Case], options: argparse.Namespace) -> str:
@@ -437,19 +271,22 @@ def case_rows(case: Case) -> Iterator[str]:
         if side in THEIRS:
             cells += ["", ""]
         else:
-            needed = useful_flops(case, runs[0], side == "cached")
-            cells += [f"{speed * needed / max(case.rates):.2f}", f"{median(side, 'waited'):.1%}"]
+            cells += [f"{speed * runs[0]['flops'] / max(case.rates):.2f}", f"{median(side, 'waited'):.1%}"]
         yield "| " + " | ".join([*cells, f"{memory / 2**30:.2f} GiB{share}"]) + " |"
 
 
-def disagreement(case: Case, side: str, base: str) -> str | None:
-    """Why a side's speed cannot be compared with that of `base`: the first losses differ. None if it can."""
+def disagreement(case: Case, side: str, base: str, tolerance: float | None = None) -> str | None:
+    """Why a side's speed cannot be compared with that of `base`: the first losses differ. None if it can.
+
+    tolerance: relative; None for that of the precision.
+    """
+    tolerance = AGREEMENT[case.precision] if tolerance is None else tolerance
     checked = "ours" if side == "packed" else side
     if checked not in case.sides:
         return f"void: {side} requires {checked} in the same run, whose first losses are compared"
     ours, theirs = ([run["first"] for run in case.sides[name]] for name in (checked, base))
     losses = [math.nan if loss is None else loss for loss in (*ours, *theirs)]
-    agree = all(map(math.isfinite, losses)) and max(losses) - min(losses) <= AGREEMENT[case.precision] * losses[-1]
+    agree = all(map(math.isfinite, losses)) and max(losses) - min(losses) <= tolerance * losses[-1]
     if not agree:
         return f"void: first losses {ours[0]}, {theirs[0]}"
     return None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.training_speed import Case, __doc__, case_rows, disagreement, talks
+from benchmarks.speed_inputs import Case, talks
+from benchmarks.training_speed import __doc__, case_rows, disagreement, watch
 
 
 def case(precision: str = "fp32", **firsts: list[float | None]) -> Case:
@@ -57,3 +60,26 @@ def test_the_mixture_is_as_the_page_says():
     questions = sum(len(record["conversations"]) // 2 for record in made) / len(made)
     assert float(re.search(r"geometric, mean (\S+)\)", __doc__)[1]) == round(questions, 1)
     assert sum("image" not in record for record in made) / len(made) == pytest.approx(0.06, abs=0.01)
+
+
+WRITES = """
+import sys, time
+for step in range(int(sys.argv[2])):
+    print('{"step": %d}' % step, file=open(sys.argv[1], "a"))
+time.sleep(float(sys.argv[3]))
+sys.exit("out of memory" if sys.argv[3] == "0" else 0)
+"""
+
+
+def test_a_run_is_ended_after_its_last_step_or_at_its_limit(tmp_path):
+    def run(steps: int, sleep: str, **options) -> list[dict]:
+        file = tmp_path / f"{steps}-{sleep}-{len(options)}"
+        return watch([sys.executable, "-c", WRITES, str(file), str(steps), sleep], file, 1, **options)[0]
+
+    started = time.monotonic()
+    assert run(5, "60", lines=3) == [{"step": 0}, {"step": 1}, {"step": 2}]
+    with pytest.raises(TimeoutError, match="2 steps after 1 s"):
+        run(2, "60", lines=3, limit=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(2, "0", lines=3)
+    assert time.monotonic() - started < 30
