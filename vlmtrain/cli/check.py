@@ -87,7 +87,7 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
     tokens = sum(report.tokens for report in checked[stage.data].values())
     steps = 0
     if good:
-        batching = build_batching(mixtures[stage.data], processor, stage, world_size=1)
+        batching = build_batching(mixtures[stage.data], processor, stage, 1, 0)
         steps = stage.max_steps or batching.steps_per_epoch * stage.epochs
     result["steps"] = steps
     result["tokens_trained_on"] = round(steps * stage.batch_size * tokens / good) if good else 0

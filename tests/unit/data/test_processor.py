@@ -96,7 +96,7 @@ class Levels:
         return Image.fromarray(values.reshape(3, 16, 16).transpose(1, 2, 0).astype(np.uint8))
 
 
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
