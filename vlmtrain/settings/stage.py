@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..data.images import FITS, MAX_PIXELS
-from ..data.loader import LAYOUTS
+from ..data.layouts import LAYOUTS
 from ..data.rendered import LOSS_PER
 from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
 from .fields import (

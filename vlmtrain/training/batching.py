@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..data.layouts import Batching, PackedBatching, PaddedBatching
 from ..data.lengths import open_lengths
-from ..data.loader import Batching, PackedBatching, PaddedBatching
 from ..data.mixture import Mixture
 from ..data.processor import Processor
 from ..settings import AUTO, Stage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..data.loader import BadRecord
+from ..data.layouts import BadRecord
 
 ALWAYS_ALLOWED = 10  # in a small data set, a few bad records are a large share
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.loader import BadRecord, StepData, Work
+from ..data.layouts import BadRecord
+from ..data.loader import StepData, Work
 from ..distributed.processes import peak_resident_bytes
 from ..distributed.world import World
 from ..objectives import Objective

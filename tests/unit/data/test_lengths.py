@@ -11,8 +11,9 @@ from PIL import Image
 
 from vlmtrain.data import lengths as tables
 from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.layouts import PackedBatching, PaddedBatching
 from vlmtrain.data.lengths import Lengths, LengthTable, open_lengths
-from vlmtrain.data.loader import PackedBatching, PaddedBatching, StepStream, step_loader
+from vlmtrain.data.loader import StepStream, step_loader
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample
 from vlmtrain.data.rendered import SampleLength

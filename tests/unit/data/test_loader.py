@@ -11,7 +11,8 @@ from PIL import Image
 
 from vlmtrain.batch import Batch
 from vlmtrain.data.geometry import Geometry
-from vlmtrain.data.loader import BadRecord, PaddedBatching, StepData, StepStream, step_loader
+from vlmtrain.data.layouts import BadRecord, PaddedBatching
+from vlmtrain.data.loader import StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from vlmtrain.data.geometry import Geometry
-from vlmtrain.data.loader import PackedBatching, StepData, StepStream, step_loader
+from vlmtrain.data.layouts import PackedBatching
+from vlmtrain.data.loader import StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.packing import LOOKAHEAD, Piece, row_budget, take_row
 from vlmtrain.data.processor import Processor

@@ -17,7 +17,8 @@ from vlmtrain.data import sources
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.hf_dataset import HFDataset
 from vlmtrain.data.hf_stream import HFStream
-from vlmtrain.data.loader import Batching, PackedBatching, PaddedBatching, StepData, StepStream, step_loader
+from vlmtrain.data.layouts import Batching, PackedBatching, PaddedBatching
+from vlmtrain.data.loader import StepData, StepStream, step_loader
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, StreamError

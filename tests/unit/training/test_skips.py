@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtrain.data.loader import BadRecord
+from vlmtrain.data.layouts import BadRecord
 from vlmtrain.training.skips import Skips
 
 
