@@ -68,13 +68,13 @@ def go_wrong(wrong: Wrong) -> None:
     sound = LanguageModelling.forward
 
     def forward(self, model, batch, features):
-        loss, now = sound(self, model, batch, features), wrong.is_now()
+        (loss, of_targets), now = sound(self, model, batch, features), wrong.is_now()
         found = wrong.samples & set(batch.ids) if now else set()
         if LOSS in found or (now and wrong.everywhere and world.rank == world.size - 1):
             loss = loss * float("nan")
         if GRADIENT in found:
             loss = BadGradient.apply(loss)
-        return loss * 50 if HIGH in found else loss
+        return loss * 50 if HIGH in found else loss, of_targets
 
     LanguageModelling.forward = forward
 
@@ -83,11 +83,11 @@ def watch(found: list[dict]) -> None:
     """Record for each step whether the complete training state is unchanged."""
     update = step.StepRunner._update
 
-    def watched(self, number, data, weight):
+    def watched(self, number, data, *more):
         engine = self.engine
         before, updates = engine.training_state.share(0, 1), engine.training_state.updates
         try:
-            return update(self, number, data, weight)
+            return update(self, number, data, *more)
         finally:
             after = engine.training_state.share(0, 1)
             same = all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -22,7 +22,7 @@ from ..conftest import data_overrides, metrics, train
 METRICS = {
     *("step", "loss", "grad_norm", "learning_rate", "samples", "tokens", "image_tokens", "target_tokens"),
     *("padding_fraction", "step_seconds", "data_seconds", "samples_per_second", "tokens_per_second"),
-    "peak_memory_bytes",
+    *("peak_memory_bytes", "phase_seconds", "flops"),
 }
 
 
