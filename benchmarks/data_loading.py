@@ -17,7 +17,6 @@ import os
 import resource
 import tempfile
 import time
-from types import SimpleNamespace
 
 
 def main() -> None:
@@ -49,25 +48,21 @@ def measure(options: argparse.Namespace) -> dict:
     from vlmtrain.data.loader import StepStream, step_loader
     from vlmtrain.data.sources import build_source
     from vlmtrain.model.llm import load_tokenizer
-    from vlmtrain.settings.data import read_data
+    from vlmtrain.settings import compose
     from vlmtrain.training.batching import build_batching
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     started = time.perf_counter()
-    group = {"format": "llava_json", "images": options.images, "instruct": options.data}
-    source = build_source(read_data(group).split("instruct"), (224, 224), 0)
+    given = {"layout": options.layout, "batch_size": options.batch_size, "max_length": options.max_length}
+    words = [f"stages.instruct.{key}={value}" for key, value in {**given, "micro_batch_size": "null"}.items()]
+    data = ["data=llava_json", f"data.images={options.images}", f"data.instruct={options.data}"]
+    run = compose(["recipe=llava_1_5", *data, *words])
+    source = build_source(run.data.split("instruct"), (224, 224), run.seed)
     opened = time.perf_counter() - started
     geometry = Geometry((224, 224), "squash", (0.5,) * 3, (0.5,) * 3, 256, (16, 16), patch_size=(14, 14))
     processor = Processor(tokenizer, geometry, "chat", options.max_length)
-    stage = SimpleNamespace(
-        layout=options.layout,
-        batch_size=options.batch_size,
-        micro_batch_size=None,
-        pack_by=None,
-        prefix="stages.instruct",
-    )
-    batching = build_batching(source, processor, stage, options.ranks, options.workers)
+    batching = build_batching(source, processor, run.stages["instruct"], options.ranks, options.workers)
     stream = StepStream(batching, source, processor, 0, options.ranks, 0, options.steps)
     loader = step_loader(stream, options.workers, pin_memory=False)
     next(loader)

@@ -189,7 +189,9 @@ class Visual(NamedTuple):
 
     def normalized(self) -> Visual:
         """With normalized pixels, for a batch that was not moved by `to`."""
-        if self.mean_std is None:  # made by hand, of normalized pixels
+        if self.mean_std is None:  # made by hand
+            if any(image.dtype == torch.uint8 for each in self.pixels for image in each):
+                raise ValueError("a Visual with uint8 pixels needs mean_std, to normalize them")
             return self
         return self._replace(pixels=tuple(normalized(each, *self.mean_std) for each in self.pixels))
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmtrain.settings import compose
+from vlmtrain.training.step import _shares
 
 from ..conftest import metrics, train
 
@@ -82,6 +83,11 @@ def test_losses_are_weighed_by_samples_and_sources(llava_files, tmp_path, monkey
     assert second["loss"] < first["loss"]
 
 
+def test_a_source_without_targets_in_a_step_does_not_count():
+    assert _shares((3.0, 1.0), (20.0, 0.0)) == [1 / 20, 0.0]
+    assert _shares((3.0, 1.0), (20.0, 5.0)) == pytest.approx([0.75 / 20, 0.25 / 5])
+
+
 def test_a_loss_that_compares_samples_has_no_weights(tmp_path):
     words = ("recipe=clip", "mini=true", f"run_dir={tmp_path / 'run'}")
     done = train(*words, "stages.contrast.loss_per=sample", check=False)
@@ -108,10 +114,13 @@ def test_loss_weights_are_checked(sources, message):
 
 
 def test_every_step_says_where_its_time_and_its_flops_went(llava_files, tmp_path):
-    overrides = line(llava_files, tmp_path / "run", str(llava_files["instruct"]), "device_tflops=0.5")
-    train(*overrides)
+    more = ("device_tflops=0.5", "stages.instruct.train.vision=1e-4", "stages.instruct.validate_every=1")
+    overrides = line(llava_files, tmp_path / "run", str(llava_files["instruct"]), *more)
+    train(
+        *overrides, f"data.validation={llava_files['validation']}", "validation.samples=2", "validation.final_samples=2"
+    )
     for record in metrics(tmp_path / "run", "instruct"):
-        assert list(record["phase_seconds"]) == ["data", "vision", "forward", "backward", "optimizer"]
+        assert set(record["phase_seconds"]) == {"data", "vision", "forward", "backward", "optimizer"}
         assert 0 < sum(record["phase_seconds"].values()) <= record["step_seconds"]
         assert record["mfu"] == pytest.approx(record["flops"] / record["step_seconds"] / 0.5e12)
         assert "loss_by_source" not in record

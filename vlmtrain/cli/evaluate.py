@@ -6,13 +6,13 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import check_writable, take_overrides
 
 if TYPE_CHECKING:
+    from ..data.mixture import Mixture
     from ..settings.data import Split
     from ..settings.run import Evaluation
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     unfinished = None
     if options.answers:
         file = options.answers.with_name(f"{options.answers.name}.unfinished")
-        unfinished = Unfinished(file, _identity(options.model, settings))
+        unfinished = Unfinished(file, _identity(options.model, settings, source))
         if unfinished.found:
             _say(f"{file} has {len(unfinished.found):,} finished conversations")
     model = VLMWrapper.from_pretrained(options.model).to(device)
@@ -85,7 +85,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _identity(model: Path, settings: Evaluation) -> dict:
+def _identity(model: Path, settings: Evaluation, source: Mixture) -> dict:
     """What decides the answers to a question: the code, the model, the data and the settings."""
     from .. import __version__
     from ..model.folder import MANIFEST
@@ -95,15 +95,13 @@ def _identity(model: Path, settings: Evaluation) -> dict:
     return {
         "version": __version__,
         "model": hashlib.sha256((model / MANIFEST).read_bytes()).hexdigest(),
-        "data": repr(split),
-        "files": {str(path): fingerprint(path) for path in _read_paths(split)},
+        "data": repr((split, source.identities)),
+        "images": [fingerprint(folder)["sha256"] for folder in _image_folders(split)],
         "seed": settings.seed,
         "max_new_tokens": settings.validation.max_new_tokens,
     }
 
 
-def _read_paths(split: Split) -> Iterator[Path]:
-    for source in split.sources.values():
-        for value in (getattr(source, "path", None), getattr(source, "images", None), split.clean_list):
-            if value is not None and Path(value).exists():
-                yield Path(value)
+def _image_folders(split: Split) -> list[Path]:
+    given = (getattr(source, "images", None) for source in split.sources.values())
+    return sorted({Path(folder) for folder in given if folder is not None})

@@ -57,7 +57,9 @@ class LengthTable:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with open(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-                    file.truncate(size)
+                    if os.fstat(file.fileno()).st_size != size:
+                        file.truncate(size)
+                        os.posix_fallocate(file.fileno(), 0, size)  # a full disk would otherwise end the process later
                     memory = mmap.mmap(file.fileno(), size)
             except OSError:
                 self.file = None
@@ -76,16 +78,19 @@ class LengthTable:
         _, tokens, image_tokens, images, *sizes = row.tolist()
         return SampleLength(tokens, image_tokens, images, frozenset(divmod(size, 2**16) for size in sizes if size))
 
-    def __setitem__(self, index: int, length: SampleLength | None) -> None:
-        """Store a length, unless it has too many or too large sizes; None removes it."""
+    def __setitem__(self, index: int, length: SampleLength) -> None:
+        """Store a length, unless it has too many or too large sizes."""
+        if len(length.sizes) > SIZES or any(max(size) >= _MAX_SIDE for size in length.sizes):
+            return
         row = np.zeros(_COLUMNS, np.int32)
-        if length is not None:
-            if len(length.sizes) > SIZES or any(max(size) >= _MAX_SIDE for size in length.sizes):
-                return
-            sizes = sorted(height * 2**16 + width for height, width in length.sizes)
-            row[1 : 4 + len(sizes)] = [length.tokens, length.image_tokens, length.images, *sizes]
-            row[0] = _checksum(row)
+        sizes = sorted(height * 2**16 + width for height, width in length.sizes)
+        row[1 : 4 + len(sizes)] = [length.tokens, length.image_tokens, length.images, *sizes]
+        row[0] = _checksum(row)
         self._rows[index] = row
+
+    def clear(self) -> None:
+        """Remove all lengths."""
+        self._rows[:] = 0
 
 
 def _checksum(row: np.ndarray) -> int:
@@ -109,12 +114,16 @@ class Lengths:
         number = self.mixture.source_number(index)
         return self.tables[number][index - self._starts[number]]
 
-    def __setitem__(self, index: int, length: SampleLength | None) -> None:
+    def __setitem__(self, index: int, length: SampleLength) -> None:
         number = self.mixture.source_number(index)
         self.tables[number][index - self._starts[number]] = length
 
+    def clear(self, index: int) -> None:
+        """Remove the lengths of all records of the source that a record belongs to."""
+        self.tables[self.mixture.source_number(index)].clear()
+
     def fill(self, processor: Processor, positions: Iterable[int]) -> None:
-        """Find the lengths of the samples at these positions of the stream, as far as they are not known yet."""
+        """Find the lengths of the samples at these positions of the stream that are not known yet."""
         positions = iter(positions)
         while chunk := list(islice(positions, CHUNK)):
             read: dict[int, Conversation] = {}
@@ -133,7 +142,7 @@ class Lengths:
         kill_with(owner, filling)
 
     def _fill_alone(self, processor: Processor, positions: Iterable[int], parent: int) -> None:
-        """Fill the tables in a process of its own, after those that fill the same tables for other runs."""
+        """Fill the tables in a separate process, one run after the other."""
         die_with(parent)
         ignore_stop_signals()
         os.nice(19)

@@ -31,7 +31,7 @@ from .step_planner import StepPlanner
 
 
 class Work(NamedTuple):
-    """What the FLOPs of a step depend on beside its tokens: sums over samples, views and encoded views.
+    """What the FLOPs of a step depend on besides its tokens: sums over samples, views and encoded views.
 
     All views are encoded, except those whose features are cached.
     """
@@ -96,13 +96,14 @@ class StepStream(IterableDataset):
             yield self._deal(next(steps))
 
     def load(self, planned: Planned) -> Sample:
-        """The sample of a row. Raises BadSample, also if its length is not the one that was planned with."""
+        """The sample of a row. Raises BadSample, and ValueError if its stored length was wrong."""
         conversation, tokens = planned.read or self.batching.read(planned.index)
         if tokens.length != planned.length:
-            self.batching.lengths[planned.index] = None
-            raise BadSample(
-                f"{conversation.id}: an image has changed since an earlier run read it ({planned.length.tokens} tokens "
-                f"then, {len(tokens)} now); run the same command again"
+            self.batching.lengths.clear(planned.index)
+            raise ValueError(
+                f"{conversation.id}: its images have changed since an earlier run stored its length "
+                f"({planned.length.tokens} tokens then, {tokens.length.tokens} now). The stored lengths of its source "
+                "are deleted: run the same command again"
             )
         sample = self.processor.load(conversation, tokens.weighed(self.batching.loss_per))
         return sample._replace(source=self.mixture.source_number(planned.index))
@@ -147,8 +148,14 @@ class StepStream(IterableDataset):
             bad=bad,
             cursor=step.cursor,
             work=_work(used),
-            plan=zlib.crc32(repr([[(p.position, p.length.tokens) for p in row] for row in rows]).encode()),
+            plan=checksum(step.rows),
         )
+
+
+def checksum(rows: list[list[Planned]]) -> int:
+    """A checksum of planned rows: of the samples in each, and of their lengths."""
+    facts = [[(one.position, *one.length[:-1], sorted(one.length.sizes)) for one in row] for row in rows]
+    return zlib.crc32(repr(facts).encode())
 
 
 def _work(samples: list[Sample]) -> Work:

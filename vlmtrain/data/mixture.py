@@ -50,8 +50,7 @@ class Mixture(Concatenation):
     often. A `Stream` keeps its own order; its records of epoch e have the indices from ``e * len(self)`` on.
 
     identities: of the sources, equal only for sources with equal records; None if they are not known.
-    loss_weights: what the mean loss of each source contributes to the loss, in total 1; None if the loss is the mean
-    over the targets of all sources.
+    loss_weights: weights of the sources' mean losses; None if the loss is the mean over the targets of all sources.
 
     The order depends only on (seed, epoch, position).
     """

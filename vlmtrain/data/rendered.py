@@ -66,7 +66,7 @@ class Rendered:
         per: ``token``, unchanged; ``sample``, divided by their sum, so that every sample counts the same; ``sqrt``,
         divided by the root of their sum (the square averaging of InternVL 2.5, 2024).
         """
-        total = float(self.weights.sum())
+        total = float(self.weights.sum()) or 1.0
         divisors = {"token": 1.0, "sample": total, "sqrt": total**0.5}
         return self if per == "token" else replace(self, weights=self.weights / divisors[per])
 

@@ -41,7 +41,7 @@ def build_source(split: Split, image_size: tuple[int, int], seed: int) -> Mixtur
 def _identity(source: Source, settings: DataSource) -> object:
     """What identifies the records of a source; None if they are not read from files."""
     files = _identity_of_files(source)
-    return None if files is None else (replace(settings, weight=None, samples=None), files)
+    return None if files is None else (replace(settings, weight=None, samples=None, loss_weight=None), files)
 
 
 def _identity_of_files(source: Source) -> object:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -47,6 +47,10 @@ def _with_defaults(processor: Processor, options: dict) -> dict:
     return {"do_sample": False, **ends, **options}
 
 
+MOST_BYTES = 4 * 2**30
+"""Largest size of shared prefixes; they are in memory up to twice."""
+
+
 class Prefixes:
     """The keys and values of complete conversations, from which generation continues at any prompt within them.
 
@@ -71,6 +75,15 @@ class Prefixes:
         kinds = {type(layer) for layer in layers}
         return kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and type(model.fusion) is Concatenation
 
+    @staticmethod
+    def fit(llm: nn.Module, batch: Batch) -> bool:
+        """Whether the keys and values of a batch take at most `MOST_BYTES`."""
+        config, embeddings = llm.config.get_text_config(decoder=True), llm.get_input_embeddings()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = 2 * config.num_hidden_layers * heads * width * embeddings.weight.element_size()
+        return size * batch.input_ids.numel() <= MOST_BYTES
+
     @property
     def are_complete(self) -> bool:
         """Whether the forward pass filled the cache of every layer."""
@@ -89,7 +102,7 @@ class Prefixes:
     ) -> Tensor:
         """As the function `generate`, for prompts that are beginnings of the given `rows` of the forward pass.
 
-        is_last: whether the prefixes can be forgotten meanwhile, so that they are not in memory twice.
+        is_last: whether to free the prefixes while they are copied, because no further prompts use them.
         """
         llm, width, lengths = self.model.llm, batch.input_ids.shape[1], batch.lengths
         columns = torch.arange(width, device=lengths.device)[None]

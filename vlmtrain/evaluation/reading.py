@@ -29,7 +29,7 @@ MOST_BLANKS = 64
 
 
 class Told(NamedTuple):
-    """What a model made of one conversation: its summed cross-entropy, the weight of its targets, and the answers."""
+    """Results for one conversation: its summed cross-entropy, the weight of its targets, and the answers."""
 
     loss: float
     weight: float
@@ -62,6 +62,7 @@ class Reader:
     def read(self, held: HeldOutBatch, views: Sequence[bool]) -> list[list[Told]]:
         """Each view's reading of each conversation; a view is True if images are blanked."""
         alone = not all(Prefixes.allow(rows.batch) for rows in held.prompts)
+        alone |= self.shares_prefixes and not Prefixes.fit(self.model.llm, held.batch)
         prompts, choices, alone = map(int, self.world.max([len(held.prompts), len(held.choices), float(alone)]))
         batch = self._moved(held.batch)
         asked, offered = (

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..data.records import Grading
+from ..files import replace_text
 from .generation import Likelihood
 from .reading import Told
 from .scores import Answer
@@ -17,9 +18,9 @@ from .scores import Answer
 class Unfinished:
     """Finished conversations in a file, which an interrupted evaluation reads when it is repeated.
 
-    identity: plain values that decide the answers. If the file is of other ones, it is started anew. The first line of
-    the file is the identity, and each further line is one conversation.
-    found: what the file has, for each conversation by its index: a `Told` for each view.
+    identity: plain values that decide the answers. A file with another identity is discarded. The first line of the
+    file is the identity, and each further line is one conversation. found: the finished conversations by index, with a
+    `Told` for each view.
     """
 
     def __init__(self, file: Path, identity: Mapping):
@@ -28,21 +29,19 @@ class Unfinished:
         with suppress(OSError):
             first, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             if first == head:
-                for line in lines[:-1]:  # what follows the last line feed was interrupted
-                    self.found |= _read(line)
-        self._write("w", [head, *(_line(index, told) for index, told in self.found.items())])
+                with suppress(ValueError, KeyError, TypeError):  # lines after a damaged one are not used
+                    for line in lines[:-1]:  # what follows the last line feed was interrupted
+                        self.found |= _read(line)
+        replace_text(file, "".join(f"{line}\n" for line in (head, *(_line(*item) for item in self.found.items()))))
 
     def add(self, told: Mapping[int, list[Told]]) -> None:
         """Keep further conversations."""
-        self._write("a", [_line(*item) for item in told.items()])
+        with open(self.file, "a", encoding="utf-8") as out:
+            out.write("".join(f"{_line(*item)}\n" for item in told.items()))
 
     def remove(self) -> None:
         """Delete the file, when the evaluation is complete."""
         self.file.unlink(missing_ok=True)
-
-    def _write(self, mode: str, lines: list[str]) -> None:
-        with open(self.file, mode, encoding="utf-8") as out:
-            out.write("".join(f"{line}\n" for line in lines))
 
 
 def _line(index: int, told: list[Told]) -> str:

@@ -33,8 +33,8 @@ class Validator:
     Images are decoded by `workers` processes (0: in this process), a few batches ahead. sync_generation: keep
     generating until all ranks are done, as ZeRO-3 requires. skip_bad: skip broken records. metrics: names of the
     metrics to compute; None: all that the records have the data for. stop: a signal on any rank ends a method with
-    `Stopped` after what it is doing at the moment. tell: is called with what is
-    done, for how many conversations, and for how many it has to be.
+    `Stopped` after its current batch. tell: called with a description of the work, the number of conversations that
+    are done, and their total.
     In all methods, `size` is the number of conversations to use, which are drawn from the whole source by `seed`; None
     means all. A larger draw contains the smaller ones.
     """

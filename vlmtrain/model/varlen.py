@@ -9,7 +9,10 @@ from torch import Tensor
 def has_kernel(query: Tensor, dropout: float = 0.0) -> bool:
     """Whether `varlen_attention` runs on the device and in the dtype of `query`."""
     in_half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and in_half and not dropout and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    fits = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    if not query.is_cuda or not in_half or not fits or dropout:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def varlen_attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -124,8 +124,6 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     )
     fitting = Fitting.of(run, stage, parts, groups, longest, tokens, machine.gpus)
     _plan_memory(plan, stage, fitting, machine.gpu_memory_gb * 2**30)
-    if stage.micro_batch_size == AUTO and plan.suggested_micro_batch_size:
-        plan.micro_batch_size = plan.suggested_micro_batch_size
     if trained_on and plan.recomputes[plan.suggested_zero_stage or ZERO_STAGES[-1]]:
         plan.hardware_flops += recomputed * trained_on
     return plan
@@ -183,10 +181,12 @@ def _plan_memory(plan: StagePlan, stage: Stage, fitting: Fitting, memory: float)
     if stage.layout == "padded" and plan.batch_size % fitting.gpus:
         plan.obstacle = f"nothing: batch_size={plan.batch_size} is not a multiple of {fitting.gpus} GPUs"
     for zero_stage in ZERO_STAGES:
-        recompute = fitting.recomputes(stage, zero_stage, memory)
-        plan.recomputes[zero_stage] = recompute
-        plan.memory[zero_stage] = fitting.bytes(zero_stage, plan.micro_batch_size, recompute)
+        recompute = plan.recomputes[zero_stage] = fitting.recomputes(stage, zero_stage, memory)
         plan.fits[zero_stage] = 0 if plan.obstacle else fitting.largest(zero_stage, memory, recompute)
-        if plan.fits[zero_stage] and plan.suggested_zero_stage is None:
-            plan.suggested_zero_stage = zero_stage
-            plan.suggested_micro_batch_size = fitting.divisor(plan.fits[zero_stage])
+        plan.memory[zero_stage] = fitting.bytes(zero_stage, plan.micro_batch_size, recompute)
+    plan.suggested_zero_stage = next((zero_stage for zero_stage, size in plan.fits.items() if size), None)
+    if plan.suggested_zero_stage is not None:
+        plan.suggested_micro_batch_size = fitting.divisor(plan.fits[plan.suggested_zero_stage])
+    if stage.micro_batch_size == AUTO and plan.suggested_micro_batch_size:
+        plan.micro_batch_size = plan.suggested_micro_batch_size
+        _plan_memory(plan, replace(stage, micro_batch_size=plan.micro_batch_size), fitting, memory)

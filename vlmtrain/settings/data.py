@@ -46,7 +46,7 @@ class DataSource:
     format: str = key(TEXT)
     weight: float | None = key(optional(POSITIVE), None)  # share of the samples of an epoch
     samples: int | None = key(optional(_COUNT), None)  # samples per epoch; null: each record once
-    loss_weight: float | None = key(optional(POSITIVE), None)  # share of the source's mean loss in the loss
+    loss_weight: float | None = key(optional(POSITIVE), None)  # weight of the source's mean loss
     streaming: ClassVar[bool] = False
 
 
@@ -121,10 +121,9 @@ class Split:
 
     @property
     def loss_weights(self) -> tuple[float, ...] | None:
-        """The loss weights of the sources, in total 1; None if they have none."""
-        given = [source.loss_weight for source in self.sources.values()]
-        total = sum(weight or 0.0 for weight in given)
-        return tuple((weight or 0.0) / total for weight in given) if total else None
+        """The loss weights of the sources; None if they have none."""
+        given = tuple(source.loss_weight or 0.0 for source in self.sources.values())
+        return given if any(given) else None
 
     @property
     def repairs(self) -> bool:

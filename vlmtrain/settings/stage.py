@@ -156,12 +156,12 @@ class Stage:
     batch_size: int = key(whole(1, 10**6))  # samples per optimizer step, over all ranks
     # samples that a rank processes at once; null: all; auto: as many as the memory allows
     micro_batch_size: int | str | None = key(optional(or_auto(whole(1))))
-    loss_per: str = key(one_of(*LOSS_PER))  # what counts the same in the loss: token, sample, or sqrt in between
+    loss_per: str = key(one_of(*LOSS_PER))  # unit with equal weight in the loss; sqrt lies between token and sample
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))
     ema: float | None = key(optional(_DECAY))  # decay of the average of the weights; null: no average
     max_grad_norm: float | None = key(optional(number(0)))  # limit on the gradient norm; null: none
-    # recompute the language model's activations; auto: if the memory is too small otherwise
+    # recompute the language model's activations; auto: only if they would not fit in memory otherwise
     gradient_checkpointing: bool | str = key(or_auto(SWITCH))
     save_every: int | None = key(optional(whole(1)))  # steps between checkpoints
     save_every_minutes: float | None = key(optional(number(0.1)))  # minutes between checkpoints

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,19 +24,20 @@ KEYS = ("gradient_checkpointing", "micro_batch_size")
 
 
 def decided(run: Run, stage: Stage, file: Path, world: World, tokenizer: PreTrainedTokenizerBase) -> Stage:
-    """The stage with values for what its settings leave open, the same on all ranks.
+    """The stage with a value for each setting that is ``auto``, the same on all ranks.
 
-    file: the record of the decision, which a resumed run with the same devices reads.
+    file: the record of the decision, which a resumed run with the same settings and devices reads.
     """
     if all(getattr(stage, key) != AUTO for key in KEYS):
         return stage
     memory = -int(world.max([-float(_memory(world.device))])[0])
-    devices = {"processes": world.size, "memory_bytes": memory}
+    given = {key: getattr(stage, key) for key in KEYS}
+    asked = {"processes": world.size, "memory_bytes": memory, "given": given, "engine": asdict(run.engine)}
     found = None
     if world.is_main:
         record = read_object(file) if file.exists() else {}
-        if {key: record.get(key) for key in devices} != devices:
-            record = {**devices, **_decide(run, stage, memory, world.size, tokenizer)}
+        if {key: record.get(key) for key in asked} != asked:
+            record = {**asked, **_decide(run, stage, memory, world.size, tokenizer)}
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, record)
         found = {key: record[key] for key in KEYS}
@@ -53,7 +54,7 @@ def _decide(run: Run, stage: Stage, memory: int, processes: int, tokenizer: PreT
     freeze(parts, groups, checkpointing=False)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
     longest = measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
-    fitting = Fitting.of(run, stage, parts, groups, longest, sample_tokens(stage, geometry), processes)
+    fitting = Fitting.of(run, stage, parts, groups, longest, sample_tokens(stage, geometry), processes, run.engine)
     zero_stage = run.engine.used_stage(processes, run.precision == "bf16")
     recompute = fitting.recomputes(stage, zero_stage, memory)
     micro = stage.micro_batch_size

@@ -46,6 +46,10 @@ class PhaseTimer:
         finally:
             self.stop()
 
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self._marks.clear()
+
     def seconds(self) -> dict[str, float]:
         """Seconds by phase since the last call. On a GPU, this waits for the last phase to end."""
         marks, self._marks, self._stack = self._marks, [], []

@@ -34,6 +34,15 @@ class StepDone(NamedTuple):
     drawn: list[int]
 
 
+def _shares(loss_weights: Sequence[float], totals: Sequence[float]) -> list[float]:
+    """Factors on the weights of targets by source, with which the loss is the weighted mean of the sources' losses.
+
+    totals: of the weights of the targets in a step, by source. A source without targets in the step does not count.
+    """
+    present = sum(weight for weight, total in zip(loss_weights, totals) if total)
+    return [weight / present / total if total else 0.0 for weight, total in zip(loss_weights, totals)]
+
+
 class Totals(NamedTuple):
     """The numbers of `StepData` summed over ranks; bad, stops, late: numbers of bad records, and of ranks that stop or
     are due to save."""
@@ -57,8 +66,8 @@ class Totals(NamedTuple):
 class StepRunner:
     """Runs the optimizer steps of a stage. Every rank runs the same steps.
 
-    sources: names of the data sources. loss_weights: what the mean loss of each source contributes to the loss, in
-    total 1; None if the loss is the mean over the targets of all sources. flops: counts those of a step, on the main
+    sources: names of the data sources. loss_weights: weights of the sources' mean losses; None if the loss is the mean
+    over the targets of all sources. flops: counts those of a step, on the main
     rank. peak_tflops: of one device, if it is known.
     """
 
@@ -82,6 +91,7 @@ class StepRunner:
         started: ``time.perf_counter()`` before waiting for the data. waited: seconds spent waiting. stopping: whether
         this rank received a stop signal. is_late: whether a checkpoint is due by time.
         """
+        self.engine.timer.reset()  # a validation may have run since the last step
         ids = [sample for batch in data.micro_batches for sample in batch.ids]
         self.watch.doing(f"{self.stage} step {step + 1}: summing totals over ranks", ids)
         totals = self._totals(data, stopping, is_late)
@@ -94,9 +104,7 @@ class StepRunner:
         if totals.bad:
             self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
         rates = self.engine.set_rates(step)
-        shares = self.loss_weights and [
-            share / total if total else 0.0 for share, total in zip(self.loss_weights, totals.source_weights)
-        ]
+        shares = self.loss_weights and _shares(self.loss_weights, totals.source_weights)
         loss, by_source, norm = self._update(step, data, 1.0 if shares else max(totals.weight, 1e-9), shares)
         seconds = time.perf_counter() - started
         on_gpu = self.world.device.type == "cuda"
@@ -117,7 +125,7 @@ class StepRunner:
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
             "phase_seconds": {"data": waited, **self.engine.timer.seconds()},
             **self._flops(totals, seconds),
-            **self._loss_by_source(by_source, totals.source_weights),
+            **self._loss_by_source(by_source, totals.source_weights, shares),
         }
         return StepDone(values, totals.stops > 0, totals.late > 0, [int(number) for number in totals.drawn])
 
@@ -139,11 +147,12 @@ class StepRunner:
             return {"flops": flops}
         return {"flops": flops, "mfu": flops / (seconds * self.peak_tflops * 1e12 * self.world.size)}
 
-    def _loss_by_source(self, sums: list[float], weights: list[float]) -> dict[str, dict[str, float]]:
-        """The mean loss of each source in a step, of the sums by source of the losses as they were weighed."""
-        divisors = self.loss_weights or weights
-        found = zip(self.sources, sums, divisors, weights)
-        means = {name: total / divisor for name, total, divisor, weight in found if weight}
+    def _loss_by_source(
+        self, sums: list[float], weights: list[float], shares: list[float] | None
+    ) -> dict[str, dict[str, float]]:
+        """The mean loss of each source in a step, given the sums by source of the losses times `shares`."""
+        found = zip(self.sources, sums, weights, shares or [1.0] * len(weights))
+        means = {name: total / (weight * share) for name, total, weight, share in found if weight}
         return {"loss_by_source": means} if sums else {}
 
     def _update(

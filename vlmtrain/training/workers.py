@@ -9,14 +9,14 @@ from ..settings import AUTO
 WAITING = 0.05
 """Largest share of the time that a rank may wait for data before it starts more processes."""
 WINDOW = 10  # steps over which the share is measured
-STARTING = 5  # steps after a start of the processes that do not count
+STARTING = 5  # steps that do not count after the processes have started
 
 
 class Workers:
     """Counts data processes, in `count`.
 
     setting: their number, or ``auto``: one at first, and twice as many whenever a rank has waited for data, up to the
-    cores that it has beside its own.
+    number of cores that it has besides the one that trains.
     """
 
     def __init__(self, setting: int | str):

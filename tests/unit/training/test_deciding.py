@@ -69,6 +69,23 @@ def test_a_decision_is_kept_for_the_same_devices_and_made_again_for_others(tmp_p
     assert json.loads(file.read_text())["processes"] == 1
 
 
+def test_a_decision_is_made_again_for_other_settings(tmp_path, monkeypatch):
+    file, auto = tmp_path / "decided.json", "stages.instruct.micro_batch_size=auto"
+    sizes = []
+    for recompute in ("true", "false"):
+        given = f"stages.instruct.gradient_checkpointing={recompute}"
+        sizes.append(decide(monkeypatch, file, 140 * GIB, auto, given, world=EIGHT).micro_batch_size)
+        assert planned(file) <= 140 * GIB
+    assert sizes == [16, 8]
+
+
+def test_what_is_offloaded_needs_no_memory(tmp_path, monkeypatch):
+    auto = "stages.instruct.micro_batch_size=auto"
+    decide(monkeypatch, tmp_path / "without", 80 * GIB, auto)
+    stage = decide(monkeypatch, tmp_path / "with", 80 * GIB, auto, "engine=zero3_offload")
+    assert planned(tmp_path / "without") > 80 * GIB >= planned(tmp_path / "with") and stage.micro_batch_size > 1
+
+
 def test_values_that_are_given_are_not_decided(tmp_path, monkeypatch):
     given = ("stages.instruct.gradient_checkpointing=true", "stages.instruct.micro_batch_size=4")
     stage = decide(monkeypatch, tmp_path / "none", 1, *given)
@@ -91,3 +108,13 @@ def test_the_plan_says_where_activations_are_recomputed():
     (roomy,) = plan_run(run, Machine(gpus=8, gpu_memory_gb=320))
     assert not any(roomy.recomputes.values())
     assert roomy.hardware_flops == roomy.flops == plan.flops < plan.hardware_flops
+
+
+def test_the_plan_of_an_automatic_micro_batch_is_that_of_its_size():
+    (auto,) = plan_run(
+        compose(["recipe=llava_1_5", "stage=instruct", "stages.instruct.micro_batch_size=auto"]), Machine(8, 48)
+    )
+    size = f"stages.instruct.micro_batch_size={auto.micro_batch_size}"
+    (given,) = plan_run(compose(["recipe=llava_1_5", "stage=instruct", size]), Machine(8, 48))
+    assert auto.micro_batch_size < 16 and auto.memory == given.memory
+    assert min(auto.memory.values()) <= 48 * GIB

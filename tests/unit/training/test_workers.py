@@ -30,9 +30,14 @@ def test_processes_double_while_a_rank_waits_up_to_its_cores(nine_cores):
 def test_a_rank_that_does_not_wait_keeps_its_processes(nine_cores):
     workers = Workers("auto")
     assert steps_until_growth(workers, 0.04) is None and workers.count == 1
-    for _ in range(2 * WINDOW):  # the first wait, for the first batch, does not count
-        assert not workers.grow(0.0, 1.0)
     assert steps_until_growth(workers, 0.2) is not None
+
+
+def test_the_wait_for_the_first_batches_does_not_count(nine_cores):
+    workers = Workers("auto")
+    for _ in range(STARTING):
+        assert not workers.grow(30.0, 31.0)
+    assert steps_until_growth(workers, 0.01) is None and workers.count == 1
 
 
 def test_a_given_number_does_not_change(nine_cores):

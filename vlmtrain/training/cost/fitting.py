@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...objectives import OBJECTIVES
-from ...settings import AUTO, Run, Stage
+from ...settings import AUTO, Engine, Run, Stage
 from ..optimizer import moment_bytes, parameter_groups
 from ..trainable import Group, is_frozen, part_size
 from .measuring import PartCost
@@ -48,8 +48,9 @@ class Fitting:
         longest: Mapping[str, PartCost],
         tokens_per_sample: float,
         gpus: int,
+        engine: Engine | None = None,
     ) -> Fitting:
-        """The memory of a stage, given the costs of its longest sample."""
+        """The memory of a stage, given the costs of its longest sample. engine: what it offloads does not count."""
         trained = sum(group.size(parts[group.part]) for group in groups)
         frozen = sum(map(part_size, parts.values())) - trained
         outside = part_size(parts["vision"]) if "vision" in parts and is_frozen("vision", groups) else 0
@@ -60,7 +61,8 @@ class Fitting:
         row = {recompute: kept_bytes(longest, recompute, in_row * stage.expected.images) for recompute in (False, True)}
         share = max(1, stage.batch_size // gpus)
         least = share if OBJECTIVES[stage.objective].compares_samples else 1
-        return cls(States(*counts), row, in_row, share, least, gpus)
+        offloads = engine is not None and (engine.offload_optimizer != "none", engine.offload_parameters != "none")
+        return cls(States(*counts, *(offloads or ())), row, in_row, share, least, gpus)
 
     def bytes(self, zero_stage: int, micro_batch_size: int, recompute: bool) -> int:
         """Peak bytes of a device at a micro-batch size."""
@@ -81,9 +83,9 @@ class Fitting:
         return next(size for size in range(min(self.share, limit), 0, -1) if self.share % size == 0)
 
     def recomputes(self, stage: Stage, zero_stage: int, memory: float) -> bool:
-        """Whether a stage recomputes activations; ``auto``: if its micro-batch does not fit otherwise.
+        """Whether a stage recomputes activations; with ``auto``, only if its micro-batch would not fit otherwise.
 
-        With ``micro_batch_size=auto`` any micro-batch will do that a device is busy with: `BUSY_TOKENS` tokens.
+        With ``micro_batch_size=auto``, a micro-batch of `BUSY_TOKENS` tokens is sufficient.
         """
         if stage.gradient_checkpointing != AUTO:
             return stage.gradient_checkpointing

@@ -4,7 +4,8 @@
     images    d + e * patches + f * patches^2               for each view
 
 Only useful work counts: no padding, no recomputation, and no features that are read from a cache. The coefficients are
-measured on the meta device (see `stage`), where attention within a sample counts as causal.
+measured on the meta device (see `stage`), where attention within a sample counts as causal,
+also if the model has a sliding window.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TFLOPS = {
 }
 """Dense peaks of NVIDIA's data sheets by precision, the first name that is part of the device's. fp32 runs as TF32."""
 _TOKENS, _TARGETS = 64, (32, 64)  # of the samples that are measured
-_SIDES = (2, 4, 8)  # sides in windows of images that determine three coefficients
+_SIDES = (2, 4, 8)  # of the square images that are measured, in windows
 
 
 class StepFlops:

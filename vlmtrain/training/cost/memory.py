@@ -18,6 +18,8 @@ class States:
 
     quantized: those of `frozen_inside` that are stored in 4 bits. packed: their bytes; unpacked: how many of them are
     dequantized at once. moments: mean bytes of a trained parameter's moments, and of its average if there is one.
+    offload_optimizer, offload_parameters: whether the optimizer's states, and the weights under ZeRO-3, are in host
+    memory.
     """
 
     trained: int
@@ -28,6 +30,8 @@ class States:
     packed: int = 0
     unpacked: int = 0
     moments: float = 8
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
 
     def bytes(self, zero_stage: int, world_size: int, activations: int = 0) -> int:
         """Peak bytes on each of `world_size` GPUs: weights, gradients, optimizer states, buffers, `activations`.
@@ -58,4 +62,8 @@ class States:
             gradients = self.trained if zero_stage == 1 else min(self.trained, BUCKET)
             sharded = (8 + self.moments) * self.trained
             whole = held + weight * gradients
+        if self.offload_optimizer and zero_stage:
+            sharded = held if zero_stage == 3 else 0
+        if self.offload_parameters and zero_stage == 3:
+            sharded -= held
         return round(sharded / world_size + whole + weight * (self.frozen_outside + self.unpacked) + passing)
