@@ -83,12 +83,11 @@ def measure(point: dict, options: argparse.Namespace) -> float:
 def write_records(point: dict, folder: Path, count: int) -> None:
     """Write conversations of one question, all of the same size."""
     Image.effect_noise((48, 48), 80).convert("RGB").save(folder / "noise.png")
-    pictures = point["images per sample"]
-    question = {"from": "human", "value": "<image>\n" * pictures + "What color is this?"}
+    images = point["images per sample"]
+    question = {"from": "human", "value": "<image>\n" * images + "What color is this?"}
     answer = {"from": "gpt", "value": " ".join(["red"] * point["words per sample"])}
     records = [
-        {"id": number, "image": ["noise.png"] * pictures, "conversations": [question, answer]}
-        for number in range(count)
+        {"id": number, "image": ["noise.png"] * images, "conversations": [question, answer]} for number in range(count)
     ]
     (folder / "data.json").write_text(json.dumps(records))
 

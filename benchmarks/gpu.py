@@ -7,8 +7,8 @@
 Parts have random weights and the shapes of published ones: Qwen3-0.6B with SigLIP-so400m (256 image tokens) and a
 LLaVA-1.5-7B (576 image tokens), whose language model is frozen in `align` and has LoRA adapters (rank 128) in
 `instruct`. Data are generated; its lengths are those of `training_speed.py`. FOLDER (default: $OUT, or gpu-benchmark)
-receives `gpu.md` and `gpu.json`, which grow with every piece. Pieces run in order of importance. What the time did not
-suffice for is listed as not run, and what fails is listed with its error; the exit status is then 1.
+receives `gpu.md` and `gpu.json`, which grow with every piece. Pieces run in order of importance. Pieces that do not
+fit into the time are listed as not run, and what fails is listed with its error; the exit status is then 1.
 
 MFU is the useful arithmetic, without padding and recomputation, per second, relative to the device's peak; a sample of
 the Trainer needs the same. Both sides have the same weights, samples and steps of one micro-batch, without gradient
@@ -51,8 +51,8 @@ SPEEDRUN = {"samples": 558128, "published_hours": 19.32}  # recipes/speedrun.yam
 class Size:
     """A model, and how it is measured.
 
-    batch: samples per step of each workload. target: MFU to explain the gap to. stage_1: the encoder of the speedrun's
-    first stage, whose language model this is.
+    batch: samples per step of each workload. target: MFU to explain the gap to. stage_1: the encoder of the
+    speedrun's first stage, if the model has the language model of that recipe.
     """
 
     shapes: Shapes

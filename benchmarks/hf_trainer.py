@@ -49,9 +49,9 @@ class Collator:
         }
         lengths = torch.tensor([len(record["input_ids"]) for record in records])
         batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
-        pictures = [Image.open(self.images / name).convert("RGB") for record in records for name in record["images"]]
-        if pictures:
-            batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt").pixel_values
+        images = [Image.open(self.images / name).convert("RGB") for record in records for name in record["images"]]
+        if images:
+            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt").pixel_values
         return batch
 
 

@@ -75,10 +75,10 @@ def prepare(case: Case) -> None:
         records = list(made_records(case.workload, needed, folder / "source", side))
     (folder / "images").mkdir()
     for record in records:
-        for name in pictures_of(record):
+        for name in images_of(record):
             target = folder / "images" / name.replace("/", "_")
-            picture = Image.open(record.pop("folder", None) or folder / "source" / name).convert("RGB")
-            picture.resize((side, side), Image.Resampling.BICUBIC).save(target.with_suffix(".png"))
+            image = Image.open(record.pop("folder", None) or folder / "source" / name).convert("RGB")
+            image.resize((side, side), Image.Resampling.BICUBIC).save(target.with_suffix(".png"))
             record["image"] = target.with_suffix(".png").name
     (folder / "data.json").write_text(json.dumps(records))
     case.line = [
@@ -192,7 +192,7 @@ def made_records(workload: str, needed: int, folder: Path, side: int) -> Iterato
     yield from captions if workload != "instruct" else talks(random.Random(0), captions, needed)
 
 
-def pictures_of(record: dict) -> list[str]:
+def images_of(record: dict) -> list[str]:
     return [record["image"]] if "image" in record else []
 
 
@@ -229,5 +229,5 @@ def build_model(case: Case) -> None:
             tokens = processor.render(source[index])
             ids = tokens.input_ids.masked_fill(tokens.index >= 0, image_id).tolist()
             labels = [-100, *tokens.targets[:-1].tolist()]  # the Hugging Face model shifts the labels
-            pictures = pictures_of(records[index])
-            file.write(json.dumps({"input_ids": ids, "labels": labels, "images": pictures, "length": len(ids)}) + "\n")
+            images = images_of(records[index])
+            file.write(json.dumps({"input_ids": ids, "labels": labels, "images": images, "length": len(ids)}) + "\n")

@@ -99,7 +99,7 @@ class Batching:
         raise NotImplementedError
 
     def upcoming(self, first: int, last: int, cursor: dict | None) -> range:
-        """The positions of the stream that steps from `first` to ``last - 1`` will use, about."""
+        """The positions of the stream that steps `first` to ``last - 1`` are expected to use."""
         raise NotImplementedError
 
     def order(self, row: list[Planned]) -> int:

@@ -145,12 +145,13 @@ def quantized_sizes(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
     return sum(sizes), sum(bits.numel() for layer in layers for bits in layer.packed), max(sizes, default=0)
 
 
-def kept_bytes(costs: Mapping[str, PartCost], checkpointing: bool, pictures: float) -> int:
-    """Bytes of activations and live gradients in the backward pass of a row with `pictures` images.
+def kept_bytes(costs: Mapping[str, PartCost], checkpointing: bool, images: float) -> int:
+    """Bytes of activations and live gradients in the backward pass of a row.
 
-    Encoder and connector keep `pictures` times what they keep for one image; without images they run on a placeholder.
+    images: their number in the row. Encoder and connector keep that many times what they keep for one image; without
+    images they run on a placeholder.
     """
-    times = {part: max(1.0, pictures) if part in ("vision", "connector") else 1.0 for part in costs}
+    times = {part: max(1.0, images) if part in ("vision", "connector") else 1.0 for part in costs}
     kept = sum(
         times[part] * (cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept)
         for part, cost in costs.items()
