@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..distributed.processes import die_with, ignore_stop_signals, kill_with
+from ..distributed.processes import die_with, ignore_stop_signals
 from .file_index import cache_folder
 from .mixture import Mixture
 from .processor import Processor
@@ -59,7 +59,8 @@ class LengthTable:
                 with open(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
                     if os.fstat(file.fileno()).st_size != size:
                         file.truncate(size)
-                        os.posix_fallocate(file.fileno(), 0, size)  # a full disk would otherwise end the process later
+                        if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process later
+                            os.posix_fallocate(file.fileno(), 0, size)
                     memory = mmap.mmap(file.fileno(), size)
             except OSError:
                 self.file = None
@@ -135,11 +136,11 @@ class Lengths:
                 with suppress(BadSample):
                     self[index] = length or processor.render(conversation).length
 
-    def fill_in_background(self, processor: Processor, positions: Iterable[int], owner: object) -> None:
-        """Run `fill` in a process that ends with `owner`, with this process, or when it is done."""
+    def fill_in_background(self, processor: Processor, positions: Iterable[int]) -> Process:
+        """Run `fill` in a process that ends with this one or when it is done, and return it."""
         filling = Process(target=self._fill_alone, args=(processor, positions, os.getpid()), daemon=True)
         filling.start()
-        kill_with(owner, filling)
+        return filling
 
     def _fill_alone(self, processor: Processor, positions: Iterable[int], parent: int) -> None:
         """Fill the tables in a separate process, one run after the other."""

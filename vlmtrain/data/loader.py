@@ -22,7 +22,7 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..batch import Batch
-from ..distributed.processes import die_with, ignore_stop_signals, is_first_on_machine
+from ..distributed.processes import die_with, ignore_stop_signals, is_first_on_machine, kill_with
 from .layouts import BadRecord, Batching, Planned, PlannedStep
 from .mixture import Mixture
 from .processor import Processor, Sample
@@ -189,10 +189,12 @@ def step_loader(stream: StepStream, workers: int, pin_memory: bool) -> Iterator[
     batching, ahead = stream.batching, stream.batching.upcoming(stream.first, stream.last, stream.cursor)
     if batching.plans_in_turn and workers > 1 and not stream.mixture.streams:
         stream = replace(stream, planner=StepPlanner(partial(_plans, stream), workers))
-    steps = prefetched(stream, workers, pin_memory)
-    lengths = batching.lengths
+    lengths, filling = batching.lengths, None
     if lengths is not None and lengths.are_stored and is_first_on_machine():
-        lengths.fill_in_background(stream.processor, ahead, steps)
+        filling = lengths.fill_in_background(stream.processor, ahead)
+    steps = prefetched(stream, workers, pin_memory)
+    if filling is not None:
+        kill_with(steps, filling)
     return steps
 
 
