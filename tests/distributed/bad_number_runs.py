@@ -65,9 +65,9 @@ class Wrong:
 
 
 def go_wrong(wrong: Wrong) -> None:
-    sound = LanguageModelling.forward
+    sound = LanguageModelling.with_targets
 
-    def forward(self, model, batch, features):
+    def with_targets(self, model, batch, features):
         (loss, of_targets), now = sound(self, model, batch, features), wrong.is_now()
         found = wrong.samples & set(batch.ids) if now else set()
         if LOSS in found or (now and wrong.everywhere and world.rank == world.size - 1):
@@ -76,7 +76,7 @@ def go_wrong(wrong: Wrong) -> None:
             loss = BadGradient.apply(loss)
         return loss * 50 if HIGH in found else loss, of_targets
 
-    LanguageModelling.forward = forward
+    LanguageModelling.with_targets = with_targets
 
 
 def watch(found: list[dict]) -> None:

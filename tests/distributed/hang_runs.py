@@ -110,15 +110,15 @@ def run_all(folder: Path, engines: list[str]) -> None:
 
 def get_stuck(folder: Path) -> None:
     """Make rank 1 hang in the forward pass of its second step, while rank 0 waits for it."""
-    calls, forward = [], LanguageModelling.forward
+    calls, sound = [], LanguageModelling.with_targets
 
     def stuck(self, model, batch, features):
         calls.append(batch.ids)
         while launched_rank() == 1 and len(calls) == 3:  # two micro-batches per step
             time.sleep(1)
-        return forward(self, model, batch, features)
+        return sound(self, model, batch, features)
 
-    LanguageModelling.forward = stuck
+    LanguageModelling.with_targets = stuck
     train(compose([*line(folder / "data", "tiles", "zero0", folder / "run"), "collective_timeout=6"]))
 
 

@@ -80,7 +80,7 @@ def peft_alone(overrides: list[str], start: Path) -> tuple[list[float], dict]:
     stream = StepStream(batching, source, processor, 0, 1, 0, STEPS, None)
     for data in step_loader(stream, 0, pin_memory=False):
         (batch,) = data.micro_batches
-        loss = objective(model, batch, None)[0] / data.weight
+        loss = objective(model, batch, None) / data.weight
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -95,7 +95,7 @@ def plain_torch(overrides: list[str], name: str) -> tuple[list[float], dict[str,
     batching = build_batching(source, processor, stage, 1, 0)
     for data in step_loader(StepStream(batching, source, processor, 0, 1, 0, STEPS, None), 0, pin_memory=False):
         (batch,) = data.micro_batches
-        loss = objective(model, batch, None)[0] / data.weight
+        loss = objective(model, batch, None) / data.weight
         model.zero_grad()
         loss.backward()
         for optimizer in optimizers:

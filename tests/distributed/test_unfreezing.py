@@ -75,7 +75,7 @@ def plain_torch(overrides: list[str]) -> list[float]:
             for group in groups(model.vision, 1e-3):
                 optimizer.add_param_group(group)
         (batch,) = data.micro_batches
-        loss = objective(model, batch, None)[0] / data.weight
+        loss = objective(model, batch, None) / data.weight
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -45,7 +45,7 @@ def samples(processor: Processor) -> list[Sample]:
 def loss_and_gradients(batches: list[Batch], prepared: bool) -> tuple[Tensor, dict[str, Tensor]]:
     model, _ = build(prepared)
     objective = LanguageModelling()
-    loss = sum(objective(model, batch, None)[0] for batch in batches) / sum(float(b.weights.sum()) for b in batches)
+    loss = sum(objective(model, batch, None) for batch in batches) / sum(float(b.weights.sum()) for b in batches)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

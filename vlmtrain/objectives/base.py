@@ -37,9 +37,10 @@ class Objective(nn.Module):
         """This rank's part of the weight by which the summed loss is divided: of its samples, or of its tokens."""
         return data.samples if cls.compares_samples else data.weight
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, Tensor | None]:
-        """Loss summed over the batch, a scalar, and the detached losses of ``batch.trained``, if it is their sum.
-
-        features: given if the encoder is frozen.
-        """
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
+        """Loss summed over the batch, a scalar. `features` are given if the encoder is frozen."""
         raise NotImplementedError
+
+    def with_targets(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, Tensor | None]:
+        """The summed loss, and the detached losses of ``batch.trained`` if it is their sum."""
+        return self(model, batch, features), None

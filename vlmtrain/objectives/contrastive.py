@@ -49,7 +49,7 @@ class Contrastive(Objective):
         text = {**config["text_cfg"], "vocab_size": len(tokenizer), "pool_type": "none"}
         return cls(_build_text_tower(config["embed_dim"], text), end, text["context_length"])
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, None]:
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
         rows = int((batch.weights.sum(1) > 0).sum())  # padding rows without weight come last
         images = F.normalize(model.vision.pooled(batch.visual.normalized().pixels[0])[:rows], dim=-1)
         texts = F.normalize(self._embed(batch)[:rows], dim=-1)
@@ -58,7 +58,7 @@ class Contrastive(Objective):
         scale = self.temperature()
         to_text = F.cross_entropy(scale * images @ all_texts.T, labels, reduction="sum")
         to_image = F.cross_entropy(scale * texts @ all_images.T, labels, reduction="sum")
-        return (to_text + to_image) / 2, None
+        return (to_text + to_image) / 2
 
     def _embed(self, batch: Batch) -> Tensor:
         """Caption embeddings ``(B, embed_dim)``: the output of the text tower at the end token of each caption.

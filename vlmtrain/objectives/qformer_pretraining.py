@@ -87,8 +87,8 @@ class QFormerPretraining(Objective):
             )
         return cls(embedding.words.embedding_dim, embedding.words.num_embeddings)
 
-    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, None]:
-        return sum(self.losses(model, batch, features)), None
+    def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
+        return sum(self.losses(model, batch, features))
 
     def losses(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Losses:
         # Drawn first, while the generator state of the first rank does not depend on the number of ranks.

@@ -79,7 +79,7 @@ def test_a_later_question_does_not(built):
 def test_without_an_image_the_connector_runs_without_effect(built):
     model, processor = built
     text = processor(Conversation("text", (Turn("user", "What color?"), Turn("assistant", "red"))))
-    LanguageModelling()(model.train(), processor.collate([text]), None)[0].backward()
+    LanguageModelling()(model.train(), processor.collate([text]), None).backward()
     for name, parameter in model.connector.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
@@ -87,7 +87,7 @@ def test_without_an_image_the_connector_runs_without_effect(built):
 def test_the_loss_trains_the_reading(built):
     model, processor = built
     samples = [processor(asked("What color is this?")), processor(asked("How many circles are there?"))]
-    LanguageModelling()(model, processor.collate(samples), None)[0].backward()
+    LanguageModelling()(model, processor.collate(samples), None).backward()
     still = {name for name, p in model.connector.named_parameters() if p.grad is None or not p.grad.any()}
     assert all(
         name.startswith("core.layers.1.text_ffn") for name in still

@@ -35,7 +35,7 @@ def test_loss_equals_open_clips(parts, tokenizer):
     processor = Processor(tokenizer, geometry, "plain", max_length=40)
     samples = [processor(Shapes("caption", 5)[i]) for i in range(5)]
     batch = processor.collate(samples, rows=7)
-    loss = objective(VLMWrapper(vision, None, None), batch, None)[0]
+    loss = objective(VLMWrapper(vision, None, None), batch, None)
 
     images = torch.nn.functional.normalize(vision.pooled(batch.visual.normalized().pixels[0]), dim=-1)
     ids = torch.zeros(5, 40, dtype=torch.long)
