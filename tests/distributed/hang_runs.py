@@ -110,15 +110,15 @@ def run_all(folder: Path, engines: list[str]) -> None:
 
 def get_stuck(folder: Path) -> None:
     """Make rank 1 hang in the forward pass of its second step, while rank 0 waits for it."""
-    calls, sound = [], LanguageModelling.with_targets
+    calls, forward = [], LanguageModelling.forward
 
     def stuck(self, model, batch, features):
         calls.append(batch.ids)
         while launched_rank() == 1 and len(calls) == 3:  # two micro-batches per step
             time.sleep(1)
-        return sound(self, model, batch, features)
+        return forward(self, model, batch, features)
 
-    LanguageModelling.with_targets = stuck
+    LanguageModelling.forward = stuck
     train(compose([*line(folder / "data", "tiles", "zero0", folder / "run"), "collective_timeout=6"]))
 
 

@@ -21,11 +21,13 @@ class Objective(nn.Module):
     compares_samples: whether the loss compares samples, each one image and one text, with each other, so that a step
                       must be one micro-batch.
     sees_pictures_as_tokens: whether images are tokens within the text sequence.
+    of_targets: the losses of ``batch.trained`` in the last forward pass, detached; None if the loss is not their sum.
     """
 
     needs: tuple[str, ...] = ()
     compares_samples = False
     sees_pictures_as_tokens = True
+    of_targets: Tensor | None = None
 
     @classmethod
     def build(cls, vision: Vision, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, nn.Module]) -> Objective:
@@ -40,7 +42,3 @@ class Objective(nn.Module):
     def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
         """Loss summed over the batch, a scalar. `features` are given if the encoder is frozen."""
         raise NotImplementedError
-
-    def with_targets(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, Tensor | None]:
-        """The summed loss, and the detached losses of ``batch.trained`` if it is their sum."""
-        return self(model, batch, features), None

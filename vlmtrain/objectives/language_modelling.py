@@ -17,9 +17,7 @@ class LanguageModelling(Objective):
     needs = ("llm",)
 
     def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
-        return self.with_targets(model, batch, features)[0]
-
-    def with_targets(self, model: VLMWrapper, batch: Batch, features: Features | None) -> tuple[Tensor, Tensor]:
         trained = batch.trained
         losses = token_losses(model(batch, features, trained.positions), trained.ids) * trained.weights
-        return losses.sum(), losses.detach()
+        self.of_targets = losses.detach()
+        return losses.sum()

@@ -135,7 +135,7 @@ def _speed(records: list[dict]) -> str:
     for record in records:
         for phase, seconds in record.get("phase_seconds", {}).items():
             phases[phase] = phases.get(phase, 0.0) + seconds
-    total = sum(record["step_seconds"] for record in records)
+    total = sum(record.get("step_seconds", 0.0) for record in records)
     if not phases or not total:
         return ""
     facts = [", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in phases.items())]

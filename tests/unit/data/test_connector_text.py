@@ -11,7 +11,6 @@ from vlmtrain.data.connector_text import TextReader, text_vocabulary
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, BadSample, Conversation, Turn
-from vlmtrain.evaluation.validation import _blanked, _prompt
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "what", "color", "and", "now", "[", "]", "sep"]
 GRAY = (0.5, 0.5, 0.5)
@@ -143,10 +142,10 @@ def test_without_a_reader_there_is_no_text(tokenizer):
 def test_a_prompt_has_the_text_of_its_images(bert, tokenizer):
     make = processor(tokenizer, TextReader(bert, "instruction", 20))
     sample = make(TALK)
-    for seen in (sample, _blanked(sample)):
-        first, last = (_prompt(seen, start) for start, _ in (sample.tokens.answers[0], sample.tokens.answers[2]))
-        assert len(first.pixels[0]) == len(first.texts) == 1 and len(last.pixels[0]) == len(last.texts) == 3
-        assert all(one.equal(other) for one, other in zip(last.texts, sample.texts))
+    starts = sample.tokens.answers[0][0], sample.tokens.answers[2][0]
+    first, last = (sample.cut(sample.tokens.until(start)) for start in starts)
+    assert len(first.pixels[0]) == len(first.texts) == 1 and len(last.pixels[0]) == len(last.texts) == 3
+    assert all(one.equal(other) for one, other in zip(last.texts, sample.texts))
     asked = make.prompt(Conversation("asked", TALK.turns[:1], TALK.images[:1]))
     assert [ids.tolist() for ids in asked.texts] == [sample.texts[0].tolist()]
 

@@ -35,7 +35,7 @@ class StageModule(nn.Module):
         self.objective = objective
 
     def forward(self, batch: Batch, features: Features | None) -> tuple[Tensor, Tensor | None]:
-        return self.objective.with_targets(self.model, batch, features)
+        return self.objective(self.model, batch, features), self.objective.of_targets
 
 
 class StageEngine:
@@ -109,7 +109,7 @@ class StageEngine:
         return rates
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Compute the losses of a micro-batch on this rank, see `Objective.with_targets`."""
+        """Compute the summed loss of a micro-batch on this rank, and `Objective.of_targets`."""
         features = None
         if self._frozen_vision is not None:
             with torch.no_grad(), self.timer.phase("vision"):
