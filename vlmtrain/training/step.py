@@ -44,8 +44,10 @@ def _shares(loss_weights: Sequence[float], totals: Sequence[float]) -> list[floa
 
 
 class Totals(NamedTuple):
-    """The numbers of `StepData` summed over ranks; bad, stops, late: numbers of bad records, and of ranks that stop or
-    are due to save."""
+    """The numbers of `StepData`, summed over ranks.
+
+    bad: number of bad records. stops, late: numbers of ranks that stop, and that are due to save.
+    """
 
     plan: float
     weight: float
@@ -67,8 +69,8 @@ class StepRunner:
     """Runs the optimizer steps of a stage. Every rank runs the same steps.
 
     sources: names of the data sources. loss_weights: weights of the sources' mean losses; None if the loss is the mean
-    over the targets of all sources. flops: counts those of a step, on the main
-    rank. peak_tflops: of one device, if it is known.
+    over the targets of all sources. flops: counts those of a step, on the main rank. peak_tflops: of one device, if it
+    is known.
     """
 
     stage: str
@@ -181,12 +183,13 @@ class StepRunner:
                 by_source.index_add_(0, moved.trained.sources, of_targets.double())
             loss = loss * (1 + 0 * loss.detach())  # a non-finite loss becomes NaN, and so do all gradients
             if self.bad_steps.skip_spikes and i + 1 == len(data.micro_batches):  # waits for the device
-                fault = self.bad_steps.judge(self._mean_loss(losses, weight))
+                fault = self.bad_steps.judge(self._sums(losses, by_source[:0])[0] / weight)
                 loss = loss * math.nan if fault else loss
             self.watch.doing(f"{where}: backward{' and update' * (i + 1 == len(data.micro_batches))}", batch.ids)
             self.engine.backward(loss, weight)
-        mean, norm = self._mean_loss(losses, weight), self.engine.grad_norm()
-        found = self.world.sum(by_source.tolist()) if len(self.sources) > 1 and of_targets is not None else []
+        has_sources = len(self.sources) > 1 and of_targets is not None
+        total, *found = self._sums(losses, by_source if has_sources else by_source[:0])
+        mean, norm = total / weight, self.engine.grad_norm()
         fault = self.bad_steps.judge(mean)
         if not fault and not math.isfinite(norm):
             fault = Fault("the gradient is not finite", True)
@@ -195,9 +198,9 @@ class StepRunner:
         self.bad_steps.count(step + 1, mean, fault, self._suspects(data, losses) if fault else ())
         return mean, found, norm
 
-    def _mean_loss(self, losses: list[Tensor], weight: float) -> float:
-        """Loss of a step over all ranks, from the summed losses of this rank's micro-batches."""
-        return self.world.sum([float(torch.stack(losses).sum())])[0] / weight
+    def _sums(self, losses: list[Tensor], by_source: Tensor) -> list[float]:
+        """The loss of a step, and those of its sources, summed over this rank's micro-batches and over all ranks."""
+        return self.world.sum(torch.cat([torch.stack(losses).sum().double()[None], by_source]).tolist())
 
     def _suspects(self, data: StepData, losses: list[Tensor]) -> list[str]:
         """Sample IDs, over all ranks, of micro-batches with a non-finite loss, or of the step if there are none."""
