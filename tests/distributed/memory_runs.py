@@ -98,7 +98,7 @@ def kept_by_sample(run: Run, stage: Stage, tokens: int) -> int:
     groups = trained_groups(stage, parts)
     freeze(parts, groups, checkpointing=False)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
-    costs = measure(parts, groups, stage, geometry, tokens, answer_tokens(stage.expected, tokens))
+    (costs,) = measure(parts, groups, stage, geometry, (tokens, answer_tokens(stage.expected, tokens)))
     return kept_bytes(costs, stage.gradient_checkpointing, stage.expected.images)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -28,6 +30,8 @@ COMMANDS: dict[str, tuple[str, ModuleType]] = {
     "ablate": ("train a recipe with several connectors and report which differ", ablate),
 }
 """By name: a summary, and a module with ``add_arguments(parser)`` and ``run(options)``."""
+QUICK = ("plan", "tokens")
+"""Commands that take little longer than their imports. They start no processes and hold no open files."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train()
         return
     options = _parse(arguments)
+    if words[0] in QUICK:
+        gc.disable()  # it would search the objects of the imported libraries several times
     from ..distributed.world import prepare_process
 
     prepare_process()
@@ -52,11 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             import_modules(options.module)
         options.run(options)
+        if arguments is None and words[0] in QUICK:
+            sys.stdout.flush()
+            os._exit(0)  # freeing the imported libraries takes a second
     except ValueError as error:
         sys.stderr.write(f"vlmtrain: error: {error}\n")
         raise SystemExit(2) from None
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None
+    finally:
+        gc.enable()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

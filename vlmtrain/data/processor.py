@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..batch import Batch, Targets
 from ..connectors.checks import GridError
@@ -308,7 +309,7 @@ def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder / 'tokenizer.json'} is missing: the model folder has no tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot read
         raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {first_line(error)}") from None
 

@@ -95,15 +95,14 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
         samples = build_source(run.data.split(stage.data), image_size_of(parts), run.seed).epoch_size
     steps = stage.max_steps or (samples and math.ceil(samples / stage.batch_size) * stage.epochs)
     check_starts(groups, stage, steps)
+    lengths = (tokens, answer_tokens(expected, tokens)), (stage.max_length, stage.max_length // 2)
     needed = recomputed = 0.0
-    for share, training in _phases(groups, steps):
+    for share, training in _phases(groups, steps):  # all groups train in the last one
         freeze(parts, training, checkpointing=False)
-        mean = measure(parts, training, stage, geometry, tokens, answer_tokens(expected, tokens))
+        mean, longest = measure(parts, training, stage, geometry, *lengths)
         flops = sum(cost.all_flops for cost in mean.values())
         needed += share * flops
         recomputed += share * (mean["llm"].recomputed_flops if "llm" in mean else 0.0)
-    freeze(parts, groups, checkpointing=False)
-    longest = measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
     trained_on = steps and steps * stage.batch_size
     most = max(1, stage.batch_size // machine.gpus)
     plan = StagePlan(

@@ -53,7 +53,7 @@ def _decide(run: Run, stage: Stage, memory: int, processes: int, tokenizer: PreT
     groups = trained_groups(stage, parts)
     freeze(parts, groups, checkpointing=False)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
-    longest = measure(parts, groups, stage, geometry, stage.max_length, stage.max_length // 2)
+    (longest,) = measure(parts, groups, stage, geometry, (stage.max_length, stage.max_length // 2))
     fitting = Fitting.of(run, stage, parts, groups, longest, sample_tokens(stage, geometry), processes, run.engine)
     zero_stage = run.engine.used_stage(processes, run.precision == "bf16")
     recompute = fitting.recomputes(stage, zero_stage, memory)

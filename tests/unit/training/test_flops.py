@@ -78,8 +78,8 @@ def test_flops_of_a_step_are_those_of_its_samples(recipe):
         freeze(parts, groups, checkpointing=False)
         flops = StepFlops(parts, groups, stage, geometry)
         total, work, patches = 0.0, [0] * 7, math.prod(parts["vision"].grid_of(geometry.largest))
-        for tokens, targets in ((30, 5), (90, 40)):
-            measured = costs.measure(parts, groups, stage, geometry, tokens, targets)
+        lengths = (30, 5), (90, 40)
+        for (tokens, _), measured in zip(lengths, costs.measure(parts, groups, stage, geometry, *lengths)):
             total += sum(cost.all_flops for cost in measured.values())
             views = geometry.most_items * stage.expected.images
             counts = [views, views * patches, views * patches**2]

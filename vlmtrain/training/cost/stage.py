@@ -33,19 +33,21 @@ def measure(
     groups: list[Group],
     stage: Stage,
     geometry: Geometry | None,
-    tokens: int,
-    targets: int,
-) -> dict[str, PartCost]:
-    """The costs of one sample of `tokens` and `targets` by part, whose images have the largest size and most views."""
+    *lengths: tuple[int, int],
+) -> list[dict[str, PartCost]]:
+    """The costs by part of a sample of each of `lengths`, in tokens and targets.
+
+    Its images have the largest size and most views.
+    """
     views = (geometry.most_items, geometry.largest) if geometry else (1, None)
     costs = measure_views(parts, groups, stage, *views)
-    if "llm" in parts:
-        costs["llm"] = measure_text(parts, groups, tokens, targets)
     for part in ("vision", "connector"):
         if part in costs:
             costs[part].flops *= stage.expected.images
             costs[part].backward_flops *= stage.expected.images
-    return costs
+    if "llm" not in parts:
+        return [costs for _ in lengths]
+    return [{**costs, "llm": measure_text(parts, groups, *length)} for length in lengths]
 
 
 def measure_views(
