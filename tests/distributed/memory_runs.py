@@ -27,6 +27,7 @@ from vlmtrain.training.assembly import DTYPES, build_skeleton
 from vlmtrain.training.cost.memory import States
 from vlmtrain.training.cost.stage import kept_bytes, measure, quantized_sizes
 from vlmtrain.training.engine.joining import join_world
+from vlmtrain.training.engine.zero import bucket_elements
 from vlmtrain.training.processing import build_geometry
 from vlmtrain.training.run import train_run
 from vlmtrain.training.trainable import freeze, part_size, trained_groups
@@ -117,7 +118,9 @@ def main(folder: str, engine: str, precision: str, trained: str, batch: str) -> 
             number = sum(parts[g.part].get_parameter(name).numel() for g in groups for name in g.names)
             inside = sizes["llm"] + sizes["connector"]
             in_bits = quantized_sizes(parts)
-            found["states"] = States(number, inside - number, sizes["vision"], precision == "bf16", *in_bits)
+            found["states"] = States(
+                number, inside - number, sizes["vision"], precision == "bf16", *in_bits, bucket=bucket_elements(parts)
+            )
             super().__init__(stage, options, dtype, parts, objective, groups, *more)
 
         def loss(self, batch):

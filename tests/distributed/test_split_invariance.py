@@ -15,6 +15,7 @@ STEPS = 20
 ZERO_3 = ["engine=zero3", "engine.parameter_persistence_threshold=0"]
 SPLITS = {
     "two ranks": (2, []),
+    "padded": (1, ["stages.instruct.padding=true"]),
     "accumulation 2": (1, ["stages.instruct.micro_batch_size=4"]),
     "accumulation 4": (1, ["stages.instruct.micro_batch_size=2"]),
     "zero1": (2, ["engine=zero1", "stages.instruct.micro_batch_size=1"]),

@@ -16,10 +16,12 @@ from vlmtrain.model.llm import build_random_llm
 from vlmtrain.model.parts import make_connector
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 from vlmtrain.model.vision import build_vision
+from vlmtrain.objectives import OBJECTIVES, Objective
 from vlmtrain.objectives.language_modelling import LanguageModelling
 from vlmtrain.runs.folder import RunFolder
 from vlmtrain.settings import compose
-from vlmtrain.training.assembly import build_parts, build_tokenizer
+from vlmtrain.training.assembly import build_parts, build_skeleton, build_tokenizer
+from vlmtrain.training.batching import keeps_samples_apart
 from vlmtrain.training.checks import check_stages
 
 
@@ -71,6 +73,31 @@ def test_padded_packed_and_one_by_one_train_alike():
         assert float(difference / norm) <= 1e-5, way
 
 
+BLOOM = ["llm.config.model_type=bloom"]
+
+
+@pytest.mark.parametrize(
+    "joins, more",
+    [
+        (True, []),
+        (True, ["stages.instruct.padding=false"]),
+        (False, ["stages.instruct.padding=true"]),
+        (False, BLOOM),  # its positions are within its attention, which cannot be replaced
+        (False, ["llm.attn_implementation=eager"]),
+        (False, ["stages.instruct.objective=mine"]),
+    ],
+)
+def test_samples_are_joined_unless_the_model_or_the_loss_cannot_tell_them_apart(joins, more, monkeypatch):
+    class Mine(Objective):
+        """It may read rows as samples."""
+
+    monkeypatch.setitem(OBJECTIVES, "mine", Mine)
+    settings = compose(["recipe=llava_1_5", "mini=true", "llm.config.hidden_size=64", *more])
+    stage = settings.stages["instruct"]
+    parts = build_skeleton(settings, stage, build_tokenizer(settings))
+    assert keeps_samples_apart(settings, stage, parts, torch.device("cpu")) == joins
+
+
 def logits_of(model: VLMWrapper, batch: Batch) -> list[Tensor]:
     return list(model(batch)[0].split(batch.boundaries.diff().tolist()))
 
@@ -102,6 +129,11 @@ def test_no_token_or_image_of_a_sample_changes_a_logit_of_another(edited, what):
     [
         (["llm.config.model_type=recurrent_gemma"], "layout=packed: RecurrentGemmaForCausalLM has layers other than"),
         (["llm.attn_implementation=flash"], "llm.attn_implementation=flash: "),
+        (
+            [*BLOOM, "stages.instruct.layout=padded", "stages.instruct.padding=false"],
+            "padding=false: Bloom.* has a cus",
+        ),
+        (["stages.instruct.padding=true"], "stages.instruct.padding=true: expected auto or false with layout=packed"),
     ],
 )
 def test_an_unsupported_attention_is_refused_before_training(more, said, tmp_path):

@@ -112,7 +112,10 @@ class Batching:
 
 
 class PaddedBatching(Batching):
-    """One sample per row, padded on the right. Rows of similar length run together."""
+    """A fixed number of samples per step. Samples of similar length run together, padded on the right.
+
+    joined: whether those that run together are one row without padding.
+    """
 
     def __init__(
         self,
@@ -123,8 +126,10 @@ class PaddedBatching(Batching):
         micro_rows: int,
         lengths: Lengths | None = None,
         loss_per: str = "token",
+        joined: bool = False,
     ):
         super().__init__(mixture, processor, lengths, loss_per)
+        self.joined = joined
         self.batch_size, self.epoch_size = batch_size, mixture.epoch_size
         self.accumulation, self.micro_rows = accumulation, micro_rows
         self.steps_per_epoch = math.ceil(self.epoch_size / batch_size)
@@ -152,7 +157,8 @@ class PaddedBatching(Batching):
         return row[0].length.tokens
 
     def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
-        return self.processor.collate([row[0] for row in rows], rows=1, calls=calls)
+        samples = [row[0] for row in rows]
+        return self.processor.pack(samples, calls) if self.joined else self.processor.collate(samples, 1, calls)
 
 
 class PackedBatching(Batching):

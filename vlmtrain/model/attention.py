@@ -20,32 +20,45 @@ APART = {"full_attention", "sliding_attention", "attention"}  # types of layers 
 RULES = ("prefix", "branch", "bidirectional")  # arguments that need a dense mask
 
 
-def attend_in_segments(llm: nn.Module) -> None:
-    """Make a language model keep the samples of packed rows separate. Rows that are not packed are not affected.
+def segments_obstacle(llm: nn.Module) -> str | None:
+    """Why the samples of a row would see each other in a language model, whatever `attend_in_segments` does.
 
-    Nothing is changed if the model uses variable-length flash attention, which already keeps them separate. Raises
-    ValueError for a model whose attention cannot be replaced, and for one with layers other than attention, because
-    convolutions and recurrences continue from one sample into the next.
+    None if they would not. Convolutions and recurrences continue from one sample into the next, and some attention
+    cannot be replaced.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     config = llm.config.get_text_config()
-    used = config._attn_implementation
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - APART)
     if kinds or getattr(llm, "_is_stateful", False):
-        raise ValueError(
-            f"layout=packed: {type(llm).__name__} has layers other than attention "
-            f"({some(kinds) or 'recurrent'}), in which the samples of a row would see each other; use layout=padded"
-        )
-    if used.startswith("flash_attention") or used == NAME:
-        return
+        return f"{type(llm).__name__} has layers other than attention ({some(kinds) or 'recurrent'})"
+    if _has_own_segments(llm):
+        return None
     sinks = any(name.endswith(".sinks") for name, _ in llm.named_parameters())
     exchangeable = getattr(llm, "_supports_attention_backend", False) and not sinks
     if not exchangeable or getattr(config, "attention_chunk_size", None):
+        return f"{type(llm).__name__} has a custom attention"
+    return None
+
+
+def _has_own_segments(llm: nn.Module) -> bool:
+    used = llm.config.get_text_config()._attn_implementation
+    return used.startswith("flash_attention") or used == NAME
+
+
+def attend_in_segments(llm: nn.Module, given: str = "layout=packed") -> None:
+    """Make a language model keep the samples of packed rows separate. Rows that are not packed are not affected.
+
+    Nothing is changed if the model uses variable-length flash attention, which already keeps them separate. Raises
+    ValueError, naming the setting `given`, for a model that has a `segments_obstacle`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    obstacle = segments_obstacle(llm)
+    if obstacle is not None:
         raise ValueError(
-            f"layout=packed: {type(llm).__name__} has a custom attention, in which the samples of a row would "
-            "see each other; use layout=padded"
+            f"{given}: {obstacle}, in which the samples of a row would see each other; use layout=padded padding=auto"
         )
+    if _has_own_segments(llm):
+        return
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, _mask)
     llm.set_attn_implementation(NAME)

@@ -20,12 +20,15 @@ class Objective(nn.Module):
     needs: parts that a stage with this objective must have.
     compares_samples: whether the loss compares samples, each one image and one text, with each other, so that a step
                       must be one micro-batch.
+    reads_packed: whether the loss reads batches only through the model's logits and ``batch.trained``, so that samples
+                  can be joined in one row.
     sees_pictures_as_tokens: whether images are tokens within the text sequence.
     of_targets: the losses of ``batch.trained`` in the last forward pass, detached; None if the loss is not their sum.
     """
 
     needs: tuple[str, ...] = ()
     compares_samples = False
+    reads_packed = False
     sees_pictures_as_tokens = True
     of_targets: Tensor | None = None
 

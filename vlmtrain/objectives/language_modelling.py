@@ -15,6 +15,7 @@ class LanguageModelling(Objective):
     """Weighted sum of token cross-entropies; logits are computed only at positions with a target."""
 
     needs = ("llm",)
+    reads_packed = True
 
     def forward(self, model: VLMWrapper, batch: Batch, features: Features | None) -> Tensor:
         trained = batch.trained

@@ -8,7 +8,9 @@ from typing import Any
 
 # These affect the speed of a run or the files it keeps, but not its results.
 _NO_RESULT = {"workers", "device_tflops", "loggers", "wandb", "wandb_project", "wandb_model", "collective_timeout"}
-_NO_RESULT_IN_STAGE = {"gradient_checkpointing", "micro_batch_size", "save_every", "save_every_minutes", "keep_last"}
+_NO_RESULT_IN_STAGE = {
+    *("gradient_checkpointing", "micro_batch_size", "padding", "save_every", "save_every_minutes", "keep_last"),
+}
 
 # These do not affect updates that have already been made.
 _NO_UPDATE = {
@@ -26,7 +28,7 @@ _ADDED = {
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},
     **{"optimizer.name": "adamw", "ema": None, "train.fusion": None, "image_pixels": None},
-    **{"image_tile_style": "llava_next", "loss_per": "token"},
+    **{"image_tile_style": "llava_next", "loss_per": "token", "padding": True},
 }
 
 

@@ -148,7 +148,9 @@ class Stage:
     image_tiles_alone: bool = key(SWITCH)  # tile only images that are alone in their sample
     connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
     connector_text: ConnectorText = key(section(ConnectorText))
-    layout: str = key(one_of(*LAYOUTS))  # padded: one sample per row; packed: several
+    layout: str = key(one_of(*LAYOUTS))  # padded: steps of batch_size samples; packed: steps of rows of max_length
+    # of a padded micro-batch, to rows of equal length; false: one row that joins them; auto: false if that is faster
+    padding: bool | str = key(or_auto(SWITCH))
     pack_by: str | None = key(optional(one_of("source")))  # source: a packed row has samples of one source
     max_length: int = key(whole(2))  # tokens per sample and per packed row
     epochs: int = key(whole(1))  # passes over the data, unless max_steps is set
@@ -212,6 +214,8 @@ class Stage:
         if self.best_metric != "loss" and not self.keep_best and self.early_stopping is None:
             key = f"{self.prefix}.best_metric={self.best_metric}"
             raise ValueError(f"{key} has no effect without {self.prefix}.keep_best or early_stopping")
+        if self.padding is True and self.layout == "packed":
+            raise ValueError(f"{self.prefix}.padding=true: expected auto or false with layout=packed")
         if self.pack_by and self.layout != "packed":
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
 
@@ -240,6 +244,7 @@ class Stage:
         used |= {f"groups[{i}].match={group.match}": group.part for i, group in enumerate(self.groups)}
         used |= {f"lora.{part}": part for part in self.lora or ()}
         used |= {"layout=packed": "llm"} if self.layout == "packed" else {}
+        used |= {"padding=false": "llm"} if self.padding is False else {}
         for entry, part in used.items():
             if part not in self.parts:
                 has = ", ".join(self.parts)

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+
+import torch
+from torch import nn
 
 from ..data.layouts import Batching, PackedBatching, PaddedBatching
 from ..data.lengths import open_lengths
 from ..data.mixture import Mixture
 from ..data.processor import Processor
-from ..settings import AUTO, Stage
+from ..model.attention import segments_obstacle
+from ..model.varlen import has_kernel
+from ..objectives import OBJECTIVES
+from ..settings import AUTO, Run, Stage
 
 
-def build_batching(source: Mixture, processor: Processor, stage: Stage, world_size: int, workers: int) -> Batching:
+def keeps_samples_apart(run: Run, stage: Stage, parts: Mapping[str, nn.Module], device: torch.device) -> bool:
+    """Whether the language model of a stage reads rows of several samples, which do not see each other."""
+    if stage.layout == "packed" or stage.padding is False:
+        return True
+    chosen = run.llm.attn_implementation
+    replaced = chosen is None or chosen.startswith("flash_attention")
+    if stage.padding is True or not OBJECTIVES[stage.objective].reads_packed or not replaced:
+        return False
+    llm = parts["llm"]
+    return segments_obstacle(llm) is None and (device.type != "cuda" or _has_kernel(llm, device))
+
+
+def _has_kernel(llm: nn.Module, device: torch.device) -> bool:
+    """Whether a GPU computes the attention of all samples of a row at once, and not one after the other."""
+    config, dtype = llm.config.get_text_config(), next(llm.parameters()).dtype
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout = getattr(config, "attention_dropout", 0.0)
+    return has_kernel(torch.empty(head, dtype=dtype, device=device), dropout)
+
+
+def build_batching(
+    source: Mixture, processor: Processor, stage: Stage, world_size: int, workers: int, joined: bool = False
+) -> Batching:
     """Build the batching of a stage. Raises ValueError if the batch cannot be split over the ranks.
 
-    workers: processes of each rank that load data.
+    workers: processes of each rank that load data. joined: see `PaddedBatching`.
     """
     stage = replace(stage, micro_batch_size=_micro_batch_size(stage))
     is_packed = stage.layout == "packed"
@@ -25,7 +54,7 @@ def build_batching(source: Mixture, processor: Processor, stage: Stage, world_si
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
         return PackedBatching(source, processor, *sizes, stage.pack_by == "source", lengths, stage.loss_per)
     sizes = (stage.batch_size, *split_batch(stage, world_size))
-    return PaddedBatching(source, processor, *sizes, lengths, stage.loss_per)
+    return PaddedBatching(source, processor, *sizes, lengths, stage.loss_per, joined)
 
 
 def _micro_batch_size(stage: Stage) -> int | None:

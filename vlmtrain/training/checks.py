@@ -61,6 +61,8 @@ def _check_layout(stage: Stage, split: Split | None, world_size: int) -> None:
     comparing = f"objective={stage.objective} compares the samples of a step with each other"
     if stage.layout == "packed":
         raise ValueError(f"{comparing}: {stage.prefix}.layout=packed cannot work; use padded")
+    if stage.padding is False:
+        raise ValueError(f"{comparing}: {stage.prefix}.padding=false cannot work; use true")
     if accumulation > 1:
         raise ValueError(
             f"{comparing}, so a step must be one micro-batch per rank: unset {stage.prefix}.micro_batch_size"
@@ -108,8 +110,8 @@ def check_stages(run: Run, folder: RunFolder) -> None:
                     receive_levels(parts["llm"], parts["connector"].num_added)
             if "llm" in parts and (source is None or "llm" in stage.fresh):
                 check_vocabulary(parts["llm"], tokenizer)
-                if stage.layout == "packed":
-                    attend_in_segments(parts["llm"])
+                if stage.layout == "packed" or stage.padding is False:
+                    attend_in_segments(parts["llm"], "layout=packed" if stage.layout == "packed" else "padding=false")
             build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
             data = _check_source(run, run.data.split(stage.data), image_size_of(parts))
             if run.validates(stage) and stage.validation != stage.data:

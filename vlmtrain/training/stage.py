@@ -21,7 +21,7 @@ from ..runs.folder import RunFolder
 from ..settings import Run, Stage
 from .assembly import DTYPES, build_parts, build_skeleton, build_tokenizer
 from .bad_steps import BadSteps
-from .batching import build_batching
+from .batching import build_batching, keeps_samples_apart
 from .checkpoint import Checkpoints
 from .compiling import compile_blocks
 from .cost.flops import StepFlops, peak_tflops
@@ -89,7 +89,8 @@ class _Stage:
         self.objective = objective or build_objective(stage.objective, settings.vision, tokenizer, self.parts)
         self.processor = build_processor(settings, stage, self.parts, self.objective, tokenizer)
         self.source = build_source(settings.data.split(stage.data), image_size_of(self.parts), settings.seed)
-        self.batching = build_batching(self.source, self.processor, stage, world.size, self.workers.most)
+        joined = keeps_samples_apart(settings, stage, self.parts, world.device)
+        self.batching = build_batching(self.source, self.processor, stage, world.size, self.workers.most, joined)
         planned = self.stage.max_steps or self.batching.steps_per_epoch * self.stage.epochs
         self.checkpoints = Checkpoints(folder.checkpoints(stage.name), self.stage.keep_last, world)
         self.record = self.checkpoints.newest()
@@ -101,7 +102,7 @@ class _Stage:
         check_starts(groups, stage, planned)
         self.models = ModelWriter(settings, stage, self.parts, self.groups, self.processor, previous, world)
         freeze(self.parts, self.groups, self.stage.gradient_checkpointing)
-        if self.stage.layout == "packed":
+        if joined:
             attend_in_segments(self.parts["llm"])
         if settings.compile:
             compile_blocks(self.parts)

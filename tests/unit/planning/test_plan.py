@@ -17,6 +17,7 @@ from vlmtrain.settings import compose
 from vlmtrain.settings.locations import RECIPES
 from vlmtrain.training.cost.measuring import Meter, use_counted_attention
 from vlmtrain.training.cost.memory import States
+from vlmtrain.training.engine.zero import LEAST_BUCKET, bucket_elements
 from vlmtrain.training.trainable import freeze, trained_groups
 
 from ...conftest import run
@@ -298,3 +299,11 @@ def test_tokens_around_images_are_counted():
     frame = ["llm.new_tokens=['<a>','</a>']", "llm.image_frame=['<a>','</a>']"]
     plain, framed = (plan(*line, *more)["instruct"].tokens_per_sample for more in ([], frame))
     assert framed == plain + round(2 * compose(line).stages["instruct"].expected.images)
+
+
+def test_buckets_have_the_size_of_a_square_matrix_of_the_model():
+    """As with Hugging Face's "auto". DeepSpeed's own default, 500 million elements, takes 2 GB in fp32."""
+    with torch.device("meta"):
+        wide = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA | {"hidden_size": 5120}))
+    assert bucket_elements({"llm": wide}) == 5120 * 5120
+    assert bucket_elements({"vision": wide}) == LEAST_BUCKET

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...objectives import OBJECTIVES
 from ...settings import AUTO, Engine, Run, Stage
+from ..engine.zero import bucket_elements
 from ..optimizer import moment_bytes, parameter_groups
 from ..trainable import Group, is_frozen, part_size
 from .measuring import PartCost
@@ -62,7 +63,8 @@ class Fitting:
         share = max(1, stage.batch_size // gpus)
         least = share if OBJECTIVES[stage.objective].compares_samples else 1
         offloads = engine is not None and (engine.offload_optimizer != "none", engine.offload_parameters != "none")
-        return cls(States(*counts, *(offloads or ())), row, in_row, share, least, gpus)
+        states = States(*counts, *(offloads or ()), bucket=bucket_elements(parts))
+        return cls(states, row, in_row, share, least, gpus)
 
     def bytes(self, zero_stage: int, micro_batch_size: int, recompute: bool) -> int:
         """Peak bytes of a device at a micro-batch size."""

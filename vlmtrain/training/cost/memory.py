@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..engine.zero import BUCKET, LIVE
+from ..engine.zero import LIVE
 
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -19,7 +19,7 @@ class States:
     quantized: those of `frozen_inside` that are stored in 4 bits. packed: their bytes; unpacked: how many of them are
     dequantized at once. moments: mean bytes of a trained parameter's moments, and of its average if there is one.
     offload_optimizer, offload_parameters: whether the optimizer's states, and the weights under ZeRO-3, are in host
-    memory.
+    memory. bucket: see `bucket_elements`.
     """
 
     trained: int
@@ -32,6 +32,7 @@ class States:
     moments: float = 8
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    bucket: int = 500_000_000
 
     def bytes(self, zero_stage: int, world_size: int, activations: int = 0) -> int:
         """Peak bytes on each of `world_size` GPUs: weights, gradients, optimizer states, buffers, `activations`.
@@ -41,16 +42,16 @@ class States:
         weight = 2 if self.bf16 else 4
         inside = self.trained + self.frozen_inside - self.quantized
         held = weight * inside + self.packed
-        bucket = 4 * min(self.trained, BUCKET)
+        bucket = 4 * min(self.trained, self.bucket)
         # a bucket that holds all gradients is sent last; without ZeRO, all buckets are
-        left = 0.0 if zero_stage == 0 and not self.bf16 else 1 - min(1.0, BUCKET / max(1, self.trained))
+        left = 0.0 if zero_stage == 0 and not self.bf16 else 1 - min(1.0, self.bucket / max(1, self.trained))
         passing = max(activations, bucket + left * activations)
         if zero_stage == 0 and not self.bf16 and world_size == 1:
             passing = max(0, activations - 4 * self.trained)  # nothing is sent: gradients replace the activations
         if zero_stage == 3:
             # weights, an fp32 copy, moments and gradients are sharded; what is in use is gathered
             sharded = held + (8 + self.moments) * self.trained
-            whole = min(held, weight * LIVE) + weight * 2 * min(self.trained, BUCKET)
+            whole = min(held, weight * LIVE) + weight * 2 * min(self.trained, self.bucket)
         elif self.bf16 and zero_stage < 2:
             # DeepSpeed's bf16 optimizer keeps a step's gradients in fp32, unsharded, and copies them once
             sharded = (4 + self.moments) * self.trained
@@ -59,7 +60,7 @@ class States:
             sharded = 0
             whole = held + (4 + self.moments) * self.trained
         else:
-            gradients = self.trained if zero_stage == 1 else min(self.trained, BUCKET)
+            gradients = self.trained if zero_stage == 1 else min(self.trained, self.bucket)
             sharded = (8 + self.moments) * self.trained
             whole = held + weight * gradients
         if self.offload_optimizer and zero_stage:

@@ -21,6 +21,7 @@ from ..phases import PhaseTimer
 from ..trainable import Group, is_frozen
 from .optimizers import AVERAGE, build_optimizer
 from .state import TrainingState
+from .zero import bucket_elements
 
 # Clipping at this norm has no effect, but makes every engine report the norm.
 NO_CLIPPING = 1e9
@@ -84,7 +85,9 @@ class StageEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(None):
             self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=self._config(engine, accumulation)
+                model=module,
+                optimizer=optimizer,
+                config=self._config(engine, accumulation, bucket_elements(parts), world_size),
             )
         self.world_size = self._engine.dp_world_size
         if self._clips_itself and self.world_size == 1:
@@ -213,26 +216,29 @@ class StageEngine:
     def close(self) -> None:
         self._engine.destroy()
 
-    def _config(self, engine: Engine, accumulation: int) -> dict:
+    def _config(self, engine: Engine, accumulation: int, bucket: int, world_size: int) -> dict:
         config = {
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: row counts vary, and the loss is weighted here
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if self._clips_itself else self._max_norm,
-            "zero_optimization": {"stage": self.zero_stage},
+            "zero_optimization": {"stage": self.zero_stage, "reduce_bucket_size": bucket},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
             "bf16": {"enabled": self.dtype is torch.bfloat16},
         }
+        zero = config["zero_optimization"]
+        if self.zero_stage == 2:
+            zero["overlap_comm"] = self.device.type == "cuda" and world_size > 1
         if self.zero_stage == 3:
-            threshold = engine.parameter_persistence_threshold
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+            zero["stage3_prefetch_bucket_size"] = bucket * 9 // 10
+            zero["stage3_param_persistence_threshold"] = engine.parameter_persistence_threshold
         if self.dtype is torch.bfloat16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         offloads = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
         for option, device in offloads.items():
             if device != "none":
-                config["zero_optimization"][option] = {"device": device, "pin_memory": torch.cuda.is_available()}
+                zero[option] = {"device": device, "pin_memory": torch.cuda.is_available()}
         return config
 
 
