@@ -25,15 +25,15 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)
 class Item(NamedTuple):
     """One input of an encoder: an image, a tile of one, or the overview of an image that is also cut into tiles.
 
-    medium: index of the image. kind: ``image``, ``tile`` or ``overview``. fit: how the image is brought onto a canvas,
-    one of `vlmtrain.data.images.CANVASES`. box: the part of the canvas that is shown, as fractions
+    medium: index of the image. kind: ``image``, ``tile`` or ``overview``. fits: how the image is brought onto a canvas,
+    each one of `vlmtrain.data.images.CANVASES`. box: the part of the canvas that is shown, as fractions
     (left, top, right, bottom). times: of the frames of a video, in seconds; empty for images. pixels, grids: size in
-    pixels and in patches, one per encoder.
+    pixels and in patches. fits, pixels and grids have one value per encoder.
     """
 
     medium: int
     kind: str
-    fit: str
+    fits: tuple[str, ...]
     box: tuple[float, float, float, float]
     times: tuple[float, ...]
     pixels: tuple[Size, ...]
@@ -146,11 +146,12 @@ class Visual(NamedTuple):
     """The visual inputs of a batch.
 
     pixels: one `Pixels` per encoder, uint8 until `to` or `normalized` normalizes them by `mean_std`, the mean and
-    standard deviation of the channels. items, placements: of all samples, in reading order; both are empty for a batch
-    without images, whose pixels are a normalized stand-in, so that every rank makes the same calls. index ``(B, T)``:
-    the placement at each text position, -1 for text. texts: for a connector that reads text. cached: in a stage with
-    a feature cache; pixels are then those of the items that were not read from it. calls: number of calls of modules
-    that process one size or grid of images at a time; the same on all ranks.
+    standard deviation of the channels for each encoder. items, placements: of all samples, in reading order; both are
+    empty for a batch without images, whose pixels are normalized stand-ins, so that every rank makes the same calls.
+    index ``(B, T)``: the placement at each text position, -1 for text. texts: for a connector that reads text. cached:
+    one per encoder, None for those without a feature cache; empty if none has one. The pixels of an encoder with a
+    cache are those of the items that were not read from it. calls: number of calls of modules that process one size or
+    grid of images at a time; the same on all ranks.
 
     This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
     """
@@ -160,9 +161,9 @@ class Visual(NamedTuple):
     placements: tuple[Placement, ...]
     index: Tensor
     texts: Texts | None = None
-    cached: Cached | None = None
+    cached: tuple[Cached | None, ...] = ()
     calls: int = 1
-    mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    mean_std: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -179,9 +180,10 @@ class Visual(NamedTuple):
             return tensor.to(device, non_blocking=True)
 
         pixels, texts = tuple(_each(each, moved) for each in self.pixels), self.texts and Texts(*map(moved, self.texts))
-        cached = self.cached
-        if cached is not None and cached.features is not None:
-            cached = cached._replace(features=cached.features.to(device, non_blocking=True))
+        cached = tuple(
+            each._replace(features=each.features.to(device, non_blocking=True)) if each and each.features else each
+            for each in self.cached
+        )
         visual = self._replace(pixels=pixels, index=moved(self.index), texts=texts, cached=cached).normalized()
         if dtype is None:
             return visual
@@ -193,7 +195,7 @@ class Visual(NamedTuple):
             if any(image.dtype == torch.uint8 for each in self.pixels for image in each):
                 raise ValueError("a Visual with uint8 pixels needs mean_std, to normalize them")
             return self
-        return self._replace(pixels=tuple(normalized(each, *self.mean_std) for each in self.pixels))
+        return self._replace(pixels=tuple(normalized(each, *look) for each, look in zip(self.pixels, self.mean_std)))
 
 
 def joined(plans: Sequence[MediaPlan]) -> MediaPlan:

@@ -68,6 +68,11 @@ class PackedFeatures(NamedTuple):
 Features = VisionFeatures | PackedFeatures
 
 
+def are_several(features: Any) -> bool:
+    """Whether these are the features of several encoders, a tuple, rather than those of one."""
+    return isinstance(features, tuple | list) and not isinstance(features, Features)
+
+
 def _each(features: Features, change: Callable[[Tensor], Tensor]) -> Features:
     prefix = None if features.prefix is None else change(features.prefix)
     return features._replace(
@@ -81,8 +86,7 @@ def _dispatching(forward: Callable) -> Callable:
     @wraps(forward)
     def dispatch(self, *args, **options):
         features = args[0] if args else options.get("features")
-        several = isinstance(features, tuple | list) and not isinstance(features, Features)
-        encoders = features if several else (features,)
+        encoders = features if are_several(features) else (features,)
         if encoders and all(isinstance(encoder, PackedFeatures) for encoder in encoders):
             return self.forward_packed(*args, **options)
         return forward(self, *args, **options)

@@ -17,13 +17,14 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import PIL
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -60,19 +61,26 @@ class FeatureFiles:
     levels: int
 
     def load(
-        self, image: ImageSource, items: Sequence[Item], geometry: Geometry
+        self,
+        image: ImageSource,
+        items: Sequence[Item],
+        geometry: Geometry,
+        encoder: int = 0,
+        decode: Callable[[], Image.Image] | None = None,
     ) -> tuple[list[ItemFeatures], list[Tensor]]:
         """The items of an image, and the pixels of those without features. Raises BadSample.
 
-        An image whose items all have features is not decoded, and not opened if it is a file.
+        An image whose items all have features is not decoded, and not opened if it is a file. decode: returns the
+        decoded image; by default, ``image.load``.
         """
-        lookup = self._lookup(image, items, geometry)
+        lookup = self._lookup(image, items, geometry, encoder)
         found = [self._item(key) for key in self._keys(lookup)]
         if len(found) == len(items) and all(item.features is not None for item in found):
             return found, []
-        shown = show_items(image.load(), items, geometry.mean)
+        look = geometry.mean_std[encoder]
+        shown = show_items((decode or image.load)(), items, look[0], encoder)
         with_shape = geometry.fit == "native"
-        keys = [pixel_key(normalized(each, geometry.mean, geometry.std), with_shape) for each in shown]
+        keys = [pixel_key(normalized(each, *look), with_shape) for each in shown]
         if lookup is not None and keys != [item.key for item in found]:
             with contextlib.suppress(OSError):  # a cache that cannot be written is read
                 lookup.parent.mkdir(parents=True, exist_ok=True)
@@ -107,12 +115,12 @@ class FeatureFiles:
             return []
         return keys if all(map(_KEY.fullmatch, keys)) else []
 
-    def _lookup(self, image: ImageSource, items: Sequence[Item], geometry: Geometry) -> Path | None:
+    def _lookup(self, image: ImageSource, items: Sequence[Item], geometry: Geometry, encoder: int) -> Path | None:
         facts = _facts(image)
         if facts is None:
             return None
-        plan = [(item.fit, item.box, item.pixels[0]) for item in items]
-        look = (geometry.mean, geometry.std, geometry.fit == "native")
+        plan = [(item.fits[encoder], item.box, item.pixels[encoder]) for item in items]
+        look = (*geometry.mean_std[encoder], geometry.fit == "native")
         told = repr((_VERSION, PIL.__version__, facts, plan, look))
         name = hashlib.blake2b(told.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
         return self.root / "keys" / name[:2] / name

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,16 @@ from ..visual import WHOLE, Item, MediaPlan, Placement, Size
 from .images import FITS, MAX_ASPECT
 from .native_sizes import SIZE_RULES, SMART_RESIZE
 from .tile_styles import LLAVA_NEXT, TILE_STYLES, TileStyle
+
+
+class View(NamedTuple):
+    """How images are prepared for a further encoder, see `Geometry`. fit: None if it is that of the first encoder."""
+
+    size: Size
+    fit: str | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    patch_size: Size
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class Geometry:
     text of the template before and after each image, such as the tokens that start and end one. For ``native``:
     image_pixels, smallest and largest number of pixels; multiple: both sides are multiples of this many patches;
     connector: the configuration of the connector, which says how many tokens it makes of each grid; size_rule: of the
-    encoder, one of `SIZE_RULES`.
+    encoder, one of `SIZE_RULES`. others: of further encoders; tiles show them the same parts of the image, and
+    ``native`` the sizes at which they have the same grids.
     """
 
     size: Size
@@ -52,10 +63,13 @@ class Geometry:
     frame: tuple[str, str] = ("", "")
     tile_style: str = LLAVA_NEXT
     size_rule: str = SMART_RESIZE
+    others: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.fit not in FITS:
-            raise ValueError(f"image_fit={self.fit}: expected one of {', '.join(FITS)}")
+        object.__setattr__(self, "others", tuple(View(*view) for view in self.others))
+        for fit in (self.fit, *(view.fit for view in self.others if view.fit)):
+            if fit not in FITS:
+                raise ValueError(f"image_fit={fit}: expected one of {', '.join(FITS)}")
         if self.fit == "tiles" and not (self.tile_grids and all(min(grid) > 0 for grid in self.tile_grids)):
             raise ValueError(
                 f"image_fit=tiles needs image_tiles, a list of [rows, columns], got {list(self.tile_grids)}"
@@ -140,8 +154,23 @@ class Geometry:
         box: tuple[float, float, float, float] = WHOLE,
         pixels: Size | None = None,
     ) -> Item:
-        pixels = pixels or self.size
-        return Item(medium, kind, fit, box, (), (pixels,), () if self.patch_size is None else (self._grid(pixels),))
+        sizes = self.sizes(pixels or self.size)
+        fits = (fit, *((view.fit or fit) if self.fit == fit else fit for view in self.others))
+        patches = () if self.patch_size is None else (self.patch_size, *(view.patch_size for view in self.others))
+        grids = tuple((size[0] // patch[0], size[1] // patch[1]) for size, patch in zip(sizes, patches))
+        return Item(medium, kind, fits, box, (), sizes, grids)
+
+    def sizes(self, pixels: Size) -> tuple[Size, ...]:
+        """The size in pixels at which each encoder is shown what the first one is shown at a size."""
+        if self.fit != "native":
+            return (pixels, *(view.size for view in self.others))
+        height, width = self._grid(pixels)
+        return (pixels, *((height * view.patch_size[0], width * view.patch_size[1]) for view in self.others))
+
+    @property
+    def mean_std(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+        """Mean and standard deviation of the channels for each encoder."""
+        return ((self.mean, self.std), *((view.mean, view.std) for view in self.others))
 
     def _grid(self, pixels: Size) -> Size:
         return pixels[0] // self.patch_size[0], pixels[1] // self.patch_size[1]

@@ -373,15 +373,15 @@ def _contained(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, BLACK)
 
 
-def show_items(image: Image.Image, items: Iterable[Item], mean: tuple[float, ...]) -> list[Tensor]:
+def show_items(image: Image.Image, items: Iterable[Item], mean: tuple[float, ...], encoder: int = 0) -> list[Tensor]:
     """What an encoder is shown of an image: tensors ``(3, H, W)`` uint8, one for each of its items."""
     canvases: dict[tuple[str, tuple[int, int]], Image.Image] = {}
     shown = []
     for item in items:
-        key = item.fit, item.canvas()
+        fit, size = key = item.fits[encoder], item.canvas(encoder)
         if key not in canvases:
-            canvases[key] = fit_image(image, item.canvas(), item.fit, mean)
-        canvas, (height, width) = canvases[key], item.pixels[0]
+            canvases[key] = fit_image(image, size, fit, mean)
+        canvas, (height, width) = canvases[key], item.pixels[encoder]
         if item.box != WHOLE:
             left, top = round(item.box[0] * canvas.width), round(item.box[1] * canvas.height)
             canvas = canvas.crop((left, top, left + width, top + height))

@@ -163,8 +163,8 @@ def _work(samples: list[Sample]) -> Work:
     for sample in samples:
         patches = [math.prod(item.grids[0]) if item.grids else 0 for item in sample.tokens.media.items]
         shown += patches
-        cached = sample.cached or [None] * len(patches)
-        encoded += [count for count, found in zip(patches, cached) if found is None or found.features is None]
+        read = [all(item.features is not None for item in found) for found in zip(*sample.cached)]
+        encoded += [count for count, is_read in zip(patches, read or [False] * len(patches)) if not is_read]
     counts = [(len(each), sum(each), sum(n * n for n in each)) for each in (shown, encoded)]
     return Work(sum(len(sample.tokens) ** 2 for sample in samples), *counts[0], *counts[1])
 

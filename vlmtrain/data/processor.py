@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,24 +45,25 @@ class Sample(NamedTuple):
     """One rendered conversation and what its items show.
 
     pixels: for each encoder, one tensor ``(3, H, W)`` per item, uint8; normalized pixels in floating point are also
-    possible. texts: for a connector that reads text, the ids ``(L,)`` for each item. cached: with a feature cache, what
-    it has of each item; `pixels` are then those of the items without features. source: number of the data source.
+    possible. texts: for a connector that reads text, the ids ``(L,)`` for each item. cached: for each encoder, what its
+    feature cache has of each item, empty without one; the pixels of an encoder with a cache are those of the items
+    without features. source: number of the data source.
     """
 
     id: str
     tokens: Rendered
     pixels: tuple[tuple[Tensor, ...], ...]
     texts: tuple[Tensor, ...] = ()
-    cached: tuple[ItemFeatures, ...] = ()
+    cached: tuple[tuple[ItemFeatures, ...], ...] = ()
     source: int = 0
 
     def cut(self, tokens: Rendered) -> Sample:
         """The sample with other tokens, which end earlier, and the items that they refer to."""
         media = tokens.media.first(int(tokens.index.max()) + 1 if len(tokens) else 0)
         count = len(media.items)
-        cached = self.cached[:count]
-        with_pixels = count - sum(item.features is not None for item in cached)
-        pixels = tuple(pixels[:with_pixels] for pixels in self.pixels)
+        cached = tuple(items[:count] for items in self.cached)
+        read = [sum(item.features is not None for item in items) for items in cached] or [0] * len(self.pixels)
+        pixels = tuple(pixels[: count - found] for pixels, found in zip(self.pixels, read))
         tokens = replace(tokens, media=media)
         return self._replace(tokens=tokens, pixels=pixels, texts=self.texts[:count], cached=cached)
 
@@ -92,7 +93,7 @@ class Processor:
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
-        self.features: FeatureFiles | None = None
+        self.features: tuple[FeatureFiles | None, ...] = ()
         controls = (*geometry.frame, *geometry.view_words) if geometry else ()
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls)
         self.filler = self.renderer.filler
@@ -101,8 +102,11 @@ class Processor:
         """Convert a conversation to a training sample. Raises BadSample, naming the conversation."""
         return self.load(conversation, self.render(conversation))
 
-    def reading(self, features: FeatureFiles) -> Processor:
-        """A processor that is the same, but loads cached features instead of images."""
+    def reading(self, *features: FeatureFiles | None) -> Processor:
+        """A processor that is the same, but loads the cached features of encoders instead of images.
+
+        features: for each encoder, None without a cache.
+        """
         other = copy(self)
         other.features = features
         return other
@@ -148,20 +152,24 @@ class Processor:
         geometry, items = self.geometry, tokens.media.items
         if geometry is None:
             return Sample(conversation.id, tokens, ())
-        pixels: list[Tensor] = []
-        cached: list[ItemFeatures] = []
+        looks = geometry.mean_std
+        pixels: list[list[Tensor]] = [[] for _ in looks]
+        cached: list[list[ItemFeatures]] = [[] for _ in self.features]
         with _naming(conversation):
             for medium, image in enumerate(conversation.media):
                 shown = [item for item in items if item.medium == medium]
-                if self.features is None:
-                    pixels += show_items(image.load(), shown, geometry.mean)
-                    continue
-                found, missing = self.features.load(image, shown, geometry)
-                cached += found
-                pixels += missing
+                decode = cache(image.load)  # once for all encoders
+                for encoder, (mean, _) in enumerate(looks):
+                    files = self.features[encoder] if self.features else None
+                    if files is None:
+                        pixels[encoder] += show_items(decode(), shown, mean, encoder)
+                        continue
+                    found, missing = files.load(image, shown, geometry, encoder, decode)
+                    cached[encoder] += found
+                    pixels[encoder] += missing
         words = self.reader(conversation) if self.reader else []
         texts = tuple(words[item.medium] for item in items if words)
-        return Sample(conversation.id, tokens, (tuple(pixels),), texts, tuple(cached))
+        return Sample(conversation.id, tokens, tuple(map(tuple, pixels)), texts, tuple(map(tuple, cached)))
 
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the start of the answer."""
@@ -232,25 +240,31 @@ class Processor:
         items, placements = joined([sample.tokens.media for sample in samples])
         slots = sum(placement.slots for placement in placements)
         assert int((index >= 0).sum()) == slots, f"{int((index >= 0).sum())} image positions, but {slots} slots"
-        pixels = [image for sample in samples for image in sample.pixels[0]]
-        mean_std = self.geometry.mean, self.geometry.std
-        if any(image.is_floating_point() for image in pixels):
-            pixels = normalized(tuple(pixels), *mean_std)
         texts = [text for sample in samples for text in sample.texts]
         if not items:
-            pixels, texts = [torch.zeros(3, *self.geometry.smallest)], [self.reader.encode("")] if self.reader else []
-        native = self.geometry.fit == "native"
-        if not native:
-            pixels = torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.geometry.size, dtype=torch.uint8)
+            texts = [self.reader.encode("")] if self.reader else []
+        native, smallest = self.geometry.fit == "native", self.geometry.sizes(self.geometry.smallest)
+        pixels, cached = [], []
+        for encoder, (look, size) in enumerate(zip(self.geometry.mean_std, smallest)):
+            images = [image for sample in samples for image in sample.pixels[encoder]]
+            if any(image.is_floating_point() for image in images):
+                images = normalized(tuple(images), *look)
+            if not items:
+                images = [torch.zeros(3, *size)]
+            if not native:
+                images = torch.stack(images) if images else torch.zeros(0, 3, *size, dtype=torch.uint8)
+            pixels.append(tuple(images) if native else images)
+            found = [item for sample in samples if sample.cached for item in sample.cached[encoder]]
+            cached.append(_cached(found, native))
         return Visual(
-            (tuple(pixels) if native else pixels,),
+            tuple(pixels),
             items,
             placements,
             index,
             Texts(*pad_texts(texts)) if self.reader else None,
-            _cached([item for sample in samples for item in sample.cached], native),
+            tuple(cached) if any(cached) else (),
             max(calls, groups(items)),
-            mean_std,
+            self.geometry.mean_std,
         )
 
     @property
@@ -260,7 +274,7 @@ class Processor:
             "template": self.renderer.template,
             "fallback": self.fallback,
             "max_length": self.max_length,
-            "geometry": asdict(self.geometry) if self.geometry else None,
+            "geometry": self.geometry and _described(self.geometry),
             "reader": self.reader and {"reads": self.reader.reads, "max_length": self.reader.max_length},
             "positions": self.positions,
         }
@@ -303,6 +317,11 @@ class Processor:
             return cls(tokenizer, geometry, **settings, reader=reader)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
+
+
+def _described(geometry: Geometry) -> dict:
+    """The fields of a geometry; without further encoders, those of model folders of earlier versions."""
+    return {key: value for key, value in asdict(geometry).items() if key != "others" or value}
 
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -149,8 +149,13 @@ class Reader:
         if calls:
             if len(self.blanks) > MOST_BLANKS:
                 self.blanks = {size: self.blanks[size] for size in set(sizes) & self.blanks.keys()}
-            pixels = [torch.zeros(3, *size, dtype=self.dtype, device=self.world.device) for size in missing or sizes]
-            gray = visual._replace(pixels=(tuple(pixels) if self.is_native else torch.stack(pixels),), calls=calls)
+            shown = map(self.processor.geometry.sizes, missing or sizes)
+            each = [
+                [torch.zeros(3, *size, dtype=self.dtype, device=self.world.device) for size in column]
+                for column in zip(*shown)
+            ]
+            pixels = tuple(tuple(images) if self.is_native else torch.stack(images) for images in each)
+            gray = visual._replace(pixels=pixels, calls=calls)
             self.blanks |= zip(missing, rows_of(self.model.encode(gray)))
         return [self.blanks[size] for size in sizes]
 

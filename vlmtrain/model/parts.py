@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..connectors import CONNECTORS, build_connector
+from ..connectors.in_turn import ConnectorsInTurn
 from ..errors import first_line
 from ..files import read_object
 from .folder import MANIFEST, check_files, read_manifest
@@ -31,7 +32,7 @@ from .tiled import TiledConnector
 from .vision import VisionEncoder, load_vision, read_description, vision_from
 
 PARTS = ("vision", "connector", "fusion", "llm")
-FIXED = ("in_dim", "out_dim", "input_grid", "newline")  # what a connector joins, not options of it
+FIXED = ("in_dim", "out_dim", "input_grid", "grids", "newline")  # what a connector joins, not options of it
 
 
 def make_connector(
@@ -48,11 +49,21 @@ def make_connector(
     be cut into tiles.
     """
     several = CONNECTORS[name].several_encoders if name in CONNECTORS else False
+    width = list(vision.width) if isinstance(vision.width, tuple) else vision.width
+    in_turn = {}
+    if vision.join == "separate" and not several:
+        able = ", ".join(known for known, found in CONNECTORS.items() if found.several_encoders)
+        raise ValueError(f"vision.join=separate needs a connector that takes several encoders ({able}), got {name}")
+    if vision.join == "tokens":
+        if several:
+            raise ValueError(f"vision.join=tokens needs a connector for one encoder, got {name}: use join=separate")
+        in_turn = {"grids": [list(encoder.grid) for encoder in vision.encoders.values()]}
     arguments = {
         "name": name,
-        "in_dim": [vision.width] if several else vision.width,
+        "in_dim": [width] if several and isinstance(width, int) else width,
         "out_dim": None if llm is None else hidden_width(llm),
         "input_grid": list(vision.grid),
+        **in_turn,
         **options,
         **({"newline": True} if newline and llm is not None else {}),
     }
@@ -64,8 +75,14 @@ def make_connector(
 def connector_from(arguments: dict) -> nn.Module:
     """Build the connector that a `config` describes, with new weights."""
     listed = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    newline = listed.pop("newline", False)
-    connector = build_connector(**listed)
+    newline, grids = listed.pop("newline", False), listed.pop("grids", None)
+    if grids is None:
+        connector = build_connector(**listed)
+    else:
+        each = zip(listed.pop("in_dim"), grids, strict=True)
+        listed.pop("input_grid")
+        own = [build_connector(**listed, in_dim=width, input_grid=tuple(grid)) for width, grid in each]
+        connector = ConnectorsInTurn(own, grids)
     connector.config = {key: value for key, value in arguments.items() if key != "newline"}
     return TiledConnector(connector) if newline else connector
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..connectors import Features
+from ..connectors.base import are_several
 from ..tiling import Tiles, kept_grid, shown_part
 from ..visual import Placement
 
@@ -55,7 +56,8 @@ class TiledConnector(nn.Module):
         if not any(placement.tiles for placement in placements):
             tokens = tokens + 0.0 * self.newline  # keeps the newline in the graph, as on ranks whose batch has tiles
         else:
-            grid = self.connector.output_grid(*features.patches.shape[1:3])
+            first = features[0] if are_several(features) else features
+            grid = self.connector.output_grid(*first.patches.shape[1:3])
             tokens = _joined(tokens, self.newline, placements, grid)
             levels = tuple(_joined(level, torch.zeros_like(self.newline), placements, grid) for level in levels)
         return (tokens, levels) if levels else tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import Cache
 
 from ..batch import Batch
 from ..connectors import Connector, Features, PackedFeatures
+from ..connectors.base import are_several
 from ..visual import Visual
 from .attention import attention_arguments, check_attention
 from .deep_levels import at_prefill, receive_levels
@@ -54,14 +56,15 @@ class VLMWrapper(nn.Module):
                 )
             receive_levels(llm, self.fusion.num_added(connector.num_added))
 
-    def encode(self, visual: Visual) -> Features:
-        """The encoder's features of the images of a batch."""
-        return self.vision.encode(visual.normalized().pixels[0], visual.calls)
+    def encode(self, visual: Visual, known: Sequence[Features | None] | None = None) -> Features | tuple[Features, ...]:
+        """The encoder's features of the images of a batch. known: see `VisionEncoder.encode_all`."""
+        given = {} if known is None else {"known": known}
+        return self.vision.encode_all(visual.normalized().pixels, visual.calls, **given)
 
-    def connect(self, features: Features, visual: Visual) -> VisualTokens:
+    def connect(self, features: Features | tuple[Features, ...], visual: Visual) -> VisualTokens:
         """The visual tokens of the placements of a batch, from the encoder's features of its items."""
         options = {}
-        if isinstance(features, PackedFeatures):
+        if isinstance(features[0] if are_several(features) else features, PackedFeatures):
             options["calls"] = visual.calls
         if visual.texts is not None:
             options |= {"text_ids": visual.texts.ids, "text_mask": visual.texts.mask}
@@ -82,7 +85,8 @@ class VLMWrapper(nn.Module):
     def embed(self, input_ids: Tensor, visual: Visual | None, features: Features | None = None) -> Fused:
         """Map token ids ``(B, T)`` and what is shown beside them to the language model's input.
 
-        features: the encoder's features of the items, if they were computed elsewhere.
+        features: the encoder's features of the items, if they were computed elsewhere. Of several encoders, those with
+        None are computed here.
         """
         text = self.llm.get_input_embeddings()(input_ids)
         if self.connector is None:
@@ -90,7 +94,10 @@ class VLMWrapper(nn.Module):
             return Fused(text)
         if visual is None:
             raise ValueError("the batch has no visual: its processor was built for a model without an encoder")
-        features = self.encode(visual) if features is None else features
+        if features is None:
+            features = self.encode(visual)
+        elif are_several(features) and any(each is None for each in features):
+            features = self.encode(visual, features)
         fused = self.fusion(text, self.connect(features, visual), visual)
         expected = self.fusion.num_added(self.connector.num_added)
         if len(fused.added) != expected:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .composition import compose, compose_evaluation, compose_model, flatten, import_modules
 from .fields import AUTO
-from .run import LLM, Engine, Features, Run, Validation, Vision, read_run
+from .run import LLM, Engine, Features, Run, SeveralOptions, Validation, Vision, read_run
 from .stage import STAGE_PARTS, Expected, LoRA, Pattern, Stage
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LoRA",
     "Pattern",
     "Run",
+    "SeveralOptions",
     "Stage",
     "Validation",
     "Vision",

@@ -49,7 +49,7 @@ OWN_KEYS = {
     },
 }
 """Keys of choices that a module registers, besides their options."""
-OPEN_MAPPINGS = re.compile(r"stages\.\w+\.(lora|connector_options)[.=]")
+OPEN_MAPPINGS = re.compile(r"(stages\.\w+\.(lora|connector_options)|vision\.encoders)[.=]")
 SPLIT = re.compile(r"data\.(?!columns$)\w+")
 MODEL_STAGE = "build_model"  # names the only stage of `compose_model` in messages
 MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
@@ -95,10 +95,15 @@ def register_choices(overrides: Sequence[str]) -> None:
     for group, registry in REGISTRIES.items():
         for name in registry:
             if not (CONFIGS / group / f"{name}.yaml").exists():
-                options = registry.options(name)
-                required = {option: OPEN for option, default in options.items() if default is inspect.Parameter.empty}
-                common = {"provider" if group in OWN_KEYS else "name": name, **OWN_KEYS.get(group, {})}
-                ConfigStore.instance().store(group=group, name=name, node={**common, **options, **required})
+                ConfigStore.instance().store(group=group, name=name, node=_defaults(group, name))
+
+
+def _defaults(group: str, name: str) -> dict[str, Any]:
+    """The keys of a registered part without a YAML file, with their defaults."""
+    options = REGISTRIES[group].options(name)
+    required = {option: OPEN for option, default in options.items() if default is inspect.Parameter.empty}
+    common = {"provider" if group in OWN_KEYS else "name": name, **OWN_KEYS.get(group, {})}
+    return {**common, **options, **required}
 
 
 def with_mini(overrides: Sequence[str]) -> list[str]:
@@ -113,12 +118,17 @@ def with_mini(overrides: Sequence[str]) -> list[str]:
 def _with_open_mappings(overrides: Sequence[str]) -> Iterator[str]:
     """Adapt overrides of mappings with arbitrary keys to Hydra, which merges mappings of known keys.
 
-    With ``++``, they can add keys. A data split is set to null first, so that it has only the sources of the override.
+    With ``++``, they can add keys. A data split, and the encoders, are set to null first, so that they have only what
+    the override has.
     """
     for override in overrides:
         key, _, value = override.partition("=")
         split = key.lstrip("+")
-        if SPLIT.fullmatch(split) and value.startswith("{") and not _parsed([override])[0].is_sweep_override():
+        if (
+            (SPLIT.fullmatch(split) or split == "vision.encoders")
+            and value.startswith("{")
+            and not _parsed([override])[0].is_sweep_override()
+        ):
             yield f"{'++' * key.startswith('+')}{split}=null"
         yield f"++{override}" if OPEN_MAPPINGS.match(override) else override
 
@@ -251,7 +261,27 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
             suffix = "-mini" if settings.mini else ""
             apart = _swept(hydra, settings.name, settings.connector.name)
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{apart}"
+    _complete_encoders(settings)
     return _plain(settings, left_open_by="the recipe" if must_be_complete else None)
+
+
+def _complete_encoders(settings: DictConfig) -> None:
+    """Give each of several encoders the defaults of its provider, a choice of the group ``vision``."""
+    encoders = settings.vision.get("encoders")
+    if settings.vision.get("provider") != "several" or not isinstance(encoders, DictConfig):
+        return
+    with open_dict(settings):
+        for name, given in encoders.items():
+            choice = given.get("provider") if isinstance(given, DictConfig) else None
+            file = CONFIGS / "vision" / f"{choice}.yaml"
+            if choice == "several" or (choice not in ENCODERS and not file.exists()):
+                known = ", ".join(
+                    sorted({*ENCODERS, *(each.stem for each in file.parent.glob("*.yaml"))} - {"several"})
+                )
+                raise ValueError(f"vision.encoders.{name}.provider={choice}: expected one of {known}")
+            defaults = OmegaConf.load(file) if file.exists() else OmegaConf.create(_defaults("vision", choice))
+            own = {key: value for key, value in given.items() if key != "provider"}
+            encoders[name] = OmegaConf.merge(defaults, own)
 
 
 def _plain(settings: DictConfig, left_open_by: str | None) -> dict[str, Any]:

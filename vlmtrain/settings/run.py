@@ -13,6 +13,7 @@ from ..errors import nearest
 from ..model.fusion import CONCATENATION, FUSIONS
 from ..model.llm import LANGUAGE_MODELS
 from ..model.vision import ENCODERS
+from ..model.vision.several import JOINS, LOOKS
 from ..registry import Registry
 from .data import PURPOSES, DataGroup, read_data
 from .fields import (
@@ -24,6 +25,7 @@ from .fields import (
     TEXT,
     WORDS,
     Kind,
+    by_name,
     key,
     list_of,
     number,
@@ -235,7 +237,65 @@ class OwnLLM:
     is_pretrained: ClassVar[bool] = True
 
 
-Vision = OpenClipOptions | HFVisionOptions | OwnEncoder
+class EncoderOfSeveral(NamedTuple):
+    """One of several encoders: the keys of its provider, and those of `LOOKS` that are set."""
+
+    options: OpenClipOptions | HFVisionOptions | OwnEncoder
+    look: Mapping[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**self.options.arguments, **self.look}
+
+
+def _encoder(value: Mapping, name: str) -> EncoderOfSeveral:
+    kinds = {"image_fit": optional(one_of("squash", "pad", "crop")), **dict.fromkeys(LOOKS[1:], optional(_CHANNELS))}
+    look = {key: kinds[key](value[key], f"{name}.{key}") for key in LOOKS if value.get(key) is not None}
+    mine = LOOKS[:1] if value.get("provider") == "hf" else LOOKS
+    own = {key: each for key, each in value.items() if key not in mine}
+    return EncoderOfSeveral(_by_provider(ENCODERS, OwnEncoder, **_ENCODERS)(own, name), MappingProxyType(look))
+
+
+@dataclass(frozen=True)
+class SeveralOptions:
+    """Several vision encoders, whose features are joined."""
+
+    provider: str = key(one_of("several"))
+    # by name, in the order of their features
+    encoders: Mapping[str, EncoderOfSeveral] = key(
+        by_name(Kind("a mapping with a provider", MAPPING.fits, _encoder), "{NAME: {provider: PROVIDER, ...}, ...}")
+    )
+    join: str = key(one_of(*JOINS))  # channels, tokens (a connector for each) or separate (a connector reads several)
+    # of join=channels: name of the encoder whose grid it is, or [height, width]; null: all have the same
+    grid: str | tuple[int, int] | None = key(
+        Kind(
+            "null, the name of an encoder, or [height, width]",
+            lambda value: isinstance(value, str) or (not isinstance(value, int) and IMAGE_SIZE.fits(value)),
+            lambda value, key: value if value is None or isinstance(value, str) else tuple(value),
+        )
+    )
+    align_corners: bool = key(SWITCH)  # of the bilinear resizing to the grid
+    path: ClassVar[None] = None
+    name: ClassVar[None] = None
+    pretrained: ClassVar[None] = None
+    model_config: ClassVar[None] = None
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return any(each.options.trust_remote_code for each in self.encoders.values())
+
+    @property
+    def is_pretrained(self) -> bool:
+        return all(each.options.is_pretrained for each in self.encoders.values())
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `vlmtrain.model.vision.build_vision`."""
+        return {**vars(self), "encoders": {name: each.arguments for name, each in self.encoders.items()}}
+
+
+_ENCODERS = {"open_clip": OpenClipOptions, "hf": HFVisionOptions}
+Vision = OpenClipOptions | HFVisionOptions | OwnEncoder | SeveralOptions
 LLM = TinyLLM | HFLLM | OwnLLM
 
 
@@ -315,7 +375,7 @@ class Run:
     wandb_model: bool = key(SWITCH)  # upload the model folder of each stage
     features: Features = key(section(Features))
     validation: Validation = key(section(Validation))
-    vision: Vision = key(_by_provider(ENCODERS, OwnEncoder, open_clip=OpenClipOptions, hf=HFVisionOptions))
+    vision: Vision = key(_by_provider(ENCODERS, OwnEncoder, several=SeveralOptions, **_ENCODERS))
     connector: Choice = key(_by_name(CONNECTORS))
     fusion: Choice = key(_by_name(FUSIONS))
     llm: LLM = key(_by_provider(LANGUAGE_MODELS, OwnLLM, tiny=TinyLLM, hf=HFLLM))

@@ -30,9 +30,9 @@ from ..model.parts import PARTS, load_part, make_connector, part_skeleton
 from ..model.rotary import use_multimodal_rotary
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
-from ..model.vision import VisionEncoder, build_vision, vision_from
+from ..model.vision import SeveralVision, VisionEncoder, build_vision, vision_from
 from ..objectives import build_objective
-from ..settings import STAGE_PARTS, Run, Stage, Vision
+from ..settings import STAGE_PARTS, Run, SeveralOptions, Stage, Vision
 from ..settings.locations import CONFIGS
 from .adapters import add_adapters
 from .handover import take_over
@@ -160,6 +160,14 @@ def published_llm(path: str) -> dict | None:
     return _published("published_llms.yaml", path)
 
 
+def _vision_skeleton(options: Vision) -> VisionEncoder:
+    if isinstance(options, SeveralOptions):
+        encoders = {name: _vision_skeleton(each.options) for name, each in options.encoders.items()}
+        looks = {name: each.look for name, each in options.encoders.items()}
+        return SeveralVision(encoders, options.join, options.grid, options.align_corners, looks)
+    return _published_encoder(options) or build_vision(**options.arguments, weights=False)
+
+
 def _published_encoder(options: Vision) -> VisionEncoder | None:
     """The architecture of a vision tower used in recipes, if it is available without the hub."""
     known = _published("published_encoders.yaml", options.path)
@@ -184,8 +192,7 @@ def _build(
     weights: bool = True,
 ) -> nn.Module:
     if part == "vision":
-        published = None if weights else _published_encoder(run.vision)
-        return published.to(dtype) if published else build_vision(**run.vision.arguments, dtype=dtype, weights=weights)
+        return build_vision(**run.vision.arguments, dtype=dtype) if weights else _vision_skeleton(run.vision).to(dtype)
     if part == "llm":
         llm = run.llm
         if llm.provider == "tiny":

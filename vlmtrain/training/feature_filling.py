@@ -66,10 +66,10 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     workers = Workers(run.workers).count
     batching = build_batching(source, processor, stage, 1, workers)
     steps = min(stage.max_steps or batching.steps_per_epoch, batching.steps_per_epoch)
-    encoder = _encoder(run, stage, tokenizer)
-    cache = FeatureCache.of(run.features, encoder, state_hash(module_state(encoder)))
-    device = next(encoder.parameters()).device
-    stream = StepStream(batching, source, processor.reading(cache.files), 0, 1, 0, steps)
+    encoders = _encoder(run, stage, tokenizer).encoders.values()
+    caches = [FeatureCache.of(run.features, encoder, state_hash(module_state(encoder))) for encoder in encoders]
+    device, dtype = next(next(iter(encoders)).parameters()).device, caches[0].dtype
+    stream = StepStream(batching, source, processor.reading(*(cache.files for cache in caches)), 0, 1, 0, steps)
     loader = step_loader(stream, workers, pin_memory=device.type == "cuda")
     problems: list[str] = []
     with (
@@ -78,12 +78,12 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     ):
         for data in loader:
             for batch in data.micro_batches:
-                visual = batch.visual.to(device, cache.dtype)
-                if visual.cached is not None:
-                    cache(visual.pixels[0], visual.cached)
+                visual = batch.visual.to(device, dtype)
+                for cache, pixels, cached in zip(caches, visual.pixels, visual.cached):
+                    cache(pixels, cached)
             problems += [bad.problem for bad in data.bad]
             bar.update()
-    return Filled(cache.hits, cache.misses, problems)
+    return Filled(sum(cache.hits for cache in caches), sum(cache.misses for cache in caches), problems)
 
 
 def _encoder(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> VisionEncoder:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from ..connectors import Connector
 from ..connectors.checks import GridError
 from ..data.connector_text import TextReader, text_vocabulary
-from ..data.processor import Geometry, Processor
+from ..data.geometry import Geometry, View
+from ..data.processor import Processor
 from ..model.llm import load_tokenizer, max_positions
 from ..model.rotary import positions_of
 from ..model.vision import VisionEncoder
@@ -140,7 +141,8 @@ def build_geometry(
     if shows:
         counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
         tokens, grid, framed_grid = (count(*vision.grid) for count in counts)
-    fit, multiple = stage.image_fit, math.lcm(vision.multiple, connector.multiple if shows else 1)
+    first, *others = _views(vision, stage)
+    fit, multiple = first.fit or stage.image_fit, math.lcm(vision.multiple, connector.multiple if shows else 1)
     geometry = Geometry(
         vision.image_size,
         fit,
@@ -157,10 +159,26 @@ def build_geometry(
         frame=frame if shows else ("", ""),
         tile_style=stage.image_tile_style,
         size_rule=vision.size_rule,
+        others=tuple(others),
     )
     if fit == "native":
         _check_native(geometry, stage, vision)
     return geometry
+
+
+def _views(vision: VisionEncoder, stage: Stage) -> list[View]:
+    """How the images are prepared for each encoder. Raises ValueError for an image_fit that a stage cannot follow."""
+    fits = {name: look.get("image_fit") for name, look in getattr(vision, "looks", {}).items()}
+    for name, fit in fits.items():
+        if fit is not None and stage.image_fit in ("tiles", "native"):
+            raise ValueError(
+                f"vision.encoders.{name}.image_fit={fit}: with {stage.prefix}.image_fit={stage.image_fit}, all "
+                "encoders see the same parts of an image; leave it null"
+            )
+    return [
+        View(each.image_size, fits.get(name), each.image_mean, each.image_std, each.patch_size)
+        for name, each in vision.encoders.items()
+    ]
 
 
 def _check_native(geometry: Geometry, stage: Stage, vision: VisionEncoder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,15 @@ from .trainable import Group, part_size
 
 
 class Hashes(NamedTuple):
-    """SHA-256 of a part's complete state, and of its trained and frozen tensors separately."""
+    """SHA-256 of a part's complete state, and of its trained and frozen tensors separately.
+
+    encoders: of the state of each encoder of the part ``vision``, by name.
+    """
 
     whole: str
     trained: str
     frozen: str
+    encoders: Mapping[str, str] = MappingProxyType({})
 
 
 def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group]) -> Hashes:
@@ -26,6 +31,20 @@ def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence
 
     If a part trains, its buffers count as trained.
     """
+    found = _part_hashes(module, state, groups)
+    encoders = getattr(module, "encoders", {})
+    if len(encoders) < 2:
+        return found._replace(encoders=dict.fromkeys(encoders, found.whole))
+    within = {name: {key: state[key] for key in state if key.startswith(f"{name}.")} for name in encoders}
+    return found._replace(
+        encoders={
+            name: state_hash({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()})
+            for name, own in within.items()
+        }
+    )
+
+
+def _part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group]) -> Hashes:
     rows = {name: group.rows for group in groups for name in group.names}
     parameters = {name for name, _ in module.named_parameters()}
     moves = {name for name in state if name in rows or (rows and name not in parameters)}
@@ -62,4 +81,12 @@ def part_summary(name: str, module: nn.Module, groups: Sequence[Group], before: 
         "learning_rate": rates.get(name) if set(rates) <= {name} else rates,
         "sha256_before": before.whole,
         "sha256_after": after.whole,
+        **({"encoders": _encoders(before, after)} if len(before.encoders) > 1 else {}),
+    }
+
+
+def _encoders(before: Hashes, after: Hashes) -> dict[str, dict]:
+    return {
+        name: {"trained": after.encoders[name] != sha256, "sha256_before": sha256, "sha256_after": after.encoders[name]}
+        for name, sha256 in before.encoders.items()
     }

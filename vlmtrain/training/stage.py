@@ -40,7 +40,7 @@ from .stage_report import shown_samples, training_table
 from .stage_validation import StageValidation
 from .step import StepRunner
 from .tracking import Trackers
-from .trainable import check_starts, freeze, groups_of, is_frozen, trained_groups
+from .trainable import check_starts, freeze, frozen_encoders, groups_of, trained_groups
 from .watch import Watch
 from .workers import Workers
 
@@ -135,7 +135,7 @@ class _Stage:
             self.world.device,
             self.world.size,
         )
-        engine.feature_cache = self._feature_cache(before)
+        engine.feature_caches = self._feature_caches(before)
         record = self.record
         self._check_start({part: found.whole for part, found in before.items()})
         self.checkpoints.load(record, engine.training_state)
@@ -168,12 +168,13 @@ class _Stage:
                     f"{now[part][:16]}): restore the original files, or set another run_dir"
                 )
 
-    def _feature_cache(self, hashes: dict[str, Hashes]) -> FeatureCache | None:
-        """The feature cache, if it is enabled and the stage has a frozen encoder."""
-        options = self.settings.features
-        if options.cache == "off" or "vision" not in self.parts or not is_frozen("vision", self.groups):
-            return None
-        return FeatureCache.of(options, self.parts["vision"], hashes["vision"].whole)
+    def _feature_caches(self, hashes: dict[str, Hashes]) -> dict[str, FeatureCache]:
+        """The feature caches of the frozen encoders, if they are enabled."""
+        options, vision = self.settings.features, self.parts.get("vision")
+        if options.cache == "off" or vision is None:
+            return {}
+        frozen, known = frozen_encoders(vision, self.groups), hashes["vision"].encoders
+        return {name: FeatureCache.of(options, vision.encoders[name], known[name]) for name in frozen}
 
     def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, trackers: Trackers) -> None:
         first, total, record = self.record["step"], self.total_steps, self.record
@@ -190,7 +191,7 @@ class _Stage:
         peak = self.settings.device_tflops or peak_tflops(self.world.device, engine.dtype)
         options = (engine, self.objective, *shared, *options, peak)
         runner = StepRunner(self.name, self.settings.seed, skips_bad, *options)
-        steps = self._steps(first, record.get("cursor"), engine.feature_cache)
+        steps = self._steps(first, record.get("cursor"), engine.feature_caches)
         if not validation.on_schedule(engine, total, scores, trackers):
             raise Stopped(f"{self.name}: stopped during validation; run the same command to resume")
         if validation.ends_early:  # by the validation of the step after which the run was stopped
@@ -226,7 +227,7 @@ class _Stage:
                     logger.info(f"{self.name}: ends after step {step + 1}: {validation.ends_early}")
                 break
             if step + 1 < self.end and self._needs_workers(values):
-                steps = self._steps(step + 1, data.cursor, engine.feature_cache)
+                steps = self._steps(step + 1, data.cursor, engine.feature_caches)
         for closing in filter(None, (metrics, scores, bad_steps, progress)):
             closing.close()
 
@@ -278,9 +279,12 @@ class _Stage:
         every = self.stage.save_every
         return not self.bad_steps.in_a_row and (bool(every and step % every == 0) or is_late)
 
-    def _steps(self, first: int, cursor: dict | None, cache: FeatureCache | None) -> Iterator[StepData]:
+    def _steps(self, first: int, cursor: dict | None, caches: dict[str, FeatureCache]) -> Iterator[StepData]:
         ranks = (self.world.rank, self.world.size)
-        processor = self.processor if cache is None else self.processor.reading(cache.files)
+        processor = self.processor
+        if caches:
+            found = (caches.get(name) for name in self.parts["vision"].encoders)
+            processor = processor.reading(*(cache and cache.files for cache in found))
         stream = StepStream(self.batching, self.source, processor, *ranks, first, self.total_steps, cursor)
         return step_loader(stream, self.workers.count, pin_memory=self.world.device.type == "cuda")
 
@@ -324,7 +328,7 @@ class _Stage:
             "stage": self.name,
             "steps": self.total_steps,
             "seconds": self.record["seconds"],
-            "feature_cache": self._cache_use(engine.feature_cache),
+            "feature_cache": self._cache_use(engine.feature_caches),
             "skipped_samples": self.skips.skipped,
             "skipped_steps": self.bad_steps.skipped,
             "loss_spikes": self.bad_steps.spikes,
@@ -375,9 +379,10 @@ class _Stage:
             benchmarks = Benchmarks(options.lmms_eval, options.batch_size, options.final_samples)
             return benchmarks.scores(engine.model, self.processor, self.world)
 
-    def _cache_use(self, cache: FeatureCache | None) -> dict | None:
-        """Number of images that were and were not in the cache, summed over ranks."""
-        if cache is None:
+    def _cache_use(self, caches: dict[str, FeatureCache]) -> dict | None:
+        """Number of images that were and were not in the caches of encoders, summed over ranks."""
+        if not caches:
             return None
-        hits, misses = self.world.sum([cache.hits, cache.misses])
+        counts = [(cache.hits, cache.misses) for cache in caches.values()]
+        hits, misses = self.world.sum([sum(column) for column in zip(*counts)])
         return {"hits": int(hits), "misses": int(misses)}

@@ -61,6 +61,17 @@ def is_frozen(part: str, groups: Sequence[Group]) -> bool:
     return not groups_of(part, groups)
 
 
+def frozen_encoders(vision: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """Names of the encoders of the part ``vision`` of which nothing trains in `groups`."""
+    trained = [name for group in groups_of("vision", groups) for name in group.names]
+    return [name for name in vision.encoders if not _within(name, trained)]
+
+
+def _within(encoder: str, names: Sequence[str]) -> list[str]:
+    """The names of parameters that belong to an encoder of the part ``vision``; without a name, all of them."""
+    return [name for name in names if not encoder or name.startswith(f"{encoder}.")]
+
+
 def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
     """The parameters that a stage trains. If several patterns match a parameter, the first one applies.
 
@@ -139,10 +150,12 @@ def _by_depth(entry: Pattern, names: list[str], module: nn.Module) -> list[Group
     decay, facts = entry.layer_decay, (entry.match, entry.part, entry.lr)
     if decay is None:
         return [Group(*facts, 1.0, tuple(names))]
-    path, count = block_list(module)
+    encoder = _encoder_of(entry.match, module, "groups")
+    path, count = block_list(module.encoders[encoder] if encoder else module)
+    path = f"{encoder}.{path}" if encoder else path
     by_depth: dict[int, list[str]] = {}
     seen_blocks = False
-    for name, _ in module.named_parameters():
+    for name in _within(encoder, [name for name, _ in module.named_parameters()]):
         inside = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
         seen_blocks = seen_blocks or inside is not None
         if name in names:
@@ -153,9 +166,13 @@ def _by_depth(entry: Pattern, names: list[str], module: nn.Module) -> list[Group
 
 def _pattern(match: str, module: nn.Module, key: str) -> str:
     """Convert a pattern to a regular expression over the part's parameter names."""
-    _, _, rest = match.partition(".")
+    part, _, rest = match.partition(".")
     if not rest:
         return ".*"
+    encoder = _encoder_of(match, module, key)
+    if encoder:
+        own = _pattern(part + rest.removeprefix(encoder), module.encoders[encoder], key)
+        return rf"{re.escape(encoder)}\.{own}"
     found = re.fullmatch(r"(?:blocks|layers)(?:\[(?P<slice>-?\d*(?::-?\d*)?)\])?(?P<tail>\..*)?", rest)
     if not found:
         return _glob(rest) + r"(?:\..*)?"
@@ -174,6 +191,23 @@ def _pattern(match: str, module: nn.Module, key: str) -> str:
     return rf"{re.escape(path)}\.(?:{numbers}){_glob(found['tail'] or '')}(?:\..*)?"
 
 
+def _encoder_of(match: str, module: nn.Module, key: str) -> str:
+    """The encoder that a pattern names, of several; an empty string if the part is not several encoders.
+
+    Raises ValueError for blocks or layer decay of several encoders, which have blocks of their own.
+    """
+    encoders = getattr(module, "encoders", {})
+    first = match.split(".")[1] if "." in match else ""
+    if len(encoders) < 2 or first in encoders:
+        return first if len(encoders) > 1 else ""
+    if re.match(r"(blocks|layers)\b", first) or key == "groups":
+        names = ", ".join(encoders)
+        raise ValueError(
+            f"{key}.match={match}: name one of the encoders ({names}), as in vision.{next(iter(encoders))}"
+        )
+    return ""
+
+
 def _glob(text: str) -> str:
     return ".*".join(map(re.escape, text.split("*")))
 
@@ -189,6 +223,9 @@ def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: b
                 for name in group.names:
                     _train_rows(module.get_parameter(name), group.rows)
         module.train(bool(trained))
+        if part == "vision":
+            for name, encoder in module.encoders.items():
+                encoder.train(bool(_within(name, [*trained])))
         if checkpointing and part == "llm":
             # Activations are recomputed only in training mode, which does not affect a frozen model without dropout.
             module.activation_checkpointing_enable({"use_reentrant": False})

@@ -95,7 +95,7 @@ def test_cached_features_cost_nothing():
     freeze(parts, groups, checkpointing=False)
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective])
     flops = StepFlops(parts, groups, stage, geometry)
-    vision = costs.measure_views(parts, groups, stage, 1, geometry.size)["vision"].all_flops
+    vision = costs.measure_views(parts, groups, stage, 1, [geometry.size])["vision"].all_flops
     patches = math.prod(parts["vision"].grid)
     shown = Work(0, 3, 3 * patches, 3 * patches**2)
     everything = shown._replace(encoded=3, encoded_patches=3 * patches, encoded_squared_patches=3 * patches**2)

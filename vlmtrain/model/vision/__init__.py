@@ -17,8 +17,12 @@ from ...registry import Registry
 from .base import VisionEncoder
 from .hugging_face import NATIVE, HFVision
 from .open_clip import OpenClipVision
+from .several import SeveralVision
 
-BUILT_IN = {"open_clip": OpenClipVision, "hf": HFVision, **{found.provider: found for found in NATIVE.values()}}
+BUILT_IN = {
+    **{"open_clip": OpenClipVision, "hf": HFVision, "several": SeveralVision},
+    **{found.provider: found for found in NATIVE.values()},
+}
 REQUIRED = ("image_size", "patch_size", "width", "num_blocks", "image_mean", "image_std", "layer", "levels")
 COMMON = ("image_size", "layer", "levels", "weights", "dtype")
 ENCODERS: Registry[VisionEncoder] = Registry("vision", VisionEncoder, BUILT_IN, builder="build", fixed=COMMON)
@@ -77,6 +81,7 @@ __all__ = [
     "ENCODERS",
     "HFVision",
     "OpenClipVision",
+    "SeveralVision",
     "VisionEncoder",
     "build_vision",
     "describe_vision",

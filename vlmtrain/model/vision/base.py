@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...connectors import Features, PackedFeatures, VisionFeatures
+from ...connectors.base import are_several
 from ...errors import first_line
 from ...files import read_object
 from ...visual import Pixels, Size
@@ -26,8 +27,9 @@ class VisionEncoder(nn.Module):
     layer: which hidden state is returned, as in Hugging Face's ``hidden_states[layer]``, where 1 is the output of
     the first block and -1 that of the last block (before any final norm); levels: additional layers, shallow to deep,
     for connectors that read several. multiple: both sides of a grid must be multiples of it. size_rule: how
-    images of their own sizes are rounded, a name in `vlmtrain.data.native_sizes`. provider, options: name
-    under which the class is registered, and the options with which it was built; set by `build_vision`.
+    images of their own sizes are rounded, a name in `vlmtrain.data.native_sizes`. join: how the features of several
+    encoders are joined; None for one. provider, options: name under which the class is registered, and the options with
+    which it was built; set by `build_vision`.
 
     A subclass sets image_size, patch_size, width, num_blocks, image_mean and image_std (of pixels in [0, 1]), calls
     `set_layers`, and implements `build` and `forward`, which may use `as_features`. If it does not interpolate its
@@ -37,12 +39,13 @@ class VisionEncoder(nn.Module):
     provider: str = ""
     image_size: Size
     patch_size: Size
-    width: int
+    width: int | tuple[int, ...]
     layer: int
     levels: list[int]
     num_blocks: int
     multiple: int = 1
     size_rule: str = "smart_resize"
+    join: str | None = None
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     options: Mapping[str, Any] = MappingProxyType({})
@@ -64,6 +67,11 @@ class VisionEncoder(nn.Module):
         sizes or to load others. Raises ValueError for options that do not fit.
         """
         raise NotImplementedError
+
+    @property
+    def encoders(self) -> dict[str, VisionEncoder]:
+        """The encoders by name; this one alone, without a name, unless it holds several."""
+        return {"": self}
 
     @property
     def grid(self) -> Size:
@@ -187,6 +195,15 @@ class VisionEncoder(nn.Module):
             features = features._replace(patches=features.patches + zero)
         return features
 
+    def encode_all(
+        self, pixels: Sequence[Pixels], calls: int = 1, known: Sequence[Features | None] = (None,)
+    ) -> Features | tuple[Features, ...]:
+        """What the connector reads of the images: the features of all encoders, joined.
+
+        pixels: for each encoder. calls: see `encode`. known: for each encoder, its features if they are known.
+        """
+        return self.encode(pixels[0], calls) if known[0] is None else known[0]
+
     def forward(self, images: Tensor) -> VisionFeatures:
         """Map normalized images ``(B, 3, H, W)`` to features."""
         raise NotImplementedError
@@ -228,8 +245,10 @@ class VisionEncoder(nn.Module):
         return encoder.to(dtype)
 
 
-def rows_of(features: Features) -> list[VisionFeatures]:
-    """The features of each image, without the batch dimension."""
+def rows_of(features: Features | tuple[Features, ...]) -> list:
+    """The features of each image, without the batch dimension; a tuple of them for several encoders."""
+    if are_several(features):
+        return list(zip(*map(rows_of, features)))
     columns = [features.patches, *features.levels]
     if isinstance(features, PackedFeatures):
         sizes = [height * width for height, width in features.grids]
@@ -240,15 +259,19 @@ def rows_of(features: Features) -> list[VisionFeatures]:
     return [VisionFeatures(patches, prefix, levels) for prefix, (patches, *levels) in zip(prefixes, zip(*columns))]
 
 
-def stacked(rows: Sequence[VisionFeatures]) -> VisionFeatures:
-    """The features of images of one size, given those of each image."""
+def stacked(rows: Sequence) -> VisionFeatures | tuple[VisionFeatures, ...]:
+    """The features of images of one size, given those of each image as `rows_of` returns them."""
+    if are_several(rows[0]):
+        return tuple(map(stacked, zip(*rows)))
     prefix = None if rows[0].prefix is None else torch.stack([row.prefix for row in rows])
     patches, *levels = (torch.stack(column) for column in zip(*((row.patches, *row.levels) for row in rows)))
     return VisionFeatures(patches, prefix, tuple(levels))
 
 
-def packed(rows: Sequence[VisionFeatures]) -> PackedFeatures:
-    """The features of images of their own sizes, given those of each image."""
+def packed(rows: Sequence) -> PackedFeatures | tuple[PackedFeatures, ...]:
+    """The features of images of their own sizes, given those of each image as `rows_of` returns them."""
+    if are_several(rows[0]):
+        return tuple(map(packed, zip(*rows)))
     prefix = None if rows[0].prefix is None else torch.stack([row.prefix for row in rows])
     grids = tuple(tuple(row.patches.shape[:2]) for row in rows)
     columns = zip(*((row.patches, *row.levels) for row in rows))

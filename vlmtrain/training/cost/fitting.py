@@ -13,7 +13,7 @@ from ...objectives import OBJECTIVES
 from ...settings import AUTO, Engine, Run, Stage
 from ..engine.zero import bucket_elements
 from ..optimizer import moment_bytes, parameter_groups
-from ..trainable import Group, is_frozen, part_size
+from ..trainable import Group, frozen_encoders, part_size
 from .measuring import PartCost
 from .memory import States
 from .stage import kept_bytes, quantized_sizes
@@ -54,7 +54,9 @@ class Fitting:
         """The memory of a stage, given the costs of its longest sample. engine: what it offloads does not count."""
         trained = sum(group.size(parts[group.part]) for group in groups)
         frozen = sum(map(part_size, parts.values())) - trained
-        outside = part_size(parts["vision"]) if "vision" in parts and is_frozen("vision", groups) else 0
+        vision = parts.get("vision")
+        frozen_names = [] if vision is None else frozen_encoders(vision, groups)
+        outside = sum(part_size(vision.encoders[name]) for name in frozen_names)
         moments = moment_bytes(parameter_groups(parts, groups, stage.optimizer)) + 4 * (stage.ema is not None)
         counts = (trained, frozen - outside, outside, run.precision == "bf16", *quantized_sizes(parts), moments)
         # a packed row holds several samples; objectives that compare samples need all samples of a rank at once

@@ -47,14 +47,15 @@ class StepFlops:
             of_tokens = few.all_flops - few.attention_flops - of_a_target * _TARGETS[0]
             self._text = np.array([of_tokens / _TOKENS, few.attention_flops / _TOKENS**2, of_a_target])
         if geometry is None:
-            sizes = [None]
+            sizes = []
         elif geometry.fit == "native":
             sizes = [tuple(side * factor for factor in geometry.factors) for side in _SIDES]
         else:
             sizes = [geometry.size]
-        views = [measure_views(parts, groups, stage, 1, size) for size in sizes]
-        patches = [math.prod(parts["vision"].grid_of(size)) if geometry else 0 for size in sizes]
-        powers = [[1, n, n * n] for n in patches] if len(sizes) > 1 else [[1]]
+        shown = [geometry.sizes(size) for size in sizes] or [()]
+        views = [measure_views(parts, groups, stage, 1, each) for each in shown]
+        patches = [math.prod(parts["vision"].grid_of(size)) for size in sizes] or [0]
+        powers = [[1, n, n * n] for n in patches] if len(patches) > 1 else [[1]]
         self._views = {
             part: _solved(powers, [view.get(part, PartCost()) for view in views]) for part in ("vision", "connector")
         }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...connectors import VisionFeatures
+from ...connectors.base import are_several
 from ...data.geometry import Geometry
 from ...model.blocks import block_list, first_blocks
 from ...model.llm import hidden_width
@@ -39,7 +40,7 @@ def measure(
 
     Its images have the largest size and most views.
     """
-    views = (geometry.most_items, geometry.largest) if geometry else (1, None)
+    views = (geometry.most_items, geometry.sizes(geometry.largest)) if geometry else (1, ())
     costs = measure_views(parts, groups, stage, *views)
     for part in ("vision", "connector"):
         if part in costs:
@@ -51,9 +52,12 @@ def measure(
 
 
 def measure_views(
-    parts: Mapping[str, nn.Module], groups: list[Group], stage: Stage, items: int, size: Size | None
+    parts: Mapping[str, nn.Module], groups: list[Group], stage: Stage, items: int, sizes: Sequence[Size]
 ) -> dict[str, PartCost]:
-    """The costs of encoder, connector and objective for so many views of `size`, run on the meta device."""
+    """The costs of encoder, connector and objective for so many views, run on the meta device.
+
+    sizes: of a view for each encoder.
+    """
     meter = Meter()
     trains = {part: not is_frozen(part, groups) for part in STAGE_PARTS}
     features = None
@@ -61,14 +65,17 @@ def measure_views(
         vision = parts["vision"]
         use_counted_attention(vision)
         dtype = next(vision.parameters()).dtype
-        grid = vision.grid_of(size)
-        images = torch.empty(items, 3, *size, device="meta", dtype=dtype)
+        grid = vision.grid_of(sizes[0])
+        images = [torch.empty(items, 3, *size, device="meta", dtype=dtype) for size in sizes]
         with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled(trains["vision"]):
-            features = vision(images)
-            meter.backward("vision", (features.patches, features.prefix, *features.levels))
-        prefix = 0 if features.prefix is None else features.prefix.shape[1]
-        meter.costs["vision"].tokens = math.prod(grid) + prefix
-        features = _cut_off(features, trains["vision"])
+            features = vision.encode_all(images)
+            every = features if are_several(features) else (features,)
+            meter.backward("vision", [tensor for each in every for tensor in (each.patches, each.prefix, *each.levels)])
+        prefixes = [0 if each.prefix is None else each.prefix.shape[1] for each in every]
+        patches = [math.prod(each.patches.shape[1:3]) for each in every]
+        meter.costs["vision"].tokens = sum(patches) + sum(prefixes)
+        cut = tuple(_cut_off(each, trains["vision"]) for each in every)
+        features = cut if are_several(features) else cut[0]
     if "connector" in parts:
         connector = parts["connector"]
         use_counted_attention(connector)

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of one stage. It contains the trained parts; a frozen encoder stays outside."""
+"""The DeepSpeed engine of one stage. It contains the trained parts; frozen encoders stay outside."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ...connectors import Features
 from ...model import VLMWrapper
 from ...objectives import Objective
 from ...settings import Engine, Stage
+from ...visual import Visual
 from ..feature_cache import FeatureCache
 from ..optimizer import Schedule, parameter_groups
 from ..phases import PhaseTimer
-from ..trainable import Group, is_frozen
+from ..trainable import Group, frozen_encoders
 from .optimizers import AVERAGE, build_optimizer
 from .state import TrainingState
 from .zero import bucket_elements
@@ -40,7 +41,7 @@ class StageModule(nn.Module):
 
 
 class StageEngine:
-    """Trains the parts of one stage. A frozen encoder is replicated, so that a rank can call it at any time."""
+    """Trains the parts of one stage. Frozen encoders are replicated, so that a rank can call them at any time."""
 
     def __init__(
         self,
@@ -61,13 +62,17 @@ class StageEngine:
         self.parts = parts
         vision = parts.get("vision")
         self._groups = groups
-        self.feature_cache: FeatureCache | None = None
+        self.feature_caches: dict[str, FeatureCache] = {}
         self.timer = PhaseTimer(device)
-        self._frozen_vision = vision.to(device) if vision is not None and is_frozen("vision", groups) else None
-        inside = None if self._frozen_vision is not None else vision
-        if inside is not None:
-            inside.register_forward_pre_hook(lambda *_: self.timer.start("vision"))
-            inside.register_forward_hook(lambda *_: self.timer.stop())
+        encoders = {} if vision is None else vision.encoders
+        self._frozen = {
+            name: encoders[name].to(device) for name in (frozen_encoders(vision, groups) if encoders else ())
+        }
+        trained = [name for name in encoders if name not in self._frozen]
+        inside = None if not trained else vision.only(trained) if self._frozen else vision
+        for name in trained:
+            encoders[name].register_forward_pre_hook(lambda *_: self.timer.start("vision"))
+            encoders[name].register_forward_hook(lambda *_: self.timer.stop())
         others = (parts.get(part) for part in ("connector", "llm", "fusion"))
         module = StageModule(VLMWrapper(inside, *others), objective)
         # DeepSpeed without ZeRO cannot accumulate bf16 gradients in fp32; ZeRO-1 makes the same update
@@ -99,9 +104,9 @@ class StageEngine:
     def model(self) -> VLMWrapper:
         """The complete model in its current state, for validation."""
         inner = self._engine.module.model
-        if self._frozen_vision is None:
+        if not self._frozen:
             return inner
-        return VLMWrapper(self._frozen_vision, inner.connector, inner.llm, inner.fusion)
+        return VLMWrapper(self.parts["vision"], inner.connector, inner.llm, inner.fusion)
 
     def set_rates(self, step: int) -> dict[str, float]:
         """Set the learning rates of all groups for a step. Returns the highest rate of each label."""
@@ -114,15 +119,26 @@ class StageEngine:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Compute the summed loss of a micro-batch on this rank, and `Objective.of_targets`."""
         features = None
-        if self._frozen_vision is not None:
+        if self._frozen:
             with torch.no_grad(), self.timer.phase("vision"):
-                visual = batch.visual
-                if visual.cached is None:
-                    features = self._frozen_vision.encode(visual.pixels[0])
-                else:
-                    features = self.feature_cache(visual.pixels[0], visual.cached)
+                features = self._frozen_features(batch.visual)
         with self.timer.phase("forward"):
             return self._engine(batch, features)
+
+    def _frozen_features(self, visual: Visual) -> Features | tuple[Features | None, ...]:
+        """The features of the frozen encoders; a tuple with None for the others if there are any."""
+        known: list[Features | None] = []
+        for number, name in enumerate(self.parts["vision"].encoders):
+            cached, pixels = visual.cached[number] if visual.cached else None, visual.pixels[number]
+            if name not in self._frozen:
+                known.append(None)
+            elif cached is None:
+                known.append(self._frozen[name].encode(pixels))
+            else:
+                known.append(self.feature_caches[name](pixels, cached))
+        if any(each is None for each in known):
+            return tuple(known)
+        return self.parts["vision"].encode_all(visual.pixels, known=known)
 
     def backward(self, loss: Tensor, total_weight: float) -> None:
         """Accumulate a micro-batch's gradients of (global summed loss / total_weight); update after the last one.

@@ -1,0 +1,231 @@
+"""Several vision encoders in one model, whose features are joined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...connectors import Features, PackedFeatures, VisionFeatures
+from ...visual import Pixels, Size
+from .base import VisionEncoder, as_size
+
+JOINS = ("channels", "tokens", "separate")
+TAKEN = ("blocks", "layers", "encoders")  # names that have a meaning in patterns and settings
+LOOKS = ("image_fit", "image_mean", "image_std")  # keys of an encoder besides those of its provider
+
+
+class SeveralVision(VisionEncoder):
+    """Several encoders that see the same images, each at its own size and with its own normalization.
+
+    The order of `encoders` is that of their features. join: how the features are joined.
+
+    - ``channels``: along the channels, on one grid. Encoders with another grid are resized to it bilinearly. Prefix
+      tokens are dropped (Prismatic, Karamcheti et al., 2024; Eagle, Shi et al., 2024, section 3).
+    - ``tokens``: a connector for each encoder, whose tokens follow one another.
+    - ``separate``: a tuple, for connectors that take several encoders (BRAVE, Cambrian-1).
+
+    grid: of ``channels``, ``(H, W)`` or the name of an encoder; None if all encoders have the same one. align_corners:
+    of the resizing. looks: for each encoder, its `LOOKS` that differ from its own. The image size, patch size and
+    normalization are those of the first encoder; `encoders` has the others.
+    """
+
+    provider = "several"
+
+    def __init__(
+        self,
+        encoders: Mapping[str, VisionEncoder],
+        join: str = "channels",
+        grid: str | Size | None = None,
+        align_corners: bool = False,
+        looks: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        super().__init__()
+        if len(encoders) < 2:
+            raise ValueError(f"vision.encoders={list(encoders)}: expected at least two encoders")
+        if join not in JOINS:
+            raise ValueError(f"vision.join={join}: expected one of {', '.join(JOINS)}")
+        self.names = tuple(encoders)
+        for name, encoder in encoders.items():
+            if not name.isidentifier() or name in TAKEN or hasattr(self, name):
+                raise ValueError(f"vision.encoders.{name}: an encoder cannot have this name; choose another one")
+            self.add_module(name, encoder)
+        self.join, self._grid, self.align_corners = join, grid, align_corners
+        self.looks = {name: dict((looks or {}).get(name, {})) for name in self.names}
+        for name, encoder in encoders.items():
+            for key in ("image_mean", "image_std"):
+                if self.looks[name].get(key) is not None:
+                    setattr(encoder, key, tuple(self.looks[name][key]))
+        first = encoders[self.names[0]]
+        self.image_size, self.patch_size, self.size_rule = first.image_size, first.patch_size, first.size_rule
+        self.image_mean, self.image_std = first.image_mean, first.image_std
+        self.layer, self.num_blocks = first.layer, first.num_blocks
+        self.multiple = math.lcm(*(encoder.multiple for encoder in encoders.values()))
+        self._check_join()
+
+    @classmethod
+    def build(
+        cls,
+        encoders: Mapping[str, Mapping[str, Any]],
+        join: str = "channels",
+        grid: str | Size | None = None,
+        align_corners: bool = False,
+        image_size: None = None,
+        layer: None = None,
+        levels: None = None,
+        weights: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> SeveralVision:
+        """Build the encoders from their keys, by name: those of ``vision`` with their provider, and `LOOKS`."""
+        from . import build_vision
+
+        built, looks = {}, {}
+        for name, keys in encoders.items():
+            looks[name] = {key: keys[key] for key in LOOKS if keys.get(key) is not None}
+            own = {key: value for key, value in keys.items() if key not in looks[name] and key != "image_fit"}
+            if own.get("provider") != "hf":
+                own = {key: value for key, value in own.items() if key not in LOOKS}
+            try:
+                built[name] = build_vision(**own, dtype=dtype, weights=weights)
+            except ValueError as error:
+                raise ValueError(f"vision.encoders.{name}: {error}") from None
+        return cls(built, join, grid, align_corners, looks)
+
+    @property
+    def encoders(self) -> dict[str, VisionEncoder]:
+        return {name: self._modules[name] for name in self.names if name in self._modules}
+
+    def only(self, names: Collection[str]) -> SeveralVision:
+        """The same, holding only some of the encoders; the features of the others must be known to `encode_all`."""
+        other = copy(self)
+        nn.Module.__init__(other)
+        other.__dict__ |= {key: value for key, value in self.__dict__.items() if key not in other.__dict__}
+        for name in names:
+            other.add_module(name, self._modules[name])
+        return other
+
+    @property
+    def levels(self) -> list[int]:
+        return self._facts[0].levels
+
+    def _check_join(self) -> None:
+        encoders = self.encoders
+        self._facts = list(encoders.values())
+        widths = tuple(encoder.width for encoder in encoders.values())
+        self.width = sum(widths) if self.join == "channels" else widths
+        grids = {name: encoder.grid for name, encoder in encoders.items()}
+        if self.join != "channels":
+            if self._grid is not None:
+                raise ValueError(f"vision.grid={self._grid} needs vision.join=channels, got {self.join}")
+            self.target = grids[self.names[0]]
+            return
+        fits = {look.get("image_fit") for look in self.looks.values()}
+        if len(fits) > 1:
+            raise ValueError(
+                "vision.join=channels joins patches of the same part of an image, but the encoders' image_fit differ "
+                f"({', '.join(map(str, sorted(fits, key=str)))}): use one image_fit, or join=tokens or separate"
+            )
+        if isinstance(self._grid, str) and self._grid not in grids:
+            raise ValueError(f"vision.grid={self._grid}: expected (H, W) or one of {', '.join(grids)}")
+        if self._grid is None and len(set(grids.values())) > 1:
+            told = ", ".join(f"{name} {height}x{width}" for name, (height, width) in grids.items())
+            raise ValueError(
+                f"vision.join=channels needs one grid, but the encoders have {told}: set vision.grid to the name of "
+                "an encoder or to [H, W]"
+            )
+        chosen = self.names[0] if self._grid is None else self._grid
+        self.target = grids[chosen] if isinstance(chosen, str) else as_size(chosen)
+
+    def grid_of(self, size: Size) -> Size:
+        """Grid of the joined features, or of those of the first encoder, for an image of `size` pixels."""
+        return self.target if tuple(size) == tuple(self.image_size) else self._facts[0].grid_of(size)
+
+    def set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
+        raise ValueError("vision.layer and vision.levels are set for each encoder: vision.encoders.NAME.layer")
+
+    def give_levels(self, count: int) -> None:
+        for encoder in self._facts:
+            encoder.give_levels(count)
+
+    def resize(self, image_size: int | Size, key: str = "vision.image_size") -> None:
+        if as_size(image_size) != self.image_size:
+            raise ValueError(
+                f"{key}={image_size}: several encoders have their own: set vision.encoders.NAME.image_size"
+            )
+
+    def check_any_size(self) -> None:
+        """Raise ValueError unless all encoders support images of other sizes, and make one grid of each."""
+        for name, encoder in self.encoders.items():
+            try:
+                encoder.check_any_size()
+            except ValueError as error:
+                raise ValueError(f"vision.encoders.{name}: {error}") from None
+        if self._grid is not None or self.join == "tokens":
+            key = f"vision.grid={self._grid}" if self._grid is not None else "vision.join=tokens"
+            raise ValueError(f"image_fit=native gives every image a grid of its own, which {key} cannot follow")
+
+    def encode_all(
+        self, pixels: Sequence[Pixels], calls: int = 1, known: Sequence[Features | None] = ()
+    ) -> Features | tuple[Features, ...]:
+        found = tuple(
+            self._modules[name].encode(images, calls) if features is None else features
+            for name, images, features in zip(self.names, pixels, known or [None] * len(self.names), strict=True)
+        )
+        return self.joined(found)
+
+    def joined(self, found: tuple[Features, ...]) -> Features | tuple[Features, ...]:
+        """What the connector reads, given the features of each encoder."""
+        if self.join != "channels":
+            return found
+        if isinstance(found[0], PackedFeatures):
+            return _beside(found)
+        return _beside([self._resized(features) for features in found])
+
+    def _resized(self, features: VisionFeatures) -> VisionFeatures:
+        """The features on the grid of the joined ones."""
+        if tuple(features.patches.shape[1:3]) == tuple(self.target):
+            return features
+
+        def resize(patches: Tensor) -> Tensor:
+            columns, options = patches.movedim(3, 1), {"mode": "bilinear", "align_corners": self.align_corners}
+            return F.interpolate(columns, self.target, **options).movedim(1, 3)
+
+        return features._replace(patches=resize(features.patches), levels=tuple(map(resize, features.levels)))
+
+    def forward(self, *images: Tensor) -> VisionFeatures | tuple[VisionFeatures, ...]:
+        """Map the normalized images of each encoder, ``(B, 3, H, W)``, to the joined features."""
+        return self.encode_all(images)
+
+    @property
+    def architecture(self) -> dict:
+        return {name: [encoder.architecture, self.looks[name]] for name, encoder in self.encoders.items()}
+
+    def describe(self) -> dict:
+        from . import describe_vision
+
+        grid = list(self._grid) if isinstance(self._grid, tuple | list) else self._grid
+        return {
+            "join": self.join,
+            "grid": grid,
+            "align_corners": self.align_corners,
+            "looks": self.looks,
+            "encoders": {name: describe_vision(encoder) for name, encoder in self.encoders.items()},
+        }
+
+    @classmethod
+    def from_description(cls, saved: Mapping[str, Any]) -> SeveralVision:
+        from . import vision_from
+
+        encoders = {name: vision_from(described) for name, described in saved["encoders"].items()}
+        return cls(encoders, saved["join"], saved["grid"], saved["align_corners"], saved["looks"])
+
+
+def _beside(found: Sequence[Features]) -> Features:
+    """Features of the same images on the same grids, beside one another in channels, without prefix."""
+    patches, *levels = (torch.cat(each, -1) for each in zip(*((one.patches, *one.levels) for one in found)))
+    return found[0]._replace(patches=patches, prefix=None, levels=tuple(levels))
