@@ -19,7 +19,24 @@ from ..settings.fields import whole
 
 OWN_KEYS = ("connectors", "seeds", "jobs", "ranks", "run_dir", "budget", "metric", "sweep_steps")
 BUDGETS = ("steps", "samples", "flops", "wall")
+BY_PROVIDER = ("vision", "llm")  # groups whose choices may be the values of an axis
 _PLAIN = re.compile(r"[\w./:@-]+")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A value of an axis that has a name: a choice of the group `group`, with its keys."""
+
+    name: str
+    group: str
+    keys: tuple[tuple[str, Any], ...]
+
+    @property
+    def line(self) -> list[str]:
+        keys = dict(self.keys)
+        chosen = keys.pop("provider", "several" if "encoders" in keys else None)
+        choice = [] if chosen is None else [f"{self.group}={chosen}"]
+        return choice + [f"{self.group}.{key}={_text(value)}" for key, value in keys.items()]
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,8 @@ class Choice:
     @property
     def line(self) -> list[str]:
         connector = [f"connector={self.name}", *(f"connector.{key}={_text(value)}" for key, value in self.options)]
-        return connector + [f"{key}={_text(value)}" for key, value in self.axes]
+        axes = (value.line if isinstance(value, Named) else [f"{key}={_text(value)}"] for key, value in self.axes)
+        return connector + [override for line in axes for override in line]
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,8 @@ class Ablation:
 def read_line(overrides: Sequence[str]) -> Ablation:
     """Parse an ablation from its overrides. Raises ValueError naming the key.
 
-    ``recipe=... connectors=[linear,{qformer:{num_queries:64}}] seeds=[0,1] axis.KEY=[...] sweep.KEY=[...]
+    ``recipe=... connectors=[linear,{qformer:{num_queries:64}}] seeds=[0,1] axis.KEY=[...] axis.vision={NAME: {...}}
+    sweep.KEY=[...]
     sweep_steps=N budget=steps|samples|flops|wall metric=NAME jobs=N ranks=N run_dir=DIR`` and overrides for training.
     """
     own: dict[str, Any] = {}
@@ -108,7 +127,9 @@ def read_line(overrides: Sequence[str]) -> Ablation:
         elif kind in by_key and rest:
             if rest in by_key[kind]:
                 raise ValueError(f"{override}: {key} is given twice")
-            by_key[kind][rest] = tuple(_list(_value(f"values={value}"), key))
+            values = _value(f"values={value}")
+            named = kind == "axis" and rest in BY_PROVIDER and isinstance(values, dict)
+            by_key[kind][rest] = _named(values, rest) if named else tuple(_list(values, key))
         elif key in ("connector", "seed"):
             raise ValueError(f"{override}: expected {key}s=[...] for an ablation")
         else:
@@ -117,6 +138,8 @@ def read_line(overrides: Sequence[str]) -> Ablation:
     if "sweep_steps" in own and not by_key["sweep"]:
         raise ValueError(f"sweep_steps={own['sweep_steps']} has no effect without sweep.KEY=[...]")
     _check_budget(own.get("budget", "steps"), by_key)
+    if "connectors" not in own and by_key["axis"]:
+        own["connectors"] = [compose(line, own_keys=OWN_KEYS).connector.name]
     choices = _choices(own, by_key["axis"])
     seeds = tuple(whole(0)(seed, "seeds") for seed in _list(own.get("seeds", [0]), "seeds"))
     if len(set(seeds)) < len(seeds):
@@ -190,6 +213,13 @@ def _list(value: Any, key: str) -> list:
     return value
 
 
+def _named(values: dict, group: str) -> tuple[Named, ...]:
+    for name, keys in values.items():
+        if not isinstance(keys, dict) or not keys:
+            raise ValueError(f"axis.{group}: expected {{NAME: {{provider: ..., key: value}}, ...}}, got {name}: {keys}")
+    return tuple(Named(str(name), group, tuple(keys.items())) for name, keys in values.items())
+
+
 def _choice(entry: Any) -> Choice:
     if isinstance(entry, str):
         return Choice(entry)
@@ -202,6 +232,8 @@ def _choice(entry: Any) -> Choice:
 
 def _text(value: Any) -> str:
     """A value as an override: in Hydra's grammar, where the keys of mappings are not quoted."""
+    if isinstance(value, Named):
+        return value.name
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_text(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list):

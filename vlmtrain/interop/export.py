@@ -135,6 +135,8 @@ def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
             options["image_cuts"] = torch.tensor(cuts)
         if not isinstance(pixels, Tensor):  # one image of its own size
             options |= {"pixel_values": torch.stack(pixels), "image_sizes": torch.tensor([pixels[0].shape[1:]])}
+        more = [images if isinstance(images, Tensor) else torch.stack(images) for images in visual.pixels[1:]]
+        options |= {"more_pixel_values": more} if more else {}
         if visual.texts is not None:
             options |= {"text_ids": visual.texts.ids, "text_mask": visual.texts.mask}
     elif visual.texts is not None:

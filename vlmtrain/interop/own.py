@@ -85,6 +85,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
+        more_pixel_values: Sequence[Tensor] = (),
         image_cuts: Tensor | None = None,
         image_sizes: Tensor | None = None,
         text_ids: Tensor | None = None,
@@ -93,8 +94,8 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Map ids ``(B, T)`` and items ``(N, 3, H, W)`` to the language model's input and the `Visual` of the images.
 
         image_cuts ``(P, 5)``: how each image is cut into tiles, as the fields of `Tiles`. image_sizes ``(N, 2)``:
-        height and width of each item, if they differ; the rest of its pixels is padding. text_ids, text_mask
-        ``(N, L)``: text for each item, if the connector reads text.
+        height and width of each item, if they differ; the rest of its pixels is padding. more_pixel_values: the items
+        for each encoder but the first. text_ids, text_mask ``(N, L)``: text for each item, if the connector reads text.
         """
         is_image = input_ids == self.config.image_token_id
         ids = input_ids.masked_fill(is_image, 0)
@@ -102,9 +103,20 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return Fused(self.get_input_embeddings()(ids)), None
         if pixel_values is None:
             raise ValueError(f"the text has {IMAGE_MARK} tokens, but pixel_values is missing: pass images")
-        pixels = pixel_values.to(next(self.vlm.vision.parameters()).dtype)
+        encoders, dtype = list(self.vlm.vision.encoders.values()), next(self.vlm.vision.parameters()).dtype
+        given = [pixels.to(dtype) for pixels in (pixel_values, *more_pixel_values)]
+        if len(given) != len(encoders):
+            raise ValueError(f"the model has {len(encoders)} encoders, but the inputs have pixels for {len(given)}")
+        pixels: list[Pixels] = given
         if image_sizes is not None:
-            pixels = tuple(item[:, :height, :width] for item, (height, width) in zip(pixels, image_sizes.tolist()))
+            grids = [encoders[0].grid_of(size) for size in image_sizes.tolist()]
+            pixels = [
+                tuple(
+                    item[:, : h * encoder.patch_size[0], : w * encoder.patch_size[1]]
+                    for item, (h, w) in zip(own, grids)
+                )
+                for own, encoder in zip(given, encoders)
+            ]
         visual = self._visual(is_image, pixels, None if image_cuts is None else image_cuts.tolist())
         if text_ids is not None:
             visual = visual._replace(texts=Texts(text_ids, text_mask.bool()))
@@ -133,15 +145,15 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
             rows.append(row)
         return torch.stack(rows, dim=1).to(mask.device)
 
-    def _visual(self, is_image: Tensor, pixels: Pixels, cuts: list[list[int]] | None) -> Visual:
+    def _visual(self, is_image: Tensor, pixels: Sequence[Pixels], cuts: list[list[int]] | None) -> Visual:
         """What the model's inputs show, as the batches of `vlmtrain.data.Processor` say it."""
         connector, items, placements = self.vlm.connector, [], []
-        tiles = [None] * len(pixels) if cuts is None else [Tiles(*cut) for cut in cuts]
+        tiles = [None] * len(pixels[0]) if cuts is None else [Tiles(*cut) for cut in cuts]
         for medium, cut in enumerate(tiles):
             numbers = range(len(items), len(items) + (cut.views if cut else 1))
-            for image in pixels[numbers.start : numbers.stop]:
+            for image in pixels[0][numbers.start : numbers.stop]:
                 size = tuple(image.shape[1:])
-                items.append(Item(medium, "image", "squash", WHOLE, (), (size,), (self.vlm.vision.grid_of(size),)))
+                items.append(Item(medium, "image", ("squash",), WHOLE, (), (size,), (self.vlm.vision.grid_of(size),)))
             counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
             tokens, grid, framed = (count(*items[-1].grids[0]) for count in counts)
             if cut:
@@ -152,12 +164,13 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the text has {int(is_image.sum())} image tokens, but the images have {len(owner)}")
         index = torch.full(is_image.shape, -1, device=is_image.device)
         index[is_image] = torch.tensor(owner, device=is_image.device)
-        return Visual((pixels,), tuple(items), tuple(placements), index)
+        return Visual(tuple(pixels), tuple(items), tuple(placements), index)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        more_pixel_values: Sequence[Tensor] = (),
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -175,7 +188,9 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         context = nullcontext()
         if inputs_embeds is None:
-            fused, visual = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
+            fused, visual = self.embed(
+                input_ids, pixel_values, more_pixel_values, image_cuts, image_sizes, text_ids, text_mask
+            )
             inputs_embeds = fused.embeddings
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             if (rows := self._rows(mask, visual)) is not None:
@@ -198,6 +213,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        more_pixel_values: Sequence[Tensor] = (),
         image_cuts: Tensor | None = None,
         image_sizes: Tensor | None = None,
         text_ids: Tensor | None = None,
@@ -214,7 +230,9 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vlm.llm.generation_config = self.generation_config
         if generation_config is not None:
             options["generation_config"] = generation_config
-        fused, visual = self.embed(input_ids, pixel_values, image_cuts, image_sizes, text_ids, text_mask)
+        fused, visual = self.embed(
+            input_ids, pixel_values, more_pixel_values, image_cuts, image_sizes, text_ids, text_mask
+        )
         mask, rows = fused.visual_mask if fused.added else None, self._rows(attention_mask, visual)
         with (
             rows_of_positions(self.vlm.llm, rows, attention_mask.sum(1)),
@@ -281,10 +299,12 @@ class VLMTrainProcessor(ProcessorMixin):
         of_text = iter(loaded)  # as in training, the images of one text are planned together
         groups = [[next(of_text) for _ in range(one.count(self.image_token))] for one in texts]
         media = joined([geometry.plan([(image.height, image.width) for image in images]) for images in groups])
-        pixels: list[Tensor] = []
+        looks = geometry.mean_std
+        pixels: list[list[Tensor]] = [[] for _ in looks]
         for medium, image in enumerate(loaded):
             shown = [item for item in media.items if item.medium == medium]
-            pixels += show_items(image, shown, geometry.mean)
+            for encoder, (mean, _) in enumerate(looks):
+                pixels[encoder] += show_items(image, shown, mean, encoder)
         images_shown = iter(media.by_medium)
         expanded = []
         for one in texts:
@@ -296,7 +316,10 @@ class VLMTrainProcessor(ProcessorMixin):
         if loaded:
             if geometry.fit == "native":
                 data["image_sizes"] = torch.tensor([item.pixels[0] for item in media.items])
-            data["pixel_values"] = _padded(normalized(tuple(pixels), geometry.mean, geometry.std))
+            first, *more = (_padded(normalized(tuple(images), *look)) for images, look in zip(pixels, looks))
+            data["pixel_values"] = first
+            if more:
+                data["more_pixel_values"] = more
             if cuts := [placement.tiles for placement in media.placements if placement.tiles]:
                 data["image_cuts"] = torch.tensor(cuts)
             if self.reader:
