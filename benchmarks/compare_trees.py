@@ -407,8 +407,8 @@ def remember_pixels() -> None:
 
     load = FeatureFiles.load
 
-    def loaded(files, image, items, geometry):
-        found, missing = load(files, image, items, geometry)
+    def loaded(files, image, items, geometry, *more):
+        found, missing = load(files, image, items, geometry, *more)
         shown = normalized(tuple(show_items(image.load(), items, geometry.mean)), geometry.mean, geometry.std)
         PIXELS.update(zip((item.key for item in found), shown))
         return found, missing
@@ -419,8 +419,11 @@ def remember_pixels() -> None:
 def normalized_images(visual: Any) -> Any:
     """The normalized pixels of all items of a batch."""
     if hasattr(visual, "normalized"):  # before, the pixels of a batch were normalized
-        if visual.cached is not None:
-            shown = [PIXELS[key] for key in visual.cached.keys]
+        cached = visual.cached  # before, of the only encoder
+        if not hasattr(cached, "keys"):
+            cached = next(iter(cached or ()), None)
+        if cached:
+            shown = [PIXELS[key] for key in cached.keys]
             return torch.stack(shown) if isinstance(visual.pixels[0], torch.Tensor) else tuple(shown)
         visual = visual.normalized()
     return visual.pixels[0]

@@ -8,7 +8,7 @@ from vlmtrain.visual import WHOLE, Item, MediaPlan, Placement
 
 def slots(*counts: int) -> MediaPlan:
     """A plan of images that take `counts` text positions, each shown as one item."""
-    items = [Item(medium, "image", "squash", WHOLE, (), ((8, 8),), ()) for medium in range(len(counts))]
+    items = [Item(medium, "image", ("squash",), WHOLE, (), ((8, 8),), ()) for medium in range(len(counts))]
     return MediaPlan(tuple(items), tuple(Placement(i, (i,), count, count, None) for i, count in enumerate(counts)))
 
 

@@ -26,7 +26,7 @@ from tests.integration.native_models import build_native
 from tests.integration.published_models import build_blip, build_llava, build_parts
 from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, TOWERS, byte_tokenizer, stir
 from vlmtrain.data.connector_text import TextReader
-from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.geometry import Geometry, View
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
@@ -292,6 +292,7 @@ OWN_CASES = {
     "layer scale": Case(vision="layer scale", llm="gpt2", form="vlmtrain", **OWN),
     "tied": Case(llm="llama, tied", form="vlmtrain", template="vicuna_v1", tokenizer="space first", **OWN),
     "avgpool, tiles": Case(connector="avgpool", options={"window": 2}, fit="tiles", **OWN),
+    "several encoders": Case(vision="several", fit="tiles", **OWN),
 }
 QFORMER = {"num_queries": 3, "hidden_size": 16, "depth": 3, "num_heads": 2, "intermediate_size": 24, "dropout": 0.1}
 QFORMER |= {"vision_norm": True, "vision_norm_eps": 1e-6}
@@ -357,12 +358,22 @@ def build(case: Case, folder: Path) -> None:
     connector = stir(make_connector(case.connector, vision, llm, {**case.options, **words}, newline=tiled))
     tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
     grids = ((1, 2), (2, 1), (2, 2)) if tiled else ()
-    geometry = Geometry(vision.image_size, case.fit, vision.image_mean, vision.image_std, tokens, grid, grids)
+    views = [
+        View(each.image_size, None, each.image_mean, each.image_std, each.patch_size)
+        for each in vision.encoders.values()
+    ]
+    look = (case.fit, vision.image_mean, vision.image_std)
+    geometry = Geometry(vision.image_size, *look, tokens, grid, grids, others=tuple(views[1:]))
     VLMWrapper(vision, connector, llm).save_pretrained(folder)
     Processor(tokenizer, geometry, case.template, 1000, reader=reader).save_pretrained(folder)
 
 
 def build_encoder(case: Case, folder: Path) -> VisionEncoder:
+    if case.vision == "several":
+        siglip = {"model_config": TOWERS["timm siglip"], "image_size": 48, "image_mean": LOOK["image_mean"]}
+        encoders = {"clip": {"model_config": TOWERS["laion"]}, "siglip": siglip}
+        encoders = {name: {"provider": "open_clip", "layer": -1, **keys} for name, keys in encoders.items()}
+        return stir(build_vision("several", encoders=encoders, grid="clip"))
     if case.vision in TOWERS:
         config = TOWERS[case.vision]
         return stir(build_vision("open_clip", model_config=config, image_size=case.image_size, layer=case.layer))

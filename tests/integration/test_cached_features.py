@@ -84,7 +84,7 @@ class Reader:
     @torch.no_grad()
     def features(self, *images):
         visual = self.batch(*images)
-        return self.cache(visual.pixels[0], visual.cached)
+        return self.cache(visual.pixels[0], visual.cached[0])
 
     @torch.no_grad()
     def computed(self, *images):
@@ -110,7 +110,7 @@ def test_features_that_are_read_with_a_batch_equal_computed_ones(tmp_path, folde
     assert_equal(reader.features(second), reader.computed(second))
     assert_equal(reader.features(first, second, third), reader.computed(first, second, third))
     visual = reader.batch(first, second, third)
-    assert len(visual.cached.numbers) == len(visual.items) and len(visual.pixels[0]) == 0
+    assert len(visual.cached[0].numbers) == len(visual.items) and len(visual.pixels[0]) == 0
     assert_equal(reader.features(first, second, third), reader.computed(first, second, third))
 
 

@@ -33,6 +33,18 @@ def test_axes_multiply_the_choices():
     assert ablation.sweep_lines() == [["stages.instruct.train.llm=0.001"], ["stages.instruct.train.llm=0.0005"]]
 
 
+def test_encoders_are_compared_by_name():
+    both = "encoders:{a:{provider:tiny},b:{provider:tiny,layer:-2}}"
+    ablation = read_line(["recipe=quickstart", f"axis.vision={{one:{{provider:tiny,layer:-2}},both:{{{both}}}}}"])
+    assert [choice.label for choice in ablation.choices] == ["mlp, vision=one", "mlp, vision=both"]
+    one, both = (ablation.settings(choice).vision for choice in ablation.choices)
+    assert (one.provider, one.layer) == ("open_clip", -2)
+    assert [each.options.layer for each in both.encoders.values()] == [-4, -2] and list(both.encoders) == ["a", "b"]
+    joins = read_line(["recipe=llava_1_5", "mini=true", "axis.vision.join=[channels,tokens]", *SEVERAL])
+    assert [joins.settings(choice).vision.join for choice in joins.choices] == ["channels", "tokens"]
+
+
+SEVERAL = ["vision=several", "vision.encoders={a: {provider: tiny}, b: {provider: tiny, layer: -2}}"]
 LINEAR = ["recipe=quickstart", "connectors=[linear]"]
 
 
@@ -68,6 +80,7 @@ LINEAR = ["recipe=quickstart", "connectors=[linear]"]
         ([*LINEAR, "sweep_steps=9"], r"^sweep_steps=9 has no effect without sweep.KEY=\[...\]$"),
         (["recipe=quickstart", "connectors=[mlp]", "axis.llm=tiny"], "axis.llm=tiny: expected a non-empty list"),
         (["recipe=quickstart", "connectors=[mlp]", "axis.llm=[tin]"], "unknown llm 'tin'"),
+        (["recipe=quickstart", "axis.vision={a:tiny}"], "axis.vision: expected {NAME: .*, got a: tiny"),
         (
             ["recipe=quickstart", "connectors=[mlp]", "axis.workers=[0]", "sweep.workers=[1]"],
             "sweep.workers: workers is",

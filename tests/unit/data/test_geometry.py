@@ -139,8 +139,8 @@ def test_a_box_is_the_part_of_the_canvas():
     """Four tiles of a canvas of 2 x 2, put together again, are the canvas."""
     image = Image.radial_gradient("L").convert("RGB").resize((64, 48))
     boxes = [(x / 2, y / 2, (x + 1) / 2, (y + 1) / 2) for y in (0, 1) for x in (0, 1)]
-    items = [Item(0, "tile", "contain", box, (), ((24, 32),), ()) for box in boxes]
-    whole = Item(0, "image", "contain", WHOLE, (), ((48, 64),), ())
+    items = [Item(0, "tile", ("contain",), box, (), ((24, 32),), ()) for box in boxes]
+    whole = Item(0, "image", ("contain",), WHOLE, (), ((48, 64),), ())
     tiles, (canvas,) = show_items(image, items, (0,) * 3), show_items(image, [whole], (0,) * 3)
     rows = [torch.cat(tiles[:2], 2), torch.cat(tiles[2:], 2)]
     assert torch.cat(rows, 1).equal(canvas)

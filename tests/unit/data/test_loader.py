@@ -148,7 +148,7 @@ def same_batches(batches: list[Batch], others: list[Batch]) -> None:
     def split(batch: Batch) -> tuple[tuple, Batch]:
         visual = batch.visual
         named = batch.ids, visual.items, visual.placements, visual.cached
-        return named, batch._replace(ids=(), visual=visual._replace(items=(), placements=(), cached=None))
+        return named, batch._replace(ids=(), visual=visual._replace(items=(), placements=(), cached=()))
 
     (names, tensors), (other_names, other_tensors) = (zip(*map(split, some)) for some in (batches, others))
     assert names == other_names

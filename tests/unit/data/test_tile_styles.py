@@ -134,7 +134,7 @@ def test_one_view_without_tiles():
     for style in ("internvl", "nanovlm"):
         shape = geometry(style, UP_TO_4, tiles_alone=True)
         items, placements = shape.plan([(60, 200), (200, 60)])
-        assert [item.fit for item in items] == ["squash"] * 2 and [each.slots for each in placements] == [4, 4]
+        assert [item.fits for item in items] == [("squash",)] * 2 and [each.slots for each in placements] == [4, 4]
         assert len(shape.plan([(60, 200)]).items) > 2
 
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ...connectors import VisionFeatures
 from ...errors import first_line, nearest, some
 from ...visual import Size
+from ..loading import load_strictly
 from .base import VisionEncoder, as_size, block_index
 
 
@@ -65,7 +67,8 @@ class OpenClipVision(VisionEncoder):
         """Build an open_clip image tower.
 
         name: an open_clip model name; alternatively, pass `model_config` (open_clip's own schema).
-        pretrained: an open_clip weights tag or a file; None means random weights.
+        pretrained: an open_clip weights tag or a file; with `model_config`, the ``vision/model.safetensors`` of a model
+        folder whose encoder has this architecture. None means random weights.
         image_size: in pixels; if it differs from the model's own size, the position table is interpolated.
         """
         import open_clip
@@ -77,10 +80,16 @@ class OpenClipVision(VisionEncoder):
         if model_config is not None:
             _check_model_config(model_config)
             config = copy.deepcopy(dict(model_config))
-            config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
+            size = image_size if pretrained is None else None  # tables of positions are loaded, then interpolated
+            config["vision_cfg"]["image_size"] = size or config["vision_cfg"]["image_size"]
             config |= {"image_mean": list(OPENAI_DATASET_MEAN), "image_std": list(OPENAI_DATASET_STD)}
             encoder = cls(cls._build_visual(config), config, layer, levels)
-            if image_size is not None:
+            if pretrained is not None:
+                if not Path(pretrained).is_file():
+                    raise ValueError(f"vision.pretrained={pretrained}: with vision.model_config, expected a file")
+                load_strictly(encoder, Path(pretrained))
+                encoder.resize(image_size or encoder.image_size)
+            elif image_size is not None:
                 encoder._check_geometry()
             return encoder.to(dtype)
         try:

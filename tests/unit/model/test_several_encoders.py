@@ -1,0 +1,253 @@
+"""Several encoders in one model: equal to each alone, joined by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.stages import make_stage
+from vlmtrain.connectors.base import PackedFeatures
+from vlmtrain.data.images import ImageInMemory
+from vlmtrain.data.processor import Processor
+from vlmtrain.data.records import Conversation, Turn
+from vlmtrain.model import VLMWrapper
+from vlmtrain.model.llm import build_random_llm
+from vlmtrain.model.parts import make_connector
+from vlmtrain.model.vision import build_vision
+from vlmtrain.objectives.language_modelling import LanguageModelling
+from vlmtrain.training.processing import build_geometry
+from vlmtrain.training.trainable import freeze, trained_groups
+
+LLM = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def keys(width: int, side: int, layers: int = 2, **more) -> dict:
+    tower = {"image_size": side, "patch_size": 8, "width": width, "layers": layers, "head_width": 8}
+    return {
+        "provider": "open_clip",
+        "model_config": {"embed_dim": 8, "vision_cfg": tower, "text_cfg": {"width": 8, "heads": 1, "layers": 1}},
+        "layer": -1,
+        **more,
+    }
+
+
+TOWERS = {"wide": keys(24, 32), "fine": keys(16, 48, layers=3, layer=-2)}
+CHANNELS = {"join": "channels", "grid": "fine"}
+
+
+def build(encoders: dict | None = None, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return build_vision("several", encoders=encoders or TOWERS, **options).eval()
+
+
+def shown(vision: nn.Module, count: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [encoder.image_size for encoder in vision.encoders.values()]
+    return [torch.randn(count, 3, *size, generator=generator, requires_grad=True) for size in sizes]
+
+
+def resized(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation of ``(B, h, w, C)`` with centers of cells at half integers, cell by cell."""
+    _, height, width, _ = patches.shape
+    rows = []
+    for y in range(grid[0]):
+        row = []
+        for x in range(grid[1]):
+            down = min(max((y + 0.5) * height / grid[0] - 0.5, 0), height - 1)
+            along = min(max((x + 0.5) * width / grid[1] - 0.5, 0), width - 1)
+            (top, left), (a, b) = (int(down), int(along)), (down - int(down), along - int(along))
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            upper = (1 - b) * patches[:, top, left] + b * patches[:, top, right]
+            lower = (1 - b) * patches[:, bottom, left] + b * patches[:, bottom, right]
+            row.append((1 - a) * upper + a * lower)
+        rows.append(torch.stack(row, 1))
+    return torch.stack(rows, 1)
+
+
+def test_channels_are_each_encoder_alone_on_one_grid():
+    vision = build(**CHANNELS)
+    images = shown(vision)
+    found = vision.encode_all(images)
+    assert found.prefix is None and vision.width == 40 and vision.grid == (6, 6)
+    alone = [encoder(own).patches for encoder, own in zip(vision.encoders.values(), images)]
+    expected = torch.cat([resized(alone[0], (6, 6)), alone[1]], -1)
+    torch.testing.assert_close(found.patches, expected, rtol=1e-5, atol=1e-6)
+    weights = torch.randn(found.patches.shape)
+    for own, other in zip(
+        torch.autograd.grad((found.patches * weights).sum(), images),
+        torch.autograd.grad((expected * weights).sum(), images),
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_the_encoders_is_that_of_the_features():
+    vision = build(**CHANNELS)
+    swapped = build(dict(reversed(TOWERS.items())), **CHANNELS)
+    for name, encoder in swapped.encoders.items():
+        encoder.load_state_dict(vision.encoders[name].state_dict())
+    images = shown(vision)
+    wide, fine = vision.encode_all(images).patches.split([24, 16], -1)
+    assert torch.equal(swapped.encode_all(images[::-1]).patches, torch.cat([fine, wide], -1))
+
+
+def test_a_connector_for_each_makes_its_tokens_in_turn():
+    vision, llm = build(join="tokens"), nn.Module()
+    llm.get_input_embeddings = lambda: nn.Embedding(1, 12)
+    connector = make_connector("mlp", vision, llm, {})
+    images = shown(vision)
+    found = connector(vision.encode_all(images))
+    alone = [own(encoder(given)) for own, encoder, given in zip(connector.connectors, vision.encoders.values(), images)]
+    assert torch.equal(found, torch.cat(alone, 1)) and connector.num_tokens(*vision.grid) == found.shape[1] == 16 + 36
+
+
+def test_separate_features_reach_a_connector_of_several():
+    vision, llm = build(join="separate"), nn.Module()
+    llm.get_input_embeddings = lambda: nn.Embedding(1, 12)
+    small = {"hidden_dim": 16, "hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16}
+    connector = make_connector("meq_former", vision, llm, small).eval()
+    images = shown(vision)
+    alone = tuple(encoder(given) for encoder, given in zip(vision.encoders.values(), images))
+    assert connector.in_dim == (24, 16)
+    assert torch.equal(connector(vision.encode_all(images)), connector(alone))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "vision.join=channels needs one grid, but the encoders have wide 4x4, fine 6x6: set vision.grid"),
+        ({"grid": "other"}, r"vision.grid=other: expected \(H, W\) or one of wide, fine"),
+        ({"join": "tokens", "grid": "fine"}, "vision.grid=fine needs vision.join=channels, got tokens"),
+        ({"join": "rows"}, "vision.join=rows: expected one of channels, tokens, separate"),
+        ({"encoders": {"wide": TOWERS["wide"]}}, "expected at least two encoders"),
+        ({"encoders": {"a": keys(24, 32), "blocks": keys(24, 32)}}, "vision.encoders.blocks: .* cannot have this name"),
+        ({"encoders": {"a": keys(24, 32), "b": keys(24, 32, layer=7)}}, "vision.encoders.b: vision.layer=7 is out of"),
+        (
+            {"encoders": {"a": keys(24, 32, image_fit="pad"), "b": keys(24, 32, image_fit="crop")}},
+            "the encoders' image_fit differ",
+        ),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        build(**{"encoders": TOWERS, **options})
+
+
+def test_a_model_folder_keeps_the_encoders_and_their_order(tmp_path):
+    encoders = {**TOWERS, "fine": {**TOWERS["fine"], "image_mean": (0.1, 0.2, 0.3)}}
+    vision = build(dict(reversed(encoders.items())), **CHANNELS)
+    VLMWrapper(vision, None, None).save_pretrained(tmp_path)
+    loaded = VLMWrapper.from_pretrained(tmp_path).vision
+    images = shown(vision)
+    assert list(loaded.encoders) == ["fine", "wide"] and loaded.encoders["fine"].image_mean == (0.1, 0.2, 0.3)
+    assert torch.equal(loaded.encode_all(images).patches, vision.encode_all(images).patches)
+
+
+class Counted(ImageInMemory):
+    """An image that counts how often it is decoded."""
+
+    decoded = 0
+
+    def load(self):
+        Counted.decoded += 1
+        return super().load()
+
+
+def image(width: int, height: int, seed: int = 0) -> Counted:
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(file := BytesIO(), "PNG")
+    return Counted(file.getvalue(), "x")
+
+
+def talk(*images: Counted) -> Conversation:
+    return Conversation("x", (Turn("user", "<image>\n" * len(images) + "What?"), Turn("assistant", "red")), images)
+
+
+def processor_of(vision: nn.Module, tokenizer, llm: nn.Module, **stage) -> tuple[Processor, nn.Module]:
+    connector = make_connector("mlp", vision, llm, {})
+    settings = make_stage(parts=("vision", "connector", "llm"), **stage)
+    geometry = build_geometry(settings, {"vision": vision, "connector": connector}, LanguageModelling())
+    return Processor(tokenizer, geometry, "chat", max_length=400), connector
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"image_fit": "pad"},
+        {"image_fit": "tiles", "image_tiles": ((1, 2), (2, 1)), "image_tile_style": "internvl"},
+    ],
+)
+def test_every_encoder_is_shown_what_it_is_shown_alone(tokenizer, stage):
+    llm = build_random_llm(LLM, tokenizer)
+    encoders = {"wide": keys(24, 32, image_mean=(0.9, 0.1, 0.1)), "fine": TOWERS["fine"]}
+    vision = build(encoders, **CHANNELS)
+    processor, _ = processor_of(vision, tokenizer, llm, **stage)
+    Counted.decoded = 0
+    sample = processor(talk(image(50, 30)))
+    assert Counted.decoded == 1
+    for number, encoder in enumerate(vision.encoders.values()):
+        alone = replace(
+            processor.geometry, size=encoder.image_size, mean=encoder.image_mean, std=encoder.image_std, others=()
+        )
+        one = Processor(tokenizer, alone, "chat", max_length=400)
+        for own, other in zip(sample.pixels[number], one(talk(image(50, 30))).pixels[0], strict=True):
+            assert torch.equal(own, other)
+
+
+def test_native_images_have_one_grid_in_all_encoders(tokenizer):
+    llm = build_random_llm(LLM, tokenizer)
+    fine = keys(16, 48)
+    fine["model_config"]["vision_cfg"]["patch_size"] = 12
+    vision = build({"wide": keys(24, 32), "fine": fine})
+    processor, connector = processor_of(vision, tokenizer, llm, image_fit="native", image_pixels=(256, 4096))
+    model = VLMWrapper(vision, connector, llm).eval()
+    talks = [talk(image(40, 16, 1)), talk(image(24, 24, 2), image(16, 48, 3))]
+    batch = processor.collate([processor(each) for each in talks]).to(torch.device("cpu"))
+    features = model.encode(batch.visual)
+    assert isinstance(features, PackedFeatures) and features.grids == ((2, 5), (3, 3), (6, 2))
+    assert [tuple(pixels.shape[1:]) for pixels in batch.visual.pixels[1]] == [(24, 60), (36, 36), (72, 24)]
+    together = model(batch)
+    for row, each in enumerate(talks):  # as each conversation alone
+        alone = processor.collate([processor(each)]).to(torch.device("cpu"))
+        length = int(alone.lengths[0])
+        torch.testing.assert_close(together[row, :length], model(alone)[0, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_native_images_are_refused_where_grids_cannot_follow(tokenizer):
+    llm = build_random_llm(LLM, tokenizer)
+    for options in ({"grid": "wide"}, {"join": "tokens"}):
+        with pytest.raises(ValueError, match="gives every image a grid of its own"):
+            vision = build({"wide": keys(24, 32), "fine": keys(16, 32)}, **options)
+            processor_of(vision, tokenizer, llm, image_fit="native", image_pixels=(256, 4096))
+
+
+def test_encoders_train_by_their_own_patterns():
+    vision = build(**CHANNELS)
+    groups = trained_groups(
+        make_stage(
+            parts=("vision",),
+            train={},
+            groups=({"match": "vision.fine.blocks[1:]", "lr": 1e-4, "layer_decay": 0.5},),
+        ),
+        {"vision": vision},
+    )
+    names = {name for group in groups for name in group.names}
+    assert names and all(name.startswith("fine.visual.transformer.resblocks.") for name in names)
+    assert {int(name.split(".")[4]) for name in names} == {1, 2} and {g.scale for g in groups} == {0.5, 0.25}
+    freeze({"vision": vision}, groups, checkpointing=False)
+    assert vision.encoders["fine"].training and not vision.encoders["wide"].training
+    for match in ("vision.blocks[1:]", "vision"):
+        decay = {"layer_decay": 0.5} if match == "vision" else {}
+        with pytest.raises(ValueError, match=r"name one of the encoders \(wide, fine\)"):
+            entry = {"match": match, "lr": 1e-4, **decay}
+            trained_groups(make_stage(parts=("vision",), train={}, groups=(entry,)), {"vision": vision})
