@@ -370,10 +370,10 @@ def build(case: Case, folder: Path) -> None:
 
 def build_encoder(case: Case, folder: Path) -> VisionEncoder:
     if case.vision == "several":
-        siglip = {"model_config": TOWERS["timm siglip"], "image_size": 48, "image_mean": LOOK["image_mean"]}
-        encoders = {"clip": {"model_config": TOWERS["laion"]}, "siglip": siglip}
+        openai = {"model_config": TOWERS["openai"], "image_size": 48, "image_mean": LOOK["image_mean"]}
+        encoders = {"laion": {"model_config": TOWERS["laion"]}, "openai": openai}
         encoders = {name: {"provider": "open_clip", "layer": -1, **keys} for name, keys in encoders.items()}
-        return stir(build_vision("several", encoders=encoders, grid="clip"))
+        return stir(build_vision("several", encoders=encoders, grid="laion"))
     if case.vision in TOWERS:
         config = TOWERS[case.vision]
         return stir(build_vision("open_clip", model_config=config, image_size=case.image_size, layer=case.layer))

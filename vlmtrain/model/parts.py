@@ -57,7 +57,7 @@ def make_connector(
     if vision.join == "tokens":
         if several:
             raise ValueError(f"vision.join=tokens needs a connector for one encoder, got {name}: use join=separate")
-        in_turn = {"grids": [list(encoder.grid) for encoder in vision.encoders.values()]}
+        in_turn = {"grids": [list(grid) for grid in vision.grids]}
     arguments = {
         "name": name,
         "in_dim": [width] if several and isinstance(width, int) else width,

@@ -43,7 +43,8 @@ def write_card(run_dir: Path, stage: str, model: Path) -> Path:
     summaries = {name: read_summary(run_dir / name) for name in names[: names.index(stage) + 1]}
     done = {name: summary for name, summary in summaries.items() if summary}
     start = config.get("init_from")  # the parts then come from that folder, regardless of the settings
-    bases = [start] if start else [config[part]["path"] for part in ("vision", "llm") if config[part].get("path")]
+    chosen = [*(config["vision"].get("encoders") or {"": config["vision"]}).values(), config["llm"]]
+    bases = [start] if start else [options["path"] for options in chosen if options.get("path")]
     text = "\n".join(
         [
             _front("vlmtrain", bases, config["connector"]["name"]),
@@ -168,6 +169,14 @@ def _held_name(folder: Path) -> str:
     if folder.name in ("connector", "fusion"):
         given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", "width", *FIXED))
         return f"`{config['name']}`" + (f" ({given})" if given else "")
+    if "encoders" in config:
+        encoders = ", ".join(f"{name}: {_tower_name(tower)}" for name, tower in config["encoders"].items())
+        return f"`{config['provider']}`, join={config['join']} ({encoders})"
+    return _tower_name(config)
+
+
+def _tower_name(config: dict) -> str:
+    """Description of a vision encoder or of a transformers class, given its configuration."""
     if tower := config.get("model_config", {}).get("vision_cfg"):
         name = "open_clip: " + tower.get("timm_model_name", "ViT")
         layers, width = tower.get("layers"), tower.get("width")

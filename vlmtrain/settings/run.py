@@ -266,7 +266,7 @@ class SeveralOptions:
         by_name(Kind("a mapping with a provider", MAPPING.fits, _encoder), "{NAME: {provider: PROVIDER, ...}, ...}")
     )
     join: str = key(one_of(*JOINS))  # channels, tokens (a connector for each) or separate (a connector reads several)
-    # of join=channels: name of the encoder whose grid it is, or [height, width]; null: all have the same
+    # name of an encoder, or [height, width], to whose grid all features are resized; null: their own
     grid: str | tuple[int, int] | None = key(
         Kind(
             "null, the name of an encoder, or [height, width]",
@@ -274,7 +274,7 @@ class SeveralOptions:
             lambda value, key: value if value is None or isinstance(value, str) else tuple(value),
         )
     )
-    align_corners: bool = key(SWITCH)  # of the bilinear resizing to the grid
+    align_corners: bool = key(SWITCH)  # of the bilinear resizing
     path: ClassVar[None] = None
     name: ClassVar[None] = None
     pretrained: ClassVar[None] = None

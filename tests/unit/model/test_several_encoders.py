@@ -127,7 +127,7 @@ def test_separate_features_reach_a_connector_of_several():
     [
         ({}, "vision.join=channels needs one grid, but the encoders have wide 4x4, fine 6x6: set vision.grid"),
         ({"grid": "other"}, r"vision.grid=other: expected \(H, W\) or one of wide, fine"),
-        ({"join": "tokens", "grid": "fine"}, "vision.grid=fine needs vision.join=channels, got tokens"),
+        ({"join": "tokens", "grid": "other"}, r"vision.grid=other: expected \(H, W\) or one of wide, fine"),
         ({"join": "rows"}, "vision.join=rows: expected one of channels, tokens, separate"),
         ({"encoders": {"wide": TOWERS["wide"]}}, "expected at least two encoders"),
         ({"encoders": {"a": keys(24, 32), "blocks": keys(24, 32)}}, "vision.encoders.blocks: .* cannot have this name"),

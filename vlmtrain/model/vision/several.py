@@ -25,14 +25,15 @@ class SeveralVision(VisionEncoder):
 
     The order of `encoders` is that of their features. join: how the features are joined.
 
-    - ``channels``: along the channels, on one grid. Encoders with another grid are resized to it bilinearly. Prefix
-      tokens are dropped (Prismatic, Karamcheti et al., 2024; Eagle, Shi et al., 2024, section 3).
+    - ``channels``: along the channels, on one grid. Prefix tokens are dropped (Prismatic, Karamcheti et al., 2024;
+      Eagle, Shi et al., 2024, section 3).
     - ``tokens``: a connector for each encoder, whose tokens follow one another.
     - ``separate``: a tuple, for connectors that take several encoders (BRAVE, Cambrian-1).
 
-    grid: of ``channels``, ``(H, W)`` or the name of an encoder; None if all encoders have the same one. align_corners:
-    of the resizing. looks: for each encoder, its `LOOKS` that differ from its own. The image size, patch size and
-    normalization are those of the first encoder; `encoders` has the others.
+    grid: ``(H, W)`` or the name of an encoder, to whose grid the features of the others are resized bilinearly; None to
+    leave them as they are, which ``channels`` allows if all grids are equal. align_corners: of the resizing. looks: for
+    each encoder, its `LOOKS` that differ from its own. The image size, patch size and normalization are those of the
+    first encoder; `encoders` has the others.
     """
 
     provider = "several"
@@ -119,10 +120,13 @@ class SeveralVision(VisionEncoder):
         widths = tuple(encoder.width for encoder in encoders.values())
         self.width = sum(widths) if self.join == "channels" else widths
         grids = {name: encoder.grid for name, encoder in encoders.items()}
+        if isinstance(self._grid, str) and self._grid not in grids:
+            raise ValueError(f"vision.grid={self._grid}: expected (H, W) or one of {', '.join(grids)}")
+        if self._grid is not None:
+            target = grids[self._grid] if isinstance(self._grid, str) else as_size(self._grid)
+            grids = dict.fromkeys(grids, target)
+        self.grids = list(grids.values())
         if self.join != "channels":
-            if self._grid is not None:
-                raise ValueError(f"vision.grid={self._grid} needs vision.join=channels, got {self.join}")
-            self.target = grids[self.names[0]]
             return
         fits = {look.get("image_fit") for look in self.looks.values()}
         if len(fits) > 1:
@@ -130,20 +134,16 @@ class SeveralVision(VisionEncoder):
                 "vision.join=channels joins patches of the same part of an image, but the encoders' image_fit differ "
                 f"({', '.join(map(str, sorted(fits, key=str)))}): use one image_fit, or join=tokens or separate"
             )
-        if isinstance(self._grid, str) and self._grid not in grids:
-            raise ValueError(f"vision.grid={self._grid}: expected (H, W) or one of {', '.join(grids)}")
-        if self._grid is None and len(set(grids.values())) > 1:
+        if len(set(grids.values())) > 1:
             told = ", ".join(f"{name} {height}x{width}" for name, (height, width) in grids.items())
             raise ValueError(
                 f"vision.join=channels needs one grid, but the encoders have {told}: set vision.grid to the name of "
                 "an encoder or to [H, W]"
             )
-        chosen = self.names[0] if self._grid is None else self._grid
-        self.target = grids[chosen] if isinstance(chosen, str) else as_size(chosen)
 
     def grid_of(self, size: Size) -> Size:
         """Grid of the joined features, or of those of the first encoder, for an image of `size` pixels."""
-        return self.target if tuple(size) == tuple(self.image_size) else self._facts[0].grid_of(size)
+        return self.grids[0] if tuple(size) == tuple(self.image_size) else self._facts[0].grid_of(size)
 
     def set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
         raise ValueError("vision.layer and vision.levels are set for each encoder: vision.encoders.NAME.layer")
@@ -180,20 +180,17 @@ class SeveralVision(VisionEncoder):
 
     def joined(self, found: tuple[Features, ...]) -> Features | tuple[Features, ...]:
         """What the connector reads, given the features of each encoder."""
-        if self.join != "channels":
-            return found
-        if isinstance(found[0], PackedFeatures):
-            return _beside(found)
-        return _beside([self._resized(features) for features in found])
+        if not isinstance(found[0], PackedFeatures):
+            found = tuple(map(self._resized, found, self.grids))
+        return _beside(found) if self.join == "channels" else found
 
-    def _resized(self, features: VisionFeatures) -> VisionFeatures:
-        """The features on the grid of the joined ones."""
-        if tuple(features.patches.shape[1:3]) == tuple(self.target):
+    def _resized(self, features: VisionFeatures, grid: Size) -> VisionFeatures:
+        if tuple(features.patches.shape[1:3]) == tuple(grid):
             return features
 
         def resize(patches: Tensor) -> Tensor:
             columns, options = patches.movedim(3, 1), {"mode": "bilinear", "align_corners": self.align_corners}
-            return F.interpolate(columns, self.target, **options).movedim(1, 3)
+            return F.interpolate(columns, grid, **options).movedim(1, 3)
 
         return features._replace(patches=resize(features.patches), levels=tuple(map(resize, features.levels)))
 
