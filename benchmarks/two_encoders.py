@@ -36,6 +36,7 @@ ENCODER = {
     "recipe": "quickstart",
     "stage": "clip",
     "data": "llava_json",
+    "stages.clip.data": "align",
     "data.images": str(FOLDER / "images"),
     "data.validation": "null",
     "stages.clip.max_steps": "400",
@@ -82,7 +83,7 @@ def table(given: list[str]) -> str:
     """Exact match by category, and the 95 % intervals of the paired differences from both encoders."""
     write_captions()
     for name in NAMES:
-        train({**ENCODER, "data.caption": str(FOLDER / f"{name}.json"), "run_dir": str(FOLDER / name)})
+        train({**ENCODER, "data.align": str(FOLDER / f"{name}.json"), "run_dir": str(FOLDER / name)})
     train(TEXT)
     encoders = {
         name: f"{{provider: tiny, layer: -1, pretrained: {FOLDER / name / 'clip/model/vision/model.safetensors'}}}"

@@ -249,9 +249,9 @@ class EncoderOfSeveral(NamedTuple):
 
 
 def _encoder(value: Mapping, name: str) -> EncoderOfSeveral:
-    kinds = {"image_fit": optional(one_of("squash", "pad", "crop")), **dict.fromkeys(LOOKS[1:], optional(_CHANNELS))}
+    kinds = {"image_fit": one_of("squash", "pad", "crop"), "grid": IMAGE_SIZE, **dict.fromkeys(LOOKS[2:], _CHANNELS)}
     look = {key: kinds[key](value[key], f"{name}.{key}") for key in LOOKS if value.get(key) is not None}
-    mine = LOOKS[:1] if value.get("provider") == "hf" else LOOKS
+    mine = LOOKS[:2] if value.get("provider") == "hf" else LOOKS
     own = {key: each for key, each in value.items() if key not in mine}
     return EncoderOfSeveral(_by_provider(ENCODERS, OwnEncoder, **_ENCODERS)(own, name), MappingProxyType(look))
 

@@ -17,7 +17,7 @@ from .base import VisionEncoder, as_size
 
 JOINS = ("channels", "tokens", "separate")
 TAKEN = ("blocks", "layers", "encoders")  # names that have a meaning in patterns and settings
-LOOKS = ("image_fit", "image_mean", "image_std")  # keys of an encoder besides those of its provider
+LOOKS = ("image_fit", "grid", "image_mean", "image_std")  # keys of an encoder besides those of its provider
 
 
 class SeveralVision(VisionEncoder):
@@ -32,7 +32,7 @@ class SeveralVision(VisionEncoder):
 
     grid: ``(H, W)`` or the name of an encoder, to whose grid the features of the others are resized bilinearly; None to
     leave them as they are, which ``channels`` allows if all grids are equal. align_corners: of the resizing. looks: for
-    each encoder, its `LOOKS` that differ from its own. The image size, patch size and normalization are those of the
+    each encoder, its `LOOKS` that are set; its own ``grid`` precedes that of all. The image size, patch size and normalization are those of the
     first encoder; `encoders` has the others.
     """
 
@@ -88,9 +88,8 @@ class SeveralVision(VisionEncoder):
         built, looks = {}, {}
         for name, keys in encoders.items():
             looks[name] = {key: keys[key] for key in LOOKS if keys.get(key) is not None}
-            own = {key: value for key, value in keys.items() if key not in looks[name] and key != "image_fit"}
-            if own.get("provider") != "hf":
-                own = {key: value for key, value in own.items() if key not in LOOKS}
+            mine = LOOKS if keys.get("provider") != "hf" else {*LOOKS[:2], *looks[name]}
+            own = {key: value for key, value in keys.items() if key not in mine}
             try:
                 built[name] = build_vision(**own, dtype=dtype, weights=weights)
             except ValueError as error:
@@ -125,6 +124,7 @@ class SeveralVision(VisionEncoder):
         if self._grid is not None:
             target = grids[self._grid] if isinstance(self._grid, str) else as_size(self._grid)
             grids = dict.fromkeys(grids, target)
+        grids |= {name: as_size(look["grid"]) for name, look in self.looks.items() if look.get("grid")}
         self.grids = list(grids.values())
         if self.join != "channels":
             return
@@ -165,8 +165,9 @@ class SeveralVision(VisionEncoder):
                 encoder.check_any_size()
             except ValueError as error:
                 raise ValueError(f"vision.encoders.{name}: {error}") from None
-        if self._grid is not None or self.join == "tokens":
-            key = f"vision.grid={self._grid}" if self._grid is not None else "vision.join=tokens"
+        fixed = [f"vision.encoders.{name}.grid" for name, look in self.looks.items() if look.get("grid")]
+        fixed += ["vision.grid"] * (self._grid is not None) + ["vision.join=tokens"] * (self.join == "tokens")
+        for key in fixed:
             raise ValueError(f"image_fit=native gives every image a grid of its own, which {key} cannot follow")
 
     def encode_all(
