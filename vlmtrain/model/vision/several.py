@@ -32,8 +32,8 @@ class SeveralVision(VisionEncoder):
 
     grid: ``(H, W)`` or the name of an encoder, to whose grid the features of the others are resized bilinearly; None to
     leave them as they are, which ``channels`` allows if all grids are equal. align_corners: of the resizing. looks: for
-    each encoder, its `LOOKS` that are set; its own ``grid`` precedes that of all. The image size, patch size and normalization are those of the
-    first encoder; `encoders` has the others.
+    each encoder, its `LOOKS` that are set; its own ``grid`` precedes that of all. The image size, patch size and
+    normalization are those of the first encoder; `encoders` has the others.
     """
 
     provider = "several"
