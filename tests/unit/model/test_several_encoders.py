@@ -251,3 +251,17 @@ def test_encoders_train_by_their_own_patterns():
         with pytest.raises(ValueError, match=r"name one of the encoders \(wide, fine\)"):
             entry = {"match": match, "lr": 1e-4, **decay}
             trained_groups(make_stage(parts=("vision",), train={}, groups=(entry,)), {"vision": vision})
+
+
+def test_an_encoder_starts_from_the_weights_in_a_model_folder(tmp_path):
+    torch.manual_seed(3)
+    trained = build_vision(**TOWERS["wide"])
+    VLMWrapper(trained, None, None).save_pretrained(tmp_path)
+    file = tmp_path / "vision" / "model.safetensors"
+    vision = build({"wide": {**TOWERS["wide"], "pretrained": str(file)}, "fine": TOWERS["fine"]}, **CHANNELS)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, vision.encoders["wide"].state_dict()[name])
+    with pytest.raises(ValueError, match="vision.encoders.fine: .*model.safetensors"):
+        build({"wide": TOWERS["wide"], "fine": {**TOWERS["fine"], "pretrained": str(file)}}, **CHANNELS)
+    with pytest.raises(ValueError, match="vision.pretrained=openai: with vision.model_config, expected a file"):
+        build_vision(**TOWERS["wide"], pretrained="openai")
