@@ -261,7 +261,7 @@ def test_an_encoder_starts_from_the_weights_in_a_model_folder(tmp_path):
     vision = build({"wide": {**TOWERS["wide"], "pretrained": str(file)}, "fine": TOWERS["fine"]}, **CHANNELS)
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, vision.encoders["wide"].state_dict()[name])
-    with pytest.raises(ValueError, match="vision.encoders.fine: .*model.safetensors"):
+    with pytest.raises(ValueError, match=r"vision.encoders.fine: .*model.safetensors"):
         build({"wide": TOWERS["wide"], "fine": {**TOWERS["fine"], "pretrained": str(file)}}, **CHANNELS)
-    with pytest.raises(ValueError, match="vision.pretrained=openai: with vision.model_config, expected a file"):
+    with pytest.raises(ValueError, match=r"vision.pretrained=openai: with vision.model_config, expected a file"):
         build_vision(**TOWERS["wide"], pretrained="openai")
