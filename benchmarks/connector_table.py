@@ -43,7 +43,9 @@ PAPERS = {
     "vss": "VL-Mamba, 2024",
     "pixel_shuffle": "Idefics3, InternVL, 2024",
     "token_packer": "TokenPacker, 2024",
+    "spatial_aggregator": "Cambrian-1, 2024 (four encoders)",
 }
+ENCODERS = {"meq_former": 5, "spatial_aggregator": 4}
 
 
 def table() -> str:
@@ -55,7 +57,7 @@ def table() -> str:
     ]
     for name in CONNECTORS:
         with torch.device("meta"):
-            in_dim = (IN_DIM,) * 5 if name == "meq_former" else IN_DIM
+            in_dim = (IN_DIM,) * ENCODERS[name] if name in ENCODERS else IN_DIM
             connector = build_connector(name, in_dim, OUT_DIM, input_grid=GRID)
         size = sum(parameter.numel() for parameter in connector.parameters()) / 1e6
         cases = [case for case in CASES if case.name == name]

@@ -21,6 +21,7 @@ from .perceiver import PerceiverResampler
 from .pooling import AttentionalPool, AvgPool
 from .qformer import QFormer
 from .qwen_vl import QwenVLResampler
+from .spatial_aggregator import SpatialAggregator
 from .token_packer import TokenPacker
 from .vss import VSS
 
@@ -44,6 +45,7 @@ _CLASSES: dict[str, type[Connector]] = {
     "vss": VSS,
     "pixel_shuffle": PixelShuffle,
     "token_packer": TokenPacker,
+    "spatial_aggregator": SpatialAggregator,
 }
 CONNECTORS: Registry[Connector] = Registry(
     "connector", Connector, _CLASSES, builder="__init__", fixed=("in_dim", "out_dim", "input_grid")
@@ -55,7 +57,7 @@ def build_connector(
     name: str,
     in_dim: int | tuple[int, ...],
     out_dim: int | None,
-    input_grid: tuple[int, int] | None = None,
+    input_grid: tuple[int, int] | tuple[tuple[int, int], ...] | None = None,
     **options,
 ) -> Connector:
     """Build the connector `name`, which maps features of width `in_dim` to tokens of width `out_dim`.
@@ -63,15 +65,13 @@ def build_connector(
     in_dim is a tuple for a connector that takes several encoders. out_dim is None if there is no language model yet,
     which is allowed for connectors that can be trained alone (`Connector.stands_alone`). input_grid, the encoder's
     patch grid, is required by connectors with position tables of a fixed size; if it is given, a connector that does
-    not support that grid raises immediately. Raises ValueError for unknown names, options and sizes that do not fit.
+    not support that grid raises immediately. For several encoders it is one grid per encoder, or one that all share.
+    Raises ValueError for unknown names, options and sizes that do not fit.
     """
     CONNECTORS.check_options(name, options)
     connector_class = CONNECTORS[name]
-    if input_grid is not None:
-        sides = tuple(input_grid) if isinstance(input_grid, Sequence) else (input_grid,)
-        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-            raise ValueError(f"input_grid={input_grid!r}: expected two integers, (height, width)")
-        input_grid = sides
+    encoders = len(in_dim) if connector_class.several_encoders and isinstance(in_dim, tuple | list) else 1
+    grids = None if input_grid is None else _grids(input_grid, encoders)
     if out_dim is None and not connector_class.stands_alone:
         alone = ", ".join(key for key, each in CONNECTORS.items() if each.stands_alone)
         raise ValueError(
@@ -79,11 +79,25 @@ def build_connector(
             f"llm, or use a connector that can be trained alone ({alone})"
         )
     if "input_grid" in inspect.signature(connector_class).parameters:
-        options["input_grid"] = input_grid
+        options["input_grid"] = grids if grids is None or connector_class.several_encoders else grids[0]
     connector = connector_class(in_dim, out_dim, **options)
-    if input_grid is not None:
-        connector.num_tokens(*input_grid)
+    for encoder, grid in enumerate(grids or ()):
+        connector.check_grid(*grid, encoder=encoder)
     return connector
+
+
+def _grids(input_grid: Sequence, encoders: int) -> tuple[tuple[int, int], ...]:
+    """The patch grid of each encoder, from one per encoder or one that all share."""
+    listed = isinstance(input_grid, Sequence) and not any(isinstance(side, int) for side in input_grid)
+    grids = input_grid if listed else (input_grid,) * encoders
+    for grid in grids:
+        if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(side, int) for side in grid):
+            raise ValueError(f"input_grid={input_grid!r}: expected two integers, (height, width)")
+    if len(grids) != encoders:
+        raise ValueError(
+            f"input_grid={input_grid!r}: expected one grid per encoder ({encoders}), or one that all share"
+        )
+    return tuple(map(tuple, grids))
 
 
 __all__ = [

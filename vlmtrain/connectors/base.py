@@ -155,7 +155,7 @@ class Connector(nn.Module):
         if not self.several_encoders and isinstance(in_dim, tuple | list):
             raise ValueError(
                 f"connector {type(self).__name__} takes one encoder, got in_dim={in_dim!r}: pass one width, "
-                "or choose a connector for several encoders (meq_former)"
+                "or choose a connector for several encoders (meq_former, spatial_aggregator)"
             )
         require_positive(out_dim=out_dim)
         for width in in_dim if isinstance(in_dim, tuple) else (in_dim,):
@@ -179,6 +179,10 @@ class Connector(nn.Module):
         assert grid is not None, f"{type(self).__name__} has no output grid: override num_tokens"
         return grid[0] * grid[1]
 
+    def check_grid(self, height: int, width: int, encoder: int = 0) -> None:
+        """Raise ValueError for a grid that the connector does not support from the encoder with this index."""
+        self.num_tokens(height, width)
+
     def check(self, features: Features) -> Tensor:
         """Return the patches after checking rank, width, levels and grids. Raises ValueError if one does not fit."""
         return self.check_encoders(features)[0].patches
@@ -190,7 +194,7 @@ class Connector(nn.Module):
             got = f"{len(features)} encoders" if isinstance(features, tuple | list) else type(features).__name__
             raise ValueError(
                 f"connector {name} takes the VisionFeatures of one encoder, got {got}: "
-                "choose one encoder, or a connector for several (meq_former)"
+                "choose one encoder, or a connector for several (meq_former, spatial_aggregator)"
             )
         encoders = (features,) if one else tuple(features)
         widths = self.in_dim if isinstance(self.in_dim, tuple) else (self.in_dim,)
@@ -199,10 +203,10 @@ class Connector(nn.Module):
                 f"connector {name} was built for {len(widths)} encoders (in_dim={self.in_dim}), "
                 f"got features of {len(encoders)}"
             )
-        for encoder, width in zip(encoders, widths, strict=True):
+        for i, (encoder, width) in enumerate(zip(encoders, widths, strict=True)):
             check_features(encoder, width, self.num_levels)
             for grid in encoder.grids or (encoder.patches.shape[1:3],):
-                self.num_tokens(*grid)
+                self.check_grid(*grid, encoder=i)
         images = [len(encoder.grids or encoder.patches) for encoder in encoders]
         if len(set(images)) > 1:
             raise ValueError(f"connector {name}: expected the same images from each encoder, got {images} images")

@@ -67,6 +67,25 @@ def require_window(height: int, width: int, window: int, option: str) -> None:
         )
 
 
+def require_input_grid(input_grid, name: str) -> None:
+    """Check that a connector whose position tables have a fixed size was given the patch grid of its encoder."""
+    if input_grid is None:
+        raise ValueError(
+            f"{name} has position tables of a fixed size: expected input_grid=(height, width), the patch grid of the "
+            "encoder, got None"
+        )
+
+
+def require_built_grid(height: int, width: int, input_grid: tuple[int, int], name: str) -> None:
+    """Check that the grid is the one for which position tables of a fixed size were built."""
+    require_grid(height, width)
+    if (height, width) != input_grid:
+        raise GridError(
+            f"grid {height}x{width}: {name} was built for input_grid {input_grid[0]}x{input_grid[1]} and its position "
+            "tables are not resized; build it with another input_grid or change the image size"
+        )
+
+
 def require_multiple(height: int, width: int, factor: int, option: str) -> None:
     """Check that both sides of the grid are multiples of a factor."""
     require_grid(height, width)

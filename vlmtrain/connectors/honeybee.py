@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Connector, VisionFeatures
-from .checks import GridError, require_divisible, require_fraction, require_grid, require_positive
+from .checks import (
+    require_built_grid,
+    require_divisible,
+    require_fraction,
+    require_grid,
+    require_input_grid,
+    require_positive,
+)
 from .layers import Attention, ConvNorm, SqueezeExcite, mlp
 from .published import Names
 
@@ -27,22 +34,12 @@ class Abstractor(Connector):
     def __init__(self, in_dim: int, out_dim: int, input_grid: tuple[int, int] | None, grid: int):
         super().__init__(in_dim, out_dim)
         require_positive(grid=grid)
-        if input_grid is None:
-            raise ValueError(
-                f"{self.name} has position tables of a fixed size: expected input_grid=(height, width), the patch "
-                "grid of the encoder, got None"
-            )
+        require_input_grid(input_grid, self.name)
         require_grid(*input_grid)
         self.grid, self.input_grid = grid, tuple(input_grid)
 
     def output_grid(self, height: int, width: int) -> tuple[int, int]:
-        require_grid(height, width)
-        if (height, width) != self.input_grid:
-            raise GridError(
-                f"grid {height}x{width}: {self.name} was built for input_grid {self.input_grid[0]}x"
-                f"{self.input_grid[1]} and its position tables are not resized; build it with another input_grid or "
-                "change the image size"
-            )
+        require_built_grid(height, width, self.input_grid, self.name)
         return self.grid, self.grid
 
     def load_published(self, state_dict: dict[str, Tensor]) -> None:

@@ -20,11 +20,13 @@ def mlp(widths: list[int], activation: type[nn.Module] = nn.GELU) -> nn.Sequenti
     return nn.Sequential(*layers)
 
 
-def blocks(x: Tensor, side: int) -> Tensor:
-    """Cut a raster grid into squares: (B, H, W, C) -> (B, H/side, W/side, side*side, C), raster within each."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // side, side, width // side, side, channels)
-    return x.transpose(2, 3).flatten(3, 4)
+def blocks(x: Tensor, height: int, width: int | None = None) -> Tensor:
+    """Cut a raster grid into blocks of `height` x `width` patches, squares by default; raster order within each.
+
+    ``(B, H, W, C)`` -> ``(B, H / height, W / width, height * width, C)``.
+    """
+    width = height if width is None else width
+    return x.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3).flatten(3, 4)
 
 
 def each_image(function: Callable[[Tensor], Tensor], x: Tensor, grids: Sequence[tuple[int, int]] | None) -> Tensor:

@@ -48,6 +48,7 @@ def make_connector(
     llm: None if there is no language model yet, for a connector that can be trained alone. newline: whether images may
     be cut into tiles.
     """
+    grids = [list(grid) for grid in vision.grids]
     several = CONNECTORS[name].several_encoders if name in CONNECTORS else False
     width = list(vision.width) if isinstance(vision.width, tuple) else vision.width
     in_turn = {}
@@ -57,12 +58,12 @@ def make_connector(
     if vision.join == "tokens":
         if several:
             raise ValueError(f"vision.join=tokens needs a connector for one encoder, got {name}: use join=separate")
-        in_turn = {"grids": [list(grid) for grid in vision.grids]}
+        in_turn = {"grids": grids}
     arguments = {
         "name": name,
         "in_dim": [width] if several and isinstance(width, int) else width,
         "out_dim": None if llm is None else hidden_width(llm),
-        "input_grid": list(vision.grid),
+        "input_grid": grids if isinstance(width, list) else list(vision.grid),
         **in_turn,
         **options,
         **({"newline": True} if newline and llm is not None else {}),

@@ -24,7 +24,7 @@ from reference_merging import (
     qwen3_merger,
 )
 from reference_querying import instructblip, meq_former, perceiver, qformer, qwen_vl_open_clip, qwen_vl_plain
-from reference_spatial import c_abstractor, d_abstractor, ldp, ldpv2, token_packer, vss
+from reference_spatial import c_abstractor, d_abstractor, ldp, ldpv2, spatial_aggregator, token_packer, vss
 from reference_tools import C, D
 from torch import Tensor
 
@@ -34,7 +34,10 @@ Reference = Callable[[VisionFeatures], Tensor]
 
 
 class Case(NamedTuple):
-    """build(grid) -> (connector with the reference's weights, reference); `widths`: one per encoder."""
+    """build(grid) -> (connector with the reference's weights, reference).
+
+    widths: of the features, one per encoder. finer: sides of each encoder's grid, as multiples of the grid's.
+    """
 
     name: str
     reference: str
@@ -43,6 +46,7 @@ class Case(NamedTuple):
     prefix: bool = False
     widths: tuple[int, ...] = (C,)
     label: str = ""
+    finer: tuple[int, ...] = (1,)
 
 
 def measure(case: Case, grid: tuple[int, int]) -> tuple[float, float]:
@@ -78,11 +82,11 @@ def inputs(case: Case, connector: Connector, grid: tuple[int, int]):
 
     encoders = tuple(
         VisionFeatures(
-            leaf(2, *grid, width),
+            leaf(2, *(side * finer for side in grid), width),
             leaf(2, 1, width) if case.prefix else None,
             tuple(leaf(2, *grid, width) for _ in range(connector.num_levels)),
         )
-        for width in case.widths
+        for width, finer in zip(case.widths, case.finer, strict=True)
     )
     return (encoders if len(encoders) > 1 else encoders[0]), leaves
 
@@ -148,7 +152,7 @@ CASES = [
     ),
     Case("ldp", "torchvision InvertedResidual, timm LayerNormAct2d", ldp, ((4, 4), (5, 5), (3, 6))),
     Case("ldpv2", PLAIN, ldpv2, ((6, 6), (5, 4), (2, 2))),
-    Case("meq_former", "HF Blip2QFormerModel", meq_former, ((4, 4), (3, 5)), prefix=True, widths=(C, 12)),
+    Case("meq_former", "HF Blip2QFormerModel", meq_former, ((4, 4), (3, 5)), prefix=True, widths=(C, 12), finer=(1, 1)),
     *(
         Case("vss", "HF MambaMixer", partial(vss, head=head, scan=scan), ((4, 4), (3, 5)), label=f"{head} {scan}")
         for head in ("l2", "mlp")
@@ -157,4 +161,29 @@ CASES = [
     Case("pixel_shuffle", "HF Idefics3Connector", idefics3, SQUARE_AND_NOT),
     Case("pixel_shuffle", "HF InternVLModel.pixel_shuffle", internvl, SQUARE_AND_NOT, label="internvl"),
     Case("token_packer", PLAIN, token_packer, SQUARE_AND_NOT),
+    Case(
+        "spatial_aggregator",
+        PLAIN,
+        partial(spatial_aggregator, finer=(1,)),
+        ((4, 4), (6, 4)),
+        label="one encoder",
+    ),
+    Case(
+        "spatial_aggregator",
+        PLAIN,
+        partial(spatial_aggregator, finer=(1, 2)),
+        SQUARE_AND_NOT,
+        widths=(C, 12),
+        finer=(1, 2),
+        label="two encoders",
+    ),
+    Case(
+        "spatial_aggregator",
+        PLAIN,
+        partial(spatial_aggregator, finer=(1, 1, 4)),
+        ((2, 2), (2, 4)),
+        widths=(C, 12, 20),
+        finer=(1, 1, 4),
+        label="windows of one patch",
+    ),
 ]

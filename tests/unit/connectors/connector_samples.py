@@ -27,7 +27,9 @@ SMALL = {
     "vss": {},
     "pixel_shuffle": {},
     "token_packer": {"hidden_size": 32, "num_heads": 4},
+    "spatial_aggregator": {"grid": 3, "hidden_size": 32, "depth": 2, "num_heads": 4},
 }
+SEVERAL = ("meq_former", "spatial_aggregator")
 VARIANTS = [
     *SMALL.items(),
     ("mlp", {"depth": 3, "hidden_dim": 20, "activation": "silu"}),
@@ -51,8 +53,8 @@ def variant_id(variant: tuple[str, dict]) -> str:
 
 
 def small(name: str, input_grid: tuple[int, int] = (6, 6), **options) -> Connector:
-    """A tiny connector; `meq_former` has two encoders."""
-    in_dim = (C, 12) if name == "meq_former" else C
+    """A tiny connector, with two encoders if it takes several."""
+    in_dim = (C, 12) if name in SEVERAL else C
     return build_connector(name, in_dim, D, input_grid=input_grid, **options)
 
 

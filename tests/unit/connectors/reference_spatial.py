@@ -1,4 +1,4 @@
-"""References of convolving, sampling, packing and scanning connectors.
+"""References of convolving, sampling, packing, aggregating and scanning connectors.
 
 Each function builds a connector with the weights of its reference, and the reference: grid -> (connector, reference).
 """
@@ -177,6 +177,87 @@ def token_packer(grid):
         return reference.mlp(torch.cat(tokens, dim=1))
 
     return connector, pack
+
+
+def spatial_aggregator(grid, finer):
+    """One query at a time, with loops over encoders, patches of its windows, and heads.
+
+    finer: sides of each encoder's grid, as multiples of `grid`.
+    """
+    side, width, heads = 2, 16, 4
+    grids = [(grid[0] * factor, grid[1] * factor) for factor in finer]
+    widths = (C, 12, 20)[: len(finer)]
+    windows = [(height // side, breadth // side) for height, breadth in grids]
+
+    def normed():
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
+
+    def sampling_layer():
+        layer = nn.Module()
+        layer.proj_context = nn.Linear(width, width, bias=False)
+        layer.proj_in = nn.Linear(2 * width, width, bias=False)
+        layer.proj_out = nn.Module()
+        layer.proj_out.linear_1 = nn.Linear(width, width, bias=False)
+        layer.proj_out.linear_2 = nn.Linear(width, width, bias=False)
+        layer.norm = nn.LayerNorm(width)
+        layer.cross_attn = nn.Module()
+        layer.cross_attn.q_proj = normed()
+        layer.cross_attn.o_proj = nn.Linear(width, width, bias=False)
+        for i, (height, breadth) in enumerate(windows):
+            layer.cross_attn.add_module(f"k_proj_{i}", normed())
+            layer.cross_attn.add_module(f"v_proj_{i}", normed())
+            if height * breadth > 1:
+                layer.register_parameter(f"pos_embed_{i}", nn.Parameter(torch.empty(height * breadth, width)))
+        return layer
+
+    reference = nn.Module()
+    reference.vision_query = nn.Parameter(torch.empty(1, width))
+    reference.mm_projector = nn.Sequential(nn.Linear(width, D), nn.GELU(), nn.Linear(D, D))
+    for i, in_dim in enumerate(widths):
+        layers = nn.Linear(in_dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
+        reference.add_module(f"mm_projector_aux_{i}", nn.Sequential(*layers))
+    reference.vision_sampler_0 = nn.Module()
+    reference.vision_sampler_0.layers = nn.ModuleList(sampling_layer() for _ in range(2))
+    rescaled(reference)
+    options = dict(grid=side, hidden_size=width, depth=2, num_heads=heads)
+    one = len(finer) == 1
+    in_dim, input_grid = (C, grid) if one else (widths, tuple(grids))
+    connector = build_connector("spatial_aggregator", in_dim, D, input_grid=input_grid, **options)
+    published(connector, "model.", reference)
+
+    def attend(layer, x, maps, row, column):
+        attention, keys, values = layer.cross_attn, [], []
+        for i, (height, breadth) in enumerate(windows):
+            for down in range(height):
+                for right in range(breadth):
+                    patch = maps[i][:, row * height + down, column * breadth + right]
+                    if height * breadth > 1:
+                        patch = patch + getattr(layer, f"pos_embed_{i}")[down * breadth + right]
+                    keys.append(getattr(attention, f"k_proj_{i}")(patch))
+                    values.append(getattr(attention, f"v_proj_{i}")(patch))
+        query, mixed = attention.q_proj(x), []
+        for head in torch.arange(width).chunk(heads):
+            scores = [(query[:, head] * key[:, head]).sum(1) / len(head) ** 0.5 for key in keys]
+            weights = torch.stack(scores, dim=1).softmax(1)
+            mixed.append(sum(weights[:, j, None] * value[:, head] for j, value in enumerate(values)))
+        return attention.o_proj(torch.cat(mixed, dim=1))
+
+    def aggregate(features):
+        encoders = (features,) if one else features
+        maps = [getattr(reference, f"mm_projector_aux_{i}")(f.patches) for i, f in enumerate(encoders)]
+        mean = maps[0].mean((1, 2))
+        tokens = []
+        for row in range(side):
+            for column in range(side):
+                query = reference.vision_query.expand(len(mean), -1)
+                for layer in reference.vision_sampler_0.layers:
+                    x = layer.proj_in(torch.cat([query, layer.proj_context(mean)], dim=1))
+                    x = layer.norm(x + attend(layer, x, maps, row, column))
+                    query = query + layer.proj_out.linear_2(F.gelu(layer.proj_out.linear_1(x)))
+                tokens.append(reference.mm_projector(query))
+        return torch.stack(tokens, dim=1)
+
+    return connector, aggregate
 
 
 # --- scans --------------------------------------------------------------------------------------------------

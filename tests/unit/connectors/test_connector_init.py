@@ -69,6 +69,13 @@ def test_hunyuan_special_tokens():
     assert_spread(256**-0.5, connector.image_begin, connector.image_end, connector.image_newline, rel=0.2)
 
 
+def test_spatial_aggregator():
+    connector = build_connector("spatial_aggregator", 64, 96, input_grid=(64, 64), grid=4, hidden_size=256)
+    assert_spread(256**-0.5, connector.query, rel=0.2)
+    for layer in connector.layers:
+        assert_spread(1.0, layer.windows[0].positions)
+
+
 def test_abstractor_positions():
     for name, table in (("c_abstractor", "pos_emb"), ("d_abstractor", "v_pos_emb")):
         connector = build_connector(name, 64, 96, input_grid=(8, 8), hidden_size=64, depth=1)

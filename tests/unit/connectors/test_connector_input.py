@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from connector_samples import SMALL, C, D, features, small
+from connector_samples import SEVERAL, SMALL, C, D, features, small
 
 from vlmtrain.connectors import VisionFeatures, build_connector
 
@@ -44,6 +44,21 @@ from vlmtrain.connectors import VisionFeatures, build_connector
         ("pixel_shuffle", {"factor": 2.0}, r"connector.factor=2.0"),
         ("token_packer", {"num_heads": 3}, r"connector.num_heads=3 does not divide connector.hidden_size=1024"),
         ("token_packer", {"levels": 0}, r"connector.levels=0"),
+        ("spatial_aggregator", {"input_grid": None}, r"spatial_aggregator .* expected input_grid=\(height, width\)"),
+        ("spatial_aggregator", {"grid": 0}, r"connector.grid=0"),
+        ("spatial_aggregator", {"num_heads": 3}, r"connector.num_heads=3 does not divide connector.hidden_size=1024"),
+        ("spatial_aggregator", {"in_dim": (C, 12), "grid": 4}, r"grid 6x6: .* multiples of connector.grid=4"),
+        (
+            "spatial_aggregator",
+            {"in_dim": (C, 12), "input_grid": ((6, 6), (12, 8)), "grid": 3},
+            r"grid 12x8: .* multiples of connector.grid=3",
+        ),
+        (
+            "spatial_aggregator",
+            {"in_dim": (C, 12), "input_grid": ((6, 6),), "grid": 3},
+            r"input_grid=\(\(6, 6\),\): expected one grid per encoder \(2\)",
+        ),
+        ("mlp", {"input_grid": ((6, 6), (6, 6))}, r"expected one grid per encoder \(1\)"),
         ("mlp", {"in_dim": 0}, r"connector.in_dim=0"),
         ("mlp", {"out_dim": -3}, r"connector.out_dim=-3"),
         ("mlp", {"in_dim": (16, 32)}, r"takes one encoder, got in_dim=\(16, 32\)"),
@@ -69,7 +84,7 @@ def test_no_connector_takes_an_empty_grid(name, grid):
         small(name, **SMALL[name]).num_tokens(*grid)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "meq_former"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in SEVERAL])
 def test_features_of_the_wrong_width_rank_or_number(name):
     connector = small(name, **SMALL[name])
     good = features(connector, (6, 6))
@@ -103,8 +118,9 @@ def test_unused_levels_are_ignored():
     assert torch.equal(connector(good), connector(good._replace(levels=(good.patches,))))
 
 
-def test_meq_former_checks_number_and_width_of_its_encoders():
-    connector = small("meq_former", **SMALL["meq_former"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_number_and_width_of_several_encoders(name):
+    connector = small(name, **SMALL[name])
     first, second = features(connector, (6, 6))
     with pytest.raises(ValueError, match=r"built for 2 encoders .* got features of 1"):
         connector(first)
@@ -112,6 +128,21 @@ def test_meq_former_checks_number_and_width_of_its_encoders():
         connector((first, second, second))
     with pytest.raises(ValueError, match=r"features.patches: expected width 16 .* got 12"):
         connector((second, first))
+
+
+def test_each_encoder_has_the_grid_that_the_windows_were_built_for():
+    options = SMALL["spatial_aggregator"]
+    connector = build_connector("spatial_aggregator", (C, C), D, input_grid=((6, 6), (3, 12)), **options)
+    coarse, wide = (VisionFeatures(torch.randn(2, *grid, C)) for grid in ((6, 6), (3, 12)))
+    assert connector((coarse, wide)).shape == (2, 9, D)
+    for encoders, message in (
+        ((wide, coarse), r"grid 3x12: .* built for input_grid 6x6"),
+        ((coarse, coarse), r"grid 6x6: .* built for input_grid 3x12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            connector(encoders)
+    with pytest.raises(ValueError, match=r"grid 3x12: .* built for input_grid 6x6"):
+        connector.num_tokens(3, 12)
 
 
 @pytest.mark.parametrize("name", ["qformer", "meq_former"])
@@ -134,7 +165,7 @@ def test_fixed_tables_are_not_stretched(name):
         connector(VisionFeatures(torch.randn(1, 4, 9, C)))
 
 
-@pytest.mark.parametrize("input_grid", [(6,), 6, (6, 6, 6), "66", (6.5, 6)])
+@pytest.mark.parametrize("input_grid", [(6,), 6, (6, 6, 6), "66", (6.5, 6), (6.5, 6.5), ()])
 def test_an_input_grid_is_two_whole_numbers(input_grid):
     with pytest.raises(ValueError, match="input_grid"):
         build_connector("linear", 16, 8, input_grid=input_grid)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from connector_parity import relative_error
-from connector_samples import SMALL, VARIANTS, C, D, instruction, small, variant_id
+from connector_samples import SEVERAL, SMALL, VARIANTS, C, D, instruction, small, variant_id
 from reference_tools import rescaled
 from torch import nn
 
@@ -311,6 +311,19 @@ def test_meq_former_takes_a_single_encoder_without_a_tuple():
     assert torch.equal(connector((features,)), connector(features))
 
 
+def test_spatial_aggregator_takes_encoders_with_grids_of_their_own():
+    grids = ((3, 6), (6, 12))
+    torch.manual_seed(0)
+    connector = build_connector("spatial_aggregator", (C, 12), D, input_grid=grids, **SMALL["spatial_aggregator"])
+    connector = rescaled(connector).double()
+    features = tuple(
+        PackedFeatures(torch.randn(2 * height * width, dim).double(), ((height, width),) * 2, torch.zeros(2, 1, dim))
+        for (height, width), dim in zip(grids, (C, 12), strict=True)
+    )
+    expected = torch.cat([connector(image(features, i))[0] for i in range(2)])
+    assert close([connector(features)], [expected])
+
+
 def test_qformer_does_not_read_unequal_sequences_without_their_mask():
     connector = build(("qformer", SMALL["qformer"]))
     assert connector.read(packed(connector, ((2, 3), (3, 2)))).shape == (2, 8, C)
@@ -354,7 +367,7 @@ def nothing_runs(connector: Connector) -> Connector:
     return connector
 
 
-@pytest.mark.parametrize("name", [*(name for name in SMALL if name != "meq_former"), "mixing"])
+@pytest.mark.parametrize("name", [*(name for name in SMALL if name not in SEVERAL), "mixing"])
 def test_packed_features_that_do_not_fit(name):
     connector = nothing_runs(build((name, SMALL.get(name, {}))))
     grids = accepted(connector)

@@ -116,6 +116,25 @@ def qwen3_merger(name: str, norm_dim: int) -> dict[str, tuple[int, ...]]:
     )
 
 
+def cambrian() -> dict[str, tuple[int, ...]]:
+    """Two layers of width 32, which read windows of four patches from two encoders."""
+    names = {"vision_query": (1, 32)} | linear("mm_projector.0", D, 32) | linear("mm_projector.2", D, D)
+    for i, width in enumerate((C, 12)):
+        aux = f"mm_projector_aux_{i}"
+        names |= linear(f"{aux}.0", 32, width) | linear(f"{aux}.2", 32, 32) | norm(f"{aux}.3", 32)
+    for i in range(2):
+        layer = f"vision_sampler_0.layers.{i}"
+        names |= linear(f"{layer}.proj_context", 32, 32, False) | linear(f"{layer}.proj_in", 32, 64, False)
+        names |= linear(f"{layer}.proj_out.linear_1", 32, 32, False) | norm(f"{layer}.norm", 32)
+        names |= linear(f"{layer}.proj_out.linear_2", 32, 32, False)
+        names |= linear(f"{layer}.cross_attn.o_proj", 32, 32, False)
+        names |= {f"{layer}.pos_embed_{encoder}": (4, 32) for encoder in range(2)}
+        for part in ("q_proj", "k_proj_0", "k_proj_1", "v_proj_0", "v_proj_1"):
+            part = f"{layer}.cross_attn.{part}"
+            names |= norm(f"{part}.0", 32) | linear(f"{part}.1", 32, 32, False)
+    return names
+
+
 MLP2 = {"depth": 2}
 QWEN_VL = {"query": (16, D), "pos_embed": (16, D), "kv_proj.weight": (D, C)} | multihead("attn", D)
 QWEN_VL |= norm("ln_q", D) | norm("ln_kv", D)
@@ -264,6 +283,12 @@ PUBLISHED = {
         {"hidden_size": 32, "num_heads": 4},
         "model.mm_projector.",
         PACKER | linear("mlp.0", D, 32) | linear("mlp.2", D, D),
+    ),
+    "Cambrian-1": (
+        "spatial_aggregator",
+        {"grid": 3, "hidden_size": 32, "depth": 2, "num_heads": 4},
+        "model.",
+        cambrian(),
     ),
     "Flamingo": (
         "perceiver_resampler",

@@ -95,6 +95,7 @@ def test_forward_refuses_what_num_tokens_refuses(name):
         ("vss", {}, (24, 24), 576),
         ("pixel_shuffle", {}, (24, 24), 144),
         ("token_packer", {}, (24, 24), 144),
+        ("spatial_aggregator", {}, (48, 48), 576),
     ],
 )
 def test_token_counts_equal_those_of_the_papers(name, options, grid, count):

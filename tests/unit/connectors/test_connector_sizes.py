@@ -69,3 +69,18 @@ def test_meq_former_is_near_the_papers_116_million():
         connector = build_connector("meq_former", (1408, 1024, 1152, 1792, 1024), 2048)
     total = sum(parameter.numel() for parameter in connector.parameters())
     assert 115e6 < total < 117e6
+
+
+def test_spatial_aggregator_has_the_size_of_cambrian():
+    """SigLIP, CLIP and DINOv2-giant on 24x24, four stages of ConvNeXt-XXL on 96x96, before LLaMA-3-8B; from shapes."""
+    widths, dim, out = (1152, 1024, 1536, 384 + 768 + 1536 + 3072), 1024, 4096
+    with torch.device("meta"):
+        connector = build_connector("spatial_aggregator", widths, out, input_grid=(*((24, 24),) * 3, (96, 96)))
+    square, norm = dim * dim, 2 * dim
+    maps = sum(width * dim + dim + square + dim + norm for width in widths)
+    projections = 1 + 2 + 2 + 1  # context, in (twice as wide), out (two layers), attention's output
+    attention = (1 + 2 * len(widths)) * (norm + square)
+    layer = projections * square + norm + attention + 16 * dim
+    head = dim * out + out + out * out + out
+    total = sum(parameter.numel() for parameter in connector.parameters())
+    assert total == maps + 3 * layer + dim + head

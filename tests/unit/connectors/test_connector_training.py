@@ -6,7 +6,7 @@ from connector_parity import joined, relative_error
 from connector_samples import VARIANTS, C, D, features, instruction, small, variant_id
 from reference_tools import block_order, rescaled
 
-from vlmtrain.connectors import VisionFeatures
+from vlmtrain.connectors import VisionFeatures, build_connector
 from vlmtrain.connectors.vss import scan_orders, selective_scan
 
 torch.set_num_threads(1)
@@ -214,10 +214,27 @@ def test_meq_former_accepts_encoders_of_unequal_grids_and_a_single_one():
     connector = small("meq_former", depth=2, hidden_size=32, num_heads=4)
     wide, narrow = torch.randn(2, 4, 4, C), torch.randn(2, 3, 5, 12)
     assert connector((VisionFeatures(wide), VisionFeatures(narrow))).shape == (2, 64, D)
-    from vlmtrain.connectors import build_connector
-
     single = build_connector("meq_former", C, D, depth=2, hidden_size=32, num_heads=4)
     assert single(VisionFeatures(wide)).shape == (2, 32, D)
+
+
+def test_spatial_aggregator_reads_the_windows_of_a_query_only():
+    """Of the first encoder it also reads the mean of all patches."""
+    torch.manual_seed(0)
+    grids = (3, 6), (6, 12)
+    options = {"grid": 3, "hidden_size": 32, "depth": 2, "num_heads": 4}
+    connector = rescaled(build_connector("spatial_aggregator", (C, 12), D, input_grid=grids, **options))
+    coarse, fine = torch.randn(1, 3, 6, C, requires_grad=True), torch.randn(1, 6, 12, 12, requires_grad=True)
+    output = connector((VisionFeatures(coarse), VisionFeatures(fine)))[0].unflatten(0, (3, 3))
+    for row, column in ((0, 0), (1, 2), (2, 1)):
+        of_coarse, of_fine = torch.autograd.grad(output[row, column].sum(), (coarse, fine), retain_graph=True)
+        read = of_fine[0].abs().sum(-1) > 0
+        assert read[2 * row : 2 * row + 2, 4 * column : 4 * column + 4].all() and read.sum() == 8
+        assert (of_coarse[0].abs().sum(-1) > 0).all()
+    changed = fine.detach().clone()
+    changed[0, 3, 9] += 1.0  # in the window of row 1, column 2
+    moved = connector((VisionFeatures(coarse), VisionFeatures(changed)))[0].unflatten(0, (3, 3)) - output
+    assert (moved.abs() > 1e-5).any(-1).nonzero().tolist() == [[1, 2]]
 
 
 def test_deformable_attention_starts_with_evenly_spaced_directions():

@@ -74,6 +74,11 @@ class VisionEncoder(nn.Module):
         return {"": self}
 
     @property
+    def grids(self) -> list[Size]:
+        """The grid of the features of each encoder that a connector reads."""
+        return [self.grid]
+
+    @property
     def grid(self) -> Size:
         return self.grid_of(self.image_size)
 

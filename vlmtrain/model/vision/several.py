@@ -100,6 +100,10 @@ class SeveralVision(VisionEncoder):
     def encoders(self) -> dict[str, VisionEncoder]:
         return {name: self._modules[name] for name in self.names if name in self._modules}
 
+    @property
+    def grids(self) -> list[Size]:
+        return self._grids
+
     def only(self, names: Collection[str]) -> SeveralVision:
         """The same, holding only some of the encoders; the features of the others must be known to `encode_all`."""
         other = copy(self)
@@ -125,7 +129,7 @@ class SeveralVision(VisionEncoder):
             target = grids[self._grid] if isinstance(self._grid, str) else as_size(self._grid)
             grids = dict.fromkeys(grids, target)
         grids |= {name: as_size(look["grid"]) for name, look in self.looks.items() if look.get("grid")}
-        self.grids = list(grids.values())
+        self._grids = list(grids.values())
         if self.join != "channels":
             return
         fits = {look.get("image_fit") for look in self.looks.values()}
@@ -143,7 +147,7 @@ class SeveralVision(VisionEncoder):
 
     def grid_of(self, size: Size) -> Size:
         """Grid of the joined features, or of those of the first encoder, for an image of `size` pixels."""
-        return self.grids[0] if tuple(size) == tuple(self.image_size) else self._facts[0].grid_of(size)
+        return self._grids[0] if tuple(size) == tuple(self.image_size) else self._facts[0].grid_of(size)
 
     def set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
         raise ValueError("vision.layer and vision.levels are set for each encoder: vision.encoders.NAME.layer")
@@ -182,7 +186,7 @@ class SeveralVision(VisionEncoder):
     def joined(self, found: tuple[Features, ...]) -> Features | tuple[Features, ...]:
         """What the connector reads, given the features of each encoder."""
         if not isinstance(found[0], PackedFeatures):
-            found = tuple(map(self._resized, found, self.grids))
+            found = tuple(map(self._resized, found, self._grids))
         return _beside(found) if self.join == "channels" else found
 
     def _resized(self, features: VisionFeatures, grid: Size) -> VisionFeatures:
