@@ -13,7 +13,8 @@ from .published import Names
 class MLP(Connector):
     """`depth` linear layers with activations in between; one token per patch (LLaVA-1.5, section 3.2: depth 2, GELU).
 
-    ``(B, H, W, in_dim)`` -> ``(B, H*W, out_dim)``. Hidden layers are `hidden_dim` wide (None: out_dim).
+    ``(B, H, W, in_dim)`` -> ``(B, H*W, out_dim)``. Hidden layers are `hidden_dim` wide (None: out_dim), or a
+    list has the width of each (Prismatic: 4 * in_dim, out_dim).
     """
 
     PUBLISHED = (
@@ -23,13 +24,26 @@ class MLP(Connector):
     )
 
     def __init__(
-        self, in_dim: int, out_dim: int, depth: int = 2, hidden_dim: int | None = None, activation: str = "gelu"
+        self,
+        in_dim: int,
+        out_dim: int,
+        depth: int = 2,
+        hidden_dim: int | list[int] | None = None,
+        activation: str = "gelu",
     ):
         super().__init__(in_dim, out_dim)
-        hidden_dim = out_dim if hidden_dim is None else hidden_dim
-        require_positive(depth=depth, hidden_dim=hidden_dim)
+        require_positive(depth=depth)
+        each = out_dim if hidden_dim is None else hidden_dim
+        widths = list(each) if isinstance(each, list | tuple) else [each] * (depth - 1)
+        for width in widths:
+            require_positive(hidden_dim=width)
+        if len(widths) != depth - 1:
+            raise ValueError(
+                f"connector.hidden_dim={widths}: expected one width, or one for each of the {depth - 1} hidden "
+                f"layers of connector.depth={depth}"
+            )
         require_choice(activation, ACTIVATIONS, "activation")
-        self.layers = mlp([in_dim, *[hidden_dim] * (depth - 1), out_dim], ACTIVATIONS[activation])
+        self.layers = mlp([in_dim, *widths, out_dim], ACTIVATIONS[activation])
 
     def output_grid(self, height: int, width: int) -> tuple[int, int]:
         require_grid(height, width)

@@ -15,6 +15,12 @@ from vlmtrain.connectors import VisionFeatures, build_connector
         ("linear", {"depth": 2}, r"connector.depth of 'linear'. Available options: none"),
         ("mlp", {"depth": 0}, r"connector.depth=0: expected an integer of at least 1"),
         ("mlp", {"hidden_dim": -4}, r"connector.hidden_dim=-4"),
+        (
+            "mlp",
+            {"hidden_dim": [8, 8]},
+            r"connector.hidden_dim=\[8, 8\]: expected one width, or one for each of the 1 hidden",
+        ),
+        ("mlp", {"hidden_dim": [-8]}, r"connector.hidden_dim=-8"),
         ("mlp", {"activation": "gleu"}, r"connector.activation='gleu'. Did you mean 'gelu'\?"),
         ("avgpool", {"window": 0}, r"connector.window=0"),
         ("attentional_pool", {"num_heads": 3}, r"connector.num_heads=3 does not divide in_dim=16"),

@@ -10,6 +10,7 @@ LEVEL = 25_180_160  # one DeepStack merger of Qwen3-VL
 SIZES = [
     ("linear", 1024, 4096, {}, 4_198_400, "4.20"),
     ("mlp", 1024, 4096, {}, 20_979_712, "20.98"),
+    ("mlp", 2176, 4096, {"depth": 3, "hidden_dim": [8704, 4096]}, 71_385_600, "71.4"),  # Prismatic
     ("avgpool", 1024, 4096, {}, 4_198_400, "4.20"),
     ("attentional_pool", 1152, 4096, {}, 87_937_536, "87.9"),
     ("attentional_pool", 1152, 4096, {"levels": 0, "head": "linear"}, 10_035_712, "10.0"),
