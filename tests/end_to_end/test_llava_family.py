@@ -1,4 +1,4 @@
-"""The miniatures of recipes without a Q-Former: each stage learns, and trains what its source states."""
+"""The miniatures of recipes other than BLIP-2 and InstructBLIP: stages learn, and train what their source states."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ TRAINED = {
         "instruct": {"vision", "connector", "llm"},
     },
     "speedrun": {"align": {"connector"}, "instruct": {"connector", "llm"}},
+    "prismatic": {"finetune": {"connector", "llm"}},
+    "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 

@@ -14,7 +14,17 @@ from ..conftest import ROOT
 # The names of the parts in the table.
 PARTS = {
     "vision": ("ViT",),
-    "connector": ("linear", "MLP", "C-Abstractor", "LDPv2", "resampler", "merger", "Q-Former"),
+    "connector": (
+        "linear",
+        "MLP",
+        "C-Abstractor",
+        "LDPv2",
+        "resampler",
+        "merger",
+        "Q-Former",
+        "MEQ-Former",
+        "aggregator",
+    ),
     "llm": ("LLM", "adapters of the LLM"),
     "objective": ("heads", "text tower"),
 }

@@ -36,6 +36,7 @@ from ..model.vision import ENCODERS
 from .data import PURPOSES
 from .fields import OPEN, flatten, read
 from .locations import CONFIGS, RECIPES
+from .mini import with_mini
 from .other_trainers import suggestion
 from .run import MODULES, Evaluation, Run, read_run
 
@@ -49,10 +50,10 @@ OWN_KEYS = {
     },
 }
 """Keys of choices that a module registers, besides their options."""
+ENCODERS_KEY = "vision.encoders"
 OPEN_MAPPINGS = re.compile(r"(stages\.\w+\.(lora|connector_options)|vision\.encoders)[.=]")
 SPLIT = re.compile(r"data\.(?!columns$)\w+")
 MODEL_STAGE = "build_model"  # names the only stage of `compose_model` in messages
-MINI_CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
 
 
 @functools.cache
@@ -106,15 +107,6 @@ def _defaults(group: str, name: str) -> dict[str, Any]:
     return {**common, **options, **required}
 
 
-def with_mini(overrides: Sequence[str]) -> list[str]:
-    """Expand ``mini=true`` to the small choices of all groups that the overrides do not set."""
-    mini = [value for key, _, value in (o.partition("=") for o in overrides) if key.lstrip("+") == "mini"]
-    if not mini or mini[-1].strip().lower() != "true":
-        return list(overrides)
-    named = {override.split("=")[0] for override in overrides}
-    return [f"{group}={choice}" for group, choice in MINI_CHOICES.items() if group not in named] + list(overrides)
-
-
 def _with_open_mappings(overrides: Sequence[str]) -> Iterator[str]:
     """Adapt overrides of mappings with arbitrary keys to Hydra, which merges mappings of known keys.
 
@@ -125,7 +117,7 @@ def _with_open_mappings(overrides: Sequence[str]) -> Iterator[str]:
         key, _, value = override.partition("=")
         split = key.lstrip("+")
         if (
-            (SPLIT.fullmatch(split) or split == "vision.encoders")
+            (SPLIT.fullmatch(split) or split == ENCODERS_KEY)
             and value.startswith("{")
             and not _parsed([override])[0].is_sweep_override()
         ):
@@ -139,7 +131,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, own_keys: I
     own_keys: further keys of the command, to suggest. Raises ValueError naming the key and, if it is unknown, the
     closest known one.
     """
-    config = _compose("train", with_mini(overrides), config_dir, own_keys)
+    config = _compose("train", with_mini(overrides, config_dir), config_dir, own_keys)
     return read_run(finish(config, config.hydra))
 
 
@@ -217,7 +209,7 @@ def read_line(line: Sequence[str]) -> tuple[list[str], str | None]:
     options = list(line)
     for override in arguments.overrides:
         options.remove(override)
-    overrides = with_mini(arguments.overrides)
+    overrides = with_mini(arguments.overrides, arguments.config_dir)
     register_choices(overrides)
     shown = None
     if arguments.cfg == "job":
@@ -249,6 +241,8 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
         recipe = {group: OmegaConf.to_container(settings.pop(f"{group}_options")) for group in OPTION_GROUPS}
         small = {group: mini.pop(f"{group}_options", {}) for group in OPTION_GROUPS}
         _check_unselected(settings, mini, (recipe, small), named, hydra.searchpath)
+        if settings.mini and "encoders" in small["vision"].get("several", {}):
+            recipe["vision"].get("several", {}).pop("encoders", None)  # replaced by the small ones
         for by_group in (recipe, small) if settings.mini else (recipe,):
             for group, by_choice in by_group.items():
                 options = by_choice.get(hydra.runtime.choices[group])
@@ -376,15 +370,31 @@ def _splits(settings: DictConfig) -> Iterator[str]:
 def _lay_over(settings: DictConfig, options: Mapping, named: Iterable[str], setter: str = "the recipe") -> None:
     """Apply options, except those that the command line sets. Raises ValueError for an unknown key, naming the setter.
 
-    A key that is null may be set to a mapping. A data split is replaced completely, as it may have other sources.
+    A key that is null may be set to a mapping. A data split is replaced completely, as it may have other sources. Keys
+    of single encoders on the command line override those of the options.
     """
     known = dict(flatten(OmegaConf.to_container(settings)))
-    for key, value in flatten(options, is_leaf=lambda key: key in known or SPLIT.fullmatch(key) is not None):
-        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
+    whole = {ENCODERS_KEY, *known}
+    for key, value in flatten(options, is_leaf=lambda key: key in whole or SPLIT.fullmatch(key) is not None):
+        if key == ENCODERS_KEY and key not in named:
+            value = _encoders(value, OmegaConf.select(settings, key) or {})
+        elif any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
             continue
         if key not in known and not any(each.startswith(f"{key}.") for each in known):
             raise ValueError(f"{setter} sets {key}, which does not exist.{nearest(key, known)}")
         OmegaConf.update(settings, key, value, merge=False)
+
+
+def _encoders(options: Mapping, given: Mapping) -> dict[str, Any]:
+    """The encoders of options, in their order, with the keys that are `given` for single ones.
+
+    An encoder with a given provider has only the given keys. Encoders that the options do not have come last.
+    """
+    encoders = dict(options)
+    for name, keys in given.items():
+        extends = name in encoders and isinstance(keys, Mapping | DictConfig) and "provider" not in keys
+        encoders[name] = OmegaConf.merge(encoders[name], keys) if extends else keys
+    return encoders
 
 
 def _explain(name: str, error: Exception, overrides: Sequence[str], own_keys: Iterable[str]) -> str:

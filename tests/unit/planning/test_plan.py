@@ -268,6 +268,13 @@ def test_flops_and_memory_depend_on_what_trains():
 
 # Numbers of parameters that the Hub shows for complete models.
 PUBLISHED = {"qwen2_vl": 8_291_375_616, "qwen2_5_vl": 8_292_166_656, "qwen3_vl": 8_767_123_696}
+# With several encoders: their millions of parameters, from the model cards of timm and DINOv2; tokens of an image; and
+# parameters of the connector, by hand from the published code or, without the embeddings of the prompt, from the paper.
+PROMPT = (30523 + 512 + 2) * 768  # word and position embeddings, and their norm
+SEVERAL = {
+    "prismatic": ([304.4, 428.2], 27**2, 71_385_600),
+    "brave": ([1012.6, 304.0, 1163.2, 632.0, 304.4], 5 * 32, pytest.approx(116e6 + PROMPT, rel=0.005)),
+}
 
 
 @pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
@@ -279,6 +286,11 @@ def test_every_recipe_can_be_planned(recipe, capsys):
         assert stage["trainable"] > 0 and stage["flops_per_sample"] > 0 and set(stage["memory"]) == {"0", "1", "2", "3"}
         parameters = stage["trainable"] + stage["frozen"]
         assert parameters == PUBLISHED.get(recipe, parameters)
+        if recipe in SEVERAL:
+            encoders, tokens, connector = SEVERAL[recipe]
+            assert sum(stage["parts"]["vision"].values()) == pytest.approx(1e6 * sum(encoders), rel=0.005)
+            assert stage["picture_tokens"] == [tokens, tokens]
+            assert sum(stage["parts"]["connector"].values()) == connector
 
 
 def test_the_table_names_every_stage(capsys):
