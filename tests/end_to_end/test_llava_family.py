@@ -55,13 +55,15 @@ TRAINED = {
     },
     "speedrun": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "prismatic": {"finetune": {"connector", "llm"}},
+    "eagle": {"align": {"connector"}, "instruct": {"vision", "connector", "llm"}},
+    "cambrian": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 
 
 # like others in what they use: kept for runs with --slow
-SLOW = {"internvl", "kempnerforge", "qwen2_vl", "qwen2_5_vl", "hunyuan_ocr", "speedrun"}
+SLOW = {"brave", "eagle", "internvl", "kempnerforge", "qwen2_vl", "qwen2_5_vl", "hunyuan_ocr", "speedrun"}
 
 
 @pytest.mark.parametrize(

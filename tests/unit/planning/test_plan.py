@@ -273,6 +273,8 @@ PUBLISHED = {"qwen2_vl": 8_291_375_616, "qwen2_5_vl": 8_292_166_656, "qwen3_vl":
 PROMPT = (30523 + 512 + 2) * 768  # word and position embeddings, and their norm
 SEVERAL = {
     "prismatic": ([304.4, 428.2], 27**2, 71_385_600),
+    "eagle": ([304.3, 846.5, 304.4], 32**2, 37_756_928),
+    "cambrian": ([428.2, 304.3, 1136.5, 846.5], 24**2, 79_434_752),
     "brave": ([1012.6, 304.0, 1163.2, 632.0, 304.4], 5 * 32, pytest.approx(116e6 + PROMPT, rel=0.005)),
 }
 

@@ -14,7 +14,7 @@ def encoders_of(*line: str, config_dir: str | None = None) -> dict[str, tuple]:
     return {name: (o.provider, o.name or o.path, o.image_size, o.layer) for name, o in options.items()}
 
 
-@pytest.mark.parametrize("recipe, count", [("prismatic", 2), ("brave", 3)])
+@pytest.mark.parametrize("recipe, count", [("prismatic", 2), ("eagle", 2), ("cambrian", 3), ("brave", 3)])
 def test_a_miniature_has_only_small_encoders_that_differ(recipe, count):
     small = encoders_of(f"recipe={recipe}", "mini=true")
     assert len(small) == count
