@@ -67,7 +67,7 @@ def _plain_vit(vision: VisionEncoder) -> tuple[dict[str, Tensor], dict]:
             state["embeddings.position_embedding"] = table
         same = ("intermediate_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
         return state, {key: getattr(config, key) for key in same}
-    if isinstance(vision, OpenClipVision):
+    if isinstance(vision, OpenClipVision) and not vision.has_stages:
         return _timm(vision.visual.trunk) if vision._is_timm else _open_clip(vision)
     tower = type(vision.encoder).__name__ if isinstance(vision, HFVision) else type(vision).__name__
     raise DoesNotFit(f"{tower} is not supported by BLIP-2's classes, which take {FITTING}")

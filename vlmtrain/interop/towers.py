@@ -170,8 +170,8 @@ def _siglip(vision: OpenClipVision) -> nn.Module:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     trunk = vision.visual.trunk
-    first = trunk.blocks[0]
-    if not hasattr(first.mlp, "fc1") or not hasattr(first.attn, "num_heads"):
+    first = None if vision.has_stages else trunk.blocks[0]
+    if first is None or not hasattr(first.mlp, "fc1") or not hasattr(first.attn, "num_heads"):
         raise DoesNotFit(f"timm's {type(trunk).__name__} has no counterpart in transformers")
     unused = ("attn_pool.", "head", "fc_norm.")
     state = {name: tensor for name, tensor in trunk.state_dict().items() if not name.startswith(unused)}

@@ -9,10 +9,13 @@ from torch import nn
 
 
 def block_list(module: nn.Module) -> tuple[str, int]:
-    """Path and number of a part's transformer blocks: the longest list of modules, the outermost if several are equal.
+    """Path and number of the blocks of a part: its `block_path` or, if it has none, its longest list of modules.
 
-    Raises ValueError if there is none.
+    The outermost one counts if several are equal. Raises ValueError if there is no list.
     """
+    path = getattr(module, "block_path", None)
+    if path is not None:
+        return path, len(module.get_submodule(path))
     lists = [(name, len(m)) for name, m in module.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     if not lists:
         raise ValueError(f"{type(module).__name__} has no list of blocks")

@@ -505,7 +505,9 @@ def test_a_model_without_a_grid_in_every_block_is_refused_in_one_line(kind, tmp_
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["convnext_base", "RN50", "hf-hub:nobody/nothing", "local-dir:/nowhere"])
+@pytest.mark.parametrize(
+    "name", ["swin_base_patch4_window7_224", "RN50", "hf-hub:nobody/nothing", "local-dir:/nowhere"]
+)
 def test_an_open_clip_name_without_a_grid_or_a_model_is_refused_in_one_line(name):
     with torch.device("meta"), pytest.raises(ValueError, match=r"has no patch grid|cannot read its config") as refused:
         build_vision("open_clip", name=name, weights=False)

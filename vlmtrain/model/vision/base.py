@@ -25,9 +25,10 @@ class VisionEncoder(nn.Module):
     image_size: ``(H, W)`` in pixels; grid: ``(H, W)`` in patches; width: number of feature channels;
     layer: which hidden state is returned, as in Hugging Face's ``hidden_states[layer]``, where 1 is the output of
     the first block and -1 that of the last block (before any final norm); levels: additional layers, shallow to deep,
-    for connectors that read several. multiple: both sides of a grid must be multiples of it. size_rule: how
-    images of their own sizes are rounded, a name in `vlmtrain.data.native_sizes`. provider, options: name
-    under which the class is registered, and the options with which it was built; set by `build_vision`.
+    for connectors that read several. multiple: both sides of a grid must be multiples of it. size_rule: how images
+    of their own sizes are rounded, a name in `vlmtrain.data.native_sizes`. block_path: path of the list of blocks that
+    layers count; None for the longest list of modules. provider, options: name under which the class is registered,
+    and the options with which it was built; set by `build_vision`.
 
     A subclass sets image_size, patch_size, width, num_blocks, image_mean and image_std (of pixels in [0, 1]), calls
     `set_layers`, and implements `build` and `forward`, which may use `as_features`. If it does not interpolate its
@@ -43,6 +44,7 @@ class VisionEncoder(nn.Module):
     num_blocks: int
     multiple: int = 1
     size_rule: str = "smart_resize"
+    block_path: str | None = None
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     options: Mapping[str, Any] = MappingProxyType({})
@@ -126,7 +128,7 @@ class VisionEncoder(nn.Module):
             )
 
     def set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
-        """Set `layer` and `levels`. Raises ValueError if the encoder has no such block."""
+        """Set `layer` and `levels`. Raises ValueError if the encoder has no such block, or if grids would differ."""
         block_index(layer, self.num_blocks)
         for level in levels or ():
             block_index(level, self.num_blocks, "vision.levels")
@@ -144,7 +146,7 @@ class VisionEncoder(nn.Module):
             last = depth if depth >= count else self.num_blocks
             if last < count:
                 raise ValueError(f"the connector reads {count} hidden layers, but the encoder has {last}")
-            self.levels = [last * (i + 1) // count for i in range(count)]
+            self.set_layers(self.layer, [last * (i + 1) // count for i in range(count)])
         if count and len(self.levels) != count:
             raise ValueError(
                 f"the connector reads {count} hidden layers, but vision.levels={self.levels} lists {len(self.levels)}"

@@ -11,6 +11,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ...connectors import VisionFeatures
@@ -20,7 +21,11 @@ from .base import VisionEncoder, as_size, block_index
 
 
 class OpenClipVision(VisionEncoder):
-    """The image tower of an open_clip model: its own ViT, or a timm one (SigLIP, EVA)."""
+    """The image tower of an open_clip model: its own ViT, or a timm model (SigLIP, EVA, ConvNeXt).
+
+    The blocks of a ConvNeXt, or of another timm model with stages, are its stages. Their grids differ: `patch_size`,
+    which is the stride, and `width` are those of the stage whose output is returned.
+    """
 
     provider = "open_clip"
 
@@ -32,15 +37,8 @@ class OpenClipVision(VisionEncoder):
         self.image_mean = tuple(config["image_mean"])
         self.image_std = tuple(config["image_std"])
         trunk = getattr(visual, "trunk", visual)
-        if hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"):
-            blocks, self.width = trunk.blocks, trunk.embed_dim
-            self.patch_size = as_size(trunk.patch_embed.patch_size)
-        elif hasattr(visual, "transformer"):
-            blocks, self.width = visual.transformer.resblocks, visual.transformer.width
-            self.patch_size = as_size(visual.patch_size)
-        else:
-            raise ValueError(f"open_clip's {type(trunk).__name__} has no patch grid: use a ViT")
-        self.num_blocks = len(blocks)
+        self.block_path, self._shapes = _blocks(visual, self.image_size)
+        self.num_blocks = len(self._shapes)
         self.set_layers(layer, levels)
         # The tensors of a trunk (class token, position table) may be used only inside its forward: under ZeRO-3
         # they are gathered there and nowhere else. So its forward is replaced by the intermediate-features pass.
@@ -121,14 +119,28 @@ class OpenClipVision(VisionEncoder):
 
         options = dict(config["vision_cfg"])
         visual = _build_vision_tower(config["embed_dim"], options, config.get("quick_gelu", False))
-        if hasattr(visual, "trunk"):
+        if hasattr(getattr(visual, "trunk", None), "set_input_size"):
             visual.set_input_size(as_size(options["image_size"]))
         return visual
+
+    def set_layers(self, layer: int, levels: Sequence[int] | None) -> None:
+        super().set_layers(layer, levels)
+        shape, *others = (self._shapes[block_index(each, self.num_blocks)] for each in (self.layer, *self.levels))
+        self.width, self.patch_size = shape
+        if any(other != shape for other in others):
+            grids = "; ".join(f"{width} channels at a stride of {stride[0]}" for width, stride in self._shapes)
+            raise ValueError(
+                f"the levels {self.levels} do not have the grid and width of vision.layer={layer}: the stages of "
+                f"{type(self.visual.trunk).__name__} have {grids}. Use a ViT, or a connector that reads no levels"
+            )
 
     def forward(self, images: Tensor) -> VisionFeatures:
         blocks = sorted({block_index(layer, self.num_blocks) for layer in (self.layer, *self.levels)})
         options = {"indices": blocks, "stop_early": True, "intermediates_only": True, "output_fmt": "NLC"}
-        if self._is_timm:
+        if self.has_stages:
+            found = self.visual.trunk(images, **{**options, "output_fmt": "NCHW"})
+            states = [state.flatten(2).mT.contiguous() for state in found]
+        elif self._is_timm:
             found = self.visual.trunk(images, return_prefix_tokens=True, **options)
             states = [torch.cat(state[::-1], 1) if isinstance(state, tuple) else state for state in found]
         else:
@@ -137,6 +149,10 @@ class OpenClipVision(VisionEncoder):
             states = [torch.cat(pair, 1) for pair in pairs]
         by_block = dict(zip(blocks, states))
         return self.as_features(lambda layer: by_block[block_index(layer, self.num_blocks)], images)
+
+    @property
+    def has_stages(self) -> bool:
+        return self.block_path.endswith(".stages")
 
     def _let_interpolate(self) -> None:
         """Make a ViT of timm interpolate its position table for images of other sizes, as ``dynamic_img_size`` does."""
@@ -151,6 +167,8 @@ class OpenClipVision(VisionEncoder):
     def _resize(self, before: Size) -> None:
         self.config = copy.deepcopy(self.config)
         self.config["vision_cfg"]["image_size"] = list(self.image_size)
+        if self.has_stages:
+            return
         if self._is_timm:
             self.visual.trunk.set_input_size(self.image_size)
             self._let_interpolate()
@@ -179,6 +197,44 @@ class OpenClipVision(VisionEncoder):
     def from_description(cls, saved: Mapping) -> OpenClipVision:
         visual = cls._build_visual(saved["model_config"])
         return cls(visual, saved["model_config"], saved["layer"], saved["levels"])
+
+
+def _blocks(visual: nn.Module, image_size: Size) -> tuple[str, list[tuple[int, Size]]]:
+    """Path of the blocks of a tower, and of each the width and the patch size, or stride, of its output.
+
+    Raises ValueError for a tower without a grid.
+    """
+    trunk = getattr(visual, "trunk", visual)
+    if hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"):
+        return "visual.trunk.blocks", [(trunk.embed_dim, as_size(trunk.patch_embed.patch_size))] * len(trunk.blocks)
+    if hasattr(visual, "transformer"):
+        blocks = visual.transformer
+        return "visual.transformer.resblocks", [(blocks.width, as_size(visual.patch_size))] * len(blocks.resblocks)
+    try:
+        return "visual.trunk.stages", _stage_shapes(trunk, image_size)
+    except Exception as error:  # models of other kinds can raise anything
+        raise ValueError(
+            f"open_clip's {type(trunk).__name__} has no patch grid ({first_line(error)}): use a ViT or a ConvNeXt"
+        ) from None
+
+
+def _stage_shapes(trunk: nn.Module, image_size: Size) -> list[tuple[int, Size]]:
+    """Width and stride of each stage of a timm model, held to what its stages return.
+
+    It runs on the meta device, without weights.
+    """
+    shapes = [(found["num_chs"], as_size(found["reduction"])) for found in trunk.feature_info]
+    trunk.forward = trunk.forward_intermediates
+    tensors = {name: each.to("meta") for name, each in (*trunk.named_parameters(), *trunk.named_buffers())}
+    images = torch.empty(1, 3, *image_size, device="meta", dtype=next(trunk.parameters()).dtype)
+    with torch.no_grad():
+        found = functional_call(trunk, tensors, images, {"intermediates_only": True, "output_fmt": "NCHW"})
+    returned = [tuple(state.shape[1:]) for state in found]
+    if len(trunk.stages) != len(shapes) or returned != [
+        (width, image_size[0] // stride[0], image_size[1] // stride[1]) for width, stride in shapes
+    ]:
+        raise ValueError(f"its stages return {returned}")
+    return shapes
 
 
 def _resized(table: Tensor, old: Size, new: Size) -> Tensor:
