@@ -43,6 +43,11 @@ class Contrastive(Objective):
         from open_clip.model import _build_text_tower
 
         config = vision.model_config
+        if scales := getattr(parts.get("vision"), "scales", None):
+            raise ValueError(
+                "objective=contrastive needs one embedding per image, but an encoder with "
+                f"vision.scales={list(scales)} has only grids of features: set vision.scales=null"
+            )
         if config is None:
             raise ValueError("objective=contrastive needs vision.model_config, with a text_cfg for the text tower")
         end = tokenizer.eos_token_id

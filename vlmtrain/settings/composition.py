@@ -42,7 +42,7 @@ from .run import MODULES, Evaluation, Run, read_run
 OPTION_GROUPS = ("vision", "connector", "fusion", "llm", "data")
 REGISTRIES = {"vision": ENCODERS, "connector": CONNECTORS, "fusion": FUSIONS, "llm": LANGUAGE_MODELS}
 OWN_KEYS = {
-    "vision": {"image_size": None, "layer": -2, "levels": None},
+    "vision": {"image_size": None, "layer": -2, "levels": None, "scales": None},
     "llm": {
         **{"chat_template": None, "new_tokens": [], "attn_implementation": None},
         **{"positions": None, "image_frame": None},

@@ -24,6 +24,7 @@ _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "best_metric", "validate_every",
 _ADDED = {
     **{"data.ignore": [], "data.repair": False, "data.columns.system": None, "data.sides": None},
     **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None, "device_tflops": None},
+    "vision.scales": None,
 }
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},

@@ -13,6 +13,7 @@ from ..errors import nearest
 from ..model.fusion import CONCATENATION, FUSIONS
 from ..model.llm import LANGUAGE_MODELS
 from ..model.vision import ENCODERS
+from ..model.vision.multiscale import SCALES, are_scales
 from ..registry import Registry
 from .data import PURPOSES, DataGroup, read_data
 from .fields import (
@@ -41,6 +42,7 @@ _FOR_VALIDATION = "for validation, which draws from all records: give a data set
 _POSITIONS = optional(one_of("mrope", "interleaved_mrope", "xdrope"))
 _FRAME = optional(list_of(TEXT, "a list of two tokens", sizes=(2,)))
 _LAYERS = list_of(whole(), "a list of layers")
+_SCALES = Kind(SCALES, are_scales, lambda value, key: tuple(value))
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
 MODULES = Kind(
     "a list of module names",
@@ -128,6 +130,7 @@ class Encoder:
     image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # in pixels; null: the encoder's own
     layer: int = key(whole())  # index of the hidden state that the connector receives
     levels: tuple[int, ...] | None = key(optional(_LAYERS))  # further hidden states; null: as the connector needs
+    scales: tuple[int, ...] | None = key(optional(_SCALES))  # at which images are seen; null: only their own
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -130,6 +130,8 @@ def build_skeleton(
                 if part in inherited:
                     trusts_code = getattr(getattr(run, part), "trust_remote_code", False)
                     parts[part] = part_skeleton(part, Path(run.init_from), trusts_code).to(dtype)
+                    if part == "vision":
+                        _check_scales(run, stage, parts[part])
                     if part == "connector" and stage.needs_newline and not isinstance(parts[part], TiledConnector):
                         parts[part] = TiledConnector(parts[part]).to(dtype)
                 else:
@@ -143,6 +145,17 @@ def build_skeleton(
                     use_multimodal_rotary(parts[part], run.llm.positions)
         add_adapters(stage, parts)
     return parts
+
+
+def _check_scales(run: Run, stage: Stage, vision: VisionEncoder) -> None:
+    """Raise ValueError if the settings choose other scales than the encoder of `init_from` has."""
+    chosen, held = run.vision.scales, getattr(vision, "scales", None)
+    if chosen is not None and chosen != held:
+        held = "null" if held is None else list(held)
+        raise ValueError(
+            f"vision.scales={list(chosen)}, but the model in init_from={run.init_from} was trained with {held}: set "
+            f"vision.scales=null to keep that, or list vision in {stage.prefix}.fresh to build another encoder"
+        )
 
 
 def _inherited(run: Run, stage: Stage) -> set[str]:
@@ -167,7 +180,8 @@ def _published_encoder(options: Vision) -> VisionEncoder | None:
         return None
     given = {name: options.arguments[name] for name in known["geometry"]}
     geometry = {**known["geometry"], **{name: value for name, value in given.items() if value is not None}}
-    return vision_from({**known, "geometry": geometry, "layer": options.layer, "levels": options.levels})
+    chosen = {"layer": options.layer, "levels": options.levels, "scales": options.scales}
+    return vision_from({**known, "geometry": geometry, **chosen})
 
 
 def _published(file: str, path: str | None) -> dict | None:

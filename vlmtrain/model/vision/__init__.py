@@ -7,6 +7,7 @@ maps the names of the providers to their classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,29 @@ import torch
 
 from ...files import read_object
 from ...registry import Registry
-from .base import VisionEncoder
+from .base import VisionEncoder, description_file
 from .hugging_face import NATIVE, HFVision
+from .multiscale import MultiscaleVision, with_scales
 from .open_clip import OpenClipVision
 
 BUILT_IN = {"open_clip": OpenClipVision, "hf": HFVision, **{found.provider: found for found in NATIVE.values()}}
 REQUIRED = ("image_size", "patch_size", "width", "num_blocks", "image_mean", "image_std", "layer", "levels")
-COMMON = ("image_size", "layer", "levels", "weights", "dtype")
+COMMON = ("image_size", "layer", "levels", "scales", "weights", "dtype")
 ENCODERS: Registry[VisionEncoder] = Registry("vision", VisionEncoder, BUILT_IN, builder="build", fixed=COMMON)
 register = ENCODERS.register
 
 
 def build_vision(
-    provider: str, dtype: torch.dtype = torch.float32, weights: bool = True, **options: Any
+    provider: str,
+    dtype: torch.dtype = torch.float32,
+    weights: bool = True,
+    scales: Sequence[int] | None = None,
+    **options: Any,
 ) -> VisionEncoder:
     """Build the encoder of `provider`: ``open_clip``, ``hf``, one of native resolution or one that a module registers.
 
-    weights: False skips loading published weights, to inspect sizes (best under ``torch.device("meta")``).
+    weights: False skips loading published weights, to inspect sizes (best under ``torch.device("meta")``). scales: of
+    a `MultiscaleVision`; None for an encoder of one scale.
     """
     found = ENCODERS.find(provider)
     encoder = found.build(**options, dtype=dtype, weights=weights)
@@ -40,7 +47,7 @@ def build_vision(
     if isinstance(encoder, found) or not encoder.provider:  # `hf` can build an encoder of another provider
         encoder.provider = provider
     encoder.options = {key: options[key] for key in ENCODERS.options(provider) if key in options}
-    return encoder
+    return with_scales(encoder, scales)
 
 
 def describe_vision(vision: VisionEncoder) -> dict:
@@ -51,31 +58,36 @@ def describe_vision(vision: VisionEncoder) -> dict:
 def vision_from(description: dict) -> VisionEncoder:
     """Build the encoder of a description, with new weights."""
     found = dict(description)
-    provider = found.pop("provider")
+    provider, scales = found.pop("provider"), found.pop("scales", None)
     encoder = ENCODERS.find(provider).from_description(found)
     encoder.provider = provider
-    return encoder
+    return with_scales(encoder, scales)
 
 
 def read_description(folder: Path) -> dict:
     """The description of an encoder that was written by `VisionEncoder.save`."""
-    of_hf = folder / "vlmtrain.json"
-    if of_hf.exists():
-        return {"provider": "hf", **read_object(of_hf), "encoder": read_object(folder / "config.json")}
-    return {"provider": "open_clip", **read_object(folder / "config.json")}
+    file = description_file(folder)
+    if file.name != "config.json":
+        return {"provider": "hf", **read_object(file), "encoder": read_object(folder / "config.json")}
+    return {"provider": "open_clip", **read_object(file)}
 
 
 def load_vision(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> VisionEncoder:
     """Load an encoder that was written by `VisionEncoder.save`."""
-    provider = read_description(folder)["provider"]
+    description = read_description(folder)
+    provider = description["provider"]
     encoder = ENCODERS.find(provider).from_folder(folder, dtype, trust_remote_code)
     encoder.provider = provider
-    return encoder
+    try:
+        return with_scales(encoder, description.get("scales"))
+    except ValueError as error:
+        raise ValueError(f"{description_file(folder)}: {error}") from None
 
 
 __all__ = [
     "ENCODERS",
     "HFVision",
+    "MultiscaleVision",
     "OpenClipVision",
     "VisionEncoder",
     "build_vision",

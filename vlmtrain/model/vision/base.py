@@ -230,6 +230,12 @@ class VisionEncoder(nn.Module):
         return encoder.to(dtype)
 
 
+def description_file(folder: Path) -> Path:
+    """The file in which `VisionEncoder.save` wrote the description of an encoder."""
+    of_hf = folder / "vlmtrain.json"
+    return of_hf if of_hf.exists() else folder / "config.json"
+
+
 def rows_of(features: Features) -> list[VisionFeatures]:
     """The features of each image, without the batch dimension."""
     columns = [features.patches, *features.levels]
