@@ -18,7 +18,7 @@ STEPS = (
     ((Item, Placement), "render", "Processor.render: tokens, targets, and the placement at each position"),
     ((Rendered,), "load", "Processor.load: decodes and cuts exactly what the items say"),
     ((Sample,), "collate", "Processor.collate, Processor.pack"),
-    ((Batch, Visual), "encode", "VisionEncoder.encode"),
+    ((Batch, Visual), "encode", "VisionEncoder.encode_all"),
     ((VisionFeatures, PackedFeatures), "connect", "Connector; PackedFeatures for images of different sizes"),
     ((VisualTokens,), "fuse", "Fusion"),
     ((Fused,), "read", "the language model; `added` goes to the outputs of its first blocks"),

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from .locations import RECIPES
 
 CHOICES = {"vision": "tiny", "llm": "tiny", "data": "shapes", "engine": "zero0"}
-SMALL_ENCODERS = "mini_options.vision_options.several.encoders"
+SMALL_ENCODERS = ("mini_options", "vision_options", "several", "encoders")
 
 
 def with_mini(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
@@ -36,7 +34,13 @@ def _has_several_small(recipe: str, config_dir: str | None) -> bool:
     files = [*_with_extended(recipe, config_dir)]
     entries = (entry for file in files for entry in file.get("defaults") or () if isinstance(entry, Mapping))
     chosen = next((entry["override /vision"] for entry in entries if "override /vision" in entry), None)
-    return chosen == "several" and any(OmegaConf.select(OmegaConf.create(file), SMALL_ENCODERS) for file in files)
+    return chosen == "several" and any(map(_small_encoders, files))
+
+
+def _small_encoders(content: object) -> object:
+    for key in SMALL_ENCODERS:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
 
 
 def _with_extended(recipe: str, config_dir: str | None, extended_by: Sequence[str] = ()) -> Iterator[dict]:
@@ -46,11 +50,10 @@ def _with_extended(recipe: str, config_dir: str | None, extended_by: Sequence[st
     if file is None or recipe in extended_by:
         return
     try:
-        loaded = OmegaConf.load(file)
-    except (yaml.YAMLError, OmegaConfBaseException):
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
         return  # Hydra reports it
-    if isinstance(loaded, DictConfig):
-        content = OmegaConf.to_container(loaded)
+    if isinstance(content, dict):
         yield content
         for entry in content.get("defaults") or ():
             if isinstance(entry, str):

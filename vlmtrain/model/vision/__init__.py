@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from ...errors import first_line
 from ...files import read_object
 from ...registry import Registry
+from ..loading import load_strictly
 from .base import VisionEncoder, description_file
 from .hugging_face import NATIVE, HFVision
 from .multiscale import MultiscaleVision, with_scales
@@ -26,7 +28,7 @@ BUILT_IN = {
     **{found.provider: found for found in NATIVE.values()},
 }
 REQUIRED = ("image_size", "patch_size", "width", "num_blocks", "image_mean", "image_std", "layer", "levels")
-COMMON = ("image_size", "layer", "levels", "scales", "weights", "dtype")
+COMMON = ("image_size", "layer", "levels", "scales", "weights", "dtype", "build")
 ENCODERS: Registry[VisionEncoder] = Registry("vision", VisionEncoder, BUILT_IN, builder="build", fixed=COMMON)
 register = ENCODERS.register
 
@@ -44,7 +46,8 @@ def build_vision(
     a `MultiscaleVision`; None for an encoder of one scale.
     """
     found = ENCODERS.find(provider)
-    encoder = found.build(**options, dtype=dtype, weights=weights)
+    more = {"build": build_vision} if found is SeveralVision else {}
+    encoder = found.build(**options, **more, dtype=dtype, weights=weights)
     for name in REQUIRED:
         if not hasattr(encoder, name):
             raise ValueError(f"vision.provider={provider}: {type(encoder).__name__} has no attribute {name}")
@@ -63,6 +66,8 @@ def vision_from(description: dict) -> VisionEncoder:
     """Build the encoder of a description, with new weights."""
     found = dict(description)
     provider, scales = found.pop("provider"), found.pop("scales", None)
+    if "encoders" in found:
+        found["encoders"] = {name: vision_from(each) for name, each in found["encoders"].items()}
     encoder = ENCODERS.find(provider).from_description(found)
     encoder.provider = provider
     return with_scales(encoder, scales)
@@ -80,12 +85,24 @@ def load_vision(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_c
     """Load an encoder that was written by `VisionEncoder.save`."""
     description = read_description(folder)
     provider = description["provider"]
+    if provider == SeveralVision.provider:
+        return _load_several(folder, description, dtype)
     encoder = ENCODERS.find(provider).from_folder(folder, dtype, trust_remote_code)
     encoder.provider = provider
     try:
         return with_scales(encoder, description.get("scales"))
     except ValueError as error:
         raise ValueError(f"{description_file(folder)}: {error}") from None
+
+
+def _load_several(folder: Path, description: dict, dtype: torch.dtype) -> VisionEncoder:
+    try:
+        encoder = vision_from(description)
+    except Exception as error:  # libraries can raise anything for a configuration that cannot be built
+        file = description_file(folder)
+        raise ValueError(f"{file} describes no encoder that can be built: {first_line(error)}") from None
+    load_strictly(encoder, folder / "model.safetensors")
+    return encoder.to(dtype)
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -76,22 +76,21 @@ class SeveralVision(VisionEncoder):
         join: str = "channels",
         grid: str | Size | None = None,
         align_corners: bool = False,
-        image_size: None = None,
-        layer: None = None,
-        levels: None = None,
-        weights: bool = True,
-        dtype: torch.dtype = torch.float32,
+        *,
+        build: Callable[..., VisionEncoder],
+        **options: Any,
     ) -> SeveralVision:
-        """Build the encoders from their keys, by name: those of ``vision`` with their provider, and `LOOKS`."""
-        from . import build_vision
+        """Build the encoders from their keys, by name: those of ``vision`` with their provider, and `LOOKS`.
 
+        build: `vlmtrain.model.vision.build_vision`; options: for it.
+        """
         built, looks = {}, {}
         for name, keys in encoders.items():
             looks[name] = {key: keys[key] for key in LOOKS if keys.get(key) is not None}
             mine = LOOKS if keys.get("provider") != "hf" else {*LOOKS[:2], *looks[name]}
             own = {key: value for key, value in keys.items() if key not in mine}
             try:
-                built[name] = build_vision(**own, dtype=dtype, weights=weights)
+                built[name] = build(**own, **options)
             except ValueError as error:
                 raise ValueError(f"vision.encoders.{name}: {error}") from None
         return cls(built, join, grid, align_corners, looks)
@@ -208,23 +207,21 @@ class SeveralVision(VisionEncoder):
         return {name: [encoder.architecture, self.looks[name]] for name, encoder in self.encoders.items()}
 
     def describe(self) -> dict:
-        from . import describe_vision
-
         grid = list(self._grid) if isinstance(self._grid, tuple | list) else self._grid
         return {
             "join": self.join,
             "grid": grid,
             "align_corners": self.align_corners,
             "looks": self.looks,
-            "encoders": {name: describe_vision(encoder) for name, encoder in self.encoders.items()},
+            "encoders": {
+                name: {"provider": encoder.provider, **encoder.describe()} for name, encoder in self.encoders.items()
+            },
         }
 
     @classmethod
     def from_description(cls, saved: Mapping[str, Any]) -> SeveralVision:
-        from . import vision_from
-
-        encoders = {name: vision_from(described) for name, described in saved["encoders"].items()}
-        return cls(encoders, saved["join"], saved["grid"], saved["align_corners"], saved["looks"])
+        """Build the encoder of a description, whose ``encoders`` are built already."""
+        return cls(saved["encoders"], saved["join"], saved["grid"], saved["align_corners"], saved["looks"])
 
 
 def _beside(found: Sequence[Features]) -> Features:
