@@ -60,3 +60,19 @@ def test_a_killed_run_resumes_bit_for_bit(llava_files, tmp_path):
     train(*command, ranks=2)
     whole, found = (metrics(tmp_path / name, "instruct") for name in ("whole", "killed"))
     assert [(s["loss"], s["grad_norm"]) for s in found] == [(s["loss"], s["grad_norm"]) for s in whole]
+
+
+def test_other_encoders_than_those_of_the_run_or_the_model_are_refused(llava_files, tmp_path):
+    train(*overrides(llava_files, tmp_path / "run"))
+    swapped = "{second: {provider: tiny, layer: -2}, first: {provider: tiny, image_size: 24}}"
+    again = overrides(llava_files, tmp_path / "run", f"vision.encoders={swapped}")
+    refused = train(*(each for each in again if each != f"vision.encoders={ENCODERS}"), check=False)
+    assert refused.returncode == 2 and "vision.encoders=['second', 'first'] would change the run" in refused.stderr
+    line = overrides(llava_files, tmp_path / "next", f"init_from={tmp_path / 'run' / 'instruct' / 'model'}")
+    others = [each for each in line if not each.startswith(("vision=", "vision.", "stages.instruct.groups"))]
+    for more, asked in (
+        ([*(each for each in line if each.startswith("vision")), "vision.grid=first"], "join=channels and grid=first"),
+        (["vision=tiny"], "one encoder"),
+    ):
+        refused = train(*others, *more, "stage=instruct", check=False)
+        assert refused.returncode == 2 and f"{asked}, but the model in init_from=" in refused.stderr

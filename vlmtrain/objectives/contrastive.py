@@ -49,7 +49,9 @@ class Contrastive(Objective):
                 f"vision.scales={list(scales)} has only grids of features: set vision.scales=null"
             )
         if config is None:
-            raise ValueError("objective=contrastive needs vision.model_config, with a text_cfg for the text tower")
+            raise ValueError(
+                "objective=contrastive needs one encoder with vision.model_config, with a text_cfg for the text tower"
+            )
         end = tokenizer.eos_token_id
         text = {**config["text_cfg"], "vocab_size": len(tokenizer), "pool_type": "none"}
         return cls(_build_text_tower(config["embed_dim"], text), end, text["context_length"])

@@ -267,6 +267,9 @@ def _complete_encoders(settings: DictConfig) -> None:
     with open_dict(settings):
         for name, given in encoders.items():
             choice = given.get("provider") if isinstance(given, DictConfig) else None
+            if choice is None:
+                value = "null" if given is None else given
+                raise ValueError(f"vision.encoders.{name}={value}: expected {{provider: PROVIDER, key: value, ...}}")
             file = CONFIGS / "vision" / f"{choice}.yaml"
             if choice == "several" or (choice not in ENCODERS and not file.exists()):
                 known = ", ".join(

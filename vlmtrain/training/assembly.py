@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from ..model.rotary import use_multimodal_rotary
 from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import SeveralVision, VisionEncoder, build_vision, vision_from
+from ..model.vision.several import of_encoder
 from ..objectives import build_objective
 from ..settings import STAGE_PARTS, Run, SeveralOptions, Stage, Vision
 from ..settings.locations import CONFIGS
@@ -132,6 +133,7 @@ def build_skeleton(
                     parts[part] = part_skeleton(part, Path(run.init_from), trusts_code).to(dtype)
                     if part == "vision":
                         _check_scales(run, stage, parts[part])
+                        _check_several(run, stage, parts[part])
                     if part == "connector" and stage.needs_newline and not isinstance(parts[part], TiledConnector):
                         parts[part] = TiledConnector(parts[part]).to(dtype)
                 else:
@@ -158,6 +160,25 @@ def _check_scales(run: Run, stage: Stage, vision: VisionEncoder) -> None:
         )
 
 
+def _check_several(run: Run, stage: Stage, vision: VisionEncoder) -> None:
+    """Raise ValueError if the settings choose other encoders than `init_from` has, and one of them has several."""
+    chosen, held = run.vision, vision
+    wanted = found = "one encoder"
+    if isinstance(chosen, SeveralOptions):
+        wanted = f"the encoders {', '.join(chosen.encoders)}, join={chosen.join} and grid={_grid(chosen.grid)}"
+    if isinstance(held, SeveralVision):
+        found = f"the encoders {', '.join(held.names)}, join={held.join} and grid={_grid(held.grid_name)}"
+    if wanted != found:
+        raise ValueError(
+            f"vision={chosen.provider} asks for {wanted}, but the model in init_from={run.init_from} has {found}: set "
+            f"the keys of vision accordingly, or list vision in {stage.prefix}.fresh to build another encoder"
+        )
+
+
+def _grid(grid: str | Sequence[int] | None) -> str:
+    return "null" if grid is None else grid if isinstance(grid, str) else str(list(grid))
+
+
 def _inherited(run: Run, stage: Stage) -> set[str]:
     """The parts whose architecture a stage gets from the model folder `init_from`."""
     if run.init_from is None or not is_model_folder(Path(run.init_from)):
@@ -175,7 +196,12 @@ def published_llm(path: str) -> dict | None:
 
 def _vision_skeleton(options: Vision) -> VisionEncoder:
     if isinstance(options, SeveralOptions):
-        encoders = {name: _vision_skeleton(each.options) for name, each in options.encoders.items()}
+        encoders = {}
+        for name, each in options.encoders.items():
+            try:
+                encoders[name] = _vision_skeleton(each.options)
+            except ValueError as error:
+                raise ValueError(of_encoder(name, error)) from None
         looks = {name: each.look for name, each in options.encoders.items()}
         return SeveralVision(encoders, options.join, options.grid, options.align_corners, looks)
     return _published_encoder(options) or build_vision(**options.arguments, weights=False)

@@ -14,7 +14,7 @@ from ..data.sources import build_source
 from ..model.parts import module_state, state_hash
 from ..model.vision import VisionEncoder
 from ..objectives import OBJECTIVES
-from ..settings import Run, Stage
+from ..settings import Run, SeveralOptions, Stage
 from .assembly import build_parts, build_skeleton, build_tokenizer
 from .batching import build_batching
 from .checks import check_run
@@ -25,7 +25,10 @@ from .workers import Workers
 
 @dataclass
 class Filled:
-    """Result for the first epoch of a stage. known: items already cached. computed: items added to the cache."""
+    """Result for the first epoch of a stage. known: items already cached. computed: items added to the cache.
+
+    An item counts once for each encoder.
+    """
 
     known: int
     computed: int
@@ -35,13 +38,13 @@ class Filled:
 def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
     """Fill ``features.cache`` with the features that training would look up in its first epoch, stage by stage.
 
-    This excludes stages that train their encoder, and stages whose encoder is trained by an earlier stage of the same
-    run. Raises ValueError if no stage is left.
+    This excludes encoders that a stage, or an earlier stage of the same run, trains. Raises ValueError if no stage is
+    left.
     """
     check_run(run, world_size=1)
     if run.features.cache == "off":
         raise ValueError("features.cache=off: expected a folder for the features")
-    possible = [stage for stage in run.wanted if _knows_encoder(run, stage)]
+    possible = [stage for stage in run.wanted if _known_encoders(run, stage)]
     if not possible:
         names = ", ".join(stage.name for stage in run.wanted)
         raise ValueError(
@@ -52,10 +55,21 @@ def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
     return {stage.name: _fill(run, stage, show_progress) for stage in possible}
 
 
-def _knows_encoder(run: Run, stage: Stage) -> bool:
-    """Whether the encoder weights of a stage are known before training: no stage up to it trains them in this run."""
+def _known_encoders(run: Run, stage: Stage) -> list[str]:
+    """Names of the encoders whose weights are known before training: no stage up to this one trains them in this run.
+
+    The only encoder has an empty name.
+    """
+    if "vision" not in stage.parts:
+        return []
     first = stage.position if run.stage and run.init_from else 0
-    return "vision" in stage.parts and not any(each.trains("vision") for each in run.up_to(stage)[first:])
+    names = list(run.vision.encoders) if isinstance(run.vision, SeveralOptions) else [""]
+    trained: set[str] = set()
+    for each in run.up_to(stage)[first:]:
+        matches = [group.match for group in each.groups if group.part == "vision" and group.lr is not None]
+        chosen = {match.split(".")[1] if "." in match else "" for match in matches}
+        trained |= chosen if chosen <= set(names) and "vision" not in each.rates else set(names)
+    return [name for name in names if name not in trained]
 
 
 def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
@@ -66,10 +80,12 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
     workers = Workers(run.workers).count
     batching = build_batching(source, processor, stage, 1, workers)
     steps = min(stage.max_steps or batching.steps_per_epoch, batching.steps_per_epoch)
-    encoders = _encoder(run, stage, tokenizer).encoders.values()
-    caches = [FeatureCache.of(run.features, encoder, state_hash(module_state(encoder))) for encoder in encoders]
-    device, dtype = next(next(iter(encoders)).parameters()).device, caches[0].dtype
-    stream = StepStream(batching, source, processor.reading(*(cache.files for cache in caches)), 0, 1, 0, steps)
+    vision, known = _encoder(run, stage, tokenizer), _known_encoders(run, stage)
+    caches = {name: _cache(run, vision.encoders[name]) for name in known}
+    device, dtype = next(vision.parameters()).device, next(vision.parameters()).dtype
+    ordered = [caches.get(name) for name in vision.encoders]
+    reader = processor.reading(*(cache and cache.files for cache in ordered))
+    stream = StepStream(batching, source, reader, 0, 1, 0, steps)
     loader = step_loader(stream, workers, pin_memory=device.type == "cuda")
     problems: list[str] = []
     with (
@@ -79,11 +95,16 @@ def _fill(run: Run, stage: Stage, show_progress: bool) -> Filled:
         for data in loader:
             for batch in data.micro_batches:
                 visual = batch.visual.to(device, dtype)
-                for cache, pixels, cached in zip(caches, visual.pixels, visual.cached):
-                    cache(pixels, cached)
+                for cache, pixels, cached in zip(ordered, visual.pixels, visual.cached):
+                    if cached is not None:
+                        cache(pixels, cached)
             problems += [bad.problem for bad in data.bad]
             bar.update()
-    return Filled(sum(cache.hits for cache in caches), sum(cache.misses for cache in caches), problems)
+    return Filled(*(sum(column) for column in zip(*((c.hits, c.misses) for c in caches.values()))), problems)
+
+
+def _cache(run: Run, encoder: VisionEncoder) -> FeatureCache:
+    return FeatureCache.of(run.features, encoder, state_hash(module_state(encoder)))
 
 
 def _encoder(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> VisionEncoder:

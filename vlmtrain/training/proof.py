@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Hashes(NamedTuple):
 def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group]) -> Hashes:
     """Compute the hashes of a part's state: of all tensors, of those that its `groups` train, and of the rest.
 
-    If a part trains, its buffers count as trained.
+    If a part, or one of several encoders, trains, its buffers count as trained.
     """
     found = _part_hashes(module, state, groups)
     encoders = getattr(module, "encoders", {})
@@ -47,7 +47,9 @@ def part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence
 def _part_hashes(module: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group]) -> Hashes:
     rows = {name: group.rows for group in groups for name in group.names}
     parameters = {name for name, _ in module.named_parameters()}
-    moves = {name for name in state if name in rows or (rows and name not in parameters)}
+    names = getattr(module, "encoders", {"": module})
+    training = {_owner(name, names) for name in rows}
+    moves = {name for name in state if name in rows or (name not in parameters and _owner(name, names) in training)}
     whole = state_hash(merged(module, state))
     if not moves:
         return Hashes(whole, trained="", frozen=whole)
@@ -81,12 +83,18 @@ def part_summary(name: str, module: nn.Module, groups: Sequence[Group], before: 
         "learning_rate": rates.get(name) if set(rates) <= {name} else rates,
         "sha256_before": before.whole,
         "sha256_after": after.whole,
-        **({"encoders": _encoders(before, after)} if len(before.encoders) > 1 else {}),
+        **({"encoders": _encoders(before, after, groups)} if len(before.encoders) > 1 else {}),
     }
 
 
-def _encoders(before: Hashes, after: Hashes) -> dict[str, dict]:
+def _encoders(before: Hashes, after: Hashes, groups: Sequence[Group]) -> dict[str, dict]:
+    training = {_owner(name, before.encoders) for group in groups for name in group.names}
     return {
-        name: {"trained": after.encoders[name] != sha256, "sha256_before": sha256, "sha256_after": after.encoders[name]}
+        name: {"trained": name in training, "sha256_before": sha256, "sha256_after": after.encoders[name]}
         for name, sha256 in before.encoders.items()
     }
+
+
+def _owner(name: str, encoders: Iterable[str]) -> str:
+    """The encoder, of those of a part, to which a tensor belongs; an empty string if the part is not several."""
+    return next((encoder for encoder in encoders if encoder and name.startswith(f"{encoder}.")), "")

@@ -200,7 +200,7 @@ def _encoder_of(match: str, module: nn.Module, key: str) -> str:
     first = match.split(".")[1] if "." in match else ""
     if len(encoders) < 2 or first in encoders:
         return first if len(encoders) > 1 else ""
-    if re.match(r"(blocks|layers)\b", first) or key == "groups":
+    if re.match(r"(blocks|layers)\b", first) or ("*" not in first and first) or key == "groups":
         names = ", ".join(encoders)
         raise ValueError(
             f"{key}.match={match}: name one of the encoders ({names}), as in vision.{next(iter(encoders))}"

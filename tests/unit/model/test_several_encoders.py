@@ -125,16 +125,20 @@ def test_separate_features_reach_a_connector_of_several():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({}, "vision.join=channels needs one grid, but the encoders have wide 4x4, fine 6x6: set vision.grid"),
-        ({"grid": "other"}, r"vision.grid=other: expected \(H, W\) or one of wide, fine"),
-        ({"join": "tokens", "grid": "other"}, r"vision.grid=other: expected \(H, W\) or one of wide, fine"),
+        ({}, r"vision.join=channels needs one grid, but the grids are 4x4 \(wide\), 6x6 \(fine\): set vision.grid"),
+        ({"grid": "other"}, r"vision.grid=other: expected \[HEIGHT, WIDTH\] or one of wide, fine"),
+        ({"join": "tokens", "grid": "other"}, r"vision.grid=other: expected \[HEIGHT, WIDTH\] or one of wide, fine"),
         ({"join": "rows"}, "vision.join=rows: expected one of channels, tokens, separate"),
         ({"encoders": {"wide": TOWERS["wide"]}}, "expected at least two encoders"),
         ({"encoders": {"a": keys(24, 32), "blocks": keys(24, 32)}}, "vision.encoders.blocks: .* cannot have this name"),
-        ({"encoders": {"a": keys(24, 32), "b": keys(24, 32, layer=7)}}, "vision.encoders.b: vision.layer=7 is out of"),
+        *(
+            ({"encoders": {"a": keys(24, 32), name: keys(24, 32)}}, f"vision.encoders.{name}: .* cannot have this name")
+            for name in (1, "a b", "class", "grid", "width", "levels", "forward", "training")
+        ),
+        ({"encoders": {"a": keys(24, 32), "b": keys(24, 32, layer=7)}}, "vision.encoders.b.layer=7 is out of"),
         (
             {"encoders": {"a": keys(24, 32, image_fit="pad"), "b": keys(24, 32, image_fit="crop")}},
-            "the encoders' image_fit differ",
+            r"image_fit differs \(a: pad, b: crop; null is the stage's\)",
         ),
     ],
 )
@@ -246,7 +250,7 @@ def test_encoders_train_by_their_own_patterns():
     assert {int(name.split(".")[4]) for name in names} == {1, 2} and {g.scale for g in groups} == {0.5, 0.25}
     freeze({"vision": vision}, groups, checkpointing=False)
     assert vision.encoders["fine"].training and not vision.encoders["wide"].training
-    for match in ("vision.blocks[1:]", "vision"):
+    for match in ("vision.blocks[1:]", "vision.other.blocks[1:]", "vision"):
         decay = {"layer_decay": 0.5} if match == "vision" else {}
         with pytest.raises(ValueError, match=r"name one of the encoders \(wide, fine\)"):
             entry = {"match": match, "lr": 1e-4, **decay}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -16,23 +17,23 @@ from ...visual import Pixels, Size
 from .base import VisionEncoder, as_size
 
 JOINS = ("channels", "tokens", "separate")
-TAKEN = ("blocks", "layers", "encoders")  # names that have a meaning in patterns and settings
+TAKEN = ("blocks", "layers", "encoders")  # names with a meaning in patterns
 LOOKS = ("image_fit", "grid", "image_mean", "image_std")  # keys of an encoder besides those of its provider
 
 
 class SeveralVision(VisionEncoder):
     """Several encoders that see the same images, each at its own size and with its own normalization.
 
-    The order of `encoders` is that of their features. join: how the features are joined.
+    Features follow the order in which `encoders` are given. join: how they are joined.
 
     - ``channels``: along the channels, on one grid. Prefix tokens are dropped (Prismatic, Karamcheti et al., 2024;
       Eagle, Shi et al., 2024, section 3).
-    - ``tokens``: a connector for each encoder, whose tokens follow one another.
-    - ``separate``: a tuple, for connectors that take several encoders (BRAVE, Cambrian-1).
+    - ``tokens``: as a tuple for one connector per encoder, whose tokens are concatenated.
+    - ``separate``: as a tuple for one connector that takes several encoders (BRAVE, Cambrian-1).
 
     grid: ``(H, W)`` or the name of an encoder, to whose grid the features of the others are resized bilinearly; None to
     leave them as they are, which ``channels`` allows if all grids are equal. align_corners: of the resizing. looks: for
-    each encoder, its `LOOKS` that are set; its own ``grid`` precedes that of all. The image size, patch size and
+    each encoder, its `LOOKS` that are set; its own ``grid`` takes precedence. The image size, patch size and
     normalization are those of the first encoder; `encoders` has the others.
     """
 
@@ -52,11 +53,12 @@ class SeveralVision(VisionEncoder):
         if join not in JOINS:
             raise ValueError(f"vision.join={join}: expected one of {', '.join(JOINS)}")
         self.names = tuple(encoders)
+        taken = {*TAKEN, *dir(type(self)), *vars(self), *VisionEncoder.__annotations__, "looks", "align_corners"}
         for name, encoder in encoders.items():
-            if not name.isidentifier() or name in TAKEN or hasattr(self, name):
+            if not isinstance(name, str) or not name.isidentifier() or iskeyword(name) or name in taken:
                 raise ValueError(f"vision.encoders.{name}: an encoder cannot have this name; choose another one")
             self.add_module(name, encoder)
-        self.join, self._grid, self.align_corners = join, grid, align_corners
+        self.join, self.grid_name, self.align_corners = join, grid, align_corners
         self.looks = {name: dict((looks or {}).get(name, {})) for name in self.names}
         for name, encoder in encoders.items():
             for key in ("image_mean", "image_std"):
@@ -92,7 +94,7 @@ class SeveralVision(VisionEncoder):
             try:
                 built[name] = build(**own, **options)
             except ValueError as error:
-                raise ValueError(f"vision.encoders.{name}: {error}") from None
+                raise ValueError(of_encoder(name, error)) from None
         return cls(built, join, grid, align_corners, looks)
 
     @property
@@ -122,25 +124,26 @@ class SeveralVision(VisionEncoder):
         widths = tuple(encoder.width for encoder in encoders.values())
         self.width = sum(widths) if self.join == "channels" else widths
         grids = {name: encoder.grid for name, encoder in encoders.items()}
-        if isinstance(self._grid, str) and self._grid not in grids:
-            raise ValueError(f"vision.grid={self._grid}: expected (H, W) or one of {', '.join(grids)}")
-        if self._grid is not None:
-            target = grids[self._grid] if isinstance(self._grid, str) else as_size(self._grid)
+        if isinstance(self.grid_name, str) and self.grid_name not in grids:
+            raise ValueError(f"vision.grid={self.grid_name}: expected [HEIGHT, WIDTH] or one of {', '.join(grids)}")
+        if self.grid_name is not None:
+            target = grids[self.grid_name] if isinstance(self.grid_name, str) else as_size(self.grid_name)
             grids = dict.fromkeys(grids, target)
         grids |= {name: as_size(look["grid"]) for name, look in self.looks.items() if look.get("grid")}
         self._grids = list(grids.values())
         if self.join != "channels":
             return
-        fits = {look.get("image_fit") for look in self.looks.values()}
-        if len(fits) > 1:
+        fits = {name: look.get("image_fit") for name, look in self.looks.items()}
+        if len(set(fits.values())) > 1:
+            told = ", ".join(f"{name}: {fit or 'null'}" for name, fit in fits.items())
             raise ValueError(
-                "vision.join=channels joins patches of the same part of an image, but the encoders' image_fit differ "
-                f"({', '.join(map(str, sorted(fits, key=str)))}): use one image_fit, or join=tokens or separate"
+                f"vision.join=channels joins patches that show the same part of an image, but image_fit differs "
+                f"({told}; null is the stage's): use one image_fit, or join=tokens or separate"
             )
         if len(set(grids.values())) > 1:
-            told = ", ".join(f"{name} {height}x{width}" for name, (height, width) in grids.items())
+            told = ", ".join(f"{height}x{width} ({name})" for name, (height, width) in grids.items())
             raise ValueError(
-                f"vision.join=channels needs one grid, but the encoders have {told}: set vision.grid to the name of "
+                f"vision.join=channels needs one grid, but the grids are {told}: set vision.grid to the name of "
                 "an encoder or to [H, W]"
             )
 
@@ -169,9 +172,9 @@ class SeveralVision(VisionEncoder):
             except ValueError as error:
                 raise ValueError(f"vision.encoders.{name}: {error}") from None
         fixed = [f"vision.encoders.{name}.grid" for name, look in self.looks.items() if look.get("grid")]
-        fixed += ["vision.grid"] * (self._grid is not None) + ["vision.join=tokens"] * (self.join == "tokens")
+        fixed += ["vision.grid"] * (self.grid_name is not None) + ["vision.join=tokens"] * (self.join == "tokens")
         for key in fixed:
-            raise ValueError(f"image_fit=native gives every image a grid of its own, which {key} cannot follow")
+            raise ValueError(f"image_fit=native gives every image a grid of its own, which {key} does not support")
 
     def encode_all(
         self, pixels: Sequence[Pixels], calls: int = 1, known: Sequence[Features | None] = ()
@@ -207,7 +210,7 @@ class SeveralVision(VisionEncoder):
         return {name: [encoder.architecture, self.looks[name]] for name, encoder in self.encoders.items()}
 
     def describe(self) -> dict:
-        grid = list(self._grid) if isinstance(self._grid, tuple | list) else self._grid
+        grid = list(self.grid_name) if isinstance(self.grid_name, tuple | list) else self.grid_name
         return {
             "join": self.join,
             "grid": grid,
@@ -224,7 +227,13 @@ class SeveralVision(VisionEncoder):
         return cls(saved["encoders"], saved["join"], saved["grid"], saved["align_corners"], saved["looks"])
 
 
+def of_encoder(name: str, error: ValueError) -> str:
+    """The message of an error about the keys of one of several encoders."""
+    said = str(error)
+    return f"vision.encoders.{name}{'' if said.startswith('vision.') else ': '}{said.removeprefix('vision')}"
+
+
 def _beside(found: Sequence[Features]) -> Features:
-    """Features of the same images on the same grids, beside one another in channels, without prefix."""
+    """Features of the same images on the same grids, concatenated along the channels, without prefix."""
     patches, *levels = (torch.cat(each, -1) for each in zip(*((one.patches, *one.levels) for one in found)))
     return found[0]._replace(patches=patches, prefix=None, levels=tuple(levels))

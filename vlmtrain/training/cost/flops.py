@@ -3,7 +3,8 @@
     text      a * tokens + b * tokens^2 + c * targets       for each sample
     images    d + e * patches + f * patches^2               for each view
 
-Only useful work counts: no padding, no recomputation, and no features that are read from a cache. The coefficients are
+Only useful work counts: no padding, no recomputation, and no features that are read from a cache (of several encoders,
+only if all of an image's features are read). The coefficients are
 measured on the meta device (see `stage`), where attention within a sample counts as causal,
 also if the model has a sliding window.
 """
