@@ -55,7 +55,7 @@ def test_a_connector_for_each_encoder_is_built_for_it():
 
 
 def test_it_cannot_be_combined_with_other_grids():
-    with pytest.raises(ValueError, match=r"one grid, but the encoders have coarse 3x3, fine 6x3"):
+    with pytest.raises(ValueError, match=r"one grid, but the grids are 3x3 \(coarse\), 6x3 \(fine\)"):
         build("channels", grid=[6, 3])
-    with pytest.raises(ValueError, match=r"which vision\.encoders\.fine\.grid cannot follow"):
+    with pytest.raises(ValueError, match=r"which vision\.encoders\.fine\.grid does not support"):
         build("separate", grid=[3, 3]).check_any_size()
