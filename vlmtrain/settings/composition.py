@@ -56,12 +56,25 @@ SPLIT = re.compile(r"data\.(?!columns$)\w+")
 MODEL_STAGE = "build_model"  # names the only stage of `compose_model` in messages
 
 
+def register_recipes(overrides: Sequence[str]) -> None:
+    """Register files in recipes/ as choices of the Hydra group `recipe`: the one that is chosen, and those it extends.
+
+    If none of them is chosen, all are registered, since another recipe can extend them.
+    """
+    files = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    chosen = [value for key, _, value in (o.partition("=") for o in overrides) if key.lstrip("+") == "recipe"]
+    waiting = chosen if chosen and files.keys() >= set(chosen) else list(files)
+    while waiting:
+        name = waiting.pop(0)
+        waiting += [entry for entry in _register_recipe(files[name]) if entry in files]
+
+
 @functools.cache
-def register_recipes() -> None:
-    """Register the files in recipes/ as choices of the Hydra group `recipe`."""
-    store = ConfigStore.instance()
-    for file in sorted(RECIPES.glob("*.yaml")):
-        store.store(group="recipe", name=file.stem, package="_global_", node=OmegaConf.load(file))
+def _register_recipe(file: Path) -> tuple[str, ...]:
+    """Register a recipe. Returns the recipes that its defaults name."""
+    node = OmegaConf.load(file)
+    ConfigStore.instance().store(group="recipe", name=file.stem, package="_global_", node=node)
+    return tuple(entry for entry in node.get("defaults") or () if isinstance(entry, str))
 
 
 def load_modules(overrides: Sequence[str]) -> None:
@@ -92,7 +105,7 @@ def import_modules(names: Sequence[str]) -> None:
 def register_choices(overrides: Sequence[str]) -> None:
     """Make the recipes, and registered parts without a YAML file with their default options, available to Hydra."""
     load_modules(overrides)
-    register_recipes()
+    register_recipes(overrides)
     for group, registry in REGISTRIES.items():
         for name in registry:
             if not (CONFIGS / group / f"{name}.yaml").exists():
