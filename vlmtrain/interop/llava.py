@@ -22,6 +22,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..connectors.in_turn import ConnectorsInTurn
 from ..connectors.layers import ACTIVATIONS
 from ..connectors.mlp import MLP
 from ..data.geometry import Geometry
@@ -106,6 +107,8 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
 
 def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Weights of a two-layer LLaVA projector that is equivalent to `connector`, and the name of its activation."""
+    if isinstance(connector, ConnectorsInTurn):
+        raise DoesNotFit("vision.join=tokens: LLaVA's classes have one encoder and one connector")
     if not isinstance(connector, MLP):
         raise DoesNotFit(
             f"connector={connector.config['name']}: LLaVA's classes support only linear and mlp (train "
