@@ -123,7 +123,8 @@ class Connector(nn.Module):
     num_levels: number of hidden layers read from ``features.levels``, in addition to ``features.patches``.
                 A connector with 0 ignores the levels.
     num_added:  number of levels returned beside the tokens, for the first blocks of the language model.
-    joins_tiles: whether `forward` also requires the `placements` of the images.
+    joins:      whether `forward` also requires the `placements` of the items, and the `frames` of a `Visual`.
+    takes_window: whether `forward` and `output_grid` take another `window` than the connector's own.
     reads_text: whether `forward` also requires ``text_ids`` (an instruction in the connector's own
                 vocabulary) and ``text_mask``.
     stands_alone: whether the connector can be trained without a language model, with `out_dim` None.
@@ -134,7 +135,8 @@ class Connector(nn.Module):
     several_encoders = False
     num_levels = 0
     num_added = 0
-    joins_tiles = False
+    joins = False
+    takes_window = False
     reads_text = False
     stands_alone = False
     multiple = 1

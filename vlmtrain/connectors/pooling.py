@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,16 +15,23 @@ from .published import Names
 
 
 class WindowPool(OneCallConnector):
-    """One token per window of `window` x `window` patches; windows at the lower and right edges may be partial."""
+    """One token per window of `window` x `window` patches; windows at the edges may be partial.
+
+    `forward` takes another `window`, for the frames of a video.
+    """
+
+    takes_window = True
 
     def __init__(self, in_dim: int, out_dim: int, window: int):
         super().__init__(in_dim, out_dim)
         require_positive(window=window)
         self.window = self.multiple = window
 
-    def output_grid(self, height: int, width: int) -> tuple[int, int]:
-        require_window(height, width, self.window, "window")
-        return -(-height // self.window), -(-width // self.window)
+    def output_grid(self, height: int, width: int, window: int | None = None) -> tuple[int, int]:
+        """Grid of the output tokens; `window` replaces the connector's own."""
+        window = self.window if window is None else window
+        require_window(height, width, window, "window")
+        return -(-height // window), -(-width // window)
 
 
 class AvgPool(WindowPool):
@@ -35,14 +44,16 @@ class AvgPool(WindowPool):
         super().__init__(in_dim, out_dim, window)
         self.proj = nn.Linear(in_dim, out_dim)
 
-    def pooled(self, x: Tensor) -> Tensor:
-        """Means of the windows: ``(B, H, W, C)`` -> ``(B, windows, C)``."""
-        x = x.permute(0, 3, 1, 2)
-        x = F.avg_pool2d(x, self.window, ceil_mode=True)  # the divisor does not count cells outside the grid
-        return x.flatten(2).transpose(1, 2)
+    def tokens(self, features: Features, window: int | None = None) -> Tensor:
+        pooled = partial(_means, window or self.window)
+        return self.proj(each_image(pooled, self.check(features), features.grids))
 
-    def tokens(self, features: Features) -> Tensor:
-        return self.proj(each_image(self.pooled, self.check(features), features.grids))
+
+def _means(window: int, x: Tensor) -> Tensor:
+    """Means of the windows: ``(B, H, W, C)`` -> ``(B, windows, C)``."""
+    x = x.permute(0, 3, 1, 2)
+    x = F.avg_pool2d(x, window, ceil_mode=True)  # the divisor does not count cells outside the grid
+    return x.flatten(2).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -116,21 +127,28 @@ class AttentionalPool(WindowPool):
         self.head = SwiGLU(in_dim, intermediate_size, out_dim) if head == "swiglu" else nn.Linear(in_dim, out_dim)
         init_linears(self)
 
-    def windows(self, x: Tensor) -> Tensor:
-        """Windows padded with zeros: ``(B, H, W, C)`` -> ``(B, windows, window**2, C)``."""
-        height, width = x.shape[1:3]
-        rows, columns = self.output_grid(height, width)
-        padding = (0, 0, 0, columns * self.window - width, 0, rows * self.window - height)
-        return blocks(F.pad(x, padding), self.window).flatten(1, 2)
-
-    def tokens(self, features: Features) -> Tensor:
-        patches, grids = self.check(features), features.grids
-        partial = any(side % self.window for grid in grids or (patches.shape[1:3],) for side in grid)
+    def tokens(self, features: Features, window: int | None = None) -> Tensor:
+        patches, grids, window = self.check(features), features.grids, window or self.window
+        are_partial = any(side % window for grid in grids or (patches.shape[1:3],) for side in grid)
         x = torch.cat(features.levels[::-1], dim=-1) if self.num_levels else patches
+        windows = partial(_windows, window)
         # 1 at patches inside the grid: (..., window**2, 1)
-        real = each_image(self.windows, torch.ones_like(x[..., :1]), grids).flatten(0, -3)
-        x = each_image(self.windows, x, grids)
+        real = each_image(windows, torch.ones_like(x[..., :1]), grids).flatten(0, -3)
+        x = each_image(windows, x, grids)
         shape, x = x.shape[:-2], x.flatten(0, -3)  # all windows as one batch
         query = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        mask = real.bool().transpose(1, 2)[:, None] if partial else None
+        mask = real.bool().transpose(1, 2)[:, None] if are_partial else None
         return self.head(self.pool(query, x, x, mask)).reshape(*shape, self.out_dim)
+
+
+def _windows(window: int, x: Tensor) -> Tensor:
+    """Windows of a grid padded with zeros: ``(B, H, W, C)`` -> ``(B, windows, window**2, C)``.
+
+    The grid is in the center; of an odd number of padded rows or columns, the last one is below or right (Molmo2).
+    """
+    edges = [edge for side in (x.shape[2], x.shape[1]) for edge in _edges(-side % window)]
+    return blocks(F.pad(x, (0, 0, *edges)), window).flatten(1, 2)
+
+
+def _edges(missing: int) -> tuple[int, int]:
+    return missing // 2, missing - missing // 2

@@ -106,7 +106,13 @@ CASES = [
     Case("avgpool", "loop over windows", partial(avgpool, window=2), ((4, 4), (27, 27), (5, 3)), label="w2"),
     Case("avgpool", "loop over windows", partial(avgpool, window=3), ((7, 7), (6, 4)), label="w3"),
     Case("attentional_pool", "HF Molmo2Adapter", partial(attentional_pool, window=2), ((4, 4), (3, 5)), label="w2"),
-    Case("attentional_pool", "HF Molmo2Adapter", partial(attentional_pool, window=3), ((6, 6), (4, 7)), label="w3"),
+    Case(
+        "attentional_pool",
+        "HF Molmo2Adapter",
+        partial(attentional_pool, window=3),
+        ((6, 6), (4, 7), (7, 7), (28, 28)),
+        label="w3",
+    ),
     Case("qwen_vl_resampler", "open_clip AttentionalPooler", qwen_vl_open_clip, SQUARE_AND_NOT, label="open_clip"),
     Case("qwen_vl_resampler", PLAIN, qwen_vl_plain, ((4, 4), (6, 6), (3, 5)), label="positions"),
     Case(

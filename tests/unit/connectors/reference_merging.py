@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from reference_tools import C, D, block_order, hf, hf_config, published, rescaled
 from torch import Tensor, nn
+from transformers.models.molmo2.video_processing_molmo2 import arange_for_pooling as molmo2_windows
 
 from vlmtrain.connectors import build_connector
 
@@ -45,21 +46,8 @@ def avgpool(grid, window):
     return connector, windows
 
 
-def window_indices(height: int, width: int, window: int) -> Tensor:
-    """Raster indices of the patches of each window, -1 where a window extends beyond the edge."""
-    rows = [
-        [
-            (top + i) * width + left + j if top + i < height and left + j < width else -1
-            for i in range(window)
-            for j in range(window)
-        ]
-        for top in range(0, height, window)
-        for left in range(0, width, window)
-    ]
-    return torch.tensor(rows)
-
-
 def attentional_pool(grid, window):
+    """The windows, too, are those of the published processor, which pads both sides of a ragged grid."""
     config = hf_config(
         "molmo2",
         "Molmo2AdapterConfig",
@@ -74,7 +62,8 @@ def attentional_pool(grid, window):
     reference = rescaled(hf("molmo2", "Molmo2Adapter")(config))
     connector = build_connector("attentional_pool", C, D, window=window, num_heads=4, intermediate_size=32)
     published(connector, "model.multi_modal_projector.", reference)
-    indices = window_indices(*grid, window)
+    numbered = torch.arange(grid[0] * grid[1]).unflatten(0, grid)
+    indices = molmo2_windows(numbered, window, window)[0]
 
     def adapter(f):
         x = torch.cat([f.levels[1], f.levels[0]], dim=-1).flatten(1, 2)  # layer 24, then 18
