@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .frames import Joining
 from .tiling import Tiles
 
 Size = tuple[int, int]
@@ -23,12 +24,12 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 class Item(NamedTuple):
-    """One input of an encoder: an image, a tile of one, or the overview of an image that is also cut into tiles.
+    """One input of an encoder: an image, a tile, the overview of an image that is also cut into tiles, or a clip.
 
-    medium: index of the image. kind: ``image``, ``tile`` or ``overview``. fits: how the image is brought onto a canvas,
-    each one of `vlmtrain.data.images.CANVASES`. box: the part of the canvas that is shown, as fractions
-    (left, top, right, bottom). times: of the frames of a video, in seconds; empty for images. pixels, grids: size in
-    pixels and in patches. fits, pixels and grids have one value per encoder.
+    medium: index of the image or video. kind: ``image``, ``tile``, ``overview`` or ``clip``. fits: how the image is
+    brought onto a canvas, each one of `vlmtrain.data.images.CANVASES`. box: the part of the canvas that is shown, as
+    fractions (left, top, right, bottom). times: of the frames of a clip, in seconds; empty for images. pixels, grids:
+    size in pixels and in patches. fits, pixels and grids have one value per encoder.
     """
 
     medium: int
@@ -48,11 +49,13 @@ class Item(NamedTuple):
 class Placement(NamedTuple):
     """What stands at one place in the text.
 
-    medium: index of the image. items: indices of its items, in order. slots: number of text positions. tokens: number
-    of visual tokens, which equals `slots` under concatenation. out_grid: grid of the tokens, None if they form none.
-    tiles: how the image is cut; the tokens of its items are then joined row by row (`vlmtrain.model.tiled`).
-    framed_grid: grid of the tokens other than the first and the last, for connectors that add these two; or None.
-    before, after: text of the template around the slots, such as the token that starts an image.
+    medium: index of the image or video. items: indices of its items, in order. slots: number of text positions. tokens:
+    number of visual tokens, which equals `slots` under concatenation. out_grid: grid of the tokens of each item, None
+    if they form none. tiles: how the image is cut; the tokens of its items are then joined row by row
+    (`vlmtrain.model.joining`). framed_grid: grid of the tokens other than the first and the last, for connectors that
+    add these two; or None. before, after: text of the template around the slots, such as the token that starts an
+    image. frames: of a video, how the tokens of its items are pooled and joined; None for images. times: of a video,
+    the rotary position in time of each item, counted from that of the first; empty for images.
     """
 
     medium: int
@@ -64,6 +67,8 @@ class Placement(NamedTuple):
     framed_grid: Size | None = None
     before: str = ""
     after: str = ""
+    frames: Joining | None = None
+    times: tuple[int, ...] = ()
 
 
 class MediaPlan(NamedTuple):
@@ -100,7 +105,10 @@ class Texts(NamedTuple):
 
 
 Pixels = Tensor | tuple[Tensor, ...]
-"""Images of equal size, ``(N, 3, H, W)``, or of different sizes, each ``(3, H, W)``."""
+"""Images of equal size, ``(N, 3, H, W)``, or of different sizes, each ``(3, H, W)``.
+
+For encoders that read clips of T frames, ``(N, T, 3, H, W)``, or for each clip ``(T, 3, H, W)``.
+"""
 
 
 def normalized(pixels: Pixels, mean: Sequence[float], std: Sequence[float]) -> Pixels:
@@ -151,7 +159,8 @@ class Visual(NamedTuple):
     index ``(B, T)``: the placement at each text position, -1 for text. texts: for a connector that reads text. cached:
     one per encoder, None for those without a feature cache; empty if none has one. The pixels of an encoder with a
     cache are those of the items that were not read from it. calls: number of calls of modules that process one size or
-    grid of images at a time; the same on all ranks.
+    grid of images at a time; the same on all ranks. frames: how videos are joined if the connector must be called for
+    them alone, which all ranks then do.
 
     This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
     """
@@ -164,6 +173,7 @@ class Visual(NamedTuple):
     cached: tuple[Cached | None, ...] = ()
     calls: int = 1
     mean_std: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] | None = None
+    frames: Joining | None = None
 
     @property
     def mask(self) -> Tensor:

@@ -15,7 +15,7 @@ from vlmtrain.data.images import ImageInMemory
 from vlmtrain.interop.export import export
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.attention import attend_in_segments
-from vlmtrain.model.tiled import TiledConnector
+from vlmtrain.model.joining import JoiningConnector
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_skeleton, build_tokenizer
 from vlmtrain.training.init_from import with_held_connector
@@ -131,7 +131,7 @@ def test_plans_use_the_connector_of_init_from(tmp_path):
     line = ["recipe=llava_next", "mini=true", "stage=instruct", f"init_from={tmp_path / 'model'}"]
     run = with_held_connector(compose(line))
     skeleton = build_skeleton(run, run.stages["instruct"], build_tokenizer(run))["connector"]
-    assert isinstance(skeleton, TiledConnector) and skeleton.num_tokens(4, 4) == model.connector.num_tokens(4, 4) == 4
+    assert isinstance(skeleton, JoiningConnector) and skeleton.num_tokens(4, 4) == model.connector.num_tokens(4, 4) == 4
     with pytest.raises(ValueError, match=r"connector\.factor=1, but the connector in init_from=.* has 2"):
         with_held_connector(compose([*line, "connector=pixel_shuffle", "connector.factor=1"]))
     with pytest.raises(ValueError, match="is not a model folder"):

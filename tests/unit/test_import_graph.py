@@ -15,7 +15,7 @@ import vlmtrain
 PACKAGE = Path(vlmtrain.__file__).parent
 # from the lowest layer to the highest; packages of one layer may import each other's modules
 LAYERS = (
-    {"errors", "files", "registry", "time_limit", "distributed", "tiling", "visual", "batch"},
+    {"errors", "files", "registry", "time_limit", "distributed", "frames", "tiling", "visual", "batch"},
     {"connectors"},
     {"model"},
     {"data", "settings"},

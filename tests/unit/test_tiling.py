@@ -19,7 +19,7 @@ from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import ImageInMemory, show_items
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
-from vlmtrain.model.tiled import TiledConnector
+from vlmtrain.model.joining import JoiningConnector
 from vlmtrain.tiling import Tiles, choose_tiles, tiled_tokens
 
 from ..media import tiled
@@ -51,7 +51,7 @@ def test_tokens_and_their_order_are_the_librarys():
     vision = SimpleNamespace(image_size=56, patch_size=14)
     library = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
     torch.manual_seed(0)
-    connector = TiledConnector(build_connector("linear", 6, 5)).eval()
+    connector = JoiningConnector(build_connector("linear", 6, 5)).eval()
     for size in sizes(40):
         tiles = choose_tiles(size, (56, 56), GRIDS)
         views = torch.randn(tiles.views, 4, 4, 6)
@@ -71,7 +71,7 @@ def test_limited_tokens_and_single_views_equal_llava_onevisions():
     vision = SimpleNamespace(image_size=56, patch_size=14)
     library = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
     torch.manual_seed(0)
-    connector = TiledConnector(build_connector("linear", 6, 5)).eval()
+    connector = JoiningConnector(build_connector("linear", 6, 5)).eval()
     scaled = 0
     for size in [(56, 56), (400, 400), (336, 336), (60, 330), (200, 330), *sizes(30)]:
         tiles = choose_tiles(size, (56, 56), grids, most=9)
@@ -95,7 +95,7 @@ def test_limited_tokens_and_single_views_equal_llava_onevisions():
 
 
 def test_several_images_come_one_after_the_other_and_the_newline_trains():
-    connector = TiledConnector(build_connector("avgpool", 6, 5, window=2)).double()
+    connector = JoiningConnector(build_connector("avgpool", 6, 5, window=2)).double()
     cuts = [choose_tiles(size, (56, 56), GRIDS) for size in ((56, 56), (100, 300), (400, 90))]
     views = torch.randn(sum(cut.views for cut in cuts), 4, 4, 6, dtype=torch.double)
     together = connector(VisionFeatures(views), tiled(*cuts))
@@ -108,7 +108,7 @@ def test_several_images_come_one_after_the_other_and_the_newline_trains():
 
 
 def test_tokens_without_a_grid_are_those_of_all_views():
-    connector = TiledConnector(
+    connector = JoiningConnector(
         build_connector("perceiver_resampler", 8, 5, num_queries=3, depth=1, num_heads=2, head_dim=4)
     )
     tiles = choose_tiles((56, 112), (56, 56), GRIDS)

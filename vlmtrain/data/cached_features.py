@@ -17,14 +17,13 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import PIL
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,8 +31,8 @@ from ..connectors import VisionFeatures
 from ..visual import Item, normalized
 from .file_index import stamp_of
 from .geometry import Geometry
-from .images import ImageInFile, ImageInMemory, ImageOnDisk, show_items
-from .records import ImageSource
+from .images import ImageInFile, ImageInMemory, ImageOnDisk
+from .records import ImageSource, VideoSource
 
 PARTIAL = ".partial"
 _VERSION = 1  # of the pixels that are made of an image
@@ -60,33 +59,30 @@ class FeatureFiles:
     folder: Path
     levels: int
 
-    def load(
+    def find(
+        self, medium: ImageSource | VideoSource, items: Sequence[Item], geometry: Geometry, encoder: int = 0
+    ) -> list[ItemFeatures] | None:
+        """The features of the items of a medium; None if some are missing. A medium that is a file is not opened."""
+        found = [self._item(key) for key in self._keys(self._lookup(medium, items, geometry, encoder))]
+        return found if len(found) == len(items) and all(item.features is not None for item in found) else None
+
+    def named(
         self,
-        image: ImageSource,
+        shown: Sequence[Tensor],
+        medium: ImageSource | VideoSource,
         items: Sequence[Item],
         geometry: Geometry,
         encoder: int = 0,
-        decode: Callable[[], Image.Image] | None = None,
-    ) -> tuple[list[ItemFeatures], list[Tensor]]:
-        """The items of an image, and the pixels of those without features. Raises BadSample.
-
-        An image whose items all have features is not decoded, and not opened if it is a file. decode: returns the
-        decoded image; by default, ``image.load``.
-        """
-        lookup = self._lookup(image, items, geometry, encoder)
-        found = [self._item(key) for key in self._keys(lookup)]
-        if len(found) == len(items) and all(item.features is not None for item in found):
-            return found, []
-        look = geometry.mean_std[encoder]
-        shown = show_items((decode or image.load)(), items, look[0], encoder)
-        with_shape = geometry.fit == "native"
+    ) -> list[ItemFeatures]:
+        """The items of a medium whose pixels are `shown`, with the features of those that the cache has."""
+        look, with_shape = geometry.mean_std[encoder], geometry.fit == "native"
         keys = [pixel_key(normalized(each, *look), with_shape) for each in shown]
-        if lookup is not None and keys != [item.key for item in found]:
+        lookup = self._lookup(medium, items, geometry, encoder)
+        if lookup is not None and keys != self._keys(lookup):
             with contextlib.suppress(OSError):  # a cache that cannot be written is read
                 lookup.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(lookup, "\n".join(keys).encode())
-        found = [self._item(key) for key in keys]
-        return found, [pixels for pixels, item in zip(shown, found) if item.features is None]
+        return [self._item(key) for key in keys]
 
     def file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -119,7 +115,10 @@ class FeatureFiles:
         facts = _facts(image)
         if facts is None:
             return None
-        plan = [(item.fits[encoder], item.box, item.pixels[encoder]) for item in items]
+        plan = [
+            (item.fits[encoder], item.box, item.pixels[encoder], *([item.times] if item.times else []))
+            for item in items
+        ]
         look = (*geometry.mean_std[encoder], geometry.fit == "native")
         told = repr((_VERSION, PIL.__version__, facts, plan, look))
         name = hashlib.blake2b(told.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
@@ -148,12 +147,12 @@ def _facts(image: ImageSource) -> tuple | None:
 
 
 def pixel_key(pixels: Tensor, with_shape: bool) -> str:
-    """Cache key of the normalized pixels ``(3, H, W)``, float32, of an item: their hash.
+    """Cache key of the normalized pixels ``(..., 3, H, W)``, float32, of an item: their hash.
 
     with_shape: for images of different sizes, whose bytes may be equal although their shapes are not.
     """
     key = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16).hexdigest()
-    return f"{key}-{pixels.shape[1]}x{pixels.shape[2]}" if with_shape else key
+    return f"{key}-{pixels.shape[-2]}x{pixels.shape[-1]}" if with_shape else key
 
 
 def write_whole(file: Path, data: bytes) -> None:

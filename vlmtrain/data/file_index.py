@@ -44,14 +44,15 @@ def read_span(path: str | Path, offset: int, size: int, stamp: tuple[int, int] |
     return b"".join(parts)
 
 
-def cached_index(path: Path, kind: str, build: Callable[[], Index]) -> Index:
+def cached_index(path: Path, kind: str, build: Callable[[], Index], least: int | None = None) -> Index:
     """Return the index that `build` makes of a file, or read it from ``$XDG_CACHE_HOME/vlmtrain/index``.
 
-    kind: kind of index. Indexes of small files are not cached. Concurrent processes wait until one of them has
-    scanned the file. A stale or broken cache is replaced; a cache that cannot be written is not used.
+    kind: kind of index. least: indexes of files with fewer bytes are not cached (default: `WORTHWHILE`). Concurrent
+    processes wait until one of them has scanned the file. A stale or broken cache is replaced; a cache that cannot be
+    written is not used.
     """
     stamp = _stamp(path)
-    if stamp[0] < WORTHWHILE:
+    if stamp[0] < (WORTHWHILE if least is None else least):
         return build()
     name = hashlib.sha256(os.fsencode(f"{kind}\0{path.resolve()}")).hexdigest()[:40]
     folder = cache_folder("index")

@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..frames import PLAIN, Joining
 from ..model.parts import connector_from
 from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, MediaPlan, Placement, Size
-from .images import FITS, MAX_ASPECT
+from .encoded import MAX_ASPECT
+from .images import FITS
 from .native_sizes import SIZE_RULES, SMART_RESIZE
+from .records import BadSample, VideoFacts
 from .tile_styles import LLAVA_NEXT, TILE_STYLES, TileStyle
+from .video_plan import Clip, VideoPlan
 
 
 class View(NamedTuple):
@@ -43,7 +47,7 @@ class Geometry:
     image_pixels, smallest and largest number of pixels; multiple: both sides are multiples of this many patches;
     connector: the configuration of the connector, which says how many tokens it makes of each grid; size_rule: of the
     encoder, one of `SIZE_RULES`. others: of further encoders; tiles show them the same parts of the image, and
-    ``native`` the sizes at which they have the same grids.
+    ``native`` the sizes at which they have the same grids. video: how videos are shown; None if they are refused.
     """
 
     size: Size
@@ -64,9 +68,12 @@ class Geometry:
     tile_style: str = LLAVA_NEXT
     size_rule: str = SMART_RESIZE
     others: tuple[View, ...] = ()
+    video: VideoPlan | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "others", tuple(View(*view) for view in self.others))
+        if isinstance(self.video, dict):
+            object.__setattr__(self, "video", VideoPlan.saved(self.video))
         for fit in (self.fit, *(view.fit for view in self.others if view.fit)):
             if fit not in FITS:
                 raise ValueError(f"image_fit={fit}: expected one of {', '.join(FITS)}")
@@ -108,15 +115,21 @@ class Geometry:
         """Whether the plan depends on the sizes of the images."""
         return self.fit in ("tiles", "native")
 
-    def plan(self, sizes: Sequence[Size | None]) -> MediaPlan:
-        """The items and placements of the images of a sample, given their sizes ``(H, W)`` if `reads_sizes`.
+    def plan(self, media: Sequence[Size | VideoFacts | None], room: int | None = None) -> MediaPlan:
+        """The items and placements of the media of a sample: sizes ``(H, W)`` of images if `reads_sizes`, and videos.
 
-        Raises ValueError for an image whose grid the connector does not support.
+        room: maximum number of tokens of each video; None for no limit beside that of `video`. Raises ValueError for an
+        image whose grid the connector does not support, and BadSample for a video that cannot be shown.
         """
         items: list[Item] = []
         placements: list[Placement] = []
-        for medium, size in enumerate(sizes):
-            places = self._places(medium, size, len(sizes))
+        for medium, size in enumerate(media):
+            if isinstance(size, VideoFacts):
+                shown, placed = self._video(medium, size, len(items), room)
+                items += shown
+                placements += placed
+                continue
+            places = self._places(medium, size, len(media))
             for number, (shown, tiles, words) in enumerate(places):
                 tokens, grid, framed = self.tokens, self.grid, self.framed_grid
                 if self.fit == "native":
@@ -129,6 +142,55 @@ class Geometry:
                 placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles, framed, before, after))
                 items += shown
         return MediaPlan(tuple(items), tuple(placements))
+
+    def _video(
+        self, medium: int, facts: VideoFacts, first: int, room: int | None
+    ) -> tuple[list[Item], list[Placement]]:
+        """Items and placements of a video, whose items are numbered from `first`."""
+        video = self.video
+        if video is None:
+            raise BadSample("the model has no settings for videos, stages.<name>.video")
+
+        def shown(most: int, stride: int) -> tuple[list[Clip], Size, int, Size | None, Joining]:
+            """The clips for a maximum number of frames, the size, tokens and grid of each, and how they are joined."""
+            clips, joining = video.clips(facts, most), video.joining._replace(stride=stride)
+            if self.fit != "native":
+                return clips, self.size, video.tokens, video.grid, joining
+            size = video.size(facts, len(clips), self.factors, self._rule)
+            return clips, size, *self._counted(self._grid(size))[:2], joining
+
+        def count(most: int, stride: int) -> int:
+            clips, _, tokens, grid, joining = shown(most, stride)
+            return joining.count(len(clips), tokens, grid)
+
+        clips, size, tokens, grid, joining = shown(*video.fitted(count, room))
+        items = [
+            self._item(medium, "clip", video.fit or "squash", pixels=size)._replace(times=clip.times) for clip in clips
+        ]
+        numbers, out_grid = list(range(first, first + len(items))), joining.pooled(grid) if grid else None
+        joins = joining if joining != PLAIN else None
+        before, after = video.frame_tokens or self.frame
+        positions = video.positions(facts, clips)
+        if video.timestamps != "frame":
+            total, grid = joining.count(len(clips), tokens, grid), out_grid if joining.newline == "none" else None
+            after += video.sentence(facts, clips)
+            whole = Placement(medium, tuple(numbers), total, total, grid, None, None, before, after, joins, positions)
+            return items, [whole]
+        one, grid = joining.count(1, tokens, grid), out_grid if joining.newline == "none" else None
+        return items, [
+            Placement(
+                medium, (number,), one, one, grid, None, None, video.heading(i, clip) + before, after, joins, (0,)
+            )
+            for i, (number, clip) in enumerate(zip(numbers, clips))
+        ]
+
+    @property
+    def separate_frames(self) -> Joining | None:
+        """How frames are pooled if the connector must be called for them alone."""
+        return self.video.joining if self.video is not None and self.video.joining.changes_input else None
+
+    def _rule(self, size: Size, limits: tuple[int, int] | None) -> Size:
+        return SIZE_RULES[self.size_rule](size, self.factors, limits or self.image_pixels)
 
     def _places(self, medium: int, size: Size | None, images: int) -> list[tuple[list[Item], Tiles | None, str]]:
         """Items, cut and words of each place in the text at which an image of a sample with `images` is shown."""
@@ -189,7 +251,7 @@ class Geometry:
 
     def native_size(self, size: Size) -> Size:
         """The size ``(H, W)`` at which an image of `size` is shown."""
-        return SIZE_RULES[self.size_rule](size, self.factors, self.image_pixels)
+        return self._rule(size, self.image_pixels)
 
     @property
     def smallest(self) -> Size:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 import re
-import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
-from io import BytesIO
-from pathlib import Path
-from typing import BinaryIO, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import first_line, printable, shown
+from ..errors import first_line, shown
 from ..visual import WHOLE, Item
-from .file_index import read_span
+from .encoded import (
+    BadSize,
+    Encoded,
+    InFile,
+    InMemory,
+    MediaFolder,
+    OnDisk,
+    check_size,
+)
 from .records import BadSample
 
 FITS = ("squash", "pad", "crop", "tiles", "native")
@@ -31,9 +33,6 @@ CANVASES = ("squash", "pad", "crop", "contain")
 """How an image is brought onto the canvas of an item, see `fit_image`."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow decodes within this process; for some others it starts external programs."""
-MAX_PIXELS = 100_000_000
-MAX_SIDE = 65_535
-MAX_ASPECT = 200
 BAND_PIXELS = 4_000_000
 BLACK = (0, 0, 0)
 
@@ -53,17 +52,10 @@ T = TypeVar("T")
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-class EncodedImage:
+class EncodedImage(Encoded):
     """An encoded image that is decoded on demand; a subclass provides its bytes."""
 
-    @property
-    def label(self) -> str:
-        """Name of the image in messages."""
-        raise NotImplementedError
-
-    def open(self) -> BinaryIO:
-        """Open the encoded bytes. Raises OSError or ValueError if they are not available."""
-        raise NotImplementedError
+    noun = "image"
 
     def load(self) -> Image.Image:
         """Decode the image as RGB. Raises BadSample if it is missing, truncated, too large or not an image."""
@@ -74,116 +66,52 @@ class EncodedImage:
         return self._opened(_upright_size)
 
     def _opened(self, read: Callable[[Image.Image], T]) -> T:
-        with self._naming_failures():
+        with self.naming_failures():
             file = self.open()
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 with Image.open(file, formats=FORMATS) as image:
-                    _check_size(image.size)
+                    check_size(image.size)
                     return read(image)
             except UnidentifiedImageError:
                 file.seek(0)
                 head = file.read(16)
                 found = f"it starts with {head!r}, which is not one of {', '.join(FORMATS)}" if head else "it is empty"
                 raise BadSample(f"image {self.label} is not an image: {found}") from None
-            except _BadSize as error:
+            except BadSize as error:
                 raise BadSample(f"image {self.label} cannot be used: {error}") from None
             except Exception as error:  # decoders can raise any exception for malformed bytes
                 raise BadSample(f"image {self.label} cannot be decoded: {first_line(error)}") from None
 
     def check(self) -> None:
         """Check the first and last bytes, and decode the image only if they are inconclusive. Raises BadSample."""
-        with self._naming_failures():
+        with self.naming_failures():
             head, tail = self.ends()
         end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(head[:2])
         if end is None or end not in tail:
             self.load()  # the format has no end marker, or it is missing or not at the end (cameras append data)
 
-    def ends(self) -> tuple[bytes, bytes]:
-        """The first 8 bytes and the last 64."""
-        with self.open() as file:
-            head = file.read(8)
-            file.seek(max(-64, -file.seek(0, os.SEEK_END)), os.SEEK_END)
-            return head, file.read()
-
-    @contextmanager
-    def _naming_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise BadSample(f"image {self.label} does not exist") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise BadSample(f"image {self.label} cannot be read: {reason}") from None
-
 
 @dataclass(frozen=True)
-class ImageOnDisk(EncodedImage):
+class ImageOnDisk(OnDisk, EncodedImage):
     """An image file. relative: its path within the folder of images, if it has one."""
 
-    path: Path
-    relative: str | None = field(default=None, compare=False)
-
-    @property
-    def label(self) -> str:
-        return printable(str(self.path))
-
-    def open(self) -> BinaryIO:
-        if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would block
-            raise OSError("it is not a regular file")
-        return open(self.path, "rb")
-
 
 @dataclass(frozen=True)
-class ImageInMemory(EncodedImage):
+class ImageInMemory(InMemory, EncodedImage):
     """The encoded bytes of an image."""
 
-    data: bytes = field(repr=False)
-    name: str
-
-    @property
-    def label(self) -> str:
-        return printable(self.name)
-
-    def open(self) -> BinaryIO:
-        return BytesIO(self.data)
-
 
 @dataclass(frozen=True)
-class ImageInFile(EncodedImage):
+class ImageInFile(InFile, EncodedImage):
     """An image within a larger file: `length` bytes from `offset`."""
 
-    file: Path
-    offset: int
-    length: int
-    name: str
 
-    @property
-    def label(self) -> str:
-        return printable(f"{self.name} in {self.file}")
+class ImageFolder(MediaFolder):
+    """Images as records name them: encoded, or by path relative to a folder."""
 
-    def open(self) -> BinaryIO:
-        return BytesIO(read_span(self.file, self.offset, self.length))
-
-    def ends(self) -> tuple[bytes, bytes]:
-        tail = min(self.length, 64)
-        head = read_span(self.file, self.offset, min(self.length, 8))
-        return head, read_span(self.file, self.offset + self.length - tail, tail)
-
-
-class ImageFolder:
-    """Images as records name them: encoded, or by path relative to a folder.
-
-    folder: None if no path is relative. outside: whether paths may lead out of the folder. root: its real path. Raises
-    ValueError if the folder does not exist.
-    """
-
-    def __init__(self, folder: str | Path | None, outside: bool = False):
-        if folder is not None and not Path(folder).is_dir():
-            raise ValueError(f"data.images={folder} is not a folder")
-        self.folder, self.outside = folder, outside
-        self.root = None if folder is None else os.path.join(os.path.realpath(folder), "")
+    noun, key = "image", "data.images"
 
     def read(self, value: object, label: str, name: str) -> EncodedImage:
         """The image of record `name`: a path, bytes, base64, a data URL, or an object with one of these.
@@ -199,30 +127,7 @@ class ImageFolder:
             raise BadSample(f"{name}: image {label} must be bytes, base64 or a path, got {shown(value)}")
         if _is_encoded(value):
             return ImageInMemory(_decoded(value, label, name), label)
-        if re.match(r"(https?|s3|gs|ftp)://", value, re.IGNORECASE):
-            raise BadSample(f"{name}: image {shown(value)} is a URL; images are not downloaded, so save them as files")
-        return self.picture(value.removeprefix("file://"), name)
-
-    def picture(self, path: str, name: str) -> ImageOnDisk:
-        """The image of record `name` at `path`. Raises BadSample if the path is not allowed."""
-        if "\\" in path:
-            raise BadSample(f"{name}: image path {shown(path)} has backslashes; separate folders with '/'")
-        if self.folder is None and not (self.outside and os.path.isabs(path)):
-            raise BadSample(f"{name}: the record has an image, but data.images is not set")
-        whole = Path(self.folder or "", path)
-        if not self.outside and not self._real(str(whole)).startswith(self.root):
-            raise BadSample(
-                f"{name}: image path {shown(path)} leads out of data.images; data.outside_images=true allows that"
-            )
-        return ImageOnDisk(whole, path)
-
-    @staticmethod
-    def _real(path: str) -> str:
-        folder, file = os.path.split(path)
-        try:
-            return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), file)
-        except (OSError, ValueError):
-            return ""
+        return ImageOnDisk(self.whole(value, name), value.removeprefix("file://"))
 
 
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # of JPEG, PNG, GIF and WebP files
@@ -255,25 +160,6 @@ def is_image_value(value: object) -> bool:
     return isinstance(value, bytes) or (
         isinstance(value, str) and (_is_encoded(value) or bool(_EXTENSION.fullmatch(value)))
     )
-
-
-_real_folder = lru_cache(maxsize=2**16)(os.path.realpath)
-
-
-class _BadSize(ValueError):
-    """An image whose size is outside the limits."""
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    width, height = size
-    if min(size) < 1:
-        raise _BadSize(f"it has {width}x{height} pixels")
-    if width * height > MAX_PIXELS:
-        raise _BadSize(f"it has {width}x{height} pixels: too many")
-    if max(size) > MAX_SIDE:
-        raise _BadSize(f"it has {width}x{height} pixels: a side of more than {MAX_SIDE}")
-    if max(size) > MAX_ASPECT * min(size):
-        raise _BadSize(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -31,6 +31,11 @@ def smart_resize(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Si
     return shown[0], shown[1]
 
 
+def smart_resize_clip(size: Size, factors: Size, total_pixels: tuple[int, int], frames: int) -> Size:
+    """The size of the frames of a video if all together have between MIN and MAX pixels (Qwen3-VL, published code)."""
+    return smart_resize(size, factors, tuple(limit / frames for limit in total_pixels))
+
+
 def naflex(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:
     """The sides of `size` ``(H, W)``, rounded up to multiples of `factors` (SigLIP 2 NaFlex, published code).
 

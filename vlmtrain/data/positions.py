@@ -14,8 +14,9 @@ def mrope(index: Tensor, placements: Sequence[Placement]) -> Tensor:
     """Positions in time, height and width, ``(3, T)`` (Qwen2-VL, Wang et al., 2024, section 2.1, and published code).
 
     Text advances all three by one. The tokens of an image share the position in time, and count rows and columns of
-    its output grid from there; the text after it continues at the largest position plus one. Tokens without an output
-    grid advance like text. `index` ``(T,)`` is the placement at each position, -1 for text.
+    its output grid from there; those of an item of a video also advance in time, by the `times` of its placement. The
+    text after it continues at the largest position plus one. Tokens without an output grid advance like text. `index`
+    ``(T,)`` is the placement at each position, -1 for text.
     """
     pieces, start = [], 0
     owners, counts = index.unique_consecutive(return_counts=True)
@@ -25,11 +26,12 @@ def mrope(index: Tensor, placements: Sequence[Placement]) -> Tensor:
             pieces.append(torch.arange(start, start + count).expand(3, -1))
             start += count
         else:
-            height, width = grid
-            assert height * width == count, f"{count} positions of a {height}x{width} grid"
-            row, column = torch.arange(count) // width, torch.arange(count) % width
-            pieces.append(start + torch.stack([torch.zeros_like(row), row, column]))
-            start += max(height, width)
+            times = torch.tensor(placements[owner].times or (0,))
+            axes = torch.meshgrid(times, torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+            rows = torch.stack(axes).flatten(1)
+            assert rows.shape[1] == count, f"{count} positions of {len(times)} grids of {grid[0]}x{grid[1]}"
+            pieces.append(start + rows)
+            start += int(rows.max()) + 1
     return torch.cat(pieces, dim=1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +33,8 @@ from ..visual import NO_MEDIA, Cached, MediaPlan, Texts, Visual, groups, joined,
 from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
-from .images import show_items
-from .records import BadSample, Conversation
+from .media import show_medium
+from .records import BadSample, Conversation, is_video
 from .rendered import IGNORE, Rendered, SampleLength
 from .rendering import RENDERING, Renderer
 
@@ -111,16 +111,22 @@ class Processor:
         other.features = features
         return other
 
-    def plan(self, conversation: Conversation) -> MediaPlan:
-        """The items and placements of a conversation's images, from their headers. Raises BadSample, naming it."""
+    def plan(self, conversation: Conversation, room: int | None = None) -> MediaPlan:
+        """The items and placements of a conversation's media, from their headers. Raises BadSample, naming it.
+
+        room: maximum number of tokens of each video.
+        """
         if not conversation.media:
             return NO_MEDIA
         if self.geometry is None:
             raise BadSample(f"{conversation.id}: the sample has an image, but the model has no vision encoder")
         with _naming(conversation):
-            sizes = [medium.size() if self.geometry.reads_sizes else None for medium in conversation.media]
+            facts = [
+                medium.probe() if is_video(medium) else medium.size() if self.geometry.reads_sizes else None
+                for medium in conversation.media
+            ]
             try:
-                return self.geometry.plan(sizes)
+                return self.geometry.plan(facts, room)
             except GridError as error:
                 raise BadSample(str(error)) from None
 
@@ -128,7 +134,17 @@ class Processor:
         """Render only the tokens, without decoding images. Raises BadSample, naming the conversation."""
         if self.in_pairs and len(conversation.media) != 1:
             raise BadSample(f"{conversation.id}: {len(conversation.media)} images, expected one per text")
-        return self.renderer.render(conversation, self.plan(conversation))
+        return self.renderer.render(conversation, self._fitted(conversation))
+
+    def _fitted(self, conversation: Conversation) -> MediaPlan:
+        """The plan of a conversation, with fewer or smaller frames if its videos leave no room for its text."""
+        plan, room = self.plan(conversation), None
+        videos = [number for number, medium in enumerate(conversation.media) if is_video(medium)]
+        while videos and (excess := self.renderer.excess(conversation, plan)) > 0:
+            slots = [sum(place.slots for _, place in plan.by_medium[number]) for number in videos]
+            room = min(max(slots), room or max(slots)) - -(-excess // len(videos))
+            plan = self.plan(conversation, room)
+        return plan
 
     def lengths(self, conversations: Sequence[Conversation]) -> list[SampleLength | None]:
         """The lengths of conversations without rendering them, which is faster.
@@ -152,33 +168,35 @@ class Processor:
         geometry, items = self.geometry, tokens.media.items
         if geometry is None:
             return Sample(conversation.id, tokens, ())
-        looks = geometry.mean_std
-        pixels: list[list[Tensor]] = [[] for _ in looks]
+        pixels: list[list[Tensor]] = [[] for _ in geometry.mean_std]
         cached: list[list[ItemFeatures]] = [[] for _ in self.features]
+        files = {encoder: files for encoder, files in enumerate(self.features) if files is not None}
         with _naming(conversation):
-            for medium, image in enumerate(conversation.media):
-                shown = [item for item in items if item.medium == medium]
-                decode = cache(image.load)  # once for all encoders
-                for encoder, (mean, _) in enumerate(looks):
-                    files = self.features[encoder] if self.features else None
-                    if files is None:
-                        pixels[encoder] += show_items(decode(), shown, mean, encoder)
-                        continue
-                    found, missing = files.load(image, shown, geometry, encoder, decode)
-                    cached[encoder] += found
-                    pixels[encoder] += missing
+            for number, medium in enumerate(conversation.media):
+                own = [item for item in items if item.medium == number]
+                found = {encoder: each.find(medium, own, geometry, encoder) for encoder, each in files.items()}
+                means = {i: mean for i, (mean, _) in enumerate(geometry.mean_std) if found.get(i) is None}
+                shown = show_medium(medium, own, means)
+                for encoder, of_encoder in shown.items():
+                    if encoder in files:
+                        named = files[encoder].named(of_encoder, medium, own, geometry, encoder)
+                        found[encoder] = named
+                        of_encoder = [image for image, each in zip(of_encoder, named) if each.features is None]
+                    pixels[encoder] += of_encoder
+                for encoder, features in found.items():
+                    cached[encoder] += features
         words = self.reader(conversation) if self.reader else []
         texts = tuple(words[item.medium] for item in items if words)
         return Sample(conversation.id, tokens, tuple(map(tuple, pixels)), texts, tuple(map(tuple, cached)))
 
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the start of the answer."""
-        return self.load(conversation, self.renderer.prompt(conversation, self.plan(conversation)))
+        return self.load(conversation, self.renderer.prompt(conversation, self._fitted(conversation)))
 
     def decode(self, conversation: Conversation) -> list[Image.Image]:
         """Decode a conversation's images at their own size. Raises BadSample if one is missing or broken."""
         with _naming(conversation):
-            return [medium.load() for medium in conversation.media]
+            return [medium.load() for medium in conversation.images]
 
     def collate(self, samples: list[Sample], rows: int = 0, calls: int = 1) -> Batch:
         """Pad samples to one batch, with additional rows of zero weight up to `rows` rows.
@@ -252,7 +270,7 @@ class Processor:
             if not items:
                 images = [torch.zeros(3, *size)]
             if not native:
-                images = torch.stack(images) if images else torch.zeros(0, 3, *size, dtype=torch.uint8)
+                images = torch.stack(_same_frames(images)) if images else torch.zeros(0, 3, *size, dtype=torch.uint8)
             pixels.append(tuple(images) if native else images)
             found = [item for sample in samples if sample.cached for item in sample.cached[encoder]]
             cached.append(_cached(found, native))
@@ -265,6 +283,7 @@ class Processor:
             tuple(cached) if any(cached) else (),
             max(calls, groups(items)),
             self.geometry.mean_std,
+            frames=self.geometry.separate_frames,
         )
 
     @property
@@ -320,8 +339,8 @@ class Processor:
 
 
 def _described(geometry: Geometry) -> dict:
-    """The fields of a geometry; without further encoders, those of model folders of earlier versions."""
-    return {key: value for key, value in asdict(geometry).items() if key != "others" or value}
+    """The fields of a geometry; without further encoders or videos, those of model folders of earlier versions."""
+    return {key: value for key, value in asdict(geometry).items() if key not in ("others", "video") or value}
 
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -331,6 +350,12 @@ def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot read
         raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {first_line(error)}") from None
+
+
+def _same_frames(images: Sequence[Tensor]) -> list[Tensor]:
+    """Images ``(3, H, W)`` among clips ``(T, 3, H, W)`` as clips of equal frames."""
+    frames = max((len(image) for image in images if image.ndim == 4), default=0)
+    return [image.expand(frames, -1, -1, -1) if frames and image.ndim == 3 else image for image in images]
 
 
 def _counted_on(samples: Sequence[Rendered]) -> list[Tensor]:

@@ -17,14 +17,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import first_line, is_finite_number, printable, shown
 from .grading import GRADING, graded, read_grading
 from .images import ImageFolder, is_image_value
-from .records import IMAGE_MARK, BadSample, Conversation, ImageSource, Turn
+from .records import IMAGE_MARK, VIDEO_MARK, BadSample, Conversation, ImageSource, Turn, VideoSource
+from .video import VideoFolder
 
 KEYS = {
     "messages": ("conversations", "messages", "texts"),
@@ -32,6 +33,9 @@ KEYS = {
     "answer": ("answer", "label", "answers", "completion", "response"),
     "caption": ("caption", "text", "captions"),
     "image": ("image", "images"),
+    "video": ("video", "videos"),
+    "video_start": ("video_start",),
+    "video_end": ("video_end",),
     "system": ("system",),
     "id": ("id",),
 }
@@ -55,27 +59,31 @@ REFUSED_WEIGHT = re.compile(
 """Keys of the weight of a sample or a turn, which would change training whatever their value is."""
 
 
-class _Said(NamedTuple):
-    """A turn and the images of its marks.
+Medium = ImageSource | VideoSource
 
-    A mark is an image, its position among the record's images, or None for the next one of these.
+
+class _Said(NamedTuple):
+    """A turn and the media of its marks.
+
+    A mark is a medium, the position of an image among the record's images, or the mark itself for the next medium.
     """
 
     turn: Turn
-    marks: tuple[ImageSource | int | None, ...] = ()
+    marks: tuple[Medium | int | str, ...] = ()
 
 
 @dataclass
 class RecordReader:
     """Converts records to conversations.
 
-    images: where image paths are looked up. keys: the key of each role (of `KEYS` and `GRADING`); None: the usual
-    names. ignored: keys that are not read. images_first: put images before the user's first text if it has no marks, as
-    the forms without turns always do. repair: make turns alternate by dropping a first assistant turn and a last user
-    turn, and by joining consecutive turns of one speaker.
+    images, videos: where their paths are looked up. keys: the key of each role (of `KEYS` and `GRADING`); None: the
+    usual names. ignored: keys that are not read. images_first: put images before the user's first text if it has no
+    marks, as the forms without turns always do. repair: make turns alternate by dropping a first assistant turn and a
+    last user turn, and by joining consecutive turns of one speaker.
     """
 
     images: ImageFolder
+    videos: VideoFolder = field(default_factory=VideoFolder)
     keys: Mapping[str, str] | None = None
     ignored: Sequence[str] = ()
     images_first: bool = False
@@ -87,9 +95,17 @@ class RecordReader:
         return "messages" in roles or "question" in roles
 
     def read(
-        self, record: object, where: str, id: object = None, images: Sequence[ImageSource] | None = None
+        self,
+        record: object,
+        where: str,
+        id: object = None,
+        images: Sequence[ImageSource] | None = None,
+        videos: Sequence[VideoSource] | None = None,
     ) -> Conversation:
-        """Convert a record. `images` replaces those that the record names. Raises BadSample, naming the record."""
+        """Convert a record. Raises BadSample, naming the record.
+
+        images, videos: instead of those that the record names.
+        """
         if not isinstance(record, Mapping):
             raise BadSample(f"{where}: expected an object, got {type(record).__name__}")
         record = {key: value for key, value in record.items() if value is not None and key not in self.ignored}
@@ -102,6 +118,8 @@ class RecordReader:
             raise BadSample(f"{name}: expected {self._expected()}; got {got}")
         if images is None:
             images = self._images(values.get("image"), found.get("image"), name)
+        if videos is None:
+            videos = self._videos(values, found.get("video"), name)
         text = {role: values.get(role) for role in ("question", "answer")}
         left = [found[role] for role, value in text.items() if isinstance(value, str | list) and value]
         if form == ("caption",) and left:
@@ -109,18 +127,19 @@ class RecordReader:
                 f"{name}: with '{found['caption']}' and '{left[0]}' it is neither a caption nor a question and its "
                 f"answer; rename the keys, or ignore one with data.ignore=[{left[0]}]"
             )
-        used = {found[role] for role in (*form, "image", "system", "id", *GRADING) if role in found}
+        used = {found[role] for role in (*form, *_MEDIA, "system", "id", *GRADING) if role in found}
         unused = [key for key in record if key not in used]
         for key in unused:
-            _refuse_if_needed(key, record[key], bool(images), name)
+            _refuse_if_needed(key, record[key], bool(images or videos), name)
         choices = values.get("choices", record.get("choices"))
-        said = self._said(form, values, choices, found[form[0]], len(images), unused, name)
+        marks = "\n".join([IMAGE_MARK] * len(images) + [VIDEO_MARK] * len(videos))
+        said = self._said(form, values, choices, found[form[0]], marks, unused, name)
         if "system" in values:
             said = [_system(values["system"], said, name), *said]
-        said, unmarked = _with_images(said, images, name)
+        said, unmarked = _with_media(said, images, videos, name)
         kept = _alternating(said) if self.repair else said
         turns = graded(tuple(each.turn for each in kept), {role: values[role] for role in GRADING if role in values})
-        marked = tuple(image for each in kept for image in each.marks)
+        marked = tuple(medium for each in kept for medium in each.marks)
         return Conversation(name, turns, marked + unmarked, tuple(dict.fromkeys(unused)), kept != said)
 
     def _roles(self, record: Mapping) -> dict[str, str]:
@@ -148,7 +167,7 @@ class RecordReader:
         values: Mapping,
         choices: object,
         key: str,
-        images: int,
+        media: str,
         unused: list[str],
         name: str,
     ) -> list[_Said]:
@@ -159,19 +178,19 @@ class RecordReader:
             if not isinstance(caption, str):
                 several = "; data=hf trains on each of several captions" * isinstance(caption, list)
                 raise BadSample(f"{name}: the caption must be a string, got {shown(caption)}{several}")
-            if not images:
+            if not media:
                 raise BadSample(f"{name}: the record has a caption but no image")
-            return [_user("\n".join([IMAGE_MARK] * images)), _Said(Turn("assistant", caption))]
+            return [_user(media), _Said(Turn("assistant", caption))]
         messages = values["messages"] if form == ("messages",) else _exchange(values, choices, name)
-        return self._messages(messages, key, images, unused, name)
+        return self._messages(messages, key, media, unused, name)
 
-    def _messages(self, value: object, key: str, images: int, unused: list[str], name: str) -> list[_Said]:
+    def _messages(self, value: object, key: str, media: str, unused: list[str], name: str) -> list[_Said]:
         messages = filled_list(_rows(_parsed(value, key, name)), key, name)
         if isinstance(messages[0], dict) and {"user", "assistant"} <= messages[0].keys():
             said = [turn for pair in messages for turn in self._pair(pair, key, unused, name)]
-            return _images_first(said, images)
+            return _media_first(said, media)
         said = [self._turn(message, key, unused, name) for message in messages]
-        return _images_first(said, images) if self.images_first else said
+        return _media_first(said, media) if self.images_first else said
 
     def _pair(self, pair: object, key: str, unused: list[str], name: str) -> tuple[_Said, _Said]:
         if not isinstance(pair, dict):
@@ -194,7 +213,7 @@ class RecordReader:
         if is_chat and not isinstance(content, str):
             text, marks = self._items(content, key, unused, name)
         elif isinstance(content, str):
-            text, marks = content, (None,) * content.count(IMAGE_MARK)
+            text, marks = content, _marks(content)
         else:
             raise BadSample(f"{name}: 'value' must be a string, got {shown(content)}")
         if role != "assistant":
@@ -210,23 +229,27 @@ class RecordReader:
         return _Said(Turn(role, text, read_grading(message), _weight(message, name)))
 
     def _items(self, content: object, key: str, unused: list[str], name: str) -> tuple[str, tuple]:
-        """Text of typed items, with a mark for each image, and the images of the marks."""
+        """Text of typed items, with a mark for each medium, and the media of the marks."""
         texts, marks = [], []
         for item in filled_list(content, "content", name):
             item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item
             kind = item.get("type") if isinstance(item, dict) else None
             if kind == "text" and isinstance(item.get("text"), str):
                 texts.append(item["text"])
-                marks += [None] * item["text"].count(IMAGE_MARK)
+                marks += _marks(item["text"])
             elif kind in ("image", "image_url"):
                 texts.append(IMAGE_MARK)
                 marks.append(self._item_image(item, name))
+            elif kind == "video":
+                texts.append(IMAGE_MARK)
+                marks.append(self._item_video(item, name))
             else:
-                raise BadSample(f"{name}: an item of 'content' must be of type text or image, got {shown(item)}")
-            _note_unused(item, ("type", "text", "index", *_ITEM_IMAGES), f"{key}[].content", unused, name)
+                raise BadSample(f"{name}: an item of 'content' must be of type text, image or video, got {shown(item)}")
+            known = ("type", "text", "index", *(_MEDIA[1:] if kind == "video" else _ITEM_IMAGES))
+            _note_unused(item, known, f"{key}[].content", unused, name)
         return "".join(texts), tuple(marks)
 
-    def _item_image(self, item: Mapping, name: str) -> ImageSource | int | None:
+    def _item_image(self, item: Mapping, name: str) -> ImageSource | int | str:
         named = [key for key in _ITEM_IMAGES if key in item]
         if "index" in item:
             if named or not isinstance(item["index"], int) or isinstance(item["index"], bool):
@@ -234,23 +257,53 @@ class RecordReader:
             return item["index"]
         if len(named) > 1:
             raise BadSample(f"{name}: an image item must have one image, got {' and '.join(named)}")
-        return self.images.read(item[named[0]], "of 'content'", name) if named else None
+        return self.images.read(item[named[0]], "of 'content'", name) if named else IMAGE_MARK
+
+    def _item_video(self, item: Mapping, name: str) -> VideoSource | str:
+        if "video" not in item:
+            return VIDEO_MARK
+        times = item.get("video_start"), item.get("video_end")
+        return self.videos.read(item["video"], "of 'content'", name, *times)
+
+    def _videos(self, values: Mapping, key: str | None, name: str) -> tuple[VideoSource, ...]:
+        """The videos of a record, each with its start and end in seconds."""
+        value, starts, ends = (values.get(role) for role in _MEDIA[1:])
+        if value is None or value == "" or value == []:
+            if starts is not None or ends is not None:
+                raise BadSample(f"{name}: the record has the start or end of a video, but no video")
+            return ()
+        is_frames = isinstance(value, list) and all(isinstance(one, str) and is_image_value(one) for one in value)
+        values = value if isinstance(value, list) and not is_frames else [value]
+        columns = []
+        for role, times in (("video_start", starts), ("video_end", ends)):
+            times = times if isinstance(times, list) else [times] * len(values)
+            if len(times) != len(values):
+                raise BadSample(f"{name}: '{role}' has {len(times)} times for {len(values)} videos")
+            columns.append(times)
+        each = enumerate(zip(values, *columns))
+        return tuple(self.videos.read(one, f"{i} of '{key}'", name, start, end) for i, (one, start, end) in each)
 
 
-def read_record(record: Mapping, images: str | Path = ".") -> Conversation:
+def read_record(record: Mapping, images: str | Path = ".", videos: str | Path = ".") -> Conversation:
     """Convert one record, in any of the formats that data sets may have, to a conversation.
 
-    images: the folder of relative image paths. Raises BadSample for a record that cannot be read, and ValueError if the
-    folder does not exist. Images are opened when the conversation is loaded.
+    images, videos: the folders of relative paths. Raises BadSample for a record that cannot be read, and ValueError if
+    a folder does not exist. Media are opened when the conversation is loaded.
     """
-    return RecordReader(ImageFolder(images, outside=True)).read(record, "the record")
+    reader = RecordReader(ImageFolder(images, outside=True), VideoFolder(videos, outside=True))
+    return reader.read(record, "the record")
 
 
+_MEDIA = ("image", "video", "video_start", "video_end")
 _ITEM_IMAGES = ("image", "image_url", "url", "path", "base64", "data")
 
 
 def _user(text: str) -> _Said:
-    return _Said(Turn("user", text), (None,) * text.count(IMAGE_MARK))
+    return _Said(Turn("user", text), _marks(text))
+
+
+def _marks(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", text))
 
 
 def record_name(where: str, id: object) -> str:
@@ -372,34 +425,44 @@ def _refuse_if_needed(key: object, value: object, has_images: bool, name: str) -
         raise BadSample(f"{name}: '{key}' is not supported; data.ignore=[{key}] trains without it")
 
 
-def _images_first(said: Sequence[_Said], images: int) -> list[_Said]:
-    """Turns with one mark per image, each on its own line, before the user's first text, unless it has marks."""
+def _media_first(said: Sequence[_Said], media: str) -> list[_Said]:
+    """Turns with the marks of all `media` before the user's first text, unless there are marks."""
     first = next((i for i, each in enumerate(said) if each.turn.role == "user"), None)
-    if first is None or any(each.marks for each in said):
+    has_videos = VIDEO_MARK in media
+    if first is None or any(mark != VIDEO_MARK or has_videos for each in said for mark in each.marks):
         return list(said)
-    marked = _user("\n".join([IMAGE_MARK] * images + [said[first].turn.text]))
+    marked = _user("\n".join(filter(None, [media, said[first].turn.text])))
     return [*said[:first], marked, *said[first + 1 :]]
 
 
-def _with_images(
-    said: Sequence[_Said], images: Sequence[ImageSource], name: str
-) -> tuple[list[_Said], tuple[ImageSource, ...]]:
-    """Turns with the images of their marks, and the images without a mark. Raises BadSample for a wrong index."""
+def _with_media(
+    said: Sequence[_Said], images: Sequence[ImageSource], videos: Sequence[VideoSource], name: str
+) -> tuple[list[_Said], tuple[Medium, ...]]:
+    """Turns with the media of their marks, and the media without a mark. Raises BadSample for a wrong index.
+
+    Without images, the marks of images are those of videos, as in LLaVA-Video-178K. Without videos, the marks of videos
+    are ordinary text.
+    """
     flat = [mark for each in said for mark in each.marks]
     indices = [mark for mark in flat if isinstance(mark, int)]
-    if indices and None in flat:
+    if indices and IMAGE_MARK in flat:
         raise BadSample(f"{name}: some image items have an 'index' and others have none")
     if not all(0 <= index < len(images) for index in indices):
         raise BadSample(f"{name}: the image items have the indices {indices}, but there are {len(images)} images")
-    rest = list(images)
+    rest = {IMAGE_MARK: list(images), VIDEO_MARK: list(videos)}
+    if not images:
+        rest[IMAGE_MARK] = rest[VIDEO_MARK]
 
-    def image_of(mark: ImageSource | int | None) -> ImageSource | None:
+    def medium_of(mark: Medium | int | str) -> Medium | None:
         if isinstance(mark, int):
             return images[mark]
-        return rest.pop(0) if mark is None and rest else mark
+        if not isinstance(mark, str):
+            return mark
+        return rest[mark].pop(0) if rest[mark] else None
 
-    found = [each._replace(marks=tuple(filter(None, map(image_of, each.marks)))) for each in said]
-    return found, () if indices else tuple(rest)
+    found = [each._replace(marks=tuple(filter(None, map(medium_of, each.marks)))) for each in said]
+    unmarked = [] if indices else [*rest[IMAGE_MARK]] if images else []
+    return found, (*unmarked, *rest[VIDEO_MARK])
 
 
 def _alternating(said: Sequence[_Said]) -> list[_Said]:

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from PIL import Image
 
 IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class VideoFacts(NamedTuple):
+    """What is known of a video without decoding it.
+
+    times: of its frames, float64 ``(N,)`` seconds from the first one, ascending. duration: from the start of the first
+    frame to the end of the last one, in seconds. size ``(H, W)``: of its upright frames.
+    """
+
+    times: np.ndarray
+    duration: float
+    size: tuple[int, int]
+
+    @property
+    def rate(self) -> float:
+        """Average number of frames per second."""
+        return len(self.times) / self.duration
+
+
+class VideoSource(Protocol):
+    """A source of a video, which is opened in the data loader's worker. The methods raise `BadSample`."""
+
+    def probe(self) -> VideoFacts:
+        """The times of its frames and their size, without decoding it."""
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Decode the frames with these numbers, which are ascending, one after another, as RGB."""
 
 
 class ImageSource(Protocol):
@@ -55,15 +84,16 @@ class Turn:
 
 @dataclass(frozen=True, init=False)
 class Conversation:
-    """One sample: turns in order, and the media that correspond to their ``<image>`` marks.
+    """One sample: turns in order, and the media that correspond to the marks in the user's turns.
 
-    media: images, not decoded; ``images=`` is another name of the argument, and replaces `media`. unused: keys of the
-    record that were not read. repaired: whether turns were dropped or joined.
+    media: images and videos, not decoded; ``images=`` is another name of the argument, and replaces `media`. Each has
+    a mark ``<image>``; with videos, ``<video>`` is the same mark, and is replaced by it. unused: keys of the record
+    that were not read. repaired: whether turns were dropped or joined.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    media: tuple[ImageSource, ...]
+    media: tuple[ImageSource | VideoSource, ...]
     unused: tuple[str, ...]
     repaired: bool
 
@@ -71,21 +101,32 @@ class Conversation:
         self,
         id: str,
         turns: tuple[Turn, ...],
-        media: Sequence[ImageSource] = (),
+        media: Sequence[ImageSource | VideoSource] = (),
         unused: tuple[str, ...] = (),
         repaired: bool = False,
         *,
         images: Sequence[ImageSource] | None = None,
     ):
         media = tuple(media if images is None else images)
+        if any(map(is_video, media)):
+            turns = tuple(_with_one_mark(turn) if turn.role == "user" else turn for turn in turns)
         values = {"id": id, "turns": turns, "media": media, "unused": unused, "repaired": repaired}
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @property
     def images(self) -> tuple[ImageSource, ...]:
-        """The images among the media, which are all of them."""
-        return self.media
+        """The images among the media."""
+        return tuple(medium for medium in self.media if not is_video(medium))
+
+
+def is_video(medium: ImageSource | VideoSource) -> bool:
+    """Whether a medium is a video rather than an image."""
+    return hasattr(medium, "probe")
+
+
+def _with_one_mark(turn: Turn) -> Turn:
+    return replace(turn, text=turn.text.replace(VIDEO_MARK, IMAGE_MARK)) if VIDEO_MARK in turn.text else turn
 
 
 class BadSample(ValueError):
@@ -109,12 +150,12 @@ def check_conversation(conversation: Conversation) -> None:
 def check_content(conversation: Conversation) -> None:
     """Raise BadSample, naming the conversation, unless its marks match its images and its text is valid Unicode."""
     marks = sum(turn.text.count(IMAGE_MARK) for turn in conversation.turns if turn.role == "user")
-    if marks != len(conversation.images):
+    if marks != len(conversation.media):
         hint = "" if marks else "; data.prepend_missing_marks=true puts images before the first question"
-        raise BadSample(
-            f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, but {len(conversation.images)} images"
-            f"{hint}"
-        )
+        held = f"{len(conversation.images)} images"
+        if videos := len(conversation.media) - len(conversation.images):
+            held += f" and {videos} videos"
+        raise BadSample(f"{conversation.id}: {marks} {IMAGE_MARK} marks in the user's turns, but {held}{hint}")
     for turn in conversation.turns:
         if _SURROGATE.search(turn.text):
             raise BadSample(f"{conversation.id}: the text contains half of a character (a lone surrogate)")

@@ -136,8 +136,7 @@ class Renderer:
         """
         conversation = self._checked(conversation)
         turns = conversation.turns
-        unseen = self._unrendered(conversation)
-        unseen = len(self.tokenizer(unseen, add_special_tokens=False).input_ids) if unseen else 0
+        unseen = self._unseen(conversation)
         while True:
             rendered = self._render(replace(conversation, turns=turns), media)
             if len(rendered) + unseen <= self.max_length:
@@ -166,6 +165,10 @@ class Renderer:
     def _unrendered(self, conversation: Conversation) -> str:
         """Text that is not rendered but counts towards `max_length`: the question, with ``plain``."""
         return "" if self._chat else conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
+
+    def _unseen(self, conversation: Conversation) -> int:
+        words = self._unrendered(conversation)
+        return len(self.tokenizer(words, add_special_tokens=False).input_ids) if words else 0
 
     def lengths(self, conversations: Sequence[Conversation], media: Sequence[MediaPlan]) -> list[int | None]:
         """Number of tokens of each rendered conversation; None where only rendering it can tell, and for bad ones.
@@ -222,6 +225,13 @@ class Renderer:
         turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
         shown = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
         return replace(conversation, turns=turns, media=conversation.media[:shown])
+
+    def excess(self, conversation: Conversation, media: MediaPlan) -> int:
+        """Number of tokens by which a conversation, or a prompt, exceeds `max_length`. Raises BadSample."""
+        if conversation.turns and conversation.turns[-1].role == "user":
+            return len(self.prompt(conversation, media)) - self.max_length
+        conversation = self._checked(conversation)
+        return len(self._render(conversation, media)) + self._unseen(conversation) - self.max_length
 
     def prompt(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         """Tokens up to the answer to generate; the conversation ends with a user turn."""
@@ -289,7 +299,7 @@ class Renderer:
                 )
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]
-        pictures = [_Span("", is_image=True)] * (len(conversation.images) if self.pictures_first else 0)
+        pictures = [_Span("", is_image=True)] * (len(conversation.media) if self.pictures_first else 0)
         return [*pictures, *spans, _Span(rest)]
 
     def template_texts(self, turns: Sequence[Turn]) -> list[str]:

@@ -21,6 +21,7 @@ from .mixture import Concatenation, Mixture
 from .probes import Probes
 from .records import BadSample, Source, Stream, check_conversation
 from .shapes import Shapes
+from .video import VideoFolder
 
 LOOKED_AT = 20_000  # number of records of a source that are checked before training; `vlmtrain check` reads all
 STREAM_LOOKED_AT = 1_000  # of a stream, the first ones, since evenly spaced ones would require reading all
@@ -95,7 +96,10 @@ _OPENERS: dict[type[DataSource], Callable[..., Source]] = {
 
 def _reading(source: RecordSource) -> dict:
     """How the records of a source are read, as options of `RecordReader`."""
-    return {"ignored": source.ignore, "images_first": source.prepend_missing_marks, "repair": source.repair}
+    options = {"ignored": source.ignore, "images_first": source.prepend_missing_marks, "repair": source.repair}
+    if isinstance(source, LlavaJSONSource):
+        options["videos"] = VideoFolder(source.videos, source.frames_fps, source.outside_images)
+    return options
 
 
 def vocabulary(format: str) -> tuple[str, ...]:

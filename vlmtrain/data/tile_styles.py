@@ -2,7 +2,7 @@
 
     image size --choose--> grid (rows, columns) --views--> tiles and overview, in order, with the words before them
 
-A style with newlines joins all views of an image in one place in the text (`vlmtrain.model.tiled`). With the others,
+A style with newlines joins all views of an image in one place in the text (`vlmtrain.model.joining`). With the others,
 the tokens of each view follow the words of that view. `TILE_STYLES` maps the values of ``image_tile_style`` to them.
 """
 

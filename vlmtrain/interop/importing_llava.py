@@ -12,8 +12,8 @@ from ..connectors.layers import ACTIVATIONS
 from ..data.geometry import Geometry
 from ..data.processor import Processor
 from ..model import VLMWrapper
+from ..model.joining import JoiningConnector
 from ..model.parts import make_connector
-from ..model.tiled import TiledConnector
 from ..model.vision import HFVision, VisionEncoder
 from .export import compare_logits
 from .fitting import filled
@@ -114,7 +114,7 @@ def _connector(folder: Path, source: PreTrainedModel, vision: VisionEncoder, llm
     connector.load_published(state)
     if source.config.model_type != "llava_next":
         return connector
-    tiled = TiledConnector(connector).to(first.dtype)
+    tiled = JoiningConnector(connector).to(first.dtype)
     tiled.newline.data.copy_(source.model.image_newline.detach())
     return tiled
 

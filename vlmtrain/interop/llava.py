@@ -30,7 +30,7 @@ from ..data.processor import Processor
 from ..data.records import IMAGE_MARK
 from ..data.tile_styles import TILE_STYLES
 from ..model import VLMWrapper
-from ..model.tiled import TiledConnector
+from ..model.joining import JoiningConnector
 from .chat_template import Speech, typed_speech
 from .fitting import DoesNotFit, filled
 from .towers import as_hf_tower
@@ -58,7 +58,7 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
     tiled = processor.geometry.fit == "tiles"
     if tiled and not TILE_STYLES[style := processor.geometry.tile_style].newline:
         raise DoesNotFit(f"image_tile_style={style}: LLaVA-NeXT's class puts a newline after each row of tiles")
-    connector = model.connector.connector if isinstance(model.connector, TiledConnector) else model.connector
+    connector = model.connector.connector if isinstance(model.connector, JoiningConnector) else model.connector
     projector, activation = _projector(connector)
     (tower, prefix), speech = as_hf_tower(model.vision), typed_speech(processor)
     if prefix > 1:

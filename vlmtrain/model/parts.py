@@ -26,9 +26,9 @@ from ..errors import first_line
 from ..files import read_object
 from .folder import MANIFEST, check_files, read_manifest
 from .fusion import build_fusion
+from .joining import joining
 from .llm import hidden_width, load_llm, save_llm, saved_llm_skeleton
 from .loading import load_strictly
-from .tiled import TiledConnector
 from .vision import VisionEncoder, load_vision, read_description, vision_from
 
 PARTS = ("vision", "connector", "fusion", "llm")
@@ -66,7 +66,7 @@ def make_connector(
         "input_grid": grids if isinstance(width, list) else list(vision.grid),
         **in_turn,
         **options,
-        **({"newline": True} if newline and llm is not None else {}),
+        **({} if newline is None or llm is None else {"newline": newline}),
     }
     connector = connector_from(arguments)
     vision.give_levels(connector.num_levels)
@@ -76,7 +76,7 @@ def make_connector(
 def connector_from(arguments: dict) -> nn.Module:
     """Build the connector that a `config` describes, with new weights."""
     listed = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    newline, grids = listed.pop("newline", False), listed.pop("grids", None)
+    newline, grids = listed.pop("newline", None), listed.pop("grids", None)
     if grids is None:
         connector = build_connector(**listed)
     else:
@@ -85,7 +85,7 @@ def connector_from(arguments: dict) -> nn.Module:
         own = [build_connector(**listed, in_dim=width, input_grid=tuple(grid)) for width, grid in each]
         connector = ConnectorsInTurn(own, grids)
     connector.config = {key: value for key, value in arguments.items() if key != "newline"}
-    return TiledConnector(connector) if newline else connector
+    return joining(connector, newline)
 
 
 def connector_skeleton(model: Path) -> nn.Module | None:

@@ -68,8 +68,8 @@ class VLMWrapper(nn.Module):
             options["calls"] = visual.calls
         if visual.texts is not None:
             options |= {"text_ids": visual.texts.ids, "text_mask": visual.texts.mask}
-        if self.connector.joins_tiles:
-            options["placements"] = visual.placements
+        if self.connector.joins:
+            options |= {"placements": visual.placements, "frames": visual.frames}
         found = self.connector(features, **options)
         tokens, *levels = (
             each.reshape(-1, each.shape[-1])

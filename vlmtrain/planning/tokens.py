@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from ..connectors import CONNECTORS, build_connector
-from ..data.images import MAX_ASPECT
+from ..data.encoded import MAX_ASPECT
 from ..data.native_sizes import smart_resize
 
 # The number of a connector's tokens does not depend on the widths; these are LLaVA-1.5's.

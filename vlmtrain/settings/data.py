@@ -65,7 +65,9 @@ class LlavaJSONSource(RecordSource):
     """A file in LLaVA's format, or a list of such files."""
 
     images: str | None = key(optional(TEXT), None)  # folder that image paths are relative to
-    outside_images: bool = key(SWITCH, False)  # whether image paths may leave the folder
+    videos: str | None = key(optional(TEXT), None)  # folder that video paths are relative to
+    frames_fps: float = key(POSITIVE, 2)  # frames per second of videos that are folders or lists of frames
+    outside_images: bool = key(SWITCH, False)  # whether paths of images and videos may leave their folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "best_metric", "validate_every",
 # These did not exist in earlier versions, which behaved as with these values.
 _ADDED = {
     **{"data.ignore": [], "data.repair": False, "data.columns.system": None, "data.sides": None},
+    **{"data.videos": None, "data.frames_fps": 2},
+    **{f"data.columns.{role}": None for role in ("video", "video_start", "video_end")},
     **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None, "device_tflops": None},
     "vision.scales": None,
 }
@@ -30,6 +32,10 @@ _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},
     **{"optimizer.name": "adamw", "ema": None, "train.fusion": None, "image_pixels": None},
     **{"image_tile_style": "llava_next", "loss_per": "token", "padding": True},
+    **{f"video.{key}": None for key in ("fit", "pixels", "pixels_total", "frame_tokens", "positions_per_second")},
+    **{"video.fps": 1, "video.frames": 32, "video.sampling": "interval", "video.last": False, "video.pool": "none"},
+    **{"video.stride": 1, "video.newline": "none", "video.timestamps": "none", "video.token_budget": None},
+    "video.time_format": "<{time:.1f} seconds>",
 }
 
 

@@ -448,9 +448,10 @@ class Run:
         return Choice(self.connector.name, MappingProxyType(options))
 
     @property
-    def needs_newline(self) -> bool:
-        """Whether any stage splits images into tiles in a style that requires a newline token in the connector."""
-        return any(stage.needs_newline for stage in self.stages.values())
+    def newline(self) -> bool | None:
+        """Whether some stage requires a newline token in the connector; None if none joins tokens, see `Stage`."""
+        needed = [stage.newline for stage in self.stages.values() if stage.newline is not None]
+        return any(needed) if needed else None
 
     def validates(self, stage: Stage) -> bool:
         """Whether a stage has validation data."""

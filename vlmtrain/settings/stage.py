@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..data.images import FITS, MAX_PIXELS
+from ..data.encoded import MAX_PIXELS
+from ..data.frame_sampling import CHOOSES_LAST, SAMPLINGS
+from ..data.images import FITS
 from ..data.layouts import LAYOUTS
 from ..data.rendered import LOSS_PER
 from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
+from ..frames import NEWLINES, POOLS
 from .fields import (
     IMAGE_SIZE,
     MAPPING,
@@ -44,7 +47,22 @@ _LIMITS = Kind(
     lambda value: value is None or (list_of(whole(1, MAX_PIXELS), "", sizes=(2,)).fits(value) and value[0] <= value[1]),
     lambda value, name: value and tuple(value),
 )
+_TOTAL_LIMITS = Kind(
+    "null, or [MIN, MAX] pixels",
+    lambda value: value is None or (list_of(whole(1), "", sizes=(2,)).fits(value) and value[0] <= value[1]),
+    lambda value, name: value and tuple(value),
+)
 _GRID = list_of(whole(1), "[rows, columns]", sizes=(2,))
+
+
+def _formats_a_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and value.format(time=1.0) != value
+    except (ValueError, LookupError):
+        return False
+
+
+_TIME_FORMAT = Kind("text with {time}, such as '{time:.1f} s'", _formats_a_time)
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,35 @@ class ConnectorText:
     read: str | None = key(optional(one_of("instruction", "answer")))  # text that the connector reads; null: none
     bert: str | None = key(optional(TEXT))  # Hub ID or folder of its vocabulary; null: the LLM's
     max_length: int = key(whole(1))  # maximum tokens per text, including [CLS] and [SEP]
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How videos are shown in a stage. docs/data.md has the values of published models."""
+
+    fps: float | None = key(optional(POSITIVE))  # frames shown per second; null: as many as `frames` allows
+    frames: int = key(whole(1, 100_000))  # maximum number of frames
+    sampling: str = key(one_of(*SAMPLINGS))  # which frames are shown
+    last: bool = key(SWITCH)  # whether the last frame is always shown; interval, seconds
+    fit: str | None = key(optional(one_of("squash", "pad", "crop")))  # null: image_fit, or squash with tiles
+    pixels: tuple[int, int] | None = key(_LIMITS)  # native: smallest and largest number of pixels of a frame
+    pixels_total: tuple[int, int] | None = key(_TOTAL_LIMITS)  # native: of all frames together, instead of `pixels`
+    pool: str = key(one_of(*POOLS))  # how the tokens of a frame are pooled
+    stride: int = key(whole(1, 1000))  # side of the squares that are pooled
+    newline: str = key(one_of(*NEWLINES))  # a learned token after each video, frame or row
+    timestamps: str = key(one_of("none", "frame", "sentence"))  # text with the times of the frames
+    time_format: str = key(_TIME_FORMAT)  # of the time before each frame, with timestamps=frame
+    frame_tokens: tuple[str, str] | None = key(optional(list_of(TEXT, "two strings", sizes=(2,))))
+    positions_per_second: float | None = key(optional(POSITIVE))  # of the rotary positions; null: one per frame or pair
+    token_budget: int | None = key(optional(whole(1)))  # maximum tokens of a video; null: what max_length leaves
+
+    def __post_init__(self) -> None:
+        if self.last and self.sampling not in CHOOSES_LAST:
+            raise ValueError(f"video.last=true needs video.sampling={' or '.join(CHOOSES_LAST)}, got {self.sampling}")
+        if (self.pool == "none") != (self.stride == 1):
+            raise ValueError(f"video.pool={self.pool} with video.stride={self.stride}: stride is 1 only without pool")
+        if self.newline == "video" and self.timestamps == "frame":
+            raise ValueError("video.newline=video: expected frame, row or none with video.timestamps=frame")
 
 
 @dataclass(frozen=True)
@@ -146,6 +193,7 @@ class Stage:
     image_tile_style: str = key(one_of(*TILE_STYLES))  # tiles: which grid is chosen, order of the views
     image_tiles_most: int | None = key(optional(whole(1)))  # maximum tokens per image, in tiles
     image_tiles_alone: bool = key(SWITCH)  # tile only images that are alone in their sample
+    video: VideoOptions = key(section(VideoOptions))
     connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
     connector_text: ConnectorText = key(section(ConnectorText))
     layout: str = key(one_of(*LAYOUTS))  # padded: steps of batch_size samples; packed: steps of rows of max_length
@@ -185,9 +233,15 @@ class Stage:
         return {part: rate for part, rate in self.train.items() if rate is not None}
 
     @property
-    def needs_newline(self) -> bool:
-        """Whether the stage splits images into tiles in a style that requires a newline token in the connector."""
-        return self.image_fit == "tiles" and TILE_STYLES[self.image_tile_style].newline
+    def newline(self) -> bool | None:
+        """Whether the connector needs a newline token to join the tokens of tiles or frames.
+
+        None if the tokens of each item enter the text as they are.
+        """
+        tiled = self.image_fit == "tiles" and TILE_STYLES[self.image_tile_style].newline
+        if tiled or self.video.newline != "none":
+            return True
+        return None if self.video.pool == "none" else False
 
     def trains(self, part: str) -> bool:
         """Whether any parameter of a part trains at some step of the stage."""
@@ -228,6 +282,14 @@ class Stage:
                 f"{self.prefix}.image_fit={self.image_fit} with image_pixels={value}: image_pixels=[MIN, MAX] must be "
                 "set with image_fit=native, and only then"
             )
+        native_only = [name for name in ("pixels", "pixels_total") if getattr(self.video, name) is not None]
+        if self.image_fit == "native":
+            only = {"pool": self.video.pool, "newline": self.video.newline, "fit": self.video.fit}
+            if used := {name: value for name, value in only.items() if value not in (None, "none")}:
+                name, value = next(iter(used.items()))
+                raise ValueError(f"{self.prefix}.video.{name}={value} does not go with {self.prefix}.image_fit=native")
+        elif native_only:
+            raise ValueError(f"{self.prefix}.video.{native_only[0]} needs {self.prefix}.image_fit=native")
         if self.image_tile_style != LLAVA_NEXT:
             said = f"{self.prefix}.image_tile_style={self.image_tile_style}"
             if self.image_fit != "tiles":

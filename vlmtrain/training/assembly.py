@@ -14,6 +14,7 @@ from ..data.processor import Processor
 from ..data.sources import vocabulary
 from ..model.folder import is_model_folder, read_manifest
 from ..model.fusion import build_fusion
+from ..model.joining import joining
 from ..model.llm import (
     LANGUAGE_MODELS,
     add_tokens,
@@ -28,7 +29,6 @@ from ..model.llm import (
 from ..model.loading import load_hf_model
 from ..model.parts import PARTS, load_part, make_connector, part_skeleton
 from ..model.rotary import use_multimodal_rotary
-from ..model.tiled import TiledConnector
 from ..model.tiny_tokenizer import build_tiny_tokenizer
 from ..model.vision import SeveralVision, VisionEncoder, build_vision, vision_from
 from ..model.vision.several import of_encoder
@@ -87,8 +87,8 @@ def build_parts(
                 handed_on = parts.pop(part)
                 parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
                 take_over(parts[part], handed_on, stage)
-            elif part == "connector" and stage.needs_newline and not isinstance(parts[part], TiledConnector):
-                parts[part] = TiledConnector(parts[part]).to(dtype)  # trained in a run without tiles
+            elif part == "connector":
+                parts[part] = joining(parts[part], stage.newline)  # may be trained in a run that joins nothing
         else:
             parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
         if part == "vision" and stage.image_size is not None:
@@ -134,8 +134,8 @@ def build_skeleton(
                     if part == "vision":
                         _check_scales(run, stage, parts[part])
                         _check_several(run, stage, parts[part])
-                    if part == "connector" and stage.needs_newline and not isinstance(parts[part], TiledConnector):
-                        parts[part] = TiledConnector(parts[part]).to(dtype)
+                    if part == "connector":
+                        parts[part] = joining(parts[part], stage.newline)
                 else:
                     parts[part] = _build(run, stage, part, parts, tokenizer, dtype, weights=False)
             resized = run.resized_by(stage)
@@ -250,7 +250,7 @@ def _build(
         name, options = run.connector_of(stage)
         if "text_vocab" in options:
             options = {**options, "text_vocab": text_vocab(options, stage, tokenizer)}
-        built = make_connector(name, parts["vision"], parts.get("llm"), options, dtype, run.needs_newline)
+        built = make_connector(name, parts["vision"], parts.get("llm"), options, dtype, run.newline)
     else:
         built = build_objective(stage.objective, run.vision, tokenizer, parts).to(dtype)
     if bert is not None and hasattr(built, "load_bert"):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import some
-from ..model.tiled import TiledConnector
 from ..settings import Stage
 
 PART = "connector"
@@ -30,8 +29,8 @@ def tensors_taken(new: nn.Module, old: nn.Module, stage: Stage) -> dict[str, Ten
     dropped = {tensor for tensor in handed_on if _is_named(tensor, (*stage.fresh, *stage.drops))}
     idle = [entry for entry in stage.fresh if "." in entry and not _names_any(entry, own)]
     gone = [entry for entry in stage.drops if "." in entry and not _names_any(entry, handed_on)]
-    if isinstance(new, TiledConnector) and not isinstance(old, TiledConnector):
-        fresh.add("newline")
+    if "newline" not in handed_on:  # of a stage without tiles or videos that need one
+        fresh |= own.keys() & {"newline"}
     missing = own.keys() - fresh - handed_on.keys()
     left = handed_on.keys() - dropped - own.keys()
     both = own.keys() & handed_on.keys() - fresh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from ..connectors.checks import GridError
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
 from ..data.processor import Processor
+from ..data.video_plan import VideoPlan
+from ..frames import Joining
 from ..model.llm import load_tokenizer, max_positions
 from ..model.rotary import positions_of
 from ..model.vision import VisionEncoder
@@ -160,10 +163,40 @@ def build_geometry(
         tile_style=stage.image_tile_style,
         size_rule=vision.size_rule,
         others=tuple(others),
+        video=_video_plan(stage, vision, connector, fit) if shows else None,
     )
     if fit == "native":
         _check_native(geometry, stage, vision)
     return geometry
+
+
+def _video_plan(stage: Stage, vision: VisionEncoder, connector: Connector, fit: str) -> VideoPlan:
+    """How the videos of a stage are shown. Raises ValueError for pooling that the connector does not support."""
+    options, given = stage.video, {field.name: getattr(stage.video, field.name) for field in fields(stage.video)}
+    joining = Joining(given.pop("pool"), given.pop("stride"), given.pop("newline"))
+    tokens = grid = None
+    if fit != "native":
+        height, width = vision.grid
+        more = {}
+        if joining.pool == "features":
+            height, width = height // joining.stride, width // joining.stride
+        if joining.pool == "window":
+            more = {"window": joining.stride}
+            if not connector.takes_window:
+                raise ValueError(
+                    f"{stage.prefix}.video.pool=window needs a connector with windows (avgpool, attentional_pool)"
+                )
+        grid = connector.output_grid(height, width, **more)
+        tokens = grid[0] * grid[1] if more else connector.num_tokens(height, width)
+        if grid is None and joining.pool in ("bilinear", "average"):
+            raise ValueError(
+                f"{stage.prefix}.video.pool={joining.pool} needs a connector whose tokens form a grid; use another "
+                "connector, or none"
+            )
+        if grid is None and joining.newline == "row":
+            raise ValueError(f"{stage.prefix}.video.newline=row needs a connector whose tokens form a grid")
+    given["fit"] = None if fit == "native" else options.fit or ("squash" if fit == "tiles" else fit)
+    return VideoPlan(**given, joining=joining, per_item=vision.frames_per_item, tokens=tokens, grid=grid)
 
 
 def _views(vision: VisionEncoder, stage: Stage) -> list[View]:

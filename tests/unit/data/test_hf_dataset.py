@@ -411,8 +411,8 @@ BROKEN = {
     "an unknown role": ({"messages": [[{"role": "tool", "content": "x"}]] * 2}, "'role' must be one of human"),
     "no content": ({"messages": [[{"role": "user", "content": None}]] * 2}, "a turn must be an object"),
     "an unknown item": (
-        {"messages": [[{"role": "user", "content": [{"type": "video"}]}]] * 2},
-        "must be of type text or image",
+        {"messages": [[{"role": "user", "content": [{"type": "audio"}]}]] * 2},
+        "must be of type text, image or video",
     ),
     "a null pair": ({"texts": [[{"user": "q", "assistant": None}]] * 2}, "the answer must be a string, got None"),
     "no question": (

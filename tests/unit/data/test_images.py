@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from vlmtrain.data import images
-from vlmtrain.data.images import MAX_ASPECT, MAX_SIDE, ImageInFile, ImageInMemory, ImageOnDisk, fit_image
+from vlmtrain.data.encoded import MAX_ASPECT, MAX_SIDE
+from vlmtrain.data.images import ImageInFile, ImageInMemory, ImageOnDisk, fit_image
 from vlmtrain.data.records import BadSample
 from vlmtrain.visual import normalized
 
@@ -474,6 +475,6 @@ def test_cmyk_of_photographs_is_not_inverted(tmp_path):
 
 def test_an_image_too_large_to_decode_is_refused_by_its_header(tmp_path, monkeypatch):
     noise().save(tmp_path / "image.png")
-    monkeypatch.setattr("vlmtrain.data.images.MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr("vlmtrain.data.encoded.MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(BadSample, match="64x64 pixels: too many"):
         ImageOnDisk(tmp_path / "image.png").load()

@@ -11,8 +11,9 @@ from PIL import Image
 
 from vlmtrain.data.images import ImageFolder
 from vlmtrain.data.record_reader import RecordReader
-from vlmtrain.data.records import BadSample, Conversation, check_conversation
+from vlmtrain.data.records import BadSample, Conversation, check_conversation, is_video
 from vlmtrain.data.rendering import Renderer
+from vlmtrain.data.video import VideoFolder
 from vlmtrain.visual import NO_MEDIA
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
@@ -49,6 +50,10 @@ def texts(conversation: Conversation) -> list[str]:
 
 def chat(*contents: object) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
 
 
 def words(text: str) -> dict:
@@ -100,9 +105,66 @@ def test_every_form_is_read(folder, record, said, seen):
     check_conversation(conversation)
 
 
+VIDEO = ["blue.png", "red.png"]  # a list of frames
+VIDEOS = {
+    "LLaVA-Video-178K": ({"video": VIDEO, "conversations": [human("<image>\nq"), ANSWER]}, ["<image>\nq", "a"], "v"),
+    "its own mark": ({"video": VIDEO, "conversations": [human("<video>\nq"), ANSWER]}, ["<image>\nq", "a"], "v"),
+    "beside an image": (
+        {"image": "red.png", "video": VIDEO, "conversations": [human("<video> then <image>"), ANSWER]},
+        ["<image> then <image>", "a"], "vi",
+    ),
+    "several": ({"videos": [VIDEO, VIDEO], "messages": chat("<video><video>q", "a")}, ["<image><image>q", "a"], "vv"),
+    "without turns": ({"video": VIDEO, "question": "q", "answer": "a"}, ["<image>\nq", "a"], "v"),
+    "a caption": ({"video": VIDEO, "caption": "a"}, ["<image>", "a"], "v"),
+    "a typed item": (
+        {"messages": chat([{"type": "video", "video": VIDEO}, words("q")], "a")}, ["<image>q", "a"], "v",
+    ),
+    "typed items and a column": (
+        {"video": VIDEO, "image": "red.png", "messages": chat([{"type": "image"}, {"type": "video"}, words("q")], "a")},
+        ["<image><image>q", "a"], "iv",
+    ),
+    "the word alone": ({"conversations": [human("a <video> tag"), ANSWER]}, ["a <video> tag", "a"], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("record, said, kinds", VIDEOS.values(), ids=VIDEOS)
+def test_videos_are_read(folder, record, said, kinds):
+    reader = RecordReader(folder, VideoFolder(folder.folder))
+    conversation = reader.read(record, "r")
+    assert texts(conversation) == said and conversation.unused == ()
+    assert "".join("v" if is_video(medium) else "i" for medium in conversation.media) == kinds
+    for medium in filter(is_video, conversation.media):
+        assert medium.probe().times.tolist() == [0.0, 0.5]
+    check_conversation(conversation)
+
+
+def test_clips_are_read(folder):
+    reader = RecordReader(folder, VideoFolder(folder.folder, fps=1))
+    record = {
+        "videos": [VIDEO, VIDEO],
+        "video_start": [0, 1],
+        "video_end": [1, 2],
+        "messages": chat("<video><video>q", "a"),
+    }
+    first, second = (next(video.frames([0])).getpixel((0, 0)) for video in reader.read(record, "r").media)
+    assert (first, second) == (COLORS["blue"], COLORS["red"])
+    with pytest.raises(BadSample, match="'video_start' has 1 times for 2 videos"):
+        reader.read({**record, "video_start": [0]}, "r")
+    one = {"video": VIDEO, "video_start": 1, "messages": chat("<video>q", "a")}
+    assert len(reader.read(one, "r").media[0].probe().times) == 1
+
+
+@pytest.mark.parametrize("text", ["q", "<video><video>q", "<image><video>q"])
+def test_marks_of_videos_must_match(folder, text):
+    reader = RecordReader(folder, VideoFolder(folder.folder))
+    with pytest.raises(BadSample, match="<image> marks in the user's turns, but 0 images and 1 videos"):
+        check_conversation(reader.read({"video": VIDEO, "messages": chat(text, "a")}, "r"))
+
+
 REFUSED = {
-    "videos": ({**PICTURED, "videos": ["a.mp4"]}, "'videos' is not supported; data.ignore=.videos. trains without it"),
-    "a video": ({**PICTURED, "video": "a.mp4"}, "'video' is not supported"),
+    "audio": ({**PICTURED, "audio": ["a.wav"]}, "'audio' is not supported; data.ignore=.audio. trains without it"),
+    "a video that nothing reads": ({**PICTURED, "my_video": "a.mp4"}, "'my_video' is not supported"),
+    "the start of no video": ({**PICTURED, "video_start": 1}, "the start or end of a video, but no video"),
     "tools": ({**PICTURED, "tools": "[{}]"}, "'tools' is not supported"),
     "another image column": ({**PICTURED, "mask": {"bytes": b"x", "path": None}}, "'mask' contains an image"),
     "images beside an image": ({**PICTURED, "images": ["blue.png"]}, "'images' contains an image that nothing reads"),

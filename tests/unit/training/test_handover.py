@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmtrain.connectors import build_connector
-from vlmtrain.model.tiled import TiledConnector
+from vlmtrain.model.joining import JoiningConnector
 from vlmtrain.settings import compose
 from vlmtrain.training.handover import take_over, tensors_taken
 from vlmtrain.training.init_from import adopt_connector, overruled_fit
@@ -63,11 +63,11 @@ def test_a_fresh_text_path_stays_fresh_even_if_the_stage_before_has_one():
 
 
 def test_tiles_change_no_name():
-    first, second = qformer(None, 20), TiledConnector(qformer(10, None))
+    first, second = qformer(None, 20), JoiningConnector(qformer(10, None))
     newline = second.newline.clone()
     take_over(second, first, GENERATE)
     assert second.connector.core.query_tokens.equal(first.core.query_tokens) and second.newline.equal(newline)
-    third = TiledConnector(qformer(10, 20))
+    third = JoiningConnector(qformer(10, 20))
     take_over(third, second, INSTRUCT)
     assert third.newline.equal(newline)
 

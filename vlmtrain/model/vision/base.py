@@ -34,7 +34,8 @@ class VisionEncoder(nn.Module):
 
     A subclass sets image_size, patch_size, width, num_blocks, image_mean and image_std (of pixels in [0, 1]), calls
     `set_layers`, and implements `build` and `forward`, which may use `as_features`. If it does not interpolate its
-    positions but supports other image sizes, it implements `_resize`.
+    positions but supports other image sizes, it implements `_resize`. frames_per_item: number of frames of a video that
+    it reads as one image, ``(T, 3, H, W)``.
     """
 
     provider: str = ""
@@ -45,6 +46,7 @@ class VisionEncoder(nn.Module):
     levels: list[int]
     num_blocks: int
     multiple: int = 1
+    frames_per_item: int = 1
     size_rule: str = "smart_resize"
     block_path: str | None = None
     join: str | None = None

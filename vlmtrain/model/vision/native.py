@@ -101,7 +101,7 @@ class NativeVision(VisionEncoder):
 
         Raises ValueError for an image whose sides are not multiples of the patch size and `multiple`.
         """
-        sizes = [images.shape[2:]] * len(images) if isinstance(images, Tensor) else [each.shape[1:] for each in images]
+        sizes = [tuple(image.shape[-2:]) for image in images]
         for height, width in set(sizes):
             if any(side < step or side % step for side, step in zip((height, width), self.step)):
                 raise ValueError(
@@ -185,3 +185,15 @@ def squares(images: Pixels, patch: Size) -> Tensor:
         return torch.cat([squares(image[None], patch) for image in images])
     cut = images.unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def clip_squares(images: Pixels, patch: Size, frames: int) -> Tensor:
+    """The patches ``(N, 3, T, h, w)`` of clips ``(T, 3, H, W)`` of T `frames`; images are T equal frames."""
+    if not isinstance(images, Tensor):
+        if any(image.ndim == 4 for image in images):
+            return torch.cat([clip_squares(image[None], patch, frames) for image in images])
+        return squares(images, patch)[:, :, None].expand(-1, -1, frames, -1, -1)
+    if images.ndim == 4:
+        return squares(images, patch)[:, :, None].expand(-1, -1, frames, -1, -1)
+    cut = squares(images.flatten(0, 1), patch).unflatten(0, (len(images), images.shape[1], -1))
+    return cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 1)

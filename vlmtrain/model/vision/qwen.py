@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from ...visual import Pixels, Size
 from .base import as_size
 from .image_attention import Segments, sent
-from .native import Grids, NativeVision, PositionTable, squares
+from .native import Grids, NativeVision, PositionTable, clip_squares
 
 
 class QwenVision(NativeVision):
     """Base class of the towers of Qwen-VL.
 
-    A patch is two equal frames, embedded by one matrix. Attention has rotary positions, which count from 0 in each
-    image. Patches are processed in the published order, squares of `multiple` x `multiple` patches.
+    A patch is two frames, embedded by one matrix; those of an image are equal. Attention has rotary positions, which
+    count from 0 in each image. Patches are processed in the published order: squares of `multiple` x `multiple`.
 
     window: side of the windows of attention in such squares; None means that every block sees the complete image.
     """
@@ -35,7 +35,7 @@ class QwenVision(NativeVision):
         self.multiple = config.spatial_merge_size
         self._check_geometry()
         kernel = (config.temporal_patch_size, *self.patch_size)
-        self.frames, self.head_width = config.temporal_patch_size, self.width // config.num_attention_heads
+        self.frames_per_item, self.head_width = config.temporal_patch_size, self.width // config.num_attention_heads
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(config.in_channels, self.width, kernel, self.bias)})
         self.blocks = nn.ModuleList(self._block() for _ in range(self.num_blocks))
 
@@ -61,7 +61,9 @@ class QwenVision(NativeVision):
         # transformers' attention splits the row at these, with a wait for a GPU unless they are on the host
         one_piece = torch.tensor([0, sum(lengths)], device="cpu")
 
-        x = self._embed(squares(images, self.patch_size), grids).index_select(0, sent(order, device))
+        x = self._embed(clip_squares(images, self.patch_size, self.frames_per_item), grids).index_select(
+            0, sent(order, device)
+        )
         states = {}
         for index, block in zip(range(max(wanted) + 1), self.blocks):
             segments = within_images if self._sees_image(index) else within_windows
@@ -71,8 +73,7 @@ class QwenVision(NativeVision):
         return states
 
     def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
-        frames = patches[:, :, None].expand(-1, -1, self.frames, -1, -1)
-        return self.patch_embed["proj"](frames.flatten(1))
+        return self.patch_embed["proj"](patches.flatten(1))
 
     def _sees_image(self, block: int) -> bool:
         """Whether a block attends over complete images, not windows."""
