@@ -119,8 +119,8 @@ def test_transformers_own_classes_are_refused(tmp_path):
 
 def test_only_newlines_need_weights():
     line = ["recipe=llava_next", "mini=true"]
-    assert compose(line).needs_newline
-    assert not compose([*line, "stages.instruct.image_tile_style=internvl"]).needs_newline
+    assert compose(line).newline
+    assert not compose([*line, "stages.instruct.image_tile_style=internvl"]).newline
 
 
 def test_plans_use_the_connector_of_init_from(tmp_path):

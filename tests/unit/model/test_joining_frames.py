@@ -54,7 +54,8 @@ def by_hand(
     return torch.stack(out + ([newline] if joining.newline == "video" else []))
 
 
-JOININGS = [Joining(pool, stride, newline) for pool, stride in (("none", 1), ("bilinear", 2), ("average", 2)) for newline in ("none", "video", "frame", "row")]  # fmt: skip
+POOLS = (("none", 1), ("bilinear", 2), ("average", 2))
+JOININGS = [Joining(*pool, newline) for pool in POOLS for newline in ("none", "video", "frame", "row")]
 
 
 @pytest.mark.parametrize("joining", JOININGS, ids=str)
@@ -76,9 +77,6 @@ def test_images_beside_videos(newline):
     whole = connector.connector(given)
     parts = [by_hand(whole[:2], joining, (H, W), None), whole[2], by_hand(whole[3:], joining, (H, W), None)]
     assert torch.allclose(found, torch.cat(parts), atol=1e-12)
-    assert (
-        connector.config == {**connector.connector.config, "newline": newline} if connector.connector.config else True
-    )
 
 
 SEPARATE = {
