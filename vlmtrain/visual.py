@@ -159,7 +159,8 @@ class Visual(NamedTuple):
     index ``(B, T)``: the placement at each text position, -1 for text. texts: for a connector that reads text. cached:
     one per encoder, None for those without a feature cache; empty if none has one. The pixels of an encoder with a
     cache are those of the items that were not read from it. calls: number of calls of modules that process one size or
-    grid of images at a time; the same on all ranks. frames: how videos are joined if the connector must be called for
+    grid of images at a time; the same on all ranks. chunks: number of chunks in which an encoder with a `batch_size`
+    processes the items; the same on all ranks. frames: how videos are joined if the connector must be called for
     them alone, which all ranks then do.
 
     This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
@@ -174,6 +175,7 @@ class Visual(NamedTuple):
     calls: int = 1
     mean_std: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] | None = None
     frames: Joining | None = None
+    chunks: int = 1
 
     @property
     def mask(self) -> Tensor:

@@ -106,8 +106,8 @@ class Batching:
         """Sort key of a row: rows with similar keys run at the same time."""
         raise NotImplementedError
 
-    def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
-        """Build a micro-batch. calls: see `vlmtrain.visual.Visual`."""
+    def collate(self, rows: list[list[Sample]], calls: int, chunks: int) -> Batch:
+        """Build a micro-batch. calls, chunks: see `vlmtrain.visual.Visual`."""
         raise NotImplementedError
 
 
@@ -156,9 +156,9 @@ class PaddedBatching(Batching):
     def order(self, row: list[Planned]) -> int:
         return row[0].length.tokens
 
-    def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
-        samples = [row[0] for row in rows]
-        return self.processor.pack(samples, calls) if self.joined else self.processor.collate(samples, 1, calls)
+    def collate(self, rows: list[list[Sample]], calls: int, chunks: int) -> Batch:
+        samples, calls = [row[0] for row in rows], {"calls": calls, "chunks": chunks}
+        return self.processor.pack(samples, **calls) if self.joined else self.processor.collate(samples, 1, **calls)
 
 
 class PackedBatching(Batching):
@@ -243,5 +243,5 @@ class PackedBatching(Batching):
     def order(self, row: list[Planned]) -> int:
         return sum(sample.length.images for sample in row)
 
-    def collate(self, rows: list[list[Sample]], calls: int) -> Batch:
-        return self.processor.pack([sample for row in rows for sample in row], calls)
+    def collate(self, rows: list[list[Sample]], calls: int, chunks: int) -> Batch:
+        return self.processor.pack([sample for row in rows for sample in row], calls, chunks)

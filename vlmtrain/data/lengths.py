@@ -36,8 +36,8 @@ WORTHWHILE = 4096
 CHUNK = 256
 """Number of samples whose texts are tokenized together."""
 _MAX_SIDE = 2**15
-_COLUMNS = 4 + SIZES
-_VERSION = 1
+_COLUMNS = 5 + SIZES
+_VERSION = 2
 
 
 class LengthTable:
@@ -76,8 +76,10 @@ class LengthTable:
         row = self._rows[index].copy()
         if not row[0] or row[0] != _checksum(row):
             return None
-        _, tokens, image_tokens, images, *sizes = row.tolist()
-        return SampleLength(tokens, image_tokens, images, frozenset(divmod(size, 2**16) for size in sizes if size))
+        _, tokens, image_tokens, images, items, *sizes = row.tolist()
+        return SampleLength(
+            tokens, image_tokens, images, items, frozenset(divmod(size, 2**16) for size in sizes if size)
+        )
 
     def __setitem__(self, index: int, length: SampleLength) -> None:
         """Store a length, unless it has too many or too large sizes."""
@@ -85,7 +87,7 @@ class LengthTable:
             return
         row = np.zeros(_COLUMNS, np.int32)
         sizes = sorted(height * 2**16 + width for height, width in length.sizes)
-        row[1 : 4 + len(sizes)] = [length.tokens, length.image_tokens, length.images, *sizes]
+        row[1 : 5 + len(sizes)] = [*length[:-1], *sizes]
         row[0] = _checksum(row)
         self._rows[index] = row
 

@@ -108,6 +108,9 @@ class StepStream(IterableDataset):
         sample = self.processor.load(conversation, tokens.weighed(self.batching.loss_per))
         return sample._replace(source=self.mixture.source_number(planned.index))
 
+    def _chunks(self, rows: list[list[Planned]]) -> int:
+        return self.processor.chunks(sum(planned.length.items for row in rows for planned in row))
+
     def _deal(self, step: PlannedStep) -> StepData:
         """Build this rank's micro-batches. Similar rows run at the same time, and all ranks have equally many."""
         batching, together = self.batching, self.batching.micro_rows * self.world_size
@@ -132,8 +135,9 @@ class StepStream(IterableDataset):
                         drawn[samples[-1].source] += 1
                         source_weights[samples[-1].source] += float(samples[-1].tokens.weights.sum())
                 loaded.append(samples)
-            calls = max(map(_groups, by_rank))  # the ranks agree without communication: all know the plans of all
-            batches.append(batching.collate([row for row in loaded if row], calls))
+            # the ranks agree without communication: all know the plans of all
+            calls, chunks = max(map(_groups, by_rank)), max(map(self._chunks, by_rank))
+            batches.append(batching.collate([row for row in loaded if row], calls, chunks))
         tokens = [sample.tokens for sample in used]
         return StepData(
             batches,

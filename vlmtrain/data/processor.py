@@ -74,7 +74,7 @@ class Processor:
     geometry: how images are prepared for the encoder; None if there is no encoder, so samples with images are bad.
     template, fallback: see `Renderer`; max_length: maximum sequence length in tokens, including images.
     reader: for a connector that reads text. in_pairs: whether a sample must be one image and one text. positions: see
-    `Renderer`.
+    `Renderer`. encoder_batch_size: `VisionEncoder.batch_size` of the encoder.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Processor:
         reader: TextReader | None = None,
         in_pairs: bool = False,
         positions: str | None = None,
+        encoder_batch_size: int | None = None,
     ):
         self.tokenizer, self.positions = tokenizer, positions
         self.geometry = geometry
@@ -94,6 +95,7 @@ class Processor:
         self.reader, self.in_pairs = reader, in_pairs
         self.max_length = max_length
         self.features: tuple[FeatureFiles | None, ...] = ()
+        self.encoder_batch_size = encoder_batch_size
         controls = (*geometry.frame, *geometry.view_words) if geometry else ()
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls)
         self.filler = self.renderer.filler
@@ -198,10 +200,14 @@ class Processor:
         with _naming(conversation):
             return [medium.load() for medium in conversation.images]
 
-    def collate(self, samples: list[Sample], rows: int = 0, calls: int = 1) -> Batch:
+    def chunks(self, items: int) -> int:
+        """Number of chunks in which the encoder processes so many items."""
+        return -(-max(1, items) // self.encoder_batch_size) if self.encoder_batch_size else 1
+
+    def collate(self, samples: list[Sample], rows: int = 0, calls: int = 1, chunks: int = 1) -> Batch:
         """Pad samples to one batch, with additional rows of zero weight up to `rows` rows.
 
-        calls: see `Visual`; raised to what the samples require.
+        calls, chunks: see `Visual`; raised to what the samples require.
         """
         text = torch.tensor([-1])
         positions = self.renderer.rows and self.renderer.rows(text, ())
@@ -212,7 +218,7 @@ class Processor:
         pad = partial(pad_sequence, batch_first=True)
         return self._batch(
             samples,
-            calls,
+            (calls, chunks),
             pad(_counted_on(tokens), padding_value=-1),
             input_ids=pad([t.input_ids for t in tokens], padding_value=self.filler),
             targets=pad([t.targets for t in tokens], padding_value=IGNORE),
@@ -221,17 +227,17 @@ class Processor:
             positions=None if positions is None else pad([t.positions.T for t in tokens]).permute(2, 0, 1),
         )
 
-    def pack(self, samples: list[Sample], calls: int = 1) -> Batch:
+    def pack(self, samples: list[Sample], calls: int = 1, chunks: int = 1) -> Batch:
         """Concatenate samples in a single row; without samples, a row of one position with zero weight."""
         if not samples:
-            return self.collate([], rows=1, calls=calls)
+            return self.collate([], rows=1, calls=calls, chunks=chunks)
         tokens = [sample.tokens for sample in samples]
         lengths = torch.tensor([len(t) for t in tokens])
         ends = lengths.cumsum(0)
         starts = torch.repeat_interleave(ends - lengths, lengths)
         batch = self._batch(
             samples,
-            calls,
+            (calls, chunks),
             torch.cat(_counted_on(tokens))[None],
             input_ids=torch.cat([t.input_ids for t in tokens])[None],
             targets=torch.cat([t.targets for t in tokens])[None],
@@ -244,8 +250,8 @@ class Processor:
             positions = torch.cat([t.positions for t in tokens], dim=1)[:, None]
         return batch._replace(positions=positions, boundaries=F.pad(ends, (1, 0)).int(), segments=lengths)
 
-    def _batch(self, samples: list[Sample], calls: int, index: Tensor, **tensors: Tensor | None) -> Batch:
-        visual = None if self.geometry is None else self._visual(samples, calls, index)
+    def _batch(self, samples: list[Sample], calls: tuple[int, int], index: Tensor, **tensors: Tensor | None) -> Batch:
+        visual = None if self.geometry is None else self._visual(samples, *calls, index)
         targets, weights = tensors["targets"].flatten(), tensors["weights"].flatten()
         positions = (weights > 0).nonzero()[:, 0]
         counts = torch.tensor([int((sample.tokens.weights > 0).sum()) for sample in samples], dtype=torch.long)
@@ -253,7 +259,7 @@ class Processor:
         trained = Targets(positions, targets[positions], weights[positions], sources)
         return Batch(**tensors, trained=trained, visual=visual, ids=tuple(sample.id for sample in samples))
 
-    def _visual(self, samples: list[Sample], calls: int, index: Tensor) -> Visual:
+    def _visual(self, samples: list[Sample], calls: int, chunks: int, index: Tensor) -> Visual:
         """What the samples show; `index` counts the placements of all of them."""
         items, placements = joined([sample.tokens.media for sample in samples])
         slots = sum(placement.slots for placement in placements)
@@ -284,6 +290,7 @@ class Processor:
             max(calls, groups(items)),
             self.geometry.mean_std,
             frames=self.geometry.separate_frames,
+            chunks=max(chunks, self.chunks(len(items))),
         )
 
     @property

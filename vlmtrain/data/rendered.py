@@ -15,7 +15,7 @@ LOSS_PER = ("token", "sample", "sqrt")
 
 
 class SampleLength(NamedTuple):
-    """What must be known of a sample to plan a step: its numbers of tokens, of image tokens and of images.
+    """What must be known of a sample to plan a step: its numbers of tokens, of image tokens, of images and of items.
 
     sizes: the different sizes ``(H, W)`` in pixels at which the encoder is shown its images.
     """
@@ -23,13 +23,15 @@ class SampleLength(NamedTuple):
     tokens: int
     image_tokens: int
     images: int
+    items: int
     sizes: frozenset[Size]
 
     @classmethod
     def of(cls, tokens: int, media: MediaPlan) -> SampleLength:
         """The length of a sample of so many tokens with planned `media`."""
         slots = sum(placement.slots for placement in media.placements)
-        return cls(tokens, slots, len(media.by_medium), frozenset(item.pixels[0] for item in media.items))
+        sizes = frozenset(item.pixels[0] for item in media.items)
+        return cls(tokens, slots, len(media.by_medium), len(media.items), sizes)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class Reader:
                 for column in zip(*shown)
             ]
             pixels = tuple(tuple(images) if self.is_native else torch.stack(images) for images in each)
-            gray = visual._replace(pixels=pixels, calls=calls)
+            chunks = int(self.world.max([self.processor.chunks(len(pixels[0]))])[0])
+            gray = visual._replace(pixels=pixels, calls=calls, chunks=chunks)
             self.blanks |= zip(missing, rows_of(self.model.encode(gray)))
         return [self.blanks[size] for size in sizes]
 
@@ -172,8 +173,9 @@ class Reader:
         return [*found, *[empty] * (count - len(found))]
 
     def _moved(self, batch: Batch) -> Batch:
-        """The batch on this rank's device. Images of their own sizes take the same number of calls on all ranks."""
-        if self.is_native:  # other fits have one size on every rank
+        """The batch on this rank's device, with the numbers of calls that all ranks make."""
+        if self.is_native or self.processor.encoder_batch_size:  # otherwise, each rank makes one call
             visual = batch.visual
-            batch = batch._replace(visual=visual._replace(calls=int(self.world.max([visual.calls])[0])))
+            calls, chunks = map(int, self.world.max([visual.calls, visual.chunks]))
+            batch = batch._replace(visual=visual._replace(calls=calls, chunks=chunks))
         return batch.to(self.world.device, self.dtype)

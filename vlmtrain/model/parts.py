@@ -41,12 +41,11 @@ def make_connector(
     llm: nn.Module | None,
     options: dict,
     dtype: torch.dtype = torch.float32,
-    newline: bool = False,
+    newline: bool | None = None,
 ) -> nn.Module:
     """Build a new connector between an encoder and a language model; its arguments are stored in `config`.
 
-    llm: None if there is no language model yet, for a connector that can be trained alone. newline: whether images may
-    be cut into tiles.
+    llm: None if there is no language model yet, for a connector that can be trained alone. newline: see `joining`.
     """
     grids = [list(grid) for grid in vision.grids]
     several = CONNECTORS[name].several_encoders if name in CONNECTORS else False

@@ -59,7 +59,7 @@ class VLMWrapper(nn.Module):
     def encode(self, visual: Visual, known: Sequence[Features | None] | None = None) -> Features | tuple[Features, ...]:
         """The encoder's features of the images of a batch. known: see `VisionEncoder.encode_all`."""
         given = {} if known is None else {"known": known}
-        return self.vision.encode_all(visual.normalized().pixels, visual.calls, **given)
+        return self.vision.encode_all(visual.normalized().pixels, visual.calls, visual.chunks, **given)
 
     def connect(self, features: Features | tuple[Features, ...], visual: Visual) -> VisualTokens:
         """The visual tokens of the placements of a batch, from the encoder's features of its items."""

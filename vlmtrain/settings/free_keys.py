@@ -9,7 +9,8 @@ from typing import Any
 # These affect the speed of a run or the files it keeps, but not its results.
 _NO_RESULT = {"workers", "device_tflops", "loggers", "wandb", "wandb_project", "wandb_model", "collective_timeout"}
 _NO_RESULT_IN_STAGE = {
-    *("gradient_checkpointing", "micro_batch_size", "padding", "save_every", "save_every_minutes", "keep_last"),
+    *("gradient_checkpointing", "micro_batch_size", "padding", "encoder_batch_size"),
+    *("save_every", "save_every_minutes", "keep_last"),
 }
 
 # These do not affect updates that have already been made.
@@ -35,7 +36,7 @@ _ADDED_IN_STAGE = {
     **{f"video.{key}": None for key in ("fit", "pixels", "pixels_total", "frame_tokens", "positions_per_second")},
     **{"video.fps": 1, "video.frames": 32, "video.sampling": "interval", "video.last": False, "video.pool": "none"},
     **{"video.stride": 1, "video.newline": "none", "video.timestamps": "none", "video.token_budget": None},
-    "video.time_format": "<{time:.1f} seconds>",
+    **{"video.time_format": "<{time:.1f} seconds>", "encoder_batch_size": None},
 }
 
 

@@ -194,6 +194,7 @@ class Stage:
     image_tiles_most: int | None = key(optional(whole(1)))  # maximum tokens per image, in tiles
     image_tiles_alone: bool = key(SWITCH)  # tile only images that are alone in their sample
     video: VideoOptions = key(section(VideoOptions))
+    encoder_batch_size: int | None = key(optional(whole(1)))  # images and frames that an encoder processes at once
     connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
     connector_text: ConnectorText = key(section(ConnectorText))
     layout: str = key(one_of(*LAYOUTS))  # padded: steps of batch_size samples; packed: steps of rows of max_length

@@ -91,8 +91,11 @@ def build_parts(
                 parts[part] = joining(parts[part], stage.newline)  # may be trained in a run that joins nothing
         else:
             parts[part] = _build(run, stage, part, parts, tokenizer, dtype)
-        if part == "vision" and stage.image_size is not None:
-            parts[part].resize(stage.image_size, f"{stage.prefix}.image_size")
+        if part == "vision":
+            if stage.image_size is not None:
+                parts[part].resize(stage.image_size, f"{stage.prefix}.image_size")
+            for encoder in parts[part].encoders.values():
+                encoder.batch_size = stage.encoder_batch_size
         if part == "llm":
             give_tokens(parts[part], tokenizer, run.llm.new_tokens)
             choose_attention(parts[part], run.llm.attn_implementation)

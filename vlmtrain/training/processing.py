@@ -70,6 +70,7 @@ def build_processor(
         _build_reader(run, stage, parts, tokenizer),
         in_pairs=objective.compares_samples,
         positions=positions_of(parts["llm"]) if "llm" in parts else None,
+        encoder_batch_size=stage.encoder_batch_size,
     )
 
 

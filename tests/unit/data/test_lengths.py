@@ -124,7 +124,7 @@ def test_other_records_or_rendering_have_other_tables(world, tokenizer):
 
 
 def test_a_damaged_row_is_unknown(tmp_path):
-    length = SampleLength(300, 200, 2, frozenset({(8, 16), (24, 8)}))
+    length = SampleLength(300, 200, 2, 3, frozenset({(8, 16), (24, 8)}))
     table = LengthTable(tmp_path / "table", 3)
     table[1] = length
     assert [LengthTable(tmp_path / "table", 3)[i] for i in range(3)] == [None, length, None]
@@ -139,7 +139,7 @@ def test_a_damaged_row_is_unknown(tmp_path):
 def test_a_length_that_does_not_fit_into_a_row_is_unknown(tmp_path):
     table = LengthTable(None, 1)
     for sizes in ({(8, 8 * i) for i in range(1, 10)}, {(8, 2**15)}):
-        table[0] = SampleLength(9, 5, 1, frozenset(sizes))
+        table[0] = SampleLength(9, 5, 1, 1, frozenset(sizes))
         assert table[0] is None
 
 
@@ -163,7 +163,7 @@ def test_without_disk_space_lengths_are_kept_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     table = LengthTable(tmp_path / "table", 3)
-    table[1] = SampleLength(5, 0, 0, frozenset())
+    table[1] = SampleLength(5, 0, 0, 0, frozenset())
     assert table.file is None and table[1].tokens == 5
 
 

@@ -35,7 +35,8 @@ class VisionEncoder(nn.Module):
     A subclass sets image_size, patch_size, width, num_blocks, image_mean and image_std (of pixels in [0, 1]), calls
     `set_layers`, and implements `build` and `forward`, which may use `as_features`. If it does not interpolate its
     positions but supports other image sizes, it implements `_resize`. frames_per_item: number of frames of a video that
-    it reads as one image, ``(T, 3, H, W)``.
+    it reads as one image, ``(T, 3, H, W)``. batch_size: maximum number of images that `encode` passes to the encoder at
+    once; None for all.
     """
 
     provider: str = ""
@@ -47,6 +48,7 @@ class VisionEncoder(nn.Module):
     num_blocks: int
     multiple: int = 1
     frames_per_item: int = 1
+    batch_size: int | None = None
     size_rule: str = "smart_resize"
     block_path: str | None = None
     join: str | None = None
@@ -184,34 +186,46 @@ class VisionEncoder(nn.Module):
         prefix = tokens[:, :num_prefix] if num_prefix else None
         return VisionFeatures(grid_of(tokens), prefix, tuple(grid_of(state(level)) for level in self.levels))
 
-    def encode(self, pixels: Pixels, calls: int = 1) -> Features:
+    def encode(self, pixels: Pixels, calls: int = 1, chunks: int = 1) -> Features:
         """Features of images of one size ``(N, 3, H, W)``, or of images of their own sizes, each ``(3, H, W)``.
 
-        Images of different sizes are encoded in groups of equal size. calls: number of calls to make, with stand-ins if
-        there are fewer groups, because all ranks that train the encoder must make the same number of calls.
+        Images of different sizes are encoded in groups of equal size, and groups in chunks of `batch_size`. calls:
+        maximum number of groups on any rank; chunks: the number of chunks that their images would fill. Stand-ins make
+        up for missing calls, because all ranks that train the encoder must make the same number of calls.
         """
         if isinstance(pixels, Tensor):
-            return self(pixels)
+            parts = [self(part) for part in self._chunks(pixels)]
+            unseen = [self._unseen(pixels[:1]) for _ in range(chunks - len(parts))]
+            return with_unseen(concatenated(parts), unseen)
         sizes = [tuple(image.shape[1:]) for image in pixels]
         found: dict[int, VisionFeatures] = {}
+        made = 0
         for size in sorted(set(sizes)):
             members = [number for number, own in enumerate(sizes) if own == size]
-            found |= dict(zip(members, rows_of(self(torch.stack([pixels[number] for number in members])))))
-        features = packed([found[number] for number in range(len(pixels))])
-        for _ in range(calls - len(set(sizes))):
-            unseen = self(torch.zeros_like(pixels[sizes.index(min(sizes))])[None])
-            zero = sum(0.0 * level.sum() for level in (unseen.patches, *unseen.levels))
-            features = features._replace(patches=features.patches + zero)
-        return features
+            parts = [self(part) for part in self._chunks(torch.stack([pixels[number] for number in members]))]
+            found |= dict(zip(members, rows_of(concatenated(parts))))
+            made += len(parts)
+        smallest = pixels[sizes.index(min(sizes))][None]
+        unseen = [self._unseen(smallest) for _ in range(calls + chunks - 1 - made)]
+        return with_unseen(packed([found[number] for number in range(len(pixels))]), unseen)
+
+    def _chunks(self, images: Sequence[Tensor] | Tensor) -> list:
+        """The images in chunks of `batch_size`."""
+        size = self.batch_size or max(1, len(images))
+        return [images[start : start + size] for start in range(0, max(1, len(images)), size)]
+
+    def _unseen(self, images: Pixels) -> Features:
+        """The features of blank images like these."""
+        return self(torch.zeros_like(images) if isinstance(images, Tensor) else tuple(map(torch.zeros_like, images)))
 
     def encode_all(
-        self, pixels: Sequence[Pixels], calls: int = 1, known: Sequence[Features | None] = (None,)
+        self, pixels: Sequence[Pixels], calls: int = 1, chunks: int = 1, known: Sequence[Features | None] = (None,)
     ) -> Features | tuple[Features, ...]:
         """What the connector reads of the images: the features of all encoders, joined.
 
-        pixels: for each encoder. calls: see `encode`. known: for each encoder, its features if they are known.
+        pixels: for each encoder. calls, chunks: see `encode`. known: for each encoder, its features if they are known.
         """
-        return self.encode(pixels[0], calls) if known[0] is None else known[0]
+        return self.encode(pixels[0], calls, chunks) if known[0] is None else known[0]
 
     def forward(self, images: Tensor) -> VisionFeatures:
         """Map normalized images ``(B, 3, H, W)`` to features."""
@@ -292,6 +306,28 @@ def packed(rows: Sequence) -> PackedFeatures | tuple[PackedFeatures, ...]:
     columns = zip(*((row.patches, *row.levels) for row in rows))
     patches, *levels = (torch.cat([each.flatten(0, 1) for each in column]) for column in columns)
     return PackedFeatures(patches, grids, prefix, tuple(levels))
+
+
+def concatenated(parts: Sequence[Features]) -> Features:
+    """The features of the images of all parts, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    prefix = None if first.prefix is None else torch.cat([part.prefix for part in parts])
+    patches, *levels = (torch.cat(column) for column in zip(*((part.patches, *part.levels) for part in parts)))
+    found = first._replace(patches=patches, prefix=prefix, levels=tuple(levels))
+    return found if first.grids is None else found._replace(grids=sum((part.grids for part in parts), ()))
+
+
+def with_unseen(features: Features, unseen: Sequence[Features]) -> Features:
+    """The same features, whose backward pass also runs through those `unseen`.
+
+    Layer by layer, since a layer that a connector does not read has no backward pass on the other ranks either.
+    """
+    for each in unseen:
+        levels = tuple(level + 0.0 * other.sum() for level, other in zip(features.levels, each.levels))
+        features = features._replace(patches=features.patches + 0.0 * each.patches.sum(), levels=levels)
+    return features
 
 
 def as_size(size: int | Size | list[int]) -> Size:

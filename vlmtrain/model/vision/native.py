@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...connectors import Features, PackedFeatures, VisionFeatures
 from ...visual import Pixels, Size
 from ..loading import load_hf_config
-from .base import VisionEncoder, as_size, block_index
+from .base import VisionEncoder, as_size, block_index, concatenated, with_unseen
 from .checkpoint import facts, read_part, read_preprocessor
 from .image_attention import NAME, register_image_attention, sent
 
@@ -92,9 +92,10 @@ class NativeVision(VisionEncoder):
     def _resize(self, before: Size) -> None:
         self.geometry = {**self.geometry, "image_size": list(self.image_size)}
 
-    def encode(self, pixels: Pixels, calls: int = 1) -> Features:
-        """As `VisionEncoder.encode`, but every module is called once, whatever the sizes; `calls` is ignored."""
-        return self(pixels)
+    def encode(self, pixels: Pixels, calls: int = 1, chunks: int = 1) -> Features:
+        """As `VisionEncoder.encode`, but a chunk is one call, whatever the sizes of its images; `calls` is ignored."""
+        parts = [self(part) for part in self._chunks(pixels)]
+        return with_unseen(concatenated(parts), [self._unseen(pixels[:1]) for _ in range(chunks - len(parts))])
 
     def forward(self, images: Pixels) -> Features:
         """Map normalized images to features, `PackedFeatures` for images of their own sizes.

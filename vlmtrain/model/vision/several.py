@@ -177,10 +177,10 @@ class SeveralVision(VisionEncoder):
             raise ValueError(f"image_fit=native gives every image a grid of its own, which {key} does not support")
 
     def encode_all(
-        self, pixels: Sequence[Pixels], calls: int = 1, known: Sequence[Features | None] = ()
+        self, pixels: Sequence[Pixels], calls: int = 1, chunks: int = 1, known: Sequence[Features | None] = ()
     ) -> Features | tuple[Features, ...]:
         found = tuple(
-            self._modules[name].encode(images, calls) if features is None else features
+            self._modules[name].encode(images, calls, chunks) if features is None else features
             for name, images, features in zip(self.names, pixels, known or [None] * len(self.names), strict=True)
         )
         return self.joined(found)
