@@ -14,7 +14,7 @@ from vlmtrain.model.fusion import Fused, VisualTokens
 from vlmtrain.visual import Item, Placement, Visual
 
 STEPS = (
-    ((Conversation,), "plan", "Processor.plan: image headers only, nothing is decoded"),
+    ((Conversation,), "plan", "Processor.plan: headers of images and packets of videos only, nothing is decoded"),
     ((Item, Placement), "render", "Processor.render: tokens, targets, and the placement at each position"),
     ((Rendered,), "load", "Processor.load: decodes and cuts exactly what the items say"),
     ((Sample,), "collate", "Processor.collate, Processor.pack"),

@@ -58,12 +58,23 @@ TRAINED = {
     "eagle": {"align": {"connector"}, "instruct": {"vision", "connector", "llm"}},
     "cambrian": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
+    "llava_video": {"video": {"vision", "connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 
 
 # like others in what they use: kept for runs with --slow
-SLOW = {"brave", "eagle", "internvl", "kempnerforge", "qwen2_vl", "qwen2_5_vl", "hunyuan_ocr", "speedrun"}
+SLOW = {
+    "brave",
+    "llava_video",
+    "eagle",
+    "internvl",
+    "kempnerforge",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "hunyuan_ocr",
+    "speedrun",
+}
 
 
 @pytest.mark.parametrize(
