@@ -29,10 +29,11 @@ from torch import Tensor
 
 from ..connectors import VisionFeatures
 from ..visual import Item, normalized
+from .encoded import InFile, InMemory, OnDisk
 from .file_index import stamp_of
 from .geometry import Geometry
-from .images import ImageInFile, ImageInMemory, ImageOnDisk
 from .records import ImageSource, VideoSource
+from .video import EncodedVideo
 
 PARTIAL = ".partial"
 _VERSION = 1  # of the pixels that are made of an image
@@ -125,25 +126,26 @@ class FeatureFiles:
         return self.root / "keys" / name[:2] / name
 
 
-def _facts(image: ImageSource) -> tuple | None:
-    """Values that differ if the encoded image does; None if there are none.
+def _facts(medium: ImageSource | VideoSource) -> tuple | None:
+    """Values that differ if the encoded medium or its clip does; None if there are none.
 
     A file that is still being written, or whose date is that of all files of an archive, has none.
     """
-    if isinstance(image, ImageInMemory):
-        return (hashlib.blake2b(image.data, digest_size=16).hexdigest(),)
-    if not isinstance(image, ImageOnDisk | ImageInFile):
+    clip = (medium.start, medium.end) if isinstance(medium, EncodedVideo) else ()
+    if isinstance(medium, InMemory):
+        return hashlib.blake2b(medium.data, digest_size=16).hexdigest(), *clip
+    if not isinstance(medium, OnDisk | InFile):
         return None
-    path = image.path if isinstance(image, ImageOnDisk) else image.file
+    path = medium.path if isinstance(medium, OnDisk) else medium.file
     try:
         size, modified = stamp_of(path)
     except (OSError, ValueError):
         return None
     if not _DATED < modified < time.time_ns() - _SETTLED:
         return None
-    if isinstance(image, ImageOnDisk):
-        return image.relative or str(path), size, modified
-    return path.name, size, modified, image.offset, image.length
+    if isinstance(medium, OnDisk):
+        return medium.relative or str(path), size, modified, *clip
+    return path.name, size, modified, medium.offset, medium.length, *clip
 
 
 def pixel_key(pixels: Tensor, with_shape: bool) -> str:

@@ -149,12 +149,18 @@ class MediaFolder:
     def _real(path: str) -> str:
         folder, file = os.path.split(path)
         try:
-            return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), file)
+            whole = os.path.islink(path) or file == ".."
+            return os.path.realpath(path) if whole else os.path.join(_real_folder(folder), file)
         except (OSError, ValueError):
             return ""
 
 
 _real_folder = lru_cache(maxsize=2**16)(os.path.realpath)
+
+
+def in_natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key with numeric order: ``2.jpg`` before ``10.jpg``."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
 
 
 class BadSize(ValueError):

@@ -1,27 +1,26 @@
-"""Videos: found, indexed without decoding, and decoded frame by frame.
+"""Videos: found, indexed by their packets, and decoded frame by frame.
 
 packets --probe--> times and size --plan--> frame numbers --frames--> RGB images, one at a time
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ..errors import first_line, is_finite_number, shown
-from .encoded import BadSize, Encoded, InFile, InMemory, MediaFolder, OnDisk, check_size
+from .encoded import MAX_PIXELS, BadSize, Encoded, InFile, InMemory, MediaFolder, OnDisk, check_size, in_natural_order
 from .file_index import Index, cached_index
 from .images import EncodedImage, ImageOnDisk, is_image_value
 from .records import BadSample, VideoFacts, VideoSource
@@ -30,16 +29,17 @@ DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,gif,flv,ogg,as
 """Containers that are read. Others, such as playlists, may name further files."""
 EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "ogv", "wmv", "3gp", "gif")
 MAX_PACKETS = 10_000_000
-SLACK = 10
-"""Seconds before the first frame from which a container is read if it cannot be read from a later place."""
-_COMPLETE = 0.9
-"""Smallest part of its stated duration that an intact video has."""
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+"""Containers that know where their keyframes are. In others, seeking may miss, so they are decoded from the start."""
+_MISSING = (0.5, 0.05)
+"""Seconds, and part of the duration in the header, by which the packets of an intact video may end earlier."""
 
 
 class _Packets(NamedTuple):
     """The index of a video: presentation times in `time_base`, those of keyframes, the end of the last frame.
 
-    size ``(H, W)``: of the upright frames.
+    keys: the first one, and those that can be sought. size ``(H, W)``: of the upright frames. counted: whether frames
+    are known by their order, because the container stores no presentation times.
     """
 
     pts: np.ndarray
@@ -47,21 +47,23 @@ class _Packets(NamedTuple):
     end: int
     time_base: Fraction
     size: tuple[int, int]
+    counted: bool
 
     @classmethod
     def of(cls, index: Index) -> _Packets:
-        end, numerator, denominator, height, width = index["facts"].tolist()
-        return cls(index["pts"], index["keys"], end, Fraction(numerator, denominator), (height, width))
+        end, numerator, denominator, height, width, counted = index["facts"].tolist()
+        base = Fraction(numerator, denominator)
+        return cls(index["pts"], index["keys"], end, base, (height, width), bool(counted))
 
     @property
     def index(self) -> Index:
-        facts = np.array([self.end, self.time_base.numerator, self.time_base.denominator, *self.size], np.int64)
-        return {"pts": self.pts, "keys": self.keys, "facts": facts}
+        facts = [self.end, self.time_base.numerator, self.time_base.denominator, *self.size, self.counted]
+        return {"pts": self.pts, "keys": self.keys, "facts": np.array(facts, np.int64)}
 
     def clip(self, start: float | None, end: float | None) -> slice:
         """The frames from `start` to before `end`, in seconds. Raises ValueError if there are none."""
         times = self.seconds(self.pts)
-        length = float(self.seconds(np.array([self.end]))[0])
+        length = self.seconds(self.end)
         if start is not None and start >= length:
             raise ValueError(f"it starts at {start} s, but the video has {length:.2f} s")
         first = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
@@ -70,7 +72,7 @@ class _Packets(NamedTuple):
             raise ValueError(f"there is no frame from {start or 0} s to {end} s")
         return slice(first, last)
 
-    def seconds(self, pts: np.ndarray) -> np.ndarray:
+    def seconds(self, pts: np.ndarray | int) -> np.ndarray | float:
         """Presentation times in seconds from the first frame."""
         return (pts - self.pts[0]) * self.time_base.numerator / self.time_base.denominator
 
@@ -86,11 +88,14 @@ class EncodedVideo(Encoded):
     end: float | None
 
     def probe(self) -> VideoFacts:
-        """Times and size of the frames, from the packets. Raises BadSample."""
+        """Times of the frames, from the packets, and their size, for which the first one is decoded. Raises BadSample.
+
+        Of a video in a file, they are stored on disk, so that it is opened once.
+        """
         packets = self._packets()
         part = self._clip(packets)
         times = packets.seconds(packets.pts)
-        end = times[part.stop] if part.stop < len(times) else packets.seconds(np.array([packets.end]))[0]
+        end = times[part.stop] if part.stop < len(times) else packets.seconds(packets.end)
         return VideoFacts(times[part] - times[part.start], float(end - times[part.start]), packets.size)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
@@ -102,21 +107,18 @@ class EncodedVideo(Encoded):
         first = self._clip(packets).start
         wanted = [int(packets.pts[first + number]) for number in numbers]
         with self._decoding() as (container, stream):
-            decoded, at = iter(()), None
+            decoded, at = container.decode(stream), packets.pts[0] - 1
+            in_order = iter(packets.pts)
             for pts in wanted:
-                keys = packets.keys[: max(1, bisect_right(packets.keys, pts))]
-                if at is None or keys[-1] > at:
-                    decoded, at = _from_before(pts, keys, container, stream), None
-                while at is None or at < pts:
-                    frame = next(decoded, None)
-                    if frame is None:
-                        break
+                key = packets.keys[bisect_right(packets.keys, pts) - 1]
+                if key > max(at, packets.pts[0]):
+                    decoded = _decoded_from((key, packets.keys[0]), pts, container, stream)
+                while at < pts and (frame := next(decoded, None)) is not None:
+                    at = next(in_order, packets.end) if packets.counted else _time_of(frame)
                     if frame.is_corrupt:
-                        raise ValueError(f"the frame at {frame.time or 0:.2f} s is damaged")
-                    at = _time_of(frame)
+                        raise ValueError(f"the frame at {packets.seconds(at):.2f} s is damaged")
                 if at != pts:
-                    time = float((pts - packets.pts[first]) * packets.time_base)
-                    raise ValueError(f"the frame at {time:.2f} s is missing")
+                    raise ValueError(f"the frame at {packets.seconds(pts):.2f} s is missing")
                 yield _upright(frame)
 
     def check(self) -> None:
@@ -134,50 +136,71 @@ class EncodedVideo(Encoded):
             return _Packets.of(self._indexed())
 
     def _indexed(self) -> Index:
-        """The index of the packets, stored on disk if the video is in a file."""
-        return self._scan()
+        """The index of the packets: scanned once, and stored on disk if the video is in a file."""
+        raise NotImplementedError
 
     def _scan(self) -> Index:
         with self._decoding() as (container, stream):
+            check_size((stream.width, stream.height))
             times, keys, ends, durations, packets = [], [], [], [], 0
             for packet in container.demux():
-                time = _time_of(packet)
                 packets += packet.stream_index == stream.index and packet.size > 0
-                if time is None or packet.is_discard or not packet.size:
+                time = _time_of(packet)
+                if time is None or not packet.size:
+                    continue
+                if packet.stream_index == stream.index and packet.is_keyframe:
+                    keys.append(time)
+                if packet.is_discard:
                     continue
                 ends.append((time + (packet.duration or 0)) * packet.time_base)
                 if packet.stream_index == stream.index:
                     times.append(time)
                     durations.append(packet.duration or 0)
-                    keys += [time] if packet.is_keyframe else []
-                if len(times) > MAX_PACKETS:
-                    raise ValueError(f"it has more than {MAX_PACKETS:,} frames")
+                if len(ends) > MAX_PACKETS:
+                    raise ValueError(f"it has more than {MAX_PACKETS:,} packets")
             if not times:
                 raise ValueError("it has no frames")
+            # the header also counts the frames that an edit list leaves out, which have no entry
+            expected = len(stream.index_entries) if container.format.name == _INDEXED[0] else stream.frames
+            if packets < expected:
+                raise ValueError(f"it is truncated: {packets} of {expected} frames")
+            keys = np.unique(np.array(keys or [min(times)], np.int64))
             pts = np.unique(np.array(times, np.int64))
-            if packets < stream.frames:
-                raise ValueError(f"it is truncated: {packets} of {stream.frames} frames")
-            gap = float(np.median(np.diff(pts))) if len(pts) > 1 else 0.0
-            _check_complete(container, stream, max(ends), gap * stream.time_base)
-            last = durations[int(np.argmax(times))] or round(gap) or round(1 / stream.time_base)
-            keys = np.unique(np.array(keys or times[:1], np.int64))
+            pts = pts[pts >= keys[0]]  # those before the first keyframe cannot be decoded
+            gap = round(np.median(np.diff(pts))) if len(pts) > 1 else 0
+            _check_complete(container, max(ends), gap * stream.time_base)
+            last = durations[int(np.argmax(times))] or gap or round(1 / stream.time_base)
             container.seek(int(keys[0]), stream=stream, backward=True)
-            image = _upright(next(container.decode(stream)))  # only a decoded frame knows its rotation
+            frame = next(container.decode(stream), None)  # only a decoded frame knows its rotation
+            if frame is None:
+                raise ValueError("none of its frames can be decoded")
+            image = _upright(frame)
             check_size(image.size)
-            return _Packets(pts, keys, int(pts[-1]) + last, stream.time_base, image.size[::-1]).index
+            return _Packets(
+                pts,
+                keys if container.format.name in _INDEXED else keys[:1],
+                int(pts[-1]) + last,
+                stream.time_base,
+                image.size[::-1],
+                container.format.name == "avi",
+            ).index
 
     @contextmanager
     def _decoding(self) -> Iterator[tuple]:
         """The open container and its video stream. Errors become BadSample."""
-        av = _library(self.noun, self.label)
+        try:
+            import av
+        except ImportError:
+            raise BadSample(f"video {self.label} needs PyAV: pip install 'vlmtrain[video]'") from None
         with self.naming_failures():
             file = self.open()
         with file:
             try:
                 with av.open(file, options={"format_whitelist": DEMUXERS}) as container:
-                    if not container.streams.video:
+                    stream = container.streams.best("video")  # not the picture of a cover
+                    if stream is None:
                         raise ValueError("it has no video stream")
-                    stream = container.streams.video[0]
+                    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
                     stream.thread_type = "NONE"  # the data workers use all cores
                     yield container, stream
             except (BadSample, GeneratorExit):
@@ -196,7 +219,7 @@ class VideoOnDisk(OnDisk, EncodedVideo):
     end: float | None = None
 
     def _indexed(self) -> Index:
-        return cached_index(self.path, "video", self._scan, least=0)
+        return cached_index(self.path, "packets", self._scan, least=0)
 
 
 @dataclass(frozen=True)
@@ -206,6 +229,13 @@ class VideoInMemory(InMemory, EncodedVideo):
     start: float | None = None
     end: float | None = None
 
+    @cached_property
+    def _index(self) -> Index:
+        return self._scan()
+
+    def _indexed(self) -> Index:
+        return self._index
+
 
 @dataclass(frozen=True)
 class VideoInFile(InFile, EncodedVideo):
@@ -214,11 +244,8 @@ class VideoInFile(InFile, EncodedVideo):
     start: float | None = None
     end: float | None = None
 
-    def open(self) -> BinaryIO:
-        return io.BufferedReader(_Span(self.file, self.offset, self.length))
-
     def _indexed(self) -> Index:
-        return cached_index(self.file, f"video at {self.offset} to {self.length}", self._scan, least=0)
+        return cached_index(self.file, f"packets at {self.offset} to {self.length}", self._scan, least=0)
 
 
 @dataclass(frozen=True)
@@ -236,12 +263,13 @@ class FrameSequence:
 
     def probe(self) -> VideoFacts:
         """Times of the frames, and the size of the first one. Raises BadSample."""
-        count = len(self._clip())
-        return VideoFacts(np.arange(count) / self.fps, count / self.fps, self.images[0].size())
+        images = self._clip()
+        return VideoFacts(np.arange(len(images)) / self.fps, len(images) / self.fps, images[0].size())
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         """Decode the frames with these numbers. Raises BadSample for one of another size."""
-        images, size = self._clip(), self.images[0].size()
+        images = self._clip()
+        size = images[0].size()
         for number in numbers:
             image = images[number].load()
             if image.size[::-1] != size:
@@ -306,24 +334,11 @@ class VideoFolder(MediaFolder):
 
     def _frames(self, path: str, folder: Path, name: str) -> tuple[ImageOnDisk, ...]:
         """The frames of a folder in natural order: ``2.jpg`` before ``10.jpg``."""
-        files = sorted(filter(is_image_value, os.listdir(folder)), key=_natural)
+        names = [file for file in os.listdir(folder) if is_image_value(file) and not file.startswith(".")]
+        files = sorted(names, key=in_natural_order)
         if not files:
             raise BadSample(f"{name}: the folder of frames {shown(path)} has no images")
         return tuple(ImageOnDisk(self.whole(os.path.join(path, file), name)) for file in files)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
-
-
-def _library(noun: str, label: str):
-    """PyAV. Raises BadSample if it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise BadSample(f"{noun} {label} needs PyAV: pip install 'vlmtrain[video]'") from None
-    av.logging.set_level(None)  # damaged files are reported as bad samples
-    return av
 
 
 def _time_of(packet) -> int | None:
@@ -331,11 +346,13 @@ def _time_of(packet) -> int | None:
     return packet.dts if packet.pts is None else packet.pts
 
 
-def _from_before(pts: int, keys: np.ndarray, container, stream) -> Iterator:
-    """The frames from one that is not after `pts`. Some containers are read from later than the given keyframe."""
-    before = int(keys[0] - SLACK / stream.time_base)
-    for key in (*reversed(keys.tolist()), before):
-        container.seek(key, stream=stream, backward=True)
+def _decoded_from(keys: Sequence[int], pts: int, container, stream) -> Iterator:
+    """The frames from the first of `keys` that the frame at `pts` can be decoded from.
+
+    Packets where a picture starts to be refreshed in parts are called keyframes too.
+    """
+    for key in keys:
+        container.seek(int(key), stream=stream, backward=True)
         frames = container.decode(stream)
         first = next(frames, None)
         if first is not None and _time_of(first) <= pts:
@@ -352,44 +369,10 @@ def _upright(frame) -> Image.Image:
     return image if how is None else image.transpose(how)
 
 
-def _check_complete(container, stream, end: Fraction, gap: Fraction) -> None:
+def _check_complete(container, end: Fraction, gap: Fraction) -> None:
     """Raise ValueError if the packets end clearly before the duration in the header, which a truncated file keeps."""
-    begin = (container.start_time or 0) / 1_000_000
     stated = (container.duration or 0) / 1_000_000
-    found = float(end) - begin
-    if stated and found < _COMPLETE * stated and stated - found > 2.5 * float(gap):
+    begin = (container.start_time or 0) / 1_000_000
+    found = max(float(end), float(end) - begin)  # the duration counts from 0 in Matroska, else from the first packet
+    if stated - found > max(_MISSING[0], _MISSING[1] * stated, 2.5 * float(gap)):
         raise ValueError(f"it is truncated: it ends after {found:.2f} s of {stated:.2f} s")
-
-
-class _Span(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, path: Path, offset: int, length: int):
-        super().__init__()
-        self._offset, self._length, self._at = offset, length, 0
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        if start + offset < 0:
-            raise OSError("a position before the start")
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        size = max(0, min(len(buffer), self._length - self._at))
-        data = os.pread(self._file.fileno(), size, self._offset + self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()

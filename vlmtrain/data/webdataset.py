@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import first_line, printable
+from .encoded import in_natural_order
 from .file_index import Index, cached_index, read_span, stamp_of
 from .images import ImageFolder, ImageInFile
 from .indexed_json import parse_json
@@ -92,7 +93,8 @@ class _Shard:
         where, id = f"{self.path.name} record {index}", _key(members[0].name)[0]
         name = record_name(where, id)
         self._check(members, name)
-        image_members = sorted((m for m in members if m.extension.rpartition(".")[2] in IMAGES), key=_natural)
+        image_members = [m for m in members if m.extension.rpartition(".")[2] in IMAGES]
+        image_members.sort(key=lambda m: in_natural_order(m.extension))
         words = {member.extension: member for member in members if member.extension in WORDS}
         record = self._json(words["json"], name) if "json" in words else {}
         captions = [key for key in ("txt", "caption") if key in words]
@@ -157,11 +159,6 @@ def _key(name: str) -> tuple[str, str]:
     folder, _, file = name.removeprefix("./").rpartition("/")
     stem, _, extension = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower() if stem else ""
-
-
-def _natural(member: _Member) -> list[tuple[int, str]]:
-    """Sort key by extension with numeric order: ``2.jpg`` before ``10.jpg``."""
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", member.extension)]
 
 
 def _index_shard(path: Path) -> Index:
