@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import struct
+import sys
 import tarfile
 from fractions import Fraction
 from pathlib import Path
@@ -51,6 +53,11 @@ def write(path: Path, frames: int = FRAMES, times: list[int] | None = None, rota
     return path
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
@@ -78,6 +85,99 @@ def test_times_and_frames(clips, extension):
     assert facts.duration == pytest.approx(FRAMES / RATE, abs=2e-3) and facts.rate == pytest.approx(RATE, rel=1e-3)
     for numbers in ([0], [49], [3, 4, 5, 30], [11, 12, 13, 48], range(50)):
         assert shown(video, list(numbers)) == list(numbers), extension
+
+
+X264 = {"keyframes among B-frames": "keyint=3:min-keyint=1:bframes=2:open-gop=1", "no keyframes": "intra-refresh=1"}
+ENCODINGS = {
+    **{name: ("mp4", "libx264", {"x264-params": f"keyint=12:{params}"}) for name, params in X264.items()},
+    "HEVC": ("mp4", "libx265", {"x265-params": "keyint=12:open-gop=1:bframes=3:log-level=none"}),
+    "hidden frames": ("webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "30", "b": "2M"}),
+    "AVI without presentation times": ("avi", "libx264", {"g": "12"}),
+    "AVI with B-frames": ("avi", "mpeg4", {"g": "12", "bf": "2"}),
+    "no index": ("mpg", "mpeg2video", {"g": "12", "bf": "2"}),
+    **{extension: (extension, "libx264", {"g": "12", "bf": "2"}) for extension in ("ts", "flv", "mkv")},
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_frames_equal_those_that_pyav_decodes_in_order(tmp_path, encoding):
+    extension, codec, options = ENCODINGS[encoding]
+    texture = np.random.default_rng(0).integers(0, 256, (HEIGHT * 2, WIDTH * 2, 3), np.uint8)
+    frames = [np.roll(texture, 3 * number, 1) for number in range(FRAMES)]
+    file = encode(tmp_path / f"clip.{extension}", frames, codec, options, rate=25)
+    with av.open(str(file)) as container:
+        expected = [np.asarray(frame.to_image()) for frame in container.decode(video=0)]
+    video = VideoOnDisk(file)
+    assert len(video.probe().times) == len(expected) == FRAMES
+    np.testing.assert_allclose(video.probe().times, np.arange(FRAMES) / 25, atol=2e-3)
+    for numbers in (range(FRAMES), [49], [13], [2, 11, 12, 40], [23, 24, 25, 37]):
+        for number, frame in zip(numbers, video.frames(list(numbers)), strict=True):
+            assert np.array_equal(frame, expected[number]), number
+
+
+def encode(path: Path, frames, codec: str, options: dict[str, str], rate: int = RATE, first: int = 0, **muxing) -> Path:
+    """Write frames as they are. first: number of the first one, from which its time follows."""
+    with av.open(str(path), "w", options=muxing) as container:
+        stream = container.add_stream(codec, rate, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for number, pixels in enumerate(frames, first):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+GRAY = [gray(number) for number in range(FRAMES)]
+
+
+def test_times_start_at_the_first_frame(tmp_path):
+    """A late start is no missing part, and frames before the start of an MP4 are not shown."""
+    late = VideoOnDisk(encode(tmp_path / "late.mkv", GRAY, "libx264", {"g": "12"}, first=100))
+    assert late.probe().times[:2].tolist() == [0.0, 0.1] and shown(late, [0, 49]) == [0, 49]
+    early = encode(tmp_path / "early.mp4", GRAY, "libx264", {"g": "12"}, first=-7, avoid_negative_ts="disabled")
+    assert len(VideoOnDisk(early).probe().times) == 43
+    assert shown(VideoOnDisk(early), [0, 42]) == [7, 49]
+
+
+@pytest.mark.parametrize("milliseconds, start, expected", [(2000, 0, range(20)), (1000, 25, range(25, 35))])
+def test_trimmed_by_an_edit_list(tmp_path, milliseconds, start, expected):
+    """Its samples are all in the file, but only some of them are shown."""
+    file = encode(tmp_path / "clip.mp4", GRAY, "libx264", {"g": "12", "bf": "0"})
+    data = bytearray(file.read_bytes())
+    at = data.index(b"elst") + 12  # after its version and the number of entries
+    units = int.from_bytes(data[data.index(b"mdhd") + 16 :][:4], "big")
+    data[at : at + 8] = struct.pack(">Ii", milliseconds, start * units // RATE)
+    video = VideoInMemory(bytes(data), "clip")
+    assert shown(video, range(len(video.probe().times))) == list(expected)
+    assert shown(video, [len(expected) - 1]) == [expected[-1]]
+
+
+def test_frames_before_the_first_keyframe_are_left_out(tmp_path):
+    source = encode(tmp_path / "clip.mkv", GRAY, "libx264", {"x264-params": "keyint=12:scenecut=0:bframes=2"})
+    with av.open(str(source)) as whole, av.open(str(tmp_path / "cut.mkv"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in [packet for packet in whole.demux() if packet.size][5:]:
+            packet.stream = stream
+            cut.mux(packet)
+    video = VideoOnDisk(tmp_path / "cut.mkv")
+    assert shown(video, range(len(video.probe().times))) == list(range(12, 50))
+
+
+def test_a_cover_is_not_the_video(tmp_path):
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        cover, stream = container.add_stream("mjpeg", 1), container.add_stream("libx264", RATE)
+        cover.width, cover.height, cover.pix_fmt = 320, 200, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        container.mux(cover.encode(av.VideoFrame(320, 200, "yuvj420p")))
+        container.mux(cover.encode())
+        for number in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray(number), format="rgb24")))
+        container.mux(stream.encode())
+    video = VideoOnDisk(tmp_path / "clip.mkv")
+    assert video.probe().size == (HEIGHT, WIDTH) and shown(video, [0, 4]) == [0, 4]
 
 
 @pytest.mark.parametrize("extension", ["mp4", "mkv"])
@@ -150,6 +250,12 @@ DAMAGED = {
         "cannot be decoded",
     ),
     "an mkv without its second half": ("mkv", {}, lambda data: cut(data, 0.5), "truncated|cannot be decoded"),
+    "a fragmented mp4 without its end": (
+        "mp4",
+        {"movflags": "frag_keyframe+empty_moov"},
+        lambda data: cut(data, 0.85),
+        r"truncated: \d+ of \d+ frames",
+    ),
     "empty": ("mp4", {}, lambda data: b"", "cannot be decoded"),
     "text": ("mp4", {}, lambda data: b"hello" * 100, "cannot be decoded"),
 }
@@ -164,6 +270,33 @@ def test_a_damaged_file(tmp_path, name):
     for video in (VideoOnDisk(file), VideoInMemory(data, "clip")):
         with pytest.raises(BadSample, match=message):
             video.probe()
+
+
+@pytest.mark.parametrize("extension", ["ts", "mpg"])
+def test_the_damaged_last_frame_of_a_file_without_a_header(tmp_path, extension):
+    """The file does not say how long it was, but its last frame is incomplete."""
+    texture = np.random.default_rng(0).integers(0, 256, (HEIGHT * 4, WIDTH * 4, 3), np.uint8)
+    codec = "libx264" if extension == "ts" else "mpeg2video"
+    file = encode(tmp_path / f"clip.{extension}", [texture] * 20, codec, {"g": "5", "b": "4M"}, rate=25)
+    video = VideoInMemory(cut(file.read_bytes(), 0.6), "clip")
+    with pytest.raises(BadSample, match=r"the frame at .* s is damaged"):
+        list(video.frames(range(len(video.probe().times))))
+
+
+@pytest.mark.parametrize(
+    "limit, message",
+    [("encoded.MAX_PIXELS", "it has 64x48 pixels: too many"), ("video.MAX_PACKETS", "more than 20 packets")],
+)
+def test_too_much(clips, monkeypatch, limit, message):
+    monkeypatch.setattr(f"vlmtrain.data.{limit}", 20)
+    with pytest.raises(BadSample, match=message):
+        VideoOnDisk(clips / "clip.mkv").probe()
+
+
+def test_without_pyav(clips, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(BadSample, match=r"clip\.mp4 needs PyAV: pip install 'vlmtrain\[video\]'"):
+        VideoOnDisk(clips / "clip.mp4").probe()
 
 
 def test_flipped_bytes(tmp_path):
@@ -204,7 +337,6 @@ def test_clips_outside_the_video(clips):
 
 
 def test_the_index_is_stored(clips, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "clip.mp4"
     file.write_bytes((clips / "clip.mp4").read_bytes())
     video = VideoOnDisk(file)
@@ -215,6 +347,14 @@ def test_the_index_is_stored(clips, tmp_path, monkeypatch):
     assert (again.times == facts.times).all() and again[1:] == facts[1:]
     write(file, 20)
     assert len(video.probe().times) == 20
+
+
+def test_bytes_in_memory_are_scanned_once(clips, monkeypatch):
+    video, scans = VideoInMemory((clips / "clip.mkv").read_bytes(), "clip"), []
+    scan = VideoInMemory._scan
+    monkeypatch.setattr(VideoInMemory, "_scan", lambda self: scans.append(self) or scan(self))
+    video.probe()
+    assert shown(video, [3]) == [3] and len(video.probe().times) == FRAMES and len(scans) == 1
 
 
 def test_nothing_stays_open(clips):
@@ -239,6 +379,7 @@ def folder(tmp_path, clips) -> VideoFolder:
     for number in (10, 9, 2):
         Image.fromarray(gray(number)).save(home / "frames" / f"{number}.png")
     (home / "frames" / "notes.txt").write_text("no frame")
+    (home / "frames" / "._2.png").write_bytes(b"what macOS adds to archives")
     (home / "empty").mkdir()
     (tmp_path / "outside.mp4").write_bytes(b"")
     (home / "link.mp4").symlink_to(tmp_path / "outside.mp4")
@@ -263,6 +404,8 @@ def test_records_name_videos(folder):
         ("../outside.mp4", (), "leads out of data.videos"),
         ("link.mp4", (), "leads out of data.videos"),
         ("linked", (), "leads out of data.videos"),
+        ("..", (), "leads out of data.videos"),
+        ("frames/../..", (), "leads out of data.videos"),
         ("/etc/passwd", (), "leads out of data.videos"),
         ("http://x/y.mp4", (), "is a URL"),
         ("empty", (), "has no images"),
