@@ -17,6 +17,8 @@ from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import ImageFolder, ImageInFile, ImageInMemory
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
+from vlmtrain.data.video import VideoFolder
+from vlmtrain.data.video_plan import VideoPlan
 from vlmtrain.model.vision import build_vision
 from vlmtrain.training.feature_cache import FeatureCache
 
@@ -62,9 +64,13 @@ def date(file: Path, nanoseconds: int = YEAR_2001) -> None:
 def spoil(folder: Path) -> None:
     """Replace the bytes of all images, but neither their sizes nor their dates."""
     for file in folder.iterdir():
-        size, modified = file.stat().st_size, file.stat().st_mtime_ns
-        file.write_bytes(bytes(size))
-        date(file, modified)
+        spoil_file(file)
+
+
+def spoil_file(file: Path) -> None:
+    size, modified = file.stat().st_size, file.stat().st_mtime_ns
+    file.write_bytes(bytes(size))
+    date(file, modified)
 
 
 class Reader:
@@ -197,6 +203,28 @@ def test_members_of_shards_and_encoded_images_are_not_decoded(tmp_path, folder, 
     date(shard)
     monkeypatch.setattr(Image, "open", None)
     assert_equal(reader.features(*inside, memory), expected)
+
+
+def test_a_video_with_cached_features_is_not_opened(tmp_path, encoder, tokenizer, monkeypatch):
+    """Another clip of it, whose frames have the same times, is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "index"))
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", 10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(20):
+            gray = np.full((32, 32, 3), 10 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+        container.mux(stream.encode())
+    date(tmp_path / "clip.mp4")
+    clips = [VideoFolder(tmp_path).read("clip.mp4", "", "x", start, start + 1) for start in (0, 1)]
+    plan = VideoPlan(fps=None, frames=2, sampling="uniform", fit="squash", tokens=4)
+    reader = Reader(tmp_path / "cache", encoder, tokenizer, replace(SQUASHED, video=plan))
+    first = reader.features(clips[0])
+    assert_equal(first, reader.computed(clips[0]))
+    assert_equal(reader.features(clips[1]), reader.computed(clips[1]))
+    spoil_file(tmp_path / "clip.mp4")
+    assert_equal(reader.features(clips[0]), first)
 
 
 def test_a_cache_without_keys_of_files_is_read(tmp_path, folder, encoder, tokenizer):

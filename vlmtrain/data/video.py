@@ -72,9 +72,9 @@ class _Packets(NamedTuple):
             raise ValueError(f"there is no frame from {start or 0} s to {end} s")
         return slice(first, last)
 
-    def seconds(self, pts: np.ndarray | int) -> np.ndarray | float:
-        """Presentation times in seconds from the first frame."""
-        return (pts - self.pts[0]) * self.time_base.numerator / self.time_base.denominator
+    def seconds(self, pts: np.ndarray | int, first: int = 0) -> np.ndarray | float:
+        """Presentation times in seconds from the frame with number `first`."""
+        return (pts - self.pts[first]) * self.time_base.numerator / self.time_base.denominator
 
 
 class EncodedVideo(Encoded):
@@ -94,9 +94,9 @@ class EncodedVideo(Encoded):
         """
         packets = self._packets()
         part = self._clip(packets)
-        times = packets.seconds(packets.pts)
-        end = times[part.stop] if part.stop < len(times) else packets.seconds(packets.end)
-        return VideoFacts(times[part] - times[part.start], float(end - times[part.start]), packets.size)
+        end = packets.pts[part.stop] if part.stop < len(packets.pts) else packets.end
+        times, duration = (packets.seconds(pts, part.start) for pts in (packets.pts[part], end))
+        return VideoFacts(times, float(duration), packets.size)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         """Decode the frames with these numbers, which are ascending, one after another, upright, as RGB.
