@@ -3,9 +3,9 @@
     python benchmarks/video_data.py
     python benchmarks/video_data.py --videos 2000 --workers 4 --frames 8 --size 640x360
 
-Writes videos of ten seconds (h264, 25 frames per second), loads each once as training does, with `interval` sampling at
-one frame per second, and prints videos per second, seconds per video and worker, and the memory of all workers after the
-first tenth of the videos and at the end.
+Writes videos of ten seconds (h264, 25 frames per second), loads each once as training does, with one frame per second,
+and prints videos per second, seconds per video and worker, and the memory of all workers after the first tenth of the
+videos and at the end.
 """
 
 from __future__ import annotations
