@@ -36,9 +36,10 @@ class Batch(NamedTuple):
 
     A packed batch has one row of several samples: positions ``(1, T)`` or ``(R, 1, T)``, starting at 0 in each sample;
     boundaries ``(S + 1,)`` int32, the start of each of the S samples and the end of the row, None otherwise; segments
-    ``(S,)``: their lengths, which stay on the host. prefix
-    ``(B,)`` (of a packed batch ``(S,)``), branch ``(B, T)`` and bidirectional ``(B, T)`` say which positions see each
-    other beyond causal attention, see `vlmtrain.model.attention`. ids: of the samples.
+    ``(S,)``: their lengths, which stay on the host. A sample may be a message tree: several dialogues behind the same
+    images, whose positions continue those of the images in each. prefix ``(B,)`` (of a packed batch ``(S,)``), branch
+    ``(B, T)``, which stays on the host, and bidirectional ``(B, T)`` say which positions see each other, see
+    `vlmtrain.model.attention`. ids: of the samples.
     """
 
     input_ids: Tensor
@@ -69,4 +70,5 @@ class Batch(NamedTuple):
             trained=self.trained and Targets(*(t.to(device, non_blocking=True) for t in self.trained)),
             visual=self.visual and self.visual.to(device, dtype),
             segments=self.segments,
+            branch=self.branch,
         )

@@ -5,8 +5,9 @@ Each sample of a packed row attends only to itself, without a mask over the comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +95,8 @@ def attention_arguments(
         boundaries: ``(S + 1,)`` int32, where the samples of a packed row start and end.
         prefix: ``(B,)``, or ``(S,)`` for a packed row; that many first positions of each sample see each other in
             both directions, and later ones are causal. Padding is not counted.
-        branch: ``(B, T)``; 0 for positions that all branches of a message tree share, i >= 1 for those of branch i. A
-            position sees only shared positions and those of its own branch.
+        branch: ``(B, T)``, on the host; 0 for positions that all branches of a message tree share, i >= 1 for those of
+            branch i. A position sees only shared positions and those of its own branch.
         bidirectional: ``(B, T)``; positions with the same number >= 0 see each other in both directions, and those
             with -1 are causal. Padding on the right must have -1.
         segments: ``(S,)``, lengths of the samples of a packed row, on the host; None to read them from `boundaries`.
@@ -104,12 +105,48 @@ def attention_arguments(
     """
     arguments = {"prefix": prefix, "branch": branch, "bidirectional": bidirectional}
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    rules = list(arguments)
     if boundaries is not None:
         segments = boundaries.diff().cpu() if segments is None else segments
         longest = int(segments.max())
         arguments |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "segments": segments}
         arguments |= {"max_length_q": longest, "max_length_k": longest}
+        if rules == ["branch"]:
+            arguments |= {"trees": _trees(branch[0].cpu(), segments, boundaries.device)}
     return arguments
+
+
+class Tree(NamedTuple):
+    """A sample of a packed row, from position `start` to `end`, whose first `shared` positions are causal.
+
+    seen ``(end - start - shared, end - start)`` bool: whom the positions behind them see, those of the branches; None
+    for a sample without branches, all of whose positions are shared. place ``(end - start,)``: the position of each in
+    its own dialogue.
+    """
+
+    start: int
+    end: int
+    shared: int
+    seen: Tensor | None = None
+    place: Tensor | None = None
+
+
+def _trees(branch: Tensor, segments: Tensor, device: torch.device) -> list[Tree] | None:
+    """The samples of a row with `branch` ``(T,)``; None unless each consists of shared positions and then branches."""
+    trees, start = [], 0
+    for own in branch.split(segments.tolist()):
+        ids, counts = own.unique_consecutive(return_counts=True)
+        if (ids.diff() <= 0).any():
+            return None
+        end, shared = start + len(own), int(counts[0]) if ids[0] == 0 else 0
+        if shared == len(own):
+            trees.append(Tree(start, end, shared))
+        else:
+            position, own = torch.arange(len(own), device=device), own.to(device, non_blocking=True)
+            seen = ((own == own[shared:, None]) & (position <= position[shared:, None])) | (own == 0)
+            trees.append(Tree(start, end, shared, seen, torch.cat([position[:shared], seen.sum(1) - 1])))
+        start = end
+    return trees
 
 
 def _mask(*arguments, attention_mask: Tensor | None = None, **options) -> Tensor | None:
@@ -134,6 +171,7 @@ def segment_attention(
     prefix: Tensor | None = None,
     branch: Tensor | None = None,
     bidirectional: Tensor | None = None,
+    trees: Sequence[Tree] | None = None,
     **unused,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of a row, with the signature that Hugging Face models expect.
@@ -151,6 +189,8 @@ def segment_attention(
     if query.shape[2] > 1 and any(rule is not None for rule in rules.values()):
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"{', '.join(RULES)} need an empty cache that grows with the sequence")
+        if trees is not None:
+            return _attend_trees(attend, sliding_window, query, key, value, trees).transpose(1, 2), None
         attend = partial(_attend_by_rules, attend, sliding_window)
         if cu_seq_lens_q is None:
             return attend(query, key, value, attention_mask, **rules).transpose(1, 2), None
@@ -181,6 +221,34 @@ def _attend_each(
     return torch.cat([attend(*piece, mask=None, **one) for piece, one in zip(pieces, own)], dim=2)
 
 
+@torch._disable_dynamo
+def _attend_trees(
+    attend: Callable[..., Tensor],
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    trees: Sequence[Tree],
+) -> Tensor:
+    """Attention within each sample of a row, ``(B, H, T, d)``; only branches need a mask."""
+    found = []
+    for start, end, shared, seen, place in trees:
+        own = [tensor[:, :, start:end] for tensor in (query, key, value)]
+        if shared:
+            found.append(attend(*(tensor[:, :, :shared] for tensor in own), mask=None))
+        if seen is not None:
+            if window is not None:
+                seen = seen & (place > place[shared:, None] - window)
+            found.append(attend(own[0][:, :, shared:], *_ungrouped(*own), mask=seen[None, None]))
+    return torch.cat(found, dim=2)
+
+
+def _ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value with as many heads as the query: on CUDA, a mask and groups can rule out all fused kernels."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+
+
 def _attend_by_rules(
     attend: Callable[..., Tensor],
     window: int | None,
@@ -194,10 +262,8 @@ def _attend_by_rules(
     assert mask is None or mask.dtype == torch.bool, "a mask that `_mask` has not made"
     # Such a mask lets a position see itself unless it is padding.
     real = None if mask is None else mask[:, 0].diagonal(dim1=1, dim2=2)
-    # On CUDA, a mask and grouped heads together can rule out all fused kernels.
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return attend(query, key, value, _allowed(query.shape[2], query.device, real, window, **rules))
+    mask = _allowed(query.shape[2], query.device, real, window, **rules)
+    return attend(query, *_ungrouped(query, key, value), mask)
 
 
 def _allowed(
@@ -221,14 +287,22 @@ def _allowed(
         same = bidirectional[:, :, None] == bidirectional[:, None]
         seen = seen | (same & (bidirectional >= 0)[:, None])
     if branch is not None:
-        seen = seen & ((branch[:, :, None] == branch[:, None]) | (branch == 0)[:, None])
+        branch = branch.to(device)
+        of_dialogue = (branch[:, :, None] == branch[:, None]) | (branch == 0)[:, None]
+        seen = seen & of_dialogue
     if window is not None:
         # As in transformers' Gemma 3: the window limits how far back a position sees, also within its prefix or
-        # image, but not how far ahead. It counts positions of the row, those of other branches included.
-        seen = seen & (ahead > -window)
+        # image, but not how far ahead. Positions of other branches do not count.
+        later = -ahead[None] if branch is None else _count_back(of_dialogue & (ahead <= 0))
+        seen = seen & (later < window)
     if real is not None:
         seen = (seen & real[:, None]) | (ahead == 0)  # padding sees itself, because a softmax over nothing is NaN
     return seen[:, None]
+
+
+def _count_back(seen: Tensor) -> Tensor:
+    """From each query back to each key, the number of keys that the query sees, without the key; ``(B, T, T)``."""
+    return seen.flip(-1).cumsum(-1).flip(-1) - 1
 
 
 def _attend(

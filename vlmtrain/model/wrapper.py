@@ -157,7 +157,7 @@ class VLMWrapper(nn.Module):
         given["visual_mask"] = fused.visual_mask if fused.added else None
         for name, tensor in given.items():
             if tensor is not None and tensor.ndim == 2:
-                given[name] = tensor.gather(1, shift)
+                given[name] = tensor.to(shift.device).gather(1, shift)
         check_attention(self.llm, [name for name, tensor in given.items() if tensor is not None])
         positions = batch.positions
         if positions is not None:

@@ -3,6 +3,7 @@ branches and bidirectional positions agree with dense masks written from their d
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 
 import pytest
@@ -189,8 +190,9 @@ def dense_mask(samples: list[int], names: tuple[str, ...], window: int | None) -
                 sees = True
             if "branch" in names and BRANCH[place] not in (0, BRANCH[own]):
                 sees = False
-            if window is not None and place <= own - window:
-                sees = False
+            if window is not None:  # it counts what the query can see, so not the positions of other branches
+                between = [BRANCH[at] for at in range(place + 1, own + 1)]
+                sees = sees and sum("branch" not in names or each in (0, BRANCH[own]) for each in between) < window
             allowed[q, k] = sees
     return allowed
 
@@ -232,6 +234,27 @@ def boundaries_of(rows: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_rules_agree_with_a_dense_mask(names, layout, window, softcap):
+    check_rules(names, layout, window, softcap)
+
+
+TREES = {
+    "branches": (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 4),
+    "one position each": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13),
+    "nothing shared": (1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_trees_of_a_packed_row_agree_with_a_dense_mask(tree, window, softcap, monkeypatch):
+    """Branches one after the other need no mask over the complete sample."""
+    monkeypatch.setattr(sys.modules[__name__], "BRANCH", TREES[tree])
+    monkeypatch.setattr(attention, "_allowed", None)
+    check_rules(("branch",), "packed", window, softcap)
+
+
+def check_rules(names: tuple[str, ...], layout: str, window: int | None, softcap: float | None) -> None:
     torch.manual_seed(0)
     rows = LAYOUTS[layout]
     allowed = torch.stack([dense_mask(row, names, window) for row in rows])
@@ -272,8 +295,8 @@ def test_without_rules_no_mask_is_built(boundaries, monkeypatch):
 
 def test_nothing_given_means_no_arguments():
     assert attention_arguments() == {}
-    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
-    assert attention_arguments(bounds, branch=bounds).keys() == {*attention_arguments(bounds), "branch"}
+    bounds, branch = torch.tensor([0, 4, 9], dtype=torch.int32), torch.zeros(1, 9)
+    assert attention_arguments(bounds, branch=branch).keys() == {*attention_arguments(bounds), "branch", "trees"}
     assert attention_arguments(bounds)["max_length_q"] == 5
 
 
