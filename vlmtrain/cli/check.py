@@ -85,12 +85,13 @@ def _check_stage(settings: Run, stage: Stage, tokenizer, options: argparse.Names
     result, held_out = _summed(stage.data, checked), _summed(stage.validation, checked)
     good = sum(report.samples for report in checked[stage.data].values())
     tokens = sum(report.tokens for report in checked[stage.data].values())
-    steps = 0
+    steps = trained = 0
     if good:
         batching = build_batching(mixtures[stage.data], processor, stage, 1, 0)
         steps = stage.max_steps or batching.steps_per_epoch * stage.epochs
+        trained = steps * (batching.budget.tokens if stage.share_images else stage.batch_size * tokens / good)
     result["steps"] = steps
-    result["tokens_trained_on"] = round(steps * stage.batch_size * tokens / good) if good else 0
+    result["tokens_trained_on"] = round(trained)
     result["validation"] = held_out if stage.validation != stage.data else None
     if not options.json:
         _print_check(stage.name, result, _first_samples(mixtures[stage.data], processor, show_targets))

@@ -27,12 +27,16 @@ class Read(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A sample of a step. `position` is its position in the stream; `read` is None if its length was known before."""
+    """A sample of a step. `position` is its position in the stream; `read` is None if its length was known before.
+
+    joins: whether it shares the images of the samples before it in its row.
+    """
 
     position: int
     index: int
     length: SampleLength
     read: Read | None
+    joins: bool = False
 
 
 class BadRecord(NamedTuple):
@@ -168,6 +172,7 @@ class PackedBatching(Batching):
     Epochs have no boundary: the stream continues into the next one. Samples that are not in a row when a stage ends
     are not trained on.
     by_source: whether each row holds samples of a single source only (Qwen-VL packs samples of the same task).
+    share_images: whether waiting samples of a source that are equal up to their last image share it, in one tree.
     """
 
     plans_in_turn = True
@@ -182,66 +187,104 @@ class PackedBatching(Batching):
         by_source: bool = False,
         lengths: Lengths | None = None,
         loss_per: str = "token",
+        share_images: bool = False,
     ):
         super().__init__(mixture, processor, lengths, loss_per)
-        self.by_source = by_source
+        assert lengths is None or not share_images, "only rendered samples can be compared"
+        self.by_source, self.share_images = by_source, share_images
         kinds = len(mixture.sources) if by_source else 1
         self.ahead = min(kinds * lookahead(mixture.epoch_size), mixture.epoch_size)
-        bad: list[BadRecord] = []
-        read = (self._piece(position, bad) for position in range(min(MEASURED, mixture.epoch_size)))
-        pieces = [piece for piece, _ in filter(None, read)]
-        row_length = processor.max_length
-        self.budget: RowBudget = row_budget(pieces, row_length, batch_size, micro_batch_size, self.ahead, world_size)
+        first = _Waiting(processor.max_length)
+        for position in range(min(MEASURED, mixture.epoch_size)):
+            self._wait_for(position, first, [])
+        sizes = (processor.max_length, batch_size, micro_batch_size, self.ahead, world_size)
+        self.budget: RowBudget = row_budget(first.pieces, *sizes)
         self.micro_rows = self.budget.micro_rows
         self.accumulation = math.ceil(self.budget.rows / (self.micro_rows * world_size))
-        self.steps_per_epoch = math.ceil(mixture.epoch_size / self.budget.samples)
+        self.steps_per_epoch = math.ceil(mixture.epoch_size / self.budget.records)
 
     def __str__(self) -> str:
         budget = self.budget
         return f"{budget.rows} rows of {budget.row_length} tokens, about {budget.samples:.0f} samples"
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
-        position, waiting = 0, []
-        samples: dict[int, Planned] = {}
+        position, waiting = 0, _Waiting(self.budget.row_length)
         bad: list[BadRecord] = []
-
-        def wait_for(position: int) -> None:
-            found = self._piece(position, bad)
-            if found:
-                piece, samples[position] = found
-                waiting.append(piece)
-
         if cursor:
             position = cursor["position"]
             for kept in cursor["waiting"]:
-                wait_for(kept)
-            bad.clear()  # already counted when they were first read
+                self._wait_for(kept, waiting, [])  # bad ones were counted when they were first read
         skip = 0 if cursor else first
         for number in count():
             rows = []
             while len(rows) < self.budget.rows:
                 while len(waiting) < self.ahead:
-                    wait_for(position)
+                    self._wait_for(position, waiting, bad)
                     position += 1
-                row = take_row(waiting, self.budget.row_length, self.budget.image_share)
-                rows.append([samples.pop(piece.position) for piece in row])
+                rows.append(waiting.take_row(self.budget.image_share))
             if number >= skip and (number - skip) % workers == worker:
-                yield PlannedStep(rows, bad, {"position": position, "waiting": [piece.position for piece in waiting]})
+                yield PlannedStep(rows, bad, {"position": position, "waiting": waiting.positions})
             bad = []
 
-    def _piece(self, position: int, bad: list[BadRecord]) -> tuple[Piece, Planned] | None:
+    def _wait_for(self, position: int, waiting: _Waiting, bad: list[BadRecord]) -> None:
         sample = self.look(position, bad)
         if sample is None:
-            return None
-        kind = self.mixture.source_number(sample.index) if self.by_source else 0
-        return Piece(position, sample.length.tokens, sample.length.image_tokens, kind), sample
+            return
+        source = self.mixture.source_number(sample.index)
+        waiting.add(sample, source if self.by_source else 0, source if self.share_images else None)
 
     def upcoming(self, first: int, last: int, cursor: dict | None) -> range:
         start = cursor["position"] if cursor else 0
-        return range(start, start + math.ceil((last - first) * self.budget.samples) + self.ahead)
+        return range(start, start + math.ceil((last - first) * self.budget.records) + self.ahead)
 
     def order(self, row: list[Planned]) -> int:
-        return sum(sample.length.images for sample in row)
+        return sum(sample.length.images for sample in row if not sample.joins)
 
     def collate(self, rows: list[list[Sample]], calls: int, chunks: int) -> Batch:
         return self.processor.pack([sample for row in rows for sample in row], calls, chunks)
+
+
+class _Waiting:
+    """Samples that wait for rows of `row_length` tokens, oldest first; those that share their images are one piece."""
+
+    def __init__(self, row_length: int):
+        self.row_length = row_length
+        self.pieces: list[Piece] = []
+        self._samples: dict[int, list[Planned]] = {}  # of each piece, by its position
+        self._shared: dict[int, tuple | None] = {}  # what the samples of each piece share, by its position
+
+    def __len__(self) -> int:
+        return sum(piece.records for piece in self.pieces)
+
+    def add(self, sample: Planned, kind: int, source: int | None) -> None:
+        """Add a sample, to the first piece with room that shows the same images, or as a piece of its own.
+
+        source: whose samples it may share its images with; None to share nothing.
+        """
+        length, count, shared = sample.length, 1, None
+        if sample.read is not None:
+            count = sample.read.tokens.dialogues
+        if source is not None and sample.read.tokens.shared:
+            tokens = sample.read.tokens
+            shared = source, sample.read.conversation.media, tokens.beginning
+            for number, piece in enumerate(self.pieces):
+                total = piece.length + length.tokens - tokens.shared
+                if total <= self.row_length and self._shared[piece.position] == shared:
+                    samples, records = piece.samples + count, piece.records + 1
+                    self.pieces[number] = piece._replace(length=total, samples=samples, records=records)
+                    self._samples[piece.position].append(sample._replace(joins=True))
+                    return
+        self.pieces.append(Piece(sample.position, length.tokens, length.image_tokens, kind, count))
+        self._samples[sample.position], self._shared[sample.position] = [sample], shared
+
+    def take_row(self, image_share: float) -> list[Planned]:
+        """Remove the samples of the next row and return them. See `packing.take_row`."""
+        row = take_row(self.pieces, self.row_length, image_share)
+        for piece in row:
+            del self._shared[piece.position]
+        return [sample for piece in row for sample in self._samples.pop(piece.position)]
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of the samples in the stream. Added again in this order, they form the same pieces."""
+        return [sample.position for piece in self.pieces for sample in self._samples[piece.position]]

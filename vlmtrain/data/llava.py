@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Subset
 
+from .file_index import Index, cached_index
 from .file_lists import chosen_records, read_list
 from .images import ImageFolder
 from .indexed_json import IndexedJson
 from .mixture import Concatenation
 from .record_reader import RecordReader
-from .records import Conversation, Source
+from .records import BadSample, Conversation, Source
 
 
 class LlavaJson:
@@ -37,6 +41,22 @@ class LlavaJson:
 
     def __getitem__(self, index: int) -> Conversation:
         return self.reader.read(self.records[index], self.records.name(index))
+
+    def image_keys(self) -> np.ndarray:
+        """A number of the image files of each record, ``(N,)``; 0 for records without images, encoded and bad ones."""
+        reader = self.reader
+        kind = repr(("images", reader.images.root, reader.ignored, reader.images_first, reader.repair))
+        return cached_index(self.records.file, kind, self._find_image_keys)["keys"]
+
+    def _find_image_keys(self) -> Index:
+        keys = np.zeros(len(self), np.int64)
+        for index in range(len(self)):
+            with suppress(BadSample):
+                paths = [getattr(medium, "relative", None) for medium in self[index].media]
+                if paths and None not in paths:
+                    digest = hashlib.blake2b("\0".join(paths).encode("utf-8", "surrogateescape"), digest_size=8)
+                    keys[index] = int.from_bytes(digest.digest(), "little", signed=True)
+        return {"keys": keys}
 
 
 def open_llava(file: str | Path, images: str | Path | None, seed: int = 0, outside: bool = False, **options) -> Source:

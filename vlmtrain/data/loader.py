@@ -95,8 +95,23 @@ class StepStream(IterableDataset):
         for _ in range(self.first + worker, self.last, workers):
             yield self._deal(next(steps))
 
-    def load(self, planned: Planned) -> Sample:
-        """The sample of a row. Raises BadSample, and ValueError if its stored length was wrong."""
+    def load_row(self, row: list[Planned], bad: list[BadRecord]) -> list[Sample]:
+        """The samples of a row, of which those that share their images are one. Appends broken ones to `bad`."""
+        trees: list[list[Sample]] = []
+        for planned in row:
+            if not planned.joins:
+                trees.append([])
+            try:
+                trees[-1].append(self.load(planned, *trees[-1][:1]))
+            except BadSample as error:
+                bad.append(BadRecord(planned.position, planned.index, str(error)))
+        return [Sample.tree(tree) for tree in trees if tree]
+
+    def load(self, planned: Planned, shown: Sample | None = None) -> Sample:
+        """The sample of a row, with the images of `shown` if it shares them.
+
+        Raises BadSample, and ValueError if its stored length was wrong.
+        """
         conversation, tokens = planned.read or self.batching.read(planned.index)
         if tokens.length != planned.length:
             self.batching.lengths.clear(planned.index)
@@ -105,11 +120,14 @@ class StepStream(IterableDataset):
                 f"({planned.length.tokens} tokens then, {tokens.length.tokens} now). The stored lengths of its source "
                 "are deleted: run the same command again"
             )
-        sample = self.processor.load(conversation, tokens.weighed(self.batching.loss_per))
+        tokens = tokens.weighed(self.batching.loss_per)
+        if shown is not None:
+            return shown._replace(id=conversation.id, tokens=tokens)
+        sample = self.processor.load(conversation, tokens)
         return sample._replace(source=self.mixture.source_number(planned.index))
 
     def _chunks(self, rows: list[list[Planned]]) -> int:
-        return self.processor.chunks(sum(planned.length.items for row in rows for planned in row))
+        return self.processor.chunks(sum(planned.length.items for row in rows for planned in row if not planned.joins))
 
     def _deal(self, step: PlannedStep) -> StepData:
         """Build this rank's micro-batches. Similar rows run at the same time, and all ranks have equally many."""
@@ -124,16 +142,11 @@ class StepStream(IterableDataset):
             by_rank = [shared[rank :: self.world_size] for rank in range(self.world_size)]
             mine, loaded = by_rank[self.rank], []
             for row in mine:
-                samples = []
-                for planned in row:
-                    try:
-                        samples.append(self.load(planned))
-                    except BadSample as error:
-                        bad.append(BadRecord(planned.position, planned.index, str(error)))
-                    else:
-                        used.append(samples[-1])
-                        drawn[samples[-1].source] += 1
-                        source_weights[samples[-1].source] += float(samples[-1].tokens.weights.sum())
+                samples = self.load_row(row, bad)
+                used += samples
+                for sample in samples:
+                    drawn[sample.source] += sample.tokens.dialogues
+                    source_weights[sample.source] += float(sample.tokens.weights.sum())
                 loaded.append(samples)
             # the ranks agree without communication: all know the plans of all
             calls, chunks = max(map(_groups, by_rank)), max(map(self._chunks, by_rank))
@@ -142,7 +155,7 @@ class StepStream(IterableDataset):
         return StepData(
             batches,
             weight=sum(float(t.weights.sum()) for t in tokens),
-            samples=len(tokens),
+            samples=sum(t.dialogues for t in tokens),
             tokens=sum(len(t) for t in tokens),
             image_tokens=sum(int((t.index >= 0).sum()) for t in tokens),
             target_tokens=sum(int((t.weights > 0).sum()) for t in tokens),
@@ -170,7 +183,7 @@ def _work(samples: list[Sample]) -> Work:
         read = [all(item.features is not None for item in found) for found in zip(*sample.cached)]
         encoded += [count for count, is_read in zip(patches, read or [False] * len(patches)) if not is_read]
     counts = [(len(each), sum(each), sum(n * n for n in each)) for each in (shown, encoded)]
-    return Work(sum(len(sample.tokens) ** 2 for sample in samples), *counts[0], *counts[1])
+    return Work(sum(sample.tokens.squared for sample in samples), *counts[0], *counts[1])
 
 
 def _groups(rows: list[list[Planned]]) -> int:

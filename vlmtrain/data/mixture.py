@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import accumulate
 
@@ -49,6 +50,7 @@ class Mixture(Concatenation):
     only partly drawn in an epoch continues in the next epoch where it stopped, so all its records are drawn equally
     often. A `Stream` keeps its own order; its records of epoch e have the indices from ``e * len(self)`` on.
 
+    groups: for each record, a number that it shares with the records next to which it is drawn; None for none.
     identities: of the sources, equal only for sources with equal records; None if they are not known.
     loss_weights: weights of the sources' mean losses; None if the loss is the mean over the targets of all sources.
 
@@ -71,7 +73,14 @@ class Mixture(Concatenation):
         self.seed = seed
         self.epoch_size = sum(self.counts.values())
         # a process reads at most two epochs at once: the end of one and the beginning of the next
+        self.groups: Tensor | None = None
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def keeping_together(self, groups: Tensor) -> Mixture:
+        """The same mixture, which draws the records of one of the `groups` one after the other."""
+        other = copy(self)
+        other.groups, other._epoch = groups, lru_cache(maxsize=2)(other._draw_epoch)
+        return other
 
     def __getitem__(self, index: int) -> Conversation:
         number = self.source_number(index)
@@ -103,7 +112,12 @@ class Mixture(Concatenation):
                 drawn.append(start + self._draws(name, len(source), first, first + self.counts[name]))
             start += len(source)
         together = torch.cat(drawn)
-        order = together[torch.randperm(len(together), generator=self._generator("epoch", epoch))]
+        generator = self._generator("epoch", epoch)
+        order = together[torch.randperm(len(together), generator=generator)]
+        if self.groups is not None:
+            numbers = self.groups[order].unique(return_inverse=True)[1]
+            places = torch.randperm(int(numbers.max()) + 1, generator=generator)
+            order = order[places[numbers].argsort(stable=True)]
         for draws in (each for name, each in zip(self.sources, drawn) if name in self.streams):
             # only the places of a stream's records are shuffled: a stream is read from front to back
             places = (order >= draws[0]) & (order <= draws[-1])

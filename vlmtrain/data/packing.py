@@ -19,13 +19,16 @@ PICTURE_CLASSES = 16
 class Piece(NamedTuple):
     """A sample waiting for a row: its position in the stream, number of tokens and number of image tokens.
 
-    kind: samples of different kinds are never in the same row.
+    kind: samples of different kinds are never in the same row. samples, records: more than one if several samples share
+    their images; the position is then that of the first record.
     """
 
     position: int
     length: int
     image_tokens: int
     kind: int = 0
+    samples: int = 1
+    records: int = 1
 
 
 def lookahead(epoch_size: int) -> int:
@@ -97,13 +100,16 @@ class RowBudget:
     """How samples are packed into rows, estimated from the beginning of the stream.
 
     rows: rows per optimizer step, so that it contains `batch_size` samples on average; micro_rows: rows per
-    micro-batch on each rank; samples: average number of samples per step; image_share: image tokens / all tokens.
+    micro-batch on each rank; samples, records, tokens: their average numbers per step; image_share: image tokens / all
+    tokens.
     """
 
     row_length: int
     rows: int
     micro_rows: int
     samples: float
+    records: float
+    tokens: float
     image_share: float
 
 
@@ -113,8 +119,7 @@ def row_budget(
     """Estimate the budget by packing the beginning of the stream, `pieces`. Raises ValueError if it is empty."""
     if not pieces:
         raise ValueError("no sample to pack: every record that was checked is broken")
-    tokens = sum(piece.length for piece in pieces)
-    share = sum(piece.image_tokens for piece in pieces) / tokens
+    share = sum(piece.image_tokens for piece in pieces) / sum(piece.length for piece in pieces)
     waiting, coming, packed = list(pieces[:ahead]), iter(pieces[ahead:]), []
     while waiting:
         row = take_row(waiting, row_length, share)
@@ -122,10 +127,14 @@ def row_budget(
         waiting += [piece for piece, _ in zip(coming, row)]
     # the last rows are emptier, like those at the end of an epoch, which are rare in the stream
     full = packed[: max(1, len(packed) * 3 // 4)]
-    a_row = sum(len(row) for row in full) / len(full)
+    a_row, records, tokens = (
+        sum(getattr(piece, name) for row in full for piece in row) / len(full)
+        for name in ("samples", "records", "length")
+    )
     rows = _round(batch_size / a_row)
     micro = -(-rows // world_size) if micro_batch_size is None else max(1, round(micro_batch_size / a_row))
-    return RowBudget(row_length, rows, min(micro, -(-rows // world_size)), rows * a_row, share)
+    micro = min(micro, -(-rows // world_size))
+    return RowBudget(row_length, rows, micro, rows * a_row, rows * records, rows * tokens, share)
 
 
 def _round(rows: float) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ OWN_TOKENIZER = "connector_tokenizer"  # tokenizer of a connector that reads tex
 
 
 class Sample(NamedTuple):
-    """One rendered conversation and what its items show.
+    """One rendered conversation, or several about the same images, and what its items show.
 
     pixels: for each encoder, one tensor ``(3, H, W)`` per item, uint8; normalized pixels in floating point are also
     possible. texts: for a connector that reads text, the ids ``(L,)`` for each item. cached: for each encoder, what its
@@ -56,6 +57,12 @@ class Sample(NamedTuple):
     texts: tuple[Tensor, ...] = ()
     cached: tuple[tuple[ItemFeatures, ...], ...] = ()
     source: int = 0
+
+    @classmethod
+    def tree(cls, samples: Sequence[Sample]) -> Sample:
+        """Samples that show the same images as one, see `Rendered.tree`."""
+        tokens = Rendered.tree([sample.tokens for sample in samples])
+        return samples[0]._replace(id=", ".join(sample.id for sample in samples), tokens=tokens)
 
     def cut(self, tokens: Rendered) -> Sample:
         """The sample with other tokens, which end earlier, and the items that they refer to."""
@@ -74,7 +81,8 @@ class Processor:
     geometry: how images are prepared for the encoder; None if there is no encoder, so samples with images are bad.
     template, fallback: see `Renderer`; max_length: maximum sequence length in tokens, including images.
     reader: for a connector that reads text. in_pairs: whether a sample must be one image and one text. positions: see
-    `Renderer`. encoder_batch_size: `VisionEncoder.batch_size` of the encoder.
+    `Renderer`. encoder_batch_size: `VisionEncoder.batch_size` of the encoder. share_images: whether a sample may have
+    several dialogues.
     """
 
     def __init__(
@@ -88,8 +96,9 @@ class Processor:
         in_pairs: bool = False,
         positions: str | None = None,
         encoder_batch_size: int | None = None,
+        share_images: bool = False,
     ):
-        self.tokenizer, self.positions = tokenizer, positions
+        self.tokenizer, self.positions, self.share_images = tokenizer, positions, share_images
         self.geometry = geometry
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
@@ -136,6 +145,8 @@ class Processor:
         """Render only the tokens, without decoding images. Raises BadSample, naming the conversation."""
         if self.in_pairs and len(conversation.media) != 1:
             raise BadSample(f"{conversation.id}: {len(conversation.media)} images, expected one per text")
+        if conversation.others:
+            return self._tree(conversation)
         return self.renderer.render(conversation, self._fitted(conversation))
 
     def _fitted(self, conversation: Conversation) -> MediaPlan:
@@ -148,6 +159,25 @@ class Processor:
             plan = self.plan(conversation, room)
         return plan
 
+    def _tree(self, conversation: Conversation) -> Rendered:
+        """Several dialogues as a tree, without the last ones if they exceed `max_length`."""
+        if not self.share_images:
+            raise BadSample(
+                f"{conversation.id}: several dialogues about the same images need the stage's layout=packed and "
+                "share_images=true"
+            )
+        first, *others = map(self.render, conversation.dialogues)
+        if conversation.media and not first.shared:
+            raise BadSample(f"{conversation.id}: an answer before the last image cannot be shared by several dialogues")
+        for number, each in enumerate(others, 2):
+            if each.beginning != first.beginning:
+                raise BadSample(
+                    f"{conversation.id}: dialogues 1 and {number} differ in their images or the text before them"
+                )
+        lengths = accumulate((len(each) - each.shared for each in (first, *others)), initial=first.shared)
+        kept = sum(length <= self.max_length for length in lengths) - 1
+        return Rendered.tree([first, *others][:kept])
+
     def lengths(self, conversations: Sequence[Conversation]) -> list[SampleLength | None]:
         """The lengths of conversations without rendering them, which is faster.
 
@@ -156,7 +186,7 @@ class Processor:
         found: list[SampleLength | None] = [None] * len(conversations)
         plans = {}
         for number, conversation in enumerate(conversations):
-            if self.in_pairs and len(conversation.media) != 1:
+            if conversation.others or (self.in_pairs and len(conversation.media) != 1):
                 continue
             with suppress(BadSample):
                 plans[number] = self.plan(conversation)
@@ -234,7 +264,6 @@ class Processor:
         tokens = [sample.tokens for sample in samples]
         lengths = torch.tensor([len(t) for t in tokens])
         ends = lengths.cumsum(0)
-        starts = torch.repeat_interleave(ends - lengths, lengths)
         batch = self._batch(
             samples,
             (calls, chunks),
@@ -245,10 +274,14 @@ class Processor:
             lengths=ends[-1:],
         )
         if self.positions is None:
-            positions = (torch.arange(int(ends[-1])) - starts)[None]
+            positions = torch.cat([t.places for t in tokens])[None]
         else:
             positions = torch.cat([t.positions for t in tokens], dim=1)[:, None]
-        return batch._replace(positions=positions, boundaries=F.pad(ends, (1, 0)).int(), segments=lengths)
+        batch = batch._replace(positions=positions, boundaries=F.pad(ends, (1, 0)).int(), segments=lengths)
+        if all(t.branch is None for t in tokens):
+            return batch
+        branches = [torch.zeros(len(t), dtype=torch.long) if t.branch is None else t.branch for t in tokens]
+        return batch._replace(branch=torch.cat(branches)[None])
 
     def _batch(self, samples: list[Sample], calls: tuple[int, int], index: Tensor, **tensors: Tensor | None) -> Batch:
         visual = None if self.geometry is None else self._visual(samples, *calls, index)

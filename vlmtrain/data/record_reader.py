@@ -1,8 +1,9 @@
 """Reads records of all data formats: mappings with the keys that public data sets use.
 
-A record has its text in one of three forms:
+A record has its text in one of four forms:
 
     turns      conversations | messages | texts         a list of turns, or such a list as a JSON string
+    dialogues  dialogues                                lists of turns, each about all images of the record
     exchange   question | query | prompt                and  answer | label | answers | completion | response
     caption    caption | text | captions
 
@@ -29,6 +30,7 @@ from .video import VideoFolder
 
 KEYS = {
     "messages": ("conversations", "messages", "texts"),
+    "dialogues": ("dialogues",),
     "question": ("question", "query", "prompt"),
     "answer": ("answer", "label", "answers", "completion", "response"),
     "caption": ("caption", "text", "captions"),
@@ -40,7 +42,7 @@ KEYS = {
     "id": ("id",),
 }
 """Keys of a record by role; the first one that is present is read."""
-FORMS = (("messages",), ("question", "answer"), ("caption",))
+FORMS = (("messages",), ("dialogues",), ("question", "answer"), ("caption",))
 """Roles that together provide a record's text."""
 SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
@@ -92,7 +94,7 @@ class RecordReader:
     def has_turns(self, record: Mapping) -> bool:
         """Whether a record has its text in turns, or in a question."""
         roles = self._roles({key: value for key, value in record.items() if value is not None})
-        return "messages" in roles or "question" in roles
+        return bool(roles.keys() & {"messages", "dialogues", "question"})
 
     def read(
         self,
@@ -116,6 +118,8 @@ class RecordReader:
         if form is None:
             got = ", ".join(f"'{printable(str(key), 40)}'" for key in list(record)[:12]) or "no keys"
             raise BadSample(f"{name}: expected {self._expected()}; got {got}")
+        if "dialogues" in values:
+            return self._several(record, found, where, name, id, images, videos)
         if images is None:
             images = self._images(values.get("image"), found.get("image"), name)
         if videos is None:
@@ -141,6 +145,37 @@ class RecordReader:
         turns = graded(tuple(each.turn for each in kept), {role: values[role] for role in GRADING if role in values})
         marked = tuple(medium for each in kept for medium in each.marks)
         return Conversation(name, turns, marked + unmarked, tuple(dict.fromkeys(unused)), kept != said)
+
+    def _several(
+        self,
+        record: Mapping,
+        found: Mapping[str, str],
+        where: str,
+        name: str,
+        id: object,
+        images: Sequence[ImageSource] | None,
+        videos: Sequence[VideoSource] | None,
+    ) -> Conversation:
+        """Read each of the dialogues of a record as if its turns were the record's. found: the key of each role."""
+        key = found["dialogues"]
+        others = [other for role, other in found.items() if role in ("messages", "question", "caption")]
+        if others:
+            raise BadSample(
+                f"{name}: '{key}' replaces '{others[0]}', but the record has both; ignore one of them with data.ignore"
+            )
+        reader = replace(self, keys={**{role: own for role, own in found.items() if own != key}, "messages": key})
+        told = filled_list(_parsed(record[key], key, name), key, name)
+        first, *rest = (
+            reader.read({**record, key: one}, f"{where} dialogue {number}", id, images, videos)
+            for number, one in enumerate(told, 1)
+        )
+        for number, each in enumerate(rest, 2):
+            if each.media != first.media:
+                raise BadSample(f"{name}: dialogue {number} does not show the images of dialogue 1 in the same order")
+        others = tuple(each.turns for each in rest)
+        unused = dict.fromkeys(unused for each in (first, *rest) for unused in each.unused)
+        repaired = any(each.repaired for each in (first, *rest))
+        return Conversation(name, first.turns, first.media, tuple(unused), repaired, others)
 
     def _roles(self, record: Mapping) -> dict[str, str]:
         """The record's key of each role that it has."""

@@ -88,7 +88,8 @@ class Conversation:
 
     media: images and videos, not decoded; ``images=`` is another name of the argument, and replaces `media`. Each has
     a mark ``<image>``; with videos, ``<video>`` is the same mark, and is replaced by it. unused: keys of the record
-    that were not read. repaired: whether turns were dropped or joined.
+    that were not read. repaired: whether turns were dropped or joined. others: the turns of further dialogues about the
+    same media, which do not see each other.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Conversation:
     media: tuple[ImageSource | VideoSource, ...]
     unused: tuple[str, ...]
     repaired: bool
+    others: tuple[tuple[Turn, ...], ...]
 
     def __init__(
         self,
@@ -104,13 +106,18 @@ class Conversation:
         media: Sequence[ImageSource | VideoSource] = (),
         unused: tuple[str, ...] = (),
         repaired: bool = False,
+        others: tuple[tuple[Turn, ...], ...] = (),
         *,
         images: Sequence[ImageSource] | None = None,
     ):
         media = tuple(media if images is None else images)
         if any(map(is_video, media)):
-            turns = tuple(_with_one_mark(turn) if turn.role == "user" else turn for turn in turns)
+            turns, *others = (
+                tuple(_with_one_mark(turn) if turn.role == "user" else turn for turn in told)
+                for told in (turns, *others)
+            )
         values = {"id": id, "turns": turns, "media": media, "unused": unused, "repaired": repaired}
+        values["others"] = tuple(others)
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -118,6 +125,17 @@ class Conversation:
     def images(self) -> tuple[ImageSource, ...]:
         """The images among the media."""
         return tuple(medium for medium in self.media if not is_video(medium))
+
+    @property
+    def dialogues(self) -> tuple[Conversation, ...]:
+        """Each dialogue as a conversation of its own."""
+        if not self.others:
+            return (self,)
+        spoken = enumerate((self.turns, *self.others), 1)
+        return tuple(
+            Conversation(f"{self.id} dialogue {number}", turns, self.media, self.unused, self.repaired)
+            for number, turns in spoken
+        )
 
 
 def is_video(medium: ImageSource | VideoSource) -> bool:
@@ -135,6 +153,10 @@ class BadSample(ValueError):
 
 def check_conversation(conversation: Conversation) -> None:
     """Raise BadSample, naming the conversation, unless its turns alternate and its marks match its images."""
+    if conversation.others:
+        for dialogue in conversation.dialogues:
+            check_conversation(dialogue)
+        return
     roles = [turn.role for turn in conversation.turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if len(spoken) < 2 or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class SampleLength(NamedTuple):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as tokens, each tensor ``(T,)``.
+    """A conversation as tokens, each tensor ``(T,)``, or a message tree: several dialogues about the same images.
 
     input_ids:   token ids; a filler at image positions.
     targets:     the id that position t must predict (the token at t + 1), or IGNORE.
@@ -46,6 +47,8 @@ class Rendered:
                  ``input_ids[:start]`` is its prompt.
     media:       the items and placements of the sample.
     positions:   rotary positions ``(R, T)``, for a language model that reads rows of them.
+    branch:      of a tree, 0 for its first positions, which all dialogues share, and i for those of dialogue i, which
+                 follow one after the other; None for a single dialogue.
     """
 
     input_ids: Tensor
@@ -55,6 +58,61 @@ class Rendered:
     answers: tuple[tuple[int, int], ...]
     media: MediaPlan = NO_MEDIA
     positions: Tensor | None = None
+    branch: Tensor | None = None
+
+    @classmethod
+    def tree(cls, dialogues: Sequence[Rendered]) -> Rendered:
+        """One tree of conversations, or trees, that are equal up to their last image (`shared`)."""
+        first, *others = dialogues
+        if not others:
+            return first
+        shared, branches, answers, length = first.shared, [torch.zeros(first.shared, dtype=torch.long)], [], 0
+        for each in dialogues:
+            own = torch.ones(len(each), dtype=torch.long) if each.branch is None else each.branch
+            branches.append(own[shared:] + int(branches[-1].max() if length else 0))
+            answers += [(start + length, end + length) for start, end in each.answers]
+            length += len(each) - shared
+
+        def joined(name: str) -> Tensor:
+            parts = [getattr(each, name)[..., shared:] for each in dialogues]
+            return torch.cat([getattr(first, name)[..., :shared], *parts], dim=-1)
+
+        tensors = map(joined, ("input_ids", "targets", "weights", "index"))
+        positions = None if first.positions is None else joined("positions")
+        return cls(*tensors, tuple(answers), first.media, positions, torch.cat(branches))
+
+    @property
+    def shared(self) -> int:
+        """Number of first positions, up to the last image, that other dialogues can share; 0 if one is trained."""
+        shown = (self.index >= 0).nonzero()
+        end = int(shown[-1]) + 1 if len(shown) else 0
+        return 0 if self.weights[:end].any() else end
+
+    @property
+    def beginning(self) -> tuple[MediaPlan, list[int]]:
+        """What is equal for dialogues that can share their first positions, if they show the same media."""
+        return self.media, self.input_ids[: self.shared].tolist()
+
+    @property
+    def parts(self) -> list[int]:
+        """Numbers of positions that all dialogues share, and of each dialogue behind them."""
+        return [0, len(self)] if self.branch is None else self.branch.bincount().tolist()
+
+    @property
+    def dialogues(self) -> int:
+        return len(self.parts) - 1
+
+    @property
+    def places(self) -> Tensor:
+        """The position of each token in its own dialogue, ``(T,)``."""
+        shared, *parts = self.parts
+        return torch.cat([torch.arange(shared), *(torch.arange(shared, shared + part) for part in parts)])
+
+    @property
+    def squared(self) -> int:
+        """Twice the number of pairs of tokens that see each other, about: the square of the length of a dialogue."""
+        shared, *parts = self.parts
+        return shared**2 + sum(part * (part + 2 * shared) for part in parts)
 
     def until(self, end: int, answers: tuple[tuple[int, int], ...] = ()) -> Rendered:
         """The first `end` positions as a prompt, without targets."""
@@ -66,11 +124,15 @@ class Rendered:
         """The sample with other loss weights.
 
         per: ``token``, unchanged; ``sample``, divided by their sum, so that every sample counts the same; ``sqrt``,
-        divided by the root of their sum (the square averaging of InternVL 2.5, 2024).
+        divided by the root of their sum (the square averaging of InternVL 2.5, 2024). Each dialogue of a tree is a
+        sample.
         """
-        total = float(self.weights.sum()) or 1.0
-        divisors = {"token": 1.0, "sample": total, "sqrt": total**0.5}
-        return self if per == "token" else replace(self, weights=self.weights / divisors[per])
+        if per == "token":
+            return self
+        shared, *parts = self.weights.split(self.parts)
+        totals = (float(part.sum()) or 1.0 for part in parts)
+        weighed = (part / (total if per == "sample" else total**0.5) for part, total in zip(parts, totals))
+        return replace(self, weights=torch.cat([shared, *weighed]))
 
     @property
     def length(self) -> SampleLength:

@@ -219,6 +219,10 @@ class Renderer:
 
         Raises BadSample if evaluation cannot use the annotations of its turns.
         """
+        if conversation.others:
+            raise BadSample(
+                f"{conversation.id}: evaluation reads one dialogue per record, got {len(conversation.dialogues)}"
+            )
         check_grading(conversation.id, conversation.turns)
         if self._chat is not None:
             return conversation

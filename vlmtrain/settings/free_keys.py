@@ -27,12 +27,12 @@ _ADDED = {
     **{"data.videos": None, "data.frames_fps": 2},
     **{f"data.columns.{role}": None for role in ("video", "video_start", "video_end")},
     **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None, "device_tflops": None},
-    "vision.scales": None,
+    **{"vision.scales": None, "data.columns.dialogues": None},
 }
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},
     **{"optimizer.name": "adamw", "ema": None, "train.fusion": None, "image_pixels": None},
-    **{"image_tile_style": "llava_next", "loss_per": "token", "padding": True},
+    **{"image_tile_style": "llava_next", "loss_per": "token", "padding": True, "share_images": False},
     **{f"video.{key}": None for key in ("fit", "pixels", "pixels_total", "frame_tokens", "positions_per_second")},
     **{"video.fps": 1, "video.frames": 32, "video.sampling": "interval", "video.last": False, "video.pool": "none"},
     **{"video.stride": 1, "video.newline": "none", "video.timestamps": "none", "video.token_budget": None},

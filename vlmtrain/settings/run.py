@@ -395,6 +395,11 @@ class Run:
             raise ValueError(f"llm.attn_implementation={attention} does not support fp32: set precision=bf16")
         check_fallback(self.llm.chat_template, "llm.chat_template")
         for stage in self.stages.values():
+            if stage.share_images and attention and attention.startswith("flash_attention"):
+                raise ValueError(
+                    f"{stage.prefix}.share_images=true: llm.attn_implementation={attention} cannot keep dialogues "
+                    "about the same images apart; use sdpa, or leave it null"
+                )
             self._check_optimizer(stage)
             for name, options in (stage.connector_options or {}).items():
                 key = f"{stage.prefix}.connector_options"

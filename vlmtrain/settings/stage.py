@@ -201,6 +201,7 @@ class Stage:
     # of a padded micro-batch, to rows of equal length; false: one row that joins them; auto: false if that is faster
     padding: bool | str = key(or_auto(SWITCH))
     pack_by: str | None = key(optional(one_of("source")))  # source: a packed row has samples of one source
+    share_images: bool = key(SWITCH)  # packed: dialogues about the same images are one sample, which shows them once
     max_length: int = key(whole(2))  # tokens per sample and per packed row
     epochs: int = key(whole(1))  # passes over the data, unless max_steps is set
     max_steps: int | None = key(optional(whole(1)))  # optimizer steps; null: as many as the epochs have
@@ -273,6 +274,13 @@ class Stage:
             raise ValueError(f"{self.prefix}.padding=true: expected auto or false with layout=packed")
         if self.pack_by and self.layout != "packed":
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
+        if self.share_images and self.layout != "packed":
+            raise ValueError(f"{self.prefix}.share_images=true: expected false, or true with layout=packed")
+        if self.share_images and self.template == "plain":
+            raise ValueError(
+                f"{self.prefix}.share_images=true needs a template with questions: with template=plain, the last token "
+                "of an image predicts the first of its caption, so captions cannot share it"
+            )
 
     def _check_parts(self) -> None:
         if self.image_size is not None and "vision" not in self.parts:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..data.image_groups import image_groups
 from ..data.layouts import Batching, PackedBatching, PaddedBatching
 from ..data.lengths import open_lengths
 from ..data.mixture import Mixture
@@ -49,10 +50,13 @@ def build_batching(
     is_packed = stage.layout == "packed"
     # a process that loads all samples of a step itself needs no lengths in advance
     alone = world_size == 1 and (workers < 2 or not is_packed)
-    lengths = None if alone else open_lengths(source, processor)
+    lengths = None if alone or stage.share_images else open_lengths(source, processor)
     if is_packed:
+        groups = image_groups(source) if stage.share_images else None
+        source = source if groups is None else source.keeping_together(groups)
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
-        return PackedBatching(source, processor, *sizes, stage.pack_by == "source", lengths, stage.loss_per)
+        options = (stage.pack_by == "source", lengths, stage.loss_per, stage.share_images)
+        return PackedBatching(source, processor, *sizes, *options)
     sizes = (stage.batch_size, *split_batch(stage, world_size))
     return PaddedBatching(source, processor, *sizes, lengths, stage.loss_per, joined)
 

@@ -51,6 +51,11 @@ def check_run(run: Run, world_size: int) -> None:
             )
         if stage.optimizer.name == "adamw_8bit" and not find_spec("bitsandbytes"):
             raise ValueError(f"{stage.prefix}.optimizer.name=adamw_8bit needs bitsandbytes: pip install -e '.[qlora]'")
+        if stage.share_images and not OBJECTIVES[stage.objective].reads_packed:
+            raise ValueError(
+                f"{stage.prefix}.share_images=true: objective={stage.objective} may read the dialogues about an image "
+                "as one sample; use share_images=false"
+            )
         _check_layout(stage, run.data.splits.get(stage.data), world_size)
 
 

@@ -61,16 +61,23 @@ def build_processor(
     if geometry is not None:
         _check_controls(stage, geometry, tokenizer)
     check_lengths(stage, geometry, parts)
+    reader = _build_reader(run, stage, parts, tokenizer)
+    if stage.share_images and reader is not None:
+        raise ValueError(
+            f"{stage.prefix}.share_images=true: the connector reads the {reader.reads} of each dialogue, so its tokens "
+            "of an image differ between dialogues; use share_images=false"
+        )
     return Processor(
         tokenizer,
         geometry,
         stage.template,
         stage.max_length,
         run.llm.chat_template,
-        _build_reader(run, stage, parts, tokenizer),
+        reader,
         in_pairs=objective.compares_samples,
         positions=positions_of(parts["llm"]) if "llm" in parts else None,
         encoder_batch_size=stage.encoder_batch_size,
+        share_images=stage.share_images,
     )
 
 

@@ -105,7 +105,10 @@ def test_chat_role_names_are_accepted_too(tmp_path):
 BROKEN = {
     "not an object": ("text", "expected an object, got str"),
     "null": (None, "expected an object, got NoneType"),
-    "no conversations": ({"id": "x"}, "expected 'conversations', or 'question' and 'answer', or 'caption'; got 'id'"),
+    "no conversations": (
+        {"id": "x"},
+        "expected 'conversations', or 'dialogues', or 'question' and 'answer', or 'caption'; got 'id'",
+    ),
     "empty conversations": ({"id": "x", "conversations": []}, "'conversations' must be a non-empty list"),
     "conversations of another type": ({"id": "x", "conversations": "hi"}, "is a string, but not JSON"),
     "a turn that is text": ({"id": "x", "conversations": ["hi"]}, "a turn must be an object"),

@@ -168,7 +168,7 @@ BROKEN = {
     "no text": ([("b.png", picture())], "expected a .txt, a .caption or a .json, got none of these"),
     "a json of another kind": (
         [("b.json", {"url": 1})],
-        "expected 'conversations', or 'question' and 'answer', or 'caption'; got 'url'",
+        "expected 'conversations', or 'dialogues', or 'question' and 'answer', or 'caption'; got 'url'",
     ),
     "two captions": (
         [("b.png", picture()), ("b.txt", "x"), ("b.caption", "y")],
