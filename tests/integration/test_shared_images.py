@@ -20,7 +20,11 @@ from vlmtrain.model.parts import make_connector
 from vlmtrain.model.rotary import use_multimodal_rotary
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 from vlmtrain.model.vision import build_vision
+from vlmtrain.objectives import OBJECTIVES, Objective
 from vlmtrain.objectives.language_modelling import LanguageModelling
+from vlmtrain.runs.folder import RunFolder
+from vlmtrain.settings import compose
+from vlmtrain.training.checks import check_run, check_stages
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLM = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "model_type": "llama"}
@@ -151,3 +155,35 @@ def test_a_record_of_several_dialogues_is_the_tree_of_them():
         assert torch.equal(getattr(found.tokens, name), getattr(tree, name)), name
     for (start, end), answer in zip(tree.answers, [turn for each in talks()[0] for turn in each.turns[1::2]]):
         assert processor.renderer.decode(tree.input_ids[start:end]) == answer.text
+
+
+SHARED = ["stages.instruct.layout=packed", "stages.instruct.share_images=true"]
+READER = ["connector=qformer", *(f"stages.{name}.connector_text.read=instruction" for name in ("align", "instruct"))]
+REFUSED = {
+    "padded rows": (["stages.instruct.layout=padded"], "expected false, or true with layout=packed"),
+    "captions": (["stages.instruct.template=plain"], "needs a template with questions"),
+    "flash attention": (
+        ["llm.attn_implementation=flash_attention_2", "precision=bf16"],
+        "llm.attn_implementation=flash_attention_2 cannot keep dialogues about the same images apart",
+    ),
+    "a loss that may read rows": (["stages.instruct.objective=mine"], "objective=mine may read the dialogues"),
+    "a connector that reads text": (READER, "the connector reads the instruction of each dialogue"),
+}
+
+
+@pytest.mark.parametrize("more, said", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_share_images_is_refused_before_training(more, said, tmp_path, monkeypatch):
+    class Mine(Objective):
+        """It may read rows as samples."""
+
+    monkeypatch.setitem(OBJECTIVES, "mine", Mine)
+    with pytest.raises(ValueError, match=f"stages.instruct.share_images=true.*{said}"):
+        run = compose(["recipe=llava_1_5", "mini=true", "data.validation=null", *SHARED, *more])
+        check_run(run, 1)
+        check_stages(run, RunFolder(tmp_path))
+
+
+def test_what_can_share_images_is_not_refused(tmp_path):
+    run = compose(["recipe=llava_1_5", "mini=true", "data.validation=null", *SHARED])
+    check_run(run, 1)
+    check_stages(run, RunFolder(tmp_path))

@@ -62,7 +62,7 @@ def build_processor(
         _check_controls(stage, geometry, tokenizer)
     check_lengths(stage, geometry, parts)
     reader = _build_reader(run, stage, parts, tokenizer)
-    if stage.share_images and reader is not None:
+    if stage.share_images and reader is not None and reader.reads is not None:
         raise ValueError(
             f"{stage.prefix}.share_images=true: the connector reads the {reader.reads} of each dialogue, so its tokens "
             "of an image differ between dialogues; use share_images=false"
