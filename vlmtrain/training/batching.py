@@ -17,6 +17,7 @@ from ..model.attention import segments_obstacle
 from ..model.varlen import has_kernel
 from ..objectives import OBJECTIVES
 from ..settings import AUTO, Run, Stage
+from .log import logger
 
 
 def keeps_samples_apart(run: Run, stage: Stage, parts: Mapping[str, nn.Module], device: torch.device) -> bool:
@@ -52,8 +53,10 @@ def build_batching(
     alone = world_size == 1 and (workers < 2 or not is_packed)
     lengths = None if alone or stage.share_images else open_lengths(source, processor)
     if is_packed:
-        groups = image_groups(source) if stage.share_images else None
-        source = source if groups is None else source.keeping_together(groups)
+        if stage.share_images:
+            logger.info(f"stage {stage.name}: looking up the images of {len(source):,} records")
+            groups = image_groups(source)
+            source = source if groups is None else source.keeping_together(groups)
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
         options = (stage.pack_by == "source", lengths, stage.loss_per, stage.share_images)
         return PackedBatching(source, processor, *sizes, *options)
