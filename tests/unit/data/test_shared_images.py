@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from vlmtrain.data.geometry import Geometry
+from vlmtrain.data.hf_dataset import HFDataset
 from vlmtrain.data.image_groups import image_groups
 from vlmtrain.data.images import ImageFolder
 from vlmtrain.data.layouts import PackedBatching
@@ -215,6 +216,15 @@ def test_the_dialogues_of_a_record_are_read_like_records_of_their_own(reader):
     assert [each.turns for each in found.dialogues] == [each.turns for each in own]
     assert all(each.media == own[0].media for each in found.dialogues)
     check_conversation(found)
+
+
+def test_dialogues_are_read_from_a_column(file):
+    from datasets import Dataset
+
+    told = [turns("<image>q", "a"), turns("<image>r", "b")]
+    Dataset.from_list([{"image": "a.png", "talks": told}]).to_parquet(file.parent / "data.parquet")
+    (found,) = HFDataset(file.parent / "data.parquet", columns={"dialogues": "talks"}, images=file.parent)
+    assert [[turn.text for turn in each.turns] for each in found.dialogues] == [["<image>q", "a"], ["<image>r", "b"]]
 
 
 BAD = {
