@@ -13,7 +13,7 @@ from .test_split_invariance import ZERO_3, compare, line
 
 SHARED = (
     *("stages.instruct.layout=packed", "stages.instruct.max_length=128", "stages.instruct.share_images=true"),
-    "llm.positions=mrope",
+    *("llm.positions=mrope", "stages.instruct.encoder_batch_size=2"),
 )
 
 

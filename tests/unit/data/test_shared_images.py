@@ -244,7 +244,7 @@ BAD = {
     ),
     "another text before the image": (
         {"image": "a.png", "dialogues": [turns("<image>q", "a"), turns("What<image>q", "a")]},
-        "r: the text up to the last image differs between dialogues 1 and 2",
+        "r: dialogues 1 and 2 differ in their images or the text before them",
     ),
     "an answer before the image": (
         {"image": "a.png", "dialogues": [turns("q", "a", "<image>q", "a")] * 2},
