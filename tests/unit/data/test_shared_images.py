@@ -218,6 +218,20 @@ def test_the_dialogues_of_a_record_are_read_like_records_of_their_own(reader):
     check_conversation(found)
 
 
+def test_the_mark_of_a_video_is_replaced_in_every_dialogue():
+    class Clip:
+        def probe(self): ...
+
+    told = [(Turn("user", f"<video>{text}"), Turn("assistant", "<video>")) for text in "qr"]
+    found = Conversation("r", told[0], (Clip(),), others=(told[1],))
+    assert [turn.text for each in found.dialogues for turn in each.turns] == [
+        "<image>q",
+        "<video>",
+        "<image>r",
+        "<video>",
+    ]
+
+
 def test_dialogues_are_read_from_a_column(file):
     from datasets import Dataset
 
