@@ -16,9 +16,10 @@ from ..model.parts import connector_from
 from ..tiling import Tiles, tiled_tokens
 from ..visual import WHOLE, Item, MediaPlan, Placement, Size
 from .encoded import MAX_ASPECT
-from .images import FITS
+from .images import FITS, frame_of
 from .native_sizes import SIZE_RULES, SMART_RESIZE
 from .records import BadSample, VideoFacts
+from .regions import Frame
 from .tile_styles import LLAVA_NEXT, TILE_STYLES, TileStyle
 from .video_plan import Clip, VideoPlan
 
@@ -207,6 +208,15 @@ class Geometry:
             return [(items, Tiles(*grid, *size, self.tiles_most) if grid else Tiles(0, 0, *size), heading)]
         words = [heading * (number == 0) + view.words for number, view in enumerate(views)]
         return [([item], None, word) for item, word in zip(items, words)]
+
+    def map(self, size: Size, images: int = 1) -> Frame:
+        """Where an image of `size` ``(H, W)``, one of `images` in its sample, lies in what the first encoder is shown.
+
+        With tiles, this is the view of the complete image.
+        """
+        shown = (item for items, *_ in self._places(0, size, images) for item in items)
+        whole = next(item for item in shown if item.box == WHOLE)
+        return frame_of(size, whole.pixels[0], whole.fits[0])
 
     def _item(
         self,

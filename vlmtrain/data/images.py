@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import first_line, shown
-from ..visual import WHOLE, Item
+from ..visual import WHOLE, Item, Size
 from .encoded import (
     BadSize,
     Encoded,
@@ -27,6 +27,7 @@ from .encoded import (
     check_size,
 )
 from .records import BadSample
+from .regions import Frame
 
 FITS = ("squash", "pad", "crop", "tiles", "native")
 CANVASES = ("squash", "pad", "crop", "contain")
@@ -196,7 +197,47 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[float, ...]) -> Image.Image:
+class Steps(NamedTuple):
+    """How an image is fitted: scaled to `inner`, put on a canvas with its upper left corner at `corner`, and the canvas
+    scaled to the final size. What lies outside the canvas is cut off.
+
+    Sizes are ``(W, H)`` in pixels, and corners ``(x, y)``.
+    """
+
+    inner: tuple[int, int]
+    corner: tuple[int, int]
+    canvas: tuple[int, int]
+
+
+def fitting_steps(own: Size, size: Size, fit: str) -> Steps:
+    """The steps by which `fit_image` fits an image of the size `own` ``(H, W)`` to `size` ``(H, W)``."""
+    (down, across), (height, width) = own, size
+    if fit == "squash":
+        return Steps((width, height), (0, 0), (width, height))
+    if fit == "pad":
+        canvas = max(across, round(down * width / height)), max(down, round(across * height / width))
+        return Steps((across, down), ((canvas[0] - across) // 2, (canvas[1] - down) // 2), canvas)
+    if fit == "crop":
+        covers_width = width * down >= height * across
+        inner = (width, width * down // across) if covers_width else (height * across // down, height)
+        return Steps(inner, (-((inner[0] - width) // 2), -((inner[1] - height) // 2)), (width, height))
+    assert fit == "contain", fit
+    scale = min(width / across, height / down)
+    inner = min(width, math.ceil(across * scale)), min(height, math.ceil(down * scale))
+    return Steps(inner, ((width - inner[0]) // 2, (height - inner[1]) // 2), (width, height))
+
+
+def frame_of(own: Size, size: Size, fit: str) -> Frame:
+    """Where the pixels of an image of the size `own` ``(H, W)`` are after `fit_image`."""
+    steps = fitting_steps(own, size, fit)
+    seen = size[1], size[0]
+    shrink = [side / whole for side, whole in zip(seen, steps.canvas)]
+    scale = [inner / side * by for inner, side, by in zip(steps.inner, (own[1], own[0]), shrink)]
+    offset = [corner * by for corner, by in zip(steps.corner, shrink)]
+    return Frame((own[1], own[0]), seen, tuple(scale), tuple(offset))
+
+
+def fit_image(image: Image.Image, size: Size, fit: str, mean: tuple[float, ...]) -> Image.Image:
     """Fit an image to `size` ``(H, W)``.
 
     squash: stretch. crop: scale to cover `size`, rounded to whole pixels, and crop the center (as in CLIP).
@@ -204,33 +245,25 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: str, mean: tuple[f
     published code). contain: scale to the largest size that fits, and center on black (LLaVA-NeXT, published code).
     """
     height, width = size
+    steps = fitting_steps((image.height, image.width), size, fit)
     if fit == "contain":
-        return _contained(image, size)
+        return _on_canvas(image.resize(steps.inner, Image.Resampling.BICUBIC), steps.canvas, steps.corner, BLACK)
     if image.size == (width, height):
         return image
-    if fit == "squash":
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    if fit == "crop":
-        if width * image.height >= height * image.width:
-            whole = (width, width * image.height // image.width)
-        else:
-            whole = (height * image.width // image.height, height)
-        left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-        return image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
-    assert fit == "pad", fit
-    return _padded_and_scaled(image, size, tuple(int(255 * channel) for channel in mean))
+    if fit == "pad":
+        return _padded_and_scaled(image, size, steps, tuple(int(255 * channel) for channel in mean))
+    left, top = -steps.corner[0], -steps.corner[1]
+    whole = image.resize(steps.inner, Image.Resampling.BICUBIC)
+    return whole if fit == "squash" else whole.crop((left, top, left + width, top + height))
 
 
-def _padded_and_scaled(image: Image.Image, size: tuple[int, int], color: tuple[int, ...]) -> Image.Image:
-    """Center the image on a canvas with the aspect ratio of `size` ``(H, W)``, and scale to `size`.
+def _padded_and_scaled(image: Image.Image, size: Size, steps: Steps, color: tuple[int, ...]) -> Image.Image:
+    """Put an image on the canvas of `steps`, and scale it to `size` ``(H, W)``.
 
     Pillow scales rows before columns, so bands of rows can be processed one at a time. The canvas of an elongated
     image, which is up to `MAX_ASPECT` times as large as the image, is never completely in memory.
     """
-    height, width = size
-    across, down = round(image.height * width / height), round(image.width * height / width)
-    whole = max(image.width, across), max(image.height, down)
-    left, top = (whole[0] - image.width) // 2, (whole[1] - image.height) // 2
+    (height, width), (left, top), whole = size, steps.corner, steps.canvas
     narrow = Image.new("RGB", (width, whole[1]), color)
     rows = max(1, BAND_PIXELS // whole[0])
     for first in range(0, image.height, rows):
@@ -249,14 +282,6 @@ def _on_canvas(
     canvas = Image.new("RGB", size, color)
     canvas.paste(image, corner)
     return canvas
-
-
-def _contained(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    height, width = size
-    scale = min(width / image.width, height / image.height)
-    inner = tuple(min(side, math.ceil(own * scale)) for side, own in zip((width, height), image.size))
-    corner = (width - inner[0]) // 2, (height - inner[1]) // 2
-    return _on_canvas(image.resize(inner, Image.Resampling.BICUBIC), (width, height), corner, BLACK)
 
 
 def show_items(image: Image.Image, items: Iterable[Item], mean: tuple[float, ...], encoder: int = 0) -> list[Tensor]:
