@@ -31,6 +31,7 @@ from ..files import read_object
 from ..model.folder import check_files
 from ..model.vision.base import packed, stacked
 from ..visual import NO_MEDIA, Cached, MediaPlan, Texts, Visual, groups, joined, normalized
+from .boxes import Writing, write_regions
 from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
@@ -82,7 +83,7 @@ class Processor:
     template, fallback: see `Renderer`; max_length: maximum sequence length in tokens, including images.
     reader: for a connector that reads text. in_pairs: whether a sample must be one image and one text. positions: see
     `Renderer`. encoder_batch_size: `VisionEncoder.batch_size` of the encoder. share_images: whether a sample may have
-    several dialogues.
+    several dialogues. boxes: how boxes and points are written; None if samples with them are bad.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class Processor:
         positions: str | None = None,
         encoder_batch_size: int | None = None,
         share_images: bool = False,
+        boxes: Writing | None = None,
     ):
-        self.tokenizer, self.positions, self.share_images = tokenizer, positions, share_images
+        self.tokenizer, self.positions, self.boxes = tokenizer, positions, boxes
+        self.share_images = share_images
         self.geometry = geometry
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
@@ -106,7 +109,8 @@ class Processor:
         self.features: tuple[FeatureFiles | None, ...] = ()
         self.encoder_batch_size = encoder_batch_size
         controls = (*geometry.frame, *geometry.view_words) if geometry else ()
-        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls)
+        allowed = {"allowed": boxes.tokens} if boxes else {}
+        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, **allowed)
         self.filler = self.renderer.filler
 
     def __call__(self, conversation: Conversation) -> Sample:
@@ -141,13 +145,31 @@ class Processor:
             except GridError as error:
                 raise BadSample(str(error)) from None
 
+    def written(self, conversation: Conversation) -> Conversation:
+        """The conversation with its boxes and points as text. Raises BadSample, naming it."""
+        if not conversation.regions:
+            return conversation
+        if self.boxes is None:
+            raise BadSample(f"{conversation.id}: the sample has boxes or points, but boxes.format is not set")
+        if self.geometry is None:
+            raise BadSample(f"{conversation.id}: the sample has an image, but the model has no vision encoder")
+        images = {number: medium for number, medium in enumerate(conversation.media) if not is_video(medium)}
+        views = {}
+        with _naming(conversation):
+            for _, number in conversation.regions:
+                if number not in images:
+                    raise BadSample(f"a box or a point is in medium {number}, which is no image of the sample")
+                views[number] = self.geometry.map(images[number].size(), len(conversation.media))
+        return write_regions(conversation, self.boxes, views.__getitem__)
+
     def render(self, conversation: Conversation) -> Rendered:
         """Render only the tokens, without decoding images. Raises BadSample, naming the conversation."""
         if self.in_pairs and len(conversation.media) != 1:
             raise BadSample(f"{conversation.id}: {len(conversation.media)} images, expected one per text")
         if conversation.others:
             return self._tree(conversation)
-        return self.renderer.render(conversation, self._fitted(conversation))
+        written = self.written(conversation)
+        return self.renderer.render(written, self._fitted(written))
 
     def _fitted(self, conversation: Conversation) -> MediaPlan:
         """The plan of a conversation, with fewer or smaller frames if its videos leave no room for its text."""
@@ -184,13 +206,15 @@ class Processor:
         None where only rendering can tell, and for bad ones.
         """
         found: list[SampleLength | None] = [None] * len(conversations)
-        plans = {}
+        plans, texts = {}, []
         for number, conversation in enumerate(conversations):
             if conversation.others or (self.in_pairs and len(conversation.media) != 1):
                 continue
             with suppress(BadSample):
-                plans[number] = self.plan(conversation)
-        tokens = self.renderer.lengths([conversations[number] for number in plans], list(plans.values()))
+                written, plan = self.written(conversation), self.plan(conversation)
+                texts.append(written)
+                plans[number] = plan
+        tokens = self.renderer.lengths(texts, list(plans.values()))
         for (number, plan), count in zip(plans.items(), tokens):
             found[number] = None if count is None else SampleLength.of(count, plan)
         return found
@@ -217,13 +241,14 @@ class Processor:
                     pixels[encoder] += of_encoder
                 for encoder, features in found.items():
                     cached[encoder] += features
-        words = self.reader(conversation) if self.reader else []
+        words = self.reader(self.written(conversation)) if self.reader else []
         texts = tuple(words[item.medium] for item in items if words)
         return Sample(conversation.id, tokens, tuple(map(tuple, pixels)), texts, tuple(map(tuple, cached)))
 
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the start of the answer."""
-        return self.load(conversation, self.renderer.prompt(conversation, self._fitted(conversation)))
+        written = self.written(conversation)
+        return self.load(written, self.renderer.prompt(written, self._fitted(written)))
 
     def decode(self, conversation: Conversation) -> list[Image.Image]:
         """Decode a conversation's images at their own size. Raises BadSample if one is missing or broken."""
@@ -336,6 +361,7 @@ class Processor:
             "geometry": self.geometry and _described(self.geometry),
             "reader": self.reader and {"reads": self.reader.reads, "max_length": self.reader.max_length},
             "positions": self.positions,
+            **({"boxes": asdict(self.boxes)} if self.boxes else {}),
         }
 
     @property
@@ -367,13 +393,14 @@ class Processor:
         tokenizer = _saved_tokenizer(folder)
         try:
             saved, reader = settings.pop("geometry"), settings.pop("reader", None)
+            boxes = settings.pop("boxes", None)
             if type(settings.get("max_length")) is not int:
                 raise ValueError(f"max_length={settings.get('max_length')}: expected an integer")
             geometry = saved and Geometry(**{key: as_tuple(value) for key, value in saved.items()})
             if reader:
                 own = folder / OWN_TOKENIZER
                 reader = TextReader(_saved_tokenizer(own) if own.exists() else tokenizer, **reader)
-            return cls(tokenizer, geometry, **settings, reader=reader)
+            return cls(tokenizer, geometry, **settings, reader=reader, boxes=boxes and Writing(**boxes))
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
 

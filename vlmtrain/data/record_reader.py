@@ -25,7 +25,18 @@ from typing import NamedTuple
 from ..errors import first_line, is_finite_number, printable, shown
 from .grading import GRADING, graded, read_grading
 from .images import ImageFolder, is_image_value
-from .records import IMAGE_MARK, VIDEO_MARK, BadSample, Conversation, ImageSource, Turn, VideoSource
+from .records import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    BadSample,
+    Conversation,
+    ImageSource,
+    Turn,
+    VideoSource,
+    is_video,
+    region_marks,
+)
+from .regions import BOX_MARK, POINT_MARK, Region
 from .video import VideoFolder
 
 KEYS = {
@@ -44,6 +55,8 @@ KEYS = {
 """Keys of a record by role; the first one that is present is read."""
 FORMS = (("messages",), ("dialogues",), ("question", "answer"), ("caption",))
 """Roles that together provide a record's text."""
+REGIONS = {BOX_MARK: ("boxes", "box_images", 4), POINT_MARK: ("points", "point_images", 2)}
+"""For each mark of regions: the keys of their coordinates and of their images, and the number of coordinates."""
 SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
     "system": "system",
@@ -65,13 +78,14 @@ Medium = ImageSource | VideoSource
 
 
 class _Said(NamedTuple):
-    """A turn and the media of its marks.
+    """A turn, the media of its marks, and its regions with the positions of their images among the record's images.
 
     A mark is a medium, the position of an image among the record's images, or the mark itself for the next medium.
     """
 
     turn: Turn
     marks: tuple[Medium | int | str, ...] = ()
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass
@@ -132,6 +146,7 @@ class RecordReader:
                 f"answer; rename the keys, or ignore one with data.ignore=[{left[0]}]"
             )
         used = {found[role] for role in (*form, *_MEDIA, "system", "id", *GRADING) if role in found}
+        used |= {key for *keys, _ in REGIONS.values() for key in keys}
         unused = [key for key in record if key not in used]
         for key in unused:
             _refuse_if_needed(key, record[key], bool(images or videos), name)
@@ -140,11 +155,13 @@ class RecordReader:
         said = self._said(form, values, choices, found[form[0]], marks, unused, name)
         if "system" in values:
             said = [_system(values["system"], said, name), *said]
-        said, unmarked = _with_media(said, images, videos, name)
+        said, unmarked = _with_media(_with_regions(said, record, name), images, videos, name)
         kept = _alternating(said) if self.repair else said
         turns = graded(tuple(each.turn for each in kept), {role: values[role] for role in GRADING if role in values})
-        marked = tuple(medium for each in kept for medium in each.marks)
-        return Conversation(name, turns, marked + unmarked, tuple(dict.fromkeys(unused)), kept != said)
+        media = tuple(medium for each in kept for medium in each.marks) + unmarked
+        shown_images = images or [medium for medium in media if not is_video(medium)]
+        regions = _located((region for each in kept for region in each.regions), shown_images, media, name)
+        return Conversation(name, turns, media, tuple(dict.fromkeys(unused)), kept != said, regions=regions)
 
     def _several(
         self,
@@ -162,6 +179,11 @@ class RecordReader:
         if others:
             raise BadSample(
                 f"{name}: '{key}' replaces '{others[0]}', but the record has both; ignore one of them with data.ignore"
+            )
+        if regions := [each for *keys, _ in REGIONS.values() for each in keys if each in record]:
+            raise BadSample(
+                f"{name}: '{regions[0]}' is not supported with '{key}'; data.ignore=[{','.join(regions)}] trains on the "
+                "text as it is"
             )
         reader = replace(self, keys={**{role: own for role, own in found.items() if own != key}, "messages": key})
         told = filled_list(_parsed(record[key], key, name), key, name)
@@ -470,6 +492,52 @@ def _media_first(said: Sequence[_Said], media: str) -> list[_Said]:
     return [*said[:first], marked, *said[first + 1 :]]
 
 
+def _with_regions(said: Sequence[_Said], record: Mapping, name: str) -> list[_Said]:
+    """Turns with the regions of their marks. Raises BadSample unless the record has one for each mark.
+
+    In a record without regions, marks are ordinary text.
+    """
+    if not any(key in record for *keys, _ in REGIONS.values() for key in keys):
+        return list(said)
+    waiting = {mark: iter(_regions(record, mark, said, name)) for mark in REGIONS}
+    return [each._replace(regions=tuple(next(waiting[mark]) for mark in region_marks(each.turn))) for each in said]
+
+
+def _regions(record: Mapping, mark: str, said: Sequence[_Said], name: str) -> list[Region]:
+    """The regions of a record that have one kind of mark. Raises BadSample."""
+    key, of_images, count = REGIONS[mark]
+    given = record.get(key, [])
+    media = record.get(of_images, [0] * len(given) if isinstance(given, list) else [])
+    if not isinstance(given, list) or not all(
+        isinstance(at, list) and len(at) == count and all(map(is_finite_number, at)) for at in given
+    ):
+        raise BadSample(f"{name}: '{key}' must be a list of lists of {count} numbers, got {shown(given)}")
+    if not isinstance(media, list) or len(media) != len(given) or not all(type(medium) is int for medium in media):
+        raise BadSample(f"{name}: '{of_images}' must be a list of the image of each of '{key}', got {shown(media)}")
+    marks = sum(region_marks(each.turn).count(mark) for each in said)
+    if marks != len(given):
+        ignored = ",".join(each for *keys, _ in REGIONS.values() for each in keys if each in record)
+        raise BadSample(
+            f"{name}: {marks} {mark} marks in the text, but {len(given)} {key}; data.ignore=[{ignored}] trains on the "
+            "text as it is"
+        )
+    return [Region(tuple(map(float, at)), medium) for at, medium in zip(given, media)]
+
+
+def _located(
+    regions: Iterable[Region], images: Sequence[Medium], media: Sequence[Medium], name: str
+) -> tuple[Region, ...]:
+    """Regions of `images`, with the indices of their images among `media`. Raises BadSample for a wrong number."""
+    found = []
+    for region in regions:
+        image = images[region.medium] if 0 <= region.medium < len(images) else None
+        number = next((i for i, medium in enumerate(media) if medium is image), None)
+        if number is None:
+            raise BadSample(f"{name}: a {region.mark} is in image {region.medium}, but there are {len(images)} images")
+        found.append(region._replace(medium=number))
+    return tuple(found)
+
+
 def _with_media(
     said: Sequence[_Said], images: Sequence[ImageSource], videos: Sequence[VideoSource], name: str
 ) -> tuple[list[_Said], tuple[Medium, ...]]:
@@ -508,7 +576,7 @@ def _alternating(said: Sequence[_Said]) -> list[_Said]:
         last = out[-1].turn if len(out) > start else None
         if last and (last.role, last.weight) == (each.turn.role, each.turn.weight):
             text = f"{last.text}\n{each.turn.text}"
-            out[-1] = _Said(replace(each.turn, text=text), out[-1].marks + each.marks)
+            out[-1] = _Said(replace(each.turn, text=text), out[-1].marks + each.marks, out[-1].regions + each.regions)
         elif last or each.turn.role == "user":
             out.append(each)
     while len(out) > start and out[-1].turn.role == "user":

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from .regions import REGION_MARK, Place, Region
+
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -59,7 +61,7 @@ class Grading:
 
     category: kind of question, which is reported separately. answers: of several annotators (VQA has ten). captions:
     reference captions that are equivalent to the text. choices: options of a multiple-choice question, one of which is
-    the text. problem: why evaluation cannot use the annotations.
+    the text. problem: why evaluation cannot use the annotations. places: of the boxes and points in the text.
     """
 
     category: str | None = None
@@ -67,6 +69,7 @@ class Grading:
     captions: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     problem: str | None = None
+    places: tuple[Place, ...] = ()
 
 
 UNGRADED = Grading()
@@ -89,7 +92,8 @@ class Conversation:
     media: images and videos, not decoded; ``images=`` is another name of the argument, and replaces `media`. Each has
     a mark ``<image>``; with videos, ``<video>`` is the same mark, and is replaced by it. unused: keys of the record
     that were not read. repaired: whether turns were dropped or joined. others: the turns of further dialogues about the
-    same media, which do not see each other.
+    same media, which do not see each other. regions: boxes and points in images, in the order of their marks ``<box>``
+    and ``<point>``; not with several dialogues.
     """
 
     id: str
@@ -98,6 +102,7 @@ class Conversation:
     unused: tuple[str, ...]
     repaired: bool
     others: tuple[tuple[Turn, ...], ...]
+    regions: tuple[Region, ...]
 
     def __init__(
         self,
@@ -109,6 +114,7 @@ class Conversation:
         others: tuple[tuple[Turn, ...], ...] = (),
         *,
         images: Sequence[ImageSource] | None = None,
+        regions: Sequence[Region] = (),
     ):
         media = tuple(media if images is None else images)
         if any(map(is_video, media)):
@@ -117,7 +123,7 @@ class Conversation:
                 for told in (turns, *others)
             )
         values = {"id": id, "turns": turns, "media": media, "unused": unused, "repaired": repaired}
-        values["others"] = tuple(others)
+        values |= {"others": tuple(others), "regions": tuple(regions)}
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -145,6 +151,11 @@ def is_video(medium: ImageSource | VideoSource) -> bool:
 
 def _with_one_mark(turn: Turn) -> Turn:
     return replace(turn, text=turn.text.replace(VIDEO_MARK, IMAGE_MARK)) if VIDEO_MARK in turn.text else turn
+
+
+def region_marks(turn: Turn) -> list[str]:
+    """The marks of boxes and points in a turn; the system's turn has none."""
+    return [] if turn.role == "system" else REGION_MARK.findall(turn.text)
 
 
 class BadSample(ValueError):

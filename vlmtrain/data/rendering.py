@@ -30,7 +30,7 @@ from .records import IMAGE_MARK, BadSample, Conversation, Turn, check_content, c
 from .rendered import IGNORE, Rendered
 from .templates import BLIP, chat_template
 
-RENDERING = 1  # to be increased when conversations are rendered to other numbers of tokens
+RENDERING = 2  # to be increased when conversations are rendered to other numbers of tokens
 PROBE_SECONDS = 20
 
 
@@ -62,7 +62,8 @@ class Renderer:
     template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
     (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. positions: the rows of
     positions that the language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens
-    that the media plan puts into the template's text, and that are ordinary text in a turn.
+    that the media plan puts into the template's text, and that are ordinary text in a turn. allowed: pattern of
+    special tokens that the text of a turn may contain, such as those around boxes.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Renderer:
         fallback: str | None = None,
         positions: str | None = None,
         controls: Sequence[str] = (),
+        allowed: str = r"(?!)",
     ):
         self.rows = None if positions is None else POSITIONS[positions]
         self.tokenizer = tokenizer
@@ -86,7 +88,13 @@ class Renderer:
         marks = filter(re.compile(r"<\S+>|\[\S+\]").fullmatch, tokenizer.get_added_vocab())
         in_template = {mark for mark in marks if mark in (self._chat or "")}
         controls = set(controls) - {""}
-        specials = sorted(added.union(tokenizer.all_special_tokens, in_template, controls), key=len, reverse=True)
+        specials = added.union(tokenizer.all_special_tokens, in_template, controls)
+        specials = sorted((each for each in specials if not re.fullmatch(allowed, each)), key=len, reverse=True)
+        self._hidden = {
+            number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content in specials
+        }
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
         self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
@@ -246,8 +254,8 @@ class Renderer:
         return rendered.until(rendered.answers[-1][0], rendered.answers[:-1])
 
     def decode(self, ids: Tensor) -> str:
-        """Text of a generated answer, without its end."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of a generated answer, without its end and without special tokens that turns may not contain."""
+        text = self.tokenizer.decode([number for number in ids.tolist() if number not in self._hidden])
         return (text.split("\n")[0] if self.template == "plain" else text).strip()
 
     def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from ..visual import Size
 from .records import IMAGE_MARK, Conversation, Turn
+from .regions import BOX_MARK, Region
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 49, 49),
@@ -60,7 +61,7 @@ CAPTION_OBJECTS = (1, 1, 2, 3, 4)
 """The same for images with captions. Images of one shape force a contrastive model to use shapes: with more
 objects, colors and places alone distinguish most captions."""
 
-SPLITS = ("caption", "text", "instruct", "validation", "grounding")
+SPLITS = ("caption", "text", "instruct", "validation", "grounding", "boxes")
 DESCRIBE = "Describe the picture."
 
 VOCABULARY: tuple[str, ...] = (
@@ -178,8 +179,8 @@ class Shapes:
     """One split as a sequence of conversations.
 
     split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
-    ``instruct`` (image and questions), ``validation`` (the same, with `HELD_OUT` pairs) or ``grounding``
-    (image, and the positions of objects as boxes).
+    ``instruct`` (image and questions), ``validation`` (the same, with `HELD_OUT` pairs), ``grounding``
+    (image, and the positions of objects as Qwen-VL's boxes) or ``boxes`` (the same, as ``boxes.format`` says).
     size: number of conversations. image_size, sides: of the images in pixels, see `pixels_of`.
 
     Raises ValueError for an unknown split.
@@ -203,6 +204,7 @@ class Shapes:
         pixels, side = pixels_of(key, self.image_size, self.sides)
         objects = rng.choice(CAPTION_OBJECTS if self.split == "caption" else OBJECTS)
         items, counted = _scene(rng, objects, held_out=self.split == "validation")
+        regions = []
         if self.split == "caption":
             exchanges, opening = [(DESCRIBE, describe(items))], IMAGE_MARK
         elif self.split == "text":
@@ -210,6 +212,10 @@ class Shapes:
             opening = describe(rng.sample(items, len(items)))
         elif self.split == "grounding":
             exchanges, opening = [_grounding(item, pixels, side) for item in rng.sample(items, 2)], IMAGE_MARK
+        elif self.split == "boxes":
+            chosen = rng.sample(items, 2)
+            exchanges, opening = [(_where(item), BOX_MARK) for item in chosen], IMAGE_MARK
+            regions = [Region(_box(item, pixels, side)) for item in chosen]
         else:
             exchanges, opening = _questions(rng, items, counted), IMAGE_MARK
         turns = []
@@ -217,7 +223,7 @@ class Shapes:
             text = question if turns else f"{opening}\n{question}"
             turns += [Turn("user", text), Turn("assistant", answer)]
         images = () if self.split == "text" else (Picture(items=items, pixels=pixels, side=side),)
-        return Conversation(f"{self.split}-{index}", tuple(turns), images)
+        return Conversation(f"{self.split}-{index}", tuple(turns), images, regions=regions)
 
 
 def describe(items: Sequence[Item]) -> str:
@@ -273,11 +279,25 @@ def _grounding(item: Item, pixels: Size, side: int) -> tuple[str, str]:
 
     Numbers are in [0, 1000) (Qwen-VL, section 3.2.1; from memory: unverified).
     """
-    centers, lengths = (item.x, item.y) * 2, (pixels[1], pixels[0]) * 2
-    edges = (center + reach * side / length for center, reach, length in zip(centers, item.extent, lengths))
-    left, top, right, bottom = (min(999, max(0, int(1000 * edge))) for edge in edges)
+    left, top, right, bottom = (min(999, max(0, int(1000 * edge))) for edge in _edges(item, pixels, side))
     thing = f"{item.color} {item.shape}"
-    return f"Where is the {thing}?", f"<ref>{thing}</ref><box>({left},{top}),({right},{bottom})</box>"
+    return _where(item), f"<ref>{thing}</ref><box>({left},{top}),({right},{bottom})</box>"
+
+
+def _where(item: Item) -> str:
+    return f"Where is the {item.color} {item.shape}?"
+
+
+def _box(item: Item, pixels: Size, side: int) -> tuple[float, ...]:
+    """The box of an item in pixels, without what is outside of the image."""
+    lengths = (pixels[1], pixels[0]) * 2
+    return tuple(min(max(0.0, edge), 1.0) * length for edge, length in zip(_edges(item, pixels, side), lengths))
+
+
+def _edges(item: Item, pixels: Size, side: int) -> list[float]:
+    """Left, top, right and bottom of an item as fractions of the image's width and height."""
+    centers, lengths = (item.x, item.y) * 2, (pixels[1], pixels[0]) * 2
+    return [center + reach * side / length for center, reach, length in zip(centers, item.extent, lengths)]
 
 
 def _neighbors(items: Sequence[Item]) -> Iterator[tuple[Item, str, Item]]:

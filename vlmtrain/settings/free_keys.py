@@ -27,7 +27,7 @@ _ADDED = {
     **{"data.videos": None, "data.frames_fps": 2},
     **{f"data.columns.{role}": None for role in ("video", "video_start", "video_end")},
     **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None, "device_tflops": None},
-    **{"vision.scales": None, "data.columns.dialogues": None},
+    **{"vision.scales": None, "data.columns.dialogues": None, "boxes.format": None, "boxes.frame": None},
 }
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},

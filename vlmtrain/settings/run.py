@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from ..connectors import CONNECTORS
+from ..data.boxes import BOX_FORMATS, FRAMES, Writing
 from ..data.templates import check_fallback
 from ..errors import nearest
 from ..model.fusion import CONCATENATION, FUSIONS
@@ -68,6 +69,22 @@ class BadStepOptions:
     in_a_row: int = key(whole(1))  # number of consecutive skipped steps that stops the run
     spike: float | None = key(optional(number(1)))  # threshold in standard deviations above the mean loss
     skip_spikes: bool = key(SWITCH)  # skip the update when the loss spikes
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """How boxes and points of records are written."""
+
+    format: str | None = key(optional(one_of(*BOX_FORMATS)))  # null: records with boxes or points are bad
+    frame: str | None = key(optional(one_of(*FRAMES)))  # what coordinates refer to; null: that of the format
+
+    def __post_init__(self) -> None:
+        if self.frame is not None and self.format is None:
+            raise ValueError(f"boxes.frame={self.frame} has no effect without boxes.format")
+
+    @property
+    def writing(self) -> Writing | None:
+        return None if self.format is None else Writing(self.format, self.frame)
 
 
 @dataclass(frozen=True)
@@ -377,6 +394,7 @@ class Run:
     wandb: str = key(one_of("disabled", "offline", "online"))
     wandb_project: str = key(TEXT)
     wandb_model: bool = key(SWITCH)  # upload the model folder of each stage
+    boxes: Boxes = key(section(Boxes))
     features: Features = key(section(Features))
     validation: Validation = key(section(Validation))
     vision: Vision = key(_by_provider(ENCODERS, OwnEncoder, several=SeveralOptions, **_ENCODERS))

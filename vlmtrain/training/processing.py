@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..connectors import Connector
 from ..connectors.checks import GridError
+from ..data.boxes import Writing
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
 from ..data.processor import Processor
@@ -78,6 +79,7 @@ def build_processor(
         positions=positions_of(parts["llm"]) if "llm" in parts else None,
         encoder_batch_size=stage.encoder_batch_size,
         share_images=stage.share_images,
+        boxes=_box_writing(run),
     )
 
 
@@ -128,6 +130,13 @@ def image_frame(run: Run) -> tuple[str, str]:
         held = Processor.from_pretrained(run.init_from).geometry
         frame = held and held.frame
     return frame or ("", "")
+
+
+def _box_writing(run: Run) -> Writing | None:
+    """How regions are written: as the settings say, or else as in `init_from`; None if neither says it."""
+    if run.boxes.writing is None and run.init_from is not None:
+        return Processor.from_pretrained(run.init_from).boxes
+    return run.boxes.writing
 
 
 def _check_controls(stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:
