@@ -152,6 +152,8 @@ def _print_sources(result: dict) -> None:
                 ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of images, "
                              f"{report['target_tokens']:,} trained on)"),
                 ("  problems", f"{len(report['problems']):,}"),
+                *([("  boxes", f"{report['boxes']:,} ({report['boxes_kept'] / report['boxes']:.1%} have an IoU of at "
+                               "least 0.5 when their text is read)")] if report["boxes"] else []),
                 *([("  repaired", f"{report['repaired']:,}")] if report["repaired"] else []),
                 *([("  not read", ", ".join(report["unused"]))] if report["unused"] else []),
             ], indent=2, numbers=False)

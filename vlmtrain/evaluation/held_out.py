@@ -81,7 +81,7 @@ class HeldOut(IterableDataset):
         return len(self.processor.render(self._conversation(index)))
 
     def _conversation(self, index: int) -> Conversation:
-        return self.processor.renderer.showable(self.source[index])
+        return shown(self.processor, self.source[index])
 
     def _prepare(self, indices: Sequence[int]) -> HeldOutBatch:
         kept: list[int] = []
@@ -140,6 +140,11 @@ class HeldOut(IterableDataset):
             for row in rows
         )
         return Rows(self.processor.collate(samples, rows=1), *facts, [item for items in shown for item in items])
+
+
+def shown(processor: Processor, conversation: Conversation) -> Conversation:
+    """The part of a held-out conversation that a model is shown, with boxes and points as text. Raises BadSample."""
+    return processor.renderer.showable(processor.written(conversation))
 
 
 def questions_of(index: int, conversation: Conversation) -> Iterator[Answer]:

@@ -8,11 +8,14 @@ names the metrics that must be computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..data.boxes import is_box, read_answer
 from ..data.records import UNGRADED, Grading
+from ..data.regions import ENOUGH_IOU, Coordinates, iou
 from ..errors import nearest
 from .captions import bleu4, caption_words, cider
 from .generation import Likelihood
@@ -118,6 +121,48 @@ def _is_yes_no(answer: Answer) -> bool:
     return answer.reference.strip().lower() in ("yes", "no")
 
 
+NEAR = 0.05
+"""How far from a reference point an answer may be, as a fraction of the image's diagonal."""
+
+
+def _has_box(answer: Answer) -> bool:
+    return len(answer.grading.places) == 1 and is_box(answer.grading.places[0])
+
+
+def _has_point(answer: Answer) -> bool:
+    return len(answer.grading.places) == 1 and not is_box(answer.grading.places[0])
+
+
+def _regions(answers: Sequence[Answer]) -> list[tuple[Coordinates, Coordinates | None]]:
+    """The reference of each answer and the region that it gives, in pixels of the upright image."""
+    places = [answer.grading.places[0] for answer in answers]
+    return [(place.at, read_answer(answer.prediction, place)) for answer, place in zip(answers, places)]
+
+
+def _overlaps(answers: Sequence[Answer]) -> list[float]:
+    return [0.0 if found is None else iou(true, found) for true, found in _regions(answers)]
+
+
+def _iou(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    unread = [float(found is None) for _, found in _regions(answers)]
+    return {"iou": _overlaps(answers), "unparsed_boxes": unread}
+
+
+def _box_accuracy(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    return {"box_accuracy": [float(overlap >= ENOUGH_IOU) for overlap in _overlaps(answers)]}
+
+
+def _point_accuracy(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """Whether the point is in the reference box, or near the reference point."""
+    hits = []
+    for answer, (true, found) in zip(answers, _regions(answers)):
+        near = NEAR * math.hypot(*answer.grading.places[0].frame.own)
+        box = true if len(true) == 4 else (true[0] - near, true[1] - near, true[0] + near, true[1] + near)
+        hits.append(found is not None and box[0] <= found[0] <= box[2] and box[1] <= found[1] <= box[3])
+    unread = [float(found is None) for _, found in _regions(answers)]
+    return {"point_accuracy": list(map(float, hits)), "unparsed_points": unread}
+
+
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("a reference", lambda a: True, lambda a: True, each=_exact_match),
     "vqa_accuracy": Metric(
@@ -127,6 +172,9 @@ METRICS: dict[str, Metric] = {
     "yes_no": Metric("'yes' or 'no' as its reference", _is_yes_no, _is_yes_no, _yes_no_accuracy, _yes_no),
     "cider": Metric("a caption", lambda a: True, lambda a: bool(a.grading.captions), each=_cider),
     "bleu4": Metric("a caption", lambda a: True, lambda a: bool(a.grading.captions), together=_bleu4),
+    "iou": Metric("one box in its answer", _has_box, _has_box, each=_iou),
+    "box_accuracy": Metric("one box in its answer", _has_box, _has_box, each=_box_accuracy),
+    "point_accuracy": Metric("one point in its answer", _has_point, _has_point, each=_point_accuracy),
 }
 
 

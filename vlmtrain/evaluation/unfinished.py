@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..data.records import Grading
+from ..data.regions import Place
 from ..files import replace_text
 from .generation import Likelihood
 from .reading import Told
@@ -60,5 +61,6 @@ def _read(line: str) -> dict[int, list[Told]]:
 
 def _answer(values: dict) -> Answer:
     grading = {key: tuple(value) if isinstance(value, list) else value for key, value in values["grading"].items()}
+    grading["places"] = tuple(map(Place.of, grading["places"]))
     likelihoods = tuple(Likelihood(*each) for each in values["likelihoods"])
     return Answer(**{**values, "grading": Grading(**grading), "likelihoods": likelihoods})

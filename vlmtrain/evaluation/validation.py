@@ -18,7 +18,7 @@ from ..data.records import BadSample
 from ..data.sources import Source
 from ..distributed.world import Stopped, StopSignal, World
 from ..model import VLMWrapper
-from .held_out import HeldOut, questions_of
+from .held_out import HeldOut, questions_of, shown
 from .reading import Reader, Told
 from .scores import Answer, check_fits, grade
 from .unfinished import Unfinished
@@ -72,7 +72,7 @@ class Validator:
         """Every question with its reference, unanswered; broken records are reported where they are used."""
         for index in self._indices(size):
             with contextlib.suppress(BadSample):
-                yield from questions_of(index, self.processor.renderer.showable(self.source[index]))
+                yield from questions_of(index, shown(self.processor, self.source[index]))
 
     def loss(self, model: VLMWrapper, size: int | None, blind: bool = False) -> float:
         """Mean cross-entropy per target token, over all ranks."""

@@ -61,9 +61,9 @@ def test_qwen_vls_miniature_has_boxes_and_texts():
     sources = {stage: settings.data.split(settings.stages[stage].data).sources.values() for stage in TASKS}
     splits = {stage: {source.split for source in sources[stage]} for stage in TASKS}
     assert splits == TASKS
-    assert "<box>" in settings.llm.new_tokens
+    assert "<box>" in settings.llm.new_tokens and settings.boxes.format == "qwen_vl"
     own = compose(["recipe=qwen_vl", "mini=true", "data.multitask.talks.size=9"]).data.split("multitask").sources
     assert own["talks"].size == 9 and "boxes" not in own  # from the command line
 
 
-TASKS = {"multitask": {"instruct", "text", "grounding"}, "instruct": {"instruct", "text"}}
+TASKS = {"multitask": {"instruct", "text", "boxes"}, "instruct": {"instruct", "text"}}
