@@ -181,9 +181,9 @@ class RecordReader:
                 f"{name}: '{key}' replaces '{others[0]}', but the record has both; ignore one of them with data.ignore"
             )
         if regions := [each for *keys, _ in REGIONS.values() for each in keys if each in record]:
+            ignored = ",".join(regions)
             raise BadSample(
-                f"{name}: '{regions[0]}' is not supported with '{key}'; data.ignore=[{','.join(regions)}] trains on the "
-                "text as it is"
+                f"{name}: '{key}' does not support '{regions[0]}'; data.ignore=[{ignored}] trains without it"
             )
         reader = replace(self, keys={**{role: own for role, own in found.items() if own != key}, "messages": key})
         told = filled_list(_parsed(record[key], key, name), key, name)
