@@ -93,7 +93,7 @@ class Renderer:
         self._hidden = {
             number
             for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special and token.content in specials
+            if token.special and not re.fullmatch(allowed, token.content)
         }
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
@@ -253,9 +253,9 @@ class Renderer:
         rendered = self._render(replace(conversation, turns=complete), media)
         return rendered.until(rendered.answers[-1][0], rendered.answers[:-1])
 
-    def decode(self, ids: Tensor) -> str:
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Text of a generated answer, without its end and without special tokens that turns may not contain."""
-        text = self.tokenizer.decode([number for number in ids.tolist() if number not in self._hidden])
+        text = self.tokenizer.decode([number for number in torch.as_tensor(ids).tolist() if number not in self._hidden])
         return (text.split("\n")[0] if self.template == "plain" else text).strip()
 
     def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:

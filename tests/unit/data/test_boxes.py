@@ -19,7 +19,7 @@ from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import ImageFolder
 from vlmtrain.data.processor import Processor, Sample
 from vlmtrain.data.record_reader import RecordReader
-from vlmtrain.data.records import BadSample, Conversation
+from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.regions import Region
 from vlmtrain.visual import WHOLE
 
@@ -272,7 +272,7 @@ BAD = {
     "no width": ({}, {"boxes": [[3, 2, 3, 4]]}, "with left < right"),
     "corners in the wrong order": ({}, {"boxes": [[3, 4, 1, 2]]}, "with left < right and top < bottom"),
     "point outside": ({"answer": "<point>"}, {"points": [[1, 121]]}, r"<point> \[1.0, 121.0\]: expected \[x, y\]"),
-    "no such image": ({}, {"box_images": [1]}, "in image 1, but 1 images are shown"),
+    "no such image": ({}, {"box_images": [1]}, "in image 1, but there are 1 images"),
     "images of fewer boxes": ({}, {"box_images": []}, "'box_images' must be a list of the image of each of 'boxes'"),
     "points that the format lacks": (
         {"answer": "<point>"},
@@ -387,3 +387,14 @@ def test_the_format_is_saved_only_if_it_is_set(tmp_path, reader, tokenizer):
         saved = json.loads((tmp_path / name / "processor/processor.json").read_text())
         assert ("boxes" in saved) == (boxes is not None)
         assert Processor.from_pretrained(tmp_path / name).boxes == boxes
+
+
+def test_regions_are_in_images_not_in_videos(tokenizer):
+    class Video:
+        def probe(self):
+            raise AssertionError("not needed")
+
+    turns = (Turn("user", "<image> Where?"), Turn("assistant", "<box>"))
+    processor = Processor(tokenizer, GEOMETRIES["pad"], "chat", 400, boxes=Writing("llava"))
+    with pytest.raises(BadSample, match="clip: a box or a point is in medium 0, which is no image"):
+        processor.written(Conversation("clip", turns, (Video(),), regions=(Region((0, 0, 9, 9)),)))
