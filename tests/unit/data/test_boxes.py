@@ -389,6 +389,13 @@ def test_the_format_is_saved_only_if_it_is_set(tmp_path, reader, tokenizer):
         assert Processor.from_pretrained(tmp_path / name).boxes == boxes
 
 
+def test_several_dialogues_have_no_regions(reader):
+    given = record()
+    given["dialogues"] = [given.pop("conversations")] * 2
+    with pytest.raises(BadSample, match=r"'dialogues' does not support 'boxes'; data\.ignore=\[boxes\]"):
+        reader.read(given, "record")
+
+
 def test_regions_are_in_images_not_in_videos(tokenizer):
     class Video:
         def probe(self):
