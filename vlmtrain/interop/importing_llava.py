@@ -1,7 +1,9 @@
-"""Import of LLaVA-1.5 and LLaVA-NeXT from Hugging Face."""
+"""Import of LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision from Hugging Face."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,31 +19,52 @@ from ..model.parts import make_connector
 from ..model.vision import HFVision, VisionEncoder
 from .export import compare_logits
 from .fitting import filled
-from .llava import Exported
-from .preparation import check_pixels, fit_of
+from .llava import ONEVISION_VIDEO, Exported
+from .preparation import check_pixels, fit_of, read_video_preparation
 from .source import Source, processor_of
 
-MODEL_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+MODEL_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+_TILED = {"llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision"}
 DTYPE = "auto"
 
 
 def check(folder: Path, config, fit: str | None) -> None:
-    """Raise ValueError if a LLaVA-NeXT is to be imported with another image fit than its own."""
-    if config.model_type == "llava_next" and fit not in (None, "tiles"):
-        raise ValueError(f"--image-fit {fit}: {folder} is a LLaVA-NeXT, which supports only tiles")
+    """Raise ValueError if a model that cuts images into tiles is to be imported with another image fit."""
+    if config.model_type in _TILED and fit not in (None, "tiles"):
+        raise ValueError(f"--image-fit {fit}: {folder} is a {_TILED[config.model_type]}, which supports only tiles")
 
 
 def read(source: Source) -> tuple[VLMWrapper, Processor]:
     """The model and the processor of a source, which share its tensors."""
     vision, llm = _encoder(source.folder, source.model, source.look), _language_model(source.model)
     model = VLMWrapper(vision, _connector(source.folder, source.model, vision, llm), llm).eval()
-    is_next = source.config.model_type == "llava_next"
-    grids = _tile_grids(source.folder, source.config, vision) if is_next else ()
+    is_tiled = source.config.model_type in _TILED
+    grids = _tile_grids(source.folder, source.config, vision) if is_tiled else ()
     geometry = fixed_geometry(model, source.fit or ("tiles" if grids else fit_of(source.preparation)), grids)
+    if source.config.model_type == "llava_onevision":
+        most = _tiles_most(source.folder, source.config)
+        video = replace(ONEVISION_VIDEO, tokens=geometry.tokens, grid=geometry.grid)
+        geometry = replace(geometry, tiles_most=most, tiles_alone=True, video=video)
     processor = processor_of(source.folder, source.tokenizer, geometry, llm, source.template)
     if source.fit is None:
         check_pixels(source.preparation_file, source.preparation, geometry)
+        if geometry.video is not None:
+            _check_video(source.folder, geometry)
     return model, processor
+
+
+def _check_video(folder: Path, geometry: Geometry) -> None:
+    """Raise ValueError unless frames are prepared as by the source's processor, which must not choose them."""
+    file, preparation = read_video_preparation(folder)
+    if preparation.do_sample_frames:
+        raise ValueError(
+            f"{file}: do_sample_frames=true, expected false, with which video.sampling=interval shows frames"
+        )
+    check_pixels(file, preparation, geometry)
 
 
 def compare(source: Source, model: VLMWrapper, processor: Processor) -> float:
@@ -112,7 +135,7 @@ def _connector(folder: Path, source: PreTrainedModel, vision: VisionEncoder, llm
         )
     connector = make_connector(name, vision, llm, options, first.dtype)
     connector.load_published(state)
-    if source.config.model_type != "llava_next":
+    if source.config.model_type not in _TILED:
         return connector
     tiled = JoiningConnector(connector).to(first.dtype)
     tiled.newline.data.copy_(source.model.image_newline.detach())
@@ -127,3 +150,13 @@ def _tile_grids(folder: Path, config, vision: VisionEncoder) -> tuple[tuple[int,
             f"encoder's {side} pixels"
         )
     return tuple((height // side, width // side) for height, width in config.image_grid_pinpoints)
+
+
+def _tiles_most(folder: Path, config) -> int:
+    """The largest number of tiles whose tokens an image keeps."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", config.vision_aspect_ratio)
+    if found is None:
+        raise ValueError(
+            f"{folder / 'config.json'}: vision_aspect_ratio={config.vision_aspect_ratio}, expected anyres_max_N"
+        )
+    return int(found[1])
