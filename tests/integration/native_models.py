@@ -31,6 +31,11 @@ from tests.integration.tiny_parts import LOOK
 
 PATCH, WIDTH, OUT, DEPTH = 4, 16, 32, 3
 LIMITS = {"shortest_edge": 16 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH}
+VIDEO_LIMITS = {
+    "qwen2_vl": LIMITS,
+    "qwen2_5_vl": LIMITS,
+    "qwen3_vl": {key: 8 * limit for key, limit in LIMITS.items()},  # of all frames
+}
 CLASSES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
@@ -59,6 +64,7 @@ QWEN_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for item in message['content'] %}"
     "{% if item['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif item['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
     "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -139,6 +145,7 @@ def build_native(folder: Path, family: str, tied: bool = False, **options) -> nn
         processor = HunYuanVLProcessor(HunYuanVLImageProcessorPil(**LOOK, **shape, size=LIMITS), tokenizer)
     else:
         images = Qwen2VLImageProcessorPil(**LOOK, **shape, size=LIMITS)
-        processor = processor_class(images, tokenizer, video_class(**shape), chat_template=tokenizer.chat_template)
+        videos = video_class(**LOOK, **shape, size=VIDEO_LIMITS[family])
+        processor = processor_class(images, tokenizer, videos, chat_template=tokenizer.chat_template)
     processor.save_pretrained(folder)
     return model

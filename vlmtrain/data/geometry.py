@@ -158,7 +158,7 @@ class Geometry:
             clips, joining = video.clips(facts, most), video.joining._replace(stride=stride)
             if self.fit != "native":
                 return clips, self.size, video.tokens, video.grid, joining
-            size = video.size(facts, len(clips), self.factors, self._rule)
+            size = video.size(facts, clips, self.factors, self._rule)
             return clips, size, *self._counted(self._grid(size))[:2], joining
 
         def count(most: int, stride: int) -> int:

@@ -77,6 +77,18 @@ _PLAIN = (
 )
 
 
+class _Shown(NamedTuple):
+    """What an export writes for an image or a video: a token, and texts around it."""
+
+    token: str
+    before: str = ""
+    after: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.before + self.token + self.after
+
+
 class Speech(NamedTuple):
     """Rendering of an export: a tokenizer with an image token, the id of that token, and the chat template.
 
@@ -94,21 +106,29 @@ class Speech(NamedTuple):
         return [self.image_id] if self.video_id is None else [self.image_id, self.video_id]
 
 
-def typed_speech(processor: Processor, token: str = IMAGE_MARK, video: str | None = None) -> Speech:
+def typed_speech(
+    processor: Processor, token: str = IMAGE_MARK, video: str | None = None, framed_video: bool = True
+) -> Speech:
     """Tokenizer and template of `processor` for Hugging Face processors that expand image tokens in the text.
 
     The tokenizer itself adds no special tokens: the template writes all of them. token: the image token. video: the
-    video token, for classes that take videos. The tokenizer's own template is kept if it writes these tokens. Raises
+    video token, for classes that take videos. framed_video: whether the template writes the tokens around it, as around
+    images, and not the processor. The tokenizer's own template is kept if it writes these tokens. Raises
     ValueError if no candidate template gives the same token ids.
     """
     renderer, frame = processor.renderer, _frame(processor)
-    marks = {IMAGE_MARK: token} | ({} if video is None else {VIDEO_MARK: video})
-    tokenizer = _with_media_tokens(renderer.tokenizer, *marks.values())
+    marks = {IMAGE_MARK: _Shown(token, *frame)}
+    if video is not None:
+        marks[VIDEO_MARK] = _Shown(video, *frame) if framed_video else _Shown(video)
+    tokenizer = _with_media_tokens(renderer.tokenizer, *(shown.token for shown in marks.values()))
     _add_nothing(tokenizer)
     own = tokenizer.chat_template
     if renderer.template == "chat" and isinstance(own, str) and token != IMAGE_MARK and token in own:
+        if not framed_video:
+            own = own.replace(frame[0] + video + frame[1], video)
         speech = _speech(tokenizer, own, marks)
-        if _difference(renderer, speech, marks, frame, (_exact_message,)) is None:
+        if _difference(renderer, speech, marks, (_exact_message,)) is None:
+            tokenizer.chat_template = own
             return speech
     inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
     before, spacings = "", ("", _SPACING)
@@ -117,11 +137,11 @@ def typed_speech(processor: Processor, token: str = IMAGE_MARK, video: str | Non
         inner += [each.replace("{{ bos_token }}", "{{ bos_token + ' ' }}") for each in inner]
     typed = [_typed(each, video is not None) for each in spacings]
     templates = [_marked(before) + each + end for end, each in product(inner, typed)]
-    if any(token != mark for mark, token in marks.items()) or any(frame):
-        shown = {mark: json.dumps(frame[0] + token + frame[1], ensure_ascii=False) for mark, token in marks.items()}
-        framed = "".join(f" | replace('{mark}', {each})" for mark, each in shown.items())
+    if any(shown.text != mark for mark, shown in marks.items()):
+        texts = {mark: json.dumps(shown.text, ensure_ascii=False) for mark, shown in marks.items()}
+        framed = "".join(f" | replace('{mark}', {text})" for mark, text in texts.items())
         templates = ["{% set framed %}" + each + f"{{% endset %}}{{{{ framed{framed} }}}}" for each in templates]
-    return _chosen(renderer, tokenizer, templates, marks, frame)
+    return _chosen(renderer, tokenizer, templates, marks)
 
 
 def spoken_words(processor: Processor) -> Speech:
@@ -140,8 +160,8 @@ def spoken_words(processor: Processor) -> Speech:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             f"{start[0]} $A", f"{start[0]} $A $B", [start]
         )
-    marks = {IMAGE_MARK: IMAGE_MARK}
-    return _chosen(renderer, tokenizer, [_typed(_MARKS_OUT) + words], marks, _frame(processor), pictures_put=True)
+    marks = {IMAGE_MARK: _Shown(IMAGE_MARK, *_frame(processor))}
+    return _chosen(renderer, tokenizer, [_typed(_MARKS_OUT) + words], marks, pictures_put=True)
 
 
 def _frame(processor: Processor) -> tuple[str, str]:
@@ -161,8 +181,8 @@ def _typed(spacing: str, videos: bool = False) -> str:
     return _marked(_TYPED.replace("SPACING", spacing).replace("KINDS", str(kinds)))
 
 
-def _speech(tokenizer: PreTrainedTokenizerBase, template: str, marks: Mapping[str, str]) -> Speech:
-    image, *video = tokenizer.convert_tokens_to_ids(list(marks.values()))
+def _speech(tokenizer: PreTrainedTokenizerBase, template: str, marks: Mapping[str, _Shown]) -> Speech:
+    image, *video = tokenizer.convert_tokens_to_ids([shown.token for shown in marks.values()])
     return Speech(tokenizer, image, template, *video)
 
 
@@ -181,15 +201,14 @@ def _chosen(
     renderer: Renderer,
     tokenizer: PreTrainedTokenizerBase,
     templates: list[str],
-    marks: Mapping[str, str],
-    frame: tuple[str, str],
+    marks: Mapping[str, _Shown],
     pictures_put: bool = False,
 ) -> Speech:
     """Return the first template that gives the same token ids as the renderer. Raises ValueError if none does."""
     differing = ""
     for template in templates:
         speech = _speech(tokenizer, template, marks)
-        found = _difference(renderer, speech, marks, frame, pictures_put=pictures_put)
+        found = _difference(renderer, speech, marks, pictures_put=pictures_put)
         if found is None:
             tokenizer.chat_template = template
             return speech
@@ -252,19 +271,16 @@ def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
 def _difference(
     renderer: Renderer,
     speech: Speech,
-    marks: Mapping[str, str],
-    frame: tuple[str, str],
+    marks: Mapping[str, _Shown],
     messages: Sequence[Callable[[Turn], dict]] | None = None,
     pictures_put: bool = False,
 ) -> str | None:
     """Describe the first difference between the ids of messages and the renderer's; None if they are equal.
 
-    marks: the marks in a turn and the tokens that stand for them. frame: the texts around these tokens. messages: how a
-    turn becomes a message; by default with plain and with typed content. pictures_put: whether a processor puts the
-    image tokens before the others.
+    marks: the marks in a turn and what is written for them. messages: how a turn becomes a message; by default with
+    plain and with typed content. pictures_put: whether a processor puts the image tokens before the others.
     """
-    before, after = frame
-    for turns, (mark, token) in product(_conversations(renderer), marks.items()):
+    for turns, (mark, (token, before, after)) in product(_conversations(renderer), marks.items()):
         token_id = speech.tokenizer.convert_tokens_to_ids(token)
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:

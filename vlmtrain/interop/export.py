@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor
 
 from ..batch import Batch
 from ..connectors.qformer import QFormer
-from ..data.images import ImageInMemory
 from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn, VideoSource
 from ..data.video import FrameSequence
@@ -23,12 +20,12 @@ from ..model.fusion import Concatenation
 from ..model.rotary import positions_of
 from ..model.vision.native import NativeVision
 from ..reporting.card import write_export_card
-from ..visual import Size
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported, as_llava, shows_videos
 from .native import as_native
 from .native_parity import compare_native
+from .probes import noise
 
 FORMATS = ("hf", "llava", "blip2", "native", "vlmtrain")
 
@@ -125,14 +122,6 @@ def compare_logits(exported: Exported, model: VLMWrapper, processor: Processor) 
             )
         worst = max(worst, difference)
     return worst
-
-
-def noise(size: Size, seed: int = 0) -> ImageInMemory:
-    """An image of noise of a size ``(H, W)``."""
-    pixels = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    encoded = BytesIO()
-    Image.fromarray(pixels.numpy()).save(encoded, "PNG")
-    return ImageInMemory(encoded.getvalue(), "probe")
 
 
 def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
