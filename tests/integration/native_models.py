@@ -34,7 +34,7 @@ LIMITS = {"shortest_edge": 16 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATC
 VIDEO_LIMITS = {
     "qwen2_vl": LIMITS,
     "qwen2_5_vl": LIMITS,
-    "qwen3_vl": {key: 8 * limit for key, limit in LIMITS.items()},  # of all frames
+    "qwen3_vl": {"shortest_edge": 64 * PATCH * PATCH, "longest_edge": 512 * PATCH * PATCH},  # of all frames
 }
 CLASSES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor),
@@ -45,7 +45,7 @@ CLASSES = {
 VISION = {
     "qwen2_vl": {"depth": DEPTH, "num_heads": 2, "embed_dim": WIDTH, "hidden_size": OUT, "mlp_ratio": 2},
     "qwen2_5_vl": {"depth": DEPTH, "num_heads": 2, "hidden_size": WIDTH, "intermediate_size": 20}
-    | {"out_hidden_size": OUT, "window_size": 32, "fullatt_block_indexes": [1]},
+    | {"out_hidden_size": OUT, "window_size": 32, "fullatt_block_indexes": [1], "tokens_per_second": 2},
     "qwen3_vl": {"depth": DEPTH, "num_heads": 2, "hidden_size": WIDTH, "intermediate_size": 20}
     | {"out_hidden_size": OUT, "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 1]},
     "hunyuan_vl": {"num_hidden_layers": DEPTH, "num_attention_heads": 2, "hidden_size": WIDTH}
