@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from transformers.video_utils import VideoMetadata
 
 from tests.integration.native_models import PATCH, build_native
-from tests.integration.published_models import build_llava
+from tests.integration.published_models import ITEMS, build_llava
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.data.records import is_video
@@ -293,6 +293,20 @@ def test_other_settings_are_exported_with_a_remark(pair, tmp_path):
     assert done.model_class == type(pair.theirs).__name__
     words = "unlike training" if pair.family == OV else "unlike training, which has video.sampling=uniform"
     assert done.remarks[-1].startswith("videos: ") and words in done.remarks[-1]
+
+
+def test_a_template_that_treats_images_apart_is_told(tmp_path, caplog):
+    """As the published one of LLaVA-OneVision: no newline before an image, and one before every text."""
+    apart = (
+        ITEMS.replace("'Q: '", "'Q:'").replace("<image>\n", " <image>").replace("item['text']", "'\n' + item['text']")
+    )
+    build_llava(tmp_path / "hf", OV, "siglip", "qwen2", template=apart)
+    import_model(tmp_path / "hf", tmp_path / "model")
+    assert r"its processor makes the prompt 'Q: <image>\nWhat is this?" in caplog.text
+    caplog.clear()
+    build_llava(tmp_path / "plain", OV, "siglip", "qwen2")
+    import_model(tmp_path / "plain", tmp_path / "other")
+    assert "makes the prompt" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from ..connectors.layers import ACTIVATIONS
 from ..data.geometry import Geometry
 from ..data.processor import Processor
+from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..model import VLMWrapper
 from ..model.joining import JoiningConnector
 from ..model.parts import make_connector
 from ..model.vision import HFVision, VisionEncoder
+from ..visual import MediaPlan
 from .export import compare_logits
 from .fitting import filled
 from .llava import ONEVISION_VIDEO, Exported
 from .preparation import check_pixels, fit_of, read_video_preparation
 from .source import Source, processor_of
+
+logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = {
     "llava": "LlavaForConditionalGeneration",
@@ -57,6 +62,19 @@ def read(source: Source) -> tuple[VLMWrapper, Processor]:
     return model, processor
 
 
+def _warn_of_prompts(source: Source, processor: Processor) -> None:
+    """Warn if prompts are not those of the source's processor, whose published template treats images apart."""
+    told = AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    expected = told.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    question = Conversation("probe", (Turn("user", f"{IMAGE_MARK}\nWhat is this?"),), (None,))
+    prompt = processor.renderer.prompt(question, MediaPlan.of_slots(1))
+    ids = prompt.input_ids.masked_fill(prompt.index >= 0, source.config.image_token_id)
+    if ids.tolist() != told.tokenizer(expected).input_ids:
+        found = told.tokenizer.decode(ids)
+        logger.warning("%s: its processor makes the prompt %r, but training makes %r", source.folder, expected, found)
+
+
 def _check_video(folder: Path, geometry: Geometry) -> None:
     """Raise ValueError unless frames are prepared as by the source's processor, which must not choose them."""
     file, preparation = read_video_preparation(folder)
@@ -69,6 +87,8 @@ def _check_video(folder: Path, geometry: Geometry) -> None:
 
 def compare(source: Source, model: VLMWrapper, processor: Processor) -> float:
     """Difference of the logits from the source's. Raises DoesNotFit if it is more than rounding."""
+    if source.config.model_type == "llava_onevision" and source.template is None:
+        _warn_of_prompts(source, processor)
     return compare_logits(Exported(source.model, None, ()), model, processor)
 
 
