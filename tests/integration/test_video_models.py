@@ -127,7 +127,7 @@ def given(pair: Pair, media: list, sampled: bool = True, prepare: ProcessorMixin
             if pair.family == "qwen3_vl":  # and so does its resizing
                 frames, told.frames_indices = frames.repeat(2, 0), [0, 0]
         if pair.family == "qwen3_vl":
-            # transformers 5 leaves the template's tokens around all frames; Qwen3-VL's published code does not
+            # transformers 5.23 keeps the template's tokens around all frames, unlike Qwen3-VL's published code
             text = text.replace(FRAME, "<|video_pad|>")
         options |= {"videos": [frames], "video_metadata": [told], "do_sample_frames": sampled}
         options |= {"fps": 2} if sampled else {}
@@ -227,8 +227,10 @@ def test_frames_of_other_sizes_are_resized_alike(pair, pictures, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_text_after_a_long_video_continues_after_its_last_frame(family, pictures, tmp_path):
-    """As in Qwen2-VL's paper and published code. transformers 5 continues after its largest side instead, so only the
-    logits up to the end of the video are equal."""
+    """As in Qwen2-VL's paper and published code. transformers 5.23 continues after its largest side instead.
+
+    So only the logits up to the end of the video are equal.
+    """
     build(family, tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "model")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf").eval(), hf_processor(tmp_path / "hf")

@@ -124,7 +124,7 @@ def _asked(exported: Exported, processor: Processor, media: Media) -> tuple[Batc
 def _unframed(text: str, exported: Exported, processor: Processor) -> str:
     """The text without the tokens around a video if the class's processor writes them around each of its frames.
 
-    Since version 5, transformers leaves the template's tokens around them, unlike Qwen3-VL's published code.
+    transformers 5.23 keeps the template's tokens around all of them, unlike Qwen3-VL's published code.
     """
     if FAMILIES[exported.model.config.model_type].video is None:
         return text
