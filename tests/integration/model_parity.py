@@ -355,7 +355,7 @@ def build(case: Case, folder: Path) -> None:
     reader = TextReader(frameless_tokenizer(), "instruction", 40) if case.reads else None
     words = {"text_vocab": reader.vocabulary.size, "text_positions": 40} if reader else {}
     tiled = case.fit == "tiles"
-    connector = stir(make_connector(case.connector, vision, llm, {**case.options, **words}, newline=tiled))
+    connector = stir(make_connector(case.connector, vision, llm, {**case.options, **words}, newline=tiled or None))
     tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
     grids = ((1, 2), (2, 1), (2, 2)) if tiled else ()
     views = [

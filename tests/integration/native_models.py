@@ -31,6 +31,11 @@ from tests.integration.tiny_parts import LOOK
 
 PATCH, WIDTH, OUT, DEPTH = 4, 16, 32, 3
 LIMITS = {"shortest_edge": 16 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH}
+VIDEO_LIMITS = {
+    "qwen2_vl": LIMITS,
+    "qwen2_5_vl": LIMITS,
+    "qwen3_vl": {"shortest_edge": 64 * PATCH * PATCH, "longest_edge": 512 * PATCH * PATCH},  # of all frames
+}
 CLASSES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
@@ -40,7 +45,7 @@ CLASSES = {
 VISION = {
     "qwen2_vl": {"depth": DEPTH, "num_heads": 2, "embed_dim": WIDTH, "hidden_size": OUT, "mlp_ratio": 2},
     "qwen2_5_vl": {"depth": DEPTH, "num_heads": 2, "hidden_size": WIDTH, "intermediate_size": 20}
-    | {"out_hidden_size": OUT, "window_size": 32, "fullatt_block_indexes": [1]},
+    | {"out_hidden_size": OUT, "window_size": 32, "fullatt_block_indexes": [1], "tokens_per_second": 2},
     "qwen3_vl": {"depth": DEPTH, "num_heads": 2, "hidden_size": WIDTH, "intermediate_size": 20}
     | {"out_hidden_size": OUT, "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 1]},
     "hunyuan_vl": {"num_hidden_layers": DEPTH, "num_attention_heads": 2, "hidden_size": WIDTH}
@@ -59,6 +64,7 @@ QWEN_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for item in message['content'] %}"
     "{% if item['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif item['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
     "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -139,6 +145,7 @@ def build_native(folder: Path, family: str, tied: bool = False, **options) -> nn
         processor = HunYuanVLProcessor(HunYuanVLImageProcessorPil(**LOOK, **shape, size=LIMITS), tokenizer)
     else:
         images = Qwen2VLImageProcessorPil(**LOOK, **shape, size=LIMITS)
-        processor = processor_class(images, tokenizer, video_class(**shape), chat_template=tokenizer.chat_template)
+        videos = video_class(**LOOK, **shape, size=VIDEO_LIMITS[family])
+        processor = processor_class(images, tokenizer, videos, chat_template=tokenizer.chat_template)
     processor.save_pretrained(folder)
     return model

@@ -30,13 +30,18 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerBase,
     T5Config,
 )
 
 from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, SIDE, WIDE, byte_tokenizer, stir
-from vlmtrain.data.records import IMAGE_MARK
+from vlmtrain.data.records import IMAGE_MARK, VIDEO_MARK
 from vlmtrain.interop.fitting import relative_difference
 from vlmtrain.model import VLMWrapper
 
@@ -51,11 +56,13 @@ PROCESSORS = {
     "tiles": lambda: LlavaNextImageProcessorPil(
         **BICUBIC, size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
     ),
+    "tiles alone": lambda: LlavaOnevisionImageProcessorPil(**BICUBIC, size=SQUARE, image_grid_pinpoints=PINPOINTS),
 }
-# as in the published ones: images first, then text, only from items
+# as in the published ones: images first, then videos, then text, only from items
 ITEMS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' }}{% else %}{{ 'A: ' }}{% endif %}"
     "{% for item in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for item in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>\n' }}{% endfor %}"
     "{% for item in message['content'] | selectattr('type', 'equalto', 'text') %}{{ item['text'] }}{% endfor %}"
     "{% if message['role'] == 'user' %}{{ '\n' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
@@ -68,7 +75,8 @@ def build_llava(
     """Write a random LLaVA in Hugging Face's format."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer("always")
-    tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
+    marks = [IMAGE_MARK, VIDEO_MARK] if kind == "llava_onevision" else [IMAGE_MARK]
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks], special_tokens=True)
     tokenizer.pad_token = "<pad>"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     template = options.pop("template", ITEMS)
@@ -77,26 +85,37 @@ def build_llava(
     model_class, config_class, processor_class = {
         "llava": (LlavaForConditionalGeneration, LlavaConfig, LlavaProcessor),
         "llava_next": (LlavaNextForConditionalGeneration, LlavaNextConfig, LlavaNextProcessor),
+        "llava_onevision": (
+            LlavaOnevisionForConditionalGeneration,
+            LlavaOnevisionConfig,
+            LlavaOnevisionProcessor,
+        ),
     }[kind]
-    more = {"image_grid_pinpoints": PINPOINTS} if kind == "llava_next" else {}
+    more = {} if kind == "llava" else {"image_grid_pinpoints": PINPOINTS}
+    if kind == "llava_onevision":
+        more |= {"vision_aspect_ratio": "anyres_max_2", "vision_feature_layer": -1}
+        more["video_token_index"] = tokenizer.convert_tokens_to_ids(VIDEO_MARK)
+    else:
+        more["image_seq_length"] = 16
     given = {
         "vision_config": HF_VISION[vision]().config,
         "text_config": config,
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_MARK),
-        "image_seq_length": 16,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
     model = stir(model_class(config_class(**{**given, **more, **options})))
     model.save_pretrained(folder)
-    processor_class(
-        PROCESSORS["tiles" if kind == "llava_next" else fit](),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(strategy == "default"),
-        chat_template=template,
-    ).save_pretrained(folder)
+    prefix, told = int(strategy == "default"), {"vision_feature_select_strategy": strategy, "chat_template": template}
+    if kind == "llava_onevision":
+        videos = LlavaOnevisionVideoProcessor(**BICUBIC, size=SQUARE)
+        told |= {"num_image_tokens": 16 + prefix, "vision_aspect_ratio": "anyres_max_2"}
+        processor = processor_class(PROCESSORS["tiles alone"](), tokenizer, videos, **told)
+    else:
+        pictures = PROCESSORS["tiles" if kind == "llava_next" else fit]()
+        told |= {"patch_size": 8, "num_additional_image_tokens": prefix}
+        processor = processor_class(pictures, tokenizer, **told)
+    processor.save_pretrained(folder)
     return model
 
 

@@ -288,7 +288,10 @@ PREPARED = ("resample", "merge_size", "patch_size", "do_resize")
     ("change", "message"),
     [
         ({"image_fit": "squash"}, "--image-fit squash: .* is a qwen2_vl, which supports only native"),
-        ({"resample": 2}, "Qwen2VLForConditionalGeneration's processor makes other pixels, by [0-9]+ of 255 levels"),
+        (
+            {"resample": 2},
+            "Qwen2VLForConditionalGeneration's processor makes other pixels of the probe's images, by [0-9]+ of 255",
+        ),
         ({"merge_size": 1}, "Qwen2VLForConditionalGeneration's processor makes 64 image tokens .*, not 16"),
         ({"patch_size": 8}, "Qwen2VLForConditionalGeneration's processor makes [0-9]+ image tokens .*, not"),
         ({"do_resize": False}, "Qwen2VLForConditionalGeneration's processor cannot prepare a question about images"),

@@ -124,13 +124,14 @@ class Geometry:
         """
         items: list[Item] = []
         placements: list[Placement] = []
+        images = sum(not isinstance(size, VideoFacts) for size in media)
         for medium, size in enumerate(media):
             if isinstance(size, VideoFacts):
                 shown, placed = self._video(medium, size, len(items), room)
                 items += shown
                 placements += placed
                 continue
-            places = self._places(medium, size, len(media))
+            places = self._places(medium, size, images)
             for number, (shown, tiles, words) in enumerate(places):
                 tokens, grid, framed = self.tokens, self.grid, self.framed_grid
                 if self.fit == "native":
@@ -157,7 +158,7 @@ class Geometry:
             clips, joining = video.clips(facts, most), video.joining._replace(stride=stride)
             if self.fit != "native":
                 return clips, self.size, video.tokens, video.grid, joining
-            size = video.size(facts, len(clips), self.factors, self._rule)
+            size = video.size(facts, clips, self.factors, self._rule)
             return clips, size, *self._counted(self._grid(size))[:2], joining
 
         def count(most: int, stride: int) -> int:

@@ -10,20 +10,23 @@ from ..visual import Size
 STEP = 1e-5  # precision of `naflex`'s scale
 
 
-def smart_resize(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:
+def smart_resize(
+    size: Size, factors: Size, image_pixels: tuple[float, float], scaled_to: tuple[float, float] | None = None
+) -> Size:
     """The size nearest to `size` ``(H, W)`` with sides that are multiples of `factors` (Qwen2-VL, published code).
 
     An image with fewer or more pixels than `image_pixels` ``(MIN, MAX)`` is first scaled to them. The result never has
-    more than MAX pixels, if `factors` themselves do not.
+    more than MAX pixels, if `factors` themselves do not. scaled_to: what an image outside the limits is scaled to, if
+    not to them.
     """
-    least, most = image_pixels
+    (least, most), (low, high) = image_pixels, scaled_to or image_pixels
     area = size[0] * size[1]
     shown = [round(side / factor) * factor for side, factor in zip(size, factors)]
     if shown[0] * shown[1] < least:
-        scale = math.sqrt(least / area)
+        scale = math.sqrt(low / area)
         shown = [math.ceil(side * scale / factor) * factor for side, factor in zip(size, factors)]
     elif shown[0] * shown[1] > most:
-        scale = math.sqrt(area / most)
+        scale = math.sqrt(area / high)
         shown = [max(factor, math.floor(side / scale / factor) * factor) for side, factor in zip(size, factors)]
     while shown[0] * shown[1] > most and shown != list(factors):  # a thin image, or no multiples within the limits
         longer = max((0, 1), key=lambda side: (shown[side] > factors[side], shown[side]))
@@ -31,9 +34,14 @@ def smart_resize(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Si
     return shown[0], shown[1]
 
 
-def smart_resize_clip(size: Size, factors: Size, total_pixels: tuple[int, int], frames: int) -> Size:
-    """The size of the frames of a video if all together have between MIN and MAX pixels (Qwen3-VL, published code)."""
-    return smart_resize(size, factors, tuple(limit / frames for limit in total_pixels))
+def smart_resize_clip(size: Size, factors: Size, total_pixels: tuple[int, int], frames: int, per_item: int = 2) -> Size:
+    """The size of the frames of a video if all together have between MIN and MAX pixels (Qwen3-VL, published code).
+
+    The limits are checked as if the number of frames were rounded to the nearest multiple of `per_item`.
+    """
+    frames = max(frames, per_item)
+    rounded = round(frames / per_item) * per_item
+    return smart_resize(size, factors, *(tuple(limit / count for limit in total_pixels) for count in (rounded, frames)))
 
 
 def naflex(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:

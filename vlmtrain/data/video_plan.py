@@ -66,12 +66,12 @@ class VideoPlan:
         return [Clip(group, tuple(float(facts.times[number]) for number in group)) for group in groups]
 
     def size(
-        self, facts: VideoFacts, clips: int, factors: Size, resize: Callable[[Size, tuple[int, int]], Size]
+        self, facts: VideoFacts, clips: list[Clip], factors: Size, resize: Callable[[Size, tuple[int, int]], Size]
     ) -> Size:
         """The size ``(H, W)`` of frames that keep their aspect ratio. resize: for the limits of one frame."""
         if self.pixels_total is None:
             return resize(facts.size, self.pixels)
-        return smart_resize_clip(facts.size, factors, self.pixels_total, clips * self.per_item)
+        return smart_resize_clip(facts.size, factors, self.pixels_total, self._frames(clips), self.per_item)
 
     def fitted(self, count: Callable[[int, int], int], room: int | None) -> tuple[int, int]:
         """The maximum number of frames and the stride with which a video has at most `room` and `token_budget` tokens.
@@ -98,9 +98,12 @@ class VideoPlan:
         """Rotary positions in time of the items, counted from the first (Qwen2-VL; Qwen2.5-VL, 2025, section 2.1.3)."""
         if self.positions_per_second is None:
             return tuple(range(len(clips)))
-        shown = len(clips) * self.per_item
-        step = self.positions_per_second * self.per_item * facts.duration / shown
+        step = self.positions_per_second * self.per_item * facts.duration / self._frames(clips)
         return tuple(math.floor(number * step) for number in range(len(clips)))
+
+    def _frames(self, clips: list[Clip]) -> int:
+        """Number of frames of the items, without those that repeat the last one."""
+        return (len(clips) - 1) * self.per_item + len(set(clips[-1].numbers))
 
     def sentence(self, facts: VideoFacts, clips: list[Clip]) -> str:
         """The text after a video."""

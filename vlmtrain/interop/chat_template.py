@@ -3,7 +3,8 @@
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     {"role": "user", "content": "<image>\\nWhat is this?"}
 
-Both are the same turn: images and text keep their order, with a newline between an image and its neighbors.
+Both are the same turn: images and text keep their order, with a newline between an image and its neighbors. For
+classes that take videos, ``{"type": "video"}`` and ``<video>`` stand for videos in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerBase
 
 from ..data.processor import Processor
-from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
+from ..data.records import IMAGE_MARK, VIDEO_MARK, BadSample, Conversation, Turn
 from ..data.rendering import Renderer
 from ..data.templates import chat_template
 from ..visual import MediaPlan, Placement
@@ -31,9 +32,9 @@ _TYPED = """\
 {%- else -%}
 {%- set typed.text = '' -%}{%- set typed.before = '' -%}
 {%- for item in message.content -%}
-{%- set now = 'image' if item.type in ('image', 'image_url') else 'text' -%}
-{%- if typed.before and 'image' in (now, typed.before) -%}{%- set typed.text = typed.text + '\\n' -%}{%- endif -%}
-{%- set typed.text = typed.text + ('IMAGE' if now == 'image' else item.text) -%}
+{%- set now = KINDS.get(item.type) -%}
+{%- if not loop.first and (now or typed.before) -%}{%- set typed.text = typed.text + '\\n' -%}{%- endif -%}
+{%- set typed.text = typed.text + (now or item.text) -%}
 {%- set typed.before = now -%}
 {%- endfor -%}
 {%- endif -%}
@@ -76,40 +77,71 @@ _PLAIN = (
 )
 
 
+class _Shown(NamedTuple):
+    """What an export writes for an image or a video: a token, and texts around it."""
+
+    token: str
+    before: str = ""
+    after: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.before + self.token + self.after
+
+
 class Speech(NamedTuple):
-    """Rendering of an export: a tokenizer with an image token, the id of that token, and the chat template."""
+    """Rendering of an export: a tokenizer with an image token, the id of that token, and the chat template.
+
+    video_id: of the video token, for classes that take videos.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     image_id: int
     template: str
+    video_id: int | None = None
+
+    @property
+    def media_ids(self) -> list[int]:
+        """The ids of the tokens that stand for images and videos."""
+        return [self.image_id] if self.video_id is None else [self.image_id, self.video_id]
 
 
-def typed_speech(processor: Processor, token: str = IMAGE_MARK) -> Speech:
+def typed_speech(
+    processor: Processor, token: str = IMAGE_MARK, video: str | None = None, framed_video: bool = True
+) -> Speech:
     """Tokenizer and template of `processor` for Hugging Face processors that expand image tokens in the text.
 
-    The tokenizer itself adds no special tokens: the template writes all of them. token: the image token. The
-    tokenizer's own template is kept if it writes this token for images. Raises ValueError if no candidate template
-    gives the same token ids.
+    The tokenizer itself adds no special tokens: the template writes all of them. token: the image token. video: the
+    video token, for classes that take videos. framed_video: whether the template writes the tokens around it, as around
+    images, and not the processor. The tokenizer's own template is kept if it writes these tokens. Raises
+    ValueError if no candidate template gives the same token ids.
     """
     renderer, frame = processor.renderer, _frame(processor)
-    tokenizer = _with_image_token(renderer.tokenizer, token)
+    marks = {IMAGE_MARK: _Shown(token, *frame)}
+    if video is not None:
+        marks[VIDEO_MARK] = _Shown(video, *frame) if framed_video else _Shown(video)
+    tokenizer = _with_media_tokens(renderer.tokenizer, *(shown.token for shown in marks.values()))
     _add_nothing(tokenizer)
     own = tokenizer.chat_template
     if renderer.template == "chat" and isinstance(own, str) and token != IMAGE_MARK and token in own:
-        speech = Speech(tokenizer, tokenizer.convert_tokens_to_ids(token), own)
-        if _difference(renderer, speech, token, frame, (_exact_message,)) is None:
+        if not framed_video:
+            own = own.replace(frame[0] + video + frame[1], video)
+        speech = _speech(tokenizer, own, marks)
+        if _difference(renderer, speech, marks, (_exact_message,)) is None:
+            tokenizer.chat_template = own
             return speech
     inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
     before, spacings = "", ("", _SPACING)
     if renderer.pictures_first:
         before, spacings = _PICTURES, (_MARKS_OUT,)
         inner += [each.replace("{{ bos_token }}", "{{ bos_token + ' ' }}") for each in inner]
-    templates = [_marked(before + _TYPED.replace("SPACING", each)) + end for end, each in product(inner, spacings)]
-    if token != IMAGE_MARK or any(frame):
-        shown = json.dumps(frame[0] + token + frame[1], ensure_ascii=False)
-        end = f"{{% endset %}}{{{{ framed | replace('{IMAGE_MARK}', {shown}) }}}}"
-        templates = ["{% set framed %}" + each + end for each in templates]
-    return _chosen(renderer, tokenizer, templates, token, frame)
+    typed = [_typed(each, video is not None) for each in spacings]
+    templates = [_marked(before) + each + end for end, each in product(inner, typed)]
+    if any(shown.text != mark for mark, shown in marks.items()):
+        texts = {mark: json.dumps(shown.text, ensure_ascii=False) for mark, shown in marks.items()}
+        framed = "".join(f" | replace('{mark}', {text})" for mark, text in texts.items())
+        templates = ["{% set framed %}" + each + f"{{% endset %}}{{{{ framed{framed} }}}}" for each in templates]
+    return _chosen(renderer, tokenizer, templates, marks)
 
 
 def spoken_words(processor: Processor) -> Speech:
@@ -120,7 +152,7 @@ def spoken_words(processor: Processor) -> Speech:
     renderer = processor.renderer
     if not renderer.pictures_first:
         raise ValueError(f"template={renderer.template} does not put images before the text: use template=blip")
-    tokenizer = _with_image_token(renderer.tokenizer, IMAGE_MARK)
+    tokenizer = _with_media_tokens(renderer.tokenizer, IMAGE_MARK)
     _add_nothing(tokenizer)
     words = _inner_template(renderer, processor.fallback).replace("{{ bos_token }}", "")
     if tokenizer.bos_token is not None:
@@ -128,8 +160,8 @@ def spoken_words(processor: Processor) -> Speech:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             f"{start[0]} $A", f"{start[0]} $A $B", [start]
         )
-    template = _marked(_TYPED.replace("SPACING", _MARKS_OUT)) + words
-    return _chosen(renderer, tokenizer, [template], IMAGE_MARK, _frame(processor), pictures_put=True)
+    marks = {IMAGE_MARK: _Shown(IMAGE_MARK, *_frame(processor))}
+    return _chosen(renderer, tokenizer, [_typed(_MARKS_OUT) + words], marks, pictures_put=True)
 
 
 def _frame(processor: Processor) -> tuple[str, str]:
@@ -140,10 +172,25 @@ def _marked(template: str) -> str:
     return template.replace("IMAGE", IMAGE_MARK)
 
 
-def _with_image_token(tokenizer: PreTrainedTokenizerBase, token: str) -> PreTrainedTokenizerBase:
+def _typed(spacing: str, videos: bool = False) -> str:
+    """The template that makes strings of typed content. spacing: template code about white space next to marks."""
+    kinds = {"image": IMAGE_MARK, "image_url": IMAGE_MARK}
+    if videos:
+        kinds |= {"video": VIDEO_MARK, "video_url": VIDEO_MARK}
+        spacing += spacing.replace("IMAGE", VIDEO_MARK)
+    return _marked(_TYPED.replace("SPACING", spacing).replace("KINDS", str(kinds)))
+
+
+def _speech(tokenizer: PreTrainedTokenizerBase, template: str, marks: Mapping[str, _Shown]) -> Speech:
+    image, *video = tokenizer.convert_tokens_to_ids([shown.token for shown in marks.values()])
+    return Speech(tokenizer, image, template, *video)
+
+
+def _with_media_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> PreTrainedTokenizerBase:
     tokenizer = copy.deepcopy(tokenizer)
-    if token not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    if new := [token for token in tokens if token not in tokenizer.get_vocab()]:
+        added = [AddedToken(token, special=True, normalized=False) for token in new]
+        tokenizer.add_tokens(added, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for generation
@@ -154,15 +201,14 @@ def _chosen(
     renderer: Renderer,
     tokenizer: PreTrainedTokenizerBase,
     templates: list[str],
-    token: str,
-    frame: tuple[str, str],
+    marks: Mapping[str, _Shown],
     pictures_put: bool = False,
 ) -> Speech:
     """Return the first template that gives the same token ids as the renderer. Raises ValueError if none does."""
-    image_id, differing = tokenizer.convert_tokens_to_ids(token), ""
+    differing = ""
     for template in templates:
-        speech = Speech(tokenizer, image_id, template)
-        found = _difference(renderer, speech, token, frame, pictures_put=pictures_put)
+        speech = _speech(tokenizer, template, marks)
+        found = _difference(renderer, speech, marks, pictures_put=pictures_put)
         if found is None:
             tokenizer.chat_template = template
             return speech
@@ -225,18 +271,17 @@ def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
 def _difference(
     renderer: Renderer,
     speech: Speech,
-    token: str,
-    frame: tuple[str, str],
+    marks: Mapping[str, _Shown],
     messages: Sequence[Callable[[Turn], dict]] | None = None,
     pictures_put: bool = False,
 ) -> str | None:
     """Describe the first difference between the ids of messages and the renderer's; None if they are equal.
 
-    token, frame: the image token and the texts around it. messages: how a turn becomes a message; by default with
+    marks: the marks in a turn and what is written for them. messages: how a turn becomes a message; by default with
     plain and with typed content. pictures_put: whether a processor puts the image tokens before the others.
     """
-    before, after = frame
-    for turns in _conversations(renderer):
+    for turns, (mark, (token, before, after)) in product(_conversations(renderer), marks.items()):
+        token_id = speech.tokenizer.convert_tokens_to_ids(token)
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
             asked = Conversation("export", turns, (None,) * images)
@@ -244,21 +289,30 @@ def _difference(
             wanted = renderer.prompt(asked, MediaPlan((), tuple(places)))
         except BadSample:  # the template may not support a system turn, or only one exchange
             continue
-        expected = wanted.input_ids.masked_fill(wanted.index >= 0, speech.image_id).tolist()
+        expected = wanted.input_ids.masked_fill(wanted.index >= 0, token_id).tolist()
         for message_of in messages or (_string_message, _typed_message):
             text = speech.tokenizer.apply_chat_template(
-                [message_of(turn) for turn in turns],
+                [_showing(message_of(turn), mark) for turn in turns],
                 chat_template=speech.template,
                 add_generation_prompt=True,
                 tokenize=False,
             ).replace(token, token * 3)
-            found = [speech.image_id] * (3 * images if pictures_put else 0) + speech.tokenizer(text).input_ids
+            found = [token_id] * (3 * images if pictures_put else 0) + speech.tokenizer(text).input_ids
             if found != expected:
                 alike = min(len(found), len(expected))
                 start = next((i for i in range(alike) if found[i] != expected[i]), max(0, alike - 4))
                 shown = (speech.tokenizer.decode(ids[start : start + 8]) for ids in (found, expected))
                 return "got {!r}, expected {!r}".format(*shown)
     return None
+
+
+def _showing(message: dict, mark: str) -> dict:
+    """The message with other media in the place of its images."""
+    if mark == IMAGE_MARK:
+        return message
+    if isinstance(message["content"], str):
+        return message | {"content": message["content"].replace(IMAGE_MARK, mark)}
+    return message | {"content": [{"type": "video"} if "text" not in item else item for item in message["content"]]}
 
 
 def _string_message(turn: Turn) -> dict:

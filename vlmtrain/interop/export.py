@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor
 
 from ..batch import Batch
 from ..connectors.qformer import QFormer
-from ..data.images import ImageInMemory
 from ..data.processor import Processor
-from ..data.records import IMAGE_MARK, Conversation, Turn
+from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn, VideoSource
+from ..data.video import FrameSequence
 from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
 from ..model.fusion import Concatenation
@@ -24,9 +22,10 @@ from ..model.vision.native import NativeVision
 from ..reporting.card import write_export_card
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
-from .llava import Exported, as_llava
+from .llava import Exported, as_llava, shows_videos
 from .native import as_native
 from .native_parity import compare_native
+from .probes import noise
 
 FORMATS = ("hf", "llava", "blip2", "native", "vlmtrain")
 
@@ -43,10 +42,10 @@ class Export(NamedTuple):
 def export(source: Path, out: Path, form: str = "hf") -> Export:
     """Export the model folder `source` to `out`.
 
-    form: ``llava`` is the class of LLaVA-1.5 or LLaVA-NeXT, ``blip2`` that of BLIP-2 or InstructBLIP, and ``native``
-    that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, which transformers loads without vlmtrain; ``vlmtrain`` is a
-    class that ``import vlmtrain`` registers; ``hf`` is the first of them that fits. Raises ValueError with the reason
-    if the form does not fit.
+    form: ``llava`` is the class of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, ``blip2`` that of BLIP-2 or InstructBLIP,
+    and ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, which transformers loads without vlmtrain;
+    ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the first of them that fits. Raises ValueError
+    with the reason if the form does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -99,38 +98,39 @@ def _kind(model: VLMWrapper) -> str:
 
 @torch.no_grad()
 def compare_logits(exported: Exported, model: VLMWrapper, processor: Processor) -> float:
-    """Difference of the logits for a question about an image. Raises DoesNotFit if it is more than rounding."""
-    dtype = next(exported.model.parameters()).dtype
-    batch = _probe(processor)
-    batch = batch.to(torch.device("cpu"), dtype)
-    expected = model(batch)
-    found = _hf_logits(exported, batch)[..., : expected.shape[-1]]
-    difference = relative_difference(found, expected)
-    if not difference <= tolerance(dtype):
-        raise DoesNotFit(
-            f"{type(exported.model).__name__} gives different logits from {type(model.llm).__name__} with the same "
-            f"weights (by {difference:.1g} relative to the largest): only one of them scales or caps them"
-        )
-    return difference
+    """The largest difference of the logits for questions about an image, and about images and a video if supported.
 
-
-def _probe(processor: Processor) -> Batch:
-    """A question about a noise image whose aspect ratio differs from the encoder's."""
+    Raises DoesNotFit if it is more than rounding.
+    """
+    dtype, worst = next(exported.model.parameters()).dtype, 0.0
     height, width = processor.geometry.size
-    pixels = torch.randint(0, 256, (height, width + width // 2, 3), generator=torch.Generator().manual_seed(0))
-    encoded = BytesIO()
-    Image.fromarray(pixels.to(torch.uint8).numpy()).save(encoded, "PNG")
-    image = ImageInMemory(encoded.getvalue(), "probe")
-    question = Turn("user", f"{IMAGE_MARK}\nWhat is this?")
-    return processor.collate([processor.prompt(Conversation("probe", (question,), (image,)))])
+    image = noise((height, width + width // 2))
+    probes: list[tuple[ImageSource | VideoSource, ...]] = [(image,)]
+    if exported.model.config.model_type == "llava_onevision" and shows_videos(processor.geometry):
+        probes.append((image, FrameSequence((noise((height, width)),) * 2, 1.0), image))
+    for media in probes:
+        question = Turn("user", f"{IMAGE_MARK}\n" * len(media) + "What is this?")
+        batch = processor.collate([processor.prompt(Conversation("probe", (question,), media))])
+        batch = batch.to(torch.device("cpu"), dtype)
+        expected = model(batch)
+        found = _hf_logits(exported, batch)[..., : expected.shape[-1]]
+        difference = relative_difference(found, expected)
+        if not difference <= tolerance(dtype):
+            raise DoesNotFit(
+                f"{type(exported.model).__name__} gives different logits from {type(model.llm).__name__} with the same "
+                f"weights (by {difference:.1g} relative to the largest): only one of them scales or caps them"
+            )
+        worst = max(worst, difference)
+    return worst
 
 
 def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
     """Logits ``(B, T, V)`` of a Hugging Face model for one of our batches with images."""
-    visual, pixels = batch.visual, batch.visual.pixels[0]
+    visual, pixels, config = batch.visual, batch.visual.pixels[0], exported.model.config
     cuts = [placement.tiles for placement in visual.placements if placement.tiles]
     options: dict = {"pixel_values": pixels}
-    if exported.model.config.model_type == "vlmtrain":
+    ids = batch.input_ids.masked_fill(visual.mask, config.image_token_id)
+    if config.model_type == "vlmtrain":
         if cuts:
             options["image_cuts"] = torch.tensor(cuts)
         if not isinstance(pixels, Tensor):  # one image of its own size
@@ -142,8 +142,16 @@ def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
     elif visual.texts is not None:
         options |= {"qformer_input_ids": visual.texts.ids, "qformer_attention_mask": visual.texts.mask.long()}
     elif cuts:
-        items = pixels.split([tiles.views for tiles in cuts])
-        options["pixel_values"] = torch.nn.utils.rnn.pad_sequence(list(items), batch_first=True)
+        shown = list(zip(visual.placements, pixels.split([len(each.items) for each in visual.placements])))
+        images, videos = (
+            [views for place, views in shown if (place.frames is not None) == moves] for moves in (False, True)
+        )
+        options["pixel_values"] = torch.nn.utils.rnn.pad_sequence(images, batch_first=True)
         options["image_sizes"] = torch.tensor([(tiles.height, tiles.width) for tiles in cuts])
-    ids = batch.input_ids.masked_fill(visual.mask, exported.model.config.image_token_id)
+        if config.model_type == "llava_onevision":
+            options["batch_num_images"] = [len(images)]
+        if videos:
+            options["pixel_values_videos"] = torch.stack(videos)
+            moving = torch.tensor([*(place.frames is not None for place in visual.placements), False])
+            ids = ids.masked_fill(moving[visual.index], config.video_token_id)  # the last one is for text, index -1
     return exported.model(input_ids=ids, use_cache=False, **options).logits

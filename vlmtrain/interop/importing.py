@@ -50,10 +50,10 @@ def import_model(
 ) -> Import:
     """Convert `source` to a model folder at `out` that ``init_from`` accepts.
 
-    source: a folder or Hub ID of Hugging Face with a LLaVA-1.5, LLaVA-NeXT, BLIP-2, InstructBLIP, Qwen2-VL, Qwen2.5-VL,
-    Qwen3-VL or HunyuanOCR, or a single projector (an original LLaVA ``mm_projector.bin``, InternVL's ``mlp1``,
-    nanoVLM's ``MP``; torch or safetensors), which requires `llm`, and `vision` unless the ``config.json`` next to it
-    names the encoder.
+    source: a folder or Hub ID of Hugging Face with a LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, BLIP-2, InstructBLIP,
+    Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, or a single projector (an original LLaVA ``mm_projector.bin``,
+    InternVL's ``mlp1``, nanoVLM's ``MP``; torch or safetensors), which requires `llm`, and `vision` unless the
+    ``config.json`` next to it names the encoder.
     template: one of vlmtrain's, if the source's cannot be trained on. image_fit: replaces the source's. Raises
     ValueError with the file, the tensor and what was expected.
     """

@@ -1,51 +1,94 @@
-"""Import of LLaVA-1.5 and LLaVA-NeXT from Hugging Face."""
+"""Import of LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision from Hugging Face."""
 
 from __future__ import annotations
 
+import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from ..connectors.layers import ACTIVATIONS
 from ..data.geometry import Geometry
 from ..data.processor import Processor
+from ..data.records import IMAGE_MARK, Conversation, Turn
 from ..model import VLMWrapper
 from ..model.joining import JoiningConnector
 from ..model.parts import make_connector
 from ..model.vision import HFVision, VisionEncoder
+from ..visual import MediaPlan
 from .export import compare_logits
 from .fitting import filled
-from .llava import Exported
-from .preparation import check_pixels, fit_of
+from .llava import ONEVISION_VIDEO, Exported
+from .preparation import check_pixels, fit_of, read_video_preparation
 from .source import Source, processor_of
 
-MODEL_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+logger = logging.getLogger(__name__)
+
+MODEL_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+_TILED = {"llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision"}
 DTYPE = "auto"
 
 
 def check(folder: Path, config, fit: str | None) -> None:
-    """Raise ValueError if a LLaVA-NeXT is to be imported with another image fit than its own."""
-    if config.model_type == "llava_next" and fit not in (None, "tiles"):
-        raise ValueError(f"--image-fit {fit}: {folder} is a LLaVA-NeXT, which supports only tiles")
+    """Raise ValueError if a model that cuts images into tiles is to be imported with another image fit."""
+    if config.model_type in _TILED and fit not in (None, "tiles"):
+        raise ValueError(f"--image-fit {fit}: {folder} is a {_TILED[config.model_type]}, which supports only tiles")
 
 
 def read(source: Source) -> tuple[VLMWrapper, Processor]:
     """The model and the processor of a source, which share its tensors."""
     vision, llm = _encoder(source.folder, source.model, source.look), _language_model(source.model)
     model = VLMWrapper(vision, _connector(source.folder, source.model, vision, llm), llm).eval()
-    is_next = source.config.model_type == "llava_next"
-    grids = _tile_grids(source.folder, source.config, vision) if is_next else ()
+    is_tiled = source.config.model_type in _TILED
+    grids = _tile_grids(source.folder, source.config, vision) if is_tiled else ()
     geometry = fixed_geometry(model, source.fit or ("tiles" if grids else fit_of(source.preparation)), grids)
+    if source.config.model_type == "llava_onevision":
+        most = _tiles_most(source.folder, source.config)
+        video = replace(ONEVISION_VIDEO, tokens=geometry.tokens, grid=geometry.grid)
+        geometry = replace(geometry, tiles_most=most, tiles_alone=True, video=video)
     processor = processor_of(source.folder, source.tokenizer, geometry, llm, source.template)
     if source.fit is None:
         check_pixels(source.preparation_file, source.preparation, geometry)
+        if geometry.video is not None:
+            _check_video(source.folder, geometry)
     return model, processor
+
+
+def _warn_of_prompts(source: Source, processor: Processor) -> None:
+    """Warn if prompts are not those of the source's processor, whose published template treats images apart."""
+    told = AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    expected = told.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    question = Conversation("probe", (Turn("user", f"{IMAGE_MARK}\nWhat is this?"),), (None,))
+    prompt = processor.renderer.prompt(question, MediaPlan.of_slots(1))
+    ids = prompt.input_ids.masked_fill(prompt.index >= 0, source.config.image_token_id)
+    if ids.tolist() != told.tokenizer(expected).input_ids:
+        found = told.tokenizer.decode(ids)
+        logger.warning("%s: its processor makes the prompt %r, but training makes %r", source.folder, expected, found)
+
+
+def _check_video(folder: Path, geometry: Geometry) -> None:
+    """Raise ValueError unless frames are prepared as by the source's processor, which must not choose them."""
+    file, preparation = read_video_preparation(folder)
+    if preparation.do_sample_frames:
+        raise ValueError(
+            f"{file}: do_sample_frames=true, expected false, with which video.sampling=interval shows frames"
+        )
+    check_pixels(file, preparation, geometry)
 
 
 def compare(source: Source, model: VLMWrapper, processor: Processor) -> float:
     """Difference of the logits from the source's. Raises DoesNotFit if it is more than rounding."""
+    if source.config.model_type == "llava_onevision" and source.template is None:
+        _warn_of_prompts(source, processor)
     return compare_logits(Exported(source.model, None, ()), model, processor)
 
 
@@ -112,7 +155,7 @@ def _connector(folder: Path, source: PreTrainedModel, vision: VisionEncoder, llm
         )
     connector = make_connector(name, vision, llm, options, first.dtype)
     connector.load_published(state)
-    if source.config.model_type != "llava_next":
+    if source.config.model_type not in _TILED:
         return connector
     tiled = JoiningConnector(connector).to(first.dtype)
     tiled.newline.data.copy_(source.model.image_newline.detach())
@@ -127,3 +170,13 @@ def _tile_grids(folder: Path, config, vision: VisionEncoder) -> tuple[tuple[int,
             f"encoder's {side} pixels"
         )
     return tuple((height // side, width // side) for height, width in config.image_grid_pinpoints)
+
+
+def _tiles_most(folder: Path, config) -> int:
+    """The largest number of tiles whose tokens an image keeps."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", config.vision_aspect_ratio)
+    if found is None:
+        raise ValueError(
+            f"{folder / 'config.json'}: vision_aspect_ratio={config.vision_aspect_ratio}, expected anyres_max_N"
+        )
+    return int(found[1])

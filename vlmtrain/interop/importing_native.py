@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..connectors import Connector
+from ..data.frame_sampling import QWEN_LEAST
 from ..data.geometry import Geometry
 from ..data.processor import Processor
+from ..data.video_plan import VideoPlan
 from ..errors import first_line
 from ..model import VLMWrapper
 from ..model.parts import make_connector
@@ -21,6 +24,7 @@ from .fitting import filled
 from .llava import Exported
 from .native_families import FAMILIES, Family
 from .native_parity import compare_native
+from .preparation import read_video_preparation
 from .source import Source, processor_of
 
 MODEL_CLASSES = {kind: family.model_class for kind, family in FAMILIES.items()}
@@ -50,9 +54,28 @@ def read(source: Source) -> tuple[VLMWrapper, Processor]:
     model = VLMWrapper(vision, _connector(source.model, vision, llm, family), llm).eval()
     frame = tuple(_token(source, key) for key in family.frame)
     limits = source.preparation.size.shortest_edge, source.preparation.size.longest_edge
-    geometry = native_geometry(vision, model.connector, limits, frame)
+    geometry = native_geometry(vision, model.connector, limits, frame, _video_plan(source, family, vision))
     return model, processor_of(
         source.folder, source.tokenizer, geometry, llm, source.template, positions=family.positions
+    )
+
+
+def _video_plan(source: Source, family: Family, vision: NativeVision) -> VideoPlan | None:
+    """How the source's processor shows videos. Raises ValueError for settings that are not supported."""
+    if family.video is None:
+        return None
+    file, told = read_video_preparation(source.folder)
+    for key, expected in (("min_frames", QWEN_LEAST), ("resample", 3), ("cap_pixels_per_frame", False)):
+        if (got := getattr(told, key)) not in (expected, None):
+            raise ValueError(f"{file}: {key}={got}, expected {expected}")
+    limits = {name: (told.size.shortest_edge, told.size.longest_edge) for name in ("pixels", "pixels_total")}
+    return replace(
+        family.video,
+        fps=None if told.num_frames else told.fps or family.video.fps,
+        frames=told.num_frames or told.max_frames,
+        **{name: pixels for name, pixels in limits.items() if getattr(family.video, name)},
+        positions_per_second=getattr(source.config.vision_config, "tokens_per_second", None),
+        per_item=vision.frames_per_item,
     )
 
 
@@ -77,13 +100,19 @@ def _hf_processor(source: Source) -> ProcessorMixin:
     except Exception as error:  # transformers raises anything for files of a wrong kind
         raise ValueError(f"{source.folder} has no valid processor: {first_line(error)}") from None
     processor.image_processor = source.preparation
+    if FAMILIES[source.config.model_type].video is not None:
+        processor.video_processor.cap_pixels_per_frame = False  # as by default, but without a warning
     return processor
 
 
 def native_geometry(
-    vision: NativeVision, connector: Connector, image_pixels: tuple[int, int], frame: tuple[str, str]
+    vision: NativeVision,
+    connector: Connector,
+    image_pixels: tuple[int, int],
+    frame: tuple[str, str],
+    video: VideoPlan | None,
 ) -> Geometry:
-    """The geometry of a model for images of their own sizes."""
+    """The geometry of a model for images and videos of their own sizes."""
     counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
     tokens, grid, framed_grid = (count(*vision.grid) for count in counts)
     return Geometry(
@@ -99,6 +128,7 @@ def native_geometry(
         connector=connector.config,
         framed_grid=framed_grid,
         frame=frame,
+        video=video,
     )
 
 

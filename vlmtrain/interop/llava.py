@@ -1,4 +1,4 @@
-"""Export to Hugging Face's LLaVA-1.5 and LLaVA-NeXT classes."""
+"""Export to Hugging Face's LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision classes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedModel,
     ProcessorMixin,
@@ -27,8 +32,10 @@ from ..connectors.layers import ACTIVATIONS
 from ..connectors.mlp import MLP
 from ..data.geometry import Geometry
 from ..data.processor import Processor
-from ..data.records import IMAGE_MARK
+from ..data.records import IMAGE_MARK, VIDEO_MARK
 from ..data.tile_styles import TILE_STYLES
+from ..data.video_plan import VideoPlan
+from ..frames import Joining
 from ..model import VLMWrapper
 from ..model.joining import JoiningConnector
 from .chat_template import Speech, typed_speech
@@ -41,6 +48,15 @@ ROUNDING = (
 )
 
 
+_CLASSES = {
+    "llava": (LlavaForConditionalGeneration, LlavaConfig, LlavaProcessor),
+    "llava_next": (LlavaNextForConditionalGeneration, LlavaNextConfig, LlavaNextProcessor),
+    "llava_onevision": (LlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig, LlavaOnevisionProcessor),
+}
+ONEVISION_VIDEO = VideoPlan(fps=1.0, frames=32, fit="squash", joining=Joining("bilinear", 2, "video"))
+"""How LLaVA-OneVision shows videos (published code); which frames, transformers leaves to its caller."""
+
+
 class Exported(NamedTuple):
     """A model and its processor as Hugging Face classes, and how they deviate from vlmtrain."""
 
@@ -51,58 +67,72 @@ class Exported(NamedTuple):
 
 @torch.no_grad()
 def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
-    """Convert to LlavaForConditionalGeneration, or to LlavaNextForConditionalGeneration if images are tiled.
+    """Convert to LlavaForConditionalGeneration, or if images are tiled to the class of LLaVA-NeXT or LLaVA-OneVision.
 
     Unchanged tensors are shared. Raises DoesNotFit for parts that these classes do not support.
     """
-    tiled = processor.geometry.fit == "tiles"
-    if tiled and not TILE_STYLES[style := processor.geometry.tile_style].newline:
-        raise DoesNotFit(f"image_tile_style={style}: LLaVA-NeXT's class puts a newline after each row of tiles")
+    geometry = processor.geometry
+    kind = _kind(geometry)
     connector = model.connector.connector if isinstance(model.connector, JoiningConnector) else model.connector
     projector, activation = _projector(connector)
-    (tower, prefix), speech = as_hf_tower(model.vision), typed_speech(processor)
+    tower, prefix = as_hf_tower(model.vision)
+    speech = typed_speech(processor, video=VIDEO_MARK if kind == "llava_onevision" else None)
     if prefix > 1:
         raise DoesNotFit(
             f"the encoder has {prefix} prefix tokens: LLaVA's classes drop at most one, and would treat registers as "
             "patches"
         )
-    text_config, language = language_state(model.llm, speech.image_id)
-    image_processor, remarks = _image_processor(processor.geometry)
+    text_config, language = language_state(model.llm, max(speech.media_ids))
+    image_processor, remarks = _image_processor(geometry)
     strategy = "default" if prefix else "full"
     options = {
         "vision_config": tower.config,
         "text_config": text_config,
         "image_token_index": speech.image_id,
-        "image_seq_length": processor.geometry.tokens,
         "projector_hidden_act": activation,
         "vision_feature_layer": model.vision.layer,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": text_config.tie_word_embeddings,
     }
+    parts, told = [image_processor, speech.tokenizer], {"chat_template": speech.template}
+    told["vision_feature_select_strategy"] = strategy
     state = {
         **{f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()},
         **{f"model.multi_modal_projector.{name}": tensor for name, tensor in projector.items()},
         **language,
     }
-    if tiled:
-        model_class = LlavaNextForConditionalGeneration
-        config = LlavaNextConfig(**options, image_grid_pinpoints=image_processor.image_grid_pinpoints)
+    if kind != "llava":
+        options["image_grid_pinpoints"] = image_processor.image_grid_pinpoints
         state["model.image_newline"] = model.connector.newline.detach()
+    if kind == "llava_onevision":
+        aspect = {"vision_aspect_ratio": f"anyres_max_{geometry.tiles_most}"}
+        options |= {**aspect, "video_token_index": speech.video_id}
+        parts.append(_video_processor(geometry))
+        told |= {**aspect, "num_image_tokens": geometry.tokens + prefix}
+        remarks = (*remarks, _video_remark(geometry))
     else:
-        model_class, config = LlavaForConditionalGeneration, LlavaConfig(**options)
-    exported = filled(model_class, config, state, next(model.llm.parameters()).dtype)
+        options["image_seq_length"] = geometry.tokens
+        told |= {"patch_size": model.vision.patch_size[0], "num_additional_image_tokens": prefix}
+        told["image_token"] = IMAGE_MARK
+    model_class, config_class, processor_class = _CLASSES[kind]
+    exported = filled(model_class, config_class(**options), state, next(model.llm.parameters()).dtype)
     exported.generation_config = generation_settings(processor, speech)
-    processor_class = LlavaNextProcessor if tiled else LlavaProcessor
-    hf_processor = processor_class(
-        image_processor,
-        speech.tokenizer,
-        patch_size=model.vision.patch_size[0],
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=prefix,
-        chat_template=speech.template,
-        image_token=IMAGE_MARK,
-    )
-    return Exported(exported, hf_processor, remarks)
+    return Exported(exported, processor_class(*parts, **told), remarks)
+
+
+def _kind(geometry: Geometry) -> str:
+    """The ``model_type`` of the class that shows images in the same way. Raises DoesNotFit if none does."""
+    if geometry.fit != "tiles":
+        return "llava"
+    if not TILE_STYLES[geometry.tile_style].newline:
+        raise DoesNotFit(
+            f"image_tile_style={geometry.tile_style}: LLaVA-NeXT's class puts a newline after each row of tiles"
+        )
+    if bool(geometry.tiles_most) != geometry.tiles_alone:
+        raise DoesNotFit(
+            "LLaVA-NeXT's class supports neither image_tiles_most nor image_tiles_alone, LLaVA-OneVision's only both"
+        )
+    return "llava_onevision" if geometry.tiles_alone else "llava_next"
 
 
 def _projector(connector: nn.Module) -> tuple[dict[str, Tensor], str]:
@@ -170,7 +200,7 @@ def generation_settings(processor: Processor, speech: Speech) -> GenerationConfi
         eos_token_id=processor.renderer.stop_ids,
         bos_token_id=speech.tokenizer.bos_token_id,
         pad_token_id=speech.tokenizer.pad_token_id,
-        suppress_tokens=[speech.image_id],
+        suppress_tokens=speech.media_ids,
     )
 
 
@@ -188,8 +218,29 @@ def _image_processor(geometry: Geometry):
     if geometry.fit == "native":
         raise DoesNotFit("image_fit=native: LLaVA's classes take images of one size")
     if geometry.fit == "tiles":
-        if geometry.tiles_most or geometry.tiles_alone:
-            raise DoesNotFit("LLaVA-NeXT's class does not support image_tiles_most and image_tiles_alone")
         pinpoints = [[rows * side, columns * side] for rows, columns in geometry.tile_grids]
+        if geometry.tiles_alone:
+            return LlavaOnevisionImageProcessorPil(**options, size=square, image_grid_pinpoints=pinpoints), remarks
         return LlavaNextImageProcessorPil(**cropping, image_grid_pinpoints=pinpoints), remarks
     return LlavaImageProcessorPil(**options, size=square, do_center_crop=False, do_pad=True), remarks
+
+
+def shows_videos(geometry: Geometry) -> bool:
+    """Whether the class of LLaVA-OneVision shows the frames of videos as a geometry does."""
+    plan = geometry.video
+    same = {name: getattr(ONEVISION_VIDEO, name) for name in ("fit", "joining", "timestamps", "frame_tokens")}
+    return plan is not None and all(getattr(plan, name) == value for name, value in same.items())
+
+
+def _video_processor(geometry: Geometry) -> LlavaOnevisionVideoProcessor:
+    height, width = geometry.size
+    look = {"image_mean": list(geometry.mean), "image_std": list(geometry.std), "resample": 3}
+    return LlavaOnevisionVideoProcessor(**look, size={"height": height, "width": width})
+
+
+def _video_remark(geometry: Geometry) -> str:
+    if not shows_videos(geometry):
+        return "videos: transformers pools frames bilinearly, with stride 2 and one newline per video, unlike training"
+    plan = geometry.video
+    rate = "" if plan.fps is None else f"{plan.fps:g} per second, "
+    return f"videos: transformers shows all frames that it is given; training showed {rate}at most {plan.frames}"

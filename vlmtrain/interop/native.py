@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import transformers
-from tokenizers import AddedToken
 from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from ..connectors.published import published_state
+from ..data.frame_sampling import QWEN_LEAST
 from ..data.geometry import Geometry
 from ..data.processor import Processor
 from ..model import VLMWrapper
@@ -50,8 +50,12 @@ def as_native(model: VLMWrapper, processor: Processor) -> Exported:
         "images: transformers resizes them with torchvision, whose rounding differs by one gray level for some pixels; "
         "processor.image_processor = AutoImageProcessor.from_pretrained(OUT_DIR, backend='pil') resizes as in training"
     ]
-    if family.videos_class:
-        remarks.append("videos: the limits of the source's video processor are not kept; those of its class apply")
+    if family.video is not None:
+        plan = processor.geometry.video
+        if difference := family.video_difference(plan):
+            remarks.append(f"videos: the class shows them as {kind} does, unlike training, which has {difference}")
+        elif plan.token_budget is not None:
+            remarks.append(f"videos: the class does not limit them to video.token_budget={plan.token_budget} tokens")
     return Exported(exported, _processor(model.vision, processor.geometry, family, speech), tuple(remarks))
 
 
@@ -95,14 +99,17 @@ def _config(
     text_class, vision_class = (getattr(each, "config_class", each) for each in (text_class, vision_class))
     values = {key: value for key, value in values.items() if key != "model_type"}
     vision = {**facts(model.vision.config), family.width_key: text.hidden_size}
+    plan = processor.geometry.video
+    if "tokens_per_second" in vision and plan is not None and plan.positions_per_second:
+        vision["tokens_per_second"] = int(plan.positions_per_second)
     if "deepstack_visual_indexes" in vision:
         vision["deepstack_visual_indexes"] = [
             block_index(level, model.vision.num_blocks) for level in model.vision.levels[: model.connector.num_levels]
         ]
     ids = {"image_token_id": speech.image_id}
     ids |= dict(zip(family.frame, speech.tokenizer.convert_tokens_to_ids(list(processor.geometry.frame))))
-    if family.video_token:
-        ids["video_token_id"] = speech.tokenizer.convert_tokens_to_ids(family.video_token)
+    if family.video is not None:
+        ids["video_token_id"] = speech.video_id
     return config_class(
         text_config=text_class(**values, rope_parameters=rope).to_dict(),
         vision_config=vision_class(**vision).to_dict(),
@@ -114,14 +121,13 @@ def _config(
 def _speech(processor: Processor, family: Family) -> Speech:
     """The tokenizer, with the tokens that the class's processor looks for, and the chat template."""
     token = getattr(processor.tokenizer, "image_token", None) or family.image_token
-    speech = typed_speech(processor, token)
-    tokenizer, names = speech.tokenizer, ("image_token", "image_start_token", "image_end_token")
-    if family.video_token and family.video_token not in tokenizer.get_vocab():
-        added = AddedToken(family.video_token, special=True, normalized=False)
-        tokenizer.add_tokens([added], special_tokens=True)
-    if not family.video_token:  # its processor reads the tokens from the tokenizer
-        tokenizer._set_model_specific_special_tokens(dict(zip(names, (token, *processor.geometry.frame))))
-    return speech
+    if family.video is None:
+        speech, names = typed_speech(processor, token), ("image_token", "image_start_token", "image_end_token")
+        # its processor reads the tokens from the tokenizer
+        speech.tokenizer._set_model_specific_special_tokens(dict(zip(names, (token, *processor.geometry.frame))))
+        return speech
+    video = getattr(processor.tokenizer, "video_token", None) or family.video_token
+    return typed_speech(processor, token, video, framed_video=family.video.timestamps != "frame")
 
 
 def _processor(vision: VisionEncoder, geometry: Geometry, family: Family, speech: Speech) -> ProcessorMixin:
@@ -132,6 +138,11 @@ def _processor(vision: VisionEncoder, geometry: Geometry, family: Family, speech
     limits = {"shortest_edge": least, "longest_edge": most}
     images = getattr(transformers, family.images_class)(**shape, **look, size=limits)
     parts = [images, speech.tokenizer]
-    if family.videos_class:
-        parts.append(getattr(transformers, family.videos_class)(**shape, **look))
+    if family.video is not None:
+        plan = geometry.video if family.video_difference(geometry.video) is None else family.video
+        least, most = plan.pixels or plan.pixels_total
+        frames = {"fps": plan.fps, "max_frames": plan.frames} if plan.fps else {"num_frames": plan.frames}
+        frames |= {"min_frames": QWEN_LEAST, "do_sample_frames": True, "cap_pixels_per_frame": False}
+        limits = {"shortest_edge": least, "longest_edge": most}
+        parts.append(getattr(transformers, family.videos_class)(**shape, **look, **frames, size=limits))
     return getattr(transformers, family.processor_class)(*parts, chat_template=speech.template)

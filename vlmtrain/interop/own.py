@@ -280,6 +280,7 @@ class VLMTrainProcessor(ProcessorMixin):
         images: object = None,
         text: str | Sequence[str] | None = None,
         instructions: Sequence[str] | None = None,
+        videos: object = None,
         padding: bool = True,
         return_tensors: str = "pt",
         **options,
@@ -287,8 +288,10 @@ class VLMTrainProcessor(ProcessorMixin):
         """Prepare texts whose image tokens stand for `images` (PIL images or paths of files), in their order.
 
         instructions: for a connector that reads text, the user's text about each image. Raises ValueError if the
-        numbers of image tokens, images and instructions do not match.
+        numbers of image tokens, images and instructions do not match, and for videos, which are not supported.
         """
+        if videos is not None:
+            raise ValueError("videos: VLMTrainForConditionalGeneration takes only images; use vlmtrain's VLMWrapper")
         geometry = Geometry(**{key: as_tuple(value) for key, value in self.geometry.items()})
         geometry = replace(geometry, frame=("", ""))  # a frame is in the text already
         loaded = [_opened(image) for image in _flat(images)]

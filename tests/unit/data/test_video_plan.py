@@ -84,7 +84,7 @@ def test_seconds_without_the_last_frame_equals_transformers(count, rate):
 
 
 @pytest.mark.parametrize("size", [(720, 1280), (480, 270), (100, 2000), (64, 64)])
-@pytest.mark.parametrize("frames", [2, 8, 64, 768])
+@pytest.mark.parametrize("frames", [2, 3, 5, 8, 64, 767, 768])
 def test_sizes_of_frames_equal_qwen3_vls(size, frames):
     limits = (4 * 32 * 32 * 2, 16384 * 32 * 32 * 2)
     expected = smart_resize_video(
