@@ -39,12 +39,14 @@ FPS = 8
 BEATS = 8
 FRAMES_PER_BEAT = (2, 3, 4)
 """Numbers of frames from one beat to the next, drawn with equal probability."""
-RADIUS = (0.105, 0.12)
+RADIUS = (0.1, 0.112)
 """Smallest and largest radius of a shape, as fractions of the side of a frame."""
 SPAN = 0.22
 """Length of a motion, as a fraction of the side of a frame."""
 MARGIN = (0.13, 0.15)
 """Smallest and largest distance of a motion from the west or north of its cell."""
+HUES = tuple(color for color in COLORS if any((color, shape) in HELD_OUT for shape in SHAPES))
+"""The colors of shapes, each of which has one held-out pair, so all are equally frequent in all splits."""
 RANKS = ("first", "second", "last")
 DESCRIBE = "Describe the video."
 
@@ -186,7 +188,7 @@ SCENES = {
 def _cast(rng: random.Random, number: int, held_out: bool) -> tuple[list[tuple[str, str]], list[int]]:
     """Different colors with different shapes, and a cell for each. Only the first pair may be held out."""
     while True:
-        pairs = list(zip(rng.sample(list(COLORS), number), rng.sample(SHAPES, number)))
+        pairs = list(zip(rng.sample(HUES, number), rng.sample(SHAPES, number)))
         if [pair in HELD_OUT for pair in pairs] == [held_out, *[False] * (number - 1)]:
             return pairs, rng.sample(range(len(PLACES)), number)
 
