@@ -194,13 +194,19 @@ class Probes:
             exchanges, opening = ((DESCRIBE, scene.caption),), IMAGE_MARK
         else:
             exchanges, opening = scene.questions, scene.caption if self.split == "text" else IMAGE_MARK
-        turns = []
-        for question, answer in exchanges:
-            text = question if turns else f"{opening}\n{question}"
-            turns += [Turn("user", text), Turn("assistant", answer, Grading(category))]
+        turns = exchanges_to_turns(opening, exchanges, category)
         pixels, side = pixels_of(key, self.image_size, self.sides)
         picture = ProbePicture(items=scene.items, pixels=pixels, side=side, writing=scene.writing)
-        return Conversation(f"{self.split}-{index}", tuple(turns), () if self.split == "text" else (picture,))
+        return Conversation(f"{self.split}-{index}", turns, () if self.split == "text" else (picture,))
+
+
+def exchanges_to_turns(opening: str, exchanges: Sequence[tuple[str, str]], category: str) -> tuple[Turn, ...]:
+    """The turns of questions and answers of one category, with an opening before the first question."""
+    turns = []
+    for question, answer in exchanges:
+        text = question if turns else f"{opening}\n{question}"
+        turns += [Turn("user", text), Turn("assistant", answer, Grading(category))]
+    return tuple(turns)
 
 
 def _place_scene(rng: random.Random, level: Level, held_out: bool, attribute: str, question: str) -> Scene:

@@ -13,11 +13,21 @@ import numpy as np
 from torch.utils.data import Subset
 
 from ..errors import first_line
-from ..settings.data import DataSource, HFSource, LlavaJSONSource, ProbesSource, RecordSource, ShapesSource, Split
-from . import probes, shapes
+from ..settings.data import (
+    DataSource,
+    HFSource,
+    LlavaJSONSource,
+    MotionSource,
+    ProbesSource,
+    RecordSource,
+    ShapesSource,
+    Split,
+)
+from . import motion, probes, shapes
 from .images import EncodedImage
 from .llava import open_llava
 from .mixture import Concatenation, Mixture
+from .motion import Motion
 from .probes import Probes
 from .records import BadSample, Source, Stream, check_conversation
 from .shapes import Shapes
@@ -85,12 +95,17 @@ def _open_probes(source: ProbesSource, image_size: tuple[int, int], seed: int) -
     return Probes(source.split, source.size, min(image_size), seed, *own)
 
 
+def _open_motion(source: MotionSource, image_size: tuple[int, int], seed: int) -> Source:
+    return Motion(source.split, source.size, min(image_size), seed)
+
+
 _OPENERS: dict[type[DataSource], Callable[..., Source]] = {
     LlavaJSONSource: _open_llava,
     HFSource: _open_hf,
     RecordSource: _open_webdataset,
     ShapesSource: _open_shapes,
     ProbesSource: _open_probes,
+    MotionSource: _open_motion,
 }
 
 
@@ -104,7 +119,8 @@ def _reading(source: RecordSource) -> dict:
 
 def vocabulary(format: str) -> tuple[str, ...]:
     """The vocabulary of a format of generated data; that of the shapes for all other data."""
-    return probes.VOCABULARY if format == "probes" else shapes.VOCABULARY
+    own = {"probes": probes.VOCABULARY, "motion": motion.VOCABULARY}
+    return own.get(format, shapes.VOCABULARY)
 
 
 def _counts(opened: Mapping[str, Source], sources: Mapping[str, DataSource]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import ClassVar
 
+from ..data import motion
 from ..data.hf_dataset import COLUMNS
 from ..data.probes import CATEGORIES, LEVELS
 from ..data.shapes import SPLITS
@@ -98,6 +99,14 @@ class ProbesSource(ShapesSource):
     categories: tuple[str, ...] = key(_SOME, CATEGORIES)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MotionSource(DataSource):
+    """Generated videos of shapes that move, appear and disappear."""
+
+    size: int = key(_COUNT)  # number of conversations
+    split: str = key(one_of(*motion.SPLITS))  # what they are about
+
+
 OWN_KEYS = ("format", "weight", "samples", "loss_weight", "path", "size", "streaming", "shuffle_buffer")
 """Keys that only a source has, not the group."""
 FORMATS: dict[str, type[DataSource]] = {
@@ -106,6 +115,7 @@ FORMATS: dict[str, type[DataSource]] = {
     "webdataset": RecordSource,
     "shapes": ShapesSource,
     "probes": ProbesSource,
+    "motion": MotionSource,
 }
 
 
