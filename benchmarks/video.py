@@ -3,9 +3,9 @@
     python benchmarks/video.py                                  # trains the model, or reads the finished one
     python benchmarks/video.py --questions 2000 stages.instruct.max_steps=4000
 
-A model is trained from scratch on `data=motion` with `vlmtrain.train`, whose overrides may be given. It then answers the
-same questions about videos as they are; about one frame, drawn at random and shown as often as a video has frames; about
-the same frames in a random order; and without a video.
+A model is trained from scratch on `data=motion` with `vlmtrain.train`, whose overrides may be given. It then answers
+the same questions about videos as they are; about one frame, drawn at random and shown as often as a video has frames;
+about the same frames in a random order; and without a video.
 """
 
 from __future__ import annotations
