@@ -88,6 +88,10 @@ class MediaPlan(NamedTuple):
         numbered = groupby(enumerate(self.placements), key=lambda each: each[1].medium)
         return [list(placements) for _, placements in numbered]
 
+    def is_video(self, number: int) -> bool:
+        """Whether placement `number` is of a video."""
+        return bool(self.items[self.placements[number].items[0]].times)
+
     def first(self, count: int) -> MediaPlan:
         """The plan of the first `count` placements."""
         kept = self.placements[:count]

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, run
+from tests.media import draw_frames
 from vlmtrain.cli import _parse
 from vlmtrain.settings import compose
 from vlmtrain.settings.composition import REGISTRIES, load_modules
@@ -60,6 +61,7 @@ PLACES = (
     (r"VALIDATION\.json|(?<=data\.validation=)FILE", "validation.json"),
     (r"IMAGES|(?<=data\.images=)DIR", "pictures"),
     (r"(?<=--image )(FILE|new\.png)", "pictures/red.png"),
+    (r"(?<=--video )FILE", "frames"),
     (r"runs/quickstart-my_connector/instruct/model", "own/instruct/model"),
     (r"runs/quickstart-mlp/instruct/model|MODEL_DIR", "model"),
     (r"image\.png", "pictures/red.png"),
@@ -161,6 +163,7 @@ def home(tmp_path_factory, llava_files, tokenizer) -> Path:
     (folder / "pictures").symlink_to(llava_files["images"])
     for name in ("align", "instruct", "validation"):
         (folder / f"{name}.json").symlink_to(llava_files[name])
+    draw_frames(folder / "frames", 4)
     write_own(folder)
     for name in ("launch", "configs"):
         (folder / name).symlink_to(ROOT / name)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.integration.model_parity import Case, build
+from tests.media import draw_frames
 from vlmtrain.cli import main
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendering import Renderer
+from vlmtrain.data.video import VideoFolder
+from vlmtrain.data.video_plan import VideoPlan
 from vlmtrain.evaluation import web
 from vlmtrain.evaluation.chat import Chat, Pieces
 from vlmtrain.model import VLMWrapper
@@ -97,6 +102,72 @@ def test_half_a_character_waits_for_the_rest(tokenizer):
         stream.put(torch.tensor([token]))
     stream.end()
     assert pieces == ["a", " é", "…"]
+
+
+# videos
+
+
+@pytest.fixture(scope="module")
+def moving(home) -> Path:
+    """A model folder whose model is shown up to four frames of a video, one per second."""
+    shutil.copytree(home / "model", home / "moving")
+    processor = Processor.from_pretrained(home / "model")
+    geometry = processor.geometry
+    plan = VideoPlan(frames=4, fit="squash", tokens=geometry.tokens, grid=geometry.grid)
+    processor.geometry = replace(geometry, video=plan)
+    processor.save_pretrained(home / "moving")
+    draw_frames(home / "frames", 8)
+    return home
+
+
+@pytest.mark.parametrize(
+    "fps, frames",
+    [
+        (["--frames-fps", "1"], (0, 2, 4, 7)),
+        ([], (0, 2, 4, 6)),
+        (["--frames-fps", "4"], (0, 4)),
+    ],
+)
+def test_a_video_is_shown_as_its_frames_in_the_order_of_the_line(moving, monkeypatch, capsys, fps, frames):
+    """A frame per second, or evenly spaced ones if these are more than four."""
+    shown = ["--video", str(moving / "frames"), "--image", str(moving / "one.png")]
+    line = [str(moving / "moving"), "--prompt", "What?", *shown, *fps]
+    images = [*(f"frames/{number}.png" for number in frames), "one.png"]
+    expected = greedy(moving, [f"{'<image>' * len(frames)}\n<image>\nWhat?"], images)
+    assert talk(monkeypatch, capsys, line) == (0, expected + "\n", "")
+
+
+def test_a_video_in_a_chat(moving, monkeypatch, capsys):
+    (moving / "broken").mkdir(exist_ok=True)
+    (moving / "broken" / "0.png").write_bytes(b"words")
+    lines = f"/video {moving / 'none.mp4'}\n/video\n/video {moving / 'broken'}\n/video {moving / 'frames'}\nWhat?\n\n"
+    status, out, _ = talk(monkeypatch, capsys, [str(moving / "moving")], lines.encode())
+    for said in ("none.mp4 does not exist", "/video: expected a file name", "0.png is not an image"):
+        assert said in out
+    video = VideoFolder(".", 2, outside=True).read(str(moving / "frames"), "", "x")
+    chat = Chat(VLMWrapper.from_pretrained(moving / "moving"), Processor.from_pretrained(moving / "moving"), [video])
+    assert status == 0 and chat.say("What?", NEW) in out
+
+
+@pytest.mark.parametrize(
+    "model, line, said",
+    [
+        ("moving", ["--video", "none.mp4"], "video none.mp4 does not exist"),
+        ("moving", ["--video", "words.mp4"], "video words.mp4 cannot be decoded"),
+        ("moving", ["--video", "empty"], "the folder of frames 'empty' has no images"),
+        ("moving", ["--video", "https://example.org/a.mp4"], "is a URL; videos are not downloaded"),
+        ("moving", ["--video", "frames", "--frames-fps", "0"], "--frames-fps 0.0: expected a positive number"),
+        ("model", ["--video", "frames"], "the model has no settings for videos"),
+        ("moving", ["--web", "--video", "frames"], "--web takes images and questions on its page"),
+    ],
+)
+def test_a_video_that_cannot_be_shown_is_named(moving, monkeypatch, capsys, model, line, said):
+    monkeypatch.chdir(moving)
+    (moving / "empty").mkdir(exist_ok=True)
+    (moving / "words.mp4").write_text("words")
+    asked = [] if "--web" in line else ["--prompt", "What?"]
+    status, out, err = talk(monkeypatch, capsys, [str(moving / model), *line, *asked])
+    assert (status, out) == (2, "") and said in err and err.count("\n") == 1
 
 
 # the command

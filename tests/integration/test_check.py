@@ -66,7 +66,7 @@ DEFECTS: dict[str, tuple[dict | bytes, str]] = {
     "two questions": (talk(human("What?"), human("And?"), gpt("red")), "turns must alternate"),
     "late system turn": (talk(human("a"), {"from": "system", "value": "b"}, gpt("c")), "turns must alternate"),
     "no object": (b'"What? red"', "expected an object, got str"),
-    "no conversations": ({}, "expected 'conversations', or 'question' and 'answer', or 'caption'; got 'id'"),
+    "no conversations": ({}, "or 'dialogues', or 'question' and 'answer', or 'caption'; got 'id'"),
     "empty conversations": (talk(), "'conversations' must be a non-empty list, got []"),
     "text for conversations": ({"conversations": "What?"}, "'conversations' is a string, but not JSON"),
     "number for text": (talk(human("What?"), {"from": "gpt", "value": 7}), "'value' must be a string, got 7"),

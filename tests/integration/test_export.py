@@ -204,7 +204,7 @@ def test_the_own_processor_accepts_files(own_class, pictures):
     assert rendered["pixel_values"].equal(expected)
     with pytest.raises(ValueError, match=r"none\.png does not exist"):
         theirs("none.png", text)
-    with pytest.raises(ValueError, match="videos: VLMTrainForConditionalGeneration takes only images"):
+    with pytest.raises(ValueError, match="accepts images, not videos"):
         theirs(text=text, videos=[[Image.open(file)]])
     with pytest.raises(ValueError, match="images: got a Tensor, expected PIL images or paths") as error:
         theirs(torch.zeros(3, 8, 8), text)

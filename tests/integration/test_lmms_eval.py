@@ -23,6 +23,7 @@ from lmms_eval.tasks import TaskManager
 
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.data.sources import build_source
+from vlmtrain.data.video import VideoFolder
 from vlmtrain.distributed.world import World
 from vlmtrain.evaluation import Chat
 from vlmtrain.evaluation.lmms_eval import Benchmarks
@@ -36,6 +37,7 @@ from vlmtrain.training.assembly import build_parts, build_tokenizer
 from vlmtrain.training.processing import build_processor
 
 from ..conftest import train
+from ..media import draw_frames
 
 COLORS = {"red": (220, 40, 40), "blue": (40, 90, 230), "green": (40, 160, 70)}
 DOCUMENTS = [
@@ -150,6 +152,54 @@ def own_task(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def video_task(tmp_path_factory) -> Path:
+    """The YAML file of a task about videos, whose documents have paths."""
+    folder = tmp_path_factory.mktemp("videos")
+    documents = [
+        {"video": str(draw_frames(folder / str(frames), frames)), "question": f"What is {frames}?", "answer": "red"}
+        for frames in (3, 9, 6)
+    ]
+    (folder / "data.json").write_text(json.dumps(documents))
+    (folder / "utils.py").write_text(
+        "def visual(doc):\n    return [doc['video']]\n\n"
+        "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n\n"
+        "def score(doc, results):\n    return {'said': float(len(results[0]))}\n"
+    )
+    file = folder / "own_videos.yaml"
+    file.write_text(
+        f"task: own_videos\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'data.json'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_visual: !function utils.visual\n"
+        "doc_to_text: !function utils.text\ndoc_to_target: answer\nprocess_results: !function utils.score\n"
+        "generation_kwargs: {max_new_tokens: 4, do_sample: false}\nmetric_list:\n"
+        "  - {metric: said, aggregation: mean, higher_is_better: true}\n"
+    )
+    return file
+
+
+def test_a_task_of_videos(folder, video_task):
+    live = Model(folder)
+    found = evaluated(Model.of(live.model, live.processor, batch_size=2), video_task)
+    for sample in found["samples"]["own_videos"]:
+        path, question = sample["doc"]["video"], sample["doc"]["question"]
+        chat = Chat(live.model, live.processor, [VideoFolder(".", outside=True).read(path, path, "x")])
+        assert sample["filtered_resps"][0] == chat.say(question, max_new_tokens=4)
+
+
+def test_media_are_paths_and_images(folder, tmp_path):
+    """Marks stand where the task put them; a nested list is flattened; audio is refused."""
+    model, image = Model(folder), Image.new("RGB", (60, 40))
+    image.save(tmp_path / "one.png")
+    frames = str(draw_frames(tmp_path / "frames", 3))
+    shown = [[image, frames], str(tmp_path / "one.png")]
+    model.task_dict = {"own": {"test": [{"shown": shown}, {"shown": [{"array": [0.0], "sampling_rate": 16000}]}]}}
+    asked = model._conversation("What is in <video>?", lambda document: document["shown"], 0, "own", "test")
+    assert asked.turns[0].text == "<image>\n<image>\nWhat is in <image>?"
+    assert [type(medium).__name__ for medium in asked.media] == ["Picture", "FrameSequence", "ImageOnDisk"]
+    with pytest.raises(ValueError, match="accept images and videos, got dict from the task"):
+        model._conversation("What?", lambda document: document["shown"], 1, "own", "test")
+
+
 def probes():
     data = read_data({"format": "probes", "validation": {"split": "validation", "size": 12}})
     return build_source(data.split("validation"), (48, 48), 0)
@@ -158,7 +208,7 @@ def probes():
 def evaluated(model: Model, task: Path) -> dict:
     """Evaluate with lmms-eval's own evaluator, without the Hub."""
     manager = TaskManager("ERROR", include_path=str(task.parent), include_defaults=False)
-    return simple_evaluate(model=model, tasks=["own_probes"], task_manager=manager, batch_size=4, bootstrap_iters=0)
+    return simple_evaluate(model=model, tasks=[task.stem], task_manager=manager, batch_size=4, bootstrap_iters=0)
 
 
 def test_a_custom_task_runs_on_a_model_in_memory(folder, own_task):

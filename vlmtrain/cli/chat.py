@@ -1,4 +1,4 @@
-"""``vlmtrain chat``: chat with a model about an image."""
+"""``vlmtrain chat``: chat with a model about images and videos."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from .common import take_modules
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
+    shown = {"action": "append", "dest": "media", "default": [], "metavar": "FILE"}  # in the order of the line
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="may be repeated; - reads standard input"
+        "--image", type=lambda file: ("image", file), **shown, help="may be repeated; - reads standard input"
+    )
+    parser.add_argument(
+        "--video", type=lambda file: ("video", file), **shown, help="or a folder of frames; may be repeated"
+    )
+    parser.add_argument(
+        "--frames-fps", type=float, default=2.0, metavar="RATE", help="frames per second of a folder (default: 2)"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="ask this question and exit; without it, chat")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
@@ -30,20 +37,20 @@ def run(options: argparse.Namespace) -> None:
     from ..model import VLMWrapper
     from ..model.folder import check_answers
 
-    pictures = _pictures(options)
+    media = _media(options)
     if options.web and not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port}: expected 0 (any free port) to {2**16 - 1}")
     check_answers(options.model)
     processor = Processor.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chat = Chat(VLMWrapper.from_pretrained(options.model).to(device), processor, pictures)
+    chat = Chat(VLMWrapper.from_pretrained(options.model).to(device), processor, media)
     if options.web:
         from ..evaluation.web import serve
 
         serve(chat, options.port, options.max_new_tokens)
         return
-    if not pictures:
-        sys.stderr.write("no --image: the model answers from the text alone\n")
+    if not media:
+        sys.stderr.write("no --image or --video: the model answers from the text alone\n")
     if options.prompt is not None and options.json:
         answer = chat.say(options.prompt, options.max_new_tokens)
         print(json.dumps({"prompt": options.prompt, "answer": answer}, ensure_ascii=False))
@@ -51,29 +58,43 @@ def run(options: argparse.Namespace) -> None:
     if options.prompt is not None:
         _answer(chat, options.prompt, options.max_new_tokens)
         return
-    print("Ask about the image. /image FILE adds an image; an empty line quits.")
+    print("Ask a question. /image FILE and /video FILE add an image or a video; an empty line quits.")
     while words := _ask():
+        command, _, file = words.partition(" ")
         try:
-            if words == "/image":
-                raise ValueError("/image: expected a file name")
-            if words.startswith("/image "):
-                chat.show(words.removeprefix("/image ").strip())
+            if command in ("/image", "/video") and not file:
+                raise ValueError(f"{command}: expected a file name")
+            if command in ("/image", "/video"):
+                chat.show(_medium(command[1:], file.strip(), options.frames_fps))
             else:
                 _answer(chat, words, options.max_new_tokens)
         except ValueError as error:  # the conversation continues without it
             print(error)
 
 
-def _pictures(options: argparse.Namespace) -> list:
-    """Images of the options. Raises ValueError if standard input is requested twice or is needed for questions."""
+def _media(options: argparse.Namespace) -> list:
+    """Images and videos of the options. Raises ValueError if standard input is read twice or needed for questions."""
     from ..data.images import ImageInMemory
 
-    if options.web and (options.image or options.prompt is not None):
-        raise ValueError("--web takes images and questions on its page: omit --image and --prompt")
-    count = options.image.count("-")
+    if options.web and (options.media or options.prompt is not None):
+        raise ValueError("--web takes images and questions on its page: omit --image, --video and --prompt")
+    if not 0 < options.frames_fps < float("inf"):
+        raise ValueError(f"--frames-fps {options.frames_fps}: expected a positive number")
+    count = options.media.count(("image", "-"))
     if count and (count > 1 or options.prompt is None or sys.stdin.isatty()):
         raise ValueError("--image - reads one image from standard input (< FILE) and needs --prompt for the question")
-    return [ImageInMemory(sys.stdin.buffer.read(), "standard input") if i == "-" else i for i in options.image]
+    return [
+        ImageInMemory(sys.stdin.buffer.read(), "standard input")
+        if (kind, file) == ("image", "-")
+        else _medium(kind, file, options.frames_fps)
+        for kind, file in options.media
+    ]
+
+
+def _medium(kind: str, file: str, frames_fps: float):
+    from ..data.video import VideoFolder
+
+    return file if kind == "image" else VideoFolder(".", frames_fps, outside=True).read(file, file, "chat")
 
 
 def _answer(chat, words: str, max_new_tokens: int) -> None:

@@ -148,8 +148,10 @@ def _print_sources(result: dict) -> None:
                 ("  samples", f"{report['samples']:,} ({report['text_only']:,} text-only, "
                               f"{report['duplicates']:,} duplicates)"),
                 ("  images", f"{report['images']:,}"),
+                *([("  videos", f"{report['videos']:,} ({report['frames']:,} frames)")] if report["videos"] else []),
                 ("  answers", f"{report['answers']:,}"),
                 ("  tokens", f"{report['tokens']:,} ({report['image_tokens']:,} of images, "
+                             + (f"{report['video_tokens']:,} of videos, " if report["videos"] else "") +
                              f"{report['target_tokens']:,} trained on)"),
                 ("  problems", f"{len(report['problems']):,}"),
                 *([("  boxes", f"{report['boxes']:,} ({report['boxes_kept'] / report['boxes']:.1%} have an IoU of at "
@@ -158,11 +160,15 @@ def _print_sources(result: dict) -> None:
                 *([("  not read", ", ".join(report["unused"]))] if report["unused"] else []),
             ], indent=2, numbers=False)
         )  # fmt: skip
-        for title, key in (("tokens per sample", "length"), ("image tokens per sample", "image_tokens_each")):
+        for title, key, histogram in (
+            ("tokens per sample", "length", "length_histogram"),
+            ("image tokens per sample", "image_tokens_each", "image_tokens_histogram"),
+            ("video tokens per sample", "video_tokens_each", "video_tokens_histogram"),
+        ):
             if report[key]:
                 spread = ", ".join(f"{which} {value:g}" for which, value in report[key].items())
                 print(f"    {title}: {spread}")
-                bins = report["length_histogram" if key == "length" else "image_tokens_histogram"]
+                bins = report[histogram]
                 for line in text_histogram(bins) if len(bins) > 1 else ():
                     print(f"      {line}")
         for problem in report["problems"][:MAX_PROBLEMS]:

@@ -34,6 +34,9 @@ class Reading(NamedTuple):
     length: int = 0
     images: int = 0
     image_tokens: int = 0
+    videos: int = 0
+    frames: int = 0
+    video_tokens: int = 0
     target_tokens: int = 0
     answers: int = 0
     content: bytes = b""
@@ -47,11 +50,11 @@ class Reading(NamedTuple):
 class SourceReport:
     """Totals of a source, the distribution of its lengths, and all problems.
 
-    length, image_tokens_each: shortest, median and longest; histograms: (from, to, samples); duplicates: samples
-    with the same text and images as an earlier one; bad_records: indices of the records with problems. unused: keys
-    and columns that were not read, with the number of samples that have them; repaired: samples whose turns were
-    dropped or joined. boxes_kept: boxes that still have an IoU of at least 0.5 when their text is read, which is the
-    highest accuracy that a model can reach.
+    frames: number of frames that the videos show. length, image_tokens_each, video_tokens_each: shortest, median and
+    longest; histograms: (from, to, samples); duplicates: samples with the same text and media as an earlier one;
+    bad_records: indices of the records with problems. unused: keys and columns that were not read, with the number of
+    samples that have them; repaired: samples whose turns were dropped or joined. boxes_kept: boxes that still have an
+    IoU of at least 0.5 when their text is read, which is the highest accuracy that a model can reach.
     """
 
     records: int = 0
@@ -61,6 +64,9 @@ class SourceReport:
     answers: int = 0
     tokens: int = 0
     image_tokens: int = 0
+    videos: int = 0
+    frames: int = 0
+    video_tokens: int = 0
     target_tokens: int = 0
     duplicates: int = 0
     repaired: int = 0
@@ -71,6 +77,8 @@ class SourceReport:
     length_histogram: list[tuple[int, int, int]] = field(default_factory=list)
     image_tokens_each: dict[str, float] = field(default_factory=dict)
     image_tokens_histogram: list[tuple[int, int, int]] = field(default_factory=list)
+    video_tokens_each: dict[str, float] = field(default_factory=dict)
+    video_tokens_histogram: list[tuple[int, int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     bad_records: list[int] = field(default_factory=list)
 
@@ -93,18 +101,25 @@ class _Readings(Dataset):
             if self.held_out:
                 conversation = self.processor.renderer.showable(conversation)
             tokens = self.processor.render(conversation)
-            for picture in self.processor.decode(conversation):
-                content.update(picture.tobytes())
+            for image in self.processor.decode(conversation, tokens.media):
+                content.update(image.tobytes())
         except BadSample as error:
             return Reading(index, str(error))
         content.update(tokens.input_ids.numpy())
         places = [place for turn in conversation.turns for place in turn.grading.places if is_box(place)]
+        plan = tokens.media
+        slots = {False: 0, True: 0}  # by whether they are of a video
+        for number, placement in enumerate(plan.placements):
+            slots[plan.is_video(number)] += placement.slots
         return Reading(
             index,
             None,
             len(tokens),
-            len(conversation.media),
-            int((tokens.index >= 0).sum()),
+            len(conversation.images),
+            slots[False],
+            len(conversation.media) - len(conversation.images),
+            sum(len(item.times) for item in plan.items),
+            slots[True],
             int((tokens.weights > 0).sum()),
             len(tokens.answers),
             content.digest(),
@@ -118,14 +133,15 @@ class _Readings(Dataset):
 def check_data(
     mixture: Mixture, processor: Processor, workers: int, show_progress: bool, held_out: bool = False
 ) -> dict[str, SourceReport]:
-    """Render every record and decode its images, with `workers` additional processes (0: none).
+    """Render every record and decode its images and the frames that are shown of its videos.
 
-    held_out: read the records as validation does, not as training.
+    workers: number of additional processes. held_out: read the records as validation does, not as training.
     """
     reports = {name: SourceReport(records=len(source)) for name, source in mixture.sources.items()}
     names, starts = list(reports), [0, *accumulate(report.records for report in reports.values())]
     lengths: dict[str, Counter] = {name: Counter() for name in names}
     image_tokens: dict[str, Counter] = {name: Counter() for name in names}
+    video_tokens: dict[str, Counter] = {name: Counter() for name in names}
     seen: set[bytes] = set()
     for reading in _read_all(_Readings(mixture, processor, held_out), workers, show_progress):
         number = mixture.source_number(reading.index)
@@ -136,10 +152,13 @@ def check_data(
             continue
         report.samples += 1
         report.images += reading.images
-        report.text_only += reading.images == 0
+        report.videos += reading.videos
+        report.frames += reading.frames
+        report.text_only += reading.images == reading.videos == 0
         report.answers += reading.answers
         report.tokens += reading.length
         report.image_tokens += reading.image_tokens
+        report.video_tokens += reading.video_tokens
         report.target_tokens += reading.target_tokens
         report.duplicates += reading.content in seen
         report.repaired += reading.repaired
@@ -151,9 +170,12 @@ def check_data(
         lengths[name][reading.length] += 1
         if reading.images:
             image_tokens[name][reading.image_tokens] += 1
+        if reading.videos:
+            video_tokens[name][reading.video_tokens] += 1
     for name, report in reports.items():
         report.length, report.length_histogram = _spread(lengths[name])
         report.image_tokens_each, report.image_tokens_histogram = _spread(image_tokens[name])
+        report.video_tokens_each, report.video_tokens_histogram = _spread(video_tokens[name])
     return reports
 
 
@@ -207,7 +229,8 @@ def show_targets(tokens: Rendered, processor: Processor, color: bool) -> str:
     for (image, is_trained), run in groupby(positions, key=lambda position: position[1:]):
         ids = [token for token, *_ in run]
         if image >= 0:
-            out.append(f"[image: {len(ids)} tokens]")
+            kind = "video" if tokens.media.is_video(image) else "image"
+            out.append(f"[{kind}: {len(ids)} tokens]")
         else:
             text = processor.tokenizer.decode(ids)
             out.append(f"{start}{text}{end}" if is_trained else text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..visual import Item
@@ -25,8 +26,7 @@ def show_medium(
     if not is_video(medium):
         image = medium.load()
         return {encoder: show_items(image, items, mean, encoder) for encoder, mean in means.items()}
-    numbered = {float(time): number for number, time in enumerate(medium.probe().times)}
-    wanted = [[numbered[time] for time in item.times] for item in items]
+    wanted = _numbers(medium, items)
     of_frame = {number: item for item, numbers in zip(items, wanted) for number in numbers}
     shown: dict[int, dict[int, Tensor]] = {encoder: {} for encoder in means}
     numbers = sorted(of_frame)
@@ -37,6 +37,17 @@ def show_medium(
         encoder: [_clip([frames[number] for number in numbers]) for numbers in wanted]
         for encoder, frames in shown.items()
     }
+
+
+def decode_frames(video: VideoSource, items: Sequence[Item]) -> Iterator[Image.Image]:
+    """The frames that the `items` of a video show, each once and in order, at their own size. Raises BadSample."""
+    return video.frames(sorted({number for numbers in _numbers(video, items) for number in numbers}))
+
+
+def _numbers(video: VideoSource, items: Sequence[Item]) -> list[list[int]]:
+    """The numbers of the frames that each item shows."""
+    numbered = {float(time): number for number, time in enumerate(video.probe().times)}
+    return [[numbered[time] for time in item.times] for item in items]
 
 
 def _clip(frames: Sequence[Tensor]) -> Tensor:

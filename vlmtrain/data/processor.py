@@ -35,7 +35,7 @@ from .boxes import Writing, write_regions
 from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
-from .media import show_medium
+from .media import decode_frames, show_medium
 from .records import BadSample, Conversation, is_video
 from .rendered import IGNORE, Rendered, SampleLength
 from .rendering import RENDERING, Renderer
@@ -162,16 +162,19 @@ class Processor:
                 views[number] = self.geometry.map(images[number].size(), len(conversation.media))
         return write_regions(conversation, self.boxes, views.__getitem__)
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Render only the tokens, without decoding images. Raises BadSample, naming the conversation."""
+    def render(self, conversation: Conversation, plan: MediaPlan | None = None) -> Rendered:
+        """Render only the tokens, without decoding images. Raises BadSample, naming the conversation.
+
+        plan: of the media of a single dialogue; None for the one that fits it.
+        """
         if self.in_pairs and len(conversation.media) != 1:
             raise BadSample(f"{conversation.id}: {len(conversation.media)} images, expected one per text")
         if conversation.others:
             return self._tree(conversation)
         written = self.written(conversation)
-        return self.renderer.render(written, self._fitted(written))
+        return self.renderer.render(written, self.fitted(written) if plan is None else plan)
 
-    def _fitted(self, conversation: Conversation) -> MediaPlan:
+    def fitted(self, conversation: Conversation) -> MediaPlan:
         """The plan of a conversation, with fewer or smaller frames if its videos leave no room for its text."""
         plan, room = self.plan(conversation), None
         videos = [number for number, medium in enumerate(conversation.media) if is_video(medium)]
@@ -248,12 +251,22 @@ class Processor:
     def prompt(self, conversation: Conversation) -> Sample:
         """Render a conversation that ends with a user turn, up to the start of the answer."""
         written = self.written(conversation)
-        return self.load(written, self.renderer.prompt(written, self._fitted(written)))
+        return self.load(written, self.render_prompt(written))
 
-    def decode(self, conversation: Conversation) -> list[Image.Image]:
-        """Decode a conversation's images at their own size. Raises BadSample if one is missing or broken."""
+    def render_prompt(self, conversation: Conversation) -> Rendered:
+        """Render only the tokens of a prompt, without decoding images. Raises BadSample, naming the conversation."""
+        written = self.written(conversation)
+        return self.renderer.prompt(written, self.fitted(written))
+
+    def decode(self, conversation: Conversation, plan: MediaPlan) -> Iterator[Image.Image]:
+        """Decode a conversation's images and the frames that are shown of its videos, at their own size.
+
+        Raises BadSample if one is missing or broken.
+        """
         with _naming(conversation):
-            return [medium.load() for medium in conversation.images]
+            for number, medium in enumerate(conversation.media):
+                items = [item for item in plan.items if item.medium == number]
+                yield from decode_frames(medium, items) if is_video(medium) else [medium.load()]
 
     def chunks(self, items: int) -> int:
         """Number of chunks in which the encoder processes so many items."""

@@ -24,17 +24,18 @@ from ..settings.data import (
     Split,
 )
 from . import motion, probes, shapes
-from .images import EncodedImage
+from .encoded import Encoded
 from .llava import open_llava
 from .mixture import Concatenation, Mixture
 from .motion import Motion
 from .probes import Probes
-from .records import BadSample, Source, Stream, check_conversation
+from .records import BadSample, Source, Stream, check_conversation, is_video
 from .shapes import Shapes
-from .video import VideoFolder
+from .video import FrameSequence, VideoFolder
 
 LOOKED_AT = 20_000  # number of records of a source that are checked before training; `vlmtrain check` reads all
 STREAM_LOOKED_AT = 1_000  # of a stream, the first ones, since evenly spaced ones would require reading all
+VIDEOS_LOOKED_AT = 200  # number of videos that are checked before training, since all of their packets are read
 
 
 def build_source(split: Split, image_size: tuple[int, int], seed: int) -> Mixture:
@@ -169,8 +170,9 @@ def first_look(source: Source, limit: int = 1) -> FirstLook:
     """Check a source up to its bad record number `limit`; of a large source, evenly spaced records.
 
     Of a stream, the first records are checked. Images are not decoded if their first and last bytes are conclusive.
+    Videos are not decoded, and only the first ones are checked.
     """
-    problems, repaired, records = [], 0, 0
+    problems, repaired, records, videos = [], 0, 0, 0
     for index in _looked_at(source):
         name = f"record {index}"
         try:
@@ -178,9 +180,10 @@ def first_look(source: Source, limit: int = 1) -> FirstLook:
             name = conversation.id
             records, repaired = records + 1, repaired + conversation.repaired
             check_conversation(conversation)
-            for image in conversation.images:
-                if isinstance(image, EncodedImage):
-                    image.check()
+            for medium in conversation.media:
+                videos += is_video(medium)
+                if isinstance(medium, Encoded | FrameSequence) and not (is_video(medium) and videos > VIDEOS_LOOKED_AT):
+                    medium.check()
         except BadSample as error:
             problems.append(str(error) if name in str(error) else f"{name}: {error}")
             if len(problems) == limit:

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..data.images import ImageOnDisk
 from ..data.processor import Processor
-from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn
+from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn, VideoSource, is_video
 from ..data.rendering import Renderer
 from ..model import VLMWrapper
 from .generation import generate
@@ -21,26 +21,33 @@ CHARACTERS_PER_TOKEN = 100
 
 
 class Chat:
-    """A conversation with a model about images. It keeps the previous turns.
+    """A conversation with a model about images and videos. It keeps the previous turns.
 
-    images: paths, or objects with ``load() -> PIL.Image``, for the first question. Raises BadSample if one cannot be
-    read.
+    images: of the first question, as for `show`.
     """
 
-    def __init__(self, model: VLMWrapper, processor: Processor, images: Sequence[ImageSource | str | Path] = ()):
+    def __init__(
+        self, model: VLMWrapper, processor: Processor, images: Sequence[ImageSource | VideoSource | str | Path] = ()
+    ):
         self.model, self.processor = model, processor
-        self.images: tuple[ImageSource, ...] = ()
+        self.media: tuple[ImageSource | VideoSource, ...] = ()
         self.turns: tuple[Turn, ...] = ()
         for image in images:
             self.show(image)
         embeddings = model.llm.get_input_embeddings().weight
         self.device, self.dtype = embeddings.device, embeddings.dtype
 
-    def show(self, image: ImageSource | str | Path) -> None:
-        """Add an image to the next question. Raises BadSample if it cannot be read."""
-        source = ImageOnDisk(Path(image)) if isinstance(image, str | Path) else image
-        source.load()
-        self.images = (*self.images, source)
+    def show(self, medium: ImageSource | VideoSource | str | Path) -> None:
+        """Add an image, given by its path or as a source, or a video to the next question.
+
+        Raises BadSample if it cannot be read, or if the model does not accept videos.
+        """
+        source = ImageOnDisk(Path(medium)) if isinstance(medium, str | Path) else medium
+        if is_video(source):
+            self.processor.prompt(Conversation("chat", (Turn("user", IMAGE_MARK),), (source,)))
+        else:
+            source.load()
+        self.media = (*self.media, source)
 
     def say(self, words: str, max_new_tokens: int = 128, on_text: Callable[[str], None] | None = None) -> str:
         """The model's greedy answer to `words`, up to the template's end of turn.
@@ -49,7 +56,7 @@ class Chat:
         ValueError if the conversation is longer than the model's ``max_length``.
         """
         shown = sum(turn.text.count(IMAGE_MARK) for turn in self.turns if turn.role == "user")
-        words = "\n".join([*[IMAGE_MARK] * (len(self.images) - shown), words])
+        words = "\n".join([*[IMAGE_MARK] * (len(self.media) - shown), words])
         asked = (*self.turns, Turn("user", words))
         renderer = self.processor.renderer
         longest = renderer.max_length
@@ -58,7 +65,7 @@ class Chat:
             raise ValueError(
                 f"the conversation has {characters:,} characters: too many for max_length={longest} tokens"
             )
-        prompt = self.processor.prompt(Conversation("chat", asked, self.images))
+        prompt = self.processor.prompt(Conversation("chat", asked, self.media))
         if len(prompt.tokens) >= longest:
             raise ValueError(
                 f"the conversation has {len(prompt.tokens):,} tokens, but the model's max_length is {longest}"

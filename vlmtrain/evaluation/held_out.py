@@ -17,6 +17,7 @@ from ..data.processor import Processor, Sample
 from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendered import Rendered
 from ..data.sources import Source
+from ..visual import MediaPlan
 from .scores import Answer
 
 
@@ -93,15 +94,16 @@ class HeldOut(IterableDataset):
         for index in indices:
             try:
                 conversation = self._conversation(index)
-                sample = self.processor(conversation)
-                asked = dict(self._asked(index, conversation, sample.tokens)) if self.asks else {}
+                tokens = self.processor.render(conversation, self._plan(conversation))
+                sample = self.processor.load(conversation, tokens)
+                asked = dict(self._asked(index, conversation, tokens)) if self.asks else {}
                 offered = list(self._offered(conversation, sample, asked, len(kept)))
             except BadSample as error:
                 problems.append(str(error))
                 continue
             for turn in asked:
-                start = sample.tokens.answers[turn][0]
-                prompt = _without_pixels(sample.cut(sample.tokens.until(start)))
+                start = tokens.answers[turn][0]
+                prompt = _without_pixels(sample.cut(tokens.until(start)))
                 prompts.append(_Row(prompt, len(kept), turn, -1, start))
             kept.append(index)
             samples.append(sample)
@@ -114,6 +116,18 @@ class HeldOut(IterableDataset):
         rows = (self._rows(found, firsts) for found in (prompts, choices))
         return HeldOutBatch(kept, batch, questions, *rows, problems)
 
+    def _plan(self, conversation: Conversation) -> MediaPlan:
+        """What is shown of the media: the same with every choice, so there is room for the longest one."""
+
+        def tokens(text: str) -> int:
+            return len(self.processor.tokenizer(text).input_ids)
+
+        turns = (
+            replace(turn, text=max(turn.text, *turn.grading.choices, key=tokens)) if turn.grading.choices else turn
+            for turn in conversation.turns
+        )
+        return self.processor.fitted(replace(conversation, turns=tuple(turns)))
+
     def _asked(self, index: int, conversation: Conversation, tokens: Rendered) -> Iterator[tuple[int, Answer]]:
         for turn, answer in enumerate(questions_of(index, conversation)):
             # a conversation that is too long loses turns; text without an image under `plain` has no prompt
@@ -125,7 +139,9 @@ class HeldOut(IterableDataset):
     ) -> Iterator[_Row]:
         for turn, answer in asked.items():
             for choice, words in enumerate(answer.grading.choices):
-                tokens = self.processor.render(_answered(conversation, turn, words))
+                answered, plan = _answered(conversation, turn, words), sample.tokens.media
+                count = sum(placement.medium < len(answered.media) for placement in plan.placements)
+                tokens = self.processor.render(answered, plan.first(count))
                 yield _Row(_without_pixels(sample.cut(tokens)), number, turn, choice, tokens.answers[-1][0])
 
     def _rows(self, found: list[_Row], firsts: Sequence[int]) -> list[Rows]:

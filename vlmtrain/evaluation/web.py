@@ -9,7 +9,9 @@ from itertools import accumulate
 from queue import SimpleQueue
 from threading import Event
 
+from ..data.images import is_image_value
 from ..data.records import IMAGE_MARK
+from ..data.video import VideoFolder
 from .chat import Chat
 
 HOST = "127.0.0.1"  # everyone who can reach the page can use the model
@@ -34,16 +36,16 @@ def build_page(chat: Chat, max_new_tokens: int):
         import gradio
     except ModuleNotFoundError:
         raise ValueError("--web needs gradio: pip install -e '.[web]'") from None
-    worker = ThreadPoolExecutor(1)  # one answer at a time
+    worker, videos = ThreadPoolExecutor(1), VideoFolder(".", outside=True)  # one answer at a time
 
     def answer(message: dict, history: Sequence[dict], conversation: dict) -> Iterator[str]:
         """The answer as it grows. history: may be shorter than `conversation`, after an undo or a retry."""
         one = Chat(chat.model, chat.processor)
         one.turns = conversation.get("turns", ())[: 2 * sum(turn["role"] == "assistant" for turn in history)]
         shown = sum(turn.text.count(IMAGE_MARK) for turn in one.turns if turn.role == "user")
-        if chat.processor.renderer.template == "plain":  # supports a single exchange, about the latest image
+        if chat.processor.renderer.template == "plain":  # supports a single exchange, about the latest image or video
             shown = 0 if message["files"] else 1
-        one.images = conversation.get("images", ())[:shown]
+        one.media = conversation.get("media", ())[:shown]
         pieces, left = SimpleQueue(), Event()
 
         def on_text(piece: str) -> None:
@@ -55,7 +57,7 @@ def build_page(chat: Chat, max_new_tokens: int):
             if not message["text"].strip():
                 raise ValueError("expected a question")
             for file in message["files"]:
-                one.show(file)
+                one.show(file if is_image_value(file) else videos.read(file, file, "chat"))
             answered = worker.submit(one.say, message["text"], max_new_tokens, on_text)
             answered.add_done_callback(lambda _: pieces.put(None))
             yield from accumulate(iter(pieces.get, None))
@@ -64,9 +66,9 @@ def build_page(chat: Chat, max_new_tokens: int):
             raise gradio.Error(str(error), print_exception=False) from None
         finally:
             left.set()
-        conversation.update(turns=one.turns, images=one.images)
+        conversation.update(turns=one.turns, media=one.media)
 
-    box = gradio.MultimodalTextbox(file_types=["image"], file_count="multiple", placeholder="Ask about the image")
+    box = gradio.MultimodalTextbox(file_types=["image", "video"], file_count="multiple", placeholder="Ask")
     state = {"additional_inputs": [gradio.State({})], "additional_inputs_accordion": gradio.Accordion(visible=False)}
     options = {"multimodal": True, "title": "vlmtrain chat", "analytics_enabled": False}
     return gradio.ChatInterface(answer, textbox=box, **state, **options)

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -17,8 +20,11 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.images import ImageOnDisk, is_image_value
 from ..data.processor import Processor, Sample
-from ..data.records import IMAGE_MARK, Conversation, Turn
+from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn, VideoSource, is_video
+from ..data.rendered import Rendered
+from ..data.video import VideoFolder
 from ..evaluation.generation import generate, likelihoods
 from ..model import VLMWrapper
 
@@ -37,6 +43,13 @@ class Picture:
 
     def load(self) -> Image.Image:
         return self.image
+
+
+class _Prepared(NamedTuple):
+    """A rendered request, and what loads the sample with its images and videos."""
+
+    tokens: Rendered
+    load: Callable[[], Sample]
 
 
 class Model(lmms):
@@ -87,13 +100,14 @@ class Model(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         prompts = [
-            self.processor.prompt(self._conversation(*request.args[:1], *request.args[2:])) for request in requests
+            self._prepared(self._conversation(*request.args[:1], *request.args[2:]), self.processor.render_prompt)
+            for request in requests
         ]
         answers: dict[int, str] = {}
         for numbers in self._batches(prompts, [str(request.args[1]) for request in requests]):
             options = dict(requests[numbers[0]].args[1])
             until = options.get("until") or []
-            batch = self.processor.collate([prompts[i] for i in numbers]).to(self.device, self.dtype)
+            batch = self.processor.collate([prompts[i].load() for i in numbers]).to(self.device, self.dtype)
             ids = generate(self.model, self.processor, batch, **_generation(options))
             for i, row in zip(numbers, ids):
                 answers[i] = _up_to(self.processor.renderer.decode(row), [until] if isinstance(until, str) else until)
@@ -107,10 +121,10 @@ class Model(lmms):
             said = target(self._document(*where[1:])) if callable(target) else target
             asked = self._conversation(context, *where)
             turns = (*asked.turns, Turn("assistant", str(said).strip()))
-            samples.append(self.processor(Conversation(asked.id, turns, asked.images)))
+            samples.append(self._prepared(replace(asked, turns=turns), self.processor.render))
         found: dict[int, tuple[float, bool]] = {}
         for numbers in self._batches(samples):
-            chosen = [samples[i] for i in numbers]
+            chosen = [samples[i].load() for i in numbers]
             batch = self.processor.collate(chosen).to(self.device, self.dtype)
             starts = [sample.tokens.answers[-1][0] for sample in chosen]
             for i, one in zip(numbers, likelihoods(self.model, batch, starts)):
@@ -126,17 +140,25 @@ class Model(lmms):
     def _conversation(
         self, context: str, to_visual: Callable | None = None, number: int = 0, task: str = "words", split: str = ""
     ) -> Conversation:
-        """The context as a user turn, with the images in front unless the context contains their marks.
+        """The context as a user turn, with images and videos in front unless the context contains their marks.
 
         For the mutual information of choices, the context is requested without the document and so has no image.
         """
         document = self._document(number, task, split) if to_visual else None
-        pictures = [Picture(image) for image in _pictures(to_visual(document) if to_visual else None)]
-        missing = len(pictures) - context.count(IMAGE_MARK)
-        words = "\n".join([IMAGE_MARK] * missing + [context])
-        return Conversation(f"{task} {split} {number}", (Turn("user", words),), tuple(pictures))
+        media = _media(to_visual(document) if to_visual else None)
+        asked = Conversation(f"{task} {split} {number}", (Turn("user", context),), media)
+        (turn,) = asked.turns
+        missing = len(media) - turn.text.count(IMAGE_MARK)
+        return replace(asked, turns=(Turn("user", "\n".join([IMAGE_MARK] * missing + [turn.text])),))
 
-    def _batches(self, samples: Sequence[Sample], kinds: Sequence[str] | None = None) -> Iterable[list[int]]:
+    def _prepared(self, conversation: Conversation, render: Callable[[Conversation], Rendered]) -> _Prepared:
+        tokens = render(conversation)
+        if any(map(is_video, conversation.media)):  # the frames of all videos may not fit in memory
+            return _Prepared(tokens, lambda: self.processor.load(conversation, tokens))
+        sample = self.processor.load(conversation, tokens)
+        return _Prepared(tokens, lambda: sample)
+
+    def _batches(self, samples: Sequence[_Prepared], kinds: Sequence[str] | None = None) -> Iterable[list[int]]:
         """Batches of indices of samples with similar lengths and the same kind."""
         kinds = kinds or [""] * len(samples)
         order = sorted(range(len(samples)), key=lambda i: (kinds[i], len(samples[i].tokens)))
@@ -148,15 +170,20 @@ class Model(lmms):
                 bar.update(len(same))
 
 
-def _pictures(visual: object) -> list[Image.Image]:
-    """Images from arbitrarily nested lists. Raises ValueError for anything else (audio, video)."""
+def _media(visual: object) -> list[ImageSource | VideoSource]:
+    """Images, and paths of images or videos, from arbitrarily nested lists. Raises ValueError for others (audio)."""
     if visual is None:
         return []
     if isinstance(visual, list | tuple):
-        return [image for one in visual for image in _pictures(one)]
+        return [medium for one in visual for medium in _media(one)]
+    if isinstance(visual, str | Path):
+        path = str(visual)
+        if is_image_value(path) and not path.lower().endswith(".gif"):
+            return [ImageOnDisk(Path(path))]
+        return [VideoFolder(".", outside=True).read(path, path, "lmms-eval")]
     if not isinstance(visual, Image.Image):
-        raise ValueError(f"vlmtrain models accept only images, got {type(visual).__name__} from the task")
-    return [visual]
+        raise ValueError(f"vlmtrain models accept images and videos, got {type(visual).__name__} from the task")
+    return [Picture(visual)]
 
 
 def _generation(options: dict) -> dict:

@@ -288,10 +288,10 @@ class VLMTrainProcessor(ProcessorMixin):
         """Prepare texts whose image tokens stand for `images` (PIL images or paths of files), in their order.
 
         instructions: for a connector that reads text, the user's text about each image. Raises ValueError if the
-        numbers of image tokens, images and instructions do not match, and for videos, which are not supported.
+        numbers of image tokens, images and instructions do not match, or for videos.
         """
         if videos is not None:
-            raise ValueError("videos: VLMTrainForConditionalGeneration takes only images; use vlmtrain's VLMWrapper")
+            raise ValueError("an exported model accepts images, not videos: use its model folder with vlmtrain chat")
         geometry = Geometry(**{key: as_tuple(value) for key, value in self.geometry.items()})
         geometry = replace(geometry, frame=("", ""))  # a frame is in the text already
         loaded = [_opened(image) for image in _flat(images)]

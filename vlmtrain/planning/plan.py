@@ -16,7 +16,7 @@ from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
 from ..training.cost.fitting import Fitting
 from ..training.cost.memory import ZERO_STAGES
-from ..training.cost.stage import measure, sample_tokens
+from ..training.cost.stage import expected_video, measure, sample_tokens, video_tokens
 from ..training.processing import build_geometry, check_lengths, image_frame, image_size_of
 from ..training.trainable import Group, check_starts, freeze, part_size, trained_groups
 
@@ -37,7 +37,8 @@ class StagePlan:
 
     parts: part -> its trainable and frozen parameters. view_tokens: part -> its tokens per view. picture_tokens:
     minimum (with tiles, of one view) and maximum of one image in the language model's sequence; if these differ, every
-    image counts as the maximum, and tokens_per_sample, FLOPs and hours are upper bounds. flops: FLOPs that the update
+    image counts as the maximum, and tokens_per_sample, FLOPs and hours are upper bounds. video_tokens, video_frames: of
+    an expected video, 0 if the stage expects none. flops: FLOPs that the update
     needs; hardware_flops: including what gradient checkpointing recomputes. recomputes: ZeRO stage -> whether gradient
     checkpointing is on. memory: ZeRO stage -> bytes per GPU at `micro_batch_size`. fits: ZeRO stage -> the largest
     micro-batch that fits, 0 if none does.
@@ -47,6 +48,8 @@ class StagePlan:
     parts: dict[str, dict[str, int]]
     view_tokens: dict[str, int]
     picture_tokens: tuple[int, int]
+    video_tokens: int
+    video_frames: int
     max_length: int
     samples: int | None
     tokens_per_sample: int
@@ -89,7 +92,7 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
     check_lengths(stage, geometry, parts)
     expected = stage.expected
-    tokens = sample_tokens(stage, geometry)
+    tokens, video = sample_tokens(stage, geometry), expected_video(stage, geometry)
     samples = expected.samples
     if run.data.splits.get(stage.data) is not None:
         samples = build_source(run.data.split(stage.data), image_size_of(parts), run.seed).epoch_size
@@ -110,6 +113,8 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
         {part: _sizes(part, module, groups) for part, module in parts.items()},
         {part: cost.tokens for part, cost in longest.items() if cost.tokens},
         (0, 0) if geometry is None else (geometry.least_tokens, geometry.most_tokens),
+        video_tokens(video),
+        sum(len(item.times) for item in video.items) if video else 0,
         stage.max_length,
         samples,
         tokens,

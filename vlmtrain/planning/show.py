@@ -26,6 +26,7 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     per_image = f"{least:,}" if least == most else f"{least:,}{per_view}, up to {most:,}"
     if not most:
         per_image = "none in a language model's sequence"
+    seconds = run.stages[plan.name].expected.video_seconds
     bound = "at most " if least != most else ""
     view = ", ".join(f"{tokens:,} from {part}" for part, tokens in plan.view_tokens.items())
     rows = [("", "trained", "frozen")]
@@ -34,6 +35,8 @@ def _show_stage(plan: StagePlan, run: Run, machine: Machine) -> str:
     facts = [
         *([("tokens of the largest image" if is_native else "tokens per view", view)] if view else []),
         ("tokens per image", per_image),
+        *([("tokens per video", f"{plan.video_tokens:,} for {plan.video_frames:,} frames of a video of {seconds:g} s")]
+          if plan.video_frames else []),
         ("tokens per sample", f"{bound}{plan.tokens_per_sample:,} expected, {plan.max_length:,} at most"),
         ("samples", "unknown: set the data, or stages.<name>.expected.samples" if plan.samples is None
          else f"{plan.samples:,}"),

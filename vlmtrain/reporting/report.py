@@ -36,7 +36,7 @@ svg .title { font-size: 13px; font-weight: 600; fill: #1b1f24; } svg .tick { fon
 svg .grid { stroke: #ecece7; } svg .leader { stroke: #9aa1a9; stroke-width: 0.8; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 12px; }
 .card { background: #fff; border: 1px solid #e3e3de; border-radius: 8px; padding: 10px 12px; }
-.card img { width: 144px; height: 144px; object-fit: contain; display: block; margin: 0 auto 8px; border-radius: 4px; }
+.card img { max-width: 100%; max-height: 144px; display: block; margin: 0 auto 8px; border-radius: 4px; }
 .card, p { overflow-wrap: anywhere; }
 .card dl { margin: 0; font-size: 13px; } .card dt { font-weight: 600; margin-top: 6px; } .card dd { margin: 0; }
 .right { color: #00694b; } .right::before { content: "\\2713  "; }

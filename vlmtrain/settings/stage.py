@@ -166,6 +166,8 @@ class Expected:
 
     samples: int | None = key(optional(whole(1)))  # number of records
     images: float = key(number(0))  # images per sample, on average
+    videos: float = key(number(0))  # videos per sample, on average
+    video_seconds: float = key(POSITIVE)  # length of a video
     text_tokens: float = key(number(0))  # text tokens per sample, on average
     answer_share: float = key(number(0, 1))  # fraction of the text tokens that are trained on
 

@@ -23,6 +23,7 @@ from ..model.rotary import positions_of
 from ..model.vision import VisionEncoder
 from ..objectives import Objective
 from ..settings import Run, Stage
+from ..settings.stage import VideoOptions
 
 
 @contextmanager
@@ -180,40 +181,44 @@ def build_geometry(
         tile_style=stage.image_tile_style,
         size_rule=vision.size_rule,
         others=tuple(others),
-        video=_video_plan(stage, vision, connector, fit) if shows else None,
+        video=video_plan(stage.video, f"{stage.prefix}.video.", vision.grid, vision.frames_per_item, connector, fit)
+        if shows
+        else None,
     )
     if fit == "native":
         _check_native(geometry, stage, vision)
     return geometry
 
 
-def _video_plan(stage: Stage, vision: VisionEncoder, connector: Connector, fit: str) -> VideoPlan:
-    """How the videos of a stage are shown. Raises ValueError for pooling that the connector does not support."""
-    options, given = stage.video, {field.name: getattr(stage.video, field.name) for field in fields(stage.video)}
+def video_plan(
+    options: VideoOptions, prefix: str, grid: tuple[int, int], per_item: int, connector: Connector, fit: str
+) -> VideoPlan:
+    """How videos are shown to an encoder with this grid that reads `per_item` frames together.
+
+    prefix: of the keys of `options` in messages. Raises ValueError for pooling that the connector does not support.
+    """
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
     joining = Joining(given.pop("pool"), given.pop("stride"), given.pop("newline"))
-    tokens = grid = None
+    (height, width), tokens, grid = grid, None, None
     if fit != "native":
-        height, width = vision.grid
         more = {}
         if joining.pool == "features":
             height, width = height // joining.stride, width // joining.stride
         if joining.pool == "window":
             more = {"window": joining.stride}
             if not connector.takes_window:
-                raise ValueError(
-                    f"{stage.prefix}.video.pool=window needs a connector with windows (avgpool, attentional_pool)"
-                )
+                raise ValueError(f"{prefix}pool=window needs a connector with windows (avgpool, attentional_pool)")
         grid = connector.output_grid(height, width, **more)
         tokens = grid[0] * grid[1] if more else connector.num_tokens(height, width)
         if grid is None and joining.pool in ("bilinear", "average"):
             raise ValueError(
-                f"{stage.prefix}.video.pool={joining.pool} needs a connector whose tokens form a grid; use another "
+                f"{prefix}pool={joining.pool} needs a connector whose tokens form a grid; use another "
                 "connector, or none"
             )
         if grid is None and joining.newline == "row":
-            raise ValueError(f"{stage.prefix}.video.newline=row needs a connector whose tokens form a grid")
+            raise ValueError(f"{prefix}newline=row needs a connector whose tokens form a grid")
     given["fit"] = None if fit == "native" else options.fit or ("squash" if fit == "tiles" else fit)
-    return VideoPlan(**given, joining=joining, per_item=vision.frames_per_item, tokens=tokens, grid=grid)
+    return VideoPlan(**given, joining=joining, per_item=per_item, tokens=tokens, grid=grid)
 
 
 def _views(vision: VisionEncoder, stage: Stage) -> list[View]:

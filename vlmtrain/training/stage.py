@@ -350,7 +350,7 @@ class _Stage:
             summary[f"{kind}_parameters"] = sum(part[f"{kind}_parameters"] for part in summary["parts"].values())
         if self.world.is_main:
             folder = self.folder.stage(self.name)
-            shown = shown_samples(validation.validator.source, answers) if answers else []
+            shown = shown_samples(validation.validator.source, self.processor, answers) if answers else []
             write_json(folder / "answers.json", answers)
             write_json(folder / "samples.json", shown)
             write_json(folder / "summary.json", summary)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..data.records import Source
-from ..reporting.images import image_uri
+from ..data.media import decode_frames
+from ..data.processor import Processor
+from ..data.records import Conversation, Source, is_video
+from ..evaluation.held_out import shown
+from ..reporting.images import image_uri, strip_uri
 from ..reporting.tables import text_table
 from .trainable import Group, groups_of, part_size
 
 SHOWN_SAMPLES = 48
+SHOWN_FRAMES = 8
 
 
 def training_table(parts: Mapping[str, nn.Module], groups: Sequence[Group], waiting: Sequence[Group]) -> str:
@@ -34,10 +38,21 @@ def training_table(parts: Mapping[str, nn.Module], groups: Sequence[Group], wait
     return text_table(rows, indent=2)
 
 
-def shown_samples(source: Source, answers: Sequence[dict]) -> list[dict]:
-    """A few answers with their images, for the report."""
-    shown = []
-    for answer in answers[:SHOWN_SAMPLES]:
-        images = source[answer["conversation"]].images
-        shown.append({**answer, "pictures": [image_uri(image.load()) for image in images]})
-    return shown
+def shown_samples(source: Source, processor: Processor, answers: Sequence[dict]) -> list[dict]:
+    """A few answers with their images, and some frames of their videos that the model was shown, for the report."""
+    return [
+        {**answer, "pictures": list(_pictures(source[answer["conversation"]], processor))}
+        for answer in answers[:SHOWN_SAMPLES]
+    ]
+
+
+def _pictures(conversation: Conversation, processor: Processor) -> Iterator[str]:
+    conversation = shown(processor, conversation)
+    items = processor.render(conversation).media.items if any(map(is_video, conversation.media)) else ()
+    for number, medium in enumerate(conversation.media):
+        if not is_video(medium):
+            yield image_uri(medium.load())
+            continue
+        firsts = [item._replace(times=item.times[:1]) for item in items if item.medium == number]
+        few = min(SHOWN_FRAMES, len(firsts))
+        yield strip_uri(decode_frames(medium, [firsts[i * len(firsts) // few] for i in range(few)]))

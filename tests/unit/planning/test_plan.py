@@ -224,6 +224,34 @@ def test_memory_holds_every_image_of_a_row_by_hand():
     assert five - one == 2 * (three - one) > 2 * 2 * 4 * picture  # an encoder keeps more than its output
 
 
+VIDEO = ["recipe=llava_1_5", "mini=true", "stage=instruct", "stages.instruct.expected.text_tokens=20"]
+
+
+def test_a_video_costs_what_its_frames_cost_as_images():
+    line = [*VIDEO, "stages.instruct.train.vision=1e-4", "stages.instruct.max_length=400"]
+    images = plan(*line, "stages.instruct.expected.images=8")["instruct"]
+    shown = ["stages.instruct.expected.images=0", "stages.instruct.expected.videos=2"]
+    videos = plan(*line, *shown, "stages.instruct.video.frames=4")["instruct"]
+    assert (videos.video_tokens, videos.video_frames) == (4 * 16, 4) and images.video_frames == 0
+    assert videos.tokens_per_sample == images.tokens_per_sample == 20 + 8 * 16
+    assert videos.flops_per_sample == pytest.approx(images.flops_per_sample, rel=1e-6)
+    one = plan(*line, "stages.instruct.expected.images=1")["instruct"].memory[0]
+    assert videos.memory[0] - one == pytest.approx(images.memory[0] - one, rel=0.02)
+    short = plan(*line, *shown, "stages.instruct.expected.video_seconds=3")["instruct"]
+    assert short.video_frames == 3 and short.flops_per_sample < videos.flops_per_sample
+    pooled = [*shown, "stages.instruct.video={frames: 4, pool: bilinear, stride: 2, newline: row}"]
+    assert plan(*line, *pooled)["instruct"].video_tokens == 4 * 2 * 3
+    mixed = plan(*line, "stages.instruct.expected.images=4", shown[1], "stages.instruct.video.frames=2")["instruct"]
+    assert mixed.flops_per_sample == pytest.approx(images.flops_per_sample, rel=1e-6)
+
+
+def test_videos_are_shown_and_must_fit(capsys):
+    main(["plan", *VIDEO, "stages.instruct.expected.videos=1", "stages.instruct.video.frames=4"])
+    assert re.search(r"tokens per video +64 for 4 frames of a video of 30 s", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=r"max_length=30 beside .*text_tokens=20: the video has at least 16 tokens"):
+        plan(*VIDEO, "stages.instruct.expected.videos=1", "stages.instruct.max_length=30")
+
+
 def test_a_micro_batch_is_no_more_than_a_gpus_share(capsys):
     line = ["recipe=llava_1_5", "mini=true", "stage=align", "stages.align.micro_batch_size=32"]
     assert plan(*line)["align"].micro_batch_size == 4  # 32 on 8 GPUs

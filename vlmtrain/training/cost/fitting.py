@@ -61,7 +61,8 @@ class Fitting:
         counts = (trained, frozen - outside, outside, run.precision == "bf16", *quantized_sizes(parts), moments)
         # a packed row holds several samples; objectives that compare samples need all samples of a rank at once
         in_row = max(1.0, stage.max_length / tokens_per_sample) if stage.layout == "packed" else 1.0
-        row = {recompute: kept_bytes(longest, recompute, in_row * stage.expected.images) for recompute in (False, True)}
+        media = in_row * stage.expected.images, in_row * stage.expected.videos
+        row = {recompute: kept_bytes(longest, recompute, *media) for recompute in (False, True)}
         share = max(1, stage.batch_size // gpus)
         least = share if OBJECTIVES[stage.objective].compares_samples else 1
         offloads = engine is not None and (engine.offload_optimizer != "none", engine.offload_parameters != "none")

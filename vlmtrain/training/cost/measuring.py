@@ -66,6 +66,10 @@ class PartCost:
         """Bytes kept with gradient checkpointing: the blocks' inputs, and the activations of one block at a time."""
         return self.outside + self.block_input * len(self.blocks) + max(self.blocks.values(), default=0)
 
+    def repeated(self, times: float) -> PartCost:
+        """The cost with the FLOPs of that many samples."""
+        return replace(self, flops=self.flops * times, backward_flops=self.backward_flops * times)
+
     def with_last_block_repeated(self, shorter: PartCost, times: int) -> PartCost:
         """The cost of the part with more blocks like its last one, given the cost without that one."""
         last = max(self.block_flops)

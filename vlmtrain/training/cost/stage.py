@@ -4,28 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...connectors import VisionFeatures
 from ...connectors.base import are_several
 from ...data.geometry import Geometry
+from ...data.records import BadSample, VideoFacts
 from ...model.blocks import block_list, first_blocks
 from ...model.llm import hidden_width
 from ...objectives.token_losses import token_losses
 from ...settings import STAGE_PARTS, Stage
-from ...visual import Size
+from ...visual import MediaPlan, Size
 from ..quantized import quantized_layers
 from ..trainable import Group, is_frozen
 from .measuring import Meter, PartCost, use_counted_attention
 
+VISUAL = {"vision", "connector"}
 WORTHWHILE = 9  # blocks of a language model from which on only a few of them run
+
+
+OF_VIDEOS = " of videos"
+"""Ends the names of the costs of videos, which are apart from those of images."""
+RATE = 30  # frames per second of an expected video
+LARGE = (4320, 7680)  # its size (H, W), which the limits of `video` reduce
+
+
+def expected_video(stage: Stage, geometry: Geometry | None) -> MediaPlan | None:
+    """The plan of a video as the stage expects it, with frames of the largest size; None if it expects none.
+
+    Raises ValueError if no frame of it fits in a sample.
+    """
+    expected = stage.expected
+    if geometry is None or not expected.videos:
+        return None
+    times = np.arange(max(1, round(expected.video_seconds * RATE))) / RATE
+    try:
+        room = stage.max_length - round(expected.text_tokens)
+        return geometry.plan([VideoFacts(times, len(times) / RATE, LARGE)], room)
+    except BadSample as error:
+        beside = f"beside expected.text_tokens={expected.text_tokens:g}"
+        raise ValueError(f"{stage.prefix}.max_length={stage.max_length} {beside}: {error}") from None
+
+
+def video_tokens(plan: MediaPlan | None) -> int:
+    """Tokens of an expected video and around it, without the text of timestamps."""
+    placements = plan.placements if plan else ()
+    return sum(placement.slots + bool(placement.before) + bool(placement.after) for placement in placements)
 
 
 def sample_tokens(stage: Stage, geometry: Geometry | None) -> int:
     """Tokens of a sample, as the stage expects them on average, whose images have the most tokens."""
     visual = 0 if geometry is None else (geometry.most_tokens + geometry.most_control_tokens) * stage.expected.images
+    visual += stage.expected.videos * video_tokens(expected_video(stage, geometry))
     return min(stage.max_length, max(2, round(visual + stage.expected.text_tokens)))
 
 
@@ -38,25 +73,34 @@ def measure(
 ) -> list[dict[str, PartCost]]:
     """The costs by part of a sample of each of `lengths`, in tokens and targets.
 
-    Its images have the largest size and most views.
+    Its images have the largest size and most views. FLOPs are those of all its images, or of all its videos; bytes are
+    those of one.
     """
     views = (geometry.most_items, geometry.sizes(geometry.largest)) if geometry else (1, ())
     costs = measure_views(parts, groups, stage, *views)
-    for part in ("vision", "connector"):
-        if part in costs:
-            costs[part].flops *= stage.expected.images
-            costs[part].backward_flops *= stage.expected.images
+    for part in VISUAL & costs.keys():
+        costs[part] = costs[part].repeated(stage.expected.images)
+    if video := expected_video(stage, geometry):
+        joined = {"placements": video.placements, "frames": geometry.separate_frames}
+        of_videos = measure_views(parts, groups, stage, len(video.items), video.items[0].pixels, joined)
+        for part in VISUAL & of_videos.keys():
+            costs[part + OF_VIDEOS] = replace(of_videos[part].repeated(stage.expected.videos), tokens=0)
     if "llm" not in parts:
         return [costs for _ in lengths]
     return [{**costs, "llm": measure_text(parts, groups, *length)} for length in lengths]
 
 
 def measure_views(
-    parts: Mapping[str, nn.Module], groups: list[Group], stage: Stage, items: int, sizes: Sequence[Size]
+    parts: Mapping[str, nn.Module],
+    groups: list[Group],
+    stage: Stage,
+    items: int,
+    sizes: Sequence[Size],
+    joined: Mapping[str, Any] | None = None,
 ) -> dict[str, PartCost]:
     """The costs of encoder, connector and objective for so many views, run on the meta device.
 
-    sizes: of a view for each encoder.
+    sizes: of a view for each encoder. joined: how a `JoiningConnector` joins the views.
     """
     meter = Meter()
     trains = {part: not is_frozen(part, groups) for part in STAGE_PARTS}
@@ -80,9 +124,11 @@ def measure_views(
         connector = parts["connector"]
         use_counted_attention(connector)
         text = {}
+        if connector.joins:
+            text |= joined or {}
         if connector.reads_text:
             ids = torch.zeros(items, stage.connector_text.max_length, device="meta", dtype=torch.long)
-            text = {"text_ids": ids, "text_mask": None}
+            text |= {"text_ids": ids, "text_mask": None}
         with meter.part("connector", connector, None):
             if "llm" in parts:
                 visual = connector(features, **text)
@@ -154,15 +200,17 @@ def quantized_sizes(parts: Mapping[str, nn.Module]) -> tuple[int, int, int]:
     return sum(sizes), sum(bits.numel() for layer in layers for bits in layer.packed), max(sizes, default=0)
 
 
-def kept_bytes(costs: Mapping[str, PartCost], checkpointing: bool, images: float) -> int:
+def kept_bytes(costs: Mapping[str, PartCost], checkpointing: bool, images: float, videos: float = 0.0) -> int:
     """Bytes of activations and live gradients in the backward pass of a row.
 
-    images: their number in the row. Encoder and connector keep that many times what they keep for one image; without
-    images they run on a placeholder.
+    images, videos: their numbers in the row. Encoder and connector keep that many times what they keep for one image
+    and for one video; without either they run on a placeholder.
     """
-    times = {part: max(1.0, images) if part in ("vision", "connector") else 1.0 for part in costs}
-    kept = sum(
-        times[part] * (cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept)
-        for part, cost in costs.items()
-    )
-    return round(kept + max(times[part] * cost.at_work for part, cost in costs.items()))
+    times = dict.fromkeys(VISUAL, max(0.0 if videos else 1.0, images))
+    times |= {part + OF_VIDEOS: videos for part in VISUAL}
+    kept, at_work = 0.0, dict.fromkeys(costs, 0.0)
+    for part, cost in costs.items():
+        count = times.get(part, 1.0)
+        kept += count * (cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept)
+        at_work[part.removesuffix(OF_VIDEOS)] += count * cost.at_work
+    return round(kept + max(at_work.values()))
