@@ -116,11 +116,11 @@ class RecordReader:
         where: str,
         id: object = None,
         images: Sequence[ImageSource] | None = None,
-        videos: Sequence[VideoSource] | None = None,
+        videos: Sequence[VideoSource] = (),
     ) -> Conversation:
         """Convert a record. Raises BadSample, naming the record.
 
-        images, videos: instead of those that the record names.
+        images, videos: instead of those that the record names; without `videos`, those of the record are read.
         """
         if not isinstance(record, Mapping):
             raise BadSample(f"{where}: expected an object, got {type(record).__name__}")
@@ -136,8 +136,7 @@ class RecordReader:
             return self._several(record, found, where, name, id, images, videos)
         if images is None:
             images = self._images(values.get("image"), found.get("image"), name)
-        if videos is None:
-            videos = self._videos(values, found.get("video"), name)
+        videos = self._videos({**values, "video": list(videos)} if videos else values, found.get("video"), name)
         text = {role: values.get(role) for role in ("question", "answer")}
         left = [found[role] for role, value in text.items() if isinstance(value, str | list) and value]
         if form == ("caption",) and left:

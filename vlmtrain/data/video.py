@@ -10,7 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -316,6 +316,8 @@ class VideoFolder(MediaFolder):
                 raise BadSample(f"{name}: '{key}' must be a number of seconds, got {shown(time)}")
         if start is not None and end is not None and end <= start:
             raise BadSample(f"{name}: the video must end after it starts, got {start} s to {end} s")
+        if isinstance(value, EncodedVideo):
+            return replace(value, start=start, end=end)
         if isinstance(value, dict):
             given = [value[key] for key in ("bytes", "path") if value.get(key) is not None]
             value = given[0] if given else value

@@ -26,11 +26,14 @@ from .indexed_json import parse_json
 from .mixture import Concatenation
 from .record_reader import KEYS, RecordReader, record_name
 from .records import BadSample, Conversation
+from .video import VideoInFile
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif")
-UNSUPPORTED = ("mp4", "avi", "mov", "mkv", "webm", "mp3", "wav", "flac", "ogg", "heic")
+VIDEOS = ("mp4", "avi", "mov", "mkv", "webm")
+UNSUPPORTED = ("mp3", "wav", "flac", "ogg", "heic")
 WORDS = ("json", "txt", "caption")
 MAX_IMAGE = 2**30
+MAX_VIDEO = 2**36
 MAX_WORDS = 16 * 2**20
 """Maximum sizes of a member in bytes."""
 MAX_SHARDS = 100_000
@@ -45,9 +48,10 @@ class WebDataset(Concatenation):
 
     path: a .tar file, a folder of .tar files, a glob, or brace notation (``shard-{000..012}.tar``).
 
-    The members of a record share their path up to the first dot of the file name. Its images are the members with an
-    image extension (``0001.0.jpg 0001.1.jpg``, in that order). Its text is a ``.json`` with one of the forms of
-    `record_reader`, a ``.txt`` or a ``.caption``. If the user's text has no ``<image>`` mark, the images come first.
+    The members of a record share their path up to the first dot of the file name. Its images and videos are the members
+    with an extension of theirs (``0001.0.jpg 0001.1.jpg 0001.mp4``, in that order). Its text is a ``.json`` with one of
+    the forms of `record_reader`, a ``.txt`` or a ``.caption``. If the user's text has no mark, the images and videos
+    come first.
 
     options: of `RecordReader`.
 
@@ -68,6 +72,11 @@ class _Member(NamedTuple):
     offset: int
     size: int
     kind: int
+
+    @property
+    def format(self) -> str:
+        """The last part of the extension."""
+        return self.extension.rpartition(".")[2]
 
 
 class _Shard:
@@ -93,8 +102,10 @@ class _Shard:
         where, id = f"{self.path.name} record {index}", _key(members[0].name)[0]
         name = record_name(where, id)
         self._check(members, name)
-        image_members = [m for m in members if m.extension.rpartition(".")[2] in IMAGES]
-        image_members.sort(key=lambda m: in_natural_order(m.extension))
+        image_members, video_members = (
+            sorted((m for m in members if m.format in formats), key=lambda m: in_natural_order(m.extension))
+            for formats in (IMAGES, VIDEOS)
+        )
         words = {member.extension: member for member in members if member.extension in WORDS}
         record = self._json(words["json"], name) if "json" in words else {}
         captions = [key for key in ("txt", "caption") if key in words]
@@ -106,8 +117,10 @@ class _Shard:
         if not record:
             raise BadSample(f"{name}: expected a .txt, a .caption or a .json, got none of these")
         images = tuple(ImageInFile(self.path, m.offset, m.size, m.name) for m in image_members)
-        conversation = self.reader.read(record, where, id, images)
-        others = [f".{m.extension}" for m in members if m.extension not in WORDS and m not in image_members]
+        videos = tuple(VideoInFile(self.path, m.offset, m.size, m.name) for m in video_members)
+        conversation = self.reader.read(record, where, id, images, videos)
+        read = (*image_members, *video_members)
+        others = [f".{m.extension}" for m in members if m.extension not in WORDS and m not in read]
         return replace(conversation, unused=(*conversation.unused, *others))
 
     def _members(self, index: int) -> list[_Member]:
@@ -128,9 +141,10 @@ class _Shard:
                 raise BadSample(f"{what} is {_KINDS[member.kind]}")
             if member.offset + member.size > self.stamp[0]:
                 raise BadSample(f"{what} is truncated: it has {member.size} bytes, but the shard ends before them")
-            if member.extension.rpartition(".")[2] in UNSUPPORTED:
-                raise BadSample(f"{what} is not supported: only images are")
-            if member.size > (MAX_WORDS if member.extension in WORDS else MAX_IMAGE):
+            if member.format in UNSUPPORTED:
+                raise BadSample(f"{what} is not supported: only images and videos are")
+            most = MAX_WORDS if member.extension in WORDS else MAX_VIDEO if member.format in VIDEOS else MAX_IMAGE
+            if member.size > most:
                 raise BadSample(f"{what} has {member.size} bytes: too many")
         if len({member.extension for member in members}) < len(members):
             raise BadSample(f"{name}: two members with the same name: {printable(', '.join(m.name for m in members))}")

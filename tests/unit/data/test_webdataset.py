@@ -56,6 +56,24 @@ def colors(source: WebDataset, index: int) -> list[tuple[int, ...]]:
     return [image.load().getpixel((0, 0)) for image in source[index].images]
 
 
+def test_members_may_be_videos(tmp_path):
+    """Their bytes are those of the member; the file is decoded in place."""
+    clip = b"not a video"
+    record = {**talk("<image> then <video>", "a"), "video": "a.mp4", "video_start": 1, "video_end": 2.5}
+    shard = write(
+        tmp_path / "s.tar",
+        [("a.mp4", clip), ("a.png", picture()), ("a.json", record), ("b.webm", clip), ("b.txt", "c")],
+    )
+    first, second = WebDataset(shard)
+    assert [type(medium).__name__ for medium in first.media] == ["ImageInFile", "VideoInFile"]
+    video = first.media[1]
+    assert (video.open().read(), video.start, video.end) == (clip, 1, 2.5)
+    assert [turn.text for turn in second.turns] == ["<image>", "c"] and second.media[0].open().read() == clip
+    lost = write(tmp_path / "t.tar", [("a.json", {**talk("<video>", "a"), "video": "a.mp4"})])
+    with pytest.raises(BadSample, match=r"the record has a video, but data\.videos is not set"):
+        WebDataset(lost)[0]
+
+
 def test_members_of_one_name_are_a_record(tmp_path):
     shard = write(
         tmp_path / "shard.tar",
