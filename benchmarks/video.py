@@ -5,7 +5,7 @@
 
 A model is trained from scratch on `data=motion` with `vlmtrain.train`, whose overrides may be given. It then answers
 the same questions about videos as they are; about one frame, drawn at random and shown as often as a video has frames;
-about the same frames in a random order; and without a video.
+about the same frames in random order; and without a video.
 """
 
 from __future__ import annotations
