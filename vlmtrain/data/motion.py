@@ -2,17 +2,17 @@
 
     (seed, split, i) -> category -> scene -> video, caption, questions -> Conversation
 
-| category | question | chance with one frame | with shuffled frames |
+| category | question | with one frame | with shuffled frames |
 |---|---|---|---|
 | color | the color of the shape that moves | one of the two or three shapes | can be answered |
 | shape | the shape that moves | one of the two or three shapes | can be answered |
-| way | where a shape moves | one of the four sides | one of two opposite sides |
+| way | the side to which a shape moves | one of two opposite sides | one of two opposite sides |
 | count | how often a shape appears | one of three numbers | one of three numbers |
 | order | the color of the shape that comes first, second or last | one of three shapes | one of three shapes |
 
-A frame at an unknown time says nothing about the answer: shapes that rest are found at the same places as shapes that
-move, motions to opposite sides pass the same places, and shapes are visible equally long. A video has `BEATS` beats,
-which are at evenly spaced frames from the first to the last, so ``sampling: uniform`` with that many frames shows each.
+A frame at an unknown time says no more than that: shapes that rest are found at the same places as shapes that move,
+motions to opposite sides pass the same places, and shapes are visible equally long. A video has `BEATS` beats, which
+are at evenly spaced frames from the first to the last, so ``sampling: uniform`` with that many frames shows each.
 
 The shape in question has a color-shape pair in `HELD_OUT` in all validation videos and in no others.
 """
@@ -31,7 +31,7 @@ from PIL import Image
 from . import shapes
 from .probes import ProbePicture, exchanges_to_turns
 from .records import VIDEO_MARK, Conversation, VideoFacts
-from .shapes import COLORS, COUNTS, HELD_OUT, PLACES, SHAPES, SIDES, Item
+from .shapes import COLORS, COUNTS, HELD_OUT, SHAPES, Item
 
 CATEGORIES = ("color", "shape", "way", "count", "order")
 SPLITS = ("caption", "text", "instruct", "validation")
@@ -39,12 +39,14 @@ FPS = 8
 BEATS = 8
 FRAMES_PER_BEAT = (2, 3, 4)
 """Numbers of frames from one beat to the next, drawn with equal probability."""
-RADIUS = (0.1, 0.112)
+LANES = 3
+"""Strips of a frame, across or down, in each of which at most one shape rests or moves."""
+RADIUS = (0.125, 0.14)
 """Smallest and largest radius of a shape, as fractions of the side of a frame."""
-SPAN = 0.22
+SPAN = 0.66
 """Length of a motion, as a fraction of the side of a frame."""
-MARGIN = (0.13, 0.15)
-"""Smallest and largest distance of a motion from the west or north of its cell."""
+MARGIN = (0.16, 0.18)
+"""Smallest and largest distance of a motion's west or north end from the side of the frame."""
 HUES = tuple(color for color in COLORS if any((color, shape) in HELD_OUT for shape in SHAPES))
 """The colors of shapes, each of which has one held-out pair, so all are equally frequent in all splits."""
 RANKS = ("first", "second", "last")
@@ -133,47 +135,37 @@ class Motion:
 
 
 def _what_scene(rng: random.Random, held_out: bool, attribute: str) -> Scene:
-    """One shape moves, the others rest."""
-    pairs, cells = _cast(rng, rng.randint(2, 3), held_out)
-    ways = [rng.choice(SIDES), *[None] * (len(pairs) - 1)]
-    actors = [_actor(rng, *each) for each in zip(pairs, cells, ways)]
-    return Scene(
-        actors, _caption(rng, actors, ways), [(f"What {attribute} moves?", getattr(actors[0].item, attribute))]
-    )
+    """One shape moves, one or two rest."""
+    actors, ways = _cast(rng, held_out, movers=1, others=rng.randint(1, 2))
+    return Scene(actors, _caption(actors, ways), [(f"What {attribute} moves?", getattr(actors[0].item, attribute))])
 
 
 def _way_scene(rng: random.Random, held_out: bool) -> Scene:
     """One or two shapes move, and one may rest."""
-    movers, others = rng.randint(1, 2), rng.randint(0, 1)
-    pairs, cells = _cast(rng, movers + others, held_out)
-    ways = [*(rng.choice(SIDES) for _ in range(movers)), *[None] * others]
-    actors = [_actor(rng, *each) for each in zip(pairs, cells, ways)]
+    actors, ways = _cast(rng, held_out, movers=rng.randint(1, 2), others=rng.randint(0, 1))
     questions = [(f"Which way does the {actor.item.color} shape move?", way) for actor, way in zip(actors, ways) if way]
-    return Scene(actors, _caption(rng, actors, ways), questions[:1] if held_out else questions)
+    return Scene(actors, _caption(actors, ways), questions[:1] if held_out else questions)
 
 
 def _count_scene(rng: random.Random, held_out: bool) -> Scene:
-    """One shape blinks, and another one may rest."""
-    pairs, cells = _cast(rng, rng.randint(1, 2), held_out)
-    first, *others = (_actor(rng, *each) for each in zip(pairs, cells))
+    """One shape appears and disappears, and another one may rest."""
+    (first, *others), _ = _cast(rng, held_out, movers=0, others=rng.randint(1, 2))
     times = rng.randint(1, len(COUNTS))
     actors = [replace(first, beats=_visible(rng, times)), *others]
     doings = [f"appears {COUNTS[times - 1]}", *["rests"] * len(others)]
     question = f"How often does the {first.item.color} shape appear?"
-    return Scene(actors, _said(rng, actors, doings), [(question, COUNTS[times - 1])])
+    return Scene(actors, _said(actors, doings), [(question, COUNTS[times - 1])])
 
 
 def _order_scene(rng: random.Random, held_out: bool) -> Scene:
     """Shapes appear one after another, each for two beats. There are none in the first and the last beat."""
-    pairs, cells = _cast(rng, len(RANKS), held_out)
+    resting, _ = _cast(rng, held_out, movers=0, others=len(RANKS))
     ranks = rng.sample(range(len(RANKS)), len(RANKS))
-    actors = [
-        replace(_actor(rng, *each), beats=frozenset((2 * rank + 1, 2 * rank + 2)))
-        for *each, rank in zip(pairs, cells, ranks)
-    ]
+    beats = [frozenset((2 * rank + 1, 2 * rank + 2)) for rank in ranks]
+    actors = [replace(actor, beats=visible) for actor, visible in zip(resting, beats)]
     questions = [(f"What color comes {RANKS[rank]}?", actor.item.color) for actor, rank in zip(actors, ranks)]
-    doings = [f"comes {RANKS[rank]}" for rank in ranks]
-    return Scene(actors, _said(rng, actors, doings), questions[:1] if held_out else rng.sample(questions, 3))
+    caption = _said(actors, [f"comes {RANKS[rank]}" for rank in ranks])
+    return Scene(actors, caption, questions[:1] if held_out else rng.sample(questions, len(questions)))
 
 
 SCENES = {
@@ -185,25 +177,32 @@ SCENES = {
 }
 
 
-def _cast(rng: random.Random, number: int, held_out: bool) -> tuple[list[tuple[str, str]], list[int]]:
-    """Different colors with different shapes, and a cell for each. Only the first pair may be held out."""
+def _cast(rng: random.Random, held_out: bool, movers: int, others: int) -> tuple[list[Actor], list[str | None]]:
+    """Shapes that move, then shapes that rest, and the sides to which they move.
+
+    Their colors and shapes differ. Only the first shape may have a held-out pair.
+    """
+    number = movers + others
     while True:
         pairs = list(zip(rng.sample(HUES, number), rng.sample(SHAPES, number)))
         if [pair in HELD_OUT for pair in pairs] == [held_out, *[False] * (number - 1)]:
-            return pairs, rng.sample(range(len(PLACES)), number)
+            break
+    sides = rng.choice((("west", "east"), ("north", "south")))
+    ways = [*(rng.choice(sides) for _ in range(movers)), *[None] * others]
+    lanes = rng.sample(range(LANES), number)
+    return [_actor(rng, *each, "north" in sides) for each in zip(pairs, lanes, ways)], ways
 
 
-def _actor(rng: random.Random, pair: tuple[str, str], cell: int, way: str | None = None) -> Actor:
-    """A shape that stays in its cell and moves to one side of it, or rests where it could be while it moves."""
-    row, column = divmod(cell, 2)
-    lows = [at / 2 + rng.uniform(*MARGIN) for at in (column, row)]
-    spots = [[low + SPAN * rng.random()] * 2 for low in lows]
-    if way is not None:
-        axis = way in ("north", "south")
-        low = lows[axis]
-        spots[axis] = [low, low + SPAN] if way in ("east", "south") else [low + SPAN, low]
-    (x, end_x), (y, end_y) = spots
-    return Actor(Item(*pair, row, column, x, y, rng.uniform(*RADIUS)), (end_x, end_y))
+def _actor(rng: random.Random, pair: tuple[str, str], lane: int, way: str | None, down: bool) -> Actor:
+    """A shape that moves along its lane, or rests where it could be while it moves. down: whether lanes are columns."""
+    aside, low = (lane + 0.5) / LANES + rng.uniform(-0.01, 0.01), rng.uniform(*MARGIN)
+    if way is None:
+        ends = [low + SPAN * rng.random()] * 2
+    else:
+        ends = [low, low + SPAN] if way in ("east", "south") else [low + SPAN, low]
+    start, end = ((aside, at) if down else (at, aside) for at in ends)
+    row, column = (0, lane) if down else (lane, 0)
+    return Actor(Item(*pair, row, column, *start, rng.uniform(*RADIUS)), end)
 
 
 def _visible(rng: random.Random, times: int) -> frozenset[int]:
@@ -224,11 +223,11 @@ def _parts(rng: random.Random, total: int, number: int) -> list[int]:
     return [end - start for start, end in zip(cuts, cuts[1:])]
 
 
-def _caption(rng: random.Random, actors: Sequence[Actor], ways: Sequence[str | None]) -> str:
-    return _said(rng, actors, [f"moves {way}" if way else "rests" for way in ways])
+def _caption(actors: Sequence[Actor], ways: Sequence[str | None]) -> str:
+    return _said(actors, [f"moves {way}" if way else "rests" for way in ways])
 
 
-def _said(rng: random.Random, actors: Sequence[Actor], doings: Sequence[str]) -> str:
-    """The caption: each shape with its place, its color and what it does."""
-    words = [f"{a.item.place} {a.item.color} {a.item.shape} {doing}" for a, doing in zip(actors, doings)]
-    return f"{', '.join(rng.sample(words, len(words)))}."
+def _said(actors: Sequence[Actor], doings: Sequence[str]) -> str:
+    """The caption: each shape with its color and what it does, in the order of the lanes."""
+    told = sorted(zip(actors, doings), key=lambda each: (each[0].item.row, each[0].item.column))
+    return f"{', '.join(f'{a.item.color} {a.item.shape} {doing}' for a, doing in told)}."
