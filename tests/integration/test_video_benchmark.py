@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 
 from benchmarks import video
 from vlmtrain.data.motion import CATEGORIES, Motion
-
-from ..conftest import run
 
 FEW = (
     *("stages.clip.max_steps=1", "stages.clip.batch_size=2", "stages.text.max_steps=1", "stages.align.max_steps=1"),
@@ -32,8 +31,8 @@ def test_views_show_the_frames_of_the_video():
     assert len(orders) == 50
 
 
-def test_the_table_has_all_categories_and_views(tmp_path, monkeypatch):
-    monkeypatch.setattr(video.subprocess, "run", lambda command, **options: run(*command, env=options["env"]))
+@pytest.mark.slow
+def test_the_table_has_all_categories_and_views(tmp_path):
     shown = video.table([f"run_dir={tmp_path}", *FEW], questions=10)
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.strip().splitlines()]
     assert head[1:5] == ["video", "one frame", "shuffled", "blind"] and len(head) == 8
