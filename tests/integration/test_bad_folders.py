@@ -68,7 +68,7 @@ def test_a_folder_of_the_wrong_class(tmp_path, model, capsys):
     for line in (["chat"], ["evaluate"], ["export", str(tmp_path / "out")]):
         hint = f"run is a run folder, not a model folder. Did you mean {tmp_path / 'run' / 'instruct' / 'model'}?"
         assert hint in refused(capsys, line[0], str(tmp_path / "run"), *line[1:])
-    words = "llm/config.json: model_type is llama, expected llava or llava_next or blip-2"
+    words = "llm/config.json: model_type is llama, expected llava or llava_next or llava_onevision or blip-2"
     assert words in refused(capsys, "import", str(model / "llm"), str(tmp_path / "out"))
     (tmp_path / "mm_projector.bin").write_text("words")
     said = refused(capsys, "import", str(tmp_path / "mm_projector.bin"), str(tmp_path / "out"))
