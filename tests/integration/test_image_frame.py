@@ -12,9 +12,11 @@ from tests.conftest import gpt, human, train
 from vlmtrain import build_model
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageInMemory
+from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
+from vlmtrain.training.assembly import build_skeleton, build_tokenizer
 from vlmtrain.training.init_from import overruled_frame
-from vlmtrain.training.processing import image_frame
+from vlmtrain.training.processing import build_processor, image_frame
 
 WORDS = ["[start]", "[end]"]
 
@@ -83,3 +85,26 @@ def test_a_frame_that_is_not_a_token_is_refused():
         build_model("tiny", "mlp", {"tiny": {"image_frame": WORDS}})
     with pytest.raises(ValueError, match=r"llm\.image_frame.*expected a list of two tokens"):
         build_model("tiny", "mlp", {"tiny": {"image_frame": ["[start]"]}})
+
+
+def test_tokens_around_frames_are_ordinary_text_in_a_turn():
+    """They must be tokens of the tokenizer, and the text of a turn cannot make them."""
+    line = ["recipe=llava_1_5", "mini=true", "stages.instruct.video.frame_tokens=['[start]','[end]']"]
+    with pytest.raises(ValueError, match=r"stages\.instruct\.video\.frame_tokens: '\[start\]' is not a token"):
+        stage_processor(line)
+    processor = stage_processor([*line, "llm.new_tokens=['[start]','[end]']"])
+    tokens = processor.render(conversation("what [start] color?", "red")).input_ids.tolist()
+    assert processor.tokenizer.convert_tokens_to_ids("[start]") not in tokens
+
+
+def test_positions_in_time_need_rows_of_them():
+    line = ["recipe=llava_1_5", "mini=true", "stages.instruct.video.positions_per_second=2"]
+    with pytest.raises(ValueError, match=r"positions_per_second=2 needs llm\.positions=mrope or interleaved_mrope"):
+        stage_processor(line)
+    assert stage_processor([*line, "llm.positions=mrope"]).geometry.video.positions_per_second == 2
+
+
+def stage_processor(line: list[str]) -> Processor:
+    run = compose(line)
+    stage, tokenizer = run.stages["instruct"], build_tokenizer(run)
+    return build_processor(run, stage, build_skeleton(run, stage, tokenizer), OBJECTIVES[stage.objective], tokenizer)

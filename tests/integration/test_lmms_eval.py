@@ -28,7 +28,7 @@ from vlmtrain.distributed.world import World
 from vlmtrain.evaluation import Chat
 from vlmtrain.evaluation.lmms_eval import Benchmarks
 from vlmtrain.evaluation.validation import Validator
-from vlmtrain.interop.lmms import Model, Picture, manifest
+from vlmtrain.interop.lmms import Model, TaskImage, manifest
 from vlmtrain.model import VLMWrapper
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
@@ -91,7 +91,7 @@ def test_it_answers_like_chat(folder, batch_size):
     model = ready(Model(folder, batch_size=batch_size))
     said = model.generate_until(requests("generate_until", lambda d: {"max_new_tokens": 6, "until": ["\n\n"]}))
     for document, answer in zip(DOCUMENTS, said):
-        chat = Chat(model.model, model.processor, [Picture(document["image"])])
+        chat = Chat(model.model, model.processor, [TaskImage(document["image"])])
         assert answer == chat.say(document["question"], max_new_tokens=6).split("\n\n")[0].strip()
 
 
@@ -102,7 +102,7 @@ def test_its_likelihoods_of_choices_equal_those_of_validation(folder):
         Conversation(
             str(i),
             (Turn("user", f"<image>\n{document['question']}"), Turn("assistant", document["answer"])),
-            (Picture(document["image"]),),
+            (TaskImage(document["image"]),),
         )
         for i, document in enumerate(DOCUMENTS)
     ]
@@ -195,7 +195,7 @@ def test_media_are_paths_and_images(folder, tmp_path):
     model.task_dict = {"own": {"test": [{"shown": shown}, {"shown": [{"array": [0.0], "sampling_rate": 16000}]}]}}
     asked = model._conversation("What is in <video>?", lambda document: document["shown"], 0, "own", "test")
     assert asked.turns[0].text == "<image>\n<image>\nWhat is in <image>?"
-    assert [type(medium).__name__ for medium in asked.media] == ["Picture", "FrameSequence", "ImageOnDisk"]
+    assert [type(medium).__name__ for medium in asked.media] == ["TaskImage", "FrameSequence", "ImageOnDisk"]
     with pytest.raises(ValueError, match="accept images and videos, got dict from the task"):
         model._conversation("What?", lambda document: document["shown"], 1, "own", "test")
 

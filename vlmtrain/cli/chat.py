@@ -12,7 +12,7 @@ from .common import take_modules
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
-    shown = {"action": "append", "dest": "media", "default": [], "metavar": "FILE"}  # in the order of the line
+    shown = {"action": "append", "dest": "media", "default": [], "metavar": "FILE"}  # in the order of the command
     parser.add_argument(
         "--image", type=lambda file: ("image", file), **shown, help="may be repeated; - reads standard input"
     )

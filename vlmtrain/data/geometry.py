@@ -107,6 +107,12 @@ class Geometry:
         return tuple(dict.fromkeys(view.words for view in views if view.words))
 
     @property
+    def controls(self) -> tuple[str, ...]:
+        """The tokens of the template around images, views and videos."""
+        of_videos = (self.video and self.video.frame_tokens) or ()
+        return tuple(filter(None, (*self.frame, *self.view_words, *of_videos)))
+
+    @property
     def most_control_tokens(self) -> int:
         """The largest number of tokens of the template around the tokens of an image that is alone in its sample."""
         return sum(map(bool, self.frame)) + (self.most_items if self.view_words else 0)

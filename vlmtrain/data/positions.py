@@ -61,3 +61,5 @@ POSITIONS: dict[str, Callable[[Tensor, Sequence[Placement]], Tensor]] = {
     "interleaved_mrope": mrope,
     "xdrope": xdrope,
 }
+WITH_TIME = tuple(name for name, rows in POSITIONS.items() if rows is mrope)
+"""Those in which the frames of a video advance in time."""

@@ -196,8 +196,8 @@ class Probes:
             exchanges, opening = scene.questions, scene.caption if self.split == "text" else IMAGE_MARK
         turns = exchanges_to_turns(opening, exchanges, category)
         pixels, side = pixels_of(key, self.image_size, self.sides)
-        picture = ProbePicture(items=scene.items, pixels=pixels, side=side, writing=scene.writing)
-        return Conversation(f"{self.split}-{index}", turns, () if self.split == "text" else (picture,))
+        image = ProbePicture(items=scene.items, pixels=pixels, side=side, writing=scene.writing)
+        return Conversation(f"{self.split}-{index}", turns, () if self.split == "text" else (image,))
 
 
 def exchanges_to_turns(opening: str, exchanges: Sequence[tuple[str, str]], category: str) -> tuple[Turn, ...]:

@@ -108,7 +108,7 @@ class Processor:
         self.max_length = max_length
         self.features: tuple[FeatureFiles | None, ...] = ()
         self.encoder_batch_size = encoder_batch_size
-        controls = (*geometry.frame, *geometry.view_words) if geometry else ()
+        controls = geometry.controls if geometry else ()
         allowed = {"allowed": boxes.tokens} if boxes else {}
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, **allowed)
         self.filler = self.renderer.filler
@@ -158,7 +158,7 @@ class Processor:
         with _naming(conversation):
             for _, number in conversation.regions:
                 if number not in images:
-                    raise BadSample(f"a box or a point is in medium {number}, which is no image of the sample")
+                    raise BadSample(f"a box or a point is in medium {number}, which is not an image")
                 views[number] = self.geometry.map(images[number].size(), len(conversation.media))
         return write_regions(conversation, self.boxes, views.__getitem__)
 

@@ -311,8 +311,8 @@ class Renderer:
                 )
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]
-        pictures = [_Span("", is_image=True)] * (len(conversation.media) if self.pictures_first else 0)
-        return [*pictures, *spans, _Span(rest)]
+        images = [_Span("", is_image=True)] * (len(conversation.media) if self.pictures_first else 0)
+        return [*images, *spans, _Span(rest)]
 
     def template_texts(self, turns: Sequence[Turn]) -> list[str]:
         """The template's text before each turn and after the last one; before answers, as in a generation prompt.

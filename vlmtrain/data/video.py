@@ -69,7 +69,7 @@ class _Packets(NamedTuple):
         first = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
         last = len(times) if end is None else int(np.searchsorted(times, end - 1e-6))
         if first >= last:
-            raise ValueError(f"there is no frame from {start or 0} s to {end} s")
+            raise ValueError(f"it has no frame from {start or 0} s to {end} s")
         return slice(first, last)
 
     def seconds(self, pts: np.ndarray | int, first: int = 0) -> np.ndarray | float:
@@ -197,7 +197,7 @@ class EncodedVideo(Encoded):
         with file:
             try:
                 with av.open(file, options={"format_whitelist": DEMUXERS}) as container:
-                    stream = container.streams.best("video")  # not the picture of a cover
+                    stream = container.streams.best("video")  # not the cover image
                     if stream is None:
                         raise ValueError("it has no video stream")
                     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -351,7 +351,7 @@ def _time_of(packet) -> int | None:
 def _decoded_from(keys: Sequence[int], pts: int, container, stream) -> Iterator:
     """The frames from the first of `keys` that the frame at `pts` can be decoded from.
 
-    Packets where a picture starts to be refreshed in parts are called keyframes too.
+    Packets that start to refresh a frame in parts are called keyframes too.
     """
     for key in keys:
         container.seek(int(key), stream=stream, backward=True)

@@ -13,6 +13,8 @@ from .frame_sampling import SAMPLINGS
 from .native_sizes import smart_resize_clip
 from .records import BadSample, VideoFacts
 
+TIME_FORMAT = "<{time:.1f} seconds>"
+"""The text before each frame, or pair of frames, with ``timestamps: frame`` (Qwen3-VL, published code)."""
 SENTENCE = (
     "\nThe video lasts for {duration:.2f} seconds, and {count} frames are uniformly sampled from it. These frames are "
     "located at {times}.Please answer the following questions related to this video.\n"
@@ -44,7 +46,7 @@ class VideoPlan:
     pixels_total: tuple[int, int] | None = None
     joining: Joining = PLAIN
     timestamps: str = "none"
-    time_format: str = ""
+    time_format: str = TIME_FORMAT
     frame_tokens: tuple[str, str] | None = None
     token_budget: int | None = None
     positions_per_second: float | None = None

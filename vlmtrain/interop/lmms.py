@@ -32,7 +32,7 @@ MAX_NEW_TOKENS = 128
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
-class Picture:
+class TaskImage:
     """Adapter from a PIL image of lmms-eval to an image source of a conversation."""
 
     def __init__(self, image: Image.Image):
@@ -183,7 +183,7 @@ def _media(visual: object) -> list[ImageSource | VideoSource]:
         return [VideoFolder(".", outside=True).read(path, path, "lmms-eval")]
     if not isinstance(visual, Image.Image):
         raise ValueError(f"vlmtrain models accept images and videos, got {type(visual).__name__} from the task")
-    return [Picture(visual)]
+    return [TaskImage(visual)]
 
 
 def _generation(options: dict) -> dict:

@@ -69,7 +69,6 @@ _QWEN3_VIDEO = VideoPlan(
     "qwen3_vl",
     pixels_total=(128 * 32 * 32, 768 * 32 * 32),
     timestamps="frame",
-    time_format="<{time:.1f} seconds>",
     per_item=2,
 )
 FAMILIES = {

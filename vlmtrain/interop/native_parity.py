@@ -35,8 +35,8 @@ Media = Sequence[ImageInMemory | FrameSequence]
 def compare_native(exported: Exported, model: VLMWrapper, processor: Processor) -> float:
     """The largest difference of the logits for questions about two images, a video beside an image, and none.
 
-    There is no video if the class shows videos in another way. Raises DoesNotFit if prompts, pixels or greedy answers
-    differ, or if the logits differ by more than rounding.
+    The class is not asked about a video if it shows videos in another way. Raises DoesNotFit if prompts, pixels or
+    greedy answers differ, or if the logits differ by more than rounding.
     """
     name, dtype = type(exported.model).__name__, next(exported.model.parameters()).dtype
     family, geometry = FAMILIES[exported.model.config.model_type], processor.geometry

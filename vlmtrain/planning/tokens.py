@@ -96,6 +96,8 @@ def video_tokens(
         _check_positive(name, value)
     module, grid = _connector(image_size, patch_size, connector, options, image_pixels)
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / "objective" / "language_modelling.yaml").video)
+    if video.get("sampling") == "uniform":
+        defaults["fps"] = None
     chosen = read(VideoOptions, {**defaults, **video}, "video.")
     plan = video_plan(chosen, "video.", grid, frames_per_item, module, "squash")
     times = np.arange(max(1, round(seconds * VIDEO_RATE))) / VIDEO_RATE

@@ -110,7 +110,7 @@ class ConnectorText:
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How videos are shown in a stage. docs/data.md has the values of published models."""
+    """How videos are shown in a stage. docs/video.md has the values of published models."""
 
     fps: float | None = key(optional(POSITIVE))  # frames shown per second; null: as many as `frames` allows
     frames: int = key(whole(1, 100_000))  # maximum number of frames
@@ -123,12 +123,16 @@ class VideoOptions:
     stride: int = key(whole(1, 1000))  # side of the squares that are pooled
     newline: str = key(one_of(*NEWLINES))  # a learned token after each video, frame or row
     timestamps: str = key(one_of("none", "frame", "sentence"))  # text with the times of the frames
-    time_format: str = key(_TIME_FORMAT)  # of the time before each frame, with timestamps=frame
+    time_format: str | None = key(optional(_TIME_FORMAT))  # timestamps=frame: of the time before each frame
     frame_tokens: tuple[str, str] | None = key(optional(list_of(TEXT, "two strings", sizes=(2,))))
     positions_per_second: float | None = key(optional(POSITIVE))  # of the rotary positions; null: one per frame or pair
     token_budget: int | None = key(optional(whole(1)))  # maximum tokens of a video; null: what max_length leaves
 
     def __post_init__(self) -> None:
+        if self.sampling == "uniform" and self.fps is not None:
+            raise ValueError(f"video.fps={self.fps} has no effect with video.sampling=uniform: set video.fps=null")
+        if self.time_format is not None and self.timestamps != "frame":
+            raise ValueError(f"video.time_format needs video.timestamps=frame, got {self.timestamps}")
         if self.last and self.sampling not in CHOOSES_LAST:
             raise ValueError(f"video.last=true needs video.sampling={' or '.join(CHOOSES_LAST)}, got {self.sampling}")
         if (self.pool == "none") != (self.stride == 1):

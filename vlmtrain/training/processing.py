@@ -15,8 +15,9 @@ from ..connectors.checks import GridError
 from ..data.boxes import Writing
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
+from ..data.positions import WITH_TIME
 from ..data.processor import Processor
-from ..data.video_plan import VideoPlan
+from ..data.video_plan import TIME_FORMAT, VideoPlan
 from ..frames import Joining
 from ..model.llm import load_tokenizer, max_positions
 from ..model.rotary import positions_of
@@ -63,6 +64,12 @@ def build_processor(
     if geometry is not None:
         _check_controls(stage, geometry, tokenizer)
     check_lengths(stage, geometry, parts)
+    positions = positions_of(parts["llm"]) if "llm" in parts else None
+    if stage.video.positions_per_second is not None and "llm" in parts and positions not in WITH_TIME:
+        raise ValueError(
+            f"{stage.prefix}.video.positions_per_second={stage.video.positions_per_second} needs "
+            f"llm.positions={' or '.join(WITH_TIME)}, got {positions or 'null'}"
+        )
     reader = _build_reader(run, stage, parts, tokenizer)
     if stage.share_images and reader is not None and reader.reads is not None:
         raise ValueError(
@@ -77,7 +84,7 @@ def build_processor(
         run.llm.chat_template,
         reader,
         in_pairs=objective.compares_samples,
-        positions=positions_of(parts["llm"]) if "llm" in parts else None,
+        positions=positions,
         encoder_batch_size=stage.encoder_batch_size,
         share_images=stage.share_images,
         boxes=_box_writing(run),
@@ -141,9 +148,10 @@ def _box_writing(run: Run) -> Writing | None:
 
 
 def _check_controls(stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless what the template writes around images are tokens of the tokenizer."""
-    style = f"{stage.prefix}.image_tile_style={stage.image_tile_style}"
-    for key, words in (("llm.image_frame", geometry.frame), (style, geometry.view_words)):
+    """Raise ValueError unless what the template writes around images and videos are tokens of the tokenizer."""
+    style, of_videos = f"{stage.prefix}.image_tile_style={stage.image_tile_style}", stage.video.frame_tokens or ()
+    keys = "llm.image_frame", style, f"{stage.prefix}.video.frame_tokens"
+    for key, words in zip(keys, (geometry.frame, geometry.view_words, of_videos)):
         for word in filter(None, words):
             if word not in tokenizer.get_vocab():
                 raise ValueError(f"{key}: '{word}' is not a token of the tokenizer: list it in llm.new_tokens")
@@ -217,6 +225,7 @@ def video_plan(
             )
         if grid is None and joining.newline == "row":
             raise ValueError(f"{prefix}newline=row needs a connector whose tokens form a grid")
+    given["time_format"] = options.time_format or TIME_FORMAT
     given["fit"] = None if fit == "native" else options.fit or ("squash" if fit == "tiles" else fit)
     return VideoPlan(**given, joining=joining, per_item=per_item, tokens=tokens, grid=grid)
 

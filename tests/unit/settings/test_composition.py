@@ -152,3 +152,19 @@ def test_a_job_of_multirun_is_not_named_after_what_all_jobs_share(monkeypatch):
     job = ["recipe=mine", "mini=True", "seed=1", "workers=0"]
     hydra = {"mode": RunMode.MULTIRUN, "overrides": {"task": job}}
     assert _swept(OmegaConf.create(hydra), "mine", "mine") == "-seed=1"
+
+
+@pytest.mark.parametrize(
+    "video, said",
+    [
+        ("sampling=uniform", r"video\.fps=1 has no effect with video\.sampling=uniform"),
+        ("time_format='{time}s'", r"video\.time_format needs video\.timestamps=frame"),
+        ("pool=average", r"stride is 1 only without pool"),
+        ("sampling=qwen2_vl last", r"video\.last=true needs video\.sampling=interval or seconds"),
+        ("pixels=[1,2]", r"video\.pixels needs stages\.instruct\.image_fit=native"),
+    ],
+)
+def test_keys_of_videos_that_would_have_no_effect_are_refused(video, said):
+    given = [f"stages.instruct.video.{key}{'' if '=' in key else '=true'}" for key in video.split(" ")]
+    with pytest.raises(ValueError, match=said):
+        compose(["recipe=llava_1_5", "mini=true", *given])
