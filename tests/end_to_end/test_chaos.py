@@ -136,7 +136,8 @@ def killed_again_and_again(command: list[str], moments: Moments, plan: list[tupl
             while not reached() and launcher.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(delay)
-            assert launcher.poll() is None, f"the run ended with {launcher.poll()} before it was to be killed ({name})"
+            code = launcher.poll()
+            assert code is None, f"ended with {code} before it was killed ({name}):\n{log.read_text()[-4000:]}"
             strike(launcher, victim, moments.dice)
         fell[f"{moments.where(*before)}, {victim}"] += 1
     train(*command, ranks=2)

@@ -43,6 +43,7 @@ from vlmtrain.model.vision import VisionEncoder, build_vision
 NEW = 12
 SCRIPT = Path(__file__).with_name("transformers_only.py")
 PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
+WITH_VIDEO = [MODEL_CLASSES[name] for name in ("llava_onevision", *NATIVE)]
 Talk = tuple[tuple[Turn, ...], tuple[str, ...]]
 
 
@@ -132,12 +133,14 @@ def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "
     }
 
 
-def native_options(family: str) -> dict:
-    """How transformers runs a model of native resolution: there is no video processor for Pillow.
+def options_of(model_class: str) -> dict:
+    """How transformers runs a model: with Pillow, for which there is no video processor.
 
     Its class for HunyuanOCR numbers images over a batch, whereas here they are numbered in each sample.
     """
-    return {"backend": None, "images_backend": "pil", "together": family != "hunyuan_vl"}
+    if model_class not in WITH_VIDEO:
+        return {}
+    return {"backend": None, "images_backend": "pil", "together": not model_class.startswith("HunYuan")}
 
 
 def run_outside(home: Path, jobs: list[dict], *own: str) -> list[dict]:
@@ -224,6 +227,7 @@ class Case(NamedTuple):
     connector: str = "mlp"
     options: dict = {}  # noqa: RUF012
     fit: str = "squash"
+    most: int = 0
     template: str = "chat"
     tokenizer: str = "tiny"
     image_size: int | None = None
@@ -265,6 +269,9 @@ LLAVA_CASES = {
     "tiles, siglip, linear": Case(vision="siglip", connector="linear", **NEXT),
     "tiles, openai": Case(vision="openai", llm="qwen2", **NEXT),
     "tiles, another size": Case(vision="dinov2", image_size=48, **NEXT),
+    "tiles of images that are alone": Case(
+        "siglip", "qwen2", fit="tiles", most=2, becomes="LlavaOnevisionForConditionalGeneration"
+    ),
 }
 READING = {"num_queries": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "dropout": 0.0}
 OWN = {"becomes": "VLMTrainForConditionalGeneration"}
@@ -331,9 +338,8 @@ def export_all(cases: dict[str, Case], home: Path, *own: str) -> dict[str, dict]
     for name, case in cases.items():
         build(case, home / name / "model")
         export(home / name / "model", home / name / "out", case.form)
-        backend = None if own else "pil"
-        how = native_options(case.vision) if case.vision in NATIVE else {}
-        jobs.append(job(home / name / "out", case.talks, pictures, **{"backend": backend, **how}))
+        how = {"backend": None} if own else options_of(case.becomes)
+        jobs.append(job(home / name / "out", case.talks, pictures, **how))
     found = dict(zip(cases, run_outside(home, jobs, *own)))
     return {
         name: {"home": home / name, "parity": measure(found[name], home / name / "model", case.talks, pictures)}
@@ -363,7 +369,9 @@ def build(case: Case, folder: Path) -> None:
         for each in vision.encoders.values()
     ]
     look = (case.fit, vision.image_mean, vision.image_std)
-    geometry = Geometry(vision.image_size, *look, tokens, grid, grids, others=tuple(views[1:]))
+    geometry = Geometry(
+        vision.image_size, *look, tokens, grid, grids, case.most, bool(case.most), others=tuple(views[1:])
+    )
     VLMWrapper(vision, connector, llm).save_pretrained(folder)
     Processor(tokenizer, geometry, case.template, 1000, reader=reader).save_pretrained(folder)
 
@@ -452,6 +460,7 @@ LLAVA_SOURCES = {
     "one layer": llava(projector_hidden_act="linear"),
     "next": llava(kind="llava_next"),
     "next, siglip, qwen2": llava(kind="llava_next", vision="siglip", llm="qwen2"),
+    "onevision": llava(kind="llava_onevision", vision="siglip", llm="qwen2"),
     "projector": projector(2),
     "projector, one layer": projector(1),
 }
@@ -472,8 +481,7 @@ def import_all(sources: dict[str, Source], home: Path) -> dict[str, dict]:
     for name, source in sources.items():
         told = source.write(home / name) or {"source": home / name / "hf"}
         done[name] = import_model(out=home / name / "model", **told)
-        how = native_options(source.vision) if source.vision in NATIVE else {}
-        jobs.append(job(home / name / "hf", source.talks, pictures, **how))
+        jobs.append(job(home / name / "hf", source.talks, pictures, **options_of(source.kind)))
     found = dict(zip(sources, run_outside(home, jobs)))
     return {
         name: {

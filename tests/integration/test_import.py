@@ -55,7 +55,7 @@ def test_an_imported_model_answers_like_its_source(name, imported):
         assert done.largest_relative_difference is None and done.image_fit == "crop"
         return
     assert done.largest_relative_difference <= 1e-4
-    fits = {"next": "tiles", "siglip": "squash", "padded": "pad"}
+    fits = {"next": "tiles", "onevision": "tiles", "siglip": "squash", "padded": "pad"}
     assert done.image_fit == next((fit for word, fit in fits.items() if word in name), "crop")
     assert f"| source's class | {imported[name]['parity'].model_class} |" in card
     assert "of the source's, relative to the largest |" in card

@@ -23,7 +23,7 @@ from tests.integration.model_parity import (
     draw_pictures,
     job,
     measure,
-    native_options,
+    options_of,
     run_outside,
 )
 from tests.integration.native_models import CLASSES, PATCH, build_native
@@ -207,7 +207,7 @@ def test_an_import_trains_and_exports_to_its_own_class(tmp_path):
         model.save_pretrained(home / "trained")
         processor.save_pretrained(home / "trained")
         check_export(family, home, home / "trained")
-        jobs.append(job(home / "out", JOINED, images, **native_options(family)))
+        jobs.append(job(home / "out", JOINED, images, **options_of(CLASSES[family][1].__name__)))
     for family, found in zip(FAMILIES, run_outside(tmp_path, jobs)):
         check(measure(found, tmp_path / family / "trained", JOINED, images), 2e-5)
         assert found["module"] == "transformers"

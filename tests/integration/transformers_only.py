@@ -38,7 +38,7 @@ def prompt(processor, question: list) -> str:
 def inputs(processor, questions: list, pictures: list):
     images = [[Image.open(file) for file in files] for files in pictures]
     text = [prompt(processor, question) for question in questions]
-    seen = {"images": [one for each in images for one in each]} if any(images) else {}
+    seen = {"images": images} if any(images) else {}
     return processor(text=text, **seen, padding=True, return_tensors="pt")
 
 

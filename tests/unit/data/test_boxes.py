@@ -403,5 +403,5 @@ def test_regions_are_in_images_not_in_videos(tokenizer):
 
     turns = (Turn("user", "<image> Where?"), Turn("assistant", "<box>"))
     processor = Processor(tokenizer, GEOMETRIES["pad"], "chat", 400, boxes=Writing("llava"))
-    with pytest.raises(BadSample, match="clip: a box or a point is in medium 0, which is no image"):
+    with pytest.raises(BadSample, match="clip: a box or a point is in medium 0, which is not an image"):
         processor.written(Conversation("clip", turns, (Video(),), regions=(Region((0, 0, 9, 9)),)))
