@@ -21,6 +21,13 @@ from .tiling import Tiles
 
 Size = tuple[int, int]
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+CAUSAL = "causal"
+ATTENTION = (CAUSAL, "images", "prefix")
+"""Which positions of a sample see each other in both directions.
+
+``causal``: none. ``images``: those of all its images and frames, with the tokens around them (Molmo2, 2025, published
+code). ``prefix``: all before the first answer (PaliGemma, 2024, section 3.1).
+"""
 
 
 class Item(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, replace
@@ -30,7 +30,7 @@ from ..errors import first_line
 from ..files import read_object
 from ..model.folder import check_files
 from ..model.vision.base import packed, stacked
-from ..visual import NO_MEDIA, Cached, MediaPlan, Texts, Visual, groups, joined, normalized
+from ..visual import CAUSAL, NO_MEDIA, Cached, MediaPlan, Texts, Visual, groups, joined, normalized
 from .boxes import Writing, write_regions
 from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
@@ -83,7 +83,8 @@ class Processor:
     template, fallback: see `Renderer`; max_length: maximum sequence length in tokens, including images.
     reader: for a connector that reads text. in_pairs: whether a sample must be one image and one text. positions: see
     `Renderer`. encoder_batch_size: `VisionEncoder.batch_size` of the encoder. share_images: whether a sample may have
-    several dialogues. boxes: how boxes and points are written; None if samples with them are bad.
+    several dialogues. boxes: how boxes and points are written; None if samples with them are bad. attention: one
+    of `vlmtrain.visual.ATTENTION`.
     """
 
     def __init__(
@@ -99,8 +100,9 @@ class Processor:
         encoder_batch_size: int | None = None,
         share_images: bool = False,
         boxes: Writing | None = None,
+        attention: str = CAUSAL,
     ):
-        self.tokenizer, self.positions, self.boxes = tokenizer, positions, boxes
+        self.tokenizer, self.positions, self.boxes, self.attention = tokenizer, positions, boxes, attention
         self.share_images = share_images
         self.geometry = geometry
         self.fallback = fallback
@@ -109,6 +111,7 @@ class Processor:
         self.features: tuple[FeatureFiles | None, ...] = ()
         self.encoder_batch_size = encoder_batch_size
         controls = geometry.controls if geometry else ()
+        self._controls = torch.tensor(tokenizer.convert_tokens_to_ids(list(controls)), dtype=torch.long)
         allowed = {"allowed": boxes.tokens} if boxes else {}
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, **allowed)
         self.filler = self.renderer.filler
@@ -293,6 +296,7 @@ class Processor:
             weights=pad([t.weights for t in tokens]),
             lengths=torch.tensor([len(t) for t in tokens]),
             positions=None if positions is None else pad([t.positions.T for t in tokens]).permute(2, 0, 1),
+            **self._rules(tokens, partial(pad, padding_value=-1)),
         )
 
     def pack(self, samples: list[Sample], calls: int = 1, chunks: int = 1) -> Batch:
@@ -310,6 +314,7 @@ class Processor:
             targets=torch.cat([t.targets for t in tokens])[None],
             weights=torch.cat([t.weights for t in tokens])[None],
             lengths=ends[-1:],
+            **self._rules(tokens, lambda parts: torch.cat(parts)[None]),
         )
         if self.positions is None:
             positions = torch.cat([t.places for t in tokens])[None]
@@ -320,6 +325,23 @@ class Processor:
             return batch
         branches = [torch.zeros(len(t), dtype=torch.long) if t.branch is None else t.branch for t in tokens]
         return batch._replace(branch=torch.cat(branches)[None])
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The fields of batches, other than those of packing, that say which positions see each other."""
+        return {"prefix": ("prefix",), "images": ("bidirectional",)}.get(self.attention, ())
+
+    def _rules(self, tokens: Sequence[Rendered], joined: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
+        """The fields of a batch that say which positions see each other in both directions.
+
+        joined: makes the rows of a batch of the values at the positions of each sample.
+        """
+        if self.attention == "prefix":
+            return {"prefix": torch.tensor([each.asked for each in tokens])}
+        if self.attention == "images":
+            are_visual = ((each.index >= 0) | torch.isin(each.input_ids, self._controls) for each in tokens)
+            return {"bidirectional": joined([each.long() - 1 for each in are_visual])}
+        return {}
 
     def _batch(self, samples: list[Sample], calls: tuple[int, int], index: Tensor, **tensors: Tensor | None) -> Batch:
         visual = None if self.geometry is None else self._visual(samples, *calls, index)
@@ -375,6 +397,7 @@ class Processor:
             "reader": self.reader and {"reads": self.reader.reads, "max_length": self.reader.max_length},
             "positions": self.positions,
             **({"boxes": asdict(self.boxes)} if self.boxes else {}),
+            **({"attention": self.attention} if self.attention != CAUSAL else {}),
         }
 
     @property

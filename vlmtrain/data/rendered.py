@@ -94,6 +94,11 @@ class Rendered:
         return self.media, self.input_ids[: self.shared].tolist()
 
     @property
+    def asked(self) -> int:
+        """Number of positions before the first answer."""
+        return self.answers[0][0] if self.answers else len(self)
+
+    @property
     def parts(self) -> list[int]:
         """Numbers of positions that all dialogues share, and of each dialogue behind them."""
         return [0, len(self)] if self.branch is None else self.branch.bincount().tolist()

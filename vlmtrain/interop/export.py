@@ -20,6 +20,7 @@ from ..model.fusion import Concatenation
 from ..model.rotary import positions_of
 from ..model.vision.native import NativeVision
 from ..reporting.card import write_export_card
+from ..visual import CAUSAL
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported, as_llava, shows_videos
@@ -68,6 +69,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
             raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
     if processor.geometry is None:
         raise DoesNotFit("the model's processor does not accept images: export a stage that does")
+    if processor.attention != CAUSAL:
+        raise DoesNotFit(f"fusion.attention={processor.attention}: exported models are causal")
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:

@@ -65,20 +65,24 @@ def attend_in_segments(llm: nn.Module, given: str = "layout=packed") -> None:
     llm.set_attn_implementation(NAME)
 
 
-def check_attention(llm: nn.Module, arguments: Iterable[str]) -> None:
-    """Raise ValueError if a model's attention cannot follow some of the named arguments of `attention_arguments`.
+def follow_rules(llm: nn.Module, arguments: Iterable[str]) -> None:
+    """Make a language model follow the named arguments of `attention_arguments`, if it does not yet.
 
-    `boundaries` is not checked here: `attend_in_segments` refuses the models that cannot follow it.
+    `boundaries` needs `attend_in_segments` before training. Raises ValueError for a model that cannot follow one.
     """
     rules = sorted(set(arguments) & set(RULES))
     used = llm.config.get_text_config()._attn_implementation
     if not rules or used == NAME:
         return
     if used.startswith("flash_attention"):
-        reason = "flash attention takes no mask; use llm.attn_implementation=sdpa"
-    else:
-        reason = "prepare the model with attend_in_segments"
-    raise ValueError(f"{type(llm).__name__} with {used} attention cannot follow {', '.join(rules)}: {reason}")
+        raise ValueError(
+            f"{type(llm).__name__} with {used} attention cannot follow {', '.join(rules)}: flash attention takes no "
+            "mask; use llm.attn_implementation=sdpa"
+        )
+    obstacle = segments_obstacle(llm)
+    if obstacle is not None:
+        raise ValueError(f"{obstacle}, which cannot follow {', '.join(rules)}")
+    attend_in_segments(llm)
 
 
 def attention_arguments(

@@ -70,8 +70,13 @@ class Concatenation(Fusion):
     """Visual tokens take the place of the text embeddings at their positions (LLaVA, 2023, section 4.1).
 
     Levels are added to the outputs of the first blocks at the same positions (DeepStack, Meng et al., 2024;
-    Qwen3-VL, published code).
+    Qwen3-VL, published code). attention: which positions see each other, one of `vlmtrain.visual.ATTENTION`, which the
+    processor says in each batch.
     """
+
+    def __init__(self, width: int, attention: str | None = None):
+        super().__init__(width)
+        self.attention = attention
 
     def forward(self, text: Tensor, tokens: VisualTokens, visual: Visual) -> Fused:
         if visual.items:

@@ -13,7 +13,7 @@ from ..batch import Batch
 from ..connectors import Connector, Features, PackedFeatures
 from ..connectors.base import are_several
 from ..visual import Visual
-from .attention import attention_arguments, check_attention
+from .attention import attention_arguments, follow_rules
 from .deep_levels import at_prefill, receive_levels
 from .folder import read_manifest, write_manifest
 from .fusion import Concatenation, Fused, Fusion, VisualTokens
@@ -125,7 +125,7 @@ class VLMWrapper(nn.Module):
         fused = self.embed(batch.input_ids, batch.visual, features)
         rules = batch.prefix, batch.branch, batch.bidirectional
         options = attention_arguments(batch.boundaries, *rules, segments=batch.segments)
-        check_attention(self.llm, options)
+        follow_rules(self.llm, options)
         if batch.boundaries is not None:
             options["position_ids"] = batch.positions if batch.positions.ndim == 2 else batch.text_positions
         if fused.added:
@@ -158,7 +158,7 @@ class VLMWrapper(nn.Module):
         for name, tensor in given.items():
             if tensor is not None and tensor.ndim == 2:
                 given[name] = tensor.to(shift.device).gather(1, shift)
-        check_attention(self.llm, [name for name, tensor in given.items() if tensor is not None])
+        follow_rules(self.llm, [name for name, tensor in given.items() if tensor is not None])
         positions = batch.positions
         if positions is not None:
             positions = positions.gather(-1, shift.expand_as(positions))

@@ -26,7 +26,13 @@ _ADDED = {
     **{"data.ignore": [], "data.repair": False, "data.columns.system": None, "data.sides": None},
     **{"data.videos": None, "data.frames_fps": 2},
     **{f"data.columns.{role}": None for role in ("video", "video_start", "video_end")},
-    **{"fusion.name": "concatenation", "llm.positions": None, "llm.image_frame": None, "device_tflops": None},
+    **{
+        "fusion.name": "concatenation",
+        "fusion.attention": None,
+        "llm.positions": None,
+        "llm.image_frame": None,
+        "device_tflops": None,
+    },
     **{"vision.scales": None, "data.columns.dialogues": None, "boxes.format": None, "boxes.frame": None},
 }
 _ADDED_IN_STAGE = {

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from ..data.mixture import Mixture
+from ..data.processor import Processor
 from ..data.records import BadSample
 from ..data.sources import LOOKED_AT, build_source, first_look
 from ..evaluation.lmms_eval import check_tasks
 from ..evaluation.scores import check_metrics
 from ..files import read_object
-from ..model.attention import attend_in_segments
+from ..model.attention import attend_in_segments, follow_rules
 from ..model.deep_levels import receive_levels
 from ..model.folder import read_manifest
 from ..model.llm import check_vocabulary, choose_attention, hidden_width
@@ -117,7 +118,9 @@ def check_stages(run: Run, folder: RunFolder) -> None:
                 check_vocabulary(parts["llm"], tokenizer)
                 if stage.layout == "packed" or stage.padding is False:
                     attend_in_segments(parts["llm"], "layout=packed" if stage.layout == "packed" else "padding=false")
-            build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
+            processor = build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
+            if "llm" in parts:
+                _check_rules(processor, parts["llm"])
             data = _check_source(run, run.data.split(stage.data), image_size_of(parts))
             if run.validates(stage) and stage.validation != stage.data:
                 _check_source(run, run.data.split(stage.validation), image_size_of(parts))
@@ -127,6 +130,14 @@ def check_stages(run: Run, folder: RunFolder) -> None:
         else:
             continue
         handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
+
+
+def _check_rules(processor: Processor, llm: nn.Module) -> None:
+    """Raise ValueError unless a language model can follow what the processor says of who sees whom."""
+    try:
+        follow_rules(llm, processor.rules)
+    except ValueError as error:
+        raise ValueError(f"fusion.attention={processor.attention}: {error}") from None
 
 
 def _check_fusion(run: Run, held: Mapping) -> None:

@@ -25,6 +25,7 @@ from ..model.vision import VisionEncoder
 from ..objectives import Objective
 from ..settings import Run, Stage
 from ..settings.stage import VideoOptions
+from ..visual import ATTENTION, CAUSAL
 
 
 @contextmanager
@@ -88,6 +89,7 @@ def build_processor(
         encoder_batch_size=stage.encoder_batch_size,
         share_images=stage.share_images,
         boxes=_box_writing(run),
+        attention=_attention(run, stage),
     )
 
 
@@ -138,6 +140,21 @@ def image_frame(run: Run) -> tuple[str, str]:
         held = Processor.from_pretrained(run.init_from).geometry
         frame = held and held.frame
     return frame or ("", "")
+
+
+def _attention(run: Run, stage: Stage) -> str:
+    """Which positions see each other: as the settings say, or else as in `init_from`, or else none."""
+    attention = run.fusion.options.get("attention")
+    if attention not in (None, *ATTENTION):
+        raise ValueError(f"fusion.attention={attention}: expected null, {' or '.join(ATTENTION)}")
+    if attention is None and run.init_from is not None:
+        attention = Processor.from_pretrained(run.init_from).attention
+    if attention == "prefix" and stage.share_images:
+        raise ValueError(
+            f"{stage.prefix}.share_images=true: with fusion.attention=prefix an image sees the question, so its tokens "
+            "differ between dialogues; use share_images=false"
+        )
+    return attention or CAUSAL
 
 
 def _box_writing(run: Run) -> Writing | None:

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from vlmtrain.model import attention
-from vlmtrain.model.attention import attend_in_segments, attention_arguments, check_attention, segment_attention
+from vlmtrain.model.attention import attend_in_segments, attention_arguments, follow_rules, segment_attention
 
 VOCABULARY, WIDTH = 89, 32
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -397,17 +397,22 @@ def test_gradients_are_the_same_with_checkpointing():
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
-def test_rules_are_refused_where_they_cannot_be_followed():
+def test_a_model_is_prepared_for_rules_or_refused():
     model = AutoModelForCausalLM.from_config(deepcopy(LLMS["llama"]))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM with sdpa .*bidirectional, prefix: .*attend_in_segments"):
-        check_attention(model, ["prefix", "bidirectional"])
-    check_attention(model, attention_arguments(torch.tensor([0, 4], dtype=torch.int32)))
+    follow_rules(model, attention_arguments(torch.tensor([0, 4], dtype=torch.int32)))
+    assert model.config._attn_implementation == "sdpa"  # without rules, nothing changes
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"flash_attention_2 .*branch: .*takes no mask"):
-        check_attention(model, ["branch"])
+        follow_rules(model, ["branch"])
     model.config._attn_implementation = "sdpa"
-    attend_in_segments(model)
-    check_attention(model, ["prefix", "branch", "bidirectional"])
+    for _ in range(2):
+        follow_rules(model, ["prefix", "branch", "bidirectional"])
+        assert model.config._attn_implementation == "vlmtrain_segments"
+    mamba = AutoModelForCausalLM.from_config(deepcopy(MIXED["mamba"]))
+    with pytest.raises(ValueError, match=r"GraniteMoeHybridForCausalLM has layers .*cannot follow prefix"):
+        follow_rules(mamba, ["prefix"])
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
 
     with torch.no_grad():
         cache = model(torch.ones(1, 4, dtype=torch.long), use_cache=True).past_key_values
