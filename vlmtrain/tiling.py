@@ -1,10 +1,17 @@
-"""Any-resolution images: split into tiles, plus one view of the complete image (LLaVA-NeXT, published code).
+"""Images split into tiles or overlapping crops, plus one view of the complete image.
+
+Any resolution (LLaVA-NeXT, published code):
 
 image --scaled, centered--> canvas of rows x columns tiles --encoder, connector--> token grid --padding dropped-->
 tokens of the complete view, then the grid's rows, each followed by a newline token
 
 LLaVA-OneVision (published code, ``anyres_max_9``) scales the token grid down if it has more tokens than a maximum
 number of tiles (here 9), and does not split images that share a sample: each is one view followed by a newline.
+
+Overlapping crops (Molmo2, 2025, published code):
+
+image --stretched--> canvas of overlapping crops --encoder--> patches --shared margins dropped--> one grid of patches
+--connector--> token grid, each of whose rows is followed by a newline token
 """
 
 from __future__ import annotations
@@ -31,6 +38,19 @@ class Tiles(NamedTuple):
     def views(self) -> int:
         """Number of tiles, plus the view of the complete image."""
         return self.rows * self.columns + 1
+
+
+class Overlap(NamedTuple):
+    """How an image is split into rows x columns of crops: neighbors share twice `margin` patches, each drops half."""
+
+    rows: int
+    columns: int
+    margin: int
+
+    def patches(self, crop: tuple[int, int]) -> tuple[int, int]:
+        """The grid ``(h, w)`` of the patches of the canvas, from that of a crop."""
+        shared = 2 * self.margin
+        return self.rows * (crop[0] - shared) + shared, self.columns * (crop[1] - shared) + shared
 
 
 def choose_tiles(

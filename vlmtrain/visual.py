@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .frames import Joining
-from .tiling import Tiles
+from .tiling import Overlap, Tiles
 
 Size = tuple[int, int]
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -58,11 +58,11 @@ class Placement(NamedTuple):
 
     medium: index of the image or video. items: indices of its items, in order. slots: number of text positions. tokens:
     number of visual tokens, which equals `slots` under concatenation. out_grid: grid of the tokens of each item, None
-    if they form none. tiles: how the image is cut; the tokens of its items are then joined row by row
-    (`vlmtrain.model.joining`). framed_grid: grid of the tokens other than the first and the last, for connectors that
-    add these two; or None. before, after: text of the template around the slots, such as the token that starts an
-    image. frames: of a video, how the tokens of its items are pooled and joined; None for images. times: of a video,
-    the rotary position in time of each item, counted from that of the first; empty for images.
+    if they form none. tiles: how the image is cut; its items are then joined row by row (`vlmtrain.model.joining`).
+    framed_grid: grid of the tokens other than the first and the last, for connectors that add these two; or None.
+    before, after: text of the template around the slots, such as the token that starts an image. frames: of a video,
+    how the tokens of its items are pooled and joined; None for images. times: of a video, the rotary position in time
+    of each item, counted from that of the first; empty for images.
     """
 
     medium: int
@@ -70,7 +70,7 @@ class Placement(NamedTuple):
     slots: int
     tokens: int
     out_grid: Size | None
-    tiles: Tiles | None = None
+    tiles: Tiles | Overlap | None = None
     framed_grid: Size | None = None
     before: str = ""
     after: str = ""
@@ -98,6 +98,17 @@ class MediaPlan(NamedTuple):
     def is_video(self, number: int) -> bool:
         """Whether placement `number` is of a video."""
         return bool(self.items[self.placements[number].items[0]].times)
+
+    @property
+    def sizes(self) -> frozenset[Size]:
+        """The different sizes in pixels of what the connector, or an encoder of any size, is shown at once."""
+        apart = {
+            number
+            for placement in self.placements
+            if not isinstance(placement.tiles, Overlap)
+            for number in placement.items
+        }
+        return frozenset(item.pixels[0] if number in apart else item.canvas() for number, item in enumerate(self.items))
 
     def first(self, count: int) -> MediaPlan:
         """The plan of the first `count` placements."""
@@ -235,8 +246,3 @@ def joined(plans: Sequence[MediaPlan]) -> MediaPlan:
         ]
         media += len(plan.by_medium)
     return MediaPlan(tuple(items), tuple(placements))
-
-
-def groups(items: Sequence[Item]) -> int:
-    """Number of groups of items that an encoder, or a connector, processes at once: those of one size."""
-    return len({item.pixels for item in items})

@@ -12,6 +12,7 @@ from vlmtrain.training.step import _shares
 from ..conftest import metrics, train
 
 BATCH = 8
+OWN = ("the second source is weighed in its own way", 0.5)
 AUTO = ["stages.instruct.gradient_checkpointing=auto", "stages.instruct.micro_batch_size=auto"]
 
 
@@ -30,6 +31,8 @@ def line(files, run_dir, sources: str, *more: str) -> list[str]:
 
 def sources_of(files, weights: tuple[float, float] | None) -> str:
     words = ["", ""] if weights is None else [f", loss_weight: {weight}" for weight in weights]
+    if weights == OWN:
+        words = ["", f", loss_per: sqrt, token_weight: {OWN[1]}"]
     return f"{{a: {{path: {files['align']}{words[0]}}}, b: {{path: {files['instruct']}{words[1]}}}}}"
 
 
@@ -56,10 +59,12 @@ def by_hand(overrides: list[str], per: str, weights: tuple[float, float] | None)
             losses = F.cross_entropy(model(batch)[0][has_target].double(), batch.targets[0][has_target])
         count = int(has_target.sum())
         share = {"token": count, "sample": 1.0, "sqrt": count**0.5}[per]
+        if weights == OWN and name == "b":
+            share = OWN[1] * count**0.5
         sums[name] += share * float(losses)
         totals[name] += share
     means = {name: sums[name] / totals[name] for name in sums}
-    if weights is None:
+    if weights in (None, OWN):
         return sum(sums.values()) / sum(totals.values()), means
     return sum(weight / sum(weights) * means[name] for name, weight in zip("ab", weights)), means
 
@@ -68,6 +73,7 @@ def by_hand(overrides: list[str], per: str, weights: tuple[float, float] | None)
     "per, weights, ranks, more",
     [
         ("sample", None, 1, ["stages.instruct.micro_batch_size=3", "stages.instruct.batch_size=6"]),
+        ("token", OWN, 1, ["stages.instruct.micro_batch_size=2"]),
         ("sqrt", (3.0, 1.0), 1, ["stages.instruct.micro_batch_size=2"]),
         ("token", (1.0, 4.0), 2, [*AUTO, "engine=zero3", "engine.parameter_persistence_threshold=0"]),
     ],
@@ -94,7 +100,7 @@ def test_a_loss_that_compares_samples_has_no_weights(tmp_path):
     assert done.returncode == 2 and "stages.contrast.loss_per=sample has no meaning; use token" in done.stderr
     sources = "{a: {size: 9, split: caption, loss_weight: 1}, b: {size: 9, split: caption, loss_weight: 2}}"
     done = train(*words, f"data.align={sources}", check=False)
-    assert done.returncode == 2 and "the sources of data.align cannot have a loss_weight" in done.stderr
+    assert done.returncode == 2 and "the sources of data.align cannot have a loss_weight, loss_per" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ class Connector(nn.Module):
     num_levels: number of hidden layers read from ``features.levels``, in addition to ``features.patches``.
                 A connector with 0 ignores the levels.
     num_added:  number of levels returned beside the tokens, for the first blocks of the language model.
-    joins:      whether `forward` also requires the `placements` of the items, and the `frames` of a `Visual`.
+    joins:      whether `forward` also requires the `placements` of the items, and `frames` and `calls` of a `Visual`.
     takes_window: whether `forward` and `output_grid` take another `window` than the connector's own.
     reads_text: whether `forward` also requires ``text_ids`` (an instruction in the connector's own
                 vocabulary) and ``text_mask``.

@@ -13,14 +13,14 @@ import torch
 
 from ..frames import PLAIN, Joining
 from ..model.parts import connector_from
-from ..tiling import Tiles, tiled_tokens
+from ..tiling import Overlap, Tiles, tiled_tokens
 from ..visual import WHOLE, Item, MediaPlan, Placement, Size
 from .encoded import MAX_ASPECT
 from .images import FITS, frame_of
 from .native_sizes import SIZE_RULES, SMART_RESIZE
 from .records import BadSample, VideoFacts
 from .regions import Frame
-from .tile_styles import LLAVA_NEXT, TILE_STYLES, TileStyle
+from .tile_styles import LLAVA_NEXT, TILE_STYLES, Molmo2, TileStyle
 from .video_plan import Clip, VideoPlan
 
 
@@ -42,13 +42,14 @@ class Geometry:
     in [0, 1]. tokens, grid: number and grid of the tokens of one image of `size`; grid is None if the tokens form none.
     tile_grids: for ``tiles``, the ``(rows, columns)`` into which an image may be cut; tiles_most: maximum number of
     tiles whose tokens are kept, 0 for all; tiles_alone: whether an image is cut only if its sample has no other image;
-    tile_style: a name in `TILE_STYLES`.
+    tile_style: a name in `TILE_STYLES`; tile_margin: of overlapping crops, in patches.
     patch_size ``(H, W)`` in pixels, None in model folders of earlier versions. framed_grid: see `Placement`. frame:
     text of the template before and after each image, such as the tokens that start and end one. For ``native``:
     image_pixels, smallest and largest number of pixels; multiple: both sides are multiples of this many patches;
-    connector: the configuration of the connector, which says how many tokens it makes of each grid; size_rule: of the
-    encoder, one of `SIZE_RULES`. others: of further encoders; tiles show them the same parts of the image, and
-    ``native`` the sizes at which they have the same grids. video: how videos are shown; None if they are refused.
+    size_rule: of the encoder, one of `SIZE_RULES`. connector: for ``native`` and overlapping crops, the configuration
+    of the connector, which says how many tokens it makes of each grid. others: of further encoders; tiles show them the
+    same parts of the image, and ``native`` the sizes at which they have the same grids. video: how videos are shown;
+    None if they are refused.
     """
 
     size: Size
@@ -70,6 +71,7 @@ class Geometry:
     size_rule: str = SMART_RESIZE
     others: tuple[View, ...] = ()
     video: VideoPlan | None = None
+    tile_margin: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "others", tuple(View(*view) for view in self.others))
@@ -85,6 +87,8 @@ class Geometry:
         if self.tile_style not in TILE_STYLES:
             raise ValueError(f"image_tile_style={self.tile_style}: expected one of {', '.join(TILE_STYLES)}")
         if self.fit == "tiles":
+            if TILE_STYLES[self.tile_style].overlaps and (self.others or self.patch_size is None):
+                raise ValueError(f"image_tile_style={self.tile_style}: expected one encoder of images, with patches")
             self._style.check(self.tile_grids)
         if self.fit == "native" and not (self.image_pixels and 0 < self.image_pixels[0] <= self.image_pixels[1]):
             raise ValueError(f"image_fit=native needs image_pixels, [MIN, MAX] pixels, got {self.image_pixels}")
@@ -94,17 +98,19 @@ class Geometry:
             window = math.prod(self.factors)
             raise ValueError(f"image_pixels={list(self.image_pixels)}: expected a MAX of at least one window, {window}")
 
-    @property
+    @cached_property
     def _style(self) -> TileStyle:
-        return TILE_STYLES[self.tile_style]
+        style = TILE_STYLES[self.tile_style]
+        return Molmo2(self.tile_margin, self._grid(self.size)) if style.overlaps else style
 
     @property
     def view_words(self) -> tuple[str, ...]:
-        """The words that the style of tiles puts before the views of images."""
+        """The words that the style of tiles puts around the views of images."""
         if self.fit != "tiles":
             return ()
-        views = [view for grid in (None, *self.tile_grids) for view in self._style.views(grid)]
-        return tuple(dict.fromkeys(view.words for view in views if view.words))
+        places = [place for grid in (None, *self.tile_grids) for place in self._style.places(grid)]
+        words = [word for place in places for word in (place.before, place.after)]
+        return tuple(dict.fromkeys(filter(None, words)))
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -115,7 +121,11 @@ class Geometry:
     @property
     def most_control_tokens(self) -> int:
         """The largest number of tokens of the template around the tokens of an image that is alone in its sample."""
-        return sum(map(bool, self.frame)) + (self.most_items if self.view_words else 0)
+        words = 0
+        if self.fit == "tiles":
+            cuts = map(self._style.places, self.tile_grids)
+            words = max(sum(bool(word) for place in places for word in (place.before, place.after)) for places in cuts)
+        return sum(map(bool, self.frame)) + words
 
     @property
     def reads_sizes(self) -> bool:
@@ -138,15 +148,15 @@ class Geometry:
                 placements += placed
                 continue
             places = self._places(medium, size, images)
-            for number, (shown, tiles, words) in enumerate(places):
+            for number, (shown, tiles, *around) in enumerate(places):
                 tokens, grid, framed = self.tokens, self.grid, self.framed_grid
                 if self.fit == "native":
                     tokens, grid, framed = self._counted(shown[0].grids[0])
                 if tiles:
-                    tokens, grid, framed = tiled_tokens(tiles, tokens, grid), None, None
+                    tokens, grid, framed = self._joined(tiles), None, None
                 numbers = tuple(range(len(items), len(items) + len(shown)))
-                before = (self.frame[0] if number == 0 else "") + words
-                after = self.frame[1] if number == len(places) - 1 else ""
+                before = (self.frame[0] if number == 0 else "") + around[0]
+                after = around[1] + (self.frame[1] if number == len(places) - 1 else "")
                 placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles, framed, before, after))
                 items += shown
         return MediaPlan(tuple(items), tuple(placements))
@@ -200,21 +210,33 @@ class Geometry:
     def _rule(self, size: Size, limits: tuple[int, int] | None) -> Size:
         return SIZE_RULES[self.size_rule](size, self.factors, limits or self.image_pixels)
 
-    def _places(self, medium: int, size: Size | None, images: int) -> list[tuple[list[Item], Tiles | None, str]]:
-        """Items, cut and words of each place in the text at which an image of a sample with `images` is shown."""
+    def _places(
+        self, medium: int, size: Size | None, images: int
+    ) -> list[tuple[list[Item], Tiles | Overlap | None, str, str]]:
+        """The items, how they are joined and the words around them, at each place in the text that an image has.
+
+        images: number of images in its sample.
+        """
         if self.fit == "native":
-            return [([self._item(medium, "image", "squash", pixels=self.native_size(size))], None, "")]
+            return [([self._item(medium, "image", "squash", pixels=self.native_size(size))], None, "", "")]
         if self.fit != "tiles":
-            return [([self._item(medium, "image", self.fit)], None, "")]
-        style, cut = self._style, images == 1 or not self.tiles_alone
+            return [([self._item(medium, "image", self.fit)], None, "", "")]
+        style, cut, found = self._style, images == 1 or not self.tiles_alone, []
         grid = style.choose(size, self.size, self.tile_grids, images) if cut else None
-        views = style.views(grid)
-        items = [self._item(medium, view.kind, view.fit, view.box) for view in views]
         heading = style.heading(medium, images)
-        if style.newline:
-            return [(items, Tiles(*grid, *size, self.tiles_most) if grid else Tiles(0, 0, *size), heading)]
-        words = [heading * (number == 0) + view.words for number, view in enumerate(views)]
-        return [([item], None, word) for item, word in zip(items, words)]
+        for place in style.places(grid):
+            items = [self._item(medium, view.kind, view.fit, view.box) for view in place.views]
+            joined = style.joined(place, grid, size, self.tiles_most)
+            found.append((items, joined, heading + place.before, place.after))
+            heading = ""
+        return found
+
+    def _joined(self, tiles: Tiles | Overlap) -> int:
+        """Number of tokens of the views that a connector joins."""
+        if isinstance(tiles, Tiles):
+            return tiled_tokens(tiles, self.tokens, self.grid)
+        tokens, grid, _ = self._counted(tiles.patches(self._grid(self.size)))
+        return tokens if grid is None else grid[0] * (grid[1] + 1)
 
     def map(self, size: Size, images: int = 1) -> Frame:
         """Where an image of `size` ``(H, W)``, one of `images` in its sample, lies in what the first encoder is shown.
@@ -285,7 +307,8 @@ class Geometry:
     @property
     def most_items(self) -> int:
         """The largest number of items of any image."""
-        return max((len(self._style.views(grid)) for grid in self.tile_grids), default=1)
+        cuts = map(self._style.places, self.tile_grids)
+        return max((sum(len(place.views) for place in places) for places in cuts), default=1)
 
     @property
     def least_tokens(self) -> int:
@@ -297,13 +320,15 @@ class Geometry:
         """The largest number of tokens of any image."""
         if self.fit == "native":
             return max(self._counted(self._grid(size))[0] for size in self._extremes())
-        if not self.tile_grids or not self._style.newline:
-            return self.most_items * self.tokens
-        height, width = self.size
-        cuts = [
-            Tiles(rows, columns, rows * height, columns * width, self.tiles_most) for rows, columns in self.tile_grids
-        ]
-        return max(tiled_tokens(cut, self.tokens, self.grid) for cut in cuts)
+        return max(map(self._tokens_of_cut, self.tile_grids), default=self.tokens)
+
+    def _tokens_of_cut(self, grid: Size) -> int:
+        """Number of tokens of an image that is cut into `grid` and has no padding."""
+        size, tokens = tuple(side * count for side, count in zip(self.size, grid)), 0
+        for place in self._style.places(grid):
+            joined = self._style.joined(place, grid, size, self.tiles_most)
+            tokens += self._joined(joined) if joined else self.tokens * len(place.views)
+        return tokens
 
     def _extremes(self) -> list[Size]:
         """The largest native sizes, one for each height that an image may have."""

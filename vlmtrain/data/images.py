@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import first_line, shown
 from ..visual import WHOLE, Item, Size
@@ -30,7 +31,9 @@ from .records import BadSample
 from .regions import Frame
 
 FITS = ("squash", "pad", "crop", "tiles", "native")
-CANVASES = ("squash", "pad", "crop", "contain")
+BILINEAR = "squash_bilinear"
+FRAME_FITS = ("squash", "pad", "crop", BILINEAR)
+CANVASES = (*FRAME_FITS, "contain")
 """How an image is brought onto the canvas of an item, see `fit_image`."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow decodes within this process; for some others it starts external programs."""
@@ -212,7 +215,7 @@ class Steps(NamedTuple):
 def fitting_steps(own: Size, size: Size, fit: str) -> Steps:
     """The steps by which `fit_image` fits an image of the size `own` ``(H, W)`` to `size` ``(H, W)``."""
     (down, across), (height, width) = own, size
-    if fit == "squash":
+    if fit in ("squash", BILINEAR):
         return Steps((width, height), (0, 0), (width, height))
     if fit == "pad":
         canvas = max(across, round(down * width / height)), max(down, round(across * height / width))
@@ -243,6 +246,8 @@ def fit_image(image: Image.Image, size: Size, fit: str, mean: tuple[float, ...])
     squash: stretch. crop: scale to cover `size`, rounded to whole pixels, and crop the center (as in CLIP).
     pad: pad to the aspect ratio of `size` with the mean color, truncated to integer levels, then scale (LLaVA-1.5,
     published code). contain: scale to the largest size that fits, and center on black (LLaVA-NeXT, published code).
+    squash_bilinear: stretch with bilinear interpolation and without antialiasing (Molmo2, published code); the others
+    are bicubic, with antialiasing.
     """
     height, width = size
     steps = fitting_steps((image.height, image.width), size, fit)
@@ -250,6 +255,10 @@ def fit_image(image: Image.Image, size: Size, fit: str, mean: tuple[float, ...])
         return _on_canvas(image.resize(steps.inner, Image.Resampling.BICUBIC), steps.canvas, steps.corner, BLACK)
     if image.size == (width, height):
         return image
+    if fit == BILINEAR:
+        levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+        levels = F.interpolate(levels, size, mode="bilinear")[0].round().clamp(0, 255).byte()
+        return Image.fromarray(levels.permute(1, 2, 0).numpy())
     if fit == "pad":
         return _padded_and_scaled(image, size, steps, tuple(int(255 * channel) for channel in mean))
     left, top = -steps.corner[0], -steps.corner[1]

@@ -120,11 +120,12 @@ class StepStream(IterableDataset):
                 f"({planned.length.tokens} tokens then, {tokens.length.tokens} now). The stored lengths of its source "
                 "are deleted: run the same command again"
             )
-        tokens = tokens.weighed(self.batching.loss_per)
+        source = self.mixture.source_number(planned.index)
+        per, scale = self.mixture.weighing[source]
+        tokens = tokens.weighed(per or self.batching.loss_per, scale)
         if shown is not None:
             return shown._replace(id=conversation.id, tokens=tokens)
-        sample = self.processor.load(conversation, tokens)
-        return sample._replace(source=self.mixture.source_number(planned.index))
+        return self.processor.load(conversation, tokens)._replace(source=source)
 
     def _chunks(self, rows: list[list[Planned]]) -> int:
         return self.processor.chunks(sum(planned.length.items for row in rows for planned in row if not planned.joins))

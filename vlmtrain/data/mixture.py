@@ -53,6 +53,8 @@ class Mixture(Concatenation):
     groups: for each record, a number that it shares with the records next to which it is drawn; None for none.
     identities: of the sources, equal only for sources with equal records; None if they are not known.
     loss_weights: weights of the sources' mean losses; None if the loss is the mean over the targets of all sources.
+    weighing: for each source, its own way to weigh the targets of a sample, or None, and a factor, see
+    `Rendered.weighed`; empty if no source has one.
 
     The order depends only on (seed, epoch, position).
     """
@@ -64,9 +66,11 @@ class Mixture(Concatenation):
         seed: int = 0,
         identities: Mapping[str, object] | None = None,
         loss_weights: Sequence[float] | None = None,
+        weighing: Sequence[tuple[str | None, float]] = (),
     ):
         super().__init__(list(sources.values()))
         self.identities, self.loss_weights = dict(identities or {}), loss_weights
+        self.weighing = tuple(weighing) or ((None, 1.0),) * len(sources)
         self.sources = dict(sources)
         self.streams = {name: source for name, source in self.sources.items() if isinstance(source, Stream)}
         self.counts = {name: counts[name] if counts else len(source) for name, source in self.sources.items()}

@@ -30,7 +30,7 @@ from ..errors import first_line
 from ..files import read_object
 from ..model.folder import check_files
 from ..model.vision.base import packed, stacked
-from ..visual import CAUSAL, NO_MEDIA, Cached, MediaPlan, Texts, Visual, groups, joined, normalized
+from ..visual import CAUSAL, NO_MEDIA, Cached, MediaPlan, Texts, Visual, joined, normalized
 from .boxes import Writing, write_regions
 from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
@@ -354,7 +354,7 @@ class Processor:
 
     def _visual(self, samples: list[Sample], calls: int, chunks: int, index: Tensor) -> Visual:
         """What the samples show; `index` counts the placements of all of them."""
-        items, placements = joined([sample.tokens.media for sample in samples])
+        items, placements = media = joined([sample.tokens.media for sample in samples])
         slots = sum(placement.slots for placement in placements)
         assert int((index >= 0).sum()) == slots, f"{int((index >= 0).sum())} image positions, but {slots} slots"
         texts = [text for sample in samples for text in sample.texts]
@@ -380,7 +380,7 @@ class Processor:
             index,
             Texts(*pad_texts(texts)) if self.reader else None,
             tuple(cached) if any(cached) else (),
-            max(calls, groups(items)),
+            max(calls, len(media.sizes)),
             self.geometry.mean_std,
             frames=self.geometry.separate_frames,
             chunks=max(chunks, self.chunks(len(items))),
@@ -442,8 +442,10 @@ class Processor:
 
 
 def _described(geometry: Geometry) -> dict:
-    """The fields of a geometry; without further encoders or videos, those of model folders of earlier versions."""
-    return {key: value for key, value in asdict(geometry).items() if key not in ("others", "video") or value}
+    """The fields of a geometry; those that model folders of earlier versions lack, only if they are used."""
+    return {
+        key: value for key, value in asdict(geometry).items() if key not in ("others", "video", "tile_margin") or value
+    }
 
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

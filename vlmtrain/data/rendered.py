@@ -12,13 +12,13 @@ from torch import Tensor
 from ..visual import NO_MEDIA, MediaPlan, Size
 
 IGNORE = -100
-LOSS_PER = ("token", "sample", "sqrt")
+LOSS_PER = ("token", "sample", "sqrt", "sqrt_dialogues")
 
 
 class SampleLength(NamedTuple):
     """What must be known of a sample to plan a step: its numbers of tokens, of image tokens, of images and of items.
 
-    sizes: the different sizes ``(H, W)`` in pixels at which the encoder is shown its images.
+    sizes: see `MediaPlan`.
     """
 
     tokens: int
@@ -31,8 +31,7 @@ class SampleLength(NamedTuple):
     def of(cls, tokens: int, media: MediaPlan) -> SampleLength:
         """The length of a sample of so many tokens with planned `media`."""
         slots = sum(placement.slots for placement in media.placements)
-        sizes = frozenset(item.pixels[0] for item in media.items)
-        return cls(tokens, slots, len(media.by_medium), len(media.items), sizes)
+        return cls(tokens, slots, len(media.by_medium), len(media.items), media.sizes)
 
 
 @dataclass(frozen=True)
@@ -125,19 +124,21 @@ class Rendered:
         positions = None if self.positions is None else self.positions[:, :end]
         return Rendered(self.input_ids[:end], targets, weights, self.index[:end], answers, self.media, positions)
 
-    def weighed(self, per: str) -> Rendered:
+    def weighed(self, per: str, scale: float = 1.0) -> Rendered:
         """The sample with other loss weights.
 
         per: ``token``, unchanged; ``sample``, divided by their sum, so that every sample counts the same; ``sqrt``,
-        divided by the root of their sum (the square averaging of InternVL 2.5, 2024). Each dialogue of a tree is a
-        sample.
+        divided by the root of their sum (the square averaging of InternVL 2.5, 2024); ``sqrt_dialogues``, divided by
+        the roots of their sum and of the number of dialogues (Molmo2, 2025, published code). Each dialogue of a tree is
+        a sample. scale: a further factor.
         """
         if per == "token":
-            return self
+            return self if scale == 1 else replace(self, weights=self.weights * scale)
         shared, *parts = self.weights.split(self.parts)
         totals = (float(part.sum()) or 1.0 for part in parts)
-        weighed = (part / (total if per == "sample" else total**0.5) for part, total in zip(parts, totals))
-        return replace(self, weights=torch.cat([shared, *weighed]))
+        others = len(parts) if per == "sqrt_dialogues" else 1
+        weighed = (part / (total if per == "sample" else (total * others) ** 0.5) for part, total in zip(parts, totals))
+        return replace(self, weights=torch.cat([shared, *weighed]) * scale)
 
     @property
     def length(self) -> SampleLength:

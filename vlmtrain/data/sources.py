@@ -47,13 +47,15 @@ def build_source(split: Split, image_size: tuple[int, int], seed: int) -> Mixtur
     if split.clean_list is not None:
         sources = _without_bad(sources, Path(split.clean_list), split.name)
     identities = {name: _identity(source, split.sources[name]) for name, source in sources.items()}
-    return Mixture(sources, _counts(sources, split.sources), seed, identities, split.loss_weights)
+    weighing = [(source.loss_per, source.token_weight) for source in split.sources.values()]
+    return Mixture(sources, _counts(sources, split.sources), seed, identities, split.loss_weights, weighing)
 
 
 def _identity(source: Source, settings: DataSource) -> object:
     """What identifies the records of a source; None if they are not read from files."""
     files = _identity_of_files(source)
-    return None if files is None else (replace(settings, weight=None, samples=None, loss_weight=None), files)
+    plain = replace(settings, weight=None, samples=None, loss_weight=None, loss_per=None, token_weight=1.0)
+    return None if files is None else (plain, files)
 
 
 def _identity_of_files(source: Source) -> object:

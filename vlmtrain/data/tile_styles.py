@@ -1,33 +1,46 @@
 """Styles of ``image_fit=tiles``: into which grid an image is cut, and how its views stand in the text.
 
-    image size --choose--> grid (rows, columns) --views--> tiles and overview, in order, with the words before them
+    image size --choose--> grid (rows, columns) --places--> tiles and overview, in order, with the text around them
 
-A style with newlines joins all views of an image in one place in the text (`vlmtrain.model.joining`). With the others,
-the tokens of each view follow the words of that view. `TILE_STYLES` maps the values of ``image_tile_style`` to them.
+A style with newlines joins the views at one place in the text (`vlmtrain.model.joining`). With the others, each view
+has a place of its own. `TILE_STYLES` maps the values of ``image_tile_style`` to the styles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
-from ..tiling import choose_tiles
+from ..tiling import Overlap, Tiles, choose_tiles
 from ..visual import WHOLE, Size
+from .images import BILINEAR
 
 
 class View(NamedTuple):
-    """One view of an image. kind, fit, box: see `Item`. words: control text before its tokens."""
+    """One view of an image. kind, fit, box: see `Item`."""
 
     kind: str
     fit: str
     box: tuple[float, float, float, float] = WHOLE
-    words: str = ""
+
+
+class Place(NamedTuple):
+    """What stands at one place in the text: the tokens of some views, between control text."""
+
+    views: tuple[View, ...]
+    before: str = ""
+    after: str = ""
 
 
 class TileStyle:
-    """Base class of styles. newline: whether the connector joins the tokens of all views, row by row."""
+    """Base class of styles. newline: whether the connector joins the tokens of the views at a place, row by row.
+
+    overlaps: whether the tiles are crops that share margins.
+    """
 
     newline = False
+    overlaps = False
 
     def check(self, grids: Sequence[Size]) -> None:
         """Raise ValueError if the style cannot use these grids."""
@@ -36,9 +49,13 @@ class TileStyle:
         """The grid ``(rows, columns)`` for an image of `size` ``(H, W)``, one of `images` in its sample."""
         raise NotImplementedError
 
-    def views(self, grid: Size | None) -> list[View]:
-        """The views of an image cut into `grid`, in order. None: an image that is not cut."""
+    def places(self, grid: Size | None) -> list[Place]:
+        """The places of an image cut into `grid`, in order. None: an image that is not cut."""
         raise NotImplementedError
+
+    def joined(self, place: Place, grid: Size | None, size: Size, most: int) -> Tiles | Overlap | None:
+        """How the views at a place of an image of `size` are joined. most: see `Tiles`; None: they are not."""
+        return None
 
     def heading(self, number: int, images: int) -> str:
         """Text before all views of image `number`, one of `images` in its sample."""
@@ -54,10 +71,13 @@ class LlavaNext(TileStyle):
         tiles = choose_tiles(size, tile, grids)
         return tiles.rows, tiles.columns
 
-    def views(self, grid: Size | None) -> list[View]:
+    def places(self, grid: Size | None) -> list[Place]:
         if grid is None:
-            return [View("image", "pad")]
-        return [View("overview", "squash"), *(View("tile", "contain", box) for box in _boxes(grid))]
+            return [Place((View("image", "pad"),))]
+        return [Place((View("overview", "squash"), *(View("tile", "contain", box) for box in _boxes(grid))))]
+
+    def joined(self, place: Place, grid: Size | None, size: Size, most: int) -> Tiles:
+        return Tiles(*grid, *size, most) if grid else Tiles(0, 0, *size)
 
 
 class InternVL(TileStyle):
@@ -80,10 +100,11 @@ class InternVL(TileStyle):
                 best, least = (rows, columns), distance
         return best
 
-    def views(self, grid: Size | None) -> list[View]:
+    def places(self, grid: Size | None) -> list[Place]:
         if grid in (None, (1, 1)):
-            return [View("image", "squash")]
-        return [*(View("tile", "squash", box) for box in _boxes(grid)), View("overview", "squash")]
+            return [Place((View("image", "squash"),))]
+        views = [*(View("tile", "squash", box) for box in _boxes(grid)), View("overview", "squash")]
+        return [Place((view,)) for view in views]
 
 
 class NanoVLM(TileStyle):
@@ -110,21 +131,79 @@ class NanoVLM(TileStyle):
         other = -(-shorter * side // longer)  # exact; the published code's floats may add a tile
         return (other, side) if width >= height else (side, other)
 
-    def views(self, grid: Size | None) -> list[View]:
+    def places(self, grid: Size | None) -> list[Place]:
         if grid in (None, (1, 1)):
-            return [View("image", "squash", words=NANOVLM_OVERVIEW)]
+            return [Place((View("image", "squash"),), NANOVLM_OVERVIEW)]
         rows, columns = grid
         words = [f"<row_{row + 1}_col_{column + 1}>" for row in range(rows) for column in range(columns)]
-        tiles = [View("tile", "squash", box, word) for box, word in zip(_boxes(grid), words)]
-        return [View("overview", "squash", words=NANOVLM_OVERVIEW), *tiles]
+        tiles = [Place((View("tile", "squash", box),), word) for box, word in zip(_boxes(grid), words)]
+        return [Place((View("overview", "squash"),), NANOVLM_OVERVIEW), *tiles]
 
     def heading(self, number: int, images: int) -> str:
         return f"<image: {number}>" if images > 1 else ""
 
 
+class Molmo2(TileStyle):
+    """The complete image, then the overlapping crops of a stretched one as one grid (Molmo2, 2025, published code).
+
+    Both are between tokens of their own; the rows of the grid end with a newline. An image is scaled up to the smallest
+    grid of crops that is not smaller, or else down to the grid that shrinks it least.
+    margin: patches on each side of a crop that its neighbor drops as well. patches: grid ``(h, w)`` of a crop.
+    """
+
+    newline = overlaps = True
+
+    def __init__(self, margin: int = 4, patches: Size = (27, 27)):
+        self.margin, self.patches = margin, patches
+        self.steps = tuple(side - 2 * margin for side in patches)
+        if min(self.steps) < 1:
+            raise ValueError(
+                f"image_tiles_margin={margin} leaves nothing of a crop of {patches[0]} x {patches[1]} patches"
+            )
+
+    def choose(self, size: Size, tile: Size, grids: Sequence[Size], images: int) -> Size:
+        units = [pixels // side for pixels, side in zip(tile, self.patches)]
+        inner = [side - 2 * self.margin * unit for side, unit in zip(size, units)]
+
+        def scale(grid: Size) -> Fraction:
+            scales = (
+                Fraction(count * step * unit, side) for count, step, unit, side in zip(grid, self.steps, units, inner)
+            )
+            return min(scales)
+
+        ordered = sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
+        if min(inner) <= 0:  # no larger than the margins
+            return ordered[0]
+        enough = [grid for grid in ordered if scale(grid) >= 1]
+        return min(enough, key=scale) if enough else max(ordered, key=scale)
+
+    def places(self, grid: Size | None) -> list[Place]:
+        if grid is None:
+            return [Place((View("image", BILINEAR),), *MOLMO2_OVERVIEW)]
+        canvas = Overlap(*grid, self.margin).patches(self.patches)
+        starts = [(row * self.steps[0], column * self.steps[1]) for row in range(grid[0]) for column in range(grid[1])]
+        boxes = [
+            (
+                left / canvas[1],
+                top / canvas[0],
+                (left + self.patches[1]) / canvas[1],
+                (top + self.patches[0]) / canvas[0],
+            )
+            for top, left in starts
+        ]
+        crops = tuple(View("tile", BILINEAR, box) for box in boxes)
+        return [Place((View("overview", BILINEAR),), *MOLMO2_OVERVIEW), Place(crops, *MOLMO2_CROPS)]
+
+    def joined(self, place: Place, grid: Size | None, size: Size, most: int) -> Overlap | None:
+        return Overlap(*grid, self.margin) if place.views[0].kind == "tile" else None
+
+
 NANOVLM_OVERVIEW = "<|global_image|>"
+MOLMO2_OVERVIEW, MOLMO2_CROPS = ("<low_res_im_start>", "<im_end>"), ("<im_start>", "<im_end>")
 LLAVA_NEXT = "llava_next"
-TILE_STYLES: dict[str, TileStyle] = {LLAVA_NEXT: LlavaNext(), "internvl": InternVL(), "nanovlm": NanoVLM()}
+TILE_STYLES: dict[str, TileStyle] = {
+    **{LLAVA_NEXT: LlavaNext(), "internvl": InternVL(), "nanovlm": NanoVLM(), "molmo2": Molmo2()},
+}
 
 
 def _boxes(grid: Size) -> list[tuple[float, float, float, float]]:

@@ -64,7 +64,8 @@ class VLMWrapper(nn.Module):
     def connect(self, features: Features | tuple[Features, ...], visual: Visual) -> VisualTokens:
         """The visual tokens of the placements of a batch, from the encoder's features of its items."""
         options = {}
-        if isinstance(features[0] if are_several(features) else features, PackedFeatures):
+        packed = isinstance(features[0] if are_several(features) else features, PackedFeatures)
+        if packed or self.connector.joins:
             options["calls"] = visual.calls
         if visual.texts is not None:
             options |= {"text_ids": visual.texts.ids, "text_mask": visual.texts.mask}

@@ -17,6 +17,7 @@ from typing import ClassVar
 from ..data import motion
 from ..data.hf_dataset import COLUMNS
 from ..data.probes import CATEGORIES, LEVELS
+from ..data.rendered import LOSS_PER
 from ..data.shapes import SPLITS
 from ..errors import nearest
 from .fields import MAPPING, NAMES, POSITIVE, SWITCH, TEXT, Kind, key, list_of, one_of, optional, read, whole
@@ -48,6 +49,8 @@ class DataSource:
     weight: float | None = key(optional(POSITIVE), None)  # share of the samples of an epoch
     samples: int | None = key(optional(_COUNT), None)  # samples per epoch; null: each record once
     loss_weight: float | None = key(optional(POSITIVE), None)  # weight of the source's mean loss
+    loss_per: str | None = key(optional(one_of(*LOSS_PER)), None)  # as loss_per of the stage; null: the stage's
+    token_weight: float = key(POSITIVE, 1.0)  # factor of the loss weights of the source's targets
     streaming: ClassVar[bool] = False
 
 
@@ -107,7 +110,8 @@ class MotionSource(DataSource):
     split: str = key(one_of(*motion.SPLITS))  # what they are about
 
 
-OWN_KEYS = ("format", "weight", "samples", "loss_weight", "path", "size", "streaming", "shuffle_buffer")
+OWN_KEYS = ("format", "weight", "samples", "loss_weight", "loss_per", "token_weight", "path", "size", "streaming")
+OWN_KEYS += ("shuffle_buffer",)
 """Keys that only a source has, not the group."""
 FORMATS: dict[str, type[DataSource]] = {
     "llava_json": LlavaJSONSource,
@@ -136,6 +140,11 @@ class Split:
         """The loss weights of the sources; None if they have none."""
         given = tuple(source.loss_weight or 0.0 for source in self.sources.values())
         return given if any(given) else None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some source weighs its targets in its own way."""
+        return any(source.loss_per is not None or source.token_weight != 1 for source in self.sources.values())
 
     @property
     def repairs(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ..data.encoded import MAX_PIXELS
 from ..data.frame_sampling import CHOOSES_LAST, SAMPLINGS
-from ..data.images import FITS
+from ..data.images import FITS, FRAME_FITS
 from ..data.layouts import LAYOUTS
 from ..data.rendered import LOSS_PER
 from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
@@ -116,7 +116,7 @@ class VideoOptions:
     frames: int = key(whole(1, 100_000))  # maximum number of frames
     sampling: str = key(one_of(*SAMPLINGS))  # which frames are shown
     last: bool = key(SWITCH)  # whether the last frame is always shown; interval, seconds
-    fit: str | None = key(optional(one_of("squash", "pad", "crop")))  # null: image_fit, or squash with tiles
+    fit: str | None = key(optional(one_of(*FRAME_FITS)))  # null: image_fit, or squash with tiles
     pixels: tuple[int, int] | None = key(_LIMITS)  # native: smallest and largest number of pixels of a frame
     pixels_total: tuple[int, int] | None = key(_TOTAL_LIMITS)  # native: of all frames together, instead of `pixels`
     pool: str = key(one_of(*POOLS))  # how the tokens of a frame are pooled
@@ -199,6 +199,7 @@ class Stage:
     image_tile_style: str = key(one_of(*TILE_STYLES))  # tiles: which grid is chosen, order of the views
     image_tiles_most: int | None = key(optional(whole(1)))  # maximum tokens per image, in tiles
     image_tiles_alone: bool = key(SWITCH)  # tile only images that are alone in their sample
+    image_tiles_margin: int | None = key(optional(whole(0)))  # molmo2: patches that each of two neighboring crops drops
     video: VideoOptions = key(section(VideoOptions))
     encoder_batch_size: int | None = key(optional(whole(1)))  # images and frames that an encoder processes at once
     connector_options: Mapping[str, Mapping] | None = key(optional(by_name(MAPPING, "{connector: {option: value}}")))
@@ -309,8 +310,14 @@ class Stage:
             said = f"{self.prefix}.image_tile_style={self.image_tile_style}"
             if self.image_fit != "tiles":
                 raise ValueError(f"{said} needs {self.prefix}.image_fit=tiles, got {self.image_fit}")
-            if self.image_tiles_most is not None and not TILE_STYLES[self.image_tile_style].newline:
+            if self.image_tiles_most is not None:
                 raise ValueError(f"{said} does not support {self.prefix}.image_tiles_most={self.image_tiles_most}")
+        if TILE_STYLES[self.image_tile_style].overlaps != (self.image_tiles_margin is not None):
+            value = "null" if self.image_tiles_margin is None else self.image_tiles_margin
+            raise ValueError(
+                f"{self.prefix}.image_tiles_margin={value} with image_tile_style={self.image_tile_style}: expected a "
+                "number with the style molmo2, or else null"
+            )
         modules = ("fresh", "drops")  # may also name modules of the connector
         for option in ("parts", "train", *modules):
             for entry in getattr(self, option):

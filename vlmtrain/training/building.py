@@ -27,6 +27,7 @@ INPUTS = (
     "image_tile_style",
     "image_tiles_most",
     "image_tiles_alone",
+    "image_tiles_margin",
     "connector_text",
 )
 """The keys of a stage that say how its inputs are prepared."""
@@ -54,7 +55,7 @@ def build_model(
     precision: ``fp32`` or ``bf16``.
     inputs: how inputs are prepared, by keys of a stage: ``template``, ``max_length`` (default: 2048 tokens, or the
     positions of the language model if it has fewer), ``image_fit``, ``image_pixels``, ``image_tiles``,
-    ``image_tile_style``, ``image_tiles_most``, ``image_tiles_alone`` and ``connector_text``.
+    ``image_tile_style``, ``image_tiles_most``, ``image_tiles_alone``, ``image_tiles_margin`` and ``connector_text``.
 
     Raises ValueError, naming the key, for an unknown key, a value out of bounds, and parts that do not fit.
     """

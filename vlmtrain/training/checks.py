@@ -77,8 +77,10 @@ def _check_layout(stage: Stage, split: Split | None, world_size: int) -> None:
         raise ValueError(f"{comparing}, but {stage.prefix}.batch_size={stage.batch_size}")
     if stage.loss_per != "token":
         raise ValueError(f"{comparing}: {stage.prefix}.loss_per={stage.loss_per} has no meaning; use token")
-    if split is not None and split.loss_weights is not None:
-        raise ValueError(f"{comparing}: the sources of data.{stage.data} cannot have a loss_weight")
+    if split is not None and (split.loss_weights is not None or split.weighs):
+        raise ValueError(
+            f"{comparing}: the sources of data.{stage.data} cannot have a loss_weight, loss_per or token_weight"
+        )
     if stage.image_fit in ("tiles", "native"):
         key = f"{stage.prefix}.image_fit={stage.image_fit}"
         raise ValueError(f"{comparing}, one image of one size per text: {key} cannot work; use squash")

@@ -105,6 +105,8 @@ def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:
     held = geometry.get("fit", chosen)
     if held == chosen == "tiles":
         key, chosen, held = "image_tile_style", stage.image_tile_style, geometry.get("tile_style", LLAVA_NEXT)
+        if held == chosen and geometry.get("tile_margin"):
+            key, chosen, held = "image_tiles_margin", stage.image_tiles_margin, geometry["tile_margin"]
     if held == chosen:
         return []
     key = f"{stage.prefix}.{key}"

@@ -200,10 +200,12 @@ def build_geometry(
         stage.image_tiles_most or 0,
         stage.image_tiles_alone,
         vision.patch_size,
-        *((stage.image_pixels, multiple, connector.config) if fit == "native" and shows else ()),
+        *((stage.image_pixels, multiple) if fit == "native" and shows else ()),
+        connector=connector.config if shows and (fit == "native" or stage.image_tiles_margin is not None) else None,
         framed_grid=framed_grid,
         frame=frame if shows else ("", ""),
         tile_style=stage.image_tile_style,
+        tile_margin=stage.image_tiles_margin or 0,
         size_rule=vision.size_rule,
         others=tuple(others),
         video=video_plan(stage.video, f"{stage.prefix}.video.", vision.grid, vision.frames_per_item, connector, fit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -156,6 +157,15 @@ def test_loss_weights_of_a_tree_are_those_of_its_dialogues(processor, per):
     own = torch.cat([part.weighed(per).weights[part.shared :] for part in parts])
     weights = Rendered.tree(parts).weighed(per).weights
     assert torch.equal(weights[parts[0].shared :], own) and not weights[: parts[0].shared].any()
+
+
+def test_molmo2s_weights_are_the_roots_of_dialogues_and_targets(processor):
+    parts = [processor.render(talk(index, (IMAGES[0],))) for index in (1, 12, 3)]
+    tree = Rendered.tree(parts).weighed("sqrt_dialogues", 0.5)
+    for number, part in enumerate(parts, start=1):
+        own, count = tree.weights[tree.branch == number], int((part.weights > 0).sum())
+        assert own[own > 0].tolist() == pytest.approx([0.5 / math.sqrt(3 * count)] * count)
+    assert tree.weights[tree.branch == 0].sum() == 0
 
 
 RECORDS = [

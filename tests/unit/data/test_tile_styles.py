@@ -1,11 +1,13 @@
-"""InternVL's and nanoVLM's tiles, compared with transformers and with the published formula."""
+"""InternVL's, nanoVLM's and Molmo2's tiles, compared with transformers and with the published formula."""
 
 from __future__ import annotations
 
 import copy
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -16,12 +18,17 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorPil,
     get_optimal_tiled_canvas,
 )
+from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor, select_tiling
 
-from vlmtrain.data.geometry import Geometry
+from vlmtrain.connectors import VisionFeatures
+from vlmtrain.connectors.layers import each_image
+from vlmtrain.connectors.pooling import _windows
+from vlmtrain.data.geometry import Geometry, View
 from vlmtrain.data.images import ImageInMemory, show_items
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
-from vlmtrain.data.tile_styles import TILE_STYLES
+from vlmtrain.data.tile_styles import TILE_STYLES, Molmo2
+from vlmtrain.model.joining import _canvases
 
 UP_TO_12 = tuple((rows, columns) for rows in range(1, 13) for columns in range(1, 13) if rows * columns <= 12)
 LONGEST_4 = tuple(grid for n in range(1, 5) for grid in ((4, n), (n, 4)))
@@ -35,6 +42,9 @@ def sizes(count: int) -> list[tuple[int, int]]:
 
 
 def geometry(style: str, grids, side: int = 32, **more) -> Geometry:
+    if style == "molmo2":
+        connector = {"name": "avgpool", "in_dim": 4, "out_dim": 4, "window": 2}
+        more = {"patch_size": (8, 8), "tile_margin": 1, "connector": connector, **more}
     return Geometry(
         (side, side), "tiles", (0.0,) * 3, (1.0,) * 3, 4, (2, 2), tile_grids=grids, tile_style=style, **more
     )
@@ -144,7 +154,46 @@ def test_no_image_has_more_tokens_than_the_most(style):
     counts = [sum(each.slots for each in shape.plan([size]).placements) for size in sizes(200)]
     assert max(counts) <= shape.most_tokens and max(len(shape.plan([s]).items) for s in sizes(200)) <= shape.most_items
     if style != "llava_next":
-        assert max(counts) == shape.most_tokens == 4 * 17
+        # Molmo2: 4 tokens, and the windows of 4 x 4 crops of 2 x 2 patches between margins of 1, with 5 newlines
+        assert max(counts) == shape.most_tokens == (4 + 5 * 6 if style == "molmo2" else 4 * 17)
+
+
+MOLMO2 = {"size": {"height": 56, "width": 56}, "patch_size": 8, "max_crops": 6, "overlap_margins": [2, 2]}
+UP_TO_6 = tuple(grid for grid in UP_TO_12 if grid[0] * grid[1] <= 6)
+
+
+@pytest.mark.parametrize("margin", [0, 4])
+def test_molmo2s_grid_is_the_one_that_transformers_chooses(margin):
+    style, patches = Molmo2(margin), 27 - 2 * margin
+    edge = 2 * 14 * margin
+    grids = list(UP_TO_12)
+    random.Random(1).shuffle(grids)
+    for height, width in [*sizes(300), (edge, 900), (900, edge + 1), (edge + 14 * patches, edge + 28 * patches)]:
+        if edge in (height, width):  # a division by zero in the reference
+            continue
+        expected = select_tiling(height - edge, width - edge, 14 * patches, 12)
+        assert style.choose((height, width), (378, 378), grids, 1) == expected, (height, width)
+
+
+@pytest.mark.parametrize("size", [(90, 130), (40, 200), (300, 60), (31, 33), (56, 56)])
+def test_molmo2s_crops_and_their_order_are_those_of_transformers(size):
+    """Pixel by pixel; and the patches of which each token of a window of 2 x 2 is made."""
+    library = Molmo2ImageProcessor(**MOLMO2, do_normalize=False, do_rescale=False)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    shape = replace(geometry("molmo2", UP_TO_6, 56, tile_margin=2), tokens=16, grid=(4, 4))
+    items, placements = shape.plan([size])
+    theirs = library(image, return_tensors="pt")
+    shown = torch.stack(show_items(image, items, (0.0,) * 3)).unfold(2, 8, 8).unfold(3, 8, 8)
+    assert shown.permute(0, 2, 3, 4, 5, 1).reshape(theirs.pixel_values.shape).equal(theirs.pixel_values.byte())
+
+    numbers = torch.arange(len(items) * 49.0).view(len(items), 7, 7, 1)
+    canvases, _ = _canvases(VisionFeatures(numbers), placements)
+    assert placements[0].before == "<low_res_im_start>" and placements[1].before == "<im_start>"
+    windows = each_image(partial(_windows, 2), canvases.patches + 1, canvases.grids)[..., 0].long() - 1
+    expected = theirs.image_token_pooling
+    assert windows.sort().values.equal(expected.sort().values)
+    rows = [int(side) for side in theirs.image_grids[0]]
+    assert [each.slots for each in placements] == [rows[0] * rows[1], rows[2] * (rows[3] + 1)]
 
 
 def test_what_a_style_cannot_use_is_refused():
@@ -152,3 +201,7 @@ def test_what_a_style_cannot_use_is_refused():
         geometry("nanovlm", UP_TO_4[2:])
     with pytest.raises(ValueError, match="image_tile_style=mosaic: expected one of llava_next, internvl, nanovlm"):
         geometry("mosaic", UP_TO_4)
+    with pytest.raises(ValueError, match="image_tiles_margin=2 leaves nothing of a crop of 4 x 4 patches"):
+        geometry("molmo2", UP_TO_4, tile_margin=2)
+    with pytest.raises(ValueError, match="image_tile_style=molmo2: expected one encoder of images, with patches"):
+        geometry("molmo2", UP_TO_4, others=(View((32, 32), None, (0.0,) * 3, (1.0,) * 3, (8, 8)),))
