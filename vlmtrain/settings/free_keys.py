@@ -38,7 +38,7 @@ _ADDED = {
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},
     **{"optimizer.name": "adamw", "ema": None, "train.fusion": None, "image_pixels": None},
-    **{"image_tiles_margin": None},
+    **{"image_tiles_margin": None, "schedule.min_lr_ratio": 0.0},
     **{"image_tile_style": "llava_next", "loss_per": "token", "padding": True, "share_images": False},
     **{f"video.{key}": None for key in ("fit", "pixels", "pixels_total", "frame_tokens", "positions_per_second")},
     **{"video.fps": 1, "video.frames": 32, "video.sampling": "interval", "video.last": False, "video.pool": "none"},

@@ -74,6 +74,8 @@ class Pattern:
     # factor on the learning rate per block, counted from the last block down
     layer_decay: float | None = key(optional(_SHARE), None)
     from_step: int = key(whole(0), 0)  # steps of the stage before the parameters start to train
+    warmup_steps: int | None = key(optional(whole(0)), None)  # warm-up of these parameters; null: that of the schedule
+    weight_decay: float | None = key(optional(number(0)), None)  # of these parameters; null: that of the optimizer
 
     @property
     def part(self) -> str:
@@ -161,6 +163,7 @@ class ScheduleOptions:
     warmup_ratio: float = key(number(0, 1))  # warm-up, as a fraction of the stage's steps
     warmup_steps: int | None = key(optional(whole(0)))  # warm-up in steps; overrides warmup_ratio
     min_lr: float = key(number(0))  # learning rate after the last step, unless the schedule is constant
+    min_lr_ratio: float = key(number(0, 1), 0.0)  # the same as a share of the rate of each part; the larger one counts
     decay_ratio: float = key(_SHARE, 0.1)  # wsd: decay, as a fraction of the stage's steps
 
 

@@ -34,6 +34,7 @@ class Group:
     """Parameters of one part that train at `lr` times `scale`, after the first `from_step` steps of the stage.
 
     label: the part, or the pattern that selected them. rows: the rows of a matrix that train; None for all.
+    warmup_steps, weight_decay: None for those of the stage.
     """
 
     label: str
@@ -43,6 +44,8 @@ class Group:
     names: tuple[str, ...]
     from_step: int = 0
     rows: tuple[int, ...] | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
 
     def size(self, module: nn.Module) -> int:
         """Number of trained parameters in the part `module`."""
@@ -107,7 +110,8 @@ def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
             left = [n for n in left if n not in set(matched)]
             if entry.lr is not None:
                 found = _by_depth(entry, matched, parts[part])
-                groups += [replace(group, from_step=entry.from_step) for group in found]
+                own = {name: getattr(entry, name) for name in ("from_step", "warmup_steps", "weight_decay")}
+                groups += [replace(group, **own) for group in found]
         if part in stage.rates and left:
             groups.append(Group(part, part, stage.rates[part], 1.0, tuple(_own(left))))
     if not groups:
@@ -131,9 +135,11 @@ def _new_tokens(llm: nn.Module, entry: Pattern, left: list[str], key: str) -> Gr
         raise ValueError(f"{key}.match={NEW_TOKENS}, but llm.new_tokens is empty")
     tables = {id(table.weight) for table in (llm.get_input_embeddings(), llm.get_output_embeddings())}
     names = tuple(name for name, parameter in llm.named_parameters() if id(parameter) in tables and name in left)
-    if not names or entry.lr is None or entry.layer_decay is not None:
-        raise ValueError(f"{key}: {NEW_TOKENS} needs an lr and no layer_decay, and must precede entries that match it")
-    return Group(NEW_TOKENS, "llm", entry.lr, 1.0, names, entry.from_step, llm.new_token_ids)
+    if not names or entry.lr is None or (entry.layer_decay, entry.weight_decay) != (None, None):
+        raise ValueError(
+            f"{key}: {NEW_TOKENS} needs an lr, no layer_decay and no weight_decay, and must precede entries that match it"
+        )
+    return Group(NEW_TOKENS, "llm", entry.lr, 1.0, names, entry.from_step, llm.new_token_ids, entry.warmup_steps)
 
 
 def _own(names: list[str]) -> list[str]:

@@ -45,9 +45,23 @@ def test_wsd_is_stable_and_decays_linearly_at_the_end():
     assert rates == pytest.approx([0.5, 1.0, *[1.0] * 4, 0.775, 0.55, 0.325, 0.1])
 
 
+def test_a_group_has_its_own_warm_up_and_the_smallest_rate_is_a_share_of_its_peak():
+    schedule = Schedule(options(warmup_steps=4, min_lr=0.1, min_lr_ratio=0.25), 8)
+    assert [schedule.rate(step, 2.0, 2) for step in range(2)] == [1.0, 2.0]
+    assert schedule.rate(4, 2.0, 2) == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi / 2)) / 2)
+    assert schedule.rate(7, 2.0, 2) == pytest.approx(0.5) and schedule.rate(7, 0.2) == pytest.approx(0.1)
+
+
 def test_constant_has_the_name_that_transformers_gives_it_too():
     one, other = (Schedule(options(name=n, warmup_steps=2), 5) for n in ("constant", "constant_with_warmup"))
     assert [one.rate(i, 2.0) for i in range(5)] == [other.rate(i, 2.0) for i in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_a_group_has_its_own_weight_decay():
+    parts = {"connector": nn.Linear(3, 4)}
+    trained = [Group("connector", "connector", 1e-3, 1.0, ("weight", "bias"), weight_decay=0.3)]
+    groups = parameter_groups(parts, trained, OptimizerOptions("adamw", (0.9, 0.999), 1e-8, weight_decay=0.1))
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
 
 
 def test_groups_by_part_and_decay_without_empty_ones():

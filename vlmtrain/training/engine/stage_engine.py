@@ -112,7 +112,8 @@ class StageEngine:
         """Set the learning rates of all groups for a step. Returns the highest rate of each label."""
         rates: dict[str, float] = {}
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = self.schedule.rate(step, group["peak_lr"]) * group["scale"]
+            rate = self.schedule.rate(step, group["peak_lr"], group["warmup_steps"])
+            group["lr"] = rate * group["scale"]
             rates[group["label"]] = max(group["lr"], rates.get(group["label"], 0.0))
         return rates
 
