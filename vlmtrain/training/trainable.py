@@ -137,7 +137,8 @@ def _new_tokens(llm: nn.Module, entry: Pattern, left: list[str], key: str) -> Gr
     names = tuple(name for name, parameter in llm.named_parameters() if id(parameter) in tables and name in left)
     if not names or entry.lr is None or (entry.layer_decay, entry.weight_decay) != (None, None):
         raise ValueError(
-            f"{key}: {NEW_TOKENS} needs an lr, no layer_decay and no weight_decay, and must precede entries that match it"
+            f"{key}: {NEW_TOKENS} needs an lr, no layer_decay and no weight_decay, and must precede entries "
+            "that match it"
         )
     return Group(NEW_TOKENS, "llm", entry.lr, 1.0, names, entry.from_step, llm.new_token_ids, entry.warmup_steps)
 
