@@ -75,7 +75,8 @@ class AttentionalPool(WindowPool):
     Reads `levels` hidden layers from ``features.levels``, concatenated deepest first (Molmo2 uses the
     ninth- and third-from-last, so levels=2; ``features.patches`` then only provides the grid). levels=0 reads only
     ``features.patches``. The head is a SwiGLU projector of width `intermediate_size` (None: 3 * out_dim, as in
-    Molmo2-8B), or one linear layer with head=linear (KempnerForge's adapter, with levels=0).
+    Molmo2-8B), or one linear layer with head=linear (KempnerForge's adapter, with levels=0). token_bias: whether a
+    learned vector is added to each token, as Molmo2 adds the embedding of the token that stands for an image.
     ``(B, H, W, in_dim)`` -> ``(B, ceil(H/window) * ceil(W/window), out_dim)``; Molmo2 uses window 2 for images
     and 3 for video with the same weights. All linear layers are initialized from a normal distribution with std 0.02.
     """
@@ -111,6 +112,7 @@ class AttentionalPool(WindowPool):
         intermediate_size: int | None = None,
         levels: int = 2,
         head: str = "swiglu",
+        token_bias: bool = False,
     ):
         super().__init__(in_dim, out_dim, window)
         require_positive(num_heads=num_heads)
@@ -126,6 +128,7 @@ class AttentionalPool(WindowPool):
         self.pool = Attention(width, width, num_heads, head_dim, in_dim)
         self.head = SwiGLU(in_dim, intermediate_size, out_dim) if head == "swiglu" else nn.Linear(in_dim, out_dim)
         init_linears(self)
+        self.token_bias = nn.Parameter(0.02 * torch.randn(out_dim)) if token_bias else None
 
     def tokens(self, features: Features, window: int | None = None) -> Tensor:
         patches, grids, window = self.check(features), features.grids, window or self.window
@@ -138,7 +141,8 @@ class AttentionalPool(WindowPool):
         shape, x = x.shape[:-2], x.flatten(0, -3)  # all windows as one batch
         query = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)
         mask = real.bool().transpose(1, 2)[:, None] if are_partial else None
-        return self.head(self.pool(query, x, x, mask)).reshape(*shape, self.out_dim)
+        tokens = self.head(self.pool(query, x, x, mask)).reshape(*shape, self.out_dim)
+        return tokens if self.token_bias is None else tokens + self.token_bias
 
 
 def _windows(window: int, x: Tensor) -> Tensor:
