@@ -235,8 +235,11 @@ def video_plan(
             more = {"window": joining.stride}
             if not connector.takes_window:
                 raise ValueError(f"{prefix}pool=window needs a connector with windows (avgpool, attentional_pool)")
-        grid = connector.output_grid(height, width, **more)
-        tokens = grid[0] * grid[1] if more else connector.num_tokens(height, width)
+        try:
+            grid = connector.output_grid(height, width, **more)
+            tokens = grid[0] * grid[1] if more else connector.num_tokens(height, width)
+        except GridError as error:
+            raise GridError(f"{prefix}pool={joining.pool}: {error}") from None
         if grid is None and joining.pool in ("bilinear", "average"):
             raise ValueError(
                 f"{prefix}pool={joining.pool} needs a connector whose tokens form a grid; use another "
@@ -258,8 +261,10 @@ def _views(vision: VisionEncoder, stage: Stage) -> list[View]:
                 f"vision.encoders.{name}.image_fit={fit}: with {stage.prefix}.image_fit={stage.image_fit}, all "
                 "encoders see the same parts of an image; leave it null"
             )
+    # a View without a fit has that of the first encoder, which may differ from the stage's
+    default = next(iter(fits.values()), None) and stage.image_fit
     return [
-        View(each.image_size, fits.get(name), each.image_mean, each.image_std, each.patch_size)
+        View(each.image_size, fits.get(name) or default, each.image_mean, each.image_std, each.patch_size)
         for name, each in vision.encoders.items()
     ]
 
