@@ -248,8 +248,23 @@ def video_plan(
         if grid is None and joining.newline == "row":
             raise ValueError(f"{prefix}newline=row needs a connector whose tokens form a grid")
     given["time_format"] = options.time_format or TIME_FORMAT
-    given["fit"] = None if fit == "native" else options.fit or ("squash" if fit == "tiles" else fit)
+    given["fit"] = None if fit == "native" else options.fit or _fit_of_frames(fit)
     return VideoPlan(**given, joining=joining, per_item=per_item, tokens=tokens, grid=grid)
+
+
+def video_options(plan: VideoPlan, fit: str) -> VideoOptions:
+    """The options of which `video_plan` makes this plan with an `image_fit`."""
+    given = {field.name: getattr(plan, field.name, None) for field in fields(VideoOptions)}
+    given |= dict(zip(("pool", "stride", "newline"), plan.joining))
+    if plan.timestamps != "frame" or plan.time_format == TIME_FORMAT:
+        given["time_format"] = None
+    if plan.fit == _fit_of_frames(fit):
+        given["fit"] = None
+    return VideoOptions(**given)
+
+
+def _fit_of_frames(fit: str) -> str:
+    return "squash" if fit == "tiles" else fit
 
 
 def _views(vision: VisionEncoder, stage: Stage) -> list[View]:
