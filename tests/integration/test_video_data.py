@@ -90,6 +90,33 @@ def test_check_reports_bad_videos(home, capsys):
         assert said in problem and problem.startswith("data.json record")
 
 
+def test_check_fits_videos_beside_their_texts(home, capsys):
+    """A long text leaves room for fewer frames, a longer one for none, and the longest has no room itself."""
+    asked = [{**ask(video="c"), "conversations": [human("<video>\n" + "red " * words), gpt("red")]}
+             for words in (10, 40, 90, 120)]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(check(home, asked, "--json", "stages.instruct.max_length=100"))
+    report = json.loads(capsys.readouterr().out)["instruct"]["sources"]["instruct"]
+    assert report["bad_records"] == [2, 3] and (report["samples"], report["frames"]) == (2, 4 + 3)
+    assert report["video_tokens_each"] == {"shortest": 3 * TOKENS, "median": 3.5 * TOKENS, "longest": 4 * TOKENS}
+    assert report["length"]["longest"] - report["length"]["shortest"] == (40 - 10) - TOKENS
+    assert 100 - TOKENS < report["length"]["longest"] <= 100
+    assert all(f"the video has at least {TOKENS} tokens, but there is room for" in each for each in report["problems"])
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("video.token_budget=15", "video.token_budget=15 leaves no room for a frame: the video has at least 16 tokens"),
+        ("video={newline: frame}", "max_length=17 leaves no room for a frame: the video has at least 17 tokens"),
+    ],
+)
+def test_settings_with_which_no_video_can_be_shown_are_refused(home, setting, said, capsys):
+    with pytest.raises(SystemExit):
+        main(check(home, [ask(image="one.png")], f"stages.instruct.{setting}", "stages.instruct.max_length=17"))
+    assert f"stages.instruct.{said}" in capsys.readouterr().err
+
+
 def test_videos_are_checked_before_training(home, monkeypatch):
     broken = home / "broken"
     broken.mkdir(exist_ok=True)

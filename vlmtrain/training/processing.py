@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
 from ..data.positions import WITH_TIME
 from ..data.processor import Processor
+from ..data.records import BadSample, VideoFacts
 from ..data.video_plan import TIME_FORMAT, VideoPlan
 from ..frames import Joining
 from ..model.llm import load_tokenizer, max_positions
@@ -94,12 +96,14 @@ def build_processor(
 
 
 def check_lengths(stage: Stage, geometry: Geometry | None, parts: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if an image leaves no room for text, or a sample may exceed the positions of a model."""
+    """Raise ValueError if an image, or one frame of a video, leaves no room, or a sample may exceed the positions."""
     if geometry is not None and geometry.most_tokens >= stage.max_length:
         raise ValueError(
             f"{stage.prefix}.max_length={stage.max_length} leaves no room for text: an image takes up to "
             f"{geometry.most_tokens} tokens"
         )
+    if geometry is not None and geometry.video is not None:
+        _check_one_frame(stage, geometry)
     limit = max_positions(parts["llm"]) if "llm" in parts else None
     if limit is not None and stage.max_length > limit:
         raise ValueError(
@@ -111,6 +115,17 @@ def check_lengths(stage: Stage, geometry: Geometry | None, parts: Mapping[str, n
             f"{stage.prefix}.max_length={stage.max_length} is longer than the text tower's positions, "
             f"vision.model_config.text_cfg.context_length={limit}"
         )
+
+
+def _check_one_frame(stage: Stage, geometry: Geometry) -> None:
+    """Raise ValueError if not even the smallest video of one frame can be shown."""
+    room, budget = stage.max_length - 1, stage.video.token_budget
+    try:
+        geometry.plan([VideoFacts(np.zeros(1), 1.0, (1, 1))], room)
+    except BadSample as error:
+        is_budget = budget is not None and budget < room
+        key = f"video.token_budget={budget}" if is_budget else f"max_length={stage.max_length}"
+        raise ValueError(f"{stage.prefix}.{key} leaves no room for a frame: {error}") from None
 
 
 def _build_reader(
