@@ -16,6 +16,7 @@ from vlmtrain.cli import main
 from vlmtrain.data import sources
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Grading, Turn
+from vlmtrain.data.rendering import Renderer
 from vlmtrain.data.sources import first_look
 from vlmtrain.data.video import FrameSequence, VideoFolder
 from vlmtrain.evaluation.held_out import HeldOut
@@ -167,6 +168,13 @@ def test_the_report_shows_up_to_eight_frames_that_the_model_saw(home, processor,
         assert difference < 8, number
         other = Image.open(home / name / f"{(number + 1) % FRAMES[name]}.png").resize((120, 120))
         assert np.abs(np.asarray(frame).astype(float) - np.asarray(other)).mean() > 8  # frames differ by more
+
+
+def test_a_video_that_fits_is_rendered_once(home, processor, monkeypatch):
+    rendered, render = [], Renderer._render
+    monkeypatch.setattr(Renderer, "_render", lambda self, *given: rendered.append(given) or render(self, *given))
+    talk = about(frames_of(home, "a"), Turn("assistant", "red"))
+    assert len(processor.render(talk).media.items) == FRAMES["a"] and len(rendered) == 1
 
 
 # evaluation
