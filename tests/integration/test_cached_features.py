@@ -14,19 +14,21 @@ import torch
 from PIL import Image
 
 from vlmtrain.data.geometry import Geometry
-from vlmtrain.data.images import ImageFolder, ImageInFile, ImageInMemory
+from vlmtrain.data.images import ImageFolder, ImageInFile, ImageInMemory, ImageOnDisk
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Turn
-from vlmtrain.data.video import VideoFolder
+from vlmtrain.data.video import FrameSequence, VideoFolder
 from vlmtrain.data.video_plan import VideoPlan
 from vlmtrain.model.vision import build_vision
 from vlmtrain.training.feature_cache import FeatureCache
 
+from ..media import draw_frames
 from .test_feature_cache import VISION
 
 YEAR_2001 = 10**18  # in nanoseconds
 LOOK = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "tokens": 4, "patch_size": (8, 8)}
 SQUASHED = Geometry((16, 16), "squash", **LOOK)
+TWO_FRAMES = VideoPlan(fps=None, frames=2, sampling="uniform", fit="squash", tokens=4)
 GEOMETRIES = {
     "squash": SQUASHED,
     "tiles": Geometry((16, 16), "tiles", **LOOK, grid=(2, 2), tile_grids=((1, 2), (2, 1))),
@@ -218,13 +220,83 @@ def test_a_video_with_cached_features_is_not_opened(tmp_path, encoder, tokenizer
         container.mux(stream.encode())
     date(tmp_path / "clip.mp4")
     clips = [VideoFolder(tmp_path).read("clip.mp4", "", "x", start, start + 1) for start in (0, 1)]
-    plan = VideoPlan(fps=None, frames=2, sampling="uniform", fit="squash", tokens=4)
-    reader = Reader(tmp_path / "cache", encoder, tokenizer, replace(SQUASHED, video=plan))
+    reader = Reader(tmp_path / "cache", encoder, tokenizer, replace(SQUASHED, video=TWO_FRAMES))
     first = reader.features(clips[0])
     assert_equal(first, reader.computed(clips[0]))
     assert_equal(reader.features(clips[1]), reader.computed(clips[1]))
     spoil_file(tmp_path / "clip.mp4")
     assert_equal(reader.features(clips[0]), first)
+
+
+@pytest.fixture
+def frames(tmp_path) -> Path:
+    """A folder of four frames, last modified long ago."""
+    folder = draw_frames(tmp_path / "frames", 4)
+    for number in range(4):
+        date(folder / f"{number}.png", YEAR_2001 + 10**9 * number)
+    return folder
+
+
+def shown_frames(folder: Path, numbers: tuple[int, ...] | None = None, times: tuple = (None, None), fps: float = 2.0):
+    """The video of a folder of frames, or of a list of some of them."""
+    value = folder.name if numbers is None else [f"{folder.name}/{number}.png" for number in numbers]
+    return VideoFolder(folder.parent, fps).read(value, "", "x", *times)
+
+
+@pytest.mark.parametrize("numbers", [None, (0, 1, 2, 3), (3, 1, 2)], ids=["folder", "list", "list out of order"])
+def test_frames_with_cached_features_are_not_decoded(tmp_path, frames, encoder, tokenizer, monkeypatch, numbers):
+    reader = Reader(tmp_path / "cache", encoder, tokenizer, replace(SQUASHED, video=TWO_FRAMES))
+    video = shown_frames(frames, numbers)
+    first = reader.features(video)
+    assert_equal(first, reader.computed(video))
+    moved = frames.parent / "moved"
+    shutil.move(frames, moved / "frames")
+    monkeypatch.setattr(FrameSequence, "frames", None)
+    assert_equal(reader.features(shown_frames(moved / "frames", numbers)), first)
+
+
+CHANGES = {
+    "pixels of a frame that is shown": lambda folder: repaint(folder / "3.png"),
+    "date of a frame that is not shown": lambda folder: date(folder / "1.png", YEAR_2001 + 1),
+    "one more": lambda folder: shutil.copy2(folder / "3.png", folder / "4.png"),
+    "one less": lambda folder: (folder / "1.png").unlink(),
+    "names exchanged": lambda folder: [(folder / a).rename(folder / b) for a, b in (
+        ("0.png", "x"), ("3.png", "0.png"), ("x", "3.png"))],
+    "still being written": lambda folder: (folder / "1.png").touch(),
+}  # fmt: skip
+
+
+def repaint(file: Path) -> None:
+    Image.new("RGB", (48, 48), (1, 2, 3)).save(file)
+    date(file, YEAR_2001 + 1)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_frames_are_decoded_again(tmp_path, frames, encoder, tokenizer, change):
+    reader = Reader(tmp_path / "cache", encoder, tokenizer, replace(SQUASHED, video=TWO_FRAMES))
+    reader.features(shown_frames(frames))
+    CHANGES[change](frames)
+    decoded = count_decoded(reader, shown_frames(frames))
+    assert decoded == 2 and count_decoded(reader, shown_frames(frames)) == (2 if change == "still being written" else 0)
+    assert_equal(reader.features(shown_frames(frames)), reader.computed(shown_frames(frames)))
+
+
+@pytest.mark.parametrize("other", [{"numbers": (3, 2, 1, 0)}, {"times": (0.5, None)}, {"fps": 4.0}])
+def test_other_videos_of_the_same_frames_are_decoded(tmp_path, frames, encoder, tokenizer, other):
+    reader = Reader(tmp_path / "cache", encoder, tokenizer, replace(SQUASHED, video=TWO_FRAMES))
+    reader.features(shown_frames(frames, (0, 1, 2, 3)))
+    video = shown_frames(frames, **{"numbers": (0, 1, 2, 3), **other})
+    assert count_decoded(reader, video) == 2
+    assert_equal(reader.features(video), reader.computed(video))
+
+
+def count_decoded(reader: Reader, video: FrameSequence) -> int:
+    decoded = []
+    with pytest.MonkeyPatch.context() as patched:
+        load = ImageOnDisk.load
+        patched.setattr(ImageOnDisk, "load", lambda self: decoded.append(self) or load(self))
+        reader.features(video)
+    return len(decoded)
 
 
 def test_a_cache_without_keys_of_files_is_read(tmp_path, folder, encoder, tokenizer):

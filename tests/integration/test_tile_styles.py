@@ -18,7 +18,7 @@ from vlmtrain.model.attention import attend_in_segments
 from vlmtrain.model.joining import JoiningConnector
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_skeleton, build_tokenizer
-from vlmtrain.training.init_from import with_held_connector
+from vlmtrain.training.init_from import with_init_from
 
 GRIDS = [[1, 1], [1, 2], [2, 1], [2, 2]]
 WORDS = ["<|global_image|>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)), "<img>", "</img>"]
@@ -129,10 +129,10 @@ def test_plans_use_the_connector_of_init_from(tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     line = ["recipe=llava_next", "mini=true", "stage=instruct", f"init_from={tmp_path / 'model'}"]
-    run = with_held_connector(compose(line))
+    run = with_init_from(compose(line))
     skeleton = build_skeleton(run, run.stages["instruct"], build_tokenizer(run))["connector"]
     assert isinstance(skeleton, JoiningConnector) and skeleton.num_tokens(4, 4) == model.connector.num_tokens(4, 4) == 4
     with pytest.raises(ValueError, match=r"connector\.factor=1, but the connector in init_from=.* has 2"):
-        with_held_connector(compose([*line, "connector=pixel_shuffle", "connector.factor=1"]))
+        with_init_from(compose([*line, "connector=pixel_shuffle", "connector.factor=1"]))
     with pytest.raises(ValueError, match="is not a model folder"):
-        with_held_connector(compose([*line[:-1], f"init_from={tmp_path / 'nowhere'}"]))
+        with_init_from(compose([*line[:-1], f"init_from={tmp_path / 'nowhere'}"]))

@@ -16,6 +16,7 @@ from vlmtrain.cli import main
 from vlmtrain.data import sources
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Grading, Turn
+from vlmtrain.data.rendering import Renderer
 from vlmtrain.data.sources import first_look
 from vlmtrain.data.video import FrameSequence, VideoFolder
 from vlmtrain.evaluation.held_out import HeldOut
@@ -90,6 +91,33 @@ def test_check_reports_bad_videos(home, capsys):
         assert said in problem and problem.startswith("data.json record")
 
 
+def test_check_fits_videos_beside_their_texts(home, capsys):
+    """A long text leaves room for fewer frames, a longer one for none, and the longest has no room itself."""
+    asked = [{**ask(video="c"), "conversations": [human("<video>\n" + "red " * words), gpt("red")]}
+             for words in (10, 40, 90, 120)]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(check(home, asked, "--json", "stages.instruct.max_length=100"))
+    report = json.loads(capsys.readouterr().out)["instruct"]["sources"]["instruct"]
+    assert report["bad_records"] == [2, 3] and (report["samples"], report["frames"]) == (2, 4 + 3)
+    assert report["video_tokens_each"] == {"shortest": 3 * TOKENS, "median": 3.5 * TOKENS, "longest": 4 * TOKENS}
+    assert report["length"]["longest"] - report["length"]["shortest"] == (40 - 10) - TOKENS
+    assert 100 - TOKENS < report["length"]["longest"] <= 100
+    assert all(f"the video has at least {TOKENS} tokens, but there is room for" in each for each in report["problems"])
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("video.token_budget=15", "video.token_budget=15 leaves no room for a frame: the video has at least 16 tokens"),
+        ("video={newline: frame}", "max_length=17 leaves no room for a frame: the video has at least 17 tokens"),
+    ],
+)
+def test_settings_with_which_no_video_can_be_shown_are_refused(home, setting, said, capsys):
+    with pytest.raises(SystemExit):
+        main(check(home, [ask(image="one.png")], f"stages.instruct.{setting}", "stages.instruct.max_length=17"))
+    assert f"stages.instruct.{said}" in capsys.readouterr().err
+
+
 def test_videos_are_checked_before_training(home, monkeypatch):
     broken = home / "broken"
     broken.mkdir(exist_ok=True)
@@ -140,6 +168,13 @@ def test_the_report_shows_up_to_eight_frames_that_the_model_saw(home, processor,
         assert difference < 8, number
         other = Image.open(home / name / f"{(number + 1) % FRAMES[name]}.png").resize((120, 120))
         assert np.abs(np.asarray(frame).astype(float) - np.asarray(other)).mean() > 8  # frames differ by more
+
+
+def test_a_video_that_fits_is_rendered_once(home, processor, monkeypatch):
+    rendered, render = [], Renderer._render
+    monkeypatch.setattr(Renderer, "_render", lambda self, *given: rendered.append(given) or render(self, *given))
+    talk = about(frames_of(home, "a"), Turn("assistant", "red"))
+    assert len(processor.render(talk).media.items) == FRAMES["a"] and len(rendered) == 1
 
 
 # evaluation

@@ -21,12 +21,19 @@ from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.data.records import is_video
 from vlmtrain.data.video import FrameSequence
+from vlmtrain.data.video_plan import VideoPlan
 from vlmtrain.frames import Joining
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import relative_difference
 from vlmtrain.interop.importing import import_model
 from vlmtrain.interop.native_parity import pixel_rows
 from vlmtrain.model import VLMWrapper
+from vlmtrain.objectives import OBJECTIVES
+from vlmtrain.runs.folder import RunFolder
+from vlmtrain.settings import Run, compose
+from vlmtrain.training.assembly import build_skeleton, build_tokenizer
+from vlmtrain.training.init_from import adopt_videos, take_in, with_init_from
+from vlmtrain.training.processing import build_processor
 
 OV = "llava_onevision"
 FAMILIES = [OV, "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -295,6 +302,56 @@ def test_other_settings_are_exported_with_a_remark(pair, tmp_path):
     assert done.model_class == type(pair.theirs).__name__
     words = "unlike training" if pair.family == OV else "unlike training, which has video.sampling=uniform"
     assert done.remarks[-1].startswith("videos: ") and words in done.remarks[-1]
+
+
+def from_model(pair: Pair, *more: str, recipe: str = "llava_1_5", stage: str = "instruct") -> Run:
+    """A run that starts from an imported model and shows images as it does."""
+    geometry, key = pair.processor.geometry, f"stages.{stage}"
+    pixels = [f"{key}.image_pixels={list(geometry.image_pixels)}"] if geometry.fit == "native" else []
+    line = [f"recipe={recipe}", "mini=true", f"stage={stage}", f"init_from={pair.home / 'model'}"]
+    return compose([*line, f"{key}.image_fit={geometry.fit}", *pixels, *more])
+
+
+def shown_by(run: Run) -> VideoPlan:
+    """How a run shows videos, in the commands that do not train."""
+    run, stage = with_init_from(run), run.stage
+    tokenizer = build_tokenizer(run)
+    parts = build_skeleton(run, run.stages[stage], tokenizer)
+    objective = OBJECTIVES[run.stages[stage].objective]
+    return build_processor(run, run.stages[stage], parts, objective, tokenizer).geometry.video
+
+
+def test_a_run_shows_videos_as_the_model_that_it_starts_from(pair, tmp_path):
+    run = from_model(pair, "stages.instruct.max_length=500")
+    assert shown_by(run) == pair.processor.geometry.video
+    adopted, (said,) = adopt_videos(run, [])
+    assert said in take_in(run, RunFolder(tmp_path))[1]
+    assert said.startswith(f"init_from={pair.home / 'model'} overrides stages.instruct.video.")
+    different = "video.pool=none (bilinear is used)" if pair.family == OV else f"sampling=interval ({pair.family[:4]}"
+    assert different in said
+    assert adopt_videos(adopted, [])[1] == []
+
+
+def test_keys_of_videos_in_the_command_are_kept(pair):
+    plan = pair.processor.geometry.video
+    run = from_model(pair, "stages.instruct.max_length=500", "stages.instruct.video.frames=7")
+    assert shown_by(run) == replace(plan, frames=7) != plan
+    if pair.family == OV:
+        alone = [f"stages.instruct.video.{key}" for key in ("pool=none", "stride=1", "newline=none")]
+        found = shown_by(from_model(pair, *alone))
+        assert found.joining == Joining() and replace(found, joining=plan.joining) == plan
+
+
+def test_other_settings_of_videos_than_the_models_are_reported(pair):
+    if pair.family == OV:
+        run = from_model(pair, "stages.video.fresh=[]", recipe="llava_video", stage="video")
+        expected = "stages.video.video.newline=row (video)"
+    else:
+        run = from_model(pair, "stages.instruct.image_fit=pad", "stages.instruct.image_pixels=null")
+        expected = f"stages.instruct.video.sampling=interval ({pair.processor.geometry.video.sampling})"
+    kept, (said,) = adopt_videos(run, [])
+    assert kept.stages == run.stages and "was trained with other settings of videos than " in said and expected in said
+    assert adopt_videos(run, [run.stage])[1] == []
 
 
 def test_a_template_that_treats_images_apart_is_told(tmp_path, caplog):

@@ -37,10 +37,10 @@ def run(options: argparse.Namespace) -> None:
     from ..data.checking import write_clean_list
     from ..settings import compose
     from ..training.assembly import build_tokenizer
-    from ..training.init_from import with_held_connector
+    from ..training.init_from import with_init_from
 
     check_writable(options.clean_list)
-    settings = with_held_connector(compose(options.overrides, options.config_dir))
+    settings = with_init_from(compose(options.overrides, options.config_dir))
     if options.clean_list:
         for stage in settings.wanted:
             settings.data.split(stage.data).refuse_streams("with --clean-list: no records of it can be excluded")

@@ -18,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..settings import compose
     from ..training.feature_filling import fill_cache
+    from ..training.init_from import with_init_from
 
-    filled = fill_cache(compose(options.overrides, options.config_dir), show_progress=sys.stderr.isatty())
+    settings = with_init_from(compose(options.overrides, options.config_dir))
+    filled = fill_cache(settings, show_progress=sys.stderr.isatty())
     if options.json:
         print(json.dumps({name: asdict(done) for name, done in filled.items()}, indent=2))
     else:

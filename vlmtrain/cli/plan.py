@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
     from ..planning.plan import Machine
     from ..planning.show import show_plan
     from ..settings import compose
-    from ..training.init_from import with_held_connector
+    from ..training.init_from import with_init_from
 
     line, numbers = [], {}
     for override in options.overrides:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         except ValueError:
             raise ValueError(f"{override}: expected a number") from None
     settings, machine = compose(line, options.config_dir, own_keys=Machine.__dataclass_fields__), Machine(**numbers)
-    settings = with_held_connector(settings)
+    settings = with_init_from(settings)
     plans = plan_run(settings, machine)
     if options.json:
         shown = [{**asdict(plan), "trainable": plan.trainable, "frozen": plan.frozen} for plan in plans]

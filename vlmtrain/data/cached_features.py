@@ -3,10 +3,10 @@
     CACHE/keys/<ab>/<lookup>                   the keys of an image's items, one per line
     CACHE/<encoder>/<ab>/<key>.safetensors     the features of an item
 
-A key is the hash of the pixels that the encoder receives. A lookup is the hash of an image's path, size and time of
-modification, and of what is shown of it, so an image that is unchanged is not decoded to find its keys. Both are files
-of their own that are written under a temporary name first: other workers and ranks see them at once, and no locks are
-needed, which network file systems may not have.
+A key is the hash of the pixels that the encoder receives. A lookup is the hash of the path, size and time of
+modification of an image, of a video, or of each frame of one, and of what is shown of it, so a medium that is unchanged
+is not decoded to find its keys. Both are files of their own that are written under a temporary name first: other
+workers and ranks see them at once, and no locks are needed, which network file systems may not have.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .encoded import InFile, InMemory, OnDisk
 from .file_index import stamp_of
 from .geometry import Geometry
 from .records import ImageSource, VideoSource
-from .video import EncodedVideo
+from .video import EncodedVideo, FrameSequence
 
 PARTIAL = ".partial"
 _VERSION = 1  # of the pixels that are made of an image
@@ -127,10 +127,13 @@ class FeatureFiles:
 
 
 def _facts(medium: ImageSource | VideoSource) -> tuple | None:
-    """Values that differ if the encoded medium or its clip does; None if there are none.
+    """Values that differ if the encoded medium, its clip or one of its frames does; None if there are none.
 
     A file that is still being written, or whose date is that of all files of an archive, has none.
     """
+    if isinstance(medium, FrameSequence):
+        frames = [_facts(frame) for frame in medium.images]
+        return None if None in frames else (medium.fps, medium.start, medium.end, *frames)
     clip = (medium.start, medium.end) if isinstance(medium, EncodedVideo) else ()
     if isinstance(medium, InMemory):
         return hashlib.blake2b(medium.data, digest_size=16).hexdigest(), *clip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .indexed_json import IndexedJson
 from .mixture import Concatenation
 from .record_reader import RecordReader
 from .records import BadSample, Conversation, Source
+
+TOLD_EVERY = 1000  # records after which progress is told
 
 
 class LlavaJson:
@@ -42,15 +45,20 @@ class LlavaJson:
     def __getitem__(self, index: int) -> Conversation:
         return self.reader.read(self.records[index], self.records.name(index))
 
-    def image_keys(self) -> np.ndarray:
-        """A number of the image files of each record, ``(N,)``; 0 for records without images, encoded and bad ones."""
+    def image_keys(self, tell: Callable[[int], None]) -> np.ndarray:
+        """A number of the image files of each record, ``(N,)``; 0 for records without images, encoded and bad ones.
+
+        tell: is told now and then how many records have been read, unless the numbers are stored already.
+        """
         reader = self.reader
         kind = repr(("images", reader.images.root, reader.ignored, reader.images_first, reader.repair))
-        return cached_index(self.records.file, kind, self._find_image_keys)["keys"]
+        return cached_index(self.records.file, kind, lambda: self._find_image_keys(tell))["keys"]
 
-    def _find_image_keys(self) -> Index:
+    def _find_image_keys(self, tell: Callable[[int], None]) -> Index:
         keys = np.zeros(len(self), np.int64)
         for index in range(len(self)):
+            if index % TOLD_EVERY == 0:
+                tell(index)
             with suppress(BadSample):
                 paths = [getattr(medium, "relative", None) for medium in self[index].media]
                 if paths and None not in paths:

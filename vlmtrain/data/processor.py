@@ -181,7 +181,10 @@ class Processor:
         """The plan of a conversation, with fewer or smaller frames if its videos leave no room for its text."""
         plan, room = self.plan(conversation), None
         videos = [number for number, medium in enumerate(conversation.media) if is_video(medium)]
-        while videos and (excess := self.renderer.excess(conversation, plan)) > 0:
+        # the length is known faster than the rendered conversation, unless it is too long
+        if not videos or self.renderer.lengths([conversation], [plan]) != [None]:
+            return plan
+        while (excess := self.renderer.excess(conversation, plan)) > 0:
             slots = [sum(place.slots for _, place in plan.by_medium[number]) for number in videos]
             room = min(max(slots), room or max(slots)) - -(-excess // len(videos))
             plan = self.plan(conversation, room)

@@ -324,23 +324,26 @@ class VideoFolder(MediaFolder):
         if isinstance(value, bytes):
             return VideoInMemory(value, label, start, end)
         if isinstance(value, list) and value and all(isinstance(path, str) for path in value):
-            frames = tuple(ImageOnDisk(self.whole(path, name)) for path in value)
-            return FrameSequence(frames, self.fps, start, end)
+            return FrameSequence(self._frames(value, name), self.fps, start, end)
         if not isinstance(value, str) or not value:
             expected = "a path, a list of paths of frames or bytes"
             raise BadSample(f"{name}: video {label} must be {expected}, got {shown(value)}")
         whole = self.whole(value, name)
         if whole.is_dir():
-            return FrameSequence(self._frames(value, whole, name), self.fps, start, end)
+            return FrameSequence(self._frames(self._listed(value, whole, name), name), self.fps, start, end)
         return VideoOnDisk(whole, value.removeprefix("file://"), start, end)
 
-    def _frames(self, path: str, folder: Path, name: str) -> tuple[ImageOnDisk, ...]:
-        """The frames of a folder in natural order: ``2.jpg`` before ``10.jpg``."""
+    def _frames(self, paths: Sequence[str], name: str) -> tuple[ImageOnDisk, ...]:
+        return tuple(ImageOnDisk(self.whole(path, name), path.removeprefix("file://")) for path in paths)
+
+    @staticmethod
+    def _listed(path: str, folder: Path, name: str) -> list[str]:
+        """The paths of the frames in a folder in natural order: ``2.jpg`` before ``10.jpg``."""
         names = [file for file in os.listdir(folder) if is_image_value(file) and not file.startswith(".")]
         files = sorted(names, key=in_natural_order)
         if not files:
             raise BadSample(f"{name}: the folder of frames {shown(path)} has no images")
-        return tuple(ImageOnDisk(self.whole(os.path.join(path, file), name)) for file in files)
+        return [os.path.join(path, file) for file in files]
 
 
 def _time_of(packet) -> int | None:

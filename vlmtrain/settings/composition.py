@@ -263,7 +263,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
                     _lay_over(settings, {group: options}, named)
         if settings.mini:
             _lay_over(settings, mini, named)
-        settings.named = sorted(key for key in keys if key.split(".")[0] == "connector")
+        settings.named = sorted(key for key in keys if re.match(r"connector(\.|$)|stages\.\w+\.video(\.|$)", key))
         if settings.run_dir is None:
             suffix = "-mini" if settings.mini else ""
             apart = _swept(hydra, settings.name, settings.connector.name)

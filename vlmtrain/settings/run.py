@@ -379,7 +379,7 @@ class Run:
     stage: str | None = key(optional(TEXT))  # the only stage to run
     run_dir: str = key(TEXT)  # folder of the run
     init_from: str | None = key(optional(TEXT))  # model folder to start from
-    named: tuple[str, ...] = key(NAMES)  # connector keys that the command sets
+    named: tuple[str, ...] = key(NAMES)  # keys of the connector and of videos that the command sets
     mini: bool = key(SWITCH)  # small random parts and generated data
     seed: int = key(whole(0, 2**32 - 1))
     compile: bool = key(SWITCH)  # compile the transformer blocks

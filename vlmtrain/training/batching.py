@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from ..data.layouts import Batching, PackedBatching, PaddedBatching
 from ..data.lengths import open_lengths
 from ..data.mixture import Mixture
 from ..data.processor import Processor
+from ..evaluation.progress import ValidationProgress
 from ..model.attention import segments_obstacle
 from ..model.varlen import has_kernel
 from ..objectives import OBJECTIVES
@@ -55,13 +58,19 @@ def build_batching(
     if is_packed:
         if stage.share_images:
             logger.info(f"stage {stage.name}: looking up the images of {len(source):,} records")
-            groups = image_groups(source)
+            progress = ValidationProgress(_say, unit="record")
+            groups = image_groups(source, partial(progress, f"stage {stage.name}: images"))
             source = source if groups is None else source.keeping_together(groups)
         sizes = (stage.batch_size, stage.micro_batch_size, world_size)
         options = (stage.pack_by == "source", lengths, stage.loss_per, stage.share_images)
         return PackedBatching(source, processor, *sizes, *options)
     sizes = (stage.batch_size, *split_batch(stage, world_size))
     return PaddedBatching(source, processor, *sizes, lengths, stage.loss_per, joined)
+
+
+def _say(text: str) -> None:
+    """Write a line on any rank: only one of them reads the files, which need not be the one that logs."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _micro_batch_size(stage: Stage) -> int | None:

@@ -1,20 +1,24 @@
-"""Applies `init_from`: the parts that a run starts from, and the options of its connector."""
+"""Applies `init_from`: the parts that a run starts from, the options of its connector, and how it shows videos."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 
 from ..connectors import CONNECTORS
+from ..data.processor import Processor
 from ..data.tile_styles import LLAVA_NEXT
+from ..data.video_plan import VideoPlan
 from ..files import read_json, write_json
 from ..model.folder import is_model_folder, read_manifest
 from ..model.parts import FIXED
 from ..runs.fingerprints import fingerprint
 from ..runs.folder import RunFolder
-from ..settings import Run
+from ..settings import Run, Stage
 from .handover import PART
+from .processing import video_options
 
 
 def take_in(run: Run, folder: RunFolder) -> tuple[Run, list[str]]:
@@ -25,18 +29,19 @@ def take_in(run: Run, folder: RunFolder) -> tuple[Run, list[str]]:
     """
     finished = [name for name in run.stages if folder.is_finished(name)]
     run, overruled = adopt_connector(_imported(run, folder), finished)
-    return run, [*overruled, *overruled_fit(run, finished), *overruled_frame(run)]
+    run, of_videos = adopt_videos(run, finished)
+    return run, [*overruled, *overruled_fit(run, finished), *of_videos, *overruled_frame(run)]
 
 
-def with_held_connector(run: Run) -> Run:
-    """The settings with the connector of the model folder `init_from`, for commands that do not train.
+def with_init_from(run: Run) -> Run:
+    """The settings with the connector and the videos of the model folder `init_from`, for commands that do not train.
 
     Raises ValueError if `init_from` is not a model folder, or if the command requires another connector.
     """
     if run.init_from is None:
         return run
     read_manifest(Path(run.init_from))
-    return adopt_connector(run, ())[0]
+    return adopt_videos(adopt_connector(run, ())[0], ())[0]
 
 
 def _imported(run: Run, folder: RunFolder) -> Run:
@@ -64,10 +69,8 @@ def adopt_connector(run: Run, finished: Collection[str]) -> tuple[Run, list[str]
     finished: the finished stages of the run. Raises ValueError naming the keys if the command, or a stage that builds
     a new connector, requires a different one.
     """
-    ahead = (stage for stage in run.stages.values() if stage in run.wanted or stage.name in finished)
-    stage = next((stage for stage in ahead if PART in stage.parts), None)
-    file = Path(run.init_from or "", PART, "config.json")
-    if run.init_from is None or stage is None or PART in stage.fresh or not file.exists():
+    stage, file = _heir(run, finished), Path(run.init_from or "", PART, "config.json")
+    if stage is None or not file.exists():
         return run, []
     held = {key: value for key, value in read_json(file).items() if key not in FIXED}
     kind, chosen, anew = held["name"], run.connector, stage.builds_connector
@@ -91,6 +94,43 @@ def adopt_connector(run: Run, finished: Collection[str]) -> tuple[Run, list[str]
     said += [f"{PART}.{key}={options[key]} ({held[key]} is used)" for key in differing]
     run = run.with_values(connector=held)
     return run, [f"init_from={run.init_from} overrides {', '.join(said)}"] if said else []
+
+
+def _heir(run: Run, finished: Collection[str]) -> Stage | None:
+    """The stage that receives the connector of `init_from`; None if there is none."""
+    ahead = (stage for stage in run.stages.values() if stage in run.wanted or stage.name in finished)
+    stage = next((stage for stage in ahead if PART in stage.parts), None)
+    return None if run.init_from is None or stage is None or PART in stage.fresh else stage
+
+
+def adopt_videos(run: Run, finished: Collection[str]) -> tuple[Run, list[str]]:
+    """Return the settings with the videos of the model in `init_from`, if the run uses its connector, and warnings.
+
+    A stage shows videos as the model was trained, apart from keys that the command sets. If the recipe sets some, or
+    only one of them shows images at their own sizes, the stage keeps its keys, and the warning lists the differences.
+    """
+    if _heir(run, finished) is None or not Path(run.init_from, "processor", "processor.json").exists():
+        return run, []
+    geometry = Processor.from_pretrained(run.init_from).geometry
+    if geometry is None or geometry.video is None:
+        return run, []
+    held, initial = (asdict(video_options(plan, geometry.fit)) for plan in (geometry.video, VideoPlan()))
+    stages, said = dict(run.composed["stages"]), []
+    for name, stage in run.stages.items():
+        chosen, prefix = asdict(stage.video), f"{stage.prefix}.video"
+        own = {key: value for key, value in chosen.items() if not {prefix, f"{prefix}.{key}"} & set(run.named)}
+        differing = {key: value for key, value in own.items() if value != held[key]}
+        if not differing or not {"vision", PART} <= set(stage.parts):
+            continue
+        is_open = all(value == initial[key] for key, value in own.items())
+        adopts = is_open and (stage.image_fit == "native") == (geometry.fit == "native")
+        if adopts:
+            stages[name] = {**stages[name], "video": chosen | {key: held[key] for key in differing}}
+        if stage in run.wanted and name not in finished:
+            verb, used = ("overrides", " is used") if adopts else ("was trained with other settings of videos than", "")
+            keys = ", ".join(f"{prefix}.{key}={value} ({held[key]}{used})" for key, value in differing.items())
+            said.append(f"init_from={run.init_from} {verb} {keys}")
+    return run.with_values(stages=stages), said
 
 
 def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
 from ..data.positions import WITH_TIME
 from ..data.processor import Processor
+from ..data.records import BadSample, VideoFacts
 from ..data.video_plan import TIME_FORMAT, VideoPlan
 from ..frames import Joining
 from ..model.llm import load_tokenizer, max_positions
@@ -94,12 +96,14 @@ def build_processor(
 
 
 def check_lengths(stage: Stage, geometry: Geometry | None, parts: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if an image leaves no room for text, or a sample may exceed the positions of a model."""
+    """Raise ValueError if an image, or one frame of a video, leaves no room, or a sample may exceed the positions."""
     if geometry is not None and geometry.most_tokens >= stage.max_length:
         raise ValueError(
             f"{stage.prefix}.max_length={stage.max_length} leaves no room for text: an image takes up to "
             f"{geometry.most_tokens} tokens"
         )
+    if geometry is not None and geometry.video is not None:
+        _check_one_frame(stage, geometry)
     limit = max_positions(parts["llm"]) if "llm" in parts else None
     if limit is not None and stage.max_length > limit:
         raise ValueError(
@@ -111,6 +115,17 @@ def check_lengths(stage: Stage, geometry: Geometry | None, parts: Mapping[str, n
             f"{stage.prefix}.max_length={stage.max_length} is longer than the text tower's positions, "
             f"vision.model_config.text_cfg.context_length={limit}"
         )
+
+
+def _check_one_frame(stage: Stage, geometry: Geometry) -> None:
+    """Raise ValueError if not even the smallest video of one frame can be shown."""
+    room, budget = stage.max_length - 1, stage.video.token_budget
+    try:
+        geometry.plan([VideoFacts(np.zeros(1), 1.0, (1, 1))], room)
+    except BadSample as error:
+        is_budget = budget is not None and budget < room
+        key = f"video.token_budget={budget}" if is_budget else f"max_length={stage.max_length}"
+        raise ValueError(f"{stage.prefix}.{key} leaves no room for a frame: {error}") from None
 
 
 def _build_reader(
@@ -235,8 +250,11 @@ def video_plan(
             more = {"window": joining.stride}
             if not connector.takes_window:
                 raise ValueError(f"{prefix}pool=window needs a connector with windows (avgpool, attentional_pool)")
-        grid = connector.output_grid(height, width, **more)
-        tokens = grid[0] * grid[1] if more else connector.num_tokens(height, width)
+        try:
+            grid = connector.output_grid(height, width, **more)
+            tokens = grid[0] * grid[1] if more else connector.num_tokens(height, width)
+        except GridError as error:
+            raise GridError(f"{prefix}pool={joining.pool}: {error}") from None
         if grid is None and joining.pool in ("bilinear", "average"):
             raise ValueError(
                 f"{prefix}pool={joining.pool} needs a connector whose tokens form a grid; use another "
@@ -245,8 +263,23 @@ def video_plan(
         if grid is None and joining.newline == "row":
             raise ValueError(f"{prefix}newline=row needs a connector whose tokens form a grid")
     given["time_format"] = options.time_format or TIME_FORMAT
-    given["fit"] = None if fit == "native" else options.fit or ("squash" if fit == "tiles" else fit)
+    given["fit"] = None if fit == "native" else options.fit or _fit_of_frames(fit)
     return VideoPlan(**given, joining=joining, per_item=per_item, tokens=tokens, grid=grid)
+
+
+def video_options(plan: VideoPlan, fit: str) -> VideoOptions:
+    """The options of which `video_plan` makes this plan with an `image_fit`."""
+    given = {field.name: getattr(plan, field.name, None) for field in fields(VideoOptions)}
+    given |= dict(zip(("pool", "stride", "newline"), plan.joining))
+    if plan.timestamps != "frame" or plan.time_format == TIME_FORMAT:
+        given["time_format"] = None
+    if plan.fit == _fit_of_frames(fit):
+        given["fit"] = None
+    return VideoOptions(**given)
+
+
+def _fit_of_frames(fit: str) -> str:
+    return "squash" if fit == "tiles" else fit
 
 
 def _views(vision: VisionEncoder, stage: Stage) -> list[View]:
@@ -258,8 +291,10 @@ def _views(vision: VisionEncoder, stage: Stage) -> list[View]:
                 f"vision.encoders.{name}.image_fit={fit}: with {stage.prefix}.image_fit={stage.image_fit}, all "
                 "encoders see the same parts of an image; leave it null"
             )
+    # a View without a fit has that of the first encoder, which may differ from the stage's
+    default = next(iter(fits.values()), None) and stage.image_fit
     return [
-        View(each.image_size, fits.get(name), each.image_mean, each.image_std, each.patch_size)
+        View(each.image_size, fits.get(name) or default, each.image_mean, each.image_std, each.patch_size)
         for name, each in vision.encoders.items()
     ]
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.stages import make_stage
+from vlmtrain.data import file_index, llava
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.hf_dataset import HFDataset
 from vlmtrain.data.image_groups import image_groups
@@ -24,6 +27,7 @@ from vlmtrain.data.processor import Processor
 from vlmtrain.data.record_reader import RecordReader
 from vlmtrain.data.records import BadSample, Conversation, Turn, check_conversation
 from vlmtrain.data.rendered import Rendered
+from vlmtrain.training.batching import build_batching
 
 from .test_loader import Flat, same_batches
 
@@ -200,6 +204,26 @@ def test_records_of_the_same_image_files_are_drawn_one_after_the_other(file):
         assert sorted(order) == list(range(53))
         drawn = [int(groups[index]) for index in order]
         assert sum(one != other for one, other in zip(drawn, drawn[1:])) + 1 == len(set(drawn))
+
+
+@pytest.mark.parametrize("seconds", [1.0, 4.0])
+def test_a_long_search_for_the_same_images_tells_its_progress(processor, file, monkeypatch, capsys, seconds):
+    """Each record takes a number of `seconds`; after ten, progress is shown every 15."""
+    monkeypatch.setattr(llava, "TOLD_EVERY", 1)
+    clock = count(0.0, seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(file_index, "WORTHWHILE", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file.parent / "cache"))
+    stage = make_stage(layout="packed", share_images=True, max_length=ROW)
+
+    def told() -> list[str]:
+        source = Mixture({"all": open_llava(file, file.parent)})
+        build_batching(source, processor, stage, world_size=1, workers=0)
+        return capsys.readouterr().err.splitlines()
+
+    expected = [(3, "00:24"), (7, "00:08")] if seconds == 4 else []
+    assert told() == [f"stage s: images: {read} of 9 records, {left} left" for read, left in expected]
+    assert told() == []  # the second time, they are stored
 
 
 def test_large_groups_are_not_drawn_earlier_than_others():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.media import draw_frames
 from tests.stages import make_stage
-from vlmtrain.connectors.base import PackedFeatures
-from vlmtrain.data.images import ImageInMemory
+from vlmtrain.connectors.base import PackedFeatures, VisionFeatures
+from vlmtrain.data.images import ImageInMemory, ImageOnDisk
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
+from vlmtrain.data.video import FrameSequence
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.llm import build_random_llm
 from vlmtrain.model.parts import make_connector
@@ -178,8 +182,8 @@ def talk(*images: Counted) -> Conversation:
 
 
 def processor_of(vision: nn.Module, tokenizer, llm: nn.Module, **stage) -> tuple[Processor, nn.Module]:
-    connector = make_connector("mlp", vision, llm, {})
     settings = make_stage(parts=("vision", "connector", "llm"), **stage)
+    connector = make_connector("mlp", vision, llm, {}, newline=settings.newline)
     geometry = build_geometry(settings, {"vision": vision, "connector": connector}, LanguageModelling())
     return Processor(tokenizer, geometry, "chat", max_length=400), connector
 
@@ -206,6 +210,81 @@ def test_every_encoder_is_shown_what_it_is_shown_alone(tokenizer, stage):
         one = Processor(tokenizer, alone, "chat", max_length=400)
         for own, other in zip(sample.pixels[number], one(talk(image(50, 30))).pixels[0], strict=True):
             assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("own, expected", [(("crop", None), ("crop", "pad")), ((None, "crop"), ("pad", "crop"))])
+def test_an_encoder_without_an_image_fit_has_that_of_the_stage(tokenizer, own, expected):
+    encoders = {name: {**TOWERS[name], "image_fit": fit} for name, fit in zip(TOWERS, own)}
+    processor, _ = processor_of(build(encoders, join="tokens"), tokenizer, build_random_llm(LLM, tokenizer))
+    (item,) = processor.plan(talk(image(50, 30))).items
+    assert item.fits == expected
+
+
+def read_by_each(vision: nn.Module, frames: list[ImageOnDisk]) -> list[Tensor]:
+    """The patches of each encoder alone, of images that are resized to its size and normalized as its own."""
+    found = []
+    for encoder in vision.encoders.values():
+        mean, std = torch.tensor(encoder.image_mean), torch.tensor(encoder.image_std)
+        size = encoder.image_size[::-1]
+        resized = [torch.from_numpy(np.array(frame.load().resize(size, Image.Resampling.BICUBIC))) for frame in frames]
+        pixels = (torch.stack(resized) / 255 - mean) / std
+        found.append(encoder(pixels.permute(0, 3, 1, 2).contiguous()).patches)
+    return found
+
+
+LOOKS = {"wide": keys(24, 32, image_mean=(0.9, 0.1, 0.1)), "fine": keys(16, 48, layers=3, image_std=(0.2, 0.5, 0.4))}
+
+
+@pytest.mark.parametrize("pool", ["none", "average", "features"])
+@pytest.mark.parametrize("chunk", [None, 2])
+@torch.no_grad()
+def test_the_channels_of_a_video_are_those_of_each_encoder_alone(tokenizer, tmp_path, pool, chunk):
+    llm, vision = build_random_llm(LLM, tokenizer), build(LOOKS, **CHANNELS)
+    options = {"pool": pool, "stride": 1 if pool == "none" else 2}
+    tokens, frames, connector = tokens_of_video(vision, tokenizer, llm, draw_frames(tmp_path / "v", 5), chunk, options)
+    wide, fine = read_by_each(vision, frames)
+    patches = torch.cat([resized(wide, (6, 6)), fine], -1)
+
+    def means(canvas: Tensor) -> Tensor:
+        return canvas.unflatten(2, (3, 2)).unflatten(1, (3, 2)).mean((2, 4))
+
+    if pool == "features":
+        patches = means(patches)
+    expected = connector.connector if pool != "none" else connector
+    expected = expected(VisionFeatures(patches, None, ()))
+    if pool == "average":
+        expected = means(expected.unflatten(1, (6, 6))).flatten(1, 2)
+    torch.testing.assert_close(tokens, expected.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_tokens_of_a_video_are_those_of_each_encoder_frame_by_frame(tokenizer, tmp_path):
+    llm, vision = build_random_llm(LLM, tokenizer), build(LOOKS, join="tokens")
+    folder, options = draw_frames(tmp_path / "v", 5), {"newline": "frame"}
+    tokens, frames, joined = tokens_of_video(vision, tokenizer, llm, folder, None, options)
+    wide, fine = (
+        own(VisionFeatures(patches, None, ()))
+        for own, patches in zip(joined.connector.connectors, read_by_each(vision, frames), strict=True)
+    )
+    expected = [torch.cat([wide[number], fine[number], joined.newline[None]]) for number in range(3)]
+    torch.testing.assert_close(tokens, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def tokens_of_video(vision, tokenizer, llm, folder: Path, chunk: int | None, options: dict):
+    """The visual tokens of a video of five frames, those of them that are shown, and the connector."""
+    frames = [ImageOnDisk(folder / f"{number}.png") for number in range(5)]
+    video = {**asdict(make_stage().video), "sampling": "uniform", "fps": None, "frames": 3, **options}
+    processor, connector = processor_of(vision, tokenizer, llm, image_fit="squash", video=video)
+    processor.encoder_batch_size = chunk
+    for encoder in vision.encoders.values():
+        encoder.batch_size = chunk
+    turns = Turn("user", "<video>\nWhat?"), Turn("assistant", "red")
+    sample = processor(Conversation("x", turns, (FrameSequence(tuple(frames), 2.0),)))
+    batch = processor.collate([sample]).to(torch.device("cpu"))
+    model = VLMWrapper(vision, connector, llm).eval()
+    found = model.connect(model.encode(batch.visual), batch.visual).tokens
+    assert int(batch.visual.mask.sum()) == len(found)
+    return found, [frames[number] for number in (0, 2, 4)], connector
 
 
 def test_native_images_have_one_grid_in_all_encoders(tokenizer):
