@@ -2,7 +2,7 @@
 
     records.py    Conversation, Turn, ImageSource: the common form of all data formats
     llava.py      LLaVA's JSON; shapes.py: procedural images; sources.py: the sources of a stage
-    record_reader.py  records of all formats -> conversation
+    record_reader.py  records of all formats -> conversation; record_*.py: their keys, media, turns and regions
     images.py     files -> RGB images -> the encoder's size -> tensors
     rendering.py  conversation -> tokens and targets; templates.py: chat templates by name
     processor.py  conversation -> sample -> batch

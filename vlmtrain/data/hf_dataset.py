@@ -17,7 +17,8 @@ from ..errors import first_line, nearest
 from .file_index import stamp_of
 from .grading import GRADING
 from .images import ImageFolder
-from .record_reader import FORMS, KEYS, RecordReader
+from .record_keys import FORMS, KEYS
+from .record_reader import RecordReader
 from .records import BadSample, Conversation
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from .file_index import Index, cached_index, read_span, stamp_of
 from .images import ImageFolder, ImageInFile
 from .indexed_json import parse_json
 from .mixture import Concatenation
-from .record_reader import KEYS, RecordReader, record_name
+from .record_keys import KEYS
+from .record_reader import RecordReader, record_name
 from .records import BadSample, Conversation
 from .video import VideoInFile
 
