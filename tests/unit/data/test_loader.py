@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import pytest
@@ -108,6 +109,11 @@ def test_every_sample_comes_once_per_epoch(processor):
         assert [len(step) for step in numbers] == [BATCH, BATCH, BATCH, SIZE - 3 * BATCH]
 
 
+def add_up(shares: Sequence[StepData], whole: StepData) -> None:
+    for field in ("weight", "samples", "tokens", "image_tokens", "target_tokens"):
+        assert sum(getattr(share, field) for share in shares) == getattr(whole, field), field
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_a_step_has_the_same_samples_however_it_is_distributed(processor, world, micro):
@@ -116,8 +122,7 @@ def test_a_step_has_the_same_samples_however_it_is_distributed(processor, world,
     for reference, *shares in zip(whole, *ranks):
         assert sum((rows(share) for share in shares), Counter()) == rows(reference)
         assert {len(share.micro_batches) for share in shares} == {BATCH // (micro * world)}
-        for field in ("weight", "samples", "tokens", "image_tokens", "target_tokens"):
-            assert sum(getattr(share, field) for share in shares) == getattr(reference, field), field
+        add_up(shares, reference)
         assert all(len(batch.input_ids) <= micro for share in shares for batch in share.micro_batches)
 
 
@@ -158,6 +163,16 @@ def same_batches(batches: list[Batch], others: list[Batch]) -> None:
 def same(one: StepData, other: StepData) -> None:
     same_batches(one.micro_batches, other.micro_batches)
     assert one[1:] == other[1:]
+
+
+def same_when_resumed(stream: Callable[..., StepStream], steps: int, workers: int) -> None:
+    """Steps after a stop equal those without it, wherever it is. stream: from `first` and `cursor`; sample 3 is bad."""
+    everything = list(step_loader(stream(), workers, pin_memory=False))
+    assert 3 in [record.index for data in everything for record in data.bad]
+    for stop in range(1, steps):
+        rest = stream(first=stop, cursor=everything[stop - 1].cursor)
+        for one, other in zip(everything[stop:], step_loader(rest, workers, pin_memory=False), strict=True):
+            same(one, other)
 
 
 def test_workers_change_nothing(processor):

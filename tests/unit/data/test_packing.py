@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 from itertools import chain, islice
 
 import pytest
@@ -11,12 +12,12 @@ import torch
 
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.layouts import PackedBatching
-from vlmtrain.data.loader import StepData, StepStream, step_loader
+from vlmtrain.data.loader import StepData, StepStream
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.packing import LOOKAHEAD, Piece, row_budget, take_row
 from vlmtrain.data.processor import Processor
 
-from .test_loader import Numbered, rows, same_batches
+from .test_loader import Numbered, add_up, rows, same_when_resumed
 
 IMAGE = 576
 
@@ -165,19 +166,10 @@ def test_a_step_has_the_same_samples_however_it_is_distributed(processor, world,
     for reference, *shares in zip(stream(processor), *ranks):
         assert sum((unpacked(share) for share in shares), Counter()) == unpacked(reference)
         assert len({len(share.micro_batches) for share in shares}) == 1
-        for field in ("weight", "samples", "tokens", "image_tokens", "target_tokens"):
-            assert sum(getattr(share, field) for share in shares) == getattr(reference, field), field
+        add_up(shares, reference)
         assert len({str(share.cursor) for share in shares}) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_from_a_cursor_equals_never_having_stopped(processor, workers):
-    everything = list(step_loader(stream(processor, bad=(3, 7)), workers, pin_memory=False))
-    assert [record.index for data in everything for record in data.bad].count(3) >= 1
-    for stop in range(1, STEPS):
-        rest = stream(processor, bad=(3, 7), first=stop, cursor=everything[stop - 1].cursor)
-        late = list(step_loader(rest, workers, pin_memory=False))
-        assert len(late) == STEPS - stop
-        for one, other in zip(everything[stop:], late):
-            same_batches(one.micro_batches, other.micro_batches)
-            assert one[1:] == other[1:]
+    same_when_resumed(partial(stream, processor, bad=(3, 7)), STEPS, workers)

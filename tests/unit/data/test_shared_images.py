@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections import Counter
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from vlmtrain.data.image_groups import image_groups
 from vlmtrain.data.images import ImageFolder
 from vlmtrain.data.layouts import PackedBatching
 from vlmtrain.data.llava import open_llava
-from vlmtrain.data.loader import StepData, StepStream, step_loader
+from vlmtrain.data.loader import StepData, StepStream
 from vlmtrain.data.mixture import Mixture
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.record_reader import RecordReader
@@ -29,7 +30,7 @@ from vlmtrain.data.records import BadSample, Conversation, Turn, check_conversat
 from vlmtrain.data.rendered import Rendered
 from vlmtrain.training.batching import build_batching
 
-from .test_loader import Flat, same_batches
+from .test_loader import Flat, add_up, same_when_resumed
 
 ROW, BATCH, STEPS, TOKENS = 120, 8, 6, 12
 IMAGES = [Flat(value) for value in range(8)]
@@ -115,21 +116,13 @@ def test_a_step_has_the_same_dialogues_however_it_is_distributed(processor, worl
     ranks = [list(stream(processor, 2, rank, world)) for rank in range(world)]
     for reference, *shares in zip(stream(processor), *ranks):
         assert sum(map(dialogues, shares), Counter()) == dialogues(reference)
-        for field in ("weight", "samples", "tokens", "image_tokens", "target_tokens"):
-            assert sum(getattr(share, field) for share in shares) == getattr(reference, field), field
+        add_up(shares, reference)
         assert len({str(share.cursor) for share in shares}) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_from_a_cursor_equals_never_having_stopped(processor, workers):
-    everything = list(step_loader(stream(processor, bad=(3, 17)), workers, pin_memory=False))
-    assert [record.index for data in everything for record in data.bad].count(3) >= 1
-    for stop in range(1, STEPS):
-        rest = stream(processor, bad=(3, 17), first=stop, cursor=everything[stop - 1].cursor)
-        late = list(step_loader(rest, workers, pin_memory=False))
-        for one, other in zip(everything[stop:], late, strict=True):
-            same_batches(one.micro_batches, other.micro_batches)
-            assert one[1:] == other[1:]
+    same_when_resumed(partial(stream, processor, bad=(3, 17)), STEPS, workers)
 
 
 def test_a_broken_dialogue_does_not_take_the_others_with_it(processor):
