@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 
 from .distributed.processes import die_with_launcher, launched_rank
 from .settings import Run, read_run
-from .settings.composition import finish, read_line
+from .settings.composition import read_line
+from .settings.finishing import finish
 from .settings.locations import CONFIGS
 
 

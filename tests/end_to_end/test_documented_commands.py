@@ -22,7 +22,7 @@ from tests.conftest import ROOT, run
 from tests.media import draw_frames
 from vlmtrain.cli import _parse
 from vlmtrain.settings import compose
-from vlmtrain.settings.composition import REGISTRIES, load_modules
+from vlmtrain.settings.overrides import REGISTRIES, load_modules
 
 PAGES = ("README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")))
 COMMAND = re.compile(r"((\.venv/bin/)?(python|torchrun|vlmtrain|make|pip|source|sbatch|launch/\w+\.sh)|HEAD=\S+) .*")

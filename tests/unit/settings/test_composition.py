@@ -9,7 +9,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from vlmtrain.settings import compose
-from vlmtrain.settings.composition import _swept, read_line
+from vlmtrain.settings.composition import read_line
+from vlmtrain.settings.finishing import _swept
 from vlmtrain.settings.locations import CONFIGS, RECIPES
 
 

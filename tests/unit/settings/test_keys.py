@@ -14,6 +14,7 @@ from vlmtrain.connectors import CONNECTORS
 from vlmtrain.data.hf_dataset import COLUMNS
 from vlmtrain.model.fusion import FUSIONS
 from vlmtrain.settings import LoRA, compose, flatten, read_run
+from vlmtrain.settings import model as parts
 from vlmtrain.settings import run as settings
 from vlmtrain.settings.data import FORMATS, OWN_KEYS, PURPOSES
 from vlmtrain.settings.free_keys import completed
@@ -24,11 +25,11 @@ from vlmtrain.settings.other_trainers import KEYS
 FILLED = {"name", "vision", "connector", "fusion", "llm", "data", "engine"}
 OF_THE_COMPOSITION = {"defaults", "hydra", "mini_options", *(f"{group}_options" for group in FILLED)}
 GROUPS = {
-    "vision/open_clip": settings.OpenClipOptions,
-    "vision/tiny": settings.OpenClipOptions,
-    "vision/hf": settings.HFVisionOptions,
-    "llm/tiny": settings.TinyLLM,
-    "llm/hf": settings.HFLLM,
+    "vision/open_clip": parts.OpenClipOptions,
+    "vision/tiny": parts.OpenClipOptions,
+    "vision/hf": parts.HFVisionOptions,
+    "llm/tiny": parts.TinyLLM,
+    "llm/hf": parts.HFLLM,
     "engine/zero3": settings.Engine,
     "objective/language_modelling": settings.Stage,
 }
