@@ -388,9 +388,7 @@ def as_own(model: VLMWrapper, processor: Processor) -> Exported:
     """
     geometry = processor.geometry
     if not model.fusion.in_text:
-        raise DoesNotFit(
-            f"fusion={model.fusion.config['name']}: exports need a fusion whose visual tokens are in the text"
-        )
+        raise DoesNotFit(f"fusion={model.fusion.config['name']}: exports need visual tokens that are in the text")
     if positions_of(model.llm) == "xdrope" and geometry.fit == "tiles" and geometry.tile_style != LLAVA_NEXT:
         raise DoesNotFit(
             f"image_tile_style={geometry.tile_style}: exports with llm.positions=xdrope would number the views of an "

@@ -37,7 +37,7 @@ class Fused(NamedTuple):
     """Input of the language model.
 
     embeddings: ``(B, T, D)``. added: each ``(K, D)``, added to the output of the first, second, ... block at the K
-    positions of visual_mask ``(B, T)``, in training and when a prompt is first read. media: what the layers of the fusion
+    positions of visual_mask ``(B, T)``, in training and when a prompt is first read. media: what the fusion's layers
     between the blocks attend to.
     """
 

@@ -173,12 +173,8 @@ class VLMWrapper(nn.Module):
         if positions is not None:
             positions = positions.gather(-1, shift.expand_as(positions))
         rows = rows_of_positions(self.llm, positions, lengths)
-        media = fused.media and fused.media.at(shift)
-        with (
-            rows,
-            self._reading(media, continues=True),
-            at_prefill(self.llm, len(embeddings), levels=fused.added, **given),
-        ):
+        reading = self._reading(fused.media and fused.media.at(shift), continues=True)
+        with rows, reading, at_prefill(self.llm, len(embeddings), levels=fused.added, **given):
             return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask.long(), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
