@@ -60,10 +60,10 @@ class Placement(NamedTuple):
     medium: index of the image or video. items: indices of its items, in order. slots: number of text positions. tokens:
     number of visual tokens, which equals `slots` if they are in the text. out_grid: grid of the tokens of each item,
     None if they form none. tiles: how the image is cut; its items are then joined row by row
-    (`vlmtrain.model.joining`). framed_grid: grid of the tokens other than the first and the last, for connectors that add these two; or None.
-    before, after: text of the template around the slots, such as the token that starts an image. frames: of a video,
-    how the tokens of its items are pooled and joined; None for images. times: of a video, the rotary position in time
-    of each item, counted from that of the first; empty for images.
+    (`vlmtrain.model.joining`). framed_grid: grid of the tokens other than the first and the last, for connectors that
+    add these two; or None. before, after: text of the template around the slots, such as the token that starts an
+    image. frames: of a video, how the tokens of its items are pooled and joined; None for images. times: of a video,
+    the rotary position in time of each item, counted from that of the first; empty for images.
     """
 
     medium: int
