@@ -190,13 +190,12 @@ def check_widths(run: Run, stage: Stage, parts: Mapping[str, nn.Module], given: 
             f"the connector of {source} expects features of width {connector.in_dim}, but the encoder of {encoder} "
             f"has width {parts['vision'].width}: {advice}"
         )
-    if "llm" not in parts or "llm" in given:
-        return
-    width = FUSIONS[run.fusion.name].takes(parts["vision"].width, hidden_width(parts["llm"]))
-    if connector.out_dim != width:
+    if "llm" not in parts or "llm" in given or not FUSIONS[run.fusion.name].in_text:
+        return  # other fusions are built for the width of the tokens
+    if connector.out_dim != hidden_width(parts["llm"]):
         raise ValueError(
             f"the connector of {source} produces tokens of width {connector.out_dim}, but the language model of "
-            f"{llm} has width {width}: {advice}"
+            f"{llm} has width {hidden_width(parts['llm'])}: {advice}"
         )
 
 

@@ -224,6 +224,30 @@ def test_padded_packed_and_single_samples_have_the_same_logits_and_gradients(bui
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize(
+    "shown, positions, tokens",
+    [
+        ({"image_fit": "tiles"}, 1, 2),
+        ({"image_fit": "tiles", "image_tile_style": "internvl"}, 3, 1),
+        ({"image_fit": "native", "image_pixels": [576, 9216]}, 1, 1),
+    ],
+)
+def test_views_take_one_position_for_each_place_in_the_text(shown, positions, tokens):
+    shown |= {"image_tiles": [[1, 1], [2, 1]]} if shown["image_fit"] == "tiles" else {}
+    config = {"config": {"model_type": "llama", **SMALL}, "new_tokens": [IMAGE]}
+    fusion = {"gated_cross_attention": {"every": 2}}
+    model, processor = build_model("tiny", "linear", {"tiny": config}, fusion=fusion, max_length=60, **shown)
+    tall = BytesIO()
+    Image.new("RGB", (48, 96), "red").save(tall, "png")
+    sample = processor(replace(talk(1), media=(ImageInMemory(tall.getvalue(), "tall"),)))
+    assert int((sample.tokens.index >= 0).sum()) == positions <= processor.geometry.most_tokens
+    batch = processor.collate([sample, processor(talk(None))])
+    assert model(batch).isfinite().all()
+    media = model.embed(batch.input_ids, batch.visual).media
+    assert media.tokens.shape[:2] == (positions, sample.tokens.media.placements[0].tokens)
+    assert len(sample.tokens.media.items) == positions * (3 if tokens == 2 else 1)
+
+
 def test_images_of_unequal_numbers_of_tokens_are_told_apart(built):
     """The tokens of an image are padded to those of the longest; each sample alone has no padding."""
     model, processor = built
