@@ -142,9 +142,10 @@ class GatedCrossAttention(Fusion):
     ):
         super().__init__(width)
         blocks = llm["blocks"]
-        for option, value, known in (("style", style, STYLES), ("attend", attend, ("last", "all"))):
+        choices = {"style": (style, STYLES), "attend": (attend, ("last", "all")), "on_text": (on_text, (True, False))}
+        for option, (value, known) in choices.items():
             if value not in known:
-                raise ValueError(f"fusion.{option}={value}: expected one of {', '.join(known)}")
+                raise ValueError(f"fusion.{option}={value}: expected one of {', '.join(map(str, known))}")
         for option, value in (("every", every), ("heads", heads), ("head_dim", head_dim)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"fusion.{option}={value}: expected a whole number of at least 1")
