@@ -21,7 +21,7 @@ STEPS = (
     ((Batch, Visual), "encode", "VisionEncoder.encode_all"),
     ((VisionFeatures, PackedFeatures), "connect", "Connector; PackedFeatures for images of different sizes"),
     ((VisualTokens,), "fuse", "Fusion"),
-    ((Fused,), "read", "the language model; `added` goes to the outputs of its first blocks"),
+    ((Fused,), "read", "the language model; `added` goes to the outputs of blocks, `media` to layers between blocks"),
 )
 WIDTH = 110
 

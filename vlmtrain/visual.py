@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .frames import Joining
 from .tiling import Overlap, Tiles
@@ -57,12 +58,12 @@ class Placement(NamedTuple):
     """What stands at one place in the text.
 
     medium: index of the image or video. items: indices of its items, in order. slots: number of text positions. tokens:
-    number of visual tokens, which equals `slots` under concatenation. out_grid: grid of the tokens of each item, None
-    if they form none. tiles: how the image is cut; its items are then joined row by row (`vlmtrain.model.joining`).
-    framed_grid: grid of the tokens other than the first and the last, for connectors that add these two; or None.
-    before, after: text of the template around the slots, such as the token that starts an image. frames: of a video,
-    how the tokens of its items are pooled and joined; None for images. times: of a video, the rotary position in time
-    of each item, counted from that of the first; empty for images.
+    number of visual tokens, which equals `slots` if they are in the text. out_grid: grid of the tokens of each item,
+    None if they form none. tiles: how the image is cut; its items are then joined row by row
+    (`vlmtrain.model.joining`). framed_grid: grid of the tokens other than the first and the last, for connectors that
+    add these two; or None. before, after: text of the template around the slots, such as the token that starts an
+    image. frames: of a video, how the tokens of its items are pooled and joined; None for images. times: of a video,
+    the rotary position in time of each item, counted from that of the first; empty for images.
     """
 
     medium: int
@@ -126,6 +127,36 @@ class Texts(NamedTuple):
     mask: Tensor
 
 
+class Seen(NamedTuple):
+    """The placements that each position may attend to, for a fusion whose visual tokens are not in the text.
+
+    images ``(B, n)``: numbers of the placements of each row, in order; those after the last one repeat it. first, last
+    ``(B, T)``: where, among them, those of a position's own sample start, and the last one at or before the position,
+    -1 if its sample has shown none yet.
+    """
+
+    images: Tensor
+    first: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, boundaries: Tensor | None = None) -> Seen:
+        """Found from the placement at each position, `index` ``(B, T)``, and the `boundaries` of a packed row."""
+        shown = index.cummax(1).values  # placements are numbered in reading order
+        starts = torch.zeros_like(index)
+        if boundaries is not None:
+            starts[0] = torch.repeat_interleave(boundaries[:-1], boundaries.diff())
+        earlier = F.pad(shown, (1, 0), value=-1).gather(1, starts)  # the last placement of an earlier sample of the row
+        last = index.amax(1, keepdim=True)
+        first = torch.where(index >= 0, index, last).amin(1, keepdim=True)
+        numbers = first + torch.arange(max(1, int((last - first).max()) + 1))
+        return cls(
+            numbers.minimum(last).clamp(min=0),
+            torch.where(earlier >= 0, earlier + 1 - first, 0),
+            torch.where(shown > earlier, shown - first, -1),
+        )
+
+
 Pixels = Tensor | tuple[Tensor, ...]
 """Images of equal size, ``(N, 3, H, W)``, or of different sizes, each ``(3, H, W)``.
 
@@ -183,7 +214,7 @@ class Visual(NamedTuple):
     cache are those of the items that were not read from it. calls: number of calls of modules that process one size or
     grid of images at a time; the same on all ranks. chunks: number of chunks in which an encoder with a `batch_size`
     processes the items; the same on all ranks. frames: how videos are joined if the connector must be called for
-    them alone, which all ranks then do.
+    them alone, which all ranks then do. seen: what the text may attend to, for a fusion that reads it.
 
     This is a NamedTuple because ZeRO-3 loses the gradients of tensors that are passed inside a dataclass.
     """
@@ -198,6 +229,7 @@ class Visual(NamedTuple):
     mean_std: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] | None = None
     frames: Joining | None = None
     chunks: int = 1
+    seen: Seen | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -218,7 +250,9 @@ class Visual(NamedTuple):
             each._replace(features=each.features.to(device, non_blocking=True)) if each and each.features else each
             for each in self.cached
         )
-        visual = self._replace(pixels=pixels, index=moved(self.index), texts=texts, cached=cached).normalized()
+        seen = self.seen and Seen(*map(moved, self.seen))
+        visual = self._replace(pixels=pixels, index=moved(self.index), texts=texts, cached=cached, seen=seen)
+        visual = visual.normalized()
         if dtype is None:
             return visual
         return visual._replace(pixels=tuple(_each(each, lambda image: image.to(dtype)) for each in visual.pixels))

@@ -58,6 +58,7 @@ TRAINED = {
     "eagle": {"align": {"connector"}, "instruct": {"vision", "connector", "llm"}},
     "cambrian": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
+    "flamingo": {"pretrain": {"connector", "fusion", "llm"}},
     "molmo2": dict.fromkeys(("pretrain", "instruct", "long_context"), {"vision", "connector", "llm"}),
     "llava_video": {"video": {"vision", "connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
@@ -67,6 +68,7 @@ TRAINED = {
 # like others in what they use: kept for runs with --slow
 SLOW = {
     "brave",
+    "flamingo",
     "llava_video",
     "molmo2",
     "eagle",

@@ -25,7 +25,8 @@ PARTS = {
         "MEQ-Former",
         "aggregator",
     ),
-    "llm": ("LLM", "adapters of the LLM"),
+    "fusion": ("gated layers",),
+    "llm": ("LLM", "adapters of the LLM", "new tokens"),
     "objective": ("heads", "text tower"),
 }
 PART = {word: part for part, words in PARTS.items() for word in words} | {"adapters": "llm"}

@@ -49,7 +49,8 @@ class Geometry:
     size_rule: of the encoder, one of `SIZE_RULES`. connector: for ``native`` and overlapping crops, the configuration
     of the connector, which says how many tokens it makes of each grid. others: of further encoders; tiles show them the
     same parts of the image, and ``native`` the sizes at which they have the same grids. video: how videos are shown;
-    None if they are refused.
+    None if they are refused. slot_token: the token at the single text position of an image, for a fusion whose visual
+    tokens are not in the text; None if they are.
     """
 
     size: Size
@@ -72,6 +73,7 @@ class Geometry:
     others: tuple[View, ...] = ()
     video: VideoPlan | None = None
     tile_margin: int = 0
+    slot_token: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "others", tuple(View(*view) for view in self.others))
@@ -116,7 +118,7 @@ class Geometry:
     def controls(self) -> tuple[str, ...]:
         """The tokens of the template around images, views and videos."""
         of_videos = (self.video and self.video.frame_tokens) or ()
-        return tuple(filter(None, (*self.frame, *self.view_words, *of_videos)))
+        return tuple(filter(None, (*self.frame, *self.view_words, *of_videos, self.slot_token)))
 
     @property
     def most_control_tokens(self) -> int:
@@ -157,7 +159,10 @@ class Geometry:
                 numbers = tuple(range(len(items), len(items) + len(shown)))
                 before = (self.frame[0] if number == 0 else "") + around[0]
                 after = around[1] + (self.frame[1] if number == len(places) - 1 else "")
-                placements.append(Placement(medium, numbers, tokens, tokens, grid, tiles, framed, before, after))
+                if self.slot_token:
+                    grid = framed = None
+                slots = 1 if self.slot_token else tokens
+                placements.append(Placement(medium, numbers, slots, tokens, grid, tiles, framed, before, after))
                 items += shown
         return MediaPlan(tuple(items), tuple(placements))
 
@@ -166,6 +171,8 @@ class Geometry:
     ) -> tuple[list[Item], list[Placement]]:
         """Items and placements of a video, whose items are numbered from `first`."""
         video = self.video
+        if video is None and self.slot_token:
+            raise BadSample("the fusion of the model supports images, not videos")
         if video is None:
             raise BadSample("the model has no settings for videos, stages.<name>.video")
 
@@ -312,12 +319,16 @@ class Geometry:
 
     @property
     def least_tokens(self) -> int:
-        """Number of tokens of one view of `size`, or of the smallest image with ``native``."""
+        """Number of text positions of one view of `size`, or of the smallest image with ``native``."""
+        if self.slot_token:
+            return 1
         return self._counted(self._grid(self.smallest))[0] if self.fit == "native" else self.tokens
 
     @property
     def most_tokens(self) -> int:
-        """The largest number of tokens of any image."""
+        """The largest number of text positions of any image."""
+        if self.slot_token:
+            return max((len(self._style.places(grid)) for grid in self.tile_grids), default=1)
         if self.fit == "native":
             return max(self._counted(self._grid(size))[0] for size in self._extremes())
         return max(map(self._tokens_of_cut, self.tile_grids), default=self.tokens)

@@ -30,7 +30,7 @@ from ..errors import first_line
 from ..files import read_object
 from ..model.folder import check_files
 from ..model.vision.base import packed, stacked
-from ..visual import CAUSAL, NO_MEDIA, Cached, MediaPlan, Texts, Visual, joined, normalized
+from ..visual import CAUSAL, NO_MEDIA, Cached, MediaPlan, Seen, Texts, Visual, joined, normalized
 from .boxes import Writing, write_regions
 from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
@@ -113,7 +113,8 @@ class Processor:
         controls = geometry.controls if geometry else ()
         self._controls = torch.tensor(tokenizer.convert_tokens_to_ids(list(controls)), dtype=torch.long)
         allowed = {"allowed": boxes.tokens} if boxes else {}
-        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, **allowed)
+        slot = geometry.slot_token if geometry else None
+        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, slot=slot, **allowed)
         self.filler = self.renderer.filler
 
     def __call__(self, conversation: Conversation) -> Sample:
@@ -317,13 +318,14 @@ class Processor:
             targets=torch.cat([t.targets for t in tokens])[None],
             weights=torch.cat([t.weights for t in tokens])[None],
             lengths=ends[-1:],
+            boundaries=F.pad(ends, (1, 0)).int(),
             **self._rules(tokens, lambda parts: torch.cat(parts)[None]),
         )
         if self.positions is None:
             positions = torch.cat([t.places for t in tokens])[None]
         else:
             positions = torch.cat([t.positions for t in tokens], dim=1)[:, None]
-        batch = batch._replace(positions=positions, boundaries=F.pad(ends, (1, 0)).int(), segments=lengths)
+        batch = batch._replace(positions=positions, segments=lengths)
         if all(t.branch is None for t in tokens):
             return batch
         branches = [torch.zeros(len(t), dtype=torch.long) if t.branch is None else t.branch for t in tokens]
@@ -348,6 +350,8 @@ class Processor:
 
     def _batch(self, samples: list[Sample], calls: tuple[int, int], index: Tensor, **tensors: Tensor | None) -> Batch:
         visual = None if self.geometry is None else self._visual(samples, *calls, index)
+        if visual is not None and self.geometry.slot_token:
+            visual = visual._replace(seen=Seen.of(index, tensors.get("boundaries")))
         targets, weights = tensors["targets"].flatten(), tensors["weights"].flatten()
         positions = (weights > 0).nonzero()[:, 0]
         counts = torch.tensor([int((sample.tokens.weights > 0).sum()) for sample in samples], dtype=torch.long)
@@ -446,9 +450,8 @@ class Processor:
 
 def _described(geometry: Geometry) -> dict:
     """The fields of a geometry; those that model folders of earlier versions lack, only if they are used."""
-    return {
-        key: value for key, value in asdict(geometry).items() if key not in ("others", "video", "tile_margin") or value
-    }
+    added = ("others", "video", "tile_margin", "slot_token")
+    return {key: value for key, value in asdict(geometry).items() if key not in added or value}
 
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -38,7 +38,7 @@ class SampleLength(NamedTuple):
 class Rendered:
     """A conversation as tokens, each tensor ``(T,)``, or a message tree: several dialogues about the same images.
 
-    input_ids:   token ids; a filler at image positions.
+    input_ids:   token ids; at image positions a filler, or the token of `Geometry.slot_token`.
     targets:     the id that position t must predict (the token at t + 1), or IGNORE.
     weights:     loss weight of that target, float32; 0 if there is no target.
     index:       the placement to which a position belongs, -1 for text.

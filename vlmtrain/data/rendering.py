@@ -63,7 +63,8 @@ class Renderer:
     (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. positions: the rows of
     positions that the language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens
     that the media plan puts into the template's text, and that are ordinary text in a turn. allowed: pattern of
-    special tokens that the text of a turn may contain, such as those around boxes.
+    special tokens that the text of a turn may contain, such as those around boxes. slot: token at the positions of
+    images; None for the filler.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Renderer:
         positions: str | None = None,
         controls: Sequence[str] = (),
         allowed: str = r"(?!)",
+        slot: str | None = None,
     ):
         self.rows = None if positions is None else POSITIONS[positions]
         self.tokenizer = tokenizer
@@ -97,6 +99,7 @@ class Renderer:
         }
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
+        self.slot = self.filler if slot is None else tokenizer.convert_tokens_to_ids(slot)
         self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
         self._looks_ahead = False  # whether the text before an answer depends on what follows it
         self._no_system: str | None = "it contains only images and answers"
@@ -261,7 +264,7 @@ class Renderer:
     def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the placement to which it belongs, or -1
         for part in self._layout(conversation, media):
-            tokens += [(self.filler, -1, part.number)] * part.count if isinstance(part, _Slots) else self._encode(part)
+            tokens += [(self.slot, -1, part.number)] * part.count if isinstance(part, _Slots) else self._encode(part)
         if self._chat is None:
             # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
             tokens += [(token, 0, -1) for token in self.stop_ids[:1]]

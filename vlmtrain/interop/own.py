@@ -383,9 +383,12 @@ def _flat(images: object) -> list:
 def as_own(model: VLMWrapper, processor: Processor) -> Exported:
     """Wrap the unchanged model for transformers' Auto classes.
 
-    Raises DoesNotFit for positions that count images if the views of an image have places of their own in the text.
+    Raises DoesNotFit for a fusion whose visual tokens are not in the text, and for positions that count images if the
+    views of an image have places of their own in the text.
     """
     geometry = processor.geometry
+    if not model.fusion.in_text:
+        raise DoesNotFit(f"fusion={model.fusion.config['name']}: exports need visual tokens that are in the text")
     if positions_of(model.llm) == "xdrope" and geometry.fit == "tiles" and geometry.tile_style != LLAVA_NEXT:
         raise DoesNotFit(
             f"image_tile_style={geometry.tile_style}: exports with llm.positions=xdrope would number the views of an "

@@ -7,12 +7,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..registry import Registry
 from ..visual import Visual
+from .blocks import block_list
+from .gated_layer import STYLES, GatedLayer
+from .llm import hidden_width
+from .media import Media, Reading
 
 
 class VisualTokens(NamedTuple):
@@ -30,28 +37,47 @@ class Fused(NamedTuple):
     """Input of the language model.
 
     embeddings: ``(B, T, D)``. added: each ``(K, D)``, added to the output of the first, second, ... block at the K
-    positions of visual_mask ``(B, T)``, in training and when a prompt is first read. media, media_index: what deeper
-    layers attend to, ``(N, M, D)``, and the medium that each position may see, ``(B, T)``; no language model reads them
-    yet.
+    positions of visual_mask ``(B, T)``, in training and when a prompt is first read. media: what the fusion's layers
+    between the blocks attend to.
     """
 
     embeddings: Tensor
     added: tuple[Tensor, ...] = ()
     visual_mask: Tensor | None = None
-    media: Tensor | None = None
-    media_index: Tensor | None = None
+    media: Media | None = None
 
 
 class Fusion(nn.Module):
     """Base class of fusions.
 
     A subclass implements `forward`. It may have weights and options; `width` is that of the language model.
+
+    in_text: whether visual tokens take positions in the text; if not, each image takes a single one.
+    media_width: width of the visual tokens.
     """
+
+    in_text = True
 
     def __init__(self, width: int):
         super().__init__()
-        self.width = width
+        self.width = self.media_width = width
         self.config: dict = {}  # name and options, set by `build_fusion`
+        self.reading = Reading()
+
+    @classmethod
+    def facts(cls, llm: nn.Module, media_width: int) -> dict[str, Any]:
+        """The arguments that follow from the parts that are fused, a language model and visual tokens of this width."""
+        return {"width": hidden_width(llm)}
+
+    @classmethod
+    def takes(cls, vision_width: int | tuple[int, ...], width: int) -> int:
+        """Width of the visual tokens for an encoder, or several, and a language model of these widths."""
+        return width
+
+    @property
+    def before_blocks(self) -> dict[int, nn.Module]:
+        """The layers that read `Fused.media`, by the number of the block of the language model that they precede."""
+        return {}
 
     def num_added(self, levels: int) -> int:
         """Number of levels in `Fused.added`, for a connector with that many `levels`."""
@@ -86,14 +112,110 @@ class Concatenation(Fusion):
         return Fused(embeddings, tokens.levels, visual.mask)
 
 
+class GatedCrossAttention(Fusion):
+    """Text attends to visual tokens in gated layers between the blocks of the language model (Flamingo, 2022).
+
+    An image takes one position in the text, the embedding of its mark. Its tokens have the width of the encoder. A
+    position attends to the last image at or before it within its own sample, or to all of them.
+
+    style: how the layers are built and placed, ``openflamingo`` (layer norm, feed-forward layers of 4 times the width
+    with GELU, before every n-th block) or ``idefics`` (RMSNorm, SwiGLU of the language model's width, before the first
+    block and every n-th after it). every: n. attend: ``last`` or ``all``. heads, head_dim: None for those of the style:
+    8 of 64, or those of the language model. on_text: whether the feed-forward layers run where a position sees no
+    image, as published; if not, text without images has the logits of the language model alone.
+    """
+
+    in_text = False
+    block_path = "layers"
+
+    def __init__(
+        self,
+        width: int,
+        media_width: int,
+        llm: Mapping[str, Any],
+        style: str = "openflamingo",
+        every: int = 4,
+        attend: str = "last",
+        heads: int | None = None,
+        head_dim: int | None = None,
+        on_text: bool = True,
+    ):
+        super().__init__(width)
+        blocks = llm["blocks"]
+        choices = {"style": (style, STYLES), "attend": (attend, ("last", "all")), "on_text": (on_text, (True, False))}
+        for option, (value, known) in choices.items():
+            if value not in known:
+                raise ValueError(f"fusion.{option}={value}: expected one of {', '.join(map(str, known))}")
+        for option, value in (("every", every), ("heads", heads), ("head_dim", head_dim)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"fusion.{option}={value}: expected a whole number of at least 1")
+        self.media_width, self.attend = media_width, attend
+        built = STYLES[style]
+        usual = built.shape or (llm["heads"], width // llm["heads"])
+        heads, head_dim = heads or usual[0], head_dim or usual[1]
+        self.numbers = [number for number in range(blocks) if (number + built.offset) % every == 0]
+        if not self.numbers:
+            raise ValueError(f"fusion.every={every}: the language model has only {blocks} blocks")
+        sizes = (width, media_width, heads, head_dim, llm["intermediate_size"], llm["norm_eps"], on_text)
+        self.layers = nn.ModuleList(GatedLayer(built, *sizes) for _ in self.numbers)
+
+    @classmethod
+    def facts(cls, llm: nn.Module, media_width: int) -> dict[str, Any]:
+        config, width = llm.config.get_text_config(), hidden_width(llm)
+        inner = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+        own = {
+            "blocks": block_list(llm)[1],
+            "heads": config.num_attention_heads,
+            "intermediate_size": next(filter(None, inner), 4 * width),
+            "norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
+        }
+        return {"width": width, "media_width": media_width, "llm": own}
+
+    @classmethod
+    def takes(cls, vision_width: int | tuple[int, ...], width: int) -> int:
+        return vision_width if isinstance(vision_width, int) else width
+
+    @property
+    def before_blocks(self) -> dict[int, nn.Module]:
+        return dict(zip(self.numbers, self.layers))
+
+    def num_added(self, levels: int) -> int:
+        if levels:
+            raise ValueError(
+                "fusion=gated_cross_attention does not add levels to the blocks of the language model: use another "
+                "connector, or connector.levels=0"
+            )
+        return 0
+
+    def forward(self, text: Tensor, tokens: VisualTokens, visual: Visual) -> Fused:
+        counts = [placement.tokens for placement in visual.placements] or [len(tokens.tokens)]
+        media, seen = pad_sequence(tokens.tokens.split(counts), batch_first=True), visual.seen
+        order = torch.arange(seen.images.shape[1], device=text.device)
+        first, last = seen.first.unsqueeze(-1), seen.last.unsqueeze(-1)
+        shown = order == last if self.attend == "last" else (first <= order) & (order <= last)
+        mask = shown.repeat_interleave(media.shape[1], -1)
+        if len(set(counts)) > 1:
+            real = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+            mask = mask & real.to(text.device)[seen.images].flatten(1).unsqueeze(1)
+        sees = (seen.last >= 0).unsqueeze(-1)
+        return Fused(text, media=Media(media.to(text.dtype), seen.images, sees, mask | ~sees))
+
+
 CONCATENATION = "concatenation"
-FUSIONS: Registry[Fusion] = Registry("fusion", Fusion, {CONCATENATION: Concatenation}, "__init__", fixed=("width",))
+FACTS = ("width", "media_width", "llm")
+FUSIONS: Registry[Fusion] = Registry(
+    "fusion",
+    Fusion,
+    {CONCATENATION: Concatenation, "gated_cross_attention": GatedCrossAttention},
+    "__init__",
+    fixed=FACTS,
+)
 register = FUSIONS.register
 
 
-def build_fusion(name: str, width: int, **options) -> Fusion:
-    """Build the fusion `name` for a language model of `width`. Raises ValueError for unknown names and options."""
-    FUSIONS.check_options(name, options)
-    fusion = FUSIONS[name](width, **options)
-    fusion.config = {"name": name, "width": width, **options}
+def build_fusion(name: str, **arguments) -> Fusion:
+    """Build the fusion `name` from its `Fusion.facts` and its options. Raises ValueError for unknown ones."""
+    FUSIONS.check_options(name, [argument for argument in arguments if argument not in FACTS])
+    fusion = FUSIONS[name](**arguments)
+    fusion.config = {"name": name, **arguments}
     return fusion

@@ -25,7 +25,7 @@ from ..connectors.in_turn import ConnectorsInTurn
 from ..errors import first_line
 from ..files import read_object
 from .folder import MANIFEST, check_files, read_manifest
-from .fusion import build_fusion
+from .fusion import CONCATENATION, FUSIONS, build_fusion
 from .joining import joining
 from .llm import hidden_width, load_llm, save_llm, saved_llm_skeleton
 from .loading import load_strictly
@@ -42,10 +42,12 @@ def make_connector(
     options: dict,
     dtype: torch.dtype = torch.float32,
     newline: bool | None = None,
+    fusion: str = CONCATENATION,
 ) -> nn.Module:
     """Build a new connector between an encoder and a language model; its arguments are stored in `config`.
 
     llm: None if there is no language model yet, for a connector that can be trained alone. newline: see `joining`.
+    fusion: the name of the one that takes its tokens.
     """
     grids = [list(grid) for grid in vision.grids]
     several = CONNECTORS[name].several_encoders if name in CONNECTORS else False
@@ -61,7 +63,7 @@ def make_connector(
     arguments = {
         "name": name,
         "in_dim": [width] if several and isinstance(width, int) else width,
-        "out_dim": None if llm is None else hidden_width(llm),
+        "out_dim": None if llm is None else FUSIONS[fusion].takes(vision.width, hidden_width(llm)),
         "input_grid": grids if isinstance(width, list) else list(vision.grid),
         **in_turn,
         **options,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .folder import read_manifest, write_manifest
 from .fusion import Concatenation, Fused, Fusion, VisualTokens
 from .llm import hidden_width
 from .logits import logits_at
+from .media import Media, call_before_blocks
 from .parts import PARTS, load_part, module_state, part_facts, save_part
 from .rotary import rows_of_positions
 from .vision import VisionEncoder
@@ -49,12 +51,14 @@ class VLMWrapper(nn.Module):
                 f"the connector expects features of width {connector.in_dim}, got {vision.width} from the encoder"
             )
         if llm is not None and connector is not None:
-            if connector.out_dim != hidden_width(llm):
+            if connector.out_dim != self.fusion.media_width:
+                whose = "the LLM has" if self.fusion.media_width == hidden_width(llm) else "the fusion takes"
                 raise ValueError(
-                    f"the connector makes tokens of width {connector.out_dim}, but the LLM has width "
-                    f"{hidden_width(llm)}"
+                    f"the connector makes tokens of width {connector.out_dim}, but {whose} width "
+                    f"{self.fusion.media_width}"
                 )
             receive_levels(llm, self.fusion.num_added(connector.num_added))
+            call_before_blocks(llm, self.fusion.before_blocks, self.fusion.reading)
 
     def encode(self, visual: Visual, known: Sequence[Features | None] | None = None) -> Features | tuple[Features, ...]:
         """The encoder's features of the images of a batch. known: see `VisionEncoder.encode_all`."""
@@ -103,8 +107,8 @@ class VLMWrapper(nn.Module):
         expected = self.fusion.num_added(self.connector.num_added)
         if len(fused.added) != expected:
             raise ValueError(f"{type(self.fusion).__name__} added {len(fused.added)} levels, expected {expected}")
-        if fused.media is not None:
-            raise ValueError(f"{type(self.fusion).__name__} returned media, which no language model reads")
+        if (fused.media is None) == bool(self.fusion.before_blocks):
+            raise ValueError(f"{type(self.fusion).__name__} must return media if it has layers that read them")
         return fused
 
     def forward(
@@ -136,9 +140,14 @@ class VLMWrapper(nn.Module):
         with (
             rows_of_positions(self.llm, batch.positions, batch.lengths),
             logits_at(self.llm, keep, batch.input_ids.shape) as kept,
+            self._reading(fused.media),
         ):
             options |= {"use_cache": cache is not None, "logits_to_keep": kept}
             return self.llm(inputs_embeds=fused.embeddings, **options).logits
+
+    def _reading(self, media: Media | None, **options) -> AbstractContextManager:
+        """Context in which the language model runs with the media of a batch, see `Reading.of`."""
+        return nullcontext() if media is None else self.fusion.reading.of(media, **options)
 
     @torch.no_grad()
     def generate(self, batch: Batch, features: Features | None = None, **options) -> Tensor:
@@ -164,7 +173,8 @@ class VLMWrapper(nn.Module):
         if positions is not None:
             positions = positions.gather(-1, shift.expand_as(positions))
         rows = rows_of_positions(self.llm, positions, lengths)
-        with rows, at_prefill(self.llm, len(embeddings), levels=fused.added, **given):
+        reading = self._reading(fused.media and fused.media.at(shift), continues=True)
+        with rows, reading, at_prefill(self.llm, len(embeddings), levels=fused.added, **given):
             return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask.long(), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -16,7 +16,7 @@ from ..training.assembly import DTYPES, build_skeleton, published_llm
 from ..training.checks import check_run
 from ..training.cost.fitting import Fitting
 from ..training.cost.memory import ZERO_STAGES
-from ..training.cost.stage import expected_video, measure, sample_tokens, video_tokens
+from ..training.cost.stage import RECOMPUTED, expected_video, measure, sample_tokens, video_tokens
 from ..training.processing import build_geometry, check_lengths, image_frame, image_size_of
 from ..training.trainable import Group, check_starts, freeze, part_size, trained_groups
 
@@ -105,7 +105,7 @@ def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
         mean, longest = measure(parts, training, stage, geometry, *lengths)
         flops = sum(cost.all_flops for cost in mean.values())
         needed += share * flops
-        recomputed += share * (mean["llm"].recomputed_flops if "llm" in mean else 0.0)
+        recomputed += share * sum(mean[part].recomputed_flops for part in RECOMPUTED & mean.keys())
     trained_on = steps and steps * stage.batch_size
     most = max(1, stage.batch_size // machine.gpus)
     plan = StagePlan(

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from .. import __version__
 from ..evaluation.scores import value_text
 from ..files import replace_text
+from ..model.fusion import FACTS
 from ..model.parts import FIXED, PARTS
 from ..runs.fingerprints import short_hash
 from ..runs.records import read_config, read_summary
@@ -167,7 +168,7 @@ def _held_name(folder: Path) -> str:
     """Description of the part in a folder: a connector, a transformers class, or an open_clip tower."""
     config = json.loads((folder / "config.json").read_text())
     if folder.name in ("connector", "fusion"):
-        given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", "width", *FIXED))
+        given = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("name", *FACTS, *FIXED))
         return f"`{config['name']}`" + (f" ({given})" if given else "")
     if "encoders" in config:
         encoders = ", ".join(f"{name}: {_tower_name(tower)}" for name, tower in config["encoders"].items())

@@ -58,7 +58,10 @@ def with_added(settings: Mapping[str, Any], stages: Iterable[str]) -> dict[str, 
 def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that an earlier version recorded, with the keys that were added since."""
     found = copy.deepcopy(dict(settings))
-    for key, value in _added(found["stages"]).items():
+    added = _added(found["stages"])
+    if found.get("fusion", {}).get("name", "concatenation") != "concatenation":
+        del added["fusion.attention"]  # an option of concatenation only
+    for key, value in added.items():
         *parents, last = key.split(".")
         if parents[:1] != ["data"]:  # formats have different keys, and those that were added are optional
             place = found

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.processor import Processor
 from ..data.sources import vocabulary
 from ..model.folder import is_model_folder, read_manifest
-from ..model.fusion import build_fusion
+from ..model.fusion import FUSIONS, build_fusion
 from ..model.joining import joining
 from ..model.llm import (
     LANGUAGE_MODELS,
@@ -23,7 +23,6 @@ from ..model.llm import (
     build_random_llm,
     choose_attention,
     give_tokens,
-    hidden_width,
     load_tokenizer,
 )
 from ..model.loading import load_hf_model
@@ -247,13 +246,15 @@ def _build(
             return build_llm_skeleton(llm.path, dtype, published_llm(llm.path), llm.trust_remote_code)
         return build_llm(llm.path, dtype, llm.attn_implementation, llm.trust_remote_code)
     if part == "fusion":
-        return build_fusion(run.fusion.name, hidden_width(parts["llm"]), **run.fusion.options).to(dtype)
+        name = run.fusion.name
+        facts = FUSIONS[name].facts(parts["llm"], parts["connector"].out_dim)
+        return build_fusion(name, **facts, **run.fusion.options).to(dtype)
     bert = stage.connector_text.bert if weights else None
     if part == "connector":
         name, options = run.connector_of(stage)
         if "text_vocab" in options:
             options = {**options, "text_vocab": text_vocab(options, stage, tokenizer)}
-        built = make_connector(name, parts["vision"], parts.get("llm"), options, dtype, run.newline)
+        built = make_connector(name, parts["vision"], parts.get("llm"), options, dtype, run.newline, run.fusion.name)
     else:
         built = build_objective(stage.objective, run.vision, tokenizer, parts).to(dtype)
     if bert is not None and hasattr(built, "load_bert"):

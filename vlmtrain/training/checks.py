@@ -20,6 +20,7 @@ from ..files import read_object
 from ..model.attention import attend_in_segments, follow_rules
 from ..model.deep_levels import receive_levels
 from ..model.folder import read_manifest
+from ..model.fusion import FACTS, FUSIONS
 from ..model.llm import check_vocabulary, choose_attention, hidden_width
 from ..model.loading import load_hf_config
 from ..model.parts import connector_skeleton
@@ -115,7 +116,8 @@ def check_stages(run: Run, folder: RunFolder) -> None:
             if "llm" in parts:
                 choose_attention(parts["llm"], run.llm.attn_implementation)
                 if "connector" in parts:
-                    receive_levels(parts["llm"], parts["connector"].num_added)
+                    levels = parts["connector"].num_added
+                    receive_levels(parts["llm"], parts["fusion"].num_added(levels) if "fusion" in parts else levels)
             if "llm" in parts and (source is None or "llm" in stage.fresh):
                 check_vocabulary(parts["llm"], tokenizer)
                 if stage.layout == "packed" or stage.padding is False:
@@ -144,7 +146,7 @@ def _check_rules(processor: Processor, llm: nn.Module) -> None:
 
 def _check_fusion(run: Run, held: Mapping) -> None:
     """Raise ValueError unless the settings choose the fusion that the model of `init_from` was trained with."""
-    held = {key: value for key, value in held.items() if key != "width"}
+    held = {key: value for key, value in held.items() if key not in FACTS}
     if held != {"name": run.fusion.name, **run.fusion.options}:
         words = " ".join(f"fusion{'' if key == 'name' else f'.{key}'}={value}" for key, value in held.items())
         raise ValueError(f"fusion={run.fusion.name}, but the model of init_from={run.init_from} needs {words}")
@@ -188,7 +190,9 @@ def check_widths(run: Run, stage: Stage, parts: Mapping[str, nn.Module], given: 
             f"the connector of {source} expects features of width {connector.in_dim}, but the encoder of {encoder} "
             f"has width {parts['vision'].width}: {advice}"
         )
-    if "llm" in parts and "llm" not in given and connector.out_dim != hidden_width(parts["llm"]):
+    if "llm" not in parts or "llm" in given or not FUSIONS[run.fusion.name].in_text:
+        return  # other fusions are built for the width of the tokens
+    if connector.out_dim != hidden_width(parts["llm"]):
         raise ValueError(
             f"the connector of {source} produces tokens of width {connector.out_dim}, but the language model of "
             f"{llm} has width {hidden_width(parts['llm'])}: {advice}"

@@ -18,7 +18,7 @@ from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
 from ..data.positions import WITH_TIME
 from ..data.processor import Processor
-from ..data.records import BadSample, VideoFacts
+from ..data.records import IMAGE_MARK, BadSample, VideoFacts
 from ..data.video_plan import TIME_FORMAT, VideoPlan
 from ..frames import Joining
 from ..model.llm import load_tokenizer, max_positions
@@ -65,7 +65,7 @@ def build_processor(
     with naming_size(run, stage):
         geometry = build_geometry(stage, parts, objective, image_frame(run))
     if geometry is not None:
-        _check_controls(stage, geometry, tokenizer)
+        _check_controls(run, stage, geometry, tokenizer)
     check_lengths(stage, geometry, parts)
     positions = positions_of(parts["llm"]) if "llm" in parts else None
     if stage.video.positions_per_second is not None and "llm" in parts and positions not in WITH_TIME:
@@ -179,11 +179,11 @@ def _box_writing(run: Run) -> Writing | None:
     return run.boxes.writing
 
 
-def _check_controls(stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless what the template writes around images and videos are tokens of the tokenizer."""
+def _check_controls(run: Run, stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless what the template writes for images and videos are tokens of the tokenizer."""
     style, of_videos = f"{stage.prefix}.image_tile_style={stage.image_tile_style}", stage.video.frame_tokens or ()
-    keys = "llm.image_frame", style, f"{stage.prefix}.video.frame_tokens"
-    for key, words in zip(keys, (geometry.frame, geometry.view_words, of_videos)):
+    keys = "llm.image_frame", style, f"{stage.prefix}.video.frame_tokens", f"fusion={run.fusion.name}"
+    for key, words in zip(keys, (geometry.frame, geometry.view_words, of_videos, [geometry.slot_token])):
         for word in filter(None, words):
             if word not in tokenizer.get_vocab():
                 raise ValueError(f"{key}: '{word}' is not a token of the tokenizer: list it in llm.new_tokens")
@@ -197,6 +197,7 @@ def build_geometry(
     if vision is None:
         return None
     connector: Connector | None = parts.get("connector")
+    in_text = "fusion" not in parts or parts["fusion"].in_text
     shows = connector is not None and objective.sees_pictures_as_tokens
     tokens, grid, framed_grid = 0, None, None
     if shows:
@@ -224,8 +225,9 @@ def build_geometry(
         size_rule=vision.size_rule,
         others=tuple(others),
         video=video_plan(stage.video, f"{stage.prefix}.video.", vision.grid, vision.frames_per_item, connector, fit)
-        if shows
+        if shows and in_text
         else None,
+        slot_token=None if in_text else IMAGE_MARK,
     )
     if fit == "native":
         _check_native(geometry, stage, vision)

@@ -235,7 +235,10 @@ def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: b
                 encoder.train(bool(_within(name, [*trained])))
         if checkpointing and part == "llm":
             # Activations are recomputed only in training mode, which does not affect a frozen model without dropout.
-            module.activation_checkpointing_enable({"use_reentrant": False})
+            options = {"use_reentrant": False}
+            if "fusion" in parts:
+                options["context_fn"] = parts["fusion"].reading.when_recomputing
+            module.activation_checkpointing_enable(options)
             if not trained and not _drops_out(module):
                 module.train()
 

@@ -267,3 +267,5 @@ def test_settings_of_earlier_versions_are_completed():
     with pytest.raises(ValueError, match="is missing"):
         read_run(recorded)
     assert read_run(completed(recorded)).composed == compose(line).composed
+    line.append("fusion=gated_cross_attention")  # without the keys that were added to concatenation
+    assert read_run(completed(compose(line).composed)).composed == compose(line).composed

@@ -7,9 +7,11 @@ import math
 import pytest
 from torch import nn
 
+from tests.stages import make_stage
+from vlmtrain.model.fusion import build_fusion
 from vlmtrain.settings.stage import OptimizerOptions, ScheduleOptions
 from vlmtrain.training.optimizer import Schedule, moment_bytes, parameter_groups
-from vlmtrain.training.trainable import Group
+from vlmtrain.training.trainable import Group, trained_groups
 
 
 def options(**changes) -> ScheduleOptions:
@@ -74,6 +76,21 @@ def test_groups_by_part_and_decay_without_empty_ones():
     found = [(g["label"], g["weight_decay"], g["lr"], len(g["params"])) for g in groups]
     assert found == [("connector", 0.1, 1e-3, 1), ("connector", 0.0, 1e-3, 3), ("llm", 0.1, 2e-5, 1)]
     assert groups[0]["params"][0] is layer.weight
+
+
+def test_a_group_may_have_a_weight_decay_of_its_own():
+    """As OpenFlamingo: only the matrices of the gated layers decay, without their gates."""
+    llm = {"blocks": 2, "heads": 2, "intermediate_size": 8, "norm_eps": 1e-6}
+    fusion = build_fusion("gated_cross_attention", width=4, media_width=4, llm=llm, every=1)
+    parts = {"connector": nn.Linear(2, 2), "fusion": fusion}
+    own = {"match": "fusion.layers[1:]", "lr": 1e-4, "weight_decay": 0.1}
+    stage = make_stage(parts=[*parts], train={"connector": 1e-3, "fusion": 2e-4}, groups=[own])
+    found = parameter_groups(parts, trained_groups(stage, parts), stage.optimizer)
+    names = {id(parameter): name for name, parameter in fusion.named_parameters()}
+    decay = {names[id(p)]: g["weight_decay"] for g in found for p in g["params"] if id(p) in names}
+    matrices = ("q", "k", "v", "out", "feed_forward.0", "feed_forward.2")
+    assert {name for name, value in decay.items() if value} == {f"layers.1.{name}.weight" for name in matrices}
+    assert set(decay.values()) == {0.0, 0.1} and len(decay) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ...data.loader import Work
 from ...settings import Stage
 from ..trainable import Group
 from .measuring import PartCost
-from .stage import measure_text, measure_views
+from .stage import measure_fusion, measure_text, measure_views, reads_media
 
 TFLOPS = {
     torch.bfloat16: {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165},
@@ -60,6 +60,14 @@ class StepFlops:
         self._views = {
             part: _solved(powers, [view.get(part, PartCost()) for view in views]) for part in ("vision", "connector")
         }
+        self._media = 0.0
+        if reads_media(parts):
+            few, many = (
+                measure_fusion(parts, groups, tokens, views[0]["connector"].tokens).all_flops
+                for tokens in (_TOKENS, 2 * _TOKENS)
+            )
+            self._text[0] += (many - few) / _TOKENS
+            self._media = 2 * few - many
         self._objective = views[0]["objective"].all_flops if "objective" in views[0] else 0.0
 
     def __call__(self, samples: float, tokens: float, targets: float, work: Work) -> float:
@@ -67,6 +75,7 @@ class StepFlops:
         encoded = [work.encoded, work.encoded_patches, work.encoded_squared_patches]
         count = len(self._views["vision"])
         images = self._views["vision"] @ encoded[:count] + self._views["connector"] @ shown[:count]
+        images += self._media * work.views
         return float(self._text @ [tokens, work.squared_tokens, targets] + images + self._objective * samples)
 
 

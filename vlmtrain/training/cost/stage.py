@@ -17,6 +17,7 @@ from ...data.geometry import Geometry
 from ...data.records import BadSample, VideoFacts
 from ...model.blocks import block_list, first_blocks
 from ...model.llm import hidden_width
+from ...model.media import Media
 from ...objectives.token_losses import token_losses
 from ...settings import STAGE_PARTS, Stage
 from ...visual import MediaPlan, Size
@@ -25,6 +26,7 @@ from ..trainable import Group, is_frozen
 from .measuring import Meter, PartCost, use_counted_attention
 
 VISUAL = {"vision", "connector"}
+RECOMPUTED = {"llm", "fusion"}  # with gradient checkpointing; a fusion's layers run within the blocks
 WORTHWHILE = 9  # blocks of a language model from which on only a few of them run
 
 
@@ -87,7 +89,12 @@ def measure(
             costs[part + OF_VIDEOS] = replace(of_videos[part].repeated(stage.expected.videos), tokens=0)
     if "llm" not in parts:
         return [costs for _ in lengths]
-    return [{**costs, "llm": measure_text(parts, groups, *length)} for length in lengths]
+    found = [{**costs, "llm": measure_text(parts, groups, *length)} for length in lengths]
+    if reads_media(parts):
+        images = max(1, round(stage.expected.images))
+        for each, (tokens, _) in zip(found, lengths):
+            each["fusion"] = measure_fusion(parts, groups, tokens, costs["connector"].tokens, images)
+    return found
 
 
 def measure_views(
@@ -152,7 +159,7 @@ def measure_text(parts: Mapping[str, nn.Module], groups: list[Group], tokens: in
     """
     llm, (_, count) = parts["llm"], block_list(parts["llm"])
     use_counted_attention(llm)
-    gradient = "connector" in parts and not (is_frozen("vision", groups) and is_frozen("connector", groups))
+    gradient = "connector" in parts and not all(is_frozen(part, groups) for part in ("vision", "connector", "fusion"))
 
     def run() -> PartCost:
         meter = Meter()
@@ -172,6 +179,34 @@ def measure_text(parts: Mapping[str, nn.Module], groups: list[Group], tokens: in
     with first_blocks(llm, 3):
         three = run()
     return three.with_last_block_repeated(two, count - 3)
+
+
+def reads_media(parts: Mapping[str, nn.Module]) -> bool:
+    """Whether the fusion has layers between the blocks of the language model."""
+    return "fusion" in parts and bool(parts["fusion"].before_blocks)
+
+
+def measure_fusion(
+    parts: Mapping[str, nn.Module], groups: list[Group], tokens: int, media_tokens: int, images: int = 1
+) -> PartCost:
+    """The cost of the fusion's layers for a sample with some images, of which each position sees one."""
+    fusion, meter = parts["fusion"], Meter()
+    dtype = next(fusion.parameters()).dtype
+    trains = not all(is_frozen(part, groups) for part in VISUAL)
+    shape = (images, media_tokens, fusion.media_width)
+    media = Media(
+        torch.empty(shape, device="meta", dtype=dtype, requires_grad=trains),
+        torch.zeros(1, 1, device="meta", dtype=torch.long),
+        torch.ones(1, tokens, 1, device="meta", dtype=torch.bool),
+        torch.ones(1, tokens, media_tokens, device="meta", dtype=torch.bool),
+    )
+    states = torch.empty(1, tokens, fusion.width, device="meta", dtype=dtype, requires_grad=True)
+    gradient = trains or not all(is_frozen(part, groups) for part in ("fusion", "llm"))
+    with meter.part("fusion", fusion, block_list(fusion)[0]), torch.set_grad_enabled(gradient):
+        for layer in fusion.before_blocks.values():
+            states = layer(states, *layer.read(media), media.sees, media.mask)
+        meter.backward("fusion", (states,))
+    return meter.costs["fusion"]
 
 
 def _are_alike(llm: nn.Module) -> bool:
@@ -211,6 +246,6 @@ def kept_bytes(costs: Mapping[str, PartCost], checkpointing: bool, images: float
     kept, at_work = 0.0, dict.fromkeys(costs, 0.0)
     for part, cost in costs.items():
         count = times.get(part, 1.0)
-        kept += count * (cost.kept_checkpointed if checkpointing and part == "llm" else cost.kept)
+        kept += count * (cost.kept_checkpointed if checkpointing and part in RECOMPUTED else cost.kept)
         at_work[part.removesuffix(OF_VIDEOS)] += count * cost.at_work
     return round(kept + max(at_work.values()))

@@ -1,0 +1,80 @@
+"""The recipe flamingo in miniature: training, recomputation, validation, chat, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlmtrain.data.images import ImageOnDisk
+from vlmtrain.data.processor import Processor
+from vlmtrain.evaluation.chat import Chat
+from vlmtrain.model import VLMWrapper
+from vlmtrain.planning.plan import Machine, plan_run
+from vlmtrain.settings import compose
+
+from ..conftest import metrics, run, train
+
+LINE = ["recipe=flamingo", "mini=true", "stages.pretrain.max_steps=3", "stages.pretrain.batch_size=4", "workers=0"]
+LINE += ["validation.samples=2", "validation.final_samples=4", "validation.max_new_tokens=3"]
+FROZEN_LLM = "stages.pretrain.train.llm=null"
+GROUPS = "[{match: fusion, lr: 1e-2, weight_decay: 0.1}, {match: llm.new_tokens, lr: 1e-3}]"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run with and without recomputed activations."""
+    folder = tmp_path_factory.mktemp("flamingo")
+    for name in ("false", "true"):
+        more = [FROZEN_LLM, f"stages.pretrain.groups={GROUPS}", f"stages.pretrain.gradient_checkpointing={name}"]
+        train(*LINE, *more, f"run_dir={folder / name}")
+    return folder
+
+
+def test_gates_open_and_recomputed_activations_change_nothing(runs):
+    kept, recomputed = (metrics(runs / name, "pretrain") for name in ("false", "true"))
+    for one, other in zip(kept, recomputed, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5)
+    summary = json.loads((runs / "true" / "pretrain" / "summary.json").read_text())
+    assert {name: part["trained"] for name, part in summary["parts"].items()} == {
+        **{"vision": False, "connector": True, "fusion": True, "llm": True}
+    }
+    weights = load_file(runs / "true" / "pretrain" / "model" / "fusion" / "model.safetensors")
+    assert all(weights[f"layers.{number}.gate"].abs() > 1e-3 for number in (0, 1))
+    assert kept[0]["image_tokens"] <= 4 < kept[0]["tokens"] and kept[0]["flops"] > 0
+
+
+def test_chat_evaluation_and_export(runs, tmp_path):
+    model = runs / "true" / "pretrain" / "model"
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
+    chat = Chat(
+        VLMWrapper.from_pretrained(model), Processor.from_pretrained(model), [ImageOnDisk(tmp_path / "red.png")]
+    )
+    chat.say("what color is this", max_new_tokens=3)
+    chat.say("what shape", max_new_tokens=3)
+    assert len(chat.turns) == 4
+    refused = run(sys.executable, "-m", "vlmtrain.cli", "export", str(model), str(tmp_path / "out"), check=False)
+    assert refused.returncode and "fusion=gated_cross_attention: exports need visual tokens" in refused.stderr
+    again = train(*LINE, f"init_from={model}", "fusion.every=4", f"run_dir={tmp_path / 'again'}", check=False)
+    assert "fusion.every=2" in again.stderr
+
+
+def test_the_plan_has_the_published_sizes():
+    """OpenFlamingo-9B: eight gated layers of 139M parameters, the embeddings of two tokens, one position per image."""
+    settings = compose(["recipe=flamingo"])
+    (plan,) = plan_run(settings, Machine())
+    assert plan.parts["fusion"] == {"trainable": 8 * 139_476_994, "frozen": 0}
+    assert plan.parts["llm"]["trainable"] == 2 * 4096
+    assert plan.picture_tokens == (1, 1) and plan.view_tokens["connector"] == 64
+    (shallow,) = plan_run(compose(["recipe=flamingo", "fusion.every=8"]), Machine())
+    tokens, layers = plan.tokens_per_sample, 4
+    # of 4 layers: linear maps of each position, and of the 64 tokens of two images; attention to 64 tokens
+    linear = 2 * (tokens * (2 * 4096 * 512 + 2 * 4096 * 4 * 4096) + 2 * 64 * 2 * 1024 * 512)
+    attention = 4 * tokens * 64 * 512
+    assert plan.flops_per_sample - shallow.flops_per_sample == pytest.approx(
+        layers * 3 * (linear + attention), rel=0.02
+    )
