@@ -117,7 +117,10 @@ def table(given: Sequence[str], questions: int) -> str:
     settings = SETTINGS | dict(override.split("=", 1) for override in given)
     command = [sys.executable, "-m", "vlmtrain.train", *(f"{key}={value}" for key, value in settings.items())]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    found = answers(Path(settings["run_dir"], "instruct", "model"), questions)
+    trained = Path(settings["run_dir"], "instruct", "model")
+    if not trained.exists():
+        raise SystemExit(f"{settings['run_dir']} is not finished: run the same command again")
+    found = answers(trained, questions)
     others = [name for name in found if name != "video"]
     rows = [("exact match", *found, *(f"video minus {name}" for name in others))]
     for kind in (*CATEGORIES, None):

@@ -59,7 +59,7 @@ TRAINED = {
     "cambrian": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
     "flamingo": {"pretrain": {"connector", "fusion", "llm"}},
-    "molmo2": dict.fromkeys(("pretrain", "instruct", "long_context"), {"vision", "connector", "llm"}),
+    "molmo2": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "instruct", "long_context")},
     "llava_video": {"video": {"vision", "connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
 }

@@ -24,6 +24,7 @@ PARTS = {
         "Q-Former",
         "MEQ-Former",
         "aggregator",
+        "pooling",
     ),
     "fusion": ("gated layers",),
     "llm": ("LLM", "adapters of the LLM", "new tokens"),
@@ -56,9 +57,9 @@ def test_the_table_agrees_with_the_recipes(recipe):
         stage = settings.stages[name]
         found = {part: value for part, value in stage.train.items() if value is not None}
         found |= {group.match.split(".")[0]: group.lr for group in stage.groups}
-        some = words.removesuffix(" on tiles").split(" + ")
+        some = re.sub(" on (tiles|overlapping crops)$", "", words).split(" + ")
         named = set(stage.parts) if some == ["all"] else {PART[word] for word in some}
         said = rates(rate)
         assert found == {part: said.get(part, said.get(None)) for part in named}, name
-        assert ("on tiles" in words) == (stage.image_fit == "tiles")
+        assert (" on " in words) == (stage.image_fit == "tiles")
         assert ("adapters" in words) == (stage.lora is not None)
