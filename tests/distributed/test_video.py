@@ -18,9 +18,9 @@ COLORS = ((220, 40, 40), (40, 90, 230), (40, 170, 70))
 def data(tmp_path_factory) -> Path:
     """Records with a video of 3 to 6 frames, an image, both, or neither."""
     folder = tmp_path_factory.mktemp("videos")
-    for number, color in enumerate(COLORS):
+    for number, (color, size) in enumerate(zip(COLORS, ((48, 48), (100, 48), (48, 100)))):
         (folder / str(number)).mkdir()
-        Image.new("RGB", (48, 48), color).save(folder / f"{number}.png")
+        Image.new("RGB", size, color).save(folder / f"{number}.png")
         for frame in range(3 + number):
             image = Image.new("RGB", (48, 48), color)
             image.paste((0, 0, 0), (8 * frame, 8, 8 * frame + 8, 24))
@@ -35,9 +35,14 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def staged(**options: object) -> list[str]:
+    """Settings of both stages."""
+    return [f"stages.{stage}.{key}={value}" for stage in ("align", "instruct") for key, value in options.items()]
+
+
 def shown(**options: object) -> list[str]:
     """Settings of videos, for both stages."""
-    return [f"stages.{stage}.video.{key}={value}" for stage in ("align", "instruct") for key, value in options.items()]
+    return staged(**{f"video.{key}": value for key, value in options.items()})
 
 
 def line(data: Path, run_dir: Path, *more: str) -> list[str]:
@@ -53,10 +58,16 @@ def line(data: Path, run_dir: Path, *more: str) -> list[str]:
 WAYS = {
     "window": ["connector=attentional_pool", "connector.num_heads=2", *shown(pool="window", stride=3)],
     "newlines": shown(pool="bilinear", stride=2, newline="row"),
+    # canvases of three sizes, for a connector that is called once per size
+    "crops": [
+        "llm.new_tokens=['<im_start>','<im_end>','<low_res_im_start>']",
+        "fusion.attention=images",
+        *staged(image_fit="tiles", image_tile_style="molmo2", image_tiles="[[1,1],[1,2],[2,1]]", image_tiles_margin=1),
+    ],
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["window", "newlines", pytest.param("crops", marks=pytest.mark.slow)])
 def test_the_update_does_not_depend_on_the_split(way, data, tmp_path):
     """With micro-batches of one sample, ranks differ in what they show: nothing, images, videos or both.
 
