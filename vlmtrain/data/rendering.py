@@ -60,11 +60,11 @@ class Renderer:
     """Renders conversations for one tokenizer and template.
 
     template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
-    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. positions: the rows of
-    positions that the language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens
-    that the media plan puts into the template's text, and that are ordinary text in a turn. allowed: pattern of
-    special tokens that the text of a turn may contain, such as those around boxes. slot: token at the positions of
-    images; None for the filler.
+    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. If a chat template
+    writes ``<image>`` before the first turn, all images stand there (Molmo2). positions: the rows of positions that the
+    language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens that the media plan
+    puts into the template's text, and that are ordinary text in a turn. allowed: pattern of special tokens that the
+    text of a turn may contain, such as those around boxes. slot: token at the positions of images; None for the filler.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Renderer:
         self._chat = None if template == "plain" else chat_template(template, tokenizer, fallback)
         self.pictures_first = template == BLIP or (template == "chat" and not tokenizer.chat_template)
         self.pictures_first &= BLIP in (template, fallback)
+        self.places_pictures = False  # whether the template writes the mark at which they stand
         # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not in `all_special_tokens`.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks = filter(re.compile(r"<\S+>|\[\S+\]").fullmatch, tokenizer.get_added_vocab())
@@ -111,6 +112,8 @@ class Renderer:
         """Determine how the chat template renders turns. Raises BadSample, a ValueError, if it cannot be trained on."""
         once = (Turn("user", "question"), Turn("assistant", "answer"))
         self._spans(Conversation(f"template={self.template}", once))
+        self.places_pictures = IMAGE_MARK in self._between(once)[0]
+        self.pictures_first |= self.places_pictures
         try:
             self._between((Turn("system", "words"), *once))
             self._no_system = None
@@ -294,7 +297,8 @@ class Renderer:
             if turn.role != "assistant":
                 spans.append(_Span(rest))
                 if self.pictures_first:
-                    spans.append(_Span(without_marks(words), is_words=True, is_start=index == 0))
+                    is_start = index == 0 and not self.places_pictures
+                    spans.append(_Span(without_marks(words), is_words=True, is_start=is_start))
                 else:
                     spans += _with_images(words) if turn.role == "user" else [_Span(words, is_words=True)]
                 rest = after
@@ -314,8 +318,15 @@ class Renderer:
                 )
             spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
             rest = after[end.end() :]
-        images = [_Span("", is_image=True)] * (len(conversation.media) if self.pictures_first else 0)
-        return [*images, *spans, _Span(rest)]
+        spans.append(_Span(rest))
+        if not self.pictures_first:
+            return spans
+        images = [_Span("", is_image=True)] * len(conversation.media)
+        place = next((i for i, span in enumerate(spans) if not span.is_words and IMAGE_MARK in span.text), None)
+        if place is None:
+            return [*images, *spans]
+        before, _, after = spans[place].text.partition(IMAGE_MARK)
+        return [*spans[:place], _Span(before), *images, _Span(after), *spans[place + 1 :]]
 
     def template_texts(self, turns: Sequence[Turn]) -> list[str]:
         """The template's text before each turn and after the last one; before answers, as in a generation prompt.
@@ -388,7 +399,9 @@ class Renderer:
         """Raise BadSample for an image after an answer, because the answer would already see it in training."""
         spoken = [turn.text for turn in conversation.turns if turn.role == "user"]
         if any(IMAGE_MARK in text for text in spoken[1:]):
-            raise BadSample(f"{conversation.id}: template={BLIP} puts images first: later turns cannot have images")
+            raise BadSample(
+                f"{conversation.id}: template={self.template} puts images first: later turns cannot have images"
+            )
 
     def _plain_spans(self, conversation: Conversation) -> list[_Span]:
         if [turn.role for turn in conversation.turns] != ["user", "assistant"]:

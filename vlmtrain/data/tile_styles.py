@@ -147,7 +147,7 @@ class Molmo2(TileStyle):
     """The complete image, then the overlapping crops of a stretched one as one grid (Molmo2, 2025, published code).
 
     Both are between tokens of their own; the rows of the grid end with a newline. An image is scaled up to the smallest
-    grid of crops that is not smaller, or else down to the grid that shrinks it least.
+    grid of crops that is not smaller, or else down to the grid that shrinks it least. Several images are numbered.
     margin: patches on each side of a crop that its neighbor drops as well. patches: grid ``(h, w)`` of a crop.
     """
 
@@ -197,9 +197,13 @@ class Molmo2(TileStyle):
     def joined(self, place: Place, grid: Size | None, size: Size, most: int) -> Overlap | None:
         return Overlap(*grid, self.margin) if place.views[0].kind == "tile" else None
 
+    def heading(self, number: int, images: int) -> str:
+        return f"{MOLMO2_HEADING}{number + 1}" if images > 1 else ""
+
 
 NANOVLM_OVERVIEW = "<|global_image|>"
 MOLMO2_OVERVIEW, MOLMO2_CROPS = ("<low_res_im_start>", "<im_end>"), ("<im_start>", "<im_end>")
+MOLMO2_HEADING = "Image "
 LLAVA_NEXT = "llava_next"
 TILE_STYLES: dict[str, TileStyle] = {
     **{LLAVA_NEXT: LlavaNext(), "internvl": InternVL(), "nanovlm": NanoVLM(), "molmo2": Molmo2()},

@@ -52,22 +52,29 @@ _SPACING = """\
 {%- set typed.text = typed.text + 'IMAGE' + space + piece -%}
 {%- endfor -%}
 """
-# For `blip`: there are no images within the text; _PICTURES puts them before it, or the processor does.
+# For templates that put images first: there are none within the text; _PICTURES collects their marks.
 _MARKS_OUT = """\
 {%- set typed.text = typed.text.split('IMAGE') | map('trim') | join(' ') | trim -%}
 """
 _PICTURES = """\
-{%- set shown = namespace(marks='') -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}
 {%- set shown.marks = shown.marks + 'IMAGE' * (message.content.split('IMAGE') | length - 1) -%}
 {%- else -%}
-{%- for item in message.content if item.type in ('image', 'image_url') -%}
+{%- for item in message.content if KINDS.get(item.type) == 'IMAGE' -%}
 {%- set shown.marks = shown.marks + 'IMAGE' -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
-{{- shown.marks -}}
+"""
+# For images that are numbered if there are several.
+_NUMBERED = """\
+{%- set pieces = framed.split('IMAGE') -%}{%- set numbered = namespace(text=pieces[0]) -%}
+{%- for piece in pieces[1:] -%}
+{%- set heading = HEADING ~ loop.index if pieces | length > 2 else '' -%}
+{%- set numbered.text = numbered.text ~ heading ~ 'IMAGE' ~ piece -%}
+{%- endfor -%}
+{%- set framed = numbered.text -%}
 """
 _PLAIN = (
     "{% for message in messages %}"
@@ -107,14 +114,19 @@ class Speech(NamedTuple):
 
 
 def typed_speech(
-    processor: Processor, token: str = IMAGE_MARK, video: str | None = None, framed_video: bool = True
+    processor: Processor,
+    token: str = IMAGE_MARK,
+    video: str | None = None,
+    framed_video: bool = True,
+    heading: str = "",
 ) -> Speech:
     """Tokenizer and template of `processor` for Hugging Face processors that expand image tokens in the text.
 
     The tokenizer itself adds no special tokens: the template writes all of them. token: the image token. video: the
     video token, for classes that take videos. framed_video: whether the template writes the tokens around it, as around
-    images, and not the processor. The tokenizer's own template is kept if it writes these tokens. Raises
-    ValueError if no candidate template gives the same token ids.
+    images, and not the processor. heading: text before the number of each image if there are several; empty if they are
+    not numbered. The tokenizer's own template is kept if it writes these tokens. Raises ValueError if no candidate
+    template gives the same token ids.
     """
     renderer, frame = processor.renderer, _frame(processor)
     marks = {IMAGE_MARK: _Shown(token, *frame)}
@@ -127,21 +139,30 @@ def typed_speech(
         if not framed_video:
             own = own.replace(frame[0] + video + frame[1], video)
         speech = _speech(tokenizer, own, marks)
-        if _difference(renderer, speech, marks, (_exact_message,)) is None:
+        if _difference(renderer, speech, marks, (_exact_message,), heading=heading) is None:
             tokenizer.chat_template = own
             return speech
     inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
-    before, spacings = "", ("", _SPACING)
+    before, start, spacings, changes = "", "", ("", _SPACING), ""
     if renderer.pictures_first:
-        before, spacings = _PICTURES, (_MARKS_OUT,)
+        collected = (_PICTURES.replace("IMAGE", mark) for mark in marks)
+        before = _with_kinds("{%- set shown = namespace(marks='') -%}" + "".join(collected), video is not None)
+        spacings = (_MARKS_OUT,)
+    if renderer.places_pictures:
+        changes = f"{{% set framed = framed | replace('{IMAGE_MARK}', shown.marks) %}}"
+    elif renderer.pictures_first:
+        start = "{{- shown.marks -}}"
         inner += [each.replace("{{ bos_token }}", "{{ bos_token + ' ' }}") for each in inner]
+    if heading:
+        changes += _marked(_NUMBERED.replace("HEADING", json.dumps(heading)))
     typed = [_typed(each, video is not None) for each in spacings]
-    templates = [_marked(before) + each + end for end, each in product(inner, typed)]
-    if any(shown.text != mark for mark, shown in marks.items()):
-        texts = {mark: json.dumps(shown.text, ensure_ascii=False) for mark, shown in marks.items()}
-        framed = "".join(f" | replace('{mark}', {text})" for mark, text in texts.items())
-        templates = ["{% set framed %}" + each + f"{{% endset %}}{{{{ framed{framed} }}}}" for each in templates]
-    return _chosen(renderer, tokenizer, templates, marks)
+    templates = [start + each + end for end, each in product(inner, typed)]
+    texts = {mark: json.dumps(shown.text, ensure_ascii=False) for mark, shown in marks.items()}
+    replaced = "".join(f" | replace('{mark}', {texts[mark]})" for mark, shown in marks.items() if shown.text != mark)
+    if changes or replaced:
+        end = f"{{% endset %}}{changes}{{{{ framed{replaced} }}}}"
+        templates = ["{% set framed %}" + each + end for each in templates]
+    return _chosen(renderer, tokenizer, [before + each for each in templates], marks, heading=heading)
 
 
 def spoken_words(processor: Processor) -> Speech:
@@ -174,11 +195,17 @@ def _marked(template: str) -> str:
 
 def _typed(spacing: str, videos: bool = False) -> str:
     """The template that makes strings of typed content. spacing: template code about white space next to marks."""
+    if videos:
+        spacing += spacing.replace("IMAGE", VIDEO_MARK)
+    return _marked(_with_kinds(_TYPED.replace("SPACING", spacing), videos))
+
+
+def _with_kinds(template: str, videos: bool) -> str:
+    """The template with the mark of each type of item in the place of KINDS."""
     kinds = {"image": IMAGE_MARK, "image_url": IMAGE_MARK}
     if videos:
         kinds |= {"video": VIDEO_MARK, "video_url": VIDEO_MARK}
-        spacing += spacing.replace("IMAGE", VIDEO_MARK)
-    return _marked(_TYPED.replace("SPACING", spacing).replace("KINDS", str(kinds)))
+    return template.replace("KINDS", str(kinds))
 
 
 def _speech(tokenizer: PreTrainedTokenizerBase, template: str, marks: Mapping[str, _Shown]) -> Speech:
@@ -203,12 +230,13 @@ def _chosen(
     templates: list[str],
     marks: Mapping[str, _Shown],
     pictures_put: bool = False,
+    heading: str = "",
 ) -> Speech:
     """Return the first template that gives the same token ids as the renderer. Raises ValueError if none does."""
     differing = ""
     for template in templates:
         speech = _speech(tokenizer, template, marks)
-        found = _difference(renderer, speech, marks, pictures_put=pictures_put)
+        found = _difference(renderer, speech, marks, pictures_put=pictures_put, heading=heading)
         if found is None:
             tokenizer.chat_template = template
             return speech
@@ -274,18 +302,21 @@ def _difference(
     marks: Mapping[str, _Shown],
     messages: Sequence[Callable[[Turn], dict]] | None = None,
     pictures_put: bool = False,
+    heading: str = "",
 ) -> str | None:
     """Describe the first difference between the ids of messages and the renderer's; None if they are equal.
 
     marks: the marks in a turn and what is written for them. messages: how a turn becomes a message; by default with
-    plain and with typed content. pictures_put: whether a processor puts the image tokens before the others.
+    plain and with typed content. pictures_put: whether a processor puts the image tokens before the others. heading: as
+    for `typed_speech`.
     """
     for turns, (mark, (token, before, after)) in product(_conversations(renderer), marks.items()):
         token_id = speech.tokenizer.convert_tokens_to_ids(token)
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
             asked = Conversation("export", turns, (None,) * images)
-            places = (Placement(medium, (), 3, 3, None, before=before, after=after) for medium in range(images))
+            numbers = [f"{heading}{n + 1}" if heading and mark == IMAGE_MARK and images > 1 else "" for n in range(images)]
+            places = (Placement(n, (), 3, 3, None, before=text + before, after=after) for n, text in enumerate(numbers))
             wanted = renderer.prompt(asked, MediaPlan((), tuple(places)))
         except BadSample:  # the template may not support a system turn, or only one exchange
             continue
