@@ -315,8 +315,9 @@ def _difference(
         images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
             asked = Conversation("export", turns, (None,) * images)
-            numbers = [f"{heading}{n + 1}" if heading and mark == IMAGE_MARK and images > 1 else "" for n in range(images)]
-            places = (Placement(n, (), 3, 3, None, before=text + before, after=after) for n, text in enumerate(numbers))
+            numbered = heading and mark == IMAGE_MARK and images > 1
+            befores = [f"{heading}{number}{before}" if numbered else before for number in range(1, images + 1)]
+            places = (Placement(n, (), 3, 3, None, before=text, after=after) for n, text in enumerate(befores))
             wanted = renderer.prompt(asked, MediaPlan((), tuple(places)))
         except BadSample:  # the template may not support a system turn, or only one exchange
             continue

@@ -24,11 +24,12 @@ from ..visual import CAUSAL
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .llava import Exported, as_llava, shows_videos
+from .molmo2 import as_molmo2, compare_molmo2
 from .native import as_native
 from .native_parity import compare_native
 from .probes import noise
 
-FORMATS = ("hf", "llava", "blip2", "native", "vlmtrain")
+FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "vlmtrain")
 
 
 class Export(NamedTuple):
@@ -44,9 +45,9 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
     """Export the model folder `source` to `out`.
 
     form: ``llava`` is the class of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, ``blip2`` that of BLIP-2 or InstructBLIP,
-    and ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, which transformers loads without vlmtrain;
-    ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the first of them that fits. Raises ValueError
-    with the reason if the form does not fit.
+    ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, and ``molmo2`` that of Molmo2, which transformers
+    loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the first of them that
+    fits. Raises ValueError with the reason if the form does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -69,20 +70,22 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
             raise DoesNotFit(f"the model has no {part}: export a stage that has all three parts")
     if processor.geometry is None:
         raise DoesNotFit("the model's processor does not accept images: export a stage that does")
-    if processor.attention != CAUSAL:
+    kind = form if form != "hf" else _kind(model, processor)
+    if processor.attention != CAUSAL and kind != "molmo2":
         raise DoesNotFit(f"fusion.attention={processor.attention}: exported models are causal")
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
             if type(model.fusion) is not Concatenation:
                 raise DoesNotFit(f"fusion={model.fusion.config['name']}: transformers' classes only concatenate")
-            kind = form if form != "hf" else _kind(model)
             if kind != "native" and (positions := positions_of(model.llm)) is not None:
                 raise DoesNotFit(f"llm.positions={positions}: the classes of LLaVA and BLIP-2 have ordinary positions")
-            exported = {"blip2": as_blip, "native": as_native, "llava": as_llava}[kind](model, processor)
-            compare = compare_native if kind == "native" else compare_logits
+            convert, compare = _CLASSES[kind]
+            exported = convert(model, processor)
             return exported, compare(exported, model, processor)
         except DoesNotFit as error:
+            if processor.attention != CAUSAL:
+                raise
             if form != "hf":
                 raise DoesNotFit(f"{error}; --format vlmtrain supports all models") from error
             remarks = (f"loads only after 'import vlmtrain': {error}",)
@@ -92,8 +95,10 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
     return exported, compare_logits(exported, model, processor)
 
 
-def _kind(model: VLMWrapper) -> str:
+def _kind(model: VLMWrapper, processor: Processor) -> str:
     """The format (see `FORMATS`) of transformers' own classes that suits the model's parts best."""
+    if processor.attention == "images" and processor.geometry.tile_style == "molmo2":
+        return "molmo2"
     if isinstance(model.vision, NativeVision):
         return "native"
     return "blip2" if isinstance(model.connector, QFormer) else "llava"
@@ -158,3 +163,12 @@ def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
             moving = torch.tensor([*(place.frames is not None for place in visual.placements), False])
             ids = ids.masked_fill(moving[visual.index], config.video_token_id)  # the last one is for text, index -1
     return exported.model(input_ids=ids, use_cache=False, **options).logits
+
+
+_CLASSES = {
+    "llava": (as_llava, compare_logits),
+    "blip2": (as_blip, compare_logits),
+    "native": (as_native, compare_native),
+    "molmo2": (as_molmo2, compare_molmo2),
+}
+"""For each format of transformers' own classes, the conversion and the comparison of its result."""

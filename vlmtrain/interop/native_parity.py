@@ -57,7 +57,7 @@ def compare_native(exported: Exported, model: VLMWrapper, processor: Processor) 
                 f"{name} gives different logits with the same weights (by {difference:.1g} relative to the largest)"
             )
         worst = max(worst, difference)
-        _check_answer(name, exported, inputs, model, batch)
+        check_answer(name, exported, inputs, model, batch)
     return worst
 
 
@@ -163,10 +163,20 @@ def pixel_rows(image: Tensor, patch: int, merge: int) -> Tensor:
     return cut.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)
 
 
-def _check_answer(name: str, exported: Exported, inputs: BatchFeature, model: VLMWrapper, batch: Batch) -> None:
-    """Raise DoesNotFit unless greedy answers are equal, or first differ where two tokens have nearly equal logits."""
-    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [exported.model.config.image_token_id]}
-    options |= {"eos_token_id": None, "pad_token_id": 0}
+def check_answer(
+    name: str,
+    exported: Exported,
+    inputs: BatchFeature,
+    model: VLMWrapper,
+    batch: Batch,
+    suppressed: Sequence[int] = (),
+) -> None:
+    """Raise DoesNotFit unless greedy answers are equal, or first differ where two tokens have nearly equal logits.
+
+    suppressed: ids that answers never contain, beside the token of images.
+    """
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options["suppress_tokens"] = [exported.model.config.image_token_id, *suppressed]
     found = exported.model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
     theirs, ours = found.sequences[0, inputs["input_ids"].shape[1] :], model.generate(batch, **options)[0]
     if theirs.equal(ours):

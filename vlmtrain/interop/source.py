@@ -15,6 +15,7 @@ from ..data.processor import Processor
 from ..data.rendering import Renderer
 from ..files import read_json
 from ..model.llm import max_positions
+from ..visual import CAUSAL
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,12 @@ def processor_of(
     template: str | None,
     reader: TextReader | None = None,
     positions: str | None = None,
+    attention: str = CAUSAL,
 ) -> Processor:
     """The processor of an imported model. template: None for the source's own, which is in the folder `where`."""
     length = max_positions(llm) or DEFAULT_LENGTH
     template = template or template_of(where, tokenizer)
-    return Processor(tokenizer, geometry, template, length, reader=reader, positions=positions)
+    return Processor(tokenizer, geometry, template, length, reader=reader, positions=positions, attention=attention)
 
 
 def template_of(where: Path, tokenizer: PreTrainedTokenizerBase) -> str:
