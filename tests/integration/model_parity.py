@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import run
+from tests.integration.molmo2_models import build_molmo2
 from tests.integration.native_models import CLASSES as NATIVE
 from tests.integration.native_models import build_native
 from tests.integration.published_models import build_blip, build_llava, build_parts
@@ -34,16 +35,19 @@ from vlmtrain.data.shapes import VOCABULARY
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import relative_difference
 from vlmtrain.interop.importing import MODEL_CLASSES, import_model
+from vlmtrain.interop.molmo2 import pixel_patches, tile_grids
 from vlmtrain.interop.native_parity import pixel_rows
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import make_connector
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 from vlmtrain.model.vision import VisionEncoder, build_vision
+from vlmtrain.tiling import Overlap
 
 NEW = 12
 SCRIPT = Path(__file__).with_name("transformers_only.py")
 PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
 WITH_VIDEO = [MODEL_CLASSES[name] for name in ("llava_onevision", *NATIVE)]
+MOLMO2 = MODEL_CLASSES["molmo2"]
 Talk = tuple[tuple[Turn, ...], tuple[str, ...]]
 
 
@@ -134,10 +138,12 @@ def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "
 
 
 def options_of(model_class: str) -> dict:
-    """How transformers runs a model: with Pillow, for which there is no video processor.
+    """How transformers runs a model: with Pillow, for which there is no video processor, and nothing of Molmo2.
 
     Its class for HunyuanOCR numbers images over a batch, whereas here they are numbered in each sample.
     """
+    if model_class == MOLMO2:
+        return {"backend": None}
     if model_class not in WITH_VIDEO:
         return {}
     return {"backend": None, "images_backend": "pil", "together": not model_class.startswith("HunYuan")}
@@ -159,9 +165,8 @@ def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
         batch = processor.collate([processor.prompt(Conversation("asked", turns, shown))])
         greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": processor.renderer.stop_ids}
         known = processor.tokenizer.get_vocab()  # exports never answer with the token of images
-        greedy["suppress_tokens"] = [
-            known[token] for token in ("<|image_pad|>", "<image_pad>") if token in known
-        ] or None
+        if tokens := [known[token] for token in ("<|image_pad|>", "<image_pad>") if token in known]:
+            greedy["suppress_tokens"] = tokens
         with torch.no_grad():
             logits = model(batch)[0]
             ids = model.generate(batch, pad_token_id=0, **greedy)
@@ -190,11 +195,12 @@ def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Par
 
 
 def _same_prompt(batch, ids: list[int]) -> bool:
-    """The same text, and one other ID at all image positions."""
+    """The same text, and one other ID at all image positions; two if Molmo2's crops have newlines."""
     found, is_text = torch.tensor(ids), ~batch.visual.mask[0]
     if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0][is_text]):
         return False
-    return len(found[~is_text].unique()) == 1 and not torch.isin(found[is_text], found[~is_text]).any()
+    kinds = 1 + any(isinstance(placement.tiles, Overlap) for placement in batch.visual.placements)
+    return len(found[~is_text].unique()) == kinds and not torch.isin(found[is_text], found[~is_text]).any()
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -210,6 +216,10 @@ def gray_levels(pixels: Tensor, ours: dict) -> float:
         pixels, expected = pixels.view(len(expected), 3, -1), expected.flatten(2)
         expected = expected.repeat(1, 1, pixels.shape[2] // expected.shape[2])
         return float(((pixels - expected).abs() * torch.tensor(ours["std"])[:, None]).max()) * 255
+    if pixels.dim() == 3:
+        patch = ours["order"][0]
+        levels = (pixels - pixel_patches(expected, patch)).abs() * torch.tensor(ours["std"]).repeat(patch * patch)
+        return float(levels.max()) * 255
     if pixels.dim() == 5:
         views = list(expected.split([len(each.items) for each in visual.placements]))
         expected = torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
@@ -235,6 +245,7 @@ class Case(NamedTuple):
     form: str = "hf"
     becomes: str = "LlavaForConditionalGeneration"
     reads: bool = False
+    style: str = "llava_next"
 
     @property
     def talks(self) -> list[Talk]:
@@ -328,7 +339,17 @@ BLIP_CASES = {
 }
 NATIVE_LLMS = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "hunyuan_vl": "hunyuan"}
 NATIVE_CASES = {name: Case(vision=name, llm=llm, becomes=MODEL_CLASSES[name]) for name, llm in NATIVE_LLMS.items()}
-EXPORTS = {"llava": LLAVA_CASES, "blip2": BLIP_CASES, "native": NATIVE_CASES, "vlmtrain": OWN_CASES}
+POOL = {"levels": 2, "num_heads": 2, "intermediate_size": 24, "token_bias": True}
+MOLMO2_CASE = Case("siglip", "qwen3", "attentional_pool", POOL, "tiles", template="chatml", tokenizer="molmo2")
+MOLMO2_CASE = MOLMO2_CASE._replace(becomes=MOLMO2, style="molmo2")
+MOLMO2_CASES = {
+    "molmo2": MOLMO2_CASE,
+    "molmo2, open_clip": MOLMO2_CASE._replace(vision="timm siglip", options={**POOL, "token_bias": False}),
+}
+EXPORTS = {
+    **{"llava": LLAVA_CASES, "blip2": BLIP_CASES, "native": NATIVE_CASES, "molmo2": MOLMO2_CASES},
+    "vlmtrain": OWN_CASES,
+}
 """Cases by their target; those of ``vlmtrain`` load only where it is imported."""
 
 
@@ -364,16 +385,20 @@ def build(case: Case, folder: Path) -> None:
     connector = stir(make_connector(case.connector, vision, llm, {**case.options, **words}, newline=tiled or None))
     tokens, grid = connector.num_tokens(*vision.grid), connector.output_grid(*vision.grid)
     grids = ((1, 2), (2, 1), (2, 2)) if tiled else ()
+    more, attention = {"tile_style": case.style}, "causal"
+    if case.style == "molmo2":
+        grids, attention = tuple(tile_grids(4)), "images"
+        more |= {"tile_margin": 1, "patch_size": vision.patch_size, "connector": connector.config}
     views = [
         View(each.image_size, None, each.image_mean, each.image_std, each.patch_size)
         for each in vision.encoders.values()
     ]
     look = (case.fit, vision.image_mean, vision.image_std)
     geometry = Geometry(
-        vision.image_size, *look, tokens, grid, grids, case.most, bool(case.most), others=tuple(views[1:])
+        vision.image_size, *look, tokens, grid, grids, case.most, bool(case.most), others=tuple(views[1:]), **more
     )
     VLMWrapper(vision, connector, llm).save_pretrained(folder)
-    Processor(tokenizer, geometry, case.template, 1000, reader=reader).save_pretrained(folder)
+    Processor(tokenizer, geometry, case.template, 1000, reader=reader, attention=attention).save_pretrained(folder)
 
 
 def build_encoder(case: Case, folder: Path) -> VisionEncoder:
@@ -392,9 +417,11 @@ def build_encoder(case: Case, folder: Path) -> VisionEncoder:
 def build_tokenizer(case: Case) -> PreTrainedTokenizerBase:
     if "space" in case.tokenizer:
         return byte_tokenizer(case.tokenizer.split()[-1])
-    tokenizer = build_tiny_tokenizer(VOCABULARY)
-    if case.tokenizer == "marks":
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer, marks = build_tiny_tokenizer(VOCABULARY), ["<|im_start|>", "<|im_end|>"]
+    if case.tokenizer == "molmo2":
+        marks += ["<im_start>", "<im_end>", "<low_res_im_start>"]
+    if case.tokenizer in ("marks", "molmo2"):
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
     return tokenizer
 
 
@@ -446,6 +473,13 @@ def native(family: str) -> Source:
     return Source(write, MODEL_CLASSES[family], JOINED, family, NATIVE_CASES[family].llm)
 
 
+def molmo2() -> Source:
+    def write(folder: Path) -> None:
+        build_molmo2(folder / "hf")
+
+    return Source(write, MOLMO2, [ONE, TWO, AGAIN], "molmo2", "qwen3")
+
+
 def projector(depth: int) -> Source:
     return Source(partial(build_parts, depth=depth), "llava", CHATTING, "clip", "llama")
 
@@ -472,7 +506,8 @@ BLIP_SOURCES = {
     "instructblip, opt": blip("instructblip", cross_attention_frequency=3),
 }
 NATIVE_SOURCES = {family: native(family) for family in NATIVE}
-IMPORTS = {"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES, "native": NATIVE_SOURCES}
+MOLMO2_SOURCES = {"molmo2": molmo2()}
+IMPORTS = {"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES, "native": NATIVE_SOURCES, "molmo2": MOLMO2_SOURCES}
 
 
 def import_all(sources: dict[str, Source], home: Path) -> dict[str, dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -16,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tests.integration.native_models import tokenizer_of
-from tests.integration.tiny_parts import LOOK, stir
+from tests.integration.native_models import scaled, tokenizer_of
+from tests.integration.tiny_parts import LOOK
 from vlmtrain.interop.molmo2 import IMAGE, VIDEO, WORDS
 
 SIDE, PATCH, CROPS = 40, 8, 4
@@ -95,8 +94,7 @@ def build_molmo2(
         frame_end_token_id=ids["<frame_end>"],
         **dict(zip(names, (ids[word] for word in words))),
     )
-    torch.manual_seed(0)
-    model = stir(Molmo2ForConditionalGeneration(config))
+    model = scaled(Molmo2ForConditionalGeneration(config), gain=1.0)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)

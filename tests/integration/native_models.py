@@ -97,8 +97,8 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
     return found
 
 
-def scaled(module: nn.Module) -> nn.Module:
-    """Weights with which images and positions matter."""
+def scaled(module: nn.Module, gain: float = 1.3) -> nn.Module:
+    """Weights with which images and positions matter; a larger gain amplifies differences."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -107,7 +107,7 @@ def scaled(module: nn.Module) -> nn.Module:
             if parameter.dim() < 2:
                 parameter.copy_(0.2 * noise + (1.0 if "norm" in name and "bias" not in name else 0.0))
             else:
-                parameter.copy_(noise if is_table else 1.3 * noise / parameter[0].numel() ** 0.5)
+                parameter.copy_(noise if is_table else gain * noise / parameter[0].numel() ** 0.5)
     return module.eval()
 
 

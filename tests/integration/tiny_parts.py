@@ -25,6 +25,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -38,6 +39,7 @@ LLMS = {
     "llama, tied": lambda **o: LlamaConfig(**GROUPED, tie_word_embeddings=True, **o),
     "qwen2": lambda **o: Qwen2Config(**GROUPED, **o),
     "qwen2, rows to spare": lambda **o: Qwen2Config(**GROUPED, **{**o, "vocab_size": o["vocab_size"] + 7}),
+    "qwen3": lambda **o: Qwen3Config(**GROUPED, **o),
     "phi3": lambda **o: Phi3Config(**GROUPED, **o),
     "gemma2, no cap": lambda **o: Gemma2Config(**GROUPED, final_logit_softcapping=None, **o),
     "gemma2": lambda **o: Gemma2Config(**GROUPED, final_logit_softcapping=3.0, **o),
