@@ -16,8 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="hf",
         metavar="FORMAT",
-        help="llava, blip2, native: the transformers class of LLaVA, BLIP-2, or Qwen-VL and HunyuanOCR, which loads "
-        "without vlmtrain; vlmtrain: a class that needs 'import vlmtrain'; hf (default): the first of these that fits",
+        help="llava, blip2, native, molmo2: the transformers class of LLaVA, BLIP-2, Qwen-VL and HunyuanOCR, or Molmo2, "
+        "which loads without vlmtrain; vlmtrain: a class that needs 'import vlmtrain'; hf (default): the first of these "
+        "that fits",
     )
     take_modules(parser)
 

@@ -1,4 +1,4 @@
-"""``vlmtrain import``: convert a published LLaVA, BLIP-2, Qwen-VL or HunyuanOCR to a model folder, for init_from."""
+"""``vlmtrain import``: convert a published LLaVA, BLIP-2, Qwen-VL, HunyuanOCR or Molmo2 to a model folder."""
 
 from __future__ import annotations
 

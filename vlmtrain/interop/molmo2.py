@@ -15,6 +15,7 @@ from transformers import (
     Molmo2ForConditionalGeneration,
     Molmo2ImageProcessor,
     Molmo2Processor,
+    Molmo2TextConfig,
     Molmo2VideoProcessor,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -200,9 +201,8 @@ def _language_model(model: VLMWrapper, speech: Speech, ids: dict[str, int]) -> t
     bias = getattr(model.connector, "connector", model.connector).token_bias
     table[ids[PATCH]] = 0 if bias is None else bias
     table[ids[COLUMN]] = model.connector.newline
-    known = Molmo2Config().text_config.to_dict().keys() - {"model_type", "tie_word_embeddings"}
-    values = {key: value for key, value in config.to_dict().items() if key in known}
-    values |= {"vocab_size": len(head), "additional_vocab_size": len(table) - len(head)}
+    values = {key: value for key, value in config.to_dict().items() if key in Molmo2TextConfig.__annotations__}
+    values |= {"vocab_size": len(head), "additional_vocab_size": len(table) - len(head), "tie_word_embeddings": False}
     return values, {**state, name: table, "lm_head.weight": head}
 
 
