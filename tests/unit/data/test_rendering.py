@@ -16,7 +16,7 @@ from vlmtrain.data import rendering
 from vlmtrain.data.records import BadSample, Conversation, Turn
 from vlmtrain.data.rendered import IGNORE, Rendered
 from vlmtrain.data.rendering import Renderer
-from vlmtrain.data.templates import VICUNA_V1
+from vlmtrain.data.templates import CHATML, VICUNA_V1
 from vlmtrain.visual import NO_MEDIA
 
 from ...media import slots
@@ -306,6 +306,30 @@ def test_blip_is_images_then_the_tokenized_text(kind, question):
 def test_blip_shows_no_image_that_comes_later(tokenizer):
     with pytest.raises(BadSample, match="sample-7: template=blip puts images first: later turns cannot"):
         render(Renderer(tokenizer, "blip", 1000), talk("What?", "red", "<image>\nand this?", "blue"))
+
+
+# templates that say where all images stand
+
+
+@every_tokenizer
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+def test_a_template_may_put_all_images_behind_its_first_token(kind, system):
+    """Molmo2: the rest is what the template without images makes of the text."""
+    bare = renderer(kind, "chatml").tokenizer
+    marked, plain = copy.deepcopy(bare), copy.deepcopy(bare)
+    plain.chat_template = "{{ '<s>' }}" + CHATML
+    marked.chat_template = "{{ '<s>' }}<image>" + CHATML
+    subject, other = Renderer(marked, "chat", 1000), Renderer(plain, "chat", 1000)
+    tokens = render(subject, talk("<image>\nWhat is\n<image>", "a circle", "Sure?", "yes", system=system))
+    expected = render(other, talk("What is", "a circle", "Sure?", "yes", system=system))
+    assert_shifted(tokens)
+    first, end = 1, 1 + 2 * PICTURE_TOKENS
+    assert tokens.index.tolist() == [-1] + [0] * PICTURE_TOKENS + [1] * PICTURE_TOKENS + [-1] * (len(expected) - first)
+    assert [*tokens.input_ids[:first], *tokens.input_ids[end:]] == expected.input_ids.tolist()
+    assert tokens.shared == end
+    assert render(subject, talk("Hello", "yes")).input_ids.equal(render(other, talk("Hello", "yes")).input_ids)
+    with pytest.raises(BadSample, match="sample-7: template=chat puts images first: later turns cannot have images"):
+        render(subject, talk("What?", "red", "<image>\nand this?", "blue"))
 
 
 # length

@@ -194,6 +194,8 @@ def test_molmo2s_crops_and_their_order_are_those_of_transformers(size):
     assert windows.sort().values.equal(expected.sort().values)
     rows = [int(side) for side in theirs.image_grids[0]]
     assert [each.slots for each in placements] == [rows[0] * rows[1], rows[2] * (rows[3] + 1)]
+    several = [each.before for each in shape.plan([size, size]).placements]
+    assert several == ["Image 1<low_res_im_start>", "<im_start>", "Image 2<low_res_im_start>", "<im_start>"]
 
 
 def test_what_a_style_cannot_use_is_refused():

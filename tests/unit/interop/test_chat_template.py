@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
+from vlmtrain.data.templates import CHATML
 from vlmtrain.interop.chat_template import spoken_words, typed_speech
 
 from ...media import slots
@@ -33,6 +36,23 @@ def test_an_exported_template_renders_what_training_saw(kind, template):
     assert speech.tokenizer.padding_side == "left" and renderer(kind, template).tokenizer.chat_template == (
         processor.tokenizer.chat_template
     )
+
+
+@pytest.mark.parametrize("first", ["{{ '<s>' }}<image>", "{{ '<s>' }}"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_an_exported_template_numbers_images_where_they_stand(kind, first):
+    """Those of a template that puts all images first, and those within the text."""
+    found = renderer(kind, "chatml")
+    tokenizer = copy.deepcopy(found.tokenizer)
+    tokenizer.chat_template = first + CHATML
+    speech = typed_speech(Processor(tokenizer, None, "chat", 1000), "<|image|>", "<|video|>", heading="Image ")
+    for kinds, numbered in ((["image"] * 2, ["Image 1<|image|>", "Image 2<|image|>"]), (["video"], ["<|video|>"])):
+        items = [{"type": each} for each in kinds] + [{"type": "text", "text": "What color?"}]
+        said = speech.tokenizer.apply_chat_template([{"role": "user", "content": items}], tokenize=False)
+        if "<image>" in first:
+            assert said.startswith(f"<s>{''.join(numbered)}<|im_start|>user\nWhat color?<|im_end|>")
+        else:
+            assert said.replace(" \n", "\n").startswith("<s><|im_start|>user\n" + "\n".join([*numbered, "What color?"]))
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
