@@ -204,7 +204,9 @@ def _same_prompt(batch, ids: list[int]) -> bool:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    return relative_difference(found[..., : expected.shape[-1]], expected)
+    """Of the logits that both have."""
+    count = min(found.shape[-1], expected.shape[-1])
+    return relative_difference(found[..., :count], expected[..., :count])
 
 
 def gray_levels(pixels: Tensor, ours: dict) -> float:
