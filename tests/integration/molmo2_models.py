@@ -73,11 +73,12 @@ def build_molmo2(
     adapter: dict | None = None,
     images: dict | None = None,
     videos: dict | None = None,
+    ids: dict | None = None,
     **told,
 ) -> nn.Module:
     """Write a random Molmo2 in Hugging Face's format, and return it. told: arguments of its processor."""
     tokenizer = molmo2_tokenizer(template)
-    ids, new = tokenizer.get_vocab(), len(WORDS) + 2
+    known, new = tokenizer.get_vocab(), len(WORDS) + 2
     names = ("image_start_token_id", "low_res_image_start_token_id", "image_end_token_id", "image_patch_id")
     words = ("<im_start>", "<low_res_im_start>", "<im_end>", "<im_patch>")
     config = Molmo2Config(
@@ -90,9 +91,9 @@ def build_molmo2(
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
             **(text or {}),
         },
-        frame_start_token_id=ids["<frame_start>"],
-        frame_end_token_id=ids["<frame_end>"],
-        **dict(zip(names, (ids[word] for word in words))),
+        frame_start_token_id=known["<frame_start>"],
+        frame_end_token_id=known["<frame_end>"],
+        **{**dict(zip(names, (known[word] for word in words))), **(ids or {})},
     )
     model = scaled(Molmo2ForConditionalGeneration(config), gain=1.0)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

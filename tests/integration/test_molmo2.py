@@ -315,6 +315,7 @@ def test_causal_models_and_other_frames(tmp_path):
             {"vision_feature_layer": [1, 3]},
             r"vision_feature_layer, counted from 1,=\[2, 4\], expected \[4, 2\]",
         ),
+        ("ids", {"image_patch_id": 7}, r"config\.json: image_patch_id=7, expected 2"),
         ("vision", {"head_dim": 4}, r"vision_config\.head_dim=4, expected 8"),
         ("images", {"overlap_margins": [1, 2]}, r"overlap_margins=\[1, 2\], expected \[1, 1\]"),
         ("images", {"resample": 3}, "resample=3, expected 2"),

@@ -30,7 +30,7 @@ from ..model.vision import HFVision
 from .fitting import filled
 from .importing_llava import fixed_geometry
 from .llava import Exported
-from .molmo2 import COLUMN, FRAMES, PATCH, PLAN, bos_of, compare_outputs, prompt_difference, tile_grids
+from .molmo2 import COLUMN, FRAMES, PATCH, PLAN, WORDS, bos_of, compare_outputs, prompt_difference, tile_grids
 from .preparation import read_video_preparation
 from .source import Source, processor_of
 from .towers import renamed
@@ -77,19 +77,20 @@ def check(folder: Path, config, fit: str | None) -> None:
         ("vision_config.num_position_embeddings", vision.num_position_embeddings, (side // vision.patch_size) ** 2),
         ("adapter_config.num_key_value_heads", adapter.num_key_value_heads, adapter.num_attention_heads),
     ]
-    levels = _levels(config)
-    found.append(("adapter_config.vision_feature_layer, counted from 1,", levels[::-1], sorted(set(levels))[::-1]))
     for key, got, expected in found:
         if got != expected:
             raise ValueError(f"{folder / 'config.json'}: {key}={got}, expected {expected}")
+    if (levels := _levels(config)) != sorted(set(levels)):
+        layers = list(adapter.vision_feature_layer)
+        raise ValueError(
+            f"{folder / 'config.json'}: adapter_config.vision_feature_layer={layers}, expected the deepest layer first"
+        )
 
 
 def _levels(config) -> list[int]:
     """The blocks that the adapter reads, counted from 1, in the reverse of their order."""
-    depth = config.vision_config.num_hidden_layers
-    return [layer + 1 if layer >= 0 else depth + 1 + layer for layer in config.adapter_config.vision_feature_layer][
-        ::-1
-    ]
+    depth, layers = config.vision_config.num_hidden_layers, config.adapter_config.vision_feature_layer
+    return [layer + 1 if layer >= 0 else depth + 1 + layer for layer in reversed(layers)]
 
 
 def read(source: Source) -> tuple[VLMWrapper, Processor]:
@@ -122,10 +123,14 @@ def _hf_processor(source: Source) -> Molmo2Processor:
 
 
 def _check_preparation(source: Source, told: Molmo2Processor) -> None:
-    """Raise ValueError for settings of the processor that are not supported."""
+    """Raise ValueError for settings of the processor that are not supported, and for tokens that it lacks."""
+    known = source.tokenizer.get_vocab()
+    if missing := [word for word in WORDS if word not in known]:
+        raise ValueError(f"{source.folder}: the tokenizer lacks {', '.join(missing)}")
     images, videos, vision = told.image_processor, told.video_processor, source.config.vision_config
     video_file, _ = read_video_preparation(source.folder)
-    found = [(source.folder / "processor_config.json", told, key, expected) for key, expected in _WRITTEN.items()]
+    found = [(source.folder / "config.json", source.config, "image_patch_id", known[PATCH])]
+    found += [(source.folder / "processor_config.json", told, key, expected) for key, expected in _WRITTEN.items()]
     margins, side = [images.overlap_margins[0]] * 2, vision.image_size[0]
     found.append((source.preparation_file, images, "overlap_margins", margins))
     for file, each in ((source.preparation_file, images), (video_file, videos)):
@@ -142,8 +147,8 @@ def _check_preparation(source: Source, told: Molmo2Processor) -> None:
 
 def _tower(source: Source) -> HFVision:
     """The encoder as a SigLIP of the same depth, which never applies the norm behind its last block."""
-    values, config = source.config.vision_config, source.config
-    patch, state = values.patch_size, renamed(dict(source.model.model.vision_tower.state_dict()), _TO_SIGLIP)
+    values, state = source.config.vision_config, dict(source.model.model.vision_tower.state_dict())
+    patch, state = values.patch_size, renamed(state, _TO_SIGLIP)
     name = "embeddings.patch_embedding.weight"
     state[name] = state[name].unflatten(1, (patch, patch, values.num_channels)).permute(0, 3, 1, 2)
     width, dtype = values.hidden_size, state[name].dtype
@@ -163,10 +168,8 @@ def _tower(source: Source) -> HFVision:
         attention_dropout=values.attention_dropout,
         vision_use_head=False,
     )
-    levels = _levels(config)
-    return HFVision(
-        filled(SiglipVisionModel, shape, state, dtype), {"image_size": None, **source.look}, levels[-1], levels
-    ).eval()
+    tower, levels = filled(SiglipVisionModel, shape, state, dtype), _levels(source.config)
+    return HFVision(tower, {"image_size": None, **source.look}, levels[-1], levels).eval()
 
 
 def _connector(source: Source, vision: HFVision, llm: nn.Module) -> Connector:

@@ -112,9 +112,8 @@ def as_molmo2(model: VLMWrapper, processor: Processor) -> Exported:
     }
     exported = filled(Molmo2ForConditionalGeneration, config, state, next(model.llm.parameters()).dtype)
     exported.generation_config = generation_settings(processor, speech)
-    exported.generation_config.suppress_tokens = sorted(
-        {*speech.media_ids, ids[PATCH], ids[COLUMN], *suppressed(model)}
-    )
+    never = {*speech.media_ids, ids[PATCH], ids[COLUMN], *suppressed(model)}
+    exported.generation_config.suppress_tokens = sorted(never)
     remarks = _remarks(processor.geometry.video)
     return Exported(exported, _processor(processor.geometry, connector.window, speech), remarks)
 
@@ -130,6 +129,7 @@ def _check(model: VLMWrapper, processor: Processor, connector: nn.Module) -> Non
         ("fusion.attention", processor.attention, "images"),
         ("image_fit", geometry.fit, "tiles"),
         ("image_tile_style", geometry.tile_style, "molmo2"),
+        ("image_tiles_alone", geometry.tiles_alone, False),
         ("connector", connector.config["name"], "attentional_pool"),
         ("the language model's type", llm.model_type, "qwen3"),
     ):
@@ -322,9 +322,10 @@ def compare_molmo2(exported: Exported, model: VLMWrapper, processor: Processor) 
 
 def prompt_difference(exported: Exported, model: VLMWrapper, processor: Processor) -> str | None:
     """The first difference between the prompts of `processor` and those of the class's processor, or None."""
-    return next(
-        filter(None, (_asked(exported, model, processor, media).difference for media in _probes(processor))), None
-    )
+    for media in _probes(processor):
+        if difference := _asked(exported, model, processor, media).difference:
+            return difference
+    return None
 
 
 @torch.no_grad()
