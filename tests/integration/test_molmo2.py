@@ -313,7 +313,7 @@ def test_causal_models_and_other_frames(tmp_path):
         (
             "adapter",
             {"vision_feature_layer": [1, 3]},
-            r"vision_feature_layer, counted from 1,=\[2, 4\], expected \[4, 2\]",
+            r"vision_feature_layer=\[1, 3\], expected the deepest layer first",
         ),
         ("ids", {"image_patch_id": 7}, r"config\.json: image_patch_id=7, expected 2"),
         ("vision", {"head_dim": 4}, r"vision_config\.head_dim=4, expected 8"),
