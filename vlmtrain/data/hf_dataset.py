@@ -18,6 +18,7 @@ from .file_index import stamp_of
 from .grading import GRADING
 from .images import ImageFolder
 from .record_keys import FORMS, KEYS
+from .record_media import MEDIA
 from .record_reader import RecordReader
 from .records import BadSample, Conversation
 
@@ -202,9 +203,9 @@ def _refuse_media(feature: object, column: str, path: str | Path) -> None:
     is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary") and isinstance(feature, datasets.Value)
     if is_binary or isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
         use = (
-            f"set data.columns.image={column}, or "
-            if is_binary or kind == "Image"
-            else "videos and audio are not supported; "
+            f"set data.columns.{'video' if kind == 'Video' else 'image'}={column}, or "
+            if is_binary or kind != "Audio"
+            else "audio is not supported; "
         )
         raise ValueError(
             f"dataset {path}: nothing reads the column {column} ({'binary' if is_binary else kind}): {use}ignore it "
@@ -249,12 +250,13 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
             f"cannot determine which columns of {path} contain the text; it has {', '.join(present)}: set "
             "columns.messages=…, or columns.question=… and columns.answer=…, or columns.caption=…"
         )
-    if len(known["image"]) > 1:
-        raise ValueError(
-            f"cannot determine which column of {path} contains the images; set columns.image to one of "
-            f"{', '.join(known['image'])}"
-        )
-    return {role: known[role][0] for role in (*forms[0], "image", "system", "id", *GRADING) if known[role]}
+    for role in ("image", "video"):
+        if len(known[role]) > 1:
+            raise ValueError(
+                f"cannot determine which column of {path} contains the {role}s; set columns.{role} to one of "
+                f"{', '.join(known[role])}"
+            )
+    return {role: known[role][0] for role in (*forms[0], *MEDIA, "system", "id", *GRADING) if known[role]}
 
 
 def load_split(path: str, split: str, name: str | None, streaming: bool = False) -> Dataset | IterableDataset:

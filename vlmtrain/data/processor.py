@@ -180,16 +180,31 @@ class Processor:
 
     def fitted(self, conversation: Conversation) -> MediaPlan:
         """The plan of a conversation, with fewer or smaller frames if its videos leave no room for its text."""
-        plan, room = self.plan(conversation), None
+        plan = self.plan(conversation)
         videos = [number for number, medium in enumerate(conversation.media) if is_video(medium)]
         # the length is known faster than the rendered conversation, unless it is too long
         if not videos or self.renderer.lengths([conversation], [plan]) != [None]:
             return plan
-        while (excess := self.renderer.excess(conversation, plan)) > 0:
-            slots = [sum(place.slots for _, place in plan.by_medium[number]) for number in videos]
-            room = min(max(slots), room or max(slots)) - -(-excess // len(videos))
-            plan = self.plan(conversation, room)
-        return plan
+        excess = self.renderer.excess(conversation, plan)
+        if excess <= 0:
+            return plan
+        # Text grows with the number of frames if each has a time, so the largest room that fits is searched.
+        least, most, best = 1, max(sum(place.slots for _, place in plan.by_medium[number]) for number in videos), None
+        while least <= most:
+            room = (least + most) // 2
+            try:
+                plan = self.plan(conversation, room)
+            except BadSample:  # not even one frame
+                least = room + 1
+                continue
+            excess = self.renderer.excess(conversation, plan)
+            least, most, best = (room + 1, most, plan) if excess <= 0 else (least, room - 1, best)
+        if best is None:
+            raise BadSample(
+                f"{conversation.id}: with a single frame of each video, it has {self.max_length + excess} tokens, more "
+                f"than max_length={self.max_length}"
+            )
+        return best
 
     def _tree(self, conversation: Conversation) -> Rendered:
         """Several dialogues as a tree, without the last ones if they exceed `max_length`."""

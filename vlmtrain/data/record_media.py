@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..errors import shown
 from .images import ImageFolder, is_image_value
-from .records import IMAGE_MARK, VIDEO_MARK, BadSample, ImageSource, Turn, VideoSource
+from .records import IMAGE_MARK, VIDEO_MARK, BadSample, ImageSource, Turn, VideoSource, is_video
 from .regions import Region
 from .video import VideoFolder
 
@@ -16,6 +16,8 @@ MEDIA = ("image", "video", "video_start", "video_end")
 """Roles of a record's media."""
 ITEM_IMAGES = ("image", "image_url", "url", "path", "base64", "data")
 """Keys of the image of a typed item."""
+
+_AT_ENDS = re.compile(rf"^\s*{VIDEO_MARK}|{VIDEO_MARK}\s*$")
 
 Medium = ImageSource | VideoSource
 Mark = Medium | int | str
@@ -100,7 +102,7 @@ def with_media(
     """Turns with the media of their marks, and the media without a mark. Raises BadSample for a wrong index.
 
     Without images, the marks of images are those of videos, as in LLaVA-Video-178K. Without videos, the marks of videos
-    are ordinary text.
+    are ordinary text (HTML), except at the start or the end of a turn.
     """
     flat = [mark for each in said for mark in each.marks]
     indices = [mark for mark in flat if isinstance(mark, int)]
@@ -119,6 +121,10 @@ def with_media(
             return mark
         return rest[mark].pop(0) if rest[mark] else None
 
+    asked = (each.turn.text for each in said if each.turn.role == "user")
+    unmet = next((text for text in asked if _AT_ENDS.search(text)), None)
+    if unmet is not None and not videos and not any(map(is_video, flat)):
+        raise BadSample(f"{name}: {shown(unmet)} has the mark {VIDEO_MARK}, but the record has no video")
     found = [each._replace(marks=tuple(filter(None, map(medium_of, each.marks)))) for each in said]
     unmarked = [] if indices else [*rest[IMAGE_MARK]] if images else []
     return found, (*unmarked, *rest[VIDEO_MARK])

@@ -31,7 +31,7 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """How the videos of a stage are shown: ``stages.<name>.video``, whose keys are described in docs/data.md.
+    """How the videos of a stage are shown: ``stages.<name>.video``, whose keys are described in docs/video.md.
 
     per_item: frames that the encoder reads together. fit: how frames are brought onto the canvas, None with
     ``image_fit=native``. tokens, grid: of one item, before its tokens are pooled; None with ``native``.

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlmtrain.data.hf_dataset import HFDataset, choose_columns
-from vlmtrain.data.records import BadSample, check_conversation
+from vlmtrain.data.records import BadSample, check_conversation, is_video
+from vlmtrain.data.video import VideoFolder
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -161,6 +162,31 @@ def test_bytes_paths_and_lists_of_them(tmp_path, value):
     picture().save(tmp_path / "images" / "red.png")
     path = save(tmp_path, {"image": [value], "caption": ["x"]})
     assert colors(HFDataset(path, images=tmp_path / "images"), 0) == [RED]
+
+
+@pytest.mark.parametrize(
+    "columns, features",
+    [
+        ({"video": ["clip.mp4"]}, None),
+        ({"video": [{"bytes": b"clip", "path": None}]}, None),
+        ({"video": [{"bytes": b"clip", "path": None}]}, {"video": datasets.Video()}),
+        ({"clip": ["clip.mp4"]}, None),
+    ],
+)
+def test_videos_are_read(tmp_path, columns, features):
+    (name,) = columns
+    (tmp_path / "clip.mp4").write_bytes(b"clip")
+    columns |= {"video_start": [1.0], "question": ["<video>q"], "answer": ["a"]}
+    if features:
+        features = datasets.Features({**features, "video_start": datasets.Value("float64")} | dict.fromkeys(
+            ("question", "answer"), datasets.Value("string")
+        ))  # fmt: skip
+    path = save(tmp_path, columns, features)
+    chosen = {"video": name} if name != "video" else None
+    source = HFDataset(path, columns=chosen, videos=VideoFolder(tmp_path))
+    (video,) = source[0].media
+    assert is_video(video) and video.start == 1.0 and video.open().read() == b"clip"
+    check_conversation(source[0])
 
 
 @pytest.mark.parametrize("value", [None, "", []])
@@ -348,6 +374,7 @@ def test_a_data_set_without_records_is_an_error(tmp_path):
         ({}, ["images", "texts", "x"], {"messages": "texts", "image": "images"}),
         ({}, ["question", "answer", "answers", "jpg"], {"question": "question", "answer": "answer", "image": "jpg"}),
         ({}, ["text"], {"caption": "text"}),
+        ({}, ["videos", "texts", "video_end"], {"messages": "texts", "video": "videos", "video_end": "video_end"}),
         ({"question": "query", "answer": None}, ["query", "answer"], {"question": "query", "answer": "answer"}),
         ({"caption": "text"}, ["text", "question", "answer", "messages"], {"caption": "text"}),
         (

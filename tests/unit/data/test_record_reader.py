@@ -154,6 +154,13 @@ def test_clips_are_read(folder):
     assert len(reader.read(one, "r").media[0].probe().times) == 1
 
 
+@pytest.mark.parametrize("more", [{}, {"video": ""}, {"video_path": "a.mp4"}, {"image": "red.png"}])
+@pytest.mark.parametrize("text", ["<video>\nq", "q <video>"])
+def test_a_mark_of_a_video_without_one_is_bad(folder, text, more):
+    with pytest.raises(BadSample, match="has the mark <video>, but the record has no video"):
+        RecordReader(folder).read({**more, "messages": chat(text, "a")}, "r")
+
+
 @pytest.mark.parametrize("text", ["q", "<video><video>q", "<image><video>q"])
 def test_marks_of_videos_must_match(folder, text):
     reader = RecordReader(folder, VideoFolder(folder.folder))
