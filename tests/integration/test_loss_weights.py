@@ -110,6 +110,7 @@ def test_a_loss_that_compares_samples_has_no_weights(tmp_path):
             "{a: {path: x, loss_weight: 1}, b: {path: x}}",
             r"data\.instruct\.b: give all sources .* a loss_weight, or none",
         ),
+        ("{path: x, token_weight: 2}", r"data\.instruct\.token_weight=2 needs several sources, got one"),
         ("{path: x, loss_weight: 2}", r"data\.instruct: a loss_weight needs several sources, got one"),
         ("{a: {path: x, loss_weight: 0}, b: {path: x, loss_weight: 1}}", r"loss_weight=0: expected a positive number"),
     ],

@@ -161,6 +161,9 @@ class Split:
                 raise ValueError(f"data.{self.name}.{name}: give all sources of this split a loss_weight, or none")
         if self.loss_weights is not None and len(self.sources) == 1:
             raise ValueError(f"data.{self.name}: a loss_weight needs several sources, got one")
+        first = next(iter(self.sources.values()))
+        if first.token_weight != 1 and len(self.sources) == 1:
+            raise ValueError(f"data.{self.name}.token_weight={first.token_weight} needs several sources, got one")
 
     def refuse_streams(self, reason: str) -> None:
         """Raise ValueError with the reason if a source is streamed, for uses that need all records in any order."""

@@ -138,7 +138,9 @@ class VideoOptions:
         if self.last and self.sampling not in CHOOSES_LAST:
             raise ValueError(f"video.last=true needs video.sampling={' or '.join(CHOOSES_LAST)}, got {self.sampling}")
         if (self.pool == "none") != (self.stride == 1):
-            raise ValueError(f"video.pool={self.pool} with video.stride={self.stride}: stride is 1 only without pool")
+            raise ValueError(f"video.pool={self.pool} with video.stride={self.stride}: stride must be 1 without pool")
+        if self.pixels is not None and self.pixels_total is not None:
+            raise ValueError("video.pixels has no effect with video.pixels_total: set one of them to null")
         if self.newline == "video" and self.timestamps == "frame":
             raise ValueError("video.newline=video: expected frame, row or none with video.timestamps=frame")
 

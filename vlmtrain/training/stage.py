@@ -358,16 +358,23 @@ class _Stage:
         return summary
 
     def _check_changes(self, parts: dict[str, dict]) -> None:
-        """Raise RuntimeError if a trained part is unchanged, unless the data had no images for it to learn from."""
+        """Raise RuntimeError if a trained part is unchanged, unless no gradient could reach it.
+
+        That is if the data had no images, or if the gates of a new fusion were still closed.
+        """
+        gated = "fusion" in self.parts and bool(self.parts["fusion"].before_blocks)
         for name, part in parts.items():
             if not part["trained"] or part["sha256_before"] != part["sha256_after"]:
                 continue
-            if name not in ("vision", "connector", "fusion") or self.record["image_tokens"]:
+            reason = f"data.{self.stage.data} has no images"
+            if self.record["image_tokens"]:
+                if name not in ("vision", "connector") or not gated:
+                    raise RuntimeError(f"{name} is trained but unchanged")
+                reason = "the gates of the fusion, which are 0 at first, have not opened in so few steps"
+            elif name not in ("vision", "connector", "fusion"):
                 raise RuntimeError(f"{name} is trained but unchanged")
             if self.world.is_main:
-                logger.warning(
-                    f"stage {self.name} trained {name}, but data.{self.stage.data} has no images: it is unchanged"
-                )
+                logger.warning(f"stage {self.name} trained {name}, but {reason}: it is unchanged")
 
     def _benchmark(self, engine: StageEngine) -> dict[str, dict[str, float]]:
         """The metrics of each task, for models that can answer questions about images."""
