@@ -130,6 +130,14 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     absent = [choice.label for choice in ablation.choices if choice.label not in {entry.label for entry in entries}]
     if absent:
         told.append(f"Left out because a job failed: {'; '.join(absent)}.")
+    fewer = [
+        f"{entry.label} ({count:,} conversations with {_words(name)})"
+        for entry in entries
+        for name, count in entry.fewer_shots.items()
+        if count
+    ]
+    if fewer:
+        told.append(f"max_length left no room for some demonstrations: {'; '.join(fewer)}.")
     blind = [entry.label for entry in entries if entry.blind >= entry.score]
     if blind:
         told.append(
