@@ -29,7 +29,7 @@ if __name__ == "__main__":
         sizes, options = (batch_size, 3), {"demonstrations": shots, "workers": workers}
         validator = Validator(Shapes("validation", 7), processor, world, torch.float32, *sizes, **options)
         with torch.no_grad():
-            found[f"rices={rices}"] = validator.scores(model, 5)
+            found[f"rices={rices}"] = validator.scores(model, 3)
     if world.is_main:
         (folder / f"{world.size}.json").write_text(json.dumps(found))
     leave_world()
