@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 
-from ..evaluation.scores import value_text
+from ..evaluation.scores import base_name, value_text
 from ..reporting.tables import markdown_table, text_table
 from .definition import Ablation
 from .page import write_page
@@ -56,7 +56,8 @@ def tables(ablation: Ablation, entries: Sequence[Entry]) -> dict[str, Table]:
     if kinds:
         rows = [(entry.label, *(_of_category(ablation, entry, kind) for kind in kinds)) for entry in entries]
         found[f"{_words(ablation.metric)} by category (blind)"] = [("", *kinds), *rows]
-    shown = ("loss", "exact_match", "perplexity", ablation.metric)
+    is_few_shot = ablation.metric != base_name(ablation.metric)  # its table then has the score without demonstrations
+    shown = ("loss", "perplexity", ablation.metric, *(() if is_few_shot else ("exact_match",)))
     names = dict.fromkeys(name for entry in entries for name in entry.scores)
     others = [name for name in names if name not in shown and not name.startswith("blind_") and name != "loss_at_start"]
     if others:
