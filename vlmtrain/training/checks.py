@@ -132,8 +132,9 @@ def check_stages(run: Run, folder: RunFolder) -> None:
             size, shots_from = image_size_of(parts), run.validation.shots_from
             data = _check_source(run, run.data.split(stage.data), size)
             held_out = [stage.validation, shots_from] if run.validates(stage) else []
-            for name in {*held_out} - {stage.data, None}:
-                _check_source(run, run.data.split(name), size)
+            for name in held_out:
+                if name not in (stage.data, None):
+                    _check_source(run, run.data.split(name), size)
             if held_out and shots_from:
                 build_demonstrations(run, size)
                 zero_shot[stage.name] = why_zero_shot(processor)
