@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from ..data.records import BadSample
 from ..data.sources import Source, build_source
 from ..errors import nearest
-from ..evaluation.scores import METRICS, Answer
+from ..evaluation.scores import METRICS, Answer, base_name
 from ..files import make_folder, read_json, replace_text
 from ..settings import Run, compose
 from ..settings.data import Split
@@ -64,13 +64,14 @@ def _check_metric(metric: str, run: Run, split: Split) -> None:
     """Raise ValueError for a metric that no answer of the jobs would have."""
     named = run.validation.metrics
     computed = METRICS if named is None else ["exact_match", *named]
-    known = {name: key for key in computed for name in METRICS[key].each([])}
+    suffixes = ["", *(f"_{shots}_shots" for shots in run.validation.shots[1:])]
+    known = {f"{name}{suffix}": key for suffix in suffixes for key in computed for name in METRICS[key].each([])}
     if metric not in known:
         names = ", ".join(known)
         raise ValueError(
             f"metric={metric}: expected a metric of single answers, one of {names}.{nearest(metric, known)}"
         )
-    if metric == "exact_match":
+    if base_name(metric) == "exact_match":
         return  # applies to every question
     judge = METRICS[known[metric]]
     source = build_source(split, (224, 224), run.seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.scores import FEWER
 from ..files import read_json
 from ..planning.plan import Machine, plan_run
 from ..runs.records import read_records, read_summary
@@ -48,7 +49,8 @@ class Entry:
 
     interval, loss_interval: 95 % intervals over seeds and conversations. p_value: of the difference to the best,
     corrected for all pairs (see `compare`); None for the best itself. scores: everything that validation computed,
-    averaged over seeds. by_category: score, interval, and score with the image blanked. chosen: the values that the
+    averaged over seeds. fewer_shots: numbers of conversations with fewer demonstrations than a score says, summed over
+    seeds. by_category: score, interval, and score with the image blanked. chosen: the values that the
     sweep chose. steps: of the stages with a connector. samples: number that the first seed was trained on. questions:
     the questions and their references.
     """
@@ -70,6 +72,7 @@ class Entry:
     questions: frozenset = frozenset()
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    fewer_shots: dict[str, int] = field(default_factory=dict)
     by_category: dict[str, tuple[float, Interval, float]] = field(default_factory=dict)
     p_value: float | None = None
 
@@ -134,6 +137,11 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
         questions=_questions(answers),
         chosen={key: value for key, _, value in decided if key in sweep},
         scores={name: float(np.mean([validation[name] for validation in validations])) for name in names},
+        fewer_shots={
+            name: sum(validation[name] for validation in validations)
+            for name in validations[0]
+            if name.startswith(FEWER)
+        },
         by_category=_by_category(answers, ablation.metric),
     )
 

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 
-from ..evaluation.scores import value_text
+from ..evaluation.scores import base_name, value_text
 from ..reporting.tables import markdown_table, text_table
 from .definition import Ablation
 from .page import write_page
@@ -56,7 +56,8 @@ def tables(ablation: Ablation, entries: Sequence[Entry]) -> dict[str, Table]:
     if kinds:
         rows = [(entry.label, *(_of_category(ablation, entry, kind) for kind in kinds)) for entry in entries]
         found[f"{_words(ablation.metric)} by category (blind)"] = [("", *kinds), *rows]
-    shown = ("loss", "exact_match", "perplexity", ablation.metric)
+    is_few_shot = ablation.metric != base_name(ablation.metric)  # its table then has the score without demonstrations
+    shown = ("loss", "perplexity", ablation.metric, *(() if is_few_shot else ("exact_match",)))
     names = dict.fromkeys(name for entry in entries for name in entry.scores)
     others = [name for name in names if name not in shown and not name.startswith("blind_") and name != "loss_at_start"]
     if others:
@@ -130,6 +131,14 @@ def note(ablation: Ablation, entries: Sequence[Entry]) -> str:
     absent = [choice.label for choice in ablation.choices if choice.label not in {entry.label for entry in entries}]
     if absent:
         told.append(f"Left out because a job failed: {'; '.join(absent)}.")
+    fewer = [
+        f"{entry.label} ({count:,} conversations with {_words(name)})"
+        for entry in entries
+        for name, count in entry.fewer_shots.items()
+        if count
+    ]
+    if fewer:
+        told.append(f"max_length left no room for some demonstrations: {'; '.join(fewer)}.")
     blind = [entry.label for entry in entries if entry.blind >= entry.score]
     if blind:
         told.append(

@@ -13,13 +13,15 @@ from .common import check_writable, take_overrides
 
 if TYPE_CHECKING:
     from ..data.mixture import Mixture
+    from ..data.processor import Processor
+    from ..evaluation.few_shot import Demonstrations
     from ..settings.data import Split
     from ..settings.run import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
-    take_overrides(parser, "data.validation=FILE data.images=DIR validation.samples=N")
+    take_overrides(parser, "data.validation=FILE data.images=DIR samples=N shots=[0,4] shots_from=SPLIT")
     parser.add_argument(
         "--answers",
         type=Path,
@@ -55,12 +57,13 @@ def run(options: argparse.Namespace) -> None:
     world, sizes = World(0, 1, device), (limits.batch_size, limits.max_new_tokens)
     draw = {"metrics": limits.metrics, "seed": settings.seed, "workers": settings.workers}
     shown = {"tell": ValidationProgress(_say), "stop": StopSignal()}
+    shown["demonstrations"] = demonstrations = _demonstrations(settings, processor, size, options.model)
     validator = Validator(source, processor, world, torch.float32, *sizes, **draw, **shown)
     validator.check_metrics(limits.samples)
     unfinished = None
     if options.answers:
         file = options.answers.with_name(f"{options.answers.name}.unfinished")
-        unfinished = Unfinished(file, _identity(options.model, settings, source))
+        unfinished = Unfinished(file, _identity(options.model, settings, source, demonstrations))
         if unfinished.found:
             _say(f"{file} has {len(unfinished.found):,} finished conversations")
     model = VLMWrapper.from_pretrained(options.model).to(device)
@@ -81,17 +84,39 @@ def run(options: argparse.Namespace) -> None:
     print(text_table(score_rows(scores), indent=2))
 
 
+def _demonstrations(
+    settings: Evaluation, processor: Processor, image_size: tuple[int, int], model: Path
+) -> Demonstrations | None:
+    from ..data.sources import build_source
+    from ..evaluation.few_shot import Demonstrations, why_zero_shot
+    from ..settings.run import RICES
+
+    asked, rices = settings.validation, settings.validation.shots_by == RICES
+    if asked.shots_from is None:
+        return None
+    if reason := why_zero_shot(processor):
+        raise ValueError(f"validation.shots={list(asked.shots)}: {model} cannot be shown demonstrations: {reason}")
+    if rices and processor.geometry is None:
+        raise ValueError(f"validation.shots_by={RICES} needs a vision encoder, which {model} does not have")
+    source = build_source(settings.data.split(asked.shots_from), image_size, settings.seed)
+    return Demonstrations(source, asked.shots_from, asked.shots, settings.seed, rices)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _identity(model: Path, settings: Evaluation, source: Mixture) -> dict:
+def _identity(model: Path, settings: Evaluation, source: Mixture, demonstrations: Demonstrations | None) -> dict:
     """What decides the answers to a question: the code, the model, the data and the settings."""
     from .. import __version__
     from ..model.folder import MANIFEST
     from ..runs.fingerprints import fingerprint
 
-    split = settings.data.split("validation")
+    split, shots = settings.data.split("validation"), {}
+    if demonstrations is not None:
+        own = settings.data.split(demonstrations.name)
+        shots = {"shots": repr((own, demonstrations.source.identities, settings.validation.shots_by))}
+        shots["shot_images"] = [fingerprint(folder)["sha256"] for folder in _image_folders(own)]
     return {
         "version": __version__,
         "model": hashlib.sha256((model / MANIFEST).read_bytes()).hexdigest(),
@@ -99,6 +124,7 @@ def _identity(model: Path, settings: Evaluation, source: Mixture) -> dict:
         "images": [fingerprint(folder)["sha256"] for folder in _image_folders(split)],
         "seed": settings.seed,
         "max_new_tokens": settings.validation.max_new_tokens,
+        **shots,
     }
 
 

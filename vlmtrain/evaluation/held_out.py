@@ -5,8 +5,9 @@ lengths of all conversations -> batches of similar lengths -> decoded images, pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ..data.records import IMAGE_MARK, BadSample, Conversation, Turn
 from ..data.rendered import Rendered
 from ..data.sources import Source
 from ..visual import MediaPlan
+from .few_shot import Demonstrations, preceded
 from .scores import Answer
 
 
@@ -41,13 +43,15 @@ class HeldOutBatch(NamedTuple):
     """Complete conversations with their images, and what is asked about them.
 
     indices: of the conversations in their source. batch: one row for each, or an empty row if there are none.
-    questions: those of each conversation by turn, without a prediction. prompts, choices: in batches of similar
-    lengths. problems: of the records that were left out.
+    questions: those of each conversation by turn, without a prediction; turns count demonstrations. demonstrations:
+    the ids of those before each conversation. prompts, choices: in batches of similar lengths. problems: of the records
+    that were left out.
     """
 
     indices: list[int]
     batch: Batch
     questions: list[dict[int, Answer]]
+    demonstrations: list[tuple[str, ...]]
     prompts: list[Rows]
     choices: list[Rows]
     problems: list[str]
@@ -63,13 +67,18 @@ class _Row(NamedTuple):
 
 @dataclass
 class HeldOut(IterableDataset):
-    """Batches of held-out conversations, given the indices in each. asks: whether to prepare prompts and choices."""
+    """Batches of held-out conversations, given the indices in each.
+
+    asks: whether to prepare prompts and choices. shots: number of `demonstrations` before each conversation, by index.
+    """
 
     source: Source
     processor: Processor
     batches: Sequence[Sequence[int]]
     batch_size: int
     asks: bool
+    demonstrations: Demonstrations | None = None
+    shots: Mapping[int, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
         info = get_worker_info()
@@ -77,59 +86,69 @@ class HeldOut(IterableDataset):
         for indices in self.batches[worker::workers]:
             yield self._prepare(indices)
 
-    def length(self, index: int) -> int:
-        """Number of tokens of a conversation, whose images are not decoded. Raises BadSample."""
-        return len(self.processor.render(self._conversation(index)))
+    def length(self, index: int, shots: int = 0) -> tuple[int, int]:
+        """Number of tokens of a conversation, whose images are not decoded, and of the demonstrations before it.
 
-    def _conversation(self, index: int) -> Conversation:
-        return shown(self.processor, self.source[index])
+        These are as many as fit into ``max_length`` beside the complete conversation, at most `shots`. Raises
+        BadSample.
+        """
+        if shots and not self._fits(index, shots):
+            shots = bisect_left(range(1, shots), True, key=lambda count: not self._fits(index, count))
+        return len(self.processor.render(self._conversation(index, shots)[0])), shots
+
+    def _fits(self, index: int, shots: int) -> bool:
+        conversation = _with_longest_choices(self.processor, self._conversation(index, shots)[0])
+        # videos are not shortened in favor of demonstrations
+        return self.processor.renderer.excess(conversation, self.processor.plan(conversation)) <= 0
+
+    def _conversation(self, index: int, shots: int) -> tuple[Conversation, tuple[str, ...]]:
+        """A conversation after `shots` demonstrations, and the ids of these."""
+        own = self.source[index]
+        before = self.demonstrations.before(index, own, shots) if shots else ()
+        return shown(self.processor, preceded(own, before)), tuple(shot.id for shot in before)
 
     def _prepare(self, indices: Sequence[int]) -> HeldOutBatch:
         kept: list[int] = []
         samples: list[Sample] = []
         questions: list[dict[int, Answer]] = []
+        demonstrations: list[tuple[str, ...]] = []
         prompts: list[_Row] = []
         choices: list[_Row] = []
         problems = []
         for index in indices:
             try:
-                conversation = self._conversation(index)
+                conversation, before = self._conversation(index, self.shots.get(index, 0))
                 tokens = self.processor.render(conversation, self._plan(conversation))
                 sample = self.processor.load(conversation, tokens)
-                asked = dict(self._asked(index, conversation, tokens)) if self.asks else {}
+                asked = dict(self._asked(index, conversation, tokens, len(before))) if self.asks else {}
                 offered = list(self._offered(conversation, sample, asked, len(kept)))
             except BadSample as error:
                 problems.append(str(error))
                 continue
             for turn in asked:
                 start = tokens.answers[turn][0]
-                prompt = _without_pixels(sample.cut(tokens.until(start)))
+                prompt = _without_pixels(sample.cut(tokens.until(start, tokens.answers[:turn])))
                 prompts.append(_Row(prompt, len(kept), turn, -1, start))
             kept.append(index)
             samples.append(sample)
             questions.append(asked)
+            demonstrations.append(before)
             choices += offered
         firsts = [0]
         for sample in samples:
             firsts.append(firsts[-1] + len(sample.tokens.media.items))
         batch = self.processor.collate(samples, rows=1)
         rows = (self._rows(found, firsts) for found in (prompts, choices))
-        return HeldOutBatch(kept, batch, questions, *rows, problems)
+        return HeldOutBatch(kept, batch, questions, demonstrations, *rows, problems)
 
     def _plan(self, conversation: Conversation) -> MediaPlan:
         """What is shown of the media: the same with every choice, so there is room for the longest one."""
+        return self.processor.fitted(_with_longest_choices(self.processor, conversation))
 
-        def tokens(text: str) -> int:
-            return len(self.processor.tokenizer(text).input_ids)
-
-        turns = (
-            replace(turn, text=max(turn.text, *turn.grading.choices, key=tokens)) if turn.grading.choices else turn
-            for turn in conversation.turns
-        )
-        return self.processor.fitted(replace(conversation, turns=tuple(turns)))
-
-    def _asked(self, index: int, conversation: Conversation, tokens: Rendered) -> Iterator[tuple[int, Answer]]:
-        for turn, answer in enumerate(questions_of(index, conversation)):
+    def _asked(
+        self, index: int, conversation: Conversation, tokens: Rendered, shots: int
+    ) -> Iterator[tuple[int, Answer]]:
+        for turn, answer in enumerate(questions_of(index, conversation, shots), shots):
             # a conversation that is too long loses turns; text without an image under `plain` has no prompt
             if turn < len(tokens.answers) and tokens.answers[turn][0] > 0:
                 yield turn, answer
@@ -163,12 +182,28 @@ def shown(processor: Processor, conversation: Conversation) -> Conversation:
     return processor.renderer.showable(processor.written(conversation))
 
 
-def questions_of(index: int, conversation: Conversation) -> Iterator[Answer]:
-    """The questions of a conversation with their references, unanswered. index: of the conversation in its source."""
-    spoken = [turn for turn in conversation.turns if turn.role != "system"]
+def questions_of(index: int, conversation: Conversation, shots: int = 0) -> Iterator[Answer]:
+    """The questions of a conversation with their references, unanswered.
+
+    index: of the conversation in its source. shots: number of demonstrations before its own turns.
+    """
+    spoken = [turn for turn in conversation.turns if turn.role != "system"][2 * shots :]
     for turn, (asked, true) in enumerate(zip(spoken[::2], spoken[1::2])):
         question = asked.text.replace(IMAGE_MARK, "").strip()
         yield Answer(index, turn, question, true.text.strip(), "", true.grading)
+
+
+def _with_longest_choices(processor: Processor, conversation: Conversation) -> Conversation:
+    """The conversation with the longest choice, in tokens, in place of each answer that has choices."""
+
+    def tokens(text: str) -> int:
+        return len(processor.tokenizer(text).input_ids)
+
+    turns = (
+        replace(turn, text=max(turn.text, *turn.grading.choices, key=tokens)) if turn.grading.choices else turn
+        for turn in conversation.turns
+    )
+    return replace(conversation, turns=tuple(turns))
 
 
 def _answered(conversation: Conversation, turn: int, words: str) -> Conversation:

@@ -29,11 +29,15 @@ MOST_BLANKS = 64
 
 
 class Told(NamedTuple):
-    """Results for one conversation: its summed cross-entropy, the weight of its targets, and the answers."""
+    """Results for one conversation: its summed cross-entropy, the weight of its targets, and the answers.
+
+    demonstrations: the ids of those before it.
+    """
 
     loss: float
     weight: float
     answers: tuple[Answer, ...] = ()
+    demonstrations: tuple[str, ...] = ()
 
 
 class Reader:
@@ -88,8 +92,8 @@ class Reader:
             prefixes = None
         said = self._answers(asked, images, prefixes)
         likely = self._likelihoods(offered, images)
-        for number, (questions, loss, weight) in enumerate(
-            zip(held.questions, losses.tolist(), batch.weights.sum(1).tolist())
+        for number, (questions, before, loss, weight) in enumerate(
+            zip(held.questions, held.demonstrations, losses.tolist(), batch.weights.sum(1).tolist())
         ):
             answers = (
                 replace(
@@ -99,7 +103,7 @@ class Reader:
                 )
                 for turn, question in questions.items()
             )
-            yield Told(loss, weight, tuple(answers))
+            yield Told(loss, weight, tuple(answers), before)
 
     def _losses(self, batch: Batch, features: Features | None, prefixes: Prefixes | None) -> torch.Tensor:
         """Summed cross-entropy of each row, in float64."""

@@ -9,6 +9,7 @@ names the metrics that must be computed.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -262,25 +263,38 @@ def check_metrics(names: Any) -> None:
             )
 
 
+FEWER = "fewer_than_"
+"""Start of the names of the numbers of conversations with fewer demonstrations than their score says."""
+
 PLAIN = ("loss", "perplexity", "cider", "bleu4")
 """Values that are not fractions of the questions."""
 
 
+def base_name(name: str) -> str:
+    """A name without what says whether images are blanked, and how many demonstrations there are."""
+    return re.sub(r"_\d+_shots$", "", name.removeprefix("blind_"))
+
+
 def value_text(name: str, value: float) -> str:
     """Format a value, with fractions in per cent."""
-    return f"{value:.4f}" if name.removeprefix("blind_") in PLAIN else f"{value:.1%}"
+    return f"{value:.4f}" if base_name(name) in PLAIN else f"{value:.1%}"
 
 
 def score_rows(scores: dict) -> list[tuple[str, ...]]:
-    """Table rows of scores: name, value and value with blanked images; then the exact match of each category."""
+    """Table rows of scores: name, value and value with blanked images; then the exact match of each category.
+
+    Last, the conversations with fewer demonstrations, if there are any.
+    """
     rows: list[tuple[str, ...]] = [("", "with image", "blind")]
     for name in (name for name in scores if f"blind_{name}" in scores):
         shown = (value_text(name, scores[key]) for key in (name, f"blind_{name}"))
         rows.append((name.replace("_", " "), *shown))
     for kind, values in scores.get("by_category", {}).items():
-        shown = (value_text("exact_match", values[key]) for key in ("exact_match", "blind_exact_match"))
-        rows.append((f"  exact match of {kind} ({values['questions']})", *shown))
-    return rows
+        for name in (name for name in values if base_name(name) == "exact_match" and f"blind_{name}" in values):
+            shown = (value_text(name, values[key]) for key in (name, f"blind_{name}"))
+            rows.append((f"  {name.replace('_', ' ')} of {kind} ({values['questions']})", *shown))
+    fewer = [(name, value) for name, value in scores.items() if name.startswith(FEWER) and value]
+    return rows + [(f"conversations with {name.replace('_', ' ')}", f"{value:,}", "") for name, value in fewer]
 
 
 def benchmark_rows(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:

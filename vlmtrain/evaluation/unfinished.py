@@ -20,8 +20,8 @@ class Unfinished:
     """Finished conversations in a file, which an interrupted evaluation reads when it is repeated.
 
     identity: plain values that decide the answers. A file with another identity is discarded. The first line of the
-    file is the identity, and each further line is one conversation. found: the finished conversations by index, with a
-    `Told` for each view.
+    file is the identity, and each further line is one conversation. found: the finished conversations by number of
+    demonstrations and index, with a `Told` for each view.
     """
 
     def __init__(self, file: Path, identity: Mapping):
@@ -35,7 +35,7 @@ class Unfinished:
                         self.found |= _read(line)
         replace_text(file, "".join(f"{line}\n" for line in (head, *(_line(*item) for item in self.found.items()))))
 
-    def add(self, told: Mapping[int, list[Told]]) -> None:
+    def add(self, told: Mapping[tuple[int, int], list[Told]]) -> None:
         """Keep further conversations."""
         with open(self.file, "a", encoding="utf-8") as out:
             out.write("".join(f"{_line(*item)}\n" for item in told.items()))
@@ -45,18 +45,19 @@ class Unfinished:
         self.file.unlink(missing_ok=True)
 
 
-def _line(index: int, told: list[Told]) -> str:
-    views = [{"loss": each.loss, "weight": each.weight, "answers": list(map(asdict, each.answers))} for each in told]
-    return json.dumps({"conversation": index, "views": views})
+def _line(key: tuple[int, int], told: list[Told]) -> str:
+    shots, index = key
+    views = [{**each._asdict(), "answers": list(map(asdict, each.answers))} for each in told]
+    return json.dumps({"shots": shots, "conversation": index, "views": views})
 
 
-def _read(line: str) -> dict[int, list[Told]]:
+def _read(line: str) -> dict[tuple[int, int], list[Told]]:
     entry = json.loads(line)
-    return {
-        entry["conversation"]: [
-            Told(view["loss"], view["weight"], tuple(map(_answer, view["answers"]))) for view in entry["views"]
-        ]
-    }
+    views = [
+        Told(view["loss"], view["weight"], tuple(map(_answer, view["answers"])), tuple(view["demonstrations"]))
+        for view in entry["views"]
+    ]
+    return {(entry["shots"], entry["conversation"]): views}
 
 
 def _answer(values: dict) -> Answer:

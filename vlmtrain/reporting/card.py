@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 
 from .. import __version__
-from ..evaluation.scores import value_text
+from ..evaluation.scores import base_name, value_text
 from ..files import replace_text
 from ..model.fusion import FACTS
 from ..model.parts import FIXED, PARTS
@@ -251,9 +251,10 @@ def score_rows(run_dir: Path, done: Mapping[str, Mapping]) -> Iterator[tuple]:
             questions, shown = f"{count or scores['questions']:,}", _with_interval(name, seeing, count)
             yield stage, name.replace("_", " "), questions, shown, value_text(name, blind)
         for kind, values in scores.get("by_category", {}).items():
-            exact = _with_interval("exact_match", values["exact_match"], values["questions"])
-            blind = value_text("exact_match", values["blind_exact_match"])
-            yield stage, f"exact match of {kind}", f"{values['questions']:,}", exact, blind
+            for name in (name for name in values if base_name(name) == "exact_match" and f"blind_{name}" in values):
+                exact = _with_interval(name, values[name], values["questions"])
+                blind = value_text(name, values[f"blind_{name}"])
+                yield stage, f"{name.replace('_', ' ')} of {kind}", f"{values['questions']:,}", exact, blind
 
 
 def _judged(file: Path) -> dict[str, int]:
@@ -263,7 +264,7 @@ def _judged(file: Path) -> dict[str, int]:
 
 
 def _with_interval(name: str, value: float, count: int | None) -> str:
-    if not count or name not in SHARES:
+    if not count or base_name(name) not in SHARES:
         return value_text(name, value)
     low, high = wilson(value, count)
     return f"{value_text(name, value)} ({low:.1%} to {high:.1%})"

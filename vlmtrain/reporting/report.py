@@ -205,5 +205,8 @@ def _cards(samples: list[dict]) -> str:
                 f'<dd class="{verdict}">{escape(answer["prediction"] or "(nothing)")}</dd>{reference}'
                 f'<dd class="quiet">blind: {escape(answer["blind_prediction"] or "(nothing)")}</dd>'
             )
+            for name in (name for name in answer if re.fullmatch(r"prediction_\d+_shots", name)):
+                said = f"{name.removeprefix('prediction_').replace('_', ' ')}: {answer[name] or '(nothing)'}"
+                lines.append(f'<dd class="quiet">{escape(said)}</dd>')
         cards.append(f'<div class="card">{images}<dl>{"".join(lines)}</dl></div>')
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""

@@ -156,7 +156,7 @@ def _binding(config: dict, began: list[str]) -> dict:
     # with early stopping, validation decides the number of steps
     early = [name for name, stage in config["stages"].items() if stage.get("early_stopping") is not None]
     deciding = {f"stages.{name}.{key}" for name in early for key in ("validate_every", "validation", "best_metric")}
-    deciding |= {"validation.samples"} if early else set()
+    deciding |= {f"validation.{key}" for key in ("samples", "shots", "shots_from", "shots_by")} if early else set()
     found = {key: value for key, value in flatten(config) if key in deciding or not changes_no_update(key)}
     encoders = config.get("vision", {}).get("encoders")
     return found | ({"vision.encoders": list(encoders)} if encoders else {})  # their order is that of their features

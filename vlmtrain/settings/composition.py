@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import first_line, nearest
-from .fields import flatten, read
+from .fields import flatten
 from .finishing import finish, lay_over, plain
 from .locations import CONFIGS
 from .mini import with_mini
 from .other_trainers import suggestion
 from .overrides import key_of, register_choices, unparsable, with_open_mappings
-from .run import Evaluation, Run, read_run
+from .run import Answers, Evaluation, Run, read_evaluation, read_run
 
 MODEL_STAGE = "build_model"  # names the only stage of `compose_model` in messages
 
@@ -42,11 +43,17 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, own_keys: I
 
 
 def compose_evaluation(overrides: Sequence[str]) -> Evaluation:
-    """Compose the settings of ``vlmtrain evaluate``. Raises ValueError as `compose` does."""
-    config = _compose("evaluate", overrides)
+    """Compose the settings of ``vlmtrain evaluate``, where keys of ``validation`` may be given without their group.
+
+    Raises ValueError as `compose` does.
+    """
+    own = {field.name for field in fields(Answers)}
+    config = _compose(
+        "evaluate", [f"validation.{each}" if each.partition("=")[0] in own else each for each in overrides]
+    )
     with open_dict(config):
         config.pop("hydra", None)
-    return read(Evaluation, OmegaConf.to_container(config, resolve=True))
+    return read_evaluation(OmegaConf.to_container(config, resolve=True))
 
 
 def compose_model(choices: Mapping[str, str | Mapping], inputs: Mapping[str, Any], **values: Any) -> Run:

@@ -98,9 +98,10 @@ def _check_options(settings: DictConfig, options: Iterable[Mapping[str, Mapping]
 
 
 def _splits(settings: DictConfig) -> Iterator[str]:
-    """The splits that the stages name."""
-    for stage in OmegaConf.to_container(settings).get("stages", {}).values():
-        yield from (stage[key] for key in ("data", "validation") if isinstance(stage.get(key), str))
+    """The splits that the stages and the demonstrations name."""
+    settings = OmegaConf.to_container(settings)
+    named = [stage.get(key) for stage in settings.get("stages", {}).values() for key in ("data", "validation")]
+    yield from (name for name in (*named, settings["validation"]["shots_from"]) if isinstance(name, str))
 
 
 def lay_over(settings: DictConfig, options: Mapping, named: Iterable[str], setter: str = "the recipe") -> None:

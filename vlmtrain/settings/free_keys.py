@@ -34,6 +34,7 @@ _ADDED = {
         "device_tflops": None,
     },
     **{"vision.scales": None, "data.columns.dialogues": None, "boxes.format": None, "boxes.frame": None},
+    **{"validation.shots": [0], "validation.shots_from": None, "validation.shots_by": "random"},
 }
 _ADDED_IN_STAGE = {
     **{"schedule.decay_ratio": 0.1, "early_stopping": None, "best_metric": "loss"},

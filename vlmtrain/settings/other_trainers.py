@@ -15,6 +15,7 @@ _KEYS = {
     ("per_device_train_batch_size", "train_micro_batch_size_per_gpu"): "stages.STAGE.micro_batch_size",
     ("train_batch_size", "global_batch_size"): "stages.STAGE.batch_size",
     ("per_device_eval_batch_size", "eval_batch_size"): "validation.batch_size",
+    ("num_fewshot",): "validation.shots",
     ("num_train_epochs", "max_epochs", "num_epochs"): "stages.STAGE.epochs",
     ("max_train_steps", "num_train_steps"): "stages.STAGE.max_steps",
     ("warmup_steps", "num_warmup_steps", "lr_warmup_steps"): "stages.STAGE.schedule.warmup_steps",

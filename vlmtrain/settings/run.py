@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +36,18 @@ from .stage import Stage
 
 _LOGGERS = list_of(one_of("wandb", "tensorboard", "mlflow"), "a list of wandb, tensorboard, mlflow")
 _FOR_VALIDATION = "for validation, which draws from all records: give a data set that is not streamed"
+RANDOM, RICES = "random", "rices"
+
+
+def _are_shots(value: Any) -> bool:
+    if not list_of(whole(0, 1000), "").fits(value):
+        return False
+    return list(value[:1]) == [0] and all(fewer < more for fewer, more in pairwise(value))
+
+
+_SHOTS = Kind(
+    "0 and then increasing numbers of demonstrations, as in [0, 4, 8]", _are_shots, lambda value, key: tuple(value)
+)
 MODULES = Kind(
     "a list of module names",
     lambda value: isinstance(value, str) or NAMES.fits(value),
@@ -92,6 +105,31 @@ class Answers:
     batch_size: int = key(whole(1))  # conversations that a rank processes at once
     max_new_tokens: int = key(whole(1))  # maximum tokens per answer
     metrics: tuple[str, ...] | None = key(optional(NAMES))  # metrics besides exact match; null: all that apply
+    shots: tuple[int, ...] = key(_SHOTS, (0,))  # numbers of demonstrations before a question
+    shots_from: str | None = key(optional(TEXT), None)  # split that demonstrations are drawn from
+    shots_by: str = key(one_of(RANDOM, RICES), RANDOM)  # how they are chosen: by seed, or by similar images
+
+    def __post_init__(self) -> None:
+        given = {"shots_from": (self.shots_from, None), "shots_by": (self.shots_by, RANDOM)}
+        idle = [f"validation.{name}={value}" for name, (value, default) in given.items() if value != default]
+        if len(self.shots) == 1 and idle:
+            raise ValueError(f"{idle[0]} has no effect with validation.shots=[0]; add numbers of demonstrations")
+        if len(self.shots) > 1 and self.shots_from is None:
+            raise ValueError(
+                f"validation.shots={list(self.shots)} needs validation.shots_from: the split of the demonstrations"
+            )
+
+    def check_splits(self, data: DataGroup, asked: str) -> None:
+        """Raise ValueError unless demonstrations can be drawn for the questions of the split `asked`."""
+        name, key = self.shots_from, f"validation.shots_from={self.shots_from}"
+        if name is None:
+            return
+        if name == asked:
+            raise ValueError(f"{key}: expected another split than that of the questions")
+        if data.splits.get(name) is None:
+            known = [split for split, sources in data.splits.items() if sources is not None and split != asked]
+            raise ValueError(f"{key}: data.{name} is not set.{nearest(name, known)}")
+        data.split(name).refuse_streams("for demonstrations, which are drawn from all records")
 
 
 @dataclass(frozen=True)
@@ -206,6 +244,7 @@ class Run:
                     raise ValueError(f"{key}: the data group has no such split.{hint}")
             if self.validates(stage):
                 self.data.split(stage.validation).refuse_streams(_FOR_VALIDATION)
+                self.validation.check_splits(self.data, stage.validation)
 
     def _check_optimizer(self, stage: Stage) -> None:
         key, name = f"{stage.prefix}.optimizer.name", stage.optimizer.name
@@ -268,8 +307,15 @@ def read_run(composed: Mapping[str, Any]) -> Run:
         given["stages"] = {name: _with_fusion(stage) for name, stage in stages.items()}
     stages = [stage for stage in stages.values() if isinstance(stage, Mapping)] if isinstance(stages, Mapping) else []
     named = [stage.get(option) for stage in stages for option in ("data", "validation")]
-    data = read_data(MAPPING(given.pop("data", None), "data"), [split for split in named if isinstance(split, str)])
+    data = _data_of(given, named)
     return read(Run, given, data=data, composed=MappingProxyType(composed))
+
+
+def _data_of(given: dict[str, Any], named: Iterable[Any]) -> DataGroup:
+    """Take the data group out of the values that are `given`. named: the splits of the stages, if they are strings."""
+    validation = given.get("validation")
+    named = [*named, validation.get("shots_from") if isinstance(validation, Mapping) else None]
+    return read_data(MAPPING(given.pop("data", None), "data"), [split for split in named if isinstance(split, str)])
 
 
 def _with_fusion(stage: Any) -> Any:
@@ -284,12 +330,20 @@ def _with_fusion(stage: Any) -> Any:
 class Evaluation:
     """The settings of ``vlmtrain evaluate``: configs/evaluate.yaml."""
 
+    data: DataGroup
     modules: Sequence[str] = key(MODULES)
     seed: int = key(whole(0, 2**32 - 1))
     workers: int = key(whole(0, 1000))  # data processes
     validation: Answers = key(section(Answers))
-    data: DataGroup = key(Kind("a mapping", MAPPING.fits, lambda value, key: read_data(value)))
 
     def __post_init__(self) -> None:
         if self.data.splits.get("validation") is not None:
             self.data.split("validation").refuse_streams(_FOR_VALIDATION)
+            self.validation.check_splits(self.data, "validation")
+
+
+def read_evaluation(composed: Mapping[str, Any]) -> Evaluation:
+    """Read the settings of ``vlmtrain evaluate`` from plain values. Raises ValueError naming the key."""
+    given = dict(composed)
+    data = _data_of(given, ())
+    return read(Evaluation, given, data=data)

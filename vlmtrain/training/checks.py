@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ..data.mixture import Mixture
 from ..data.processor import Processor
 from ..data.records import BadSample
 from ..data.sources import LOOKED_AT, build_source, first_look
+from ..evaluation.few_shot import why_zero_shot
 from ..evaluation.lmms_eval import check_tasks
 from ..evaluation.scores import check_metrics
 from ..files import read_object
@@ -28,12 +29,14 @@ from ..objectives import OBJECTIVES
 from ..runs.folder import RunFolder
 from ..settings import LLM, Run, Stage, Vision
 from ..settings.data import Split
+from ..settings.run import RICES
 from .assembly import build_skeleton, build_tokenizer, check_origins
 from .batching import split_batch
 from .handover import tensors_taken
 from .log import logger
 from .processing import build_processor, image_size_of
-from .trainable import check_starts, trained_groups
+from .stage_validation import build_demonstrations
+from .trainable import Group, check_starts, groups_of, trained_groups
 
 
 def check_run(run: Run, world_size: int) -> None:
@@ -94,6 +97,7 @@ def check_stages(run: Run, folder: RunFolder) -> None:
     handed_on = set(read_manifest(source)) if source else set()
     given = set(handed_on)  # parts that come from `init_from` rather than from the settings
     connector = connector_skeleton(source) if source else None
+    zero_shot: dict[str, str | None] = {}  # why a stage that validates has no demonstrations
     if "fusion" in handed_on:
         _check_fusion(run, read_object(source / "fusion" / "config.json"))
     for stage in run.stages.values():
@@ -125,15 +129,37 @@ def check_stages(run: Run, folder: RunFolder) -> None:
             processor = build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
             if "llm" in parts:
                 _check_rules(processor, parts["llm"])
-            data = _check_source(run, run.data.split(stage.data), image_size_of(parts))
-            if run.validates(stage) and stage.validation != stage.data:
-                _check_source(run, run.data.split(stage.validation), image_size_of(parts))
+            size, shots_from = image_size_of(parts), run.validation.shots_from
+            data = _check_source(run, run.data.split(stage.data), size)
+            held_out = [stage.validation, shots_from] if run.validates(stage) else []
+            for name in held_out:
+                if name not in (stage.data, None):
+                    _check_source(run, run.data.split(name), size)
+            if held_out and shots_from:
+                build_demonstrations(run, size)
+                zero_shot[stage.name] = why_zero_shot(processor)
+                _check_retrieval(run, stage, parts, groups)
             if stage.layout == "padded":  # packed rows are counted when the stage starts
                 steps = stage.max_steps or math.ceil(data.epoch_size / stage.batch_size) * stage.epochs
                 check_starts(groups, stage, steps)
         else:
             continue
         handed_on = (handed_on | set(stage.parts)) - set(stage.drops) - {"objective"}
+    if zero_shot and all(zero_shot.values()):
+        reasons = "; ".join(f"stage {name}: {reason}" for name, reason in zero_shot.items())
+        raise ValueError(f"validation.shots={list(run.validation.shots)}: no stage can show demonstrations ({reasons})")
+
+
+def _check_retrieval(run: Run, stage: Stage, parts: Mapping[str, nn.Module], groups: Sequence[Group]) -> None:
+    """Raise ValueError if demonstrations are chosen by features that the stage does not have or that it changes."""
+    if run.validation.shots_by != RICES:
+        return
+    if "vision" not in parts or groups_of("vision", groups):
+        what = "trains" if "vision" in parts else "does not have"
+        raise ValueError(
+            f"validation.shots_by={RICES} needs a frozen vision encoder, which stage {stage.name} {what}: use random, "
+            f"or set {stage.prefix}.validation=null"
+        )
 
 
 def _check_rules(processor: Processor, llm: nn.Module) -> None:

@@ -10,6 +10,7 @@ from ..data.loader import StepData, StepStream, step_loader
 from ..data.sources import build_source
 from ..distributed.world import Stopped, StopSignal, World
 from ..errors import first_line
+from ..evaluation.few_shot import why_zero_shot
 from ..evaluation.lmms_eval import Benchmarks
 from ..evaluation.progress import ValidationProgress
 from ..evaluation.validation import Validator
@@ -37,7 +38,7 @@ from .progress import Progress
 from .proof import Hashes, part_hashes, part_summary
 from .skips import Skips
 from .stage_report import shown_samples, training_table
-from .stage_validation import StageValidation
+from .stage_validation import StageValidation, build_demonstrations
 from .step import StepRunner
 from .tracking import Trackers
 from .trainable import check_starts, freeze, frozen_encoders, groups_of, trained_groups
@@ -302,8 +303,12 @@ class _Stage:
                 progress(what, done, total)
 
         options = self.settings.validation
+        zero_shot = why_zero_shot(self.processor) if options.shots_from else None
+        if zero_shot and self.world.is_main:
+            logger.warning(f"stage {self.name} is validated without demonstrations: {zero_shot}")
+        size = image_size_of(self.parts)
         return Validator(
-            build_source(self.settings.data.split(split), image_size_of(self.parts), self.settings.seed),
+            build_source(self.settings.data.split(split), size, self.settings.seed),
             self.processor,
             self.world,
             engine.dtype,
@@ -316,6 +321,7 @@ class _Stage:
             stop=stop,
             workers=self.workers.count,
             tell=tell,
+            demonstrations=None if zero_shot else build_demonstrations(self.settings, size),
         )
 
     def _finish(self, engine: StageEngine, validation: StageValidation, before: dict[str, Hashes]) -> dict:

@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.sources import build_source
 from ..distributed.world import Stopped
+from ..evaluation.few_shot import Demonstrations
+from ..evaluation.scores import base_name
 from ..evaluation.validation import Validator
-from ..settings import Stage, Validation
+from ..settings import Run, Stage, Validation
+from ..settings.run import RICES
+from ..visual import Size
 from .engine.stage_engine import StageEngine
 from .metrics import Metrics
 from .model_folder import ModelWriter
@@ -44,7 +49,10 @@ class StageValidation:
         if self.validator is None:
             return
         sizes = self.options.samples, self.options.final_samples
-        self.validator.check_metrics(None if None in sizes else max(sizes))
+        largest = None if None in sizes else max(sizes)
+        self.validator.check_metrics(largest)
+        with engine.evaluating():
+            self.validator.retrieve(engine.model, largest)
         if "validation_at_start" not in self.record:
             with engine.evaluating():
                 self.record["validation_at_start"] = self.validator.loss(engine.model, self.options.samples)
@@ -121,4 +129,17 @@ class StageValidation:
     def _is_better(self, value: float, best: float | None) -> bool:
         if not math.isfinite(value):
             return False
-        return best is None or (value < best if self.stage.best_metric == "loss" else value > best)
+        return best is None or (value < best if base_name(self.stage.best_metric) == "loss" else value > best)
+
+
+def build_demonstrations(run: Run, image_size: Size) -> Demonstrations | None:
+    """The demonstrations before validation questions; None if the settings name none.
+
+    image_size: of the encoder, for generated data. Raises ValueError if there are too few.
+    """
+    options = run.validation
+    if options.shots_from is None:
+        return None
+    source = build_source(run.data.split(options.shots_from), image_size, run.seed)
+    skip_bad, rices = run.on_bad_sample == "skip", options.shots_by == RICES
+    return Demonstrations(source, options.shots_from, options.shots, run.seed, rices, skip_bad)

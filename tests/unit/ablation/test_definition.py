@@ -106,6 +106,11 @@ def test_invalid_settings_are_named(line, said):
         (["metric=exact_mach"], "^metric=exact_mach: expected a metric .* exact_match, .*Did you mean 'exact_match'"),
         (["metric=bleu4"], "^metric=bleu4: expected a metric of single answers, one of exact_match, .*cider"),
         (["metric=yes_no_f1"], "^metric=yes_no_f1: expected a metric of single answers"),
+        (["metric=exact_match_4_shots"], "^metric=exact_match_4_shots: expected a metric of single answers"),
+        (
+            ["metric=exact_match_4_shots", "validation.shots=[0,2]", "validation.shots_from=align"],
+            "^metric=exact_match_4_shots: .*, exact_match_2_shots, .*Did you mean 'exact_match_2_shots'",
+        ),
         (["metric=cider", "validation.metrics=[yes_no]"], "^metric=cider: .* one of exact_match, yes_no_accuracy"),
         (
             ["metric=vqa_accuracy"],

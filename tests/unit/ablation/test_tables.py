@@ -105,6 +105,21 @@ def test_missing_scores_are_left_blank_in_the_tables(right, tmp_path):
     assert "| mlp, data=probes | 1.0000 (0.5000) |\n" in said
 
 
+def test_scores_with_demonstrations_are_shown_beside_those_without(tmp_path):
+    jobs = {"mlp": {"fewer": 3}, "linear": {"fewer": 0}}
+    line = ["connectors=[mlp,linear]", "metric=exact_match_4_shots"]
+    entries, said = table_of(tmp_path, line, jobs)
+    assert [(entry.score, entry.blind) for entry in entries] == [(1.0, 0.5)] * 2
+    assert "| exact match 4 shots |" in said and "max_length left no room for some demonstrations: mlp (3 conv" in said
+    assert "linear (" not in said
+    table = tables(read_line(["recipe=quickstart", *line]), entries)["Other scores (blind)"]
+    assert table[0] == ("", "exact match") and {row[1] for row in table[1:]} == {
+        f"{entry.scores['exact_match']:.1%} (0.0%)" for entry in entries
+    }
+    by_default = tables(read_line(["recipe=quickstart", line[0]]), entries)["Other scores (blind)"]
+    assert by_default == [("", "exact match 4 shots"), ("mlp", "100.0% (50.0%)"), ("linear", "100.0% (50.0%)")]
+
+
 def test_a_category_has_its_own_score_and_blind_score():
     rng = np.random.default_rng(0)
     seeds = [

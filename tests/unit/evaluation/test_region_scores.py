@@ -87,5 +87,5 @@ def test_unfinished_evaluations_keep_the_places(tmp_path):
 
     place = Place((100.0, 100.0, 300.0, 200.0), "llava", Frame((9, 8), (7, 6), (0.5, 0.25), (0.0, 1.5)), 1)
     told = [Told(1.0, 2.0, (answer("[0.1, 0.2, 0.3, 0.4]", place),))]
-    Unfinished(tmp_path / "answers", {"model": "a"}).add({3: told})
-    assert Unfinished(tmp_path / "answers", {"model": "a"}).found == {3: told}
+    Unfinished(tmp_path / "answers", {"model": "a"}).add({(0, 3): told})
+    assert Unfinished(tmp_path / "answers", {"model": "a"}).found == {(0, 3): told}

@@ -135,6 +135,18 @@ def test_a_table_has_a_blind_value_for_each_score():
     ]
 
 
+def test_a_table_has_the_scores_of_each_number_of_demonstrations():
+    scores = {"cider": 0.5, "blind_cider": 1.5, "questions": 4, "by_category": {}}
+    scores["by_category"]["color"] = {"exact_match_4_shots": 1.0, "blind_exact_match_4_shots": 0.0, "questions": 2}
+    scores |= {"cider_4_shots": 0.75, "blind_cider_4_shots": 0.25, "fewer_than_4_shots": 3, "fewer_than_1_shots": 0}
+    assert score_rows(scores)[1:] == [
+        ("cider", "0.5000", "1.5000"),
+        ("cider 4 shots", "0.7500", "0.2500"),
+        ("  exact match 4 shots of color (2)", "100.0%", "0.0%"),
+        ("conversations with fewer than 4 shots", "3", ""),
+    ]
+
+
 def random_captions(rng: random.Random) -> tuple[list[list[str]], list[list[list[str]]]]:
     words = "a the red blue dog cat sits on mat under tree and".split()
     true = [
