@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -400,6 +401,9 @@ def as_own(model: VLMWrapper, processor: Processor) -> Exported:
             "image, not the images"
         )
     speech = typed_speech(processor)
+    if geometry.newline:  # so that it is one token also between image tokens
+        word = AddedToken(geometry.newline, special=True, normalized=False)
+        speech.tokenizer.add_tokens([word], special_tokens=True)
     text_config = model.llm.config
     config = VLMTrainConfig(
         text_config=text_config,

@@ -49,8 +49,8 @@ def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
         names = ", ".join(stage.name for stage in run.wanted)
         raise ValueError(
             f"no features can be computed in advance: in each of the stages {names}, the encoder is absent, has no "
-            "weights (vision=patches) or is trained in this run by that stage or an earlier one. If an earlier stage has already trained it, set "
-            "stage=NAME init_from=MODEL_DIR"
+            "weights (vision=patches) or is trained in this run by that stage or an earlier one. If an earlier stage "
+            "has already trained it, set stage=NAME init_from=MODEL_DIR"
         )
     return {stage.name: _fill(run, stage, show_progress) for stage in possible}
 

@@ -52,7 +52,7 @@ class PatchVision(VisionEncoder):
 
     def give_levels(self, count: int) -> None:
         if count:
-            raise ValueError(f"the connector reads {count} hidden layers, but vision=patches has none: use linear or mlp")
+            raise ValueError(f"the connector reads {count} hidden layers, but vision=patches has none: use linear")
 
     def check_any_size(self) -> None:
         """Return: images of all sizes have patches."""
@@ -71,8 +71,8 @@ class PatchVision(VisionEncoder):
         return PackedFeatures(patches, tuple(self.grid_of(image.shape[-2:]) for image in images))
 
     def describe(self) -> dict:
-        return {"patch_size": list(self.patch_size), "image_size": list(self.image_size)}
+        return {"image_size": list(self.image_size), "options": {"patch_size": list(self.patch_size)}}
 
     @classmethod
     def from_description(cls, saved: Mapping[str, Any]) -> PatchVision:
-        return cls(saved["patch_size"], saved["image_size"])
+        return cls(**saved["options"], image_size=saved["image_size"])
