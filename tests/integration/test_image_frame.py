@@ -15,8 +15,8 @@ from vlmtrain.data.images import ImageInMemory
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_skeleton, build_tokenizer
-from vlmtrain.training.init_from import overruled_frame
-from vlmtrain.training.processing import build_processor, image_frame
+from vlmtrain.training.init_from import overruled_controls
+from vlmtrain.training.processing import build_processor, image_controls
 
 WORDS = ["[start]", "[end]"]
 
@@ -73,10 +73,10 @@ def test_a_run_from_a_model_keeps_its_frame(framed, tmp_path):
     talk = conversation("<image>\nwhat color?", "red")
     assert again.render(talk).input_ids.equal(processor.render(talk).input_ids)
 
-    assert not overruled_frame(compose(line))
-    (warning,) = overruled_frame(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
-    assert image_frame(compose(line)) == tuple(WORDS)
-    assert image_frame(compose([*line, "llm.image_frame=['','']"])) == ("", "")
+    assert not overruled_controls(compose(line))
+    (warning,) = overruled_controls(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
+    assert image_controls(compose(line)) == (tuple(WORDS), "")
+    assert image_controls(compose([*line, "llm.image_frame=['','']"])) == (("", ""), "")
     assert "replaces the tokens of init_from" in warning and "to keep ['[start]', '[end]']" in warning
 
 
