@@ -81,6 +81,8 @@ def padded(size: Size, factors: Size, image_pixels: tuple[int, int], largest: Si
     if least <= area(own) <= most:
         return scaled(own)
     limit = least if area(own) < least else most
+    if area(most_scale) <= limit:
+        return scaled(most_scale)
     return scaled(_largest_scale(lambda scale: scale <= most_scale and area(scale) <= limit))
 
 

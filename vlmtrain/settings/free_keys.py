@@ -62,7 +62,7 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     added = _added(found["stages"])
     if found.get("fusion", {}).get("name", "concatenation") != "concatenation":
         del added["fusion.attention"]  # an option of concatenation only
-    if "layer" not in found.get("vision", {}):
+    if found.get("vision", {}).get("provider") in ("several", "patches"):
         del added["vision.scales"]  # of single encoders only
     for key, value in added.items():
         *parents, last = key.split(".")
