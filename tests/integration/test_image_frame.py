@@ -7,7 +7,6 @@ from dataclasses import replace
 from io import BytesIO
 
 import pytest
-import torch
 from PIL import Image
 
 from tests.conftest import gpt, human, train
