@@ -47,9 +47,9 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
     """Export the model folder `source` to `out`.
 
     form: ``llava`` is the class of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, ``blip2`` that of BLIP-2 or InstructBLIP,
-    ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, ``molmo2`` that of Molmo2 and ``fuyu`` that of Fuyu,
-    which transformers loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the
-    first of them that fits. Raises ValueError with the reason if the form does not fit.
+    ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, ``molmo2`` that of Molmo2, and ``fuyu`` that of
+    Fuyu, which transformers loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf``
+    is the first of them that fits. Raises ValueError with the reason if the form does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
