@@ -50,6 +50,7 @@ def build_fuyu(folder: Path, **options) -> nn.Module:
     torch.manual_seed(0)
     model = scaled(FuyuForCausalLM(config))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.suppress_tokens = [config.image_token_id]
     model.save_pretrained(folder)
     look = {"patch_size": {"height": PATCH, "width": PATCH}, "size": LARGEST}
     FuyuProcessor(FuyuImageProcessorPil(**look | options), tokenizer).save_pretrained(folder)

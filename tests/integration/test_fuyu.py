@@ -18,6 +18,7 @@ from transformers import AutoProcessor, FuyuForCausalLM, FuyuImageProcessorPil, 
 
 from tests.conftest import gpt, human, metrics, train
 from tests.integration.fuyu_models import ANSWER, IMAGE, LARGEST, NEWLINE, PATCH, build_fuyu
+from tests.integration.model_parity import FUYU_CASES, check, export_all
 from vlmtrain.batch import Batch
 from vlmtrain.cli import main
 from vlmtrain.data import Conversation, Processor, Turn
@@ -180,6 +181,12 @@ def test_an_import_trains_and_exports_to_its_own_class(pair, files, tmp_path):
     assert relative_difference(model(batch_of(pair, files, "wide"))[0], expected) <= 1e-5
     own = export(tmp_path / "trained", tmp_path / "own", "vlmtrain")
     assert own.largest_relative_difference <= 1e-5
+
+
+def test_exports_load_without_vlmtrain(tmp_path):
+    for name, found in export_all(FUYU_CASES, tmp_path).items():
+        check(found["parity"], 1e-5)
+        assert (found["parity"].model_class, found["parity"].module) == (FUYU_CASES[name].becomes, "transformers")
 
 
 def test_a_run_starts_from_a_published_model(files, tmp_path, capsys):
