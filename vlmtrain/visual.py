@@ -36,8 +36,8 @@ class Item(NamedTuple):
 
     medium: index of the image or video. kind: ``image``, ``tile``, ``overview`` or ``clip``. fits: how the image is
     brought onto a canvas, each one of `vlmtrain.data.images.CANVASES`. box: the part of the canvas that is shown, as
-    fractions (left, top, right, bottom). times: of the frames of a clip, in seconds; empty for images. pixels, grids:
-    size in pixels and in patches. fits, pixels and grids have one value per encoder.
+    fractions (left, top, right, bottom); above 1, the canvas is padded. times: of the frames of a clip, in seconds;
+    empty for images. pixels, grids: size in pixels and in patches. fits, pixels and grids have one value per encoder.
     """
 
     medium: int

@@ -55,10 +55,10 @@ class PatchVision(VisionEncoder):
             raise ValueError(f"the connector reads {count} hidden layers, but vision=patches has none: use linear")
 
     def check_any_size(self) -> None:
-        """Return: images of all sizes have patches."""
+        """Do nothing: images of all sizes have patches."""
 
     def _resize(self, before: Size) -> None:
-        """Return: nothing depends on the size."""
+        """Do nothing: nothing depends on the size."""
 
     def encode(self, pixels: Pixels, calls: int = 1, chunks: int = 1) -> Features:
         """As `VisionEncoder.encode`, in one call: without weights, ranks need not agree on the number of calls."""
