@@ -36,8 +36,8 @@ class Item(NamedTuple):
 
     medium: index of the image or video. kind: ``image``, ``tile``, ``overview`` or ``clip``. fits: how the image is
     brought onto a canvas, each one of `vlmtrain.data.images.CANVASES`. box: the part of the canvas that is shown, as
-    fractions (left, top, right, bottom). times: of the frames of a clip, in seconds; empty for images. pixels, grids:
-    size in pixels and in patches. fits, pixels and grids have one value per encoder.
+    fractions (left, top, right, bottom); above 1, the canvas is padded. times: of the frames of a clip, in seconds;
+    empty for images. pixels, grids: size in pixels and in patches. fits, pixels and grids have one value per encoder.
     """
 
     medium: int
@@ -63,7 +63,8 @@ class Placement(NamedTuple):
     (`vlmtrain.model.joining`). framed_grid: grid of the tokens other than the first and the last, for connectors that
     add these two; or None. before, after: text of the template around the slots, such as the token that starts an
     image. frames: of a video, how the tokens of its items are pooled and joined; None for images. times: of a video,
-    the rotary position in time of each item, counted from that of the first; empty for images.
+    the rotary position in time of each item, counted from that of the first; empty for images. newlines: number of
+    rows of slots, after each of which the template has a newline token; 0 for slots without.
     """
 
     medium: int
@@ -77,6 +78,7 @@ class Placement(NamedTuple):
     after: str = ""
     frames: Joining | None = None
     times: tuple[int, ...] = ()
+    newlines: int = 0
 
 
 class MediaPlan(NamedTuple):

@@ -61,6 +61,7 @@ TRAINED = {
     "flamingo": {"pretrain": {"connector", "fusion", "llm"}},
     "molmo2": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "instruct", "long_context")},
     "llava_video": {"video": {"vision", "connector", "llm"}},
+    "fuyu": {"align": {"connector"}, "pretrain": {"connector", "llm"}, "instruct": {"connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 
@@ -78,6 +79,7 @@ SLOW = {
     "qwen2_5_vl",
     "hunyuan_ocr",
     "speedrun",
+    "fuyu",
 }
 
 

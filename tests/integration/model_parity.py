@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import run
+from tests.integration.fuyu_models import IMAGE as FUYU_IMAGE
+from tests.integration.fuyu_models import build_fuyu
 from tests.integration.molmo2_models import build_molmo2
 from tests.integration.native_models import CLASSES as NATIVE
 from tests.integration.native_models import build_native
@@ -40,14 +42,15 @@ from vlmtrain.interop.native_parity import pixel_rows
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.parts import make_connector
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
-from vlmtrain.model.vision import VisionEncoder, build_vision
+from vlmtrain.model.vision import PatchVision, VisionEncoder, build_vision
 from vlmtrain.tiling import Overlap
 
 NEW = 12
 SCRIPT = Path(__file__).with_name("transformers_only.py")
 PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
 WITH_VIDEO = [MODEL_CLASSES[name] for name in ("llava_onevision", *NATIVE)]
-MOLMO2 = MODEL_CLASSES["molmo2"]
+MOLMO2, FUYU = MODEL_CLASSES["molmo2"], MODEL_CLASSES["fuyu"]
+UNSCALED = {"height": 96, "width": 132}  # of Fuyu's images, which transformers scales down with torchvision only
 Talk = tuple[tuple[Turn, ...], tuple[str, ...]]
 
 
@@ -69,6 +72,7 @@ AGAIN: Talk = (user(f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "a red circ
 OTHER: Talk = (user(f"{IMAGE_MARK}\nWhich of them is red, 1 or 2?"),), ("square.png",)
 # InstructBLIP's processor pads instructions on the left, which shifts positions: so all of them have the same length
 EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
+ALONE: list[Talk] = [ONE, OTHER, EQUAL]  # of one question about one image, as Fuyu's processor takes them
 
 
 # without newlines, because the published templates of native models write none
@@ -138,11 +142,11 @@ def job(folder: Path, talks: list[Talk], pictures: Path, backend: str | None = "
 
 
 def options_of(model_class: str) -> dict:
-    """How transformers runs a model: with Pillow, for which there is no video processor, and nothing of Molmo2.
+    """How transformers runs a model: with Pillow, which has no video processor, and nothing of Molmo2 and Fuyu.
 
     Its class for HunyuanOCR numbers images over a batch, whereas here they are numbered in each sample.
     """
-    if model_class == MOLMO2:
+    if model_class in (MOLMO2, FUYU):
         return {"backend": None}
     if model_class not in WITH_VIDEO:
         return {}
@@ -165,16 +169,15 @@ def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
         batch = processor.collate([processor.prompt(Conversation("asked", turns, shown))])
         greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": processor.renderer.stop_ids}
         known = processor.tokenizer.get_vocab()  # exports never answer with the token of images
-        if tokens := [known[token] for token in ("<|image_pad|>", "<image_pad>") if token in known]:
+        if tokens := [known[token] for token in ("<|image_pad|>", "<image_pad>", FUYU_IMAGE) if token in known]:
             greedy["suppress_tokens"] = tokens
         with torch.no_grad():
             logits = model(batch)[0]
             ids = model.generate(batch, pad_token_id=0, **greedy)
         text = processor.tokenizer.decode(ids[0], skip_special_tokens=True)
         order = model.vision.patch_size[0], model.vision.multiple
-        answers.append(
-            {"batch": batch, "logits": logits, "answer": text, "std": processor.geometry.std, "order": order}
-        )
+        look = {"std": processor.geometry.std, "channels_last": isinstance(model.vision, PatchVision)}
+        answers.append({"batch": batch, "logits": logits, "answer": text, "order": order, **look})
     return answers
 
 
@@ -215,7 +218,9 @@ def gray_levels(pixels: Tensor, ours: dict) -> float:
     expected = visual.pixels[0]
     if not isinstance(expected, Tensor):  # native resolution: rows of patches, in one or two equal frames
         expected = torch.cat([pixel_rows(image, *ours["order"]) for image in expected])
-        pixels, expected = pixels.view(len(expected), 3, -1), expected.flatten(2)
+        if ours["channels_last"]:
+            pixels = pixels.unflatten(1, (-1, 3)).transpose(1, 2)
+        pixels, expected = pixels.reshape(len(expected), 3, -1), expected.flatten(2)
         expected = expected.repeat(1, 1, pixels.shape[2] // expected.shape[2])
         return float(((pixels - expected).abs() * torch.tensor(ours["std"])[:, None]).max()) * 255
     if pixels.dim() == 3:
@@ -253,6 +258,8 @@ class Case(NamedTuple):
     def talks(self) -> list[Talk]:
         if self.vision in NATIVE:
             return JOINED
+        if self.vision == "fuyu":
+            return ALONE
         if self.reads:
             return [ONE, EQUAL]
         talks = [ONE, OTHER, AGAIN] if self.becomes.startswith("Blip2") else [ONE, TWO, LONG]
@@ -348,8 +355,9 @@ MOLMO2_CASES = {
     "molmo2": MOLMO2_CASE,
     "molmo2, open_clip": MOLMO2_CASE._replace(vision="timm siglip", options={**POOL, "token_bias": False}),
 }
+FUYU_CASES = {"fuyu": Case("fuyu", "persimmon", "linear", becomes=FUYU)}
 EXPORTS = {
-    **{"llava": LLAVA_CASES, "blip2": BLIP_CASES, "native": NATIVE_CASES, "molmo2": MOLMO2_CASES},
+    **{"llava": LLAVA_CASES, "blip2": BLIP_CASES, "native": NATIVE_CASES, "molmo2": MOLMO2_CASES, "fuyu": FUYU_CASES},
     "vlmtrain": OWN_CASES,
 }
 """Cases by their target; those of ``vlmtrain`` load only where it is imported."""
@@ -374,6 +382,10 @@ def build(case: Case, folder: Path) -> None:
     """Write a model folder."""
     if case.vision in NATIVE:
         build_native(folder.parent / "hf", case.vision)
+        import_model(folder.parent / "hf", folder)
+        return
+    if case.vision == "fuyu":
+        build_fuyu(folder.parent / "hf", size=UNSCALED)
         import_model(folder.parent / "hf", folder)
         return
     torch.manual_seed(0)
@@ -482,6 +494,13 @@ def molmo2() -> Source:
     return Source(write, MOLMO2, [ONE, TWO, AGAIN], "molmo2", "qwen3")
 
 
+def fuyu() -> Source:
+    def write(folder: Path) -> None:
+        build_fuyu(folder / "hf", size=UNSCALED)
+
+    return Source(write, FUYU, ALONE, "fuyu", "persimmon")
+
+
 def projector(depth: int) -> Source:
     return Source(partial(build_parts, depth=depth), "llava", CHATTING, "clip", "llama")
 
@@ -509,7 +528,11 @@ BLIP_SOURCES = {
 }
 NATIVE_SOURCES = {family: native(family) for family in NATIVE}
 MOLMO2_SOURCES = {"molmo2": molmo2()}
-IMPORTS = {"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES, "native": NATIVE_SOURCES, "molmo2": MOLMO2_SOURCES}
+FUYU_SOURCES = {"fuyu": fuyu()}
+IMPORTS = {
+    **{"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES, "native": NATIVE_SOURCES, "molmo2": MOLMO2_SOURCES},
+    "fuyu": FUYU_SOURCES,
+}
 
 
 def import_all(sources: dict[str, Source], home: Path) -> dict[str, dict]:

@@ -1,8 +1,9 @@
-"""Tokens around images: where they stand, what trains, and who hands them on."""
+"""Tokens around images and after their rows: where they stand, what trains, and who hands them on."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -12,11 +13,13 @@ from tests.conftest import gpt, human, train
 from vlmtrain import build_model
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageInMemory
+from vlmtrain.interop.export import export
+from vlmtrain.interop.probes import noise
 from vlmtrain.objectives import OBJECTIVES
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_skeleton, build_tokenizer
-from vlmtrain.training.init_from import overruled_frame
-from vlmtrain.training.processing import build_processor, image_frame
+from vlmtrain.training.init_from import overruled_controls
+from vlmtrain.training.processing import build_processor, image_controls
 
 WORDS = ["[start]", "[end]"]
 
@@ -73,10 +76,10 @@ def test_a_run_from_a_model_keeps_its_frame(framed, tmp_path):
     talk = conversation("<image>\nwhat color?", "red")
     assert again.render(talk).input_ids.equal(processor.render(talk).input_ids)
 
-    assert not overruled_frame(compose(line))
-    (warning,) = overruled_frame(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
-    assert image_frame(compose(line)) == tuple(WORDS)
-    assert image_frame(compose([*line, "llm.image_frame=['','']"])) == ("", "")
+    assert not overruled_controls(compose(line))
+    (warning,) = overruled_controls(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
+    assert image_controls(compose(line)) == (tuple(WORDS), "")
+    assert image_controls(compose([*line, "llm.image_frame=['','']"])) == (("", ""), "")
     assert "replaces the tokens of init_from" in warning and "to keep ['[start]', '[end]']" in warning
 
 
@@ -108,3 +111,91 @@ def stage_processor(line: list[str]) -> Processor:
     run = compose(line)
     stage, tokenizer = run.stages["instruct"], build_tokenizer(run)
     return build_processor(run, stage, build_skeleton(run, stage, tokenizer), OBJECTIVES[stage.objective], tokenizer)
+
+
+LINE = {"tiny": {"new_tokens": ["|NEWLINE|"], "image_newline": "|NEWLINE|"}}
+
+
+@pytest.fixture(scope="module")
+def lined():
+    return build_model("tiny", "avgpool", LINE, image_fit="native", image_pixels=[576, 9216])
+
+
+def test_each_row_ends_with_a_newline(lined):
+    """The same tokens as without newlines, which are inserted and not trained."""
+    _, processor = lined
+    newline = processor.tokenizer.convert_tokens_to_ids("|NEWLINE|")
+    sizes = ((48, 96), (96, 48))
+    encoded = tuple(noise(size, seed) for seed, size in enumerate(sizes))
+    turns = Turn("user", "<image>\n<image>\nwhat color? |NEWLINE|"), Turn("assistant", "red")
+    talk = Conversation("one", turns, encoded)
+    tokens = processor.render(talk)
+    ids, index = tokens.input_ids.tolist(), tokens.index.tolist()
+    rows = [placement.newlines for placement in tokens.media.placements]
+    assert [(row, index.count(number) // row) for number, row in enumerate(rows)] == [(2, 4), (4, 2)]
+    for number, row in enumerate(rows):
+        first, columns = index.index(number), index.count(number) // row
+        block = index[first : first + row * (columns + 1)]
+        assert block == ([number] * columns + [-1]) * row
+        assert ids[first + columns : first + row * (columns + 1) : columns + 1] == [newline] * row
+    assert ids.count(newline) == sum(rows)  # the one in the question is text
+    assert newline not in tokens.targets.tolist()
+    shorter = replace(talk, turns=(Turn("user", "<image>\n<image>\nwhat color?"), turns[1]))
+    (length,) = processor.lengths([shorter])
+    tokens = processor.render(shorter)
+    assert length == tokens.length and length.image_tokens == 16
+
+    geometry = replace(processor.geometry, newline="")
+    other = Processor(processor.tokenizer, geometry, processor.renderer.template, processor.max_length)
+    plain, kept = other.render(shorter), tokens.input_ids != newline
+    assert tokens.input_ids[kept].equal(plain.input_ids) and tokens.targets[kept].equal(plain.targets)
+
+
+def test_a_newline_reads_the_embedding_of_its_token(lined):
+    model, processor = lined
+    sample = processor.prompt(Conversation("one", (Turn("user", "<image>\nwhat?"),), (noise((48, 48)),)))
+    batch = processor.collate([sample])
+    embedded = model.embed(batch.input_ids, batch.visual).embeddings[0]
+    newline = processor.tokenizer.convert_tokens_to_ids("|NEWLINE|")
+    rows = embedded[batch.input_ids[0] == newline]
+    assert len(rows) == 2 and (rows == model.llm.get_input_embeddings().weight[newline]).all()
+
+
+@pytest.mark.parametrize(
+    ("connector", "llm", "inputs", "message"),
+    [
+        ("mlp", {**LINE["tiny"], "new_tokens": []}, {}, r"'\|NEWLINE\|' is not a token of the tokenizer: list it in"),
+        ("mlp", LINE["tiny"], {"image_fit": "tiles"}, "does not go with image_fit=tiles"),
+        ("perceiver_resampler", LINE["tiny"], {}, "needs a connector whose tokens form a grid"),
+        ("mlp", {**LINE["tiny"], "positions": "mrope"}, {}, r"does not go with llm\.positions=mrope"),
+    ],
+)
+def test_newlines_that_are_refused(connector, llm, inputs, message):
+    with pytest.raises(ValueError, match=r"llm\.image_newline.*" + message):
+        build_model("tiny", connector, {"tiny": llm}, **inputs)
+
+
+def test_newlines_need_tokens_in_the_text():
+    llm = {"tiny": {"new_tokens": ["|NEWLINE|", "<image>"], "image_newline": "|NEWLINE|"}}
+    with pytest.raises(ValueError, match=r"llm\.image_newline=.* needs fusion=concatenation"):
+        build_model("tiny", "perceiver_resampler", llm, fusion="gated_cross_attention")
+
+
+def test_a_run_from_a_model_keeps_its_newlines(lined, tmp_path):
+    _, processor = lined
+    lined[0].save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert Processor.from_pretrained(tmp_path).geometry == processor.geometry
+    line = ["recipe=llava_1_5", "mini=true", f"init_from={tmp_path}"]
+    assert image_controls(compose(line)) == (("", ""), "|NEWLINE|")
+    assert image_controls(compose([*line, "llm.image_newline=''"])) == (("", ""), "")
+    (warning,) = overruled_controls(compose([*line, "llm.image_newline=red"]))
+    assert "replaces the tokens of init_from" in warning and "to keep |NEWLINE|" in warning
+
+
+def test_an_export_writes_the_newlines(lined, tmp_path):
+    model, processor = lined
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    done = export(tmp_path / "model", tmp_path / "out")
+    assert done.model_class == "VLMTrainForConditionalGeneration" and "only Fuyu's class" in done.remarks[0]

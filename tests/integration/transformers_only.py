@@ -21,7 +21,7 @@ else:
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, FuyuProcessor
 
 transformers.logging.set_verbosity_error()
 NEW = 12
@@ -39,6 +39,8 @@ def inputs(processor, questions: list, pictures: list):
     images = [[Image.open(file) for file in files] for files in pictures]
     text = [prompt(processor, question) for question in questions]
     seen = {"images": images} if any(images) else {}
+    if isinstance(processor, FuyuProcessor):
+        seen["return_legacy_image_output"] = False
     return processor(text=text, **seen, padding=True, return_tensors="pt")
 
 

@@ -57,9 +57,13 @@ class MLP(Connector):
 
 
 class Linear(MLP):
-    """One linear layer per patch (LLaVA, section 4.1)."""
+    """One linear layer per patch (LLaVA, section 4.1; Fuyu, whose patches are pixels)."""
 
-    PUBLISHED = (Names("model.mm_projector.", ((r"^layers\.0\.", ""),)), *MLP.PUBLISHED)
+    PUBLISHED = (
+        Names("model.mm_projector.", ((r"^layers\.0\.", ""),)),
+        Names("model.vision_embed_tokens.", ((r"^layers\.0\.", ""),)),  # Fuyu
+        *MLP.PUBLISHED,
+    )
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(in_dim, out_dim, depth=1)

@@ -16,8 +16,8 @@ from ..model.parts import connector_from
 from ..tiling import Overlap, Tiles, tiled_tokens
 from ..visual import WHOLE, Item, MediaPlan, Placement, Size
 from .encoded import MAX_ASPECT
-from .images import FITS, frame_of
-from .native_sizes import SIZE_RULES, SMART_RESIZE
+from .images import ANTIALIASED, FITS, frame_of
+from .native_sizes import PADDED, SIZE_RULES, SMART_RESIZE, padded, whole_multiple
 from .records import BadSample, VideoFacts
 from .regions import Frame
 from .tile_styles import LLAVA_NEXT, TILE_STYLES, Molmo2, TileStyle
@@ -44,13 +44,14 @@ class Geometry:
     tiles whose tokens are kept, 0 for all; tiles_alone: whether an image is cut only if its sample has no other image;
     tile_style: a name in `TILE_STYLES`; tile_margin: of overlapping crops, in patches.
     patch_size ``(H, W)`` in pixels, None in model folders of earlier versions. framed_grid: see `Placement`. frame:
-    text of the template before and after each image, such as the tokens that start and end one. For ``native``:
-    image_pixels, smallest and largest number of pixels; multiple: both sides are multiples of this many patches;
-    size_rule: of the encoder, one of `SIZE_RULES`. connector: for ``native`` and overlapping crops, the configuration
-    of the connector, which says how many tokens it makes of each grid. others: of further encoders; tiles show them the
-    same parts of the image, and ``native`` the sizes at which they have the same grids. video: how videos are shown;
-    None if they are refused. slot_token: the token at the single text position of an image, for a fusion whose visual
-    tokens are not in the text; None if they are.
+    text of the template before and after each image, such as the tokens that start and end one. newline: token of the
+    template after each row of the tokens of an image, or empty. For ``native``: image_pixels, smallest and largest
+    number of pixels; multiple: both sides are multiples of this many patches; size_rule: of the encoder, one of
+    `SIZE_RULES`, or ``padded``, for which `size` is the largest height and width. connector: for ``native`` and
+    overlapping crops, the configuration of the connector, which says how many tokens it makes of each grid. others: of
+    further encoders; tiles show them the same parts of the image, and ``native`` the sizes at which they have the same
+    grids. video: how videos are shown; None if they are refused. slot_token: the token at the single text position of
+    an image, for a fusion whose visual tokens are not in the text; None if they are.
     """
 
     size: Size
@@ -74,6 +75,7 @@ class Geometry:
     video: VideoPlan | None = None
     tile_margin: int = 0
     slot_token: str | None = None
+    newline: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "others", tuple(View(*view) for view in self.others))
@@ -118,7 +120,7 @@ class Geometry:
     def controls(self) -> tuple[str, ...]:
         """The tokens of the template around images, views and videos."""
         of_videos = (self.video and self.video.frame_tokens) or ()
-        return tuple(filter(None, (*self.frame, *self.view_words, *of_videos, self.slot_token)))
+        return tuple(filter(None, (*self.frame, *self.view_words, *of_videos, self.slot_token, self.newline)))
 
     @property
     def most_control_tokens(self) -> int:
@@ -127,7 +129,16 @@ class Geometry:
         if self.fit == "tiles":
             cuts = map(self._style.places, self.tile_grids)
             words = max(sum(bool(word) for place in places for word in (place.before, place.after)) for places in cuts)
-        return sum(map(bool, self.frame)) + words
+        return sum(map(bool, self.frame)) + words + self._most_newlines
+
+    @property
+    def _most_newlines(self) -> int:
+        """The largest number of newlines of the template in an image."""
+        if not self.newline:
+            return 0
+        if self.fit != "native":
+            return self.grid[0]
+        return max(self._counted(self._grid(size))[1][0] for size in self._extremes())
 
     @property
     def reads_sizes(self) -> bool:
@@ -162,7 +173,12 @@ class Geometry:
                 if self.slot_token:
                     grid = framed = None
                 slots = 1 if self.slot_token else tokens
-                placements.append(Placement(medium, numbers, slots, tokens, grid, tiles, framed, before, after))
+                rows = 0
+                if self.newline:
+                    rows, grid = grid[0], None
+                placements.append(
+                    Placement(medium, numbers, slots, tokens, grid, tiles, framed, before, after, newlines=rows)
+                )
                 items += shown
         return MediaPlan(tuple(items), tuple(placements))
 
@@ -182,16 +198,18 @@ class Geometry:
             if self.fit != "native":
                 return clips, self.size, video.tokens, video.grid, joining
             size = video.size(facts, clips, self.factors, self._rule)
-            return clips, size, *self._counted(self._grid(size))[:2], joining
+            return clips, size, *self._counted(self._grid(self._whole(size)))[:2], joining
 
         def count(most: int, stride: int) -> int:
             clips, _, tokens, grid, joining = shown(most, stride)
             return joining.count(len(clips), tokens, grid)
 
         clips, size, tokens, grid, joining = shown(*video.fitted(count, room))
-        items = [
-            self._item(medium, "clip", video.fit or "squash", pixels=size)._replace(times=clip.times) for clip in clips
-        ]
+        if self.fit == "native":
+            item = self._native_item(medium, "clip", size)
+        else:
+            item = self._item(medium, "clip", video.fit or "squash")
+        items = [item._replace(times=clip.times) for clip in clips]
         numbers, out_grid = list(range(first, first + len(items))), joining.pooled(grid) if grid else None
         joins = joining if joining != PLAIN else None
         before, after = video.frame_tokens or self.frame
@@ -214,8 +232,21 @@ class Geometry:
         """How frames are pooled if the connector must be called for them alone."""
         return self.video.joining if self.video is not None and self.video.joining.changes_input else None
 
-    def _rule(self, size: Size, limits: tuple[int, int] | None) -> Size:
-        return SIZE_RULES[self.size_rule](size, self.factors, limits or self.image_pixels)
+    def _rule(self, size: Size, limits: tuple[int, int] | None = None) -> Size:
+        """The size to which an image or a frame of `size` is scaled. limits: None for those of images."""
+        limits = limits or self.image_pixels
+        if self.size_rule == PADDED:
+            return padded(size, self.factors, limits, self.size)
+        return SIZE_RULES[self.size_rule](size, self.factors, limits)
+
+    def _whole(self, scaled: Size) -> Size:
+        """The size at which an image that is scaled to `scaled` is shown: of whole patches."""
+        return whole_multiple(scaled, self.factors)
+
+    def _native_item(self, medium: int, kind: str, scaled: Size) -> Item:
+        """An item of an image or a frame that is scaled to `scaled`, in the upper left corner of what is shown."""
+        shown, fit = self._whole(scaled), ANTIALIASED if self.size_rule == PADDED else "squash"
+        return self._item(medium, kind, fit, (0.0, 0.0, shown[1] / scaled[1], shown[0] / scaled[0]), shown)
 
     def _places(
         self, medium: int, size: Size | None, images: int
@@ -225,7 +256,7 @@ class Geometry:
         images: number of images in its sample.
         """
         if self.fit == "native":
-            return [([self._item(medium, "image", "squash", pixels=self.native_size(size))], None, "", "")]
+            return [([self._native_item(medium, "image", self._rule(size))], None, "", "")]
         if self.fit != "tiles":
             return [([self._item(medium, "image", self.fit)], None, "", "")]
         style, cut, found = self._style, images == 1 or not self.tiles_alone, []
@@ -251,8 +282,9 @@ class Geometry:
         With tiles, this is the view of the complete image.
         """
         shown = (item for items, *_ in self._places(0, size, images) for item in items)
-        whole = next(item for item in shown if item.box == WHOLE)
-        return frame_of(size, whole.pixels[0], whole.fits[0])
+        whole = next(item for item in shown if item.box[:2] == WHOLE[:2] and min(item.box[2:]) >= 1)
+        (height, width) = whole.pixels[0]
+        return frame_of(size, whole.canvas(), whole.fits[0])._replace(seen=(width, height))
 
     def _item(
         self,
@@ -297,7 +329,7 @@ class Geometry:
 
     def native_size(self, size: Size) -> Size:
         """The size ``(H, W)`` at which an image of `size` is shown."""
-        return self._rule(size, self.image_pixels)
+        return self._whole(self._rule(size))
 
     @property
     def smallest(self) -> Size:
@@ -345,8 +377,12 @@ class Geometry:
         """The largest native sizes, one for each height that an image may have."""
         (_, most), (down, across) = self.image_pixels, self.factors
         tallest = min(most // across, math.isqrt(MAX_ASPECT * most) + down)
+        widest = most
+        if self.size_rule == PADDED:
+            height, widest = self._whole(self.size)
+            tallest = min(tallest, height)
         heights = range(down, max(down, tallest) + 1, down)
-        return [(height, max(1, most // height // across) * across) for height in heights]
+        return [(height, max(1, min(widest, most // height) // across) * across) for height in heights]
 
 
 @lru_cache(maxsize=2**16)

@@ -31,14 +31,16 @@ from .records import BadSample
 from .regions import Frame
 
 FITS = ("squash", "pad", "crop", "tiles", "native")
-BILINEAR = "squash_bilinear"
+BILINEAR, ANTIALIASED = "squash_bilinear", "squash_antialiased"
 FRAME_FITS = ("squash", "pad", "crop", BILINEAR)
-CANVASES = (*FRAME_FITS, "contain")
+CANVASES = (*FRAME_FITS, ANTIALIASED, "contain")
 """How an image is brought onto the canvas of an item, see `fit_image`."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow decodes within this process; for some others it starts external programs."""
 BAND_PIXELS = 4_000_000
 BLACK = (0, 0, 0)
+PADDING = (1, 1, 1)
+"""The color right of and below an image that is padded to whole patches (transformers' processor of Fuyu)."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -215,7 +217,7 @@ class Steps(NamedTuple):
 def fitting_steps(own: Size, size: Size, fit: str) -> Steps:
     """The steps by which `fit_image` fits an image of the size `own` ``(H, W)`` to `size` ``(H, W)``."""
     (down, across), (height, width) = own, size
-    if fit in ("squash", BILINEAR):
+    if fit in ("squash", BILINEAR, ANTIALIASED):
         return Steps((width, height), (0, 0), (width, height))
     if fit == "pad":
         canvas = max(across, round(down * width / height)), max(down, round(across * height / width))
@@ -246,8 +248,8 @@ def fit_image(image: Image.Image, size: Size, fit: str, mean: tuple[float, ...])
     squash: stretch. crop: scale to cover `size`, rounded to whole pixels, and crop the center (as in CLIP).
     pad: pad to the aspect ratio of `size` with the mean color, truncated to integer levels, then scale (LLaVA-1.5,
     published code). contain: scale to the largest size that fits, and center on black (LLaVA-NeXT, published code).
-    squash_bilinear: stretch with bilinear interpolation and without antialiasing (Molmo2, published code); the others
-    are bicubic, with antialiasing.
+    squash_bilinear: stretch with bilinear interpolation and without antialiasing (Molmo2, published code);
+    squash_antialiased: with it (Fuyu, published code). The others are bicubic, with antialiasing.
     """
     height, width = size
     steps = fitting_steps((image.height, image.width), size, fit)
@@ -261,6 +263,8 @@ def fit_image(image: Image.Image, size: Size, fit: str, mean: tuple[float, ...])
         return Image.fromarray(levels.permute(1, 2, 0).numpy())
     if fit == "pad":
         return _padded_and_scaled(image, size, steps, tuple(int(255 * channel) for channel in mean))
+    if fit == ANTIALIASED:
+        return image.resize(steps.inner, Image.Resampling.BILINEAR)
     left, top = -steps.corner[0], -steps.corner[1]
     whole = image.resize(steps.inner, Image.Resampling.BICUBIC)
     return whole if fit == "squash" else whole.crop((left, top, left + width, top + height))
@@ -302,7 +306,9 @@ def show_items(image: Image.Image, items: Iterable[Item], mean: tuple[float, ...
         if key not in canvases:
             canvases[key] = fit_image(image, size, fit, mean)
         canvas, (height, width) = canvases[key], item.pixels[encoder]
-        if item.box != WHOLE:
+        if max(item.box) > 1:
+            canvas = _on_canvas(canvas, (width, height), (0, 0), PADDING)
+        elif item.box != WHOLE:
             left, top = round(item.box[0] * canvas.width), round(item.box[1] * canvas.height)
             canvas = canvas.crop((left, top, left + width, top + height))
         shown.append(torch.from_numpy(np.asarray(canvas).transpose(2, 0, 1).copy()))

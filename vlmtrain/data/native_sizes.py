@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..visual import Size
 
-STEP = 1e-5  # precision of `naflex`'s scale
+STEP = 1e-5  # precision of the scale of `naflex` and `padded`
 
 
 def smart_resize(
@@ -60,12 +60,47 @@ def naflex(size: Size, factors: Size, image_pixels: tuple[int, int]) -> Size:
     if least <= math.prod(own) <= most:
         return own
     limit = least if math.prod(own) < least else most
+    return rounded(_largest_scale(lambda scale: math.prod(rounded(scale)) <= limit))
+
+
+def padded(size: Size, factors: Size, image_pixels: tuple[int, int], largest: Size) -> Size:
+    """The size to which an image is scaled before it is padded to multiples of `factors` (Fuyu, published code).
+
+    An image keeps its own `size` ``(H, W)`` unless it is larger than `largest`. One whose padded size is outside
+    `image_pixels` ``(MIN, MAX)``, which Fuyu does not have, is scaled as much as fits into the limit that it violates.
+    """
+
+    def scaled(scale: float) -> Size:
+        return tuple(max(1, int(side * scale)) for side in size)
+
+    def area(scale: float) -> int:
+        return math.prod(whole_multiple(scaled(scale), factors))
+
+    most_scale = min(most / side for most, side in zip(largest, size))
+    own, (least, most) = min(1.0, most_scale), image_pixels
+    if least <= area(own) <= most:
+        return scaled(own)
+    limit = least if area(own) < least else most
+    if area(most_scale) <= limit:
+        return scaled(most_scale)
+    return scaled(_largest_scale(lambda scale: scale <= most_scale and area(scale) <= limit))
+
+
+def whole_multiple(size: Size, factors: Size) -> Size:
+    """The sides of `size`, rounded up to multiples of `factors`."""
+    height, width = (math.ceil(side / factor) * factor for side, factor in zip(size, factors))
+    return height, width
+
+
+def _largest_scale(fits: Callable[[float], bool]) -> float:
+    """The largest scale, up to 100, that fits, given that the smaller ones do."""
     low, high = STEP / 10, 100.0
     while high - low >= STEP:
         middle = (low + high) / 2
-        low, high = (middle, high) if math.prod(rounded(middle)) <= limit else (low, middle)
-    return rounded(low)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
-SMART_RESIZE = "smart_resize"
+SMART_RESIZE, PADDED = "smart_resize", "padded"
 SIZE_RULES: dict[str, Callable[[Size, Size, tuple[int, int]], Size]] = {SMART_RESIZE: smart_resize, "naflex": naflex}
+"""The rules, besides `PADDED`, which also takes the largest size."""

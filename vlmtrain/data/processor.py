@@ -113,8 +113,8 @@ class Processor:
         controls = geometry.controls if geometry else ()
         self._controls = torch.tensor(tokenizer.convert_tokens_to_ids(list(controls)), dtype=torch.long)
         allowed = {"allowed": boxes.tokens} if boxes else {}
-        slot = geometry.slot_token if geometry else None
-        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, slot=slot, **allowed)
+        more = {"slot": geometry.slot_token, "newline": geometry.newline or None} if geometry else {}
+        self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, **allowed, **more)
         self.filler = self.renderer.filler
 
     def __call__(self, conversation: Conversation) -> Sample:
@@ -465,7 +465,7 @@ class Processor:
 
 def _described(geometry: Geometry) -> dict:
     """The fields of a geometry; those that model folders of earlier versions lack, only if they are used."""
-    added = ("others", "video", "tile_margin", "slot_token")
+    added = ("others", "video", "tile_margin", "slot_token", "newline")
     return {key: value for key, value in asdict(geometry).items() if key not in added or value}
 
 

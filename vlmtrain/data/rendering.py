@@ -28,7 +28,7 @@ from .grading import check_grading
 from .positions import POSITIONS
 from .records import IMAGE_MARK, BadSample, Conversation, Turn, check_content, check_conversation
 from .rendered import IGNORE, Rendered
-from .templates import BLIP, chat_template
+from .templates import PICTURES_FIRST, chat_template
 
 RENDERING = 2  # to be increased when conversations are rendered to other numbers of tokens
 PROBE_SECONDS = 20
@@ -50,10 +50,11 @@ _Run = list[tuple[str, int]]
 
 
 class _Slots(NamedTuple):
-    """The slots of a placement."""
+    """The slots of a placement. newlines: see `Placement`."""
 
     number: int
     count: int
+    newlines: int
 
 
 class Renderer:
@@ -65,6 +66,7 @@ class Renderer:
     language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens that the media plan
     puts into the template's text, and that are ordinary text in a turn. allowed: pattern of special tokens that the
     text of a turn may contain, such as those around boxes. slot: token at the positions of images; None for the filler.
+    newline: token after the rows of an image; None if there are none.
     """
 
     def __init__(
@@ -77,14 +79,15 @@ class Renderer:
         controls: Sequence[str] = (),
         allowed: str = r"(?!)",
         slot: str | None = None,
+        newline: str | None = None,
     ):
         self.rows = None if positions is None else POSITIONS[positions]
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
         self._chat = None if template == "plain" else chat_template(template, tokenizer, fallback)
-        self.pictures_first = template == BLIP or (template == "chat" and not tokenizer.chat_template)
-        self.pictures_first &= BLIP in (template, fallback)
+        names = (template, fallback) if template == "chat" and not tokenizer.chat_template else (template,)
+        self.pictures_first = not PICTURES_FIRST.isdisjoint(names)
         self.places_pictures = False  # whether the template writes the mark at which they stand
         # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not in `all_special_tokens`.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -101,6 +104,7 @@ class Renderer:
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.filler = tokenizer.pad_token_id or 0
         self.slot = self.filler if slot is None else tokenizer.convert_tokens_to_ids(slot)
+        self.newline = None if newline is None else tokenizer.convert_tokens_to_ids(newline)
         self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
         self._looks_ahead = False  # whether the text before an answer depends on what follows it
         self._no_system: str | None = "it contains only images and answers"
@@ -198,7 +202,7 @@ class Renderer:
                 found.append(None)
                 continue
             texts += rendered
-            fixed = sum(placement.slots for placement in plan.placements) + (self._chat is None)
+            fixed = sum(placement.slots + placement.newlines for placement in plan.placements) + (self._chat is None)
             found.append((fixed, len(texts), len(texts) + len(unseen)))
             texts += unseen
         counts = list(map(len, self.tokenizer(texts, add_special_tokens=False).input_ids)) if texts else []
@@ -267,7 +271,7 @@ class Renderer:
     def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the placement to which it belongs, or -1
         for part in self._layout(conversation, media):
-            tokens += [(self.slot, -1, part.number)] * part.count if isinstance(part, _Slots) else self._encode(part)
+            tokens += self._shown(part) if isinstance(part, _Slots) else self._encode(part)
         if self._chat is None:
             # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
             tokens += [(token, 0, -1) for token in self.stop_ids[:1]]
@@ -281,6 +285,11 @@ class Renderer:
         ranges = tuple((int((answer == turn).nonzero()[0]), int((answer == turn).nonzero()[-1]) + 1) for turn in turns)
         positions = None if self.rows is None else self.rows(index, media.placements)
         return Rendered(input_ids, targets, weights, index, ranges, media, positions)
+
+    def _shown(self, slots: _Slots) -> list[tuple[int, int, int]]:
+        """The slots of a placement and its newlines as tokens, see `_encode`."""
+        row = [(self.slot, -1, slots.number)] * (slots.count // (slots.newlines or 1))
+        return [*row, (self.newline, -1, -1)] * slots.newlines if slots.newlines else row
 
     def _spans(self, conversation: Conversation) -> list[_Span]:
         if self._chat is None:
@@ -426,7 +435,7 @@ class Renderer:
                 for number, placement in next(shown):
                     parts += self._runs([*chunk, _Span(placement.before)])
                     chunk = []
-                    parts.append(_Slots(number, placement.slots))
+                    parts.append(_Slots(number, placement.slots, placement.newlines))
                     parts += self._runs([_Span(placement.after)])
             else:
                 chunk.append(span)

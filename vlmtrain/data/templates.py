@@ -45,7 +45,19 @@ BARE = (
 # queries, the language model's beginning-of-text token, the text).
 BLIP = "blip"
 
-TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE}
+# All images come first, then the text, whose questions end with the token <0x04> (Fuyu, published code).
+FUYU = "fuyu"
+_FUYU = (
+    "{{ bos_token }}"
+    "{% for turn in messages %}"
+    "{% if turn.role == 'assistant' %}{{ turn.content + eos_token }}"
+    "{% elif turn.role == 'system' %}{{ turn.content + ' ' }}"
+    "{% else %}{{ turn.content + '<0x04>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE, FUYU: _FUYU}
+PICTURES_FIRST = {BLIP, FUYU}
 NAMES = ("plain", "chat", *TEMPLATES)
 
 

@@ -18,18 +18,20 @@ from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
 from ..model.fusion import Concatenation
 from ..model.rotary import positions_of
+from ..model.vision import PatchVision
 from ..model.vision.native import NativeVision
 from ..reporting.card import write_export_card
 from ..visual import CAUSAL
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
+from .fuyu import as_fuyu, compare_fuyu
 from .llava import Exported, as_llava, shows_videos
 from .molmo2 import as_molmo2, compare_molmo2
 from .native import as_native
 from .native_parity import compare_native
 from .probes import noise
 
-FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "vlmtrain")
+FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "fuyu", "vlmtrain")
 
 
 class Export(NamedTuple):
@@ -45,9 +47,9 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
     """Export the model folder `source` to `out`.
 
     form: ``llava`` is the class of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, ``blip2`` that of BLIP-2 or InstructBLIP,
-    ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, and ``molmo2`` that of Molmo2, which transformers
-    loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the first of them that
-    fits. Raises ValueError with the reason if the form does not fit.
+    ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, ``molmo2`` that of Molmo2, and ``fuyu`` that of
+    Fuyu, which transformers loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf``
+    is the first of them that fits. Raises ValueError with the reason if the form does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -80,6 +82,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
                 raise DoesNotFit(f"fusion={model.fusion.config['name']}: transformers' classes only concatenate")
             if kind != "native" and (positions := positions_of(model.llm)) is not None:
                 raise DoesNotFit(f"llm.positions={positions}: the classes of LLaVA and BLIP-2 have ordinary positions")
+            if kind != "fuyu" and processor.geometry.newline:
+                raise DoesNotFit(f"llm.image_newline={processor.geometry.newline}: only Fuyu's class has such a token")
             convert, compare = _CLASSES[kind]
             exported = convert(model, processor)
             return exported, compare(exported, model, processor)
@@ -101,6 +105,8 @@ def _kind(model: VLMWrapper, processor: Processor) -> str:
         return "molmo2"
     if isinstance(model.vision, NativeVision):
         return "native"
+    if isinstance(model.vision, PatchVision):
+        return "fuyu"
     return "blip2" if isinstance(model.connector, QFormer) else "llava"
 
 
@@ -170,5 +176,6 @@ _CLASSES = {
     "blip2": (as_blip, compare_logits),
     "native": (as_native, compare_native),
     "molmo2": (as_molmo2, compare_molmo2),
+    "fuyu": (as_fuyu, compare_fuyu),
 }
 """For each format of transformers' own classes, the conversion and the comparison of its result."""

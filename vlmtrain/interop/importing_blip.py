@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..connectors.qformer import EPS
 from ..data.connector_text import TextReader
@@ -17,7 +17,7 @@ from ..model.parts import make_connector
 from ..model.vision import HFVision
 from .importing_llava import compare, fixed_geometry
 from .preparation import check_pixels, fit_of
-from .source import Source, processor_of
+from .source import Source, end_answers, processor_of
 
 MODEL_CLASSES = {
     "blip-2": "Blip2ForConditionalGeneration",
@@ -46,7 +46,10 @@ def read(source: Source) -> tuple[VLMWrapper, Processor]:
     model = _parts(source.model, source.look)
     geometry = fixed_geometry(model, source.fit or fit_of(source.preparation))
     reader = _reader_of(source.folder, source.config)
-    _end_answers(source.tokenizer, source.model)
+    if source.tokenizer("").input_ids[:1] != [source.tokenizer.bos_token_id]:
+        source.tokenizer.bos_token = None  # the tokenizer does not add it
+    settings = source.model.generation_config, source.model.language_model.generation_config, source.config.text_config
+    end_answers(source.tokenizer, *settings)
     processor = processor_of(source.folder, source.tokenizer, geometry, model.llm, source.template or BLIP, reader)
     if source.fit is None:
         check_pixels(source.preparation_file, source.preparation, geometry)
@@ -97,15 +100,3 @@ def _reader_of(folder: Path, config) -> TextReader | None:
             f"{config.qformer_config.vocab_size}"
         )
     return reader
-
-
-def _end_answers(tokenizer: PreTrainedTokenizerBase, source: PreTrainedModel) -> None:
-    """Unset the BOS token if the tokenizer does not add it, and use the source's end of answers (OPT's: a newline)."""
-    if tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
-        tokenizer.bos_token = None
-    for settings in (source.generation_config, source.language_model.generation_config, source.config.text_config):
-        ends = settings.eos_token_id
-        end = ends[0] if isinstance(ends, list) else ends
-        if end is not None:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-            return

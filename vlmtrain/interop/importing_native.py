@@ -19,6 +19,7 @@ from ..errors import first_line
 from ..model import VLMWrapper
 from ..model.parts import make_connector
 from ..model.rotary import use_multimodal_rotary
+from ..model.vision import VisionEncoder
 from ..model.vision.native import NativeVision
 from .fitting import filled
 from .llava import Exported
@@ -106,7 +107,7 @@ def _hf_processor(source: Source) -> ProcessorMixin:
 
 
 def native_geometry(
-    vision: NativeVision,
+    vision: VisionEncoder,
     connector: Connector,
     image_pixels: tuple[int, int],
     frame: tuple[str, str],
@@ -128,6 +129,7 @@ def native_geometry(
         connector=connector.config,
         framed_grid=framed_grid,
         frame=frame,
+        size_rule=vision.size_rule,
         video=video,
     )
 

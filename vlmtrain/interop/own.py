@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -103,7 +104,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return Fused(self.get_input_embeddings()(ids)), None
         if pixel_values is None:
             raise ValueError(f"the text has {IMAGE_MARK} tokens, but pixel_values is missing: pass images")
-        encoders, dtype = list(self.vlm.vision.encoders.values()), next(self.vlm.vision.parameters()).dtype
+        encoders, dtype = list(self.vlm.vision.encoders.values()), next(self.vlm.parameters()).dtype
         given = [pixels.to(dtype) for pixels in (pixel_values, *more_pixel_values)]
         if len(given) != len(encoders):
             raise ValueError(f"the model has {len(encoders)} encoders, but the inputs have pixels for {len(given)}")
@@ -293,7 +294,7 @@ class VLMTrainProcessor(ProcessorMixin):
         if videos is not None:
             raise ValueError("an exported model accepts images, not videos: use its model folder with vlmtrain chat")
         geometry = Geometry(**{key: as_tuple(value) for key, value in self.geometry.items()})
-        geometry = replace(geometry, frame=("", ""))  # a frame is in the text already
+        geometry = replace(geometry, frame=("", ""))  # a frame is in the text already; newlines are not
         loaded = [_opened(image) for image in _flat(images)]
         texts = [text] if isinstance(text, str) else list(text or ())
         marks = sum(one.count(self.image_token) for one in texts)
@@ -312,7 +313,8 @@ class VLMTrainProcessor(ProcessorMixin):
         expanded = []
         for one in texts:
             first, *rest = one.split(self.image_token)
-            expanded.append(first + "".join(self._written(next(images_shown)) + piece for piece in rest))
+            written = (self._written(next(images_shown), geometry.newline) + piece for piece in rest)
+            expanded.append(first + "".join(written))
         options.pop("add_special_tokens", None)
         found = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **options)
         data = {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
@@ -330,9 +332,13 @@ class VLMTrainProcessor(ProcessorMixin):
                 data |= self._read(instructions, views)
         return BatchFeature(data)
 
-    def _written(self, places: list[tuple[int, Placement]]) -> str:
-        """The text of one image: the words of its views, each before the view's image tokens."""
-        return "".join(placement.before + self.image_token * placement.slots for _, placement in places)
+    def _written(self, places: list[tuple[int, Placement]], newline: str) -> str:
+        """The text of one image: the words of its views, each before the view's image tokens, and newlines."""
+        text = ""
+        for _, placement in places:
+            rows = placement.newlines or 1
+            text += placement.before + (self.image_token * (placement.slots // rows) + newline) * rows
+        return text
 
     def _read(self, instructions: Sequence[str] | None, views: list[int]) -> dict[str, Tensor]:
         if instructions is None or len(instructions) != len(views):
@@ -395,6 +401,9 @@ def as_own(model: VLMWrapper, processor: Processor) -> Exported:
             "image, not the images"
         )
     speech = typed_speech(processor)
+    if geometry.newline:  # so that it is one token also between image tokens
+        word = AddedToken(geometry.newline, special=True, normalized=False)
+        speech.tokenizer.add_tokens([word], special_tokens=True)
     text_config = model.llm.config
     config = VLMTrainConfig(
         text_config=text_config,
@@ -410,13 +419,13 @@ def as_own(model: VLMWrapper, processor: Processor) -> Exported:
     hf_processor = VLMTrainProcessor(speech.tokenizer, speech.template, asdict(processor.geometry), reader)
     if processor.reader and processor.reader.tokenizer is not processor.tokenizer:
         hf_processor.reads_with = processor.reader.tokenizer
-    if processor.geometry.view_words:
+    if processor.geometry.view_words or processor.geometry.newline:
         _check_words(hf_processor, processor)
     return Exported(exported, hf_processor, ())
 
 
 def _check_words(exported: VLMTrainProcessor, processor: Processor) -> None:
-    """Raise DoesNotFit unless the words between the views of images give the ids that training saw."""
+    """Raise DoesNotFit unless the words between the views, or after the rows, of images give the ids of training."""
     height, width = processor.geometry.size
     images = [Image.new("RGB", size) for size in ((3 * width, 2 * height), (width, 3 * height), (width, height))]
     encoded = []
@@ -429,4 +438,6 @@ def _check_words(exported: VLMTrainProcessor, processor: Processor) -> None:
         text = exported.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)
         found = exported(images=images[:count], text=text)["input_ids"][0].tolist()
         if found != wanted.input_ids.masked_fill(wanted.index >= 0, exported.image_token_id).tolist():
-            raise DoesNotFit("the words between the views of an image would be other tokens than in training")
+            raise DoesNotFit(
+                "the words between the views of an image, or after its rows, would be other tokens than in training"
+            )

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
-from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..data.connector_text import TextReader
 from ..data.geometry import Geometry
@@ -67,6 +73,15 @@ def processor_of(
     length = max_positions(llm) or DEFAULT_LENGTH
     template = template or template_of(where, tokenizer)
     return Processor(tokenizer, geometry, template, length, reader=reader, positions=positions, attention=attention)
+
+
+def end_answers(tokenizer: PreTrainedTokenizerBase, *settings: GenerationConfig | PreTrainedConfig) -> None:
+    """Use the end of answers that the first of the source's `settings` with one names (OPT's: a newline)."""
+    for each in settings:
+        end = each.eos_token_id[0] if isinstance(each.eos_token_id, list) else each.eos_token_id
+        if end is not None:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+            return
 
 
 def template_of(where: Path, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,7 +17,7 @@ from ..training.checks import check_run
 from ..training.cost.fitting import Fitting
 from ..training.cost.memory import ZERO_STAGES
 from ..training.cost.stage import RECOMPUTED, expected_video, measure, sample_tokens, video_tokens
-from ..training.processing import build_geometry, check_lengths, image_frame, image_size_of
+from ..training.processing import build_geometry, check_lengths, image_controls, image_size_of
 from ..training.trainable import Group, check_starts, freeze, part_size, trained_groups
 
 
@@ -89,7 +89,7 @@ def plan_run(run: Run, machine: Machine) -> list[StagePlan]:
 def _plan_stage(run: Run, stage: Stage, machine: Machine) -> StagePlan:
     parts = build_skeleton(run, stage, _Vocabulary(run), DTYPES[run.precision])
     groups = trained_groups(stage, parts)
-    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
+    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], *image_controls(run))
     check_lengths(stage, geometry, parts)
     expected = stage.expected
     tokens, video = sample_tokens(stage, geometry), expected_video(stage, geometry)

@@ -31,6 +31,7 @@ _ADDED = {
         "fusion.attention": None,
         "llm.positions": None,
         "llm.image_frame": None,
+        "llm.image_newline": None,
         "device_tflops": None,
     },
     **{"vision.scales": None, "data.columns.dialogues": None, "boxes.format": None, "boxes.frame": None},
@@ -62,6 +63,8 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     added = _added(found["stages"])
     if found.get("fusion", {}).get("name", "concatenation") != "concatenation":
         del added["fusion.attention"]  # an option of concatenation only
+    if found.get("vision", {}).get("provider") in ("several", "patches"):
+        del added["vision.scales"]  # of single encoders only
     for key, value in added.items():
         *parents, last = key.split(".")
         if parents[:1] != ["data"]:  # formats have different keys, and those that were added are optional

@@ -16,7 +16,8 @@ SMALL_ENCODERS = ("mini_options", "vision_options", "several", "encoders")
 def with_mini(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
     """Expand ``mini=true`` to the small choices of all groups that the overrides do not set.
 
-    A recipe with several encoders keeps ``vision=several`` if its `mini_options` have small encoders.
+    A recipe with several encoders keeps ``vision=several`` if its `mini_options` have small encoders, and one without
+    an encoder keeps ``vision=patches``.
     """
     split = [override.partition("=") for override in overrides]
     mini = [value for key, _, value in split if key.lstrip("+") == "mini"]
@@ -24,17 +25,17 @@ def with_mini(overrides: Sequence[str], config_dir: str | None = None) -> list[s
         return list(overrides)
     named = {key for key, _, _ in split}
     recipes = [value for key, _, value in split if key == "recipe"]
-    if recipes and _has_several_small(recipes[-1], config_dir):
+    if recipes and _keeps_vision(recipes[-1], config_dir):
         named.add("vision")
     return [f"{group}={choice}" for group, choice in CHOICES.items() if group not in named] + list(overrides)
 
 
-def _has_several_small(recipe: str, config_dir: str | None) -> bool:
-    """Whether a recipe chooses ``vision=several`` and has small encoders for it."""
+def _keeps_vision(recipe: str, config_dir: str | None) -> bool:
+    """Whether a recipe chooses ``vision=patches``, or ``vision=several`` and has small encoders for it."""
     files = [*_with_extended(recipe, config_dir)]
     entries = (entry for file in files for entry in file.get("defaults") or () if isinstance(entry, Mapping))
     chosen = next((entry["override /vision"] for entry in entries if "override /vision" in entry), None)
-    return chosen == "several" and any(map(_small_encoders, files))
+    return chosen == "patches" or (chosen == "several" and any(map(_small_encoders, files)))
 
 
 def _small_encoders(content: object) -> object:

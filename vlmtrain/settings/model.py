@@ -95,10 +95,26 @@ class OwnEncoder(Encoder):
         return {**common, **self.options}
 
 
+@dataclass(frozen=True)
+class PatchOptions:
+    """No vision encoder: the pixels of patches."""
+
+    provider: str = key(one_of("patches"))
+    patch_size: int = key(whole(1))  # side of a patch in pixels
+    image_size: int | tuple[int, int] | None = key(IMAGE_SIZE)  # in pixels; null: 10 x 10 patches
+    path = name = pretrained = model_config = scales = None
+    trust_remote_code = False
+    is_pretrained = True
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
 class EncoderOfSeveral(NamedTuple):
     """One of several encoders: the keys of its provider, and those of `LOOKS` that are set."""
 
-    options: OpenClipOptions | HFVisionOptions | OwnEncoder
+    options: OpenClipOptions | HFVisionOptions | PatchOptions | OwnEncoder
     look: Mapping[str, Any]
 
     @property
@@ -159,6 +175,7 @@ class LanguageModel:
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     positions: str | None = key(_POSITIONS)  # rows of rotary positions; null: the model's own
     image_frame: tuple[str, str] | None = key(_FRAME)  # tokens before and after each image
+    image_newline: str | None = key(optional(TEXT))  # token after each row of an image's tokens
     path = config = None  # of those without such a key
     trust_remote_code = False
     is_pretrained = True
@@ -191,6 +208,7 @@ class OwnLLM(LanguageModel):
     attn_implementation: str | None = key(optional(TEXT), None)
     positions: str | None = key(_POSITIONS, None)
     image_frame: tuple[str, str] | None = key(_FRAME, None)
+    image_newline: str | None = key(optional(TEXT), None)
     options: Mapping = field(default_factory=dict)  # those of its `build`
 
 
@@ -229,8 +247,8 @@ def _by_provider(registry: Registry, own: type, **classes: type) -> Kind:
     return Kind("a mapping", MAPPING.fits, build)
 
 
-_SINGLE = {"open_clip": OpenClipOptions, "hf": HFVisionOptions}
-Vision = OpenClipOptions | HFVisionOptions | OwnEncoder | SeveralOptions
+_SINGLE = {"open_clip": OpenClipOptions, "hf": HFVisionOptions, "patches": PatchOptions}
+Vision = OpenClipOptions | HFVisionOptions | PatchOptions | OwnEncoder | SeveralOptions
 LLM = TinyLLM | HFLLM | OwnLLM
 VISION = _by_provider(ENCODERS, OwnEncoder, several=SeveralOptions, **_SINGLE)
 CONNECTOR, FUSION = _choice(CONNECTORS), _choice(FUSIONS)

@@ -17,7 +17,7 @@ from .assembly import DTYPES, build_skeleton
 from .cost.fitting import Fitting
 from .cost.stage import measure, sample_tokens
 from .log import logger
-from .processing import build_geometry, image_frame
+from .processing import build_geometry, image_controls
 from .trainable import freeze, trained_groups
 
 KEYS = ("gradient_checkpointing", "micro_batch_size")
@@ -52,7 +52,7 @@ def _decide(run: Run, stage: Stage, memory: int, processes: int, tokenizer: PreT
     parts = build_skeleton(run, stage, tokenizer, DTYPES[run.precision])
     groups = trained_groups(stage, parts)
     freeze(parts, groups, checkpointing=False)
-    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], image_frame(run))
+    geometry = build_geometry(stage, parts, OBJECTIVES[stage.objective], *image_controls(run))
     (longest,) = measure(parts, groups, stage, geometry, (stage.max_length, stage.max_length // 2))
     fitting = Fitting.of(run, stage, parts, groups, longest, sample_tokens(stage, geometry), processes, run.engine)
     zero_stage = run.engine.used_stage(processes, run.precision == "bf16")

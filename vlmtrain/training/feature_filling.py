@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.loader import StepStream, step_loader
 from ..data.sources import build_source
 from ..model.parts import module_state, state_hash
-from ..model.vision import VisionEncoder
+from ..model.vision import PatchVision, VisionEncoder
 from ..objectives import OBJECTIVES
 from ..settings import Run, SeveralOptions, Stage
 from .assembly import build_parts, build_skeleton, build_tokenizer
@@ -48,9 +48,9 @@ def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
     if not possible:
         names = ", ".join(stage.name for stage in run.wanted)
         raise ValueError(
-            f"no features can be computed in advance: in each of the stages {names}, the encoder is absent or is "
-            "trained in this run by that stage or an earlier one. If an earlier stage has already trained it, set "
-            "stage=NAME init_from=MODEL_DIR"
+            f"no features can be computed in advance: in each of the stages {names}, the encoder is absent, has no "
+            "weights (vision=patches) or is trained in this run by that stage or an earlier one. If an earlier stage "
+            "has already trained it, set stage=NAME init_from=MODEL_DIR"
         )
     return {stage.name: _fill(run, stage, show_progress) for stage in possible}
 
@@ -58,12 +58,14 @@ def fill_cache(run: Run, show_progress: bool) -> dict[str, Filled]:
 def _known_encoders(run: Run, stage: Stage) -> list[str]:
     """Names of the encoders whose weights are known before training: no stage up to this one trains them in this run.
 
-    The only encoder has an empty name.
+    The only encoder has an empty name. Raw patches are none.
     """
     if "vision" not in stage.parts:
         return []
     first = stage.position if run.stage and run.init_from else 0
-    names = list(run.vision.encoders) if isinstance(run.vision, SeveralOptions) else [""]
+    several = isinstance(run.vision, SeveralOptions)
+    encoders = {name: each.options for name, each in run.vision.encoders.items()} if several else {"": run.vision}
+    names = [name for name, options in encoders.items() if options.provider != PatchVision.provider]
     trained: set[str] = set()
     for each in run.up_to(stage)[first:]:
         matches = [group.match for group in each.groups if group.part == "vision" and group.lr is not None]

@@ -30,7 +30,7 @@ def take_in(run: Run, folder: RunFolder) -> tuple[Run, list[str]]:
     finished = [name for name in run.stages if folder.is_finished(name)]
     run, overruled = adopt_connector(_imported(run, folder), finished)
     run, of_videos = adopt_videos(run, finished)
-    return run, [*overruled, *overruled_fit(run, finished), *of_videos, *overruled_frame(run)]
+    return run, [*overruled, *overruled_fit(run, finished), *of_videos, *overruled_controls(run)]
 
 
 def with_init_from(run: Run) -> Run:
@@ -156,13 +156,17 @@ def overruled_fit(run: Run, finished: Collection[str]) -> list[str]:
     ]
 
 
-def overruled_frame(run: Run) -> list[str]:
-    """Return a warning if the settings replace the tokens around images of the model in `init_from`."""
+def overruled_controls(run: Run) -> list[str]:
+    """Return warnings if the settings replace the tokens around images, or after their rows, of `init_from`."""
     file = Path(run.init_from or "", "processor", "processor.json")
-    if run.init_from is None or run.llm.image_frame is None or not file.exists():
+    if run.init_from is None or not file.exists():
         return []
-    held = tuple((read_json(file).get("geometry") or {}).get("frame", ("", "")))
-    if held == run.llm.image_frame:
-        return []
-    kept = f"; leave out llm.image_frame to keep {list(held)}" if any(held) else ""
-    return [f"llm.image_frame={list(run.llm.image_frame)} replaces the tokens of init_from={run.init_from}{kept}"]
+    geometry, said = read_json(file).get("geometry") or {}, []
+    for key, chosen, held in (
+        ("image_frame", run.llm.image_frame and list(run.llm.image_frame), list(geometry.get("frame", ("", "")))),
+        ("image_newline", run.llm.image_newline, geometry.get("newline", "")),
+    ):
+        if chosen not in (None, held):
+            kept = f"; leave out llm.{key} to keep {held}" if any(held) else ""
+            said.append(f"llm.{key}={chosen} replaces the tokens of init_from={run.init_from}{kept}")
+    return said

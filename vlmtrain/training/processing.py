@@ -63,7 +63,7 @@ def build_processor(
 ) -> Processor:
     """Build the processor of a stage, which turns conversations into batches. Raises ValueError for invalid lengths."""
     with naming_size(run, stage):
-        geometry = build_geometry(stage, parts, objective, image_frame(run))
+        geometry = build_geometry(stage, parts, objective, *image_controls(run))
     if geometry is not None:
         _check_controls(run, stage, geometry, tokenizer)
     check_lengths(stage, geometry, parts)
@@ -148,13 +148,17 @@ def _build_reader(
     return reader
 
 
-def image_frame(run: Run) -> tuple[str, str]:
-    """The tokens around images: those of the settings, or else of `init_from`; empty strings if there are none."""
-    frame = run.llm.image_frame
-    if frame is None and run.init_from is not None:
+def image_controls(run: Run) -> tuple[tuple[str, str], str]:
+    """The tokens around images and after their rows: those of the settings, or else of `init_from`.
+
+    Empty strings where there are none.
+    """
+    frame, newline = run.llm.image_frame, run.llm.image_newline
+    if None in (frame, newline) and run.init_from is not None:
         held = Processor.from_pretrained(run.init_from).geometry
-        frame = held and held.frame
-    return frame or ("", "")
+        if held is not None:
+            frame, newline = held.frame if frame is None else frame, held.newline if newline is None else newline
+    return frame or ("", ""), newline or ""
 
 
 def _attention(run: Run, stage: Stage) -> str:
@@ -182,17 +186,29 @@ def _box_writing(run: Run) -> Writing | None:
 def _check_controls(run: Run, stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless what the template writes for images and videos are tokens of the tokenizer."""
     style, of_videos = f"{stage.prefix}.image_tile_style={stage.image_tile_style}", stage.video.frame_tokens or ()
-    keys = "llm.image_frame", style, f"{stage.prefix}.video.frame_tokens", f"fusion={run.fusion.name}"
-    for key, words in zip(keys, (geometry.frame, geometry.view_words, of_videos, [geometry.slot_token])):
+    for key, words in (
+        ("llm.image_frame", geometry.frame),
+        ("llm.image_newline", [geometry.newline]),
+        (style, geometry.view_words),
+        (f"{stage.prefix}.video.frame_tokens", of_videos),
+        (f"fusion={run.fusion.name}", [geometry.slot_token]),
+    ):
         for word in filter(None, words):
             if word not in tokenizer.get_vocab():
                 raise ValueError(f"{key}: '{word}' is not a token of the tokenizer: list it in llm.new_tokens")
 
 
 def build_geometry(
-    stage: Stage, parts: dict[str, nn.Module], objective: Objective, frame: tuple[str, str] = ("", "")
+    stage: Stage,
+    parts: dict[str, nn.Module],
+    objective: Objective,
+    frame: tuple[str, str] = ("", ""),
+    newline: str = "",
 ) -> Geometry | None:
-    """Build the image geometry of a stage: preprocessing and number of tokens. None without an encoder."""
+    """Build the image geometry of a stage: preprocessing and number of tokens. None without an encoder.
+
+    frame, newline: tokens around images and after each of their rows.
+    """
     vision: VisionEncoder | None = parts.get("vision")
     if vision is None:
         return None
@@ -228,10 +244,26 @@ def build_geometry(
         if shows and in_text
         else None,
         slot_token=None if in_text else IMAGE_MARK,
+        newline=newline if shows else "",
     )
+    if geometry.newline:
+        _check_newline(geometry, parts)
     if fit == "native":
         _check_native(geometry, stage, vision)
     return geometry
+
+
+def _check_newline(geometry: Geometry, parts: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError unless the tokens of every image stand in the text as one grid."""
+    key, positions = f"llm.image_newline={geometry.newline}", positions_of(parts["llm"]) if "llm" in parts else None
+    if geometry.slot_token:
+        raise ValueError(f"{key} needs fusion=concatenation: other visual tokens are not in the text")
+    if geometry.fit == "tiles":
+        raise ValueError(f"{key} does not go with image_fit=tiles: expected squash, pad, crop or native")
+    if geometry.grid is None:
+        raise ValueError(f"{key} needs a connector whose tokens form a grid, such as linear or mlp")
+    if positions is not None:
+        raise ValueError(f"{key} does not go with llm.positions={positions}, whose rows count the grids of images")
 
 
 def video_plan(

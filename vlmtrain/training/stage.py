@@ -17,6 +17,7 @@ from ..evaluation.validation import Validator
 from ..files import restore_folder, write_json
 from ..model.attention import attend_in_segments
 from ..model.parts import module_state
+from ..model.vision import PatchVision
 from ..objectives import build_objective
 from ..runs.folder import RunFolder
 from ..settings import Run, Stage
@@ -175,7 +176,11 @@ class _Stage:
         if options.cache == "off" or vision is None:
             return {}
         frozen, known = frozen_encoders(vision, self.groups), hashes["vision"].encoders
-        return {name: FeatureCache.of(options, vision.encoders[name], known[name]) for name in frozen}
+        return {
+            name: FeatureCache.of(options, vision.encoders[name], known[name])
+            for name in frozen
+            if not isinstance(vision.encoders[name], PatchVision)  # its features are the pixels
+        }
 
     def _train(self, engine: StageEngine, validation: StageValidation, stop: StopSignal, trackers: Trackers) -> None:
         first, total, record = self.record["step"], self.total_steps, self.record

@@ -112,6 +112,8 @@ def trained_groups(stage: Stage, parts: Mapping[str, nn.Module]) -> list[Group]:
                 found = _by_depth(entry, matched, parts[part])
                 own = {name: getattr(entry, name) for name in ("from_step", "warmup_steps", "weight_decay")}
                 groups += [replace(group, **own) for group in found]
+        if part in stage.rates and next(parts[part].parameters(), None) is None:
+            raise ValueError(f"{stage.prefix}.train.{part}={stage.rates[part]}: {part} has no weights; expected null")
         if part in stage.rates and left:
             groups.append(Group(part, part, stage.rates[part], 1.0, tuple(_own(left))))
     if not groups:

@@ -150,3 +150,52 @@ def test_keys_of_images_with_equal_bytes_but_other_shapes_differ():
     wide, tall = torch.zeros(3, 2, 4), torch.zeros(3, 4, 2)
     assert pixel_key(wide, with_shape=False) == pixel_key(tall, with_shape=False)
     assert pixel_key(wide, with_shape=True) != pixel_key(tall, with_shape=True)
+
+
+def patches(limits: tuple[int, int], largest: tuple[int, int] = (60, 90)) -> Geometry:
+    config = {"name": "linear", "in_dim": 8, "out_dim": 8}
+    more = {"patch_size": (10, 10), "image_pixels": limits, "connector": config, "size_rule": "padded"}
+    return Geometry(largest, "native", **LOOK, tokens=0, **more)
+
+
+@pytest.mark.parametrize(
+    ("limits", "size", "scaled"),
+    [
+        ((1, 5400), (17, 31), (17, 31)),
+        ((1, 5400), (60, 90), (60, 90)),
+        ((1, 5400), (120, 90), (60, 45)),
+        ((1, 5400), (50, 200), (22, 90)),
+        ((1, 5400), (200, 1), (60, 1)),
+        ((1, 1000), (60, 90), (20, 31)),  # at most 10 patches
+        ((2000, 5400), (10, 10), (40, 40)),  # at most 20 patches, as many as fit
+        ((2000, 5400), (1, 30), (3, 90)),  # not wider than the largest
+    ],
+)
+def test_raw_patches_are_padded(limits, size, scaled):
+    """An image keeps its size, in the upper left corner of whole patches, unless it is beyond a limit."""
+    geometry = patches(limits)
+    (item,), _ = geometry.plan([size])
+    shown = tuple(-(-side // 10) * 10 for side in scaled)
+    assert item.canvas() == scaled and item.pixels == (shown,)
+    image = Image.new("RGB", size[::-1], (200, 100, 50))
+    (pixels,) = show_items(image, [item], geometry.mean)
+    height, width = scaled
+    assert pixels.shape[1:] == shown
+    assert (pixels[:, :height, :width] == torch.tensor([200, 100, 50])[:, None, None]).all()
+    assert (pixels[:, height:] == 1).all() and (pixels[:, :, width:] == 1).all()
+    frame = geometry.map(size)
+    left, top, right, bottom = frame.place((0, 0, size[1], size[0]))
+    assert (left, top) == (0, 0) and (round(bottom), round(right)) == scaled and frame.seen == shown[::-1]
+    assert frame.back((left, top, right, bottom)) == pytest.approx((0, 0, size[1], size[0]))
+
+
+@pytest.mark.parametrize("limits", [(1, 5400), (1, 2000), (1, 10**6), (300, 4000)])
+def test_no_padded_image_is_larger_than_the_largest(limits):
+    geometry, draw, counts = patches(limits), random.Random(3), []
+    drawn = [(draw.randint(1, 150), draw.randint(1, 150)) for _ in range(400)]
+    for size in [*drawn, (60, 90), (60, 30), (33, 60), (1, 1)]:
+        (item,), (placement,) = geometry.plan([size])
+        height, width = item.pixels[0]
+        assert height <= 60 and width <= 90 and height * width <= limits[1] and height % 10 == width % 10 == 0
+        counts.append(placement.tokens)
+    assert max(counts) == geometry.most_tokens and min(counts) >= geometry.least_tokens

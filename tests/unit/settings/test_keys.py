@@ -28,6 +28,7 @@ GROUPS = {
     "vision/open_clip": parts.OpenClipOptions,
     "vision/tiny": parts.OpenClipOptions,
     "vision/hf": parts.HFVisionOptions,
+    "vision/patches": parts.PatchOptions,
     "llm/tiny": parts.TinyLLM,
     "llm/hf": parts.HFLLM,
     "engine/zero3": settings.Engine,

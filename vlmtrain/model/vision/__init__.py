@@ -21,10 +21,11 @@ from .base import VisionEncoder, description_file
 from .hugging_face import NATIVE, HFVision
 from .multiscale import MultiscaleVision, with_scales
 from .open_clip import OpenClipVision
+from .patches import PatchVision
 from .several import SeveralVision
 
 BUILT_IN = {
-    **{"open_clip": OpenClipVision, "hf": HFVision, "several": SeveralVision},
+    **{"open_clip": OpenClipVision, "hf": HFVision, "several": SeveralVision, "patches": PatchVision},
     **{found.provider: found for found in NATIVE.values()},
 }
 REQUIRED = ("image_size", "patch_size", "width", "num_blocks", "image_mean", "image_std", "layer", "levels")
@@ -110,6 +111,7 @@ __all__ = [
     "HFVision",
     "MultiscaleVision",
     "OpenClipVision",
+    "PatchVision",
     "SeveralVision",
     "VisionEncoder",
     "build_vision",

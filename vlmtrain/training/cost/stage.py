@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,8 @@ def measure_views(
     if "vision" in parts:
         vision = parts["vision"]
         use_counted_attention(vision)
-        dtype = next(vision.parameters()).dtype
+        visual = (parts[part].parameters() for part in ("vision", "connector") if part in parts)
+        dtype = next(chain.from_iterable(visual)).dtype
         grid = vision.grid_of(sizes[0])
         images = [torch.empty(items, 3, *size, device="meta", dtype=dtype) for size in sizes]
         with meter.part("vision", vision, block_list(vision)[0]), torch.set_grad_enabled(trains["vision"]):
