@@ -48,6 +48,15 @@ def test_gates_open_and_recomputed_activations_change_nothing(runs):
     assert kept[0]["image_tokens"] <= 4 < kept[0]["tokens"] and kept[0]["flops"] > 0
 
 
+def test_a_connector_behind_closed_gates_may_be_unchanged(tmp_path):
+    """After one step, whose gradient opens the gates."""
+    done = train(*LINE, "stages.pretrain.max_steps=1", f"run_dir={tmp_path / 'one'}")
+    assert "pretrain trained connector, but the gates of the fusion" in done.stdout + done.stderr
+    parts = json.loads((tmp_path / "one" / "pretrain" / "summary.json").read_text())["parts"]
+    changed = {name: part["sha256_before"] != part["sha256_after"] for name, part in parts.items()}
+    assert changed == {"vision": False, "connector": False, "fusion": True, "llm": True}
+
+
 def test_chat_evaluation_and_export(runs, tmp_path):
     model = runs / "true" / "pretrain" / "model"
     Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")

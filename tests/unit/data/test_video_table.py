@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 import yaml
@@ -16,7 +18,8 @@ from ...conftest import ROOT
 
 TABLE = (ROOT / "docs" / "video.md").read_text().partition("| model | settings under")[2]
 ROWS = [
-    [cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.splitlines()[2:] if line.startswith("|")
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in takewhile(lambda line: line.startswith("|"), TABLE.splitlines()[2:])
 ]
 VIDEO = VideoFacts(np.arange(600) / 30, 20.0, (384, 384))
 PATCHES = {"LLaVA-NeXT-Video (24 x 24 patches)": 24}

@@ -162,6 +162,7 @@ def test_a_job_of_multirun_is_not_named_after_what_all_jobs_share(monkeypatch):
         ("time_format='{time}s'", r"video\.time_format needs video\.timestamps=frame"),
         ("pool=average", r"stride must be 1 without pool"),
         ("sampling=qwen2_vl last", r"video\.last=true needs video\.sampling=interval or seconds"),
+        ("pixels=[1,2] pixels_total=[1,2]", r"video\.pixels has no effect with video\.pixels_total"),
         ("pixels=[1,2]", r"video\.pixels needs stages\.instruct\.image_fit=native"),
     ],
 )
