@@ -405,15 +405,23 @@ def remember_pixels() -> None:
     from vlmtrain.data.images import show_items
     from vlmtrain.visual import normalized
 
-    load = FeatureFiles.load
+    find, named = FeatureFiles.find, FeatureFiles.named
 
-    def loaded(files, image, items, geometry, *more):
-        found, missing = load(files, image, items, geometry, *more)
-        shown = normalized(tuple(show_items(image.load(), items, geometry.mean)), geometry.mean, geometry.std)
-        PIXELS.update(zip((item.key for item in found), shown))
-        return found, missing
+    def remember(items, shown, geometry):
+        PIXELS.update(zip((item.key for item in items), normalized(tuple(shown), geometry.mean, geometry.std)))
 
-    FeatureFiles.load = loaded
+    def found(files, medium, items, geometry, encoder):
+        known = find(files, medium, items, geometry, encoder)
+        if known is not None:
+            remember(known, show_items(medium.load(), items, geometry.mean), geometry)
+        return known
+
+    def given(files, shown, medium, items, geometry, encoder):
+        known = named(files, shown, medium, items, geometry, encoder)
+        remember(known, shown, geometry)
+        return known
+
+    FeatureFiles.find, FeatureFiles.named = found, given
 
 
 def normalized_images(visual: Any) -> Any:
