@@ -6,18 +6,17 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoProcessor, FuyuForCausalLM, FuyuImageProcessorPil, FuyuProcessor
+from transformers import AutoProcessor, FuyuForCausalLM, FuyuImageProcessorPil
 
 from tests.conftest import gpt, human, metrics, train
 from tests.integration.fuyu_models import ANSWER, IMAGE, LARGEST, NEWLINE, PATCH, build_fuyu
+from tests.integration.imported_pairs import Pair, draw_noise
 from tests.integration.model_parity import FUYU_CASES, check, export_all
 from vlmtrain.batch import Batch
 from vlmtrain.cli import main
@@ -25,7 +24,7 @@ from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import DoesNotFit, relative_difference
-from vlmtrain.interop.importing import Import, import_model
+from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.attention import attend_in_segments
 
@@ -40,22 +39,10 @@ SIZES = {  # width, height
 }
 
 
-class Pair(NamedTuple):
-    """A model folder and its processor beside the published model that it was imported from."""
-
-    home: Path
-    done: Import
-    model: VLMWrapper
-    processor: Processor
-    theirs: nn.Module
-    prepare: FuyuProcessor
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, (width, height) in SIZES.items():
-        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    folder = tmp_path_factory.mktemp("images")
+    draw_noise(folder, SIZES)
     return folder
 
 

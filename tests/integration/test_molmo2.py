@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, Molmo2Processor
 from transformers.video_utils import VideoMetadata
 
+from tests.integration.imported_pairs import Pair, draw_noise
 from tests.integration.model_parity import MOLMO2_CASE, MOLMO2_CASES, build, check, export_all
 from tests.integration.molmo2_models import IN_PLACE, PATCH, build_molmo2
 from vlmtrain.data import Conversation, Processor, Turn
@@ -28,25 +28,13 @@ from vlmtrain.interop.importing import Import, import_model
 from vlmtrain.interop.molmo2 import pixel_patches
 from vlmtrain.model import VLMWrapper
 
-SIZES = {"wide": (30, 70), "tall": (55, 21), "large": (90, 130), "long": (24, 200)}  # height, width
-
-
-class Pair(NamedTuple):
-    """A model folder and its processor beside the published model that it was imported from."""
-
-    home: Path
-    done: Import
-    model: VLMWrapper
-    processor: Processor
-    theirs: nn.Module
-    prepare: Molmo2Processor
+SIZES = {"wide": (70, 30), "tall": (21, 55), "large": (130, 90), "long": (200, 24)}  # width, height
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, size in SIZES.items():
-        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    folder = tmp_path_factory.mktemp("images")
+    generator = draw_noise(folder, SIZES)
     for number in range(9):  # frames that brighten
         frame = generator.integers(0, 100, (44, 60, 3)) + 15 * number
         Image.fromarray(frame.astype(np.uint8)).save(folder / f"{number}.png")

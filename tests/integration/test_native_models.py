@@ -6,9 +6,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +15,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from tests.conftest import gpt, human, metrics, train
+from tests.integration.imported_pairs import Pair, draw_noise
 from tests.integration.model_parity import (
     JOINED,
     check,
@@ -33,7 +32,7 @@ from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import relative_difference
-from vlmtrain.interop.importing import Import, import_model
+from vlmtrain.interop.importing import import_model
 from vlmtrain.interop.native_parity import pixel_rows
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.attention import attend_in_segments
@@ -42,22 +41,10 @@ FAMILIES = list(CLASSES)
 SIZES = {"wide": (60, 30), "tall": (21, 55), "square": (33, 33), "small": (5, 4), "large": (200, 120)}  # width, height
 
 
-class Pair(NamedTuple):
-    """A model folder and its processor beside the published model that it was imported from."""
-
-    home: Path
-    done: Import
-    model: VLMWrapper
-    processor: Processor
-    theirs: nn.Module
-    prepare: ProcessorMixin
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, (width, height) in SIZES.items():
-        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    folder = tmp_path_factory.mktemp("images")
+    draw_noise(folder, SIZES)
     return folder
 
 
