@@ -72,6 +72,12 @@ def test_chat_evaluation_and_export(runs, tmp_path):
     assert "fusion.every=2" in again.stderr
 
 
+def test_a_fusion_that_would_show_no_image_is_refused(tmp_path):
+    line = [*LINE, "stages.pretrain.train.fusion=null", "stages.pretrain.groups=[]"]
+    refused = train(*line, f"run_dir={tmp_path}", check=False)
+    assert "adds fusion=gated_cross_attention without training it" in refused.stderr
+
+
 def test_the_plan_has_the_published_sizes():
     """OpenFlamingo-9B: eight gated layers of 139M parameters, the embeddings of two tokens, one position per image."""
     settings = compose(["recipe=flamingo"])

@@ -54,7 +54,7 @@ def _scores(ablation: Ablation, entries: Sequence[Entry]) -> str:
     costs = {
         "visual tokens": [entry.tokens for entry in entries],
         "training FLOPs": [entry.train_flops for entry in entries],
-        "connector parameters": [entry.parameters for entry in entries],
+        "parameters of connector and fusion": [entry.parameters for entry in entries],
     }
     return "".join(
         scatter_chart(f"{metric} by {cost}", [(e.label, x, e.score) for e, x in zip(entries, values)], cost)

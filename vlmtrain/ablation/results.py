@@ -118,7 +118,7 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
     names = [name for name in validations[0] if isinstance(validations[0][name], float)]
     sweep = {key for key, _ in ablation.sweep}
     decided = [override.partition("=") for override in ablation.decisions().get(choice.label, {}).get("line", [])]
-    losses = [_losses(seed) for seed in answers]
+    losses, parts = [_losses(seed) for seed in answers], summaries[0]["parts"]
     return Entry(
         choice.label,
         mean_of(measured),
@@ -128,7 +128,7 @@ def _entry(ablation: Ablation, choice: Choice) -> Entry:
         loss=mean_of(losses),
         loss_interval=interval(losses),
         tokens=plans[last].picture_tokens[1],
-        parameters=summaries[0]["parts"]["connector"]["parameters"],
+        parameters=sum(parts[part]["parameters"] for part in ("connector", "fusion") if part in parts),
         samples_per_second=float(np.median([step["samples_per_second"] for step in steps])),
         train_flops=None if None in flops else sum(flops),
         peak_memory_bytes=max(step["peak_memory_bytes"] for step in steps),

@@ -53,10 +53,12 @@ class Fusion(nn.Module):
     A subclass implements `forward`. It may have weights and options; `width` is that of the language model.
 
     in_text: whether visual tokens take positions in the text; if not, each image takes a single one.
+    has_weights: whether it has weights, which a stage trains at the connector's learning rate by default.
     media_width: width of the visual tokens.
     """
 
     in_text = True
+    has_weights = False
 
     def __init__(self, width: int):
         super().__init__()
@@ -126,6 +128,7 @@ class GatedCrossAttention(Fusion):
     """
 
     in_text = False
+    has_weights = True
     block_path = "layers"
 
     def __init__(

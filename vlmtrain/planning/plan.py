@@ -148,7 +148,7 @@ class _Vocabulary:
             self.size = config["vocab_size"]
         self.bos_token_id = self.eos_token_id = self.pad_token_id = 0
         self.cls_token_id = self.sep_token_id = None
-        self.new_tokens = list(run.llm.new_tokens)
+        self.new_tokens = list(run.new_tokens)
 
     def __len__(self) -> int:
         return self.size

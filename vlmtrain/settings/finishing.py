@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import first_line, nearest
+from ..model.fusion import FUSIONS
 from ..model.vision import ENCODERS
 from .data import PURPOSES
 from .fields import flatten
@@ -59,6 +60,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
             apart = _swept(hydra, settings.name, settings.connector.name)
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{apart}"
     _complete_encoders(settings)
+    _complete_fusion_rates(settings)
     return plain(settings, left_open_by="the recipe" if must_be_complete else None)
 
 
@@ -157,6 +159,16 @@ def _complete_encoders(settings: DictConfig) -> None:
             defaults = OmegaConf.load(file) if file.exists() else OmegaConf.create(defaults_of("vision", choice))
             own = {key: value for key, value in given.items() if key != "provider"}
             encoders[name] = OmegaConf.merge(defaults, own)
+
+
+def _complete_fusion_rates(settings: DictConfig) -> None:
+    """Replace ``train.fusion: connector`` by the connector's learning rate, or by null if the fusion has no weights."""
+    name = settings.fusion.get("name")
+    has_weights = name in FUSIONS and FUSIONS[name].has_weights
+    for stage in settings.get("stages", {}).values():
+        train = stage.get("train") if isinstance(stage, DictConfig) else None
+        if isinstance(train, DictConfig) and train.get("fusion") == "connector":
+            train.fusion = train.get("connector") if has_weights else None
 
 
 def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..connectors import CONNECTORS
 from ..data.boxes import BOX_FORMATS, FRAMES, Writing
+from ..data.records import IMAGE_MARK
 from ..data.templates import check_fallback
 from ..errors import nearest
-from ..model.fusion import CONCATENATION
+from ..model.fusion import CONCATENATION, FUSIONS
 from .data import PURPOSES, DataGroup, read_data
 from .fields import (
     MAPPING,
@@ -283,6 +284,13 @@ class Run:
         for each in self.up_to(stage):
             options |= (each.connector_options or {}).get(self.connector.name, {})
         return Choice(self.connector.name, MappingProxyType(options))
+
+    @property
+    def new_tokens(self) -> tuple[str, ...]:
+        """The tokens that the tokenizer must have: `llm.new_tokens`, and the one that stands for an image."""
+        fusion = FUSIONS[self.fusion.name]
+        own = () if fusion.in_text or IMAGE_MARK in self.llm.new_tokens else (IMAGE_MARK,)
+        return (*self.llm.new_tokens, *own)
 
     @property
     def newline(self) -> bool | None:

@@ -55,7 +55,7 @@ def build_tokenizer(run: Run) -> PreTrainedTokenizerBase:
         tokenizer = LANGUAGE_MODELS[run.llm.provider].tokenizer(**run.llm.options)
     else:
         tokenizer = load_tokenizer(run.llm.path, trust_remote_code=run.llm.trust_remote_code)
-    add_tokens(tokenizer, run.llm.new_tokens)
+    add_tokens(tokenizer, run.new_tokens)
     return tokenizer
 
 
@@ -96,7 +96,7 @@ def build_parts(
             for encoder in parts[part].encoders.values():
                 encoder.batch_size = stage.encoder_batch_size
         if part == "llm":
-            give_tokens(parts[part], tokenizer, run.llm.new_tokens)
+            give_tokens(parts[part], tokenizer, run.new_tokens)
             choose_attention(parts[part], run.llm.attn_implementation)
             if run.llm.positions is not None:
                 use_multimodal_rotary(parts[part], run.llm.positions)
@@ -119,6 +119,12 @@ def check_origins(run: Run, stage: Stage, parts: Collection[str], handed_on: Col
                 f"stage {stage.name} needs weights for its {part}, and nothing before it has any: run the stage that "
                 f"trains it first, set init_from, or list {part} in {stage.prefix}.fresh to start from random weights"
             )
+    new = "fusion" in parts and ("fusion" in stage.fresh or "fusion" not in handed_on)
+    if new and FUSIONS[run.fusion.name].has_weights and not stage.trains("fusion"):
+        raise ValueError(
+            f"stage {stage.name} adds fusion={run.fusion.name} without training it, so images would have no effect: "
+            f"set {stage.prefix}.train.fusion to a learning rate"
+        )
 
 
 def build_skeleton(
@@ -144,7 +150,7 @@ def build_skeleton(
             if part == "vision" and resized is not None:
                 parts[part].resize(resized.image_size, f"{resized.prefix}.image_size")
             if part == "llm":
-                give_tokens(parts[part], tokenizer, run.llm.new_tokens)
+                give_tokens(parts[part], tokenizer, run.new_tokens)
                 if run.llm.positions is not None:
                     use_multimodal_rotary(parts[part], run.llm.positions)
         add_adapters(stage, parts)

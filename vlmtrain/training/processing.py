@@ -191,7 +191,6 @@ def _check_controls(run: Run, stage: Stage, geometry: Geometry, tokenizer: PreTr
         ("llm.image_newline", [geometry.newline]),
         (style, geometry.view_words),
         (f"{stage.prefix}.video.frame_tokens", of_videos),
-        (f"fusion={run.fusion.name}", [geometry.slot_token]),
     ):
         for word in filter(None, words):
             if word not in tokenizer.get_vocab():

@@ -93,6 +93,22 @@ def test_folders_of_the_jobs_of_one_command_are_named_by_what_differs(monkeypatc
         assert _swept(OmegaConf.create(hydra), "mine", "mine") == expected
 
 
+@pytest.mark.parametrize(
+    ("more", "rates", "tokens"),
+    [
+        ([], {}, ()),
+        (["fusion=gated_cross_attention"], {"align": 1e-3, "instruct": 2e-5}, ("<image>",)),
+        (["fusion=gated_cross_attention", "stages.align.train.fusion=null"], {"instruct": 2e-5}, ("<image>",)),
+        (["fusion=gated_cross_attention", "stages.align.train.fusion=1e-4"], {"align": 1e-4, "instruct": 2e-5}, ...),
+        (["fusion=gated_cross_attention", 'llm.new_tokens=["<image>","<end>"]'], ..., ("<image>", "<end>")),
+    ],
+)
+def test_a_fusion_with_weights_trains_like_the_connector_unless_a_stage_says_otherwise(more, rates, tokens):
+    settings = compose(["recipe=llava_1_5", *more])
+    found = {name: stage.rates["fusion"] for name, stage in settings.stages.items() if "fusion" in stage.rates}
+    assert rates in (found, ...) and tokens in (settings.new_tokens, ...)
+
+
 def test_quickstart_is_the_default():
     assert compose([]).name == "quickstart"
 
