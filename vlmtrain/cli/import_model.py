@@ -1,4 +1,4 @@
-"""``vlmtrain import``: convert a published LLaVA, BLIP-2, Qwen-VL, HunyuanOCR, Molmo2 or Fuyu to a model folder."""
+"""``vlmtrain import``: convert a published LLaVA, BLIP-2, Qwen-VL, HunyuanOCR, Molmo2, Fuyu or PaliGemma."""
 
 from __future__ import annotations
 

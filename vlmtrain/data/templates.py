@@ -56,8 +56,12 @@ _FUYU = (
     "{% endfor %}"
 )
 
-TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE, FUYU: _FUYU}
-PICTURES_FIRST = {BLIP, FUYU}
+# All images come first, then the text, whose questions end with a newline (PaliGemma, 2024, section 3.1).
+PALIGEMMA = "paligemma"
+_PALIGEMMA = _FUYU.replace("<0x04>", "\n")
+
+TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA}
+PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
 NAMES = ("plain", "chat", *TEMPLATES)
 
 

@@ -29,9 +29,10 @@ from .llava import Exported, as_llava, shows_videos
 from .molmo2 import as_molmo2, compare_molmo2
 from .native import as_native
 from .native_parity import compare_native
+from .paligemma import as_paligemma, compare_paligemma
 from .probes import noise
 
-FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "fuyu", "vlmtrain")
+FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "fuyu", "paligemma", "vlmtrain")
 
 
 class Export(NamedTuple):
@@ -47,9 +48,10 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
     """Export the model folder `source` to `out`.
 
     form: ``llava`` is the class of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, ``blip2`` that of BLIP-2 or InstructBLIP,
-    ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, ``molmo2`` that of Molmo2, and ``fuyu`` that of
-    Fuyu, which transformers loads without vlmtrain; ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf``
-    is the first of them that fits. Raises ValueError with the reason if the form does not fit.
+    ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, ``molmo2`` that of Molmo2, ``fuyu`` that of Fuyu,
+    and ``paligemma`` that of PaliGemma, which transformers loads without vlmtrain; ``vlmtrain`` is a class that
+    ``import vlmtrain`` registers; ``hf`` is the first of them that fits. Raises ValueError with the reason if the form
+    does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -73,7 +75,7 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
     if processor.geometry is None:
         raise DoesNotFit("the model's processor does not accept images: export a stage that does")
     kind = form if form != "hf" else _kind(model, processor)
-    if processor.attention != CAUSAL and kind != "molmo2":
+    if processor.attention != CAUSAL and kind not in ("molmo2", "paligemma"):
         raise DoesNotFit(f"fusion.attention={processor.attention}: exported models are causal")
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
@@ -103,6 +105,8 @@ def _kind(model: VLMWrapper, processor: Processor) -> str:
     """The format (see `FORMATS`) of transformers' own classes that suits the model's parts best."""
     if processor.attention == "images" and processor.geometry.tile_style == "molmo2":
         return "molmo2"
+    if processor.attention == "prefix":
+        return "paligemma"
     if isinstance(model.vision, NativeVision):
         return "native"
     if isinstance(model.vision, PatchVision):
@@ -177,5 +181,6 @@ _CLASSES = {
     "native": (as_native, compare_native),
     "molmo2": (as_molmo2, compare_molmo2),
     "fuyu": (as_fuyu, compare_fuyu),
+    "paligemma": (as_paligemma, compare_paligemma),
 }
 """For each format of transformers' own classes, the conversion and the comparison of its result."""

@@ -16,18 +16,25 @@ from ..model import VLMWrapper
 from ..model.llm import load_tokenizer
 from ..model.loading import load_hf_config, load_hf_model
 from ..reporting.card import write_import_card
-from . import importing_blip, importing_fuyu, importing_llava, importing_molmo2, importing_native
+from . import (
+    importing_blip,
+    importing_fuyu,
+    importing_llava,
+    importing_molmo2,
+    importing_native,
+    importing_paligemma,
+)
 from .importing_llava import fixed_geometry
 from .importing_projectors import projector_parts
 from .preparation import read_preparation
 from .source import Source, processor_of
 
+_MODULES = (
+    *(importing_llava, importing_blip, importing_native),
+    *(importing_molmo2, importing_fuyu, importing_paligemma),
+)
 # modules that check, read and compare a family of models, by model_type
-FAMILIES = {
-    kind: family
-    for family in (importing_llava, importing_blip, importing_native, importing_molmo2, importing_fuyu)
-    for kind in family.MODEL_CLASSES
-}
+FAMILIES = {kind: family for family in _MODULES for kind in family.MODEL_CLASSES}
 MODEL_CLASSES = {kind: family.MODEL_CLASSES[kind] for kind, family in FAMILIES.items()}
 
 
@@ -53,7 +60,7 @@ def import_model(
     """Convert `source` to a model folder at `out` that ``init_from`` accepts.
 
     source: a folder or Hub ID of Hugging Face with a LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, BLIP-2, InstructBLIP,
-    Qwen2-VL, Qwen2.5-VL, Qwen3-VL, HunyuanOCR, Molmo2 or Fuyu, or a single projector (an original LLaVA
+    Qwen2-VL, Qwen2.5-VL, Qwen3-VL, HunyuanOCR, Molmo2, Fuyu or PaliGemma, or a single projector (an original LLaVA
     ``mm_projector.bin``, InternVL's ``mlp1``, nanoVLM's ``MP``; torch or safetensors), which requires `llm`, and
     `vision` unless the ``config.json`` next to it names the encoder.
     template: one of vlmtrain's, if the source's cannot be trained on. image_fit: replaces the source's. Raises

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoProcessor
 
 from ..data.processor import Processor
 from ..data.templates import FUYU
@@ -16,8 +13,8 @@ from ..errors import first_line
 from ..model import VLMWrapper
 from ..model.parts import make_connector
 from ..model.vision import PatchVision
-from .fitting import filled
 from .fuyu import NEWLINE, START, compare_fuyu
+from .importing_llava import language_model
 from .importing_native import native_geometry
 from .llava import Exported
 from .source import Source, end_answers, processor_of
@@ -38,7 +35,7 @@ def read(source: Source) -> tuple[VLMWrapper, Processor]:
     """The model and the processor of a source, which share its tensors."""
     _check_preparation(source)
     largest = source.preparation.size.height, source.preparation.size.width
-    vision, llm = PatchVision(source.config.patch_size, largest), _language_model(source)
+    vision, llm = PatchVision(source.config.patch_size, largest), language_model(source.model)
     layer = source.model.model.vision_embed_tokens
     connector = make_connector("linear", vision, llm, {}, layer.weight.dtype)
     connector.load_published(layer.state_dict())
@@ -72,16 +69,3 @@ def _check_preparation(source: Source) -> None:
     for key in ("image_mean", "image_std"):
         if (value := getattr(told, key)) not in (0.5, [0.5] * 3):
             raise ValueError(f"{file}: {key}={value}, expected 0.5")
-
-
-def _language_model(source: Source) -> nn.Module:
-    """The source's language model as an ordinary one, with its own head."""
-    head, table = (each.weight for each in (source.model.get_output_embeddings(), source.model.get_input_embeddings()))
-    config = copy.deepcopy(source.config.text_config)
-    config.tie_word_embeddings = head.data_ptr() == table.data_ptr()
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
-    state = {f"model.{name}": tensor for name, tensor in source.model.model.language_model.state_dict().items()}
-    if not config.tie_word_embeddings:
-        state["lm_head.weight"] = head.detach()
-    return filled(model_class, config, state, head.dtype)

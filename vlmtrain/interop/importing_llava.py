@@ -45,7 +45,7 @@ def check(folder: Path, config, fit: str | None) -> None:
 
 def read(source: Source) -> tuple[VLMWrapper, Processor]:
     """The model and the processor of a source, which share its tensors."""
-    vision, llm = _encoder(source.folder, source.model, source.look), _language_model(source.model)
+    vision, llm = _encoder(source.folder, source.model, source.look), language_model(source.model)
     model = VLMWrapper(vision, _connector(source.folder, source.model, vision, llm), llm).eval()
     is_tiled = source.config.model_type in _TILED
     grids = _tile_grids(source.folder, source.config, vision) if is_tiled else ()
@@ -122,7 +122,7 @@ def _encoder(folder: Path, source: PreTrainedModel, look: dict) -> HFVision:
     return vision
 
 
-def _language_model(source: PreTrainedModel) -> nn.Module:
+def language_model(source: PreTrainedModel) -> nn.Module:
     """The source's language model with its own head."""
     config = source.config.text_config
     head, table = source.get_output_embeddings().weight, source.get_input_embeddings().weight

@@ -75,6 +75,8 @@ def as_llava(model: VLMWrapper, processor: Processor) -> Exported:
     kind = _kind(geometry)
     connector = model.connector.connector if isinstance(model.connector, JoiningConnector) else model.connector
     projector, activation = _projector(connector)
+    if getattr(model.vision, "final_norm", False):
+        raise DoesNotFit("vision.final_norm=true: LLaVA's classes take features before the encoder's final norm")
     tower, prefix = as_hf_tower(model.vision)
     speech = typed_speech(processor, video=VIDEO_MARK if kind == "llava_onevision" else None)
     if prefix > 1:

@@ -40,6 +40,8 @@ TIMM_NAMES = (
 def as_hf_tower(vision: VisionEncoder) -> tuple[nn.Module, int]:
     """Convert `vision` to a Hugging Face model whose ``hidden_states[vision.layer]`` are the same features.
 
+    Those of an encoder with a final norm are its ``last_hidden_state``.
+
     Returns the model, which shares unchanged tensors, and the number of tokens before its patches. Raises DoesNotFit
     for towers without a suitable class.
     """
@@ -68,7 +70,8 @@ def _checked(vision: VisionEncoder, model: nn.Module) -> int:
     parameter = next(vision.parameters())
     probe = torch.randn(1, 3, *vision.image_size, generator=torch.Generator().manual_seed(0)).to(parameter)
     expected = vision.eval()(probe)
-    found = model.eval()(probe, output_hidden_states=True).hidden_states[vision.layer]
+    out = model.eval()(probe, output_hidden_states=True)
+    found = out.last_hidden_state if getattr(vision, "final_norm", False) else out.hidden_states[vision.layer]
     prefix = 0 if expected.prefix is None else expected.prefix.shape[1]
     if found.shape[1] == prefix + vision.grid[0] * vision.grid[1]:
         difference = relative_difference(found[:, prefix:], expected.patches.flatten(1, 2))

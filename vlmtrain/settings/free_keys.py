@@ -34,7 +34,13 @@ _ADDED = {
         "llm.image_newline": None,
         "device_tflops": None,
     },
-    **{"vision.scales": None, "data.columns.dialogues": None, "boxes.format": None, "boxes.frame": None},
+    **{
+        "vision.scales": None,
+        "vision.final_norm": False,
+        "data.columns.dialogues": None,
+        "boxes.format": None,
+        "boxes.frame": None,
+    },
     **{"validation.shots": [0], "validation.shots_from": None, "validation.shots_by": "random"},
 }
 _ADDED_IN_STAGE = {
@@ -63,8 +69,11 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     added = _added(found["stages"])
     if found.get("fusion", {}).get("name", "concatenation") != "concatenation":
         del added["fusion.attention"]  # an option of concatenation only
-    if found.get("vision", {}).get("provider") in ("several", "patches"):
+    provider = found.get("vision", {}).get("provider")
+    if provider in ("several", "patches"):
         del added["vision.scales"]  # of single encoders only
+    if provider != "hf":
+        del added["vision.final_norm"]  # of Hugging Face's only
     for key, value in added.items():
         *parents, last = key.split(".")
         if parents[:1] != ["data"]:  # formats have different keys, and those that were added are optional

@@ -80,6 +80,7 @@ class HFVisionOptions(Encoder):
     trust_remote_code: bool = key(SWITCH)  # run code from the Hub ID or folder
     image_mean: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
     image_std: tuple[float, ...] | None = key(optional(_CHANNELS))  # null: the preprocessor's
+    final_norm: bool = key(SWITCH)  # layer -1 after the encoder's final norm
 
 
 @dataclass(frozen=True)

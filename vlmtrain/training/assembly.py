@@ -223,6 +223,7 @@ def _published_encoder(options: Vision) -> VisionEncoder | None:
     given = {name: options.arguments[name] for name in known["geometry"]}
     geometry = {**known["geometry"], **{name: value for name, value in given.items() if value is not None}}
     chosen = {"layer": options.layer, "levels": options.levels, "scales": options.scales}
+    chosen |= {"final_norm": options.final_norm} if options.provider == "hf" else {}
     return vision_from({**known, "geometry": geometry, **chosen})
 
 

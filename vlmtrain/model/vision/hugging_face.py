@@ -30,14 +30,25 @@ NATIVE: dict[str, type[NativeVision]] = {kind: tower for tower in TOWERS for kin
 
 
 class HFVision(VisionEncoder):
-    """A Hugging Face vision model (CLIP, SigLIP, DINOv2, ViT, ...), or the vision tower of a CLIP-like one."""
+    """A Hugging Face vision model (CLIP, SigLIP, DINOv2, ViT, ...), or the vision tower of a CLIP-like one.
+
+    final_norm: whether `layer`, then -1, is the model's ``last_hidden_state``, after its final norm.
+    """
 
     provider = "hf"
 
-    def __init__(self, encoder: nn.Module, geometry: dict, layer: int, levels: Sequence[int] | None = None):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        geometry: dict,
+        layer: int,
+        levels: Sequence[int] | None = None,
+        final_norm: bool = False,
+    ):
         super().__init__()
         self.encoder = encoder
         self.geometry = geometry
+        self.final_norm = final_norm
         config = encoder.config
         self.image_size = as_size(geometry["image_size"] or config.image_size)
         self.patch_size = as_size(config.patch_size)
@@ -58,6 +69,7 @@ class HFVision(VisionEncoder):
         levels: Sequence[int] | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        final_norm: bool = False,
         dtype: torch.dtype = torch.float32,
         weights: bool = True,
         trust_remote_code: bool = False,
@@ -65,32 +77,37 @@ class HFVision(VisionEncoder):
         """Load from a Hub ID or a folder; without `weights`, build only the architecture.
 
         image_size: in pixels; None means the preprocessor's crop size, or else the model's own size.
-        image_mean, image_std: None means those of ``preprocessor_config.json``.
+        image_mean, image_std: None means those of ``preprocessor_config.json``. final_norm: see the class.
 
         A model whose tower has native resolution (see `NATIVE`) becomes an encoder of that class.
         """
         know_blip_towers()
         trust = {"trust_remote_code": trust_remote_code}
         config = load_hf_config(path, "vision.path", **trust)
+        if final_norm and layer != -1:
+            raise ValueError(f"vision.final_norm=true with vision.layer={layer}: the norm follows the last layer, -1")
         if config.model_type in NATIVE:
+            if final_norm:
+                raise ValueError(f"vision.final_norm=true: {NATIVE[config.model_type].__name__} does not support it")
             look = {"image_size": image_size, "image_mean": image_mean, "image_std": image_std}
             options = {"layer": layer, "levels": levels, "dtype": dtype, "weights": weights, **look, **trust}
             return NATIVE[config.model_type].build(path, **options)
         config = getattr(config, "vision_config", config)
         preprocessor, look = read_preprocessor(path, image_mean, image_std)
         geometry = {"image_size": image_size or _preprocessor_size(preprocessor), **look}
-        cls._check_grid(config, geometry, path, **trust)
+        cls._check_grid(config, geometry, path, final_norm, **trust)
         if weights:
             encoder = load_hf_model("AutoModel", path, config=config, dtype=dtype, **trust)
         else:
             encoder = transformers.AutoModel.from_config(config, **trust).to(dtype)
-        return cls(encoder, geometry, layer, levels)
+        return cls(encoder, geometry, layer, levels, final_norm)
 
     @classmethod
-    def _check_grid(cls, config, geometry: dict, path: str, **trust: bool) -> None:
+    def _check_grid(cls, config, geometry: dict, path: str, final_norm: bool, **trust: bool) -> None:
         """Raise ValueError unless the model of a configuration returns a grid of patches from every block.
 
-        It runs on the meta device, without weights.
+        With `final_norm`, its last state must differ from the output of its last block. It runs on the meta device,
+        without weights.
         """
         with torch.device("meta"):
             name = type(config).__name__.removesuffix("Config")
@@ -109,6 +126,10 @@ class HFVision(VisionEncoder):
                     f"vision.path={path}: {name} does not return one grid of patches from every block "
                     f"({first_line(error)}): use a ViT, such as CLIP's, SigLIP's or DINOv2's"
                 ) from None
+            if final_norm:
+                out = model(torch.empty(1, 3, *as_size(config.image_size)), output_hidden_states=True)
+                if out.last_hidden_state is out.hidden_states[-1]:
+                    raise ValueError(f"vision.final_norm=true: {name} applies no norm to the output of its last block")
 
     def _resize(self, before: Size) -> None:
         self.geometry = {**self.geometry, "image_size": list(self.image_size)}
@@ -123,7 +144,8 @@ class HFVision(VisionEncoder):
             states = self._first_states(blocks, images, options)
             return self.as_features(lambda layer: states[block_index(layer, self.num_blocks)], images)
         out = self.encoder(images, output_hidden_states=True, **options)
-        return self.as_features(lambda layer: out.hidden_states[layer], images)
+        states = (*out.hidden_states[:-1], out.last_hidden_state) if self.final_norm else out.hidden_states
+        return self.as_features(lambda layer: states[layer], images)
 
     def _first_states(self, blocks: set[int], images: Tensor, options: dict) -> dict[int, Tensor]:
         """The outputs of some blocks of a frozen encoder, of which the later blocks do not run."""
@@ -147,20 +169,24 @@ class HFVision(VisionEncoder):
 
     @property
     def architecture(self) -> dict:
-        return {"hf": facts(self.encoder.config)}
+        return {"hf": facts(self.encoder.config), **self._norm}
 
     def describe(self) -> dict:
         return {**self._chosen, "encoder": self.encoder.config.to_dict()}
 
     @property
     def _chosen(self) -> dict:
-        return {"layer": self.layer, "levels": self.levels, "geometry": self.geometry}
+        return {"layer": self.layer, "levels": self.levels, "geometry": self.geometry, **self._norm}
+
+    @property
+    def _norm(self) -> dict:
+        return {"final_norm": True} if self.final_norm else {}
 
     @classmethod
     def from_description(cls, saved: Mapping) -> HFVision:
         know_blip_towers()
         encoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**saved["encoder"]))
-        return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
+        return cls(encoder, saved["geometry"], saved["layer"], saved["levels"], saved.get("final_norm", False))
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
@@ -174,7 +200,7 @@ class HFVision(VisionEncoder):
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         encoder = load_hf_model("AutoModel", str(folder), is_ours=True, **options)
         try:
-            return cls(encoder, saved["geometry"], saved["layer"], saved["levels"])
+            return cls(encoder, saved["geometry"], saved["layer"], saved["levels"], saved.get("final_norm", False))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{folder / 'vlmtrain.json'} does not fit the encoder: {first_line(error)}") from None
 
