@@ -62,6 +62,8 @@ TRAINED = {
     "molmo2": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "instruct", "long_context")},
     "llava_video": {"video": {"vision", "connector", "llm"}},
     "fuyu": {"align": {"connector"}, "pretrain": {"connector", "llm"}, "instruct": {"connector", "llm"}},
+    "paligemma": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "high_resolution", "transfer")},
+    "vl_mamba": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "clip": {"contrast": {"vision", "objective"}},
 }
 
@@ -80,6 +82,8 @@ SLOW = {
     "hunyuan_ocr",
     "speedrun",
     "fuyu",
+    "paligemma",
+    "vl_mamba",
 }
 
 

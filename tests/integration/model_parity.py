@@ -26,6 +26,7 @@ from tests.integration.fuyu_models import build_fuyu
 from tests.integration.molmo2_models import build_molmo2
 from tests.integration.native_models import CLASSES as NATIVE
 from tests.integration.native_models import build_native
+from tests.integration.paligemma_models import build_paligemma
 from tests.integration.published_models import build_blip, build_llava, build_parts
 from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, TOWERS, byte_tokenizer, stir
 from vlmtrain.data.connector_text import TextReader
@@ -49,7 +50,7 @@ NEW = 12
 SCRIPT = Path(__file__).with_name("transformers_only.py")
 PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
 WITH_VIDEO = [MODEL_CLASSES[name] for name in ("llava_onevision", *NATIVE)]
-MOLMO2, FUYU = MODEL_CLASSES["molmo2"], MODEL_CLASSES["fuyu"]
+MOLMO2, FUYU, PALIGEMMA = (MODEL_CLASSES[kind] for kind in ("molmo2", "fuyu", "paligemma"))
 UNSCALED = {"height": 96, "width": 132}  # of Fuyu's images, which transformers scales down with torchvision only
 Talk = tuple[tuple[Turn, ...], tuple[str, ...]]
 
@@ -72,6 +73,7 @@ AGAIN: Talk = (user(f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "a red circ
 OTHER: Talk = (user(f"{IMAGE_MARK}\nWhich of them is red, 1 or 2?"),), ("square.png",)
 # InstructBLIP's processor pads instructions on the left, which shifts positions: so all of them have the same length
 EQUAL: Talk = (user(f"{IMAGE_MARK}\nWhich is red?"),), ("large.png",)
+PROMPTS: list[Talk] = [ONE, TWO, OTHER]  # of one question, as PaliGemma's processor takes them
 ALONE: list[Talk] = [ONE, OTHER, EQUAL]  # of one question about one image, as Fuyu's processor takes them
 
 
@@ -260,6 +262,8 @@ class Case(NamedTuple):
             return JOINED
         if self.vision == "fuyu":
             return ALONE
+        if self.vision == "paligemma":
+            return PROMPTS
         if self.reads:
             return [ONE, EQUAL]
         talks = [ONE, OTHER, AGAIN] if self.becomes.startswith("Blip2") else [ONE, TWO, LONG]
@@ -356,8 +360,10 @@ MOLMO2_CASES = {
     "molmo2, open_clip": MOLMO2_CASE._replace(vision="timm siglip", options={**POOL, "token_bias": False}),
 }
 FUYU_CASES = {"fuyu": Case("fuyu", "persimmon", "linear", becomes=FUYU)}
+PALIGEMMA_CASES = {"paligemma": Case("paligemma", "gemma", "linear", becomes=PALIGEMMA)}
 EXPORTS = {
     **{"llava": LLAVA_CASES, "blip2": BLIP_CASES, "native": NATIVE_CASES, "molmo2": MOLMO2_CASES, "fuyu": FUYU_CASES},
+    "paligemma": PALIGEMMA_CASES,
     "vlmtrain": OWN_CASES,
 }
 """Cases by their target; those of ``vlmtrain`` load only where it is imported."""
@@ -386,6 +392,10 @@ def build(case: Case, folder: Path) -> None:
         return
     if case.vision == "fuyu":
         build_fuyu(folder.parent / "hf", size=UNSCALED)
+        import_model(folder.parent / "hf", folder)
+        return
+    if case.vision == "paligemma":
+        build_paligemma(folder.parent / "hf")
         import_model(folder.parent / "hf", folder)
         return
     torch.manual_seed(0)
@@ -501,6 +511,13 @@ def fuyu() -> Source:
     return Source(write, FUYU, ALONE, "fuyu", "persimmon")
 
 
+def paligemma(kind: str, llm: str) -> Source:
+    def write(folder: Path) -> None:
+        build_paligemma(folder / "hf", kind)
+
+    return Source(write, PALIGEMMA, PROMPTS, "paligemma", llm)
+
+
 def projector(depth: int) -> Source:
     return Source(partial(build_parts, depth=depth), "llava", CHATTING, "clip", "llama")
 
@@ -529,9 +546,11 @@ BLIP_SOURCES = {
 NATIVE_SOURCES = {family: native(family) for family in NATIVE}
 MOLMO2_SOURCES = {"molmo2": molmo2()}
 FUYU_SOURCES = {"fuyu": fuyu()}
+PALIGEMMA_SOURCES = {"paligemma": paligemma("paligemma", "gemma"), "paligemma2": paligemma("paligemma2", "gemma2")}
 IMPORTS = {
     **{"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES, "native": NATIVE_SOURCES, "molmo2": MOLMO2_SOURCES},
     "fuyu": FUYU_SOURCES,
+    "paligemma": PALIGEMMA_SOURCES,
 }
 
 

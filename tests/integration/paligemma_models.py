@@ -29,6 +29,7 @@ def build_paligemma(folder: Path, kind: str = "paligemma", **options) -> nn.Modu
     torch.manual_seed(0)
     tokenizer = byte_tokenizer("never")
     tokenizer.pad_token = "<pad>"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     look = {"size": {"height": SIDE, "width": SIDE}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images = SiglipImageProcessorPil(**look | options)
     images.image_seq_length = (SIDE // PATCH) ** 2

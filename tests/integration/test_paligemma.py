@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from tests.integration.imported_pairs import Pair, draw_noise
+from tests.integration.model_parity import PALIGEMMA_CASES, check, export_all
 from tests.integration.paligemma_models import build_paligemma
 from vlmtrain.batch import Batch
 from vlmtrain.data import Conversation, Processor, Turn
@@ -140,6 +141,12 @@ def test_an_import_trains_and_exports_to_its_own_class(pair, files, tmp_path):
     expected = theirs(**given).logits[0]
     alone = pair.processor.collate([pair.processor(conversation(files, "two"))])
     assert relative_difference(model.eval()(alone)[0], expected) <= 1e-5
+
+
+def test_exports_load_without_vlmtrain(tmp_path):
+    for name, found in export_all(PALIGEMMA_CASES, tmp_path).items():
+        check(found["parity"], 1e-5)
+        assert (found["parity"].model_class, found["parity"].module) == (PALIGEMMA_CASES[name].becomes, "transformers")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.parity_table import PROJECTORS, rows
-from vlmtrain.interop import blip, fuyu, importing, importing_projectors, llava, molmo2, native_families, own
+from vlmtrain.interop import blip, fuyu, importing, importing_projectors, llava, molmo2, native_families, own, paligemma
 
 from ..conftest import ROOT
 
@@ -17,7 +17,7 @@ def named(way: str) -> set[str]:
 
 
 def test_the_table_has_every_class_that_an_export_becomes():
-    classes = {name for module in (llava, blip, molmo2, own) for name in vars(module)}
+    classes = {name for module in (llava, blip, molmo2, paligemma, own) for name in vars(module)}
     classes |= {family.model_class for family in native_families.FAMILIES.values()}
     classes = {name for name in classes if name.endswith("ForConditionalGeneration")} | {fuyu.FuyuForCausalLM.__name__}
     assert named("out") == {f"`{name}`" for name in classes}

@@ -25,6 +25,7 @@ PARTS = {
         "MEQ-Former",
         "aggregator",
         "pooling",
+        "VSS",
     ),
     "fusion": ("gated layers",),
     "llm": ("LLM", "adapters of the LLM", "new tokens"),
