@@ -34,6 +34,7 @@ from ..data.rendered import IGNORE
 from ..data.tile_styles import LLAVA_NEXT
 from ..model import VLMWrapper
 from ..model.deep_levels import at_prefill
+from ..model.experts import restore_experts
 from ..model.fusion import Concatenation, Fused, build_fusion
 from ..model.parts import connector_from
 from ..model.rotary import positions_of, restore_multimodal_rotary, rows_of_positions
@@ -199,8 +200,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 if cache is not None and cache.get_seq_length():
                     raise ValueError("a model with rows of positions continues its cache only in generate")
                 context = rows_of_positions(self.vlm.llm, rows, mask.sum(1))
-            if fused.added:
-                options |= {"levels": fused.added, "visual_mask": fused.visual_mask}
+            options |= fused.visual_options(self.vlm.llm)
         if labels is not None:
             options["labels"] = labels.masked_fill(labels == self.config.image_token_id, IGNORE)
         with context:
@@ -234,10 +234,10 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
         fused, visual = self.embed(
             input_ids, pixel_values, more_pixel_values, image_cuts, image_sizes, text_ids, text_mask
         )
-        mask, rows = fused.visual_mask if fused.added else None, self._rows(attention_mask, visual)
+        rows = self._rows(attention_mask, visual)
         with (
             rows_of_positions(self.vlm.llm, rows, attention_mask.sum(1)),
-            at_prefill(self.vlm.llm, len(input_ids), levels=fused.added, visual_mask=mask),
+            at_prefill(self.vlm.llm, len(input_ids), **fused.visual_options(self.vlm.llm)),
         ):
             found = self.vlm.llm.generate(inputs_embeds=fused.embeddings, attention_mask=attention_mask, **options)
         new = found if isinstance(found, Tensor) else found.sequences
@@ -251,6 +251,7 @@ class VLMTrainForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def _build(config: VLMTrainConfig) -> VLMWrapper:
     llm = AutoModelForCausalLM.from_config(config.text_config)
     restore_multimodal_rotary(llm)
+    restore_experts(llm)
     fusion = build_fusion(**config.fusion) if config.fusion else None
     return VLMWrapper(vision_from(config.vision), connector_from(config.connector), llm, fusion)
 

@@ -5,7 +5,8 @@ Each sample of a packed row attends only to itself, without a mask over the comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -63,6 +64,20 @@ def attend_in_segments(llm: nn.Module, given: str = "layout=packed") -> None:
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, _mask)
     llm.set_attn_implementation(NAME)
+
+
+@contextmanager
+def plain_attention(llm: nn.Module) -> Iterator[None]:
+    """Let a language model run on any device: with eager attention instead of one that may need a GPU."""
+    used = getattr(llm.config, "_attn_implementation", None)
+    needs_gpu = used not in (None, "eager", "sdpa")
+    if needs_gpu:
+        llm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if needs_gpu:
+            llm.set_attn_implementation(used)
 
 
 def follow_rules(llm: nn.Module, arguments: Iterable[str]) -> None:

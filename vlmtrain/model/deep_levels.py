@@ -84,7 +84,7 @@ def at_prefill(llm: nn.Module, prompts: int, **arguments: Sequence[Tensor] | Ten
         times = len(options["inputs_embeds"]) // prompts
         return called, {**options, **_repeated(given, times)}
 
-    handle = llm.register_forward_pre_hook(add, with_kwargs=True)
+    handle = llm.register_forward_pre_hook(add, with_kwargs=True, prepend=True)
     try:
         yield
     finally:

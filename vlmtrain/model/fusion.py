@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..registry import Registry
 from ..visual import Visual
 from .blocks import block_list
+from .experts import routing_of
 from .gated_layer import STYLES, GatedLayer
 from .llm import hidden_width
 from .media import Media, Reading
@@ -45,6 +46,15 @@ class Fused(NamedTuple):
     added: tuple[Tensor, ...] = ()
     visual_mask: Tensor | None = None
     media: Media | None = None
+
+    def visual_options(self, llm: nn.Module) -> dict[str, Any]:
+        """Arguments of a language model that adds levels at visual positions, or has experts for them."""
+        options: dict[str, Any] = {"levels": self.added} if self.added else {}
+        if self.added or routing_of(llm) is not None:
+            shape, device = self.embeddings.shape[:2], self.embeddings.device
+            nowhere = torch.zeros(shape, dtype=torch.bool, device=device)
+            options["visual_mask"] = nowhere if self.visual_mask is None else self.visual_mask
+        return options
 
 
 class Fusion(nn.Module):

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line, nearest
 from ..registry import Registry
+from .attention import plain_attention
 from .blocks import first_blocks
+from .experts import load_experts, restore_experts, save_experts
 from .loading import load_hf_config, load_hf_model
 from .rotary import restore_multimodal_rotary
 
@@ -60,6 +62,7 @@ def build_llm(
     _check_causal(load_hf_config(path, "llm.path", trust_remote_code), f"llm.path={path}")
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     llm = load_hf_model("AutoModelForCausalLM", path, dtype=dtype, **options)
+    load_experts(llm, Path(path))
     check_embeddings(llm, f"llm.path={path}")
     return llm
 
@@ -73,7 +76,9 @@ def build_llm_skeleton(
     else:
         known = transformers.AutoConfig.for_model(**config)
     _check_causal(known, f"llm.path={path}")
-    return transformers.AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code).to(dtype)
+    llm = transformers.AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code).to(dtype)
+    restore_experts(llm)
+    return llm
 
 
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -113,13 +118,12 @@ def check_embeddings(llm: nn.Module, given: str) -> None:
     Images enter a model as embeddings. A model that reads ids in another place as well, such as Gemma 3n with its
     embeddings per layer, would miss them. Only the first blocks of a large model are run. `given` is the setting.
     """
-    was_training, attention = llm.training, getattr(llm.config, "_attn_implementation", None)
+    was_training = llm.training
     llm.eval()
-    if attention not in (None, "eager", "sdpa"):  # which may need a GPU
-        llm.set_attn_implementation("eager")
+    large = sum(p.numel() for p in llm.parameters()) > LARGE
     ids = torch.arange(8)[None] % llm.get_input_embeddings().num_embeddings
     try:
-        with first_blocks(llm) if sum(p.numel() for p in llm.parameters()) > LARGE else nullcontext():
+        with first_blocks(llm) if large else nullcontext(), plain_attention(llm):
             from_ids = llm(input_ids=ids, use_cache=False).logits.float()
             embeddings = llm.get_input_embeddings()(ids)
             found = llm(inputs_embeds=embeddings, use_cache=False).logits.float()
@@ -127,8 +131,6 @@ def check_embeddings(llm: nn.Module, given: str) -> None:
         raise ValueError(f"{given} cannot run: {first_line(error)}") from None
     finally:
         llm.train(was_training)
-        if attention not in (None, "eager", "sdpa"):
-            llm.set_attn_implementation(attention)
     difference = float((found - from_ids).abs().max() / from_ids.abs().max().clamp(min=1e-12))
     if not difference < 0.01:
         raise ValueError(
@@ -210,9 +212,9 @@ def check_vocabulary(llm: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write the model as an ordinary Hugging Face folder."""
+    """Write the model as an ordinary Hugging Face folder, with the weights of visual experts in a file of their own."""
     transformers.utils.logging.disable_progress_bar()
-    llm.save_pretrained(folder, state_dict=dict(state))  # save_pretrained empties the dict that it is given
+    llm.save_pretrained(folder, state_dict=save_experts(llm, folder, state))
 
 
 def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
@@ -221,6 +223,7 @@ def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     llm = load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, **options)
     restore_multimodal_rotary(llm)
+    load_experts(llm, folder)
     return llm
 
 
@@ -229,6 +232,7 @@ def saved_llm_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Modu
     config = load_hf_config(str(folder), "llm", trust_remote_code)
     llm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     restore_multimodal_rotary(llm)
+    restore_experts(llm)
     return llm
 
 

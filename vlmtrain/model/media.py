@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import block_list
+from .within import Within
 
 
 class Media(NamedTuple):
@@ -53,25 +54,11 @@ class Reading:
         continues: whether the first call of the language model reads prompts, and later ones continue them. The keys
         and values of the media are then computed once.
         """
-        return _Within(self, media, {} if continues else None)
+        return Within(self, media=media, known={} if continues else None)
 
     def when_recomputing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """The `context_fn` of a checkpoint: activations are recomputed with the media of the forward pass."""
-        return nullcontext(), _Within(self, self.media, None)
-
-
-class _Within:
-    """Context with other values of a `Reading`; it can be entered again."""
-
-    def __init__(self, reading: Reading, *values):
-        self.reading, self.values = reading, values
-
-    def __enter__(self) -> None:
-        self.before = self.reading.media, self.reading.known
-        self.reading.media, self.reading.known = self.values
-
-    def __exit__(self, *error) -> None:
-        self.reading.media, self.reading.known = self.before
+        return nullcontext(), Within(self, media=self.media, known=None)
 
 
 def call_before_blocks(llm: nn.Module, layers: Mapping[int, nn.Module], reading: Reading) -> None:

@@ -133,8 +133,7 @@ class VLMWrapper(nn.Module):
         follow_rules(self.llm, options)
         if batch.boundaries is not None:
             options["position_ids"] = batch.positions if batch.positions.ndim == 2 else batch.text_positions
-        if fused.added:
-            options |= {"levels": fused.added, "visual_mask": fused.visual_mask}
+        options |= fused.visual_options(self.llm)
         if cache is not None:
             options["past_key_values"] = cache
         with (
@@ -164,9 +163,9 @@ class VLMWrapper(nn.Module):
         embeddings = fused.embeddings.gather(1, shift.unsqueeze(-1).expand_as(fused.embeddings))
         mask = columns >= (width - lengths)[:, None]
         given = {"prefix": batch.prefix, "branch": batch.branch, "bidirectional": batch.bidirectional}
-        given["visual_mask"] = fused.visual_mask if fused.added else None
+        given |= fused.visual_options(self.llm)
         for name, tensor in given.items():
-            if tensor is not None and tensor.ndim == 2:
+            if isinstance(tensor, Tensor) and tensor.ndim == 2:
                 given[name] = tensor.to(shift.device).gather(1, shift)
         follow_rules(self.llm, [name for name, tensor in given.items() if tensor is not None])
         positions = batch.positions
@@ -174,7 +173,7 @@ class VLMWrapper(nn.Module):
             positions = positions.gather(-1, shift.expand_as(positions))
         rows = rows_of_positions(self.llm, positions, lengths)
         reading = self._reading(fused.media and fused.media.at(shift), continues=True)
-        with rows, reading, at_prefill(self.llm, len(embeddings), levels=fused.added, **given):
+        with rows, reading, at_prefill(self.llm, len(embeddings), **given):
             return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask.long(), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:

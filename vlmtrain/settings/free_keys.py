@@ -32,6 +32,7 @@ _ADDED = {
         "llm.positions": None,
         "llm.image_frame": None,
         "llm.image_newline": None,
+        "llm.visual_experts": None,
         "device_tflops": None,
     },
     **{

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..connectors import CONNECTORS
+from ..model.experts import PARTS as EXPERTS
 from ..model.fusion import FUSIONS
 from ..model.llm import LANGUAGE_MODELS
 from ..model.vision import ENCODERS
@@ -33,6 +34,7 @@ from .fields import (
 
 _POSITIONS = optional(one_of("mrope", "interleaved_mrope", "xdrope"))
 _FRAME = optional(list_of(TEXT, "a list of two tokens", sizes=(2,)))
+_EXPERTS = optional(list_of(one_of(*EXPERTS), f"a list of some of {', '.join(EXPERTS)}", sizes=(1, 2, 3)))
 _LAYERS = list_of(whole(), "a list of layers")
 _SCALES = Kind(SCALES, are_scales, lambda value, key: tuple(value))
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))
@@ -177,6 +179,7 @@ class LanguageModel:
     positions: str | None = key(_POSITIONS)  # rows of rotary positions; null: the model's own
     image_frame: tuple[str, str] | None = key(_FRAME)  # tokens before and after each image
     image_newline: str | None = key(optional(TEXT))  # token after each row of an image's tokens
+    visual_experts: tuple[str, ...] | None = key(_EXPERTS)  # modules that exist once more for visual tokens; null: none
     path = config = None  # of those without such a key
     trust_remote_code = False
     is_pretrained = True
@@ -210,6 +213,7 @@ class OwnLLM(LanguageModel):
     positions: str | None = key(_POSITIONS, None)
     image_frame: tuple[str, str] | None = key(_FRAME, None)
     image_newline: str | None = key(optional(TEXT), None)
+    visual_experts: tuple[str, ...] | None = key(_EXPERTS, None)
     options: Mapping = field(default_factory=dict)  # those of its `build`
 
 

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import some
 from ..files import read_json
+from ..model.experts import dense_name
 from ..model.loading import mismatches, read_tensors
 from ..model.parts import state_hash
 from ..settings import LoRA, Stage
@@ -98,7 +99,8 @@ def _peft(key: str, quantize: str | None) -> Any:
 def _targets(module: nn.Module, wanted: str | tuple[str, ...], key: str) -> list[str]:
     """Names of the linear layers that get adapters: those that match the patterns, or all but the output embedding.
 
-    A pattern matches the last components of a name: ``q_proj`` or ``layers.*.mlp.*``. Layers of torch's
+    A pattern matches the last components of a name: ``q_proj`` or ``layers.*.mlp.*``. In a language model with experts
+    for visual tokens, names without the components ``text`` and ``visual`` select both. Layers of torch's
     MultiheadAttention cannot have adapters, because it stores its projections in one tensor or bypasses the forward
     pass of the layer.
     """
@@ -114,10 +116,11 @@ def _targets(module: nn.Module, wanted: str | tuple[str, ...], key: str) -> list
         chosen = linear
     else:
         patterns = [wanted] if isinstance(wanted, str) else wanted
-        found = {p: [n for n in linear if fnmatchcase(f".{n}", f"*.{p}")] for p in patterns}
+        names = {n: (f".{n}", f".{dense_name(n)}") for n in linear}
+        found = {p: [n for n in linear if any(fnmatchcase(each, f"*.{p}") for each in names[n])] for p in patterns}
         idle = [pattern for pattern, names in found.items() if not names]
         if idle:
-            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            kinds = sorted({dense_name(name).rpartition(".")[2] for name in linear})
             raise ValueError(f"{key}.targets: {some(idle)} matches no linear layer; there are {some(kinds)}")
         chosen = [name for name in linear if any(name in names for names in found.values())]
     if not chosen:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.processor import Processor
 from ..data.sources import vocabulary
+from ..model.experts import add_experts
 from ..model.folder import is_model_folder, read_manifest
 from ..model.fusion import FUSIONS, build_fusion
 from ..model.joining import joining
@@ -100,6 +101,8 @@ def build_parts(
             choose_attention(parts[part], run.llm.attn_implementation)
             if run.llm.positions is not None:
                 use_multimodal_rotary(parts[part], run.llm.positions)
+            if run.llm.visual_experts is not None:
+                add_experts(parts[part], run.llm.visual_experts)
     seed_for(run.seed, "adapters")
     add_adapters(stage, parts)
     return parts
@@ -153,6 +156,8 @@ def build_skeleton(
                 give_tokens(parts[part], tokenizer, run.new_tokens)
                 if run.llm.positions is not None:
                     use_multimodal_rotary(parts[part], run.llm.positions)
+                if run.llm.visual_experts is not None:
+                    add_experts(parts[part], run.llm.visual_experts)
         add_adapters(stage, parts)
     return parts
 

@@ -21,6 +21,7 @@ from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, BadSample, VideoFacts
 from ..data.video_plan import TIME_FORMAT, VideoPlan
 from ..frames import Joining
+from ..model.experts import experts_of
 from ..model.llm import load_tokenizer, max_positions
 from ..model.rotary import positions_of
 from ..model.vision import VisionEncoder
@@ -218,6 +219,8 @@ def build_geometry(
     if shows:
         counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
         tokens, grid, framed_grid = (count(*vision.grid) for count in counts)
+    if not in_text and experts_of(parts["llm"]):
+        raise ValueError("llm.visual_experts needs fusion=concatenation: other visual tokens are not in the text")
     first, *others = _views(vision, stage)
     fit, multiple = first.fit or stage.image_fit, math.lcm(vision.multiple, connector.multiple if shows else 1)
     geometry = Geometry(

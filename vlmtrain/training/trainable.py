@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import some
 from ..model.blocks import block_list
+from ..model.experts import routing_of
 from ..settings import STAGE_PARTS, Pattern, Stage
 from .adapters import is_adapter
 from .engine.zero import full_shape
@@ -238,8 +239,9 @@ def freeze(parts: Mapping[str, nn.Module], groups: list[Group], checkpointing: b
         if checkpointing and part == "llm":
             # Activations are recomputed only in training mode, which does not affect a frozen model without dropout.
             options = {"use_reentrant": False}
-            if "fusion" in parts:
-                options["context_fn"] = parts["fusion"].reading.when_recomputing
+            reading = routing_of(module) or ("fusion" in parts and parts["fusion"].reading)
+            if reading:
+                options["context_fn"] = reading.when_recomputing
             module.activation_checkpointing_enable(options)
             if not trained and not _drops_out(module):
                 module.train()

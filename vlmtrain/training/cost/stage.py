@@ -17,6 +17,7 @@ from ...connectors.base import are_several
 from ...data.geometry import Geometry
 from ...data.records import BadSample, VideoFacts
 from ...model.blocks import block_list, first_blocks
+from ...model.experts import routing_of
 from ...model.llm import hidden_width
 from ...model.media import Media
 from ...objectives.token_losses import token_losses
@@ -168,9 +169,10 @@ def measure_text(parts: Mapping[str, nn.Module], groups: list[Group], tokens: in
         dtype = next(llm.parameters()).dtype
         row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
         kept = torch.arange(targets, device="meta")
+        routed = {} if routing_of(llm) is None else {"visual_mask": torch.arange(tokens)[None] < tokens // 2}
         trains = gradient or not is_frozen("llm", groups)
         with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(trains):
-            logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept).logits
+            logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept, **routed).logits
             meter.backward("llm", (token_losses(logits.flatten(0, 1), kept),))
         return meter.costs["llm"]
 
