@@ -162,8 +162,9 @@ def _try(llm: nn.Module) -> None:
     row, options = table.new_zeros(1, length, table.shape[1]), {}
     if table.is_meta:  # where transformers cannot make a mask
         options["attention_mask"] = row.new_zeros(1, 1, length, length)
+    mask = torch.arange(length, device="cpu")[None] % 2 == 0
     with first_blocks(llm, 1), plain_attention(llm):
-        llm(inputs_embeds=row, visual_mask=torch.arange(length)[None] % 2 == 0, use_cache=False, **options)
+        llm(inputs_embeds=row, visual_mask=mask, use_cache=False, **options)
 
 
 def restore_experts(llm: nn.Module) -> None:
