@@ -16,6 +16,7 @@ from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn, VideoSou
 from ..data.video import FrameSequence
 from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
+from ..model.experts import experts_of
 from ..model.fusion import Concatenation
 from ..model.rotary import positions_of
 from ..model.vision import PatchVision
@@ -82,6 +83,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
         try:
             if type(model.fusion) is not Concatenation:
                 raise DoesNotFit(f"fusion={model.fusion.config['name']}: transformers' classes only concatenate")
+            if experts := experts_of(model.llm):
+                raise DoesNotFit(f"llm.visual_experts=[{', '.join(experts)}]: transformers' classes have none")
             if kind != "native" and (positions := positions_of(model.llm)) is not None:
                 raise DoesNotFit(f"llm.positions={positions}: the classes of LLaVA and BLIP-2 have ordinary positions")
             if kind != "fuyu" and processor.geometry.newline:

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from io import BytesIO
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,12 +17,12 @@ from transformers.models.idefics.modeling_idefics import IdeficsForVisionText2Te
 from transformers.models.idefics.processing_idefics import image_attention_mask_for_packed_input_ids
 
 from tests.media import slots
+from tests.talks import IMAGE, TALKS, asked, close, greedy, image, rows, talk
 from vlmtrain import build_model
 from vlmtrain.batch import Batch
 from vlmtrain.connectors import Connector, VisionFeatures
-from vlmtrain.data import BadSample, Conversation, Processor, Turn
+from vlmtrain.data import BadSample, Processor
 from vlmtrain.data.images import ImageInMemory
-from vlmtrain.data.processor import Sample
 from vlmtrain.data.video import FrameSequence
 from vlmtrain.interop.fitting import DoesNotFit
 from vlmtrain.interop.own import as_own
@@ -37,7 +36,6 @@ from vlmtrain.visual import Seen, Visual
 MEDIA_TOKENS = 4
 PERCEIVER = {"perceiver_resampler": {"num_queries": MEDIA_TOKENS, "depth": 1, "num_heads": 2, "head_dim": 8}}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-IMAGE = "<image>"
 
 
 def build(opened: float = 1.0, kind: str = "llama", **fusion) -> tuple[VLMWrapper, Processor]:
@@ -60,37 +58,6 @@ def build(opened: float = 1.0, kind: str = "llama", **fusion) -> tuple[VLMWrappe
 @pytest.fixture(scope="module")
 def built() -> tuple[VLMWrapper, Processor]:
     return build()
-
-
-def image(seed: int) -> ImageInMemory:
-    file = BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "png")
-    return ImageInMemory(file.getvalue(), str(seed))
-
-
-def talk(*images: int | None) -> Conversation:
-    """A conversation of one exchange for each entry: a number of an image that its question shows, or None."""
-    turns = []
-    for number in images:
-        turns += [Turn("user", f"{IMAGE if number is not None else ''} what color is this"), Turn("assistant", "red")]
-    return Conversation("talk", tuple(turns), tuple(image(number) for number in images if number is not None))
-
-
-TALKS = [talk(1, 2), talk(None), talk(None, 3, None), talk(4)]
-
-
-@torch.no_grad()
-def rows(model: VLMWrapper, processor: Processor, samples: list[Sample], packed: bool = False) -> list[Tensor]:
-    """Logits of each sample."""
-    lengths = [len(sample.tokens) for sample in samples]
-    if packed:
-        return list(model(processor.pack(samples))[0].split(lengths))
-    return [row[:length] for row, length in zip(model(processor.collate(samples)), lengths)]
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 # what the text sees
@@ -307,27 +274,6 @@ def test_recomputed_activations_have_the_same_gradients(kind):
 
 
 # generation
-
-
-def greedy(model: VLMWrapper, processor: Processor, sample: Sample, new: int) -> list[int]:
-    """Greedy decoding without a cache: the complete text so far is read for each token."""
-    tokens, out = sample.tokens, []
-    for _ in range(new):
-        with torch.no_grad():
-            out.append(int(model(processor.collate([sample._replace(tokens=tokens)]))[0, -1].argmax()))
-        ids, more = torch.cat([tokens.input_ids, torch.tensor(out[-1:])]), torch.tensor([-1])
-        tokens = replace(
-            tokens,
-            input_ids=ids,
-            index=torch.cat([tokens.index, more]),
-            targets=torch.full_like(ids, -100),
-            weights=torch.zeros(len(ids)),
-        )
-    return out
-
-
-def asked(conversation: Conversation) -> Conversation:
-    return replace(conversation, turns=conversation.turns[:-1])
 
 
 @pytest.mark.parametrize("attend", ["last", "all"])

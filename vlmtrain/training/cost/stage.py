@@ -169,7 +169,9 @@ def measure_text(parts: Mapping[str, nn.Module], groups: list[Group], tokens: in
         dtype = next(llm.parameters()).dtype
         row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
         kept = torch.arange(targets, device="meta")
-        routed = {} if routing_of(llm) is None else {"visual_mask": torch.arange(tokens, device="cpu")[None] < tokens // 2}
+        routed = {}
+        if routing_of(llm) is not None:  # a position costs the same for each of the two experts
+            routed = {"visual_mask": torch.arange(tokens, device="cpu")[None] < tokens // 2}
         trains = gradient or not is_frozen("llm", groups)
         with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(trains):
             logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept, **routed).logits
