@@ -64,6 +64,11 @@ TRAINED = {
     "fuyu": {"align": {"connector"}, "pretrain": {"connector", "llm"}, "instruct": {"connector", "llm"}},
     "paligemma": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "high_resolution", "transfer")},
     "vl_mamba": {"align": {"connector"}, "instruct": {"connector", "llm"}},
+    "mot": {"joint": {"connector", "llm"}},
+    "cogvlm": {
+        **{stage: {"connector", "llm"} for stage in ("pretrain", "grounding", "high_resolution")},
+        "instruct": {"vision", "connector", "llm"},
+    },
     "clip": {"contrast": {"vision", "objective"}},
 }
 
@@ -84,6 +89,8 @@ SLOW = {
     "fuyu",
     "paligemma",
     "vl_mamba",
+    "mot",
+    "cogvlm",
 }
 
 

@@ -28,7 +28,7 @@ PARTS = {
         "VSS",
     ),
     "fusion": ("gated layers",),
-    "llm": ("LLM", "adapters of the LLM", "new tokens"),
+    "llm": ("LLM", "adapters of the LLM", "new tokens", "visual experts"),
     "objective": ("heads", "text tower"),
 }
 PART = {word: part for part, words in PARTS.items() for word in words} | {"adapters": "llm"}
