@@ -87,7 +87,8 @@ class Experts(nn.Module):
         if rows is None:
             return self.text(x)
         if x.shape[:2] != rows.shape:
-            raise ValueError(f"a {type(self.text).__name__} reads {tuple(x.shape)}, expected {(*rows.shape, '...')}")
+            shape = ", ".join(map(str, rows.shape))
+            raise ValueError(f"a {type(self.text).__name__} reads {tuple(x.shape)}, expected ({shape}, ...)")
         flat = x.flatten(0, 1)
         text, visual = (
             expert(flat.index_select(0, chosen)[None])[0]

@@ -23,6 +23,8 @@ from vlmtrain.model.attention import attend_in_segments
 from vlmtrain.model.experts import FILE, Experts, add_experts
 from vlmtrain.model.llm import build_llm
 from vlmtrain.model.parts import module_state
+from vlmtrain.planning.plan import Machine, plan_run
+from vlmtrain.settings import compose
 from vlmtrain.training.adapters import add_adapters, is_adapter, merged
 from vlmtrain.training.trainable import freeze, trained_groups
 
@@ -292,8 +294,8 @@ def test_models_that_do_not_compute_positions_by_themselves_are_refused(message)
 
 
 def test_visual_tokens_outside_the_text_are_refused():
-    llm = {"tiny": {"config": {"model_type": "llama", **SHAPE}, "new_tokens": ["<image>"], "visual_experts": ALL}}
+    gated = compose(["recipe=flamingo", "mini=true", "llm.visual_experts=[mlp]"])
     with pytest.raises(ValueError, match=r"llm\.visual_experts needs fusion=concatenation"):
-        build_model("tiny", "linear", llm, fusion={"gated_cross_attention": {"every": 2}})
+        plan_run(gated, Machine())
     with pytest.raises(ValueError, match=r"llm\.visual_experts=.*expected a list of some of attention, mlp, norms"):
         build_model("tiny", "linear", {"tiny": {"visual_experts": ["ffn"]}})
