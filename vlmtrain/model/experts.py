@@ -102,8 +102,8 @@ def add_experts(llm: nn.Module, parts: Sequence[str]) -> None:
     """Give a dense language model experts by modality, both with its weights; model folders remember it.
 
     parts: which of `PARTS` exist twice: the linear layers of attention; the feed-forward layers; the norms of the
-    blocks, of queries and keys, and after the last block. Raises ValueError for a model
-    that has other experts already, or that does not compute these parts for each position by itself.
+    blocks, of queries and keys, and after the last block. Raises ValueError for a model that has other experts already,
+    or that does not compute these parts for each position by itself.
     """
     given, name, known = f"llm.visual_experts=[{', '.join(parts)}]", type(llm).__name__, experts_of(llm)
     if known:
