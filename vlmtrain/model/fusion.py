@@ -51,10 +51,8 @@ class Fused(NamedTuple):
         """Arguments of a language model that adds levels at visual positions, or has experts for them."""
         options: dict[str, Any] = {"levels": self.added} if self.added else {}
         if self.added or routing_of(llm) is not None:
-            mask = self.visual_mask
-            options["visual_mask"] = (
-                self.embeddings.new_zeros(self.embeddings.shape[:2]).bool() if mask is None else mask
-            )
+            nowhere = self.embeddings.new_zeros(self.embeddings.shape[:2], dtype=torch.bool)
+            options["visual_mask"] = nowhere if self.visual_mask is None else self.visual_mask
         return options
 
 
