@@ -115,8 +115,14 @@ class MediaPlan(NamedTuple):
 
     def first(self, count: int) -> MediaPlan:
         """The plan of the first `count` placements."""
-        kept = self.placements[:count]
-        return MediaPlan(self.items[: sum(len(placement.items) for placement in kept)], kept)
+        return self.between(0, count)
+
+    def between(self, first: int, last: int) -> MediaPlan:
+        """The plan of placements `first` to ``last - 1``, whose items are counted anew; media keep their numbers."""
+        kept, before = self.placements[first:last], sum(len(placement.items) for placement in self.placements[:first])
+        if before:
+            kept = tuple(each._replace(items=tuple(item - before for item in each.items)) for each in kept)
+        return MediaPlan(self.items[before : before + sum(len(placement.items) for placement in kept)], kept)
 
 
 NO_MEDIA = MediaPlan()

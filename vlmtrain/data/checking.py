@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .boxes import is_box, read_answer, text_of
 from .mixture import Mixture
 from .processor import Processor
-from .records import BadSample
+from .records import BadSample, Dropped, is_video
 from .regions import ENOUGH_IOU, iou
 from .rendered import Rendered
 
@@ -44,6 +44,7 @@ class Reading(NamedTuple):
     repaired: bool = False
     boxes: int = 0
     boxes_kept: int = 0
+    dropped: bool = False
 
 
 @dataclass
@@ -52,9 +53,10 @@ class SourceReport:
 
     frames: number of frames that the videos show. length, image_tokens_each, video_tokens_each: shortest, median and
     longest; histograms: (from, to, samples); duplicates: samples with the same text and media as an earlier one;
-    bad_records: indices of the records with problems. unused: keys and columns that were not read, with the number of
-    samples that have them; repaired: samples whose turns were dropped or joined. boxes_kept: boxes that still have an
-    IoU of at least 0.5 when their text is read, which is the highest accuracy that a model can reach.
+    bad_records: indices of the records with problems. dropped: documents that the rules of sampling leave out. unused:
+    keys and columns that were not read, with the number of samples that have them; repaired: samples whose turns were
+    dropped or joined. boxes_kept: boxes that still have an IoU of at least 0.5 when their text is read, which is the
+    highest accuracy that a model can reach.
     """
 
     records: int = 0
@@ -70,6 +72,7 @@ class SourceReport:
     target_tokens: int = 0
     duplicates: int = 0
     repaired: int = 0
+    dropped: int = 0
     boxes: int = 0
     boxes_kept: int = 0
     unused: dict[str, int] = field(default_factory=dict)
@@ -103,11 +106,14 @@ class _Readings(Dataset):
             tokens = self.processor.render(conversation)
             for image in self.processor.decode(conversation, tokens.media):
                 content.update(image.tobytes())
+        except Dropped:
+            return Reading(index, None, dropped=True)
         except BadSample as error:
             return Reading(index, str(error))
         content.update(tokens.input_ids.numpy())
         places = [place for turn in conversation.turns for place in turn.grading.places if is_box(place)]
         plan = tokens.media
+        shown = [is_video(conversation.media[own[0][1].medium]) for own in plan.by_medium]
         slots = {False: 0, True: 0}  # by whether they are of a video
         for number, placement in enumerate(plan.placements):
             slots[plan.is_video(number)] += placement.slots
@@ -115,9 +121,9 @@ class _Readings(Dataset):
             index,
             None,
             len(tokens),
-            len(conversation.images),
+            shown.count(False),
             slots[False],
-            len(conversation.media) - len(conversation.images),
+            shown.count(True),
             sum(len(item.times) for item in plan.items),
             slots[True],
             int((tokens.weights > 0).sum()),
@@ -149,6 +155,9 @@ def check_data(
         if reading.problem is not None:
             report.problems.append(reading.problem)
             report.bad_records.append(reading.index - starts[number])
+            continue
+        if reading.dropped:
+            report.dropped += 1
             continue
         report.samples += 1
         report.images += reading.images

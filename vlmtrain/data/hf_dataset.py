@@ -75,20 +75,12 @@ class RowReader:
 
     def record(self, fetch: Callable[[], Table], where: str) -> dict:
         """The values of the row that `fetch` returns. Raises BadSample, naming the record, if it is damaged."""
-        try:
-            table = fetch()
-            table.validate()
-            for column in table.columns:
-                for chunk in column.chunks:
-                    _check_contents(chunk)
-            (row,) = table.to_pylist()
-            values = {column: _decoded(value, self.features[column]) for column, value in row.items()}
-            for column, value in values.items() if self.is_tsv else ():
-                if isinstance(value, str) and "\t" in value and "\n" in value:
-                    raise ValueError(f"'{column}' has tabs and line breaks, as after an unclosed quotation mark")
-            return values
-        except Exception as error:  # damaged columns can raise any exception
-            raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
+        values = _row_values(fetch, self.features, where)
+        for column, value in values.items() if self.is_tsv else ():
+            if isinstance(value, str) and "\t" in value and "\n" in value:
+                reason = f"'{column}' has tabs and line breaks, as after an unclosed quotation mark"
+                raise BadSample(f"{where} cannot be read: {reason}")
+        return values
 
     def read(self, record: dict, where: str) -> Conversation:
         """Convert the values of a row. Raises BadSample, naming the record."""
@@ -162,6 +154,44 @@ class HFDataset:
 
     def _row(self, index: int, where: str) -> dict:
         return self.reader.record(lambda: self.rows[index], where)
+
+
+class Rows:
+    """The rows of a dataset with their names, for documents, whose columns are not those of conversations.
+
+    path: see `HFDataset`; of several splits, ``train`` is read. Raises ValueError if it cannot be loaded.
+    """
+
+    def __init__(self, path: str):
+        self.name = Path(path).name
+        data = load_split(path, "train", None)
+        files = [entry["filename"] for entry in data.cache_files]
+        _check_ends(files, path)
+        if not len(data):
+            raise ValueError(f"dataset {path} is empty: no records")
+        self.features, self.rows = data.features, data.with_format("arrow")
+        self.identity = tuple((file, stamp_of(file)) for file in files)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[str, dict]:
+        where = f"{self.name} record {index}"
+        return where, _row_values(lambda: self.rows[index], self.features, where)
+
+
+def _row_values(fetch: Callable[[], Table], features: Mapping[str, object], where: str) -> dict:
+    """The values of the row that `fetch` returns. Raises BadSample, naming the record, if it is damaged."""
+    try:
+        table = fetch()
+        table.validate()
+        for column in table.columns:
+            for chunk in column.chunks:
+                _check_contents(chunk)
+        (row,) = table.to_pylist()
+        return {column: _decoded(value, features[column]) for column, value in row.items()}
+    except Exception as error:  # damaged columns can raise any exception
+        raise BadSample(f"{where} cannot be read: {first_line(error)}") from None
 
 
 def _lists() -> tuple[type, ...]:

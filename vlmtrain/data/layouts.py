@@ -12,7 +12,7 @@ from .lengths import CHUNK, Lengths
 from .mixture import Mixture
 from .packing import Piece, RowBudget, lookahead, row_budget, take_row
 from .processor import Processor, Sample
-from .records import BadSample, Conversation
+from .records import BadSample, Conversation, Dropped
 from .rendered import Rendered, SampleLength
 
 LAYOUTS = ("padded", "packed")
@@ -75,23 +75,32 @@ class Batching:
         self._measured = 0  # position in the stream up to which lengths were looked for
 
     def look(self, position: int, bad: list[BadRecord]) -> Planned | None:
-        """Return the sample at a position, or None for a broken record, which is appended to `bad`."""
+        """Return the sample at a position, or None for a broken record, which is appended to `bad`.
+
+        A document that is left out gives its place to another one.
+        """
         if self.lengths is not None and position >= self._measured:
             self.lengths.fill(self.processor, range(position, position + CHUNK))
             self._measured = position + CHUNK
-        index = self.mixture.draw(position)
-        known = None if self.lengths is None else self.lengths[index]
-        if known is not None:
-            return Planned(position, index, known, None)
-        try:
-            read = self.read(index)
-        except BadSample as error:
-            bad.append(BadRecord(position, index, str(error)))
-            return None
-        length = read.tokens.length
-        if self.lengths is not None:
-            self.lengths[index] = length
-        return Planned(position, index, length, read)
+        problem = "no document with several images was found"
+        for index in self.mixture.candidates(position):
+            known, read = None if self.lengths is None else self.lengths[index], None
+            if known is None:
+                try:
+                    read = self.read(index)
+                except Dropped as error:
+                    problem = str(error)
+                    continue
+                except BadSample as error:
+                    problem = str(error)
+                    break
+                known = read.tokens.length
+                if self.lengths is not None:
+                    self.lengths[index] = known
+            if self.mixture.keeps(position, index, known.images):
+                return Planned(position, index, known, read)
+        bad.append(BadRecord(position, index, problem))
+        return None
 
     def read(self, index: int) -> Read:
         """Read and tokenize a record. Raises BadSample."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from itertools import accumulate
+from random import Random
 
 import torch
 from torch import Tensor
 
 from .records import Conversation, Source, Stream
+
+ATTEMPTS = 1000
+"""Number of records that are tried in place of one that the rules of its source leave out."""
 
 
 class Concatenation:
@@ -54,7 +58,8 @@ class Mixture(Concatenation):
     identities: of the sources, equal only for sources with equal records; None if they are not known.
     loss_weights: weights of the sources' mean losses; None if the loss is the mean over the targets of all sources.
     weighing: for each source, its own way to weigh the targets of a sample, or None, and a factor, see
-    `Rendered.weighed`; empty if no source has one.
+    `Rendered.weighed`; empty if no source has one. one_image_shares: for each source of documents, the share of those
+    with one image that are kept; None for other sources; empty if there are no documents.
 
     The order depends only on (seed, epoch, position).
     """
@@ -67,10 +72,12 @@ class Mixture(Concatenation):
         identities: Mapping[str, object] | None = None,
         loss_weights: Sequence[float] | None = None,
         weighing: Sequence[tuple[str | None, float]] = (),
+        one_image_shares: Sequence[float | None] = (),
     ):
         super().__init__(list(sources.values()))
         self.identities, self.loss_weights = dict(identities or {}), loss_weights
         self.weighing = tuple(weighing) or ((None, 1.0),) * len(sources)
+        self.one_image_shares = tuple(one_image_shares) or (None,) * len(sources)
         self.sources = dict(sources)
         self.streams = {name: source for name, source in self.sources.items() if isinstance(source, Stream)}
         self.counts = {name: counts[name] if counts else len(source) for name, source in self.sources.items()}
@@ -105,6 +112,24 @@ class Mixture(Concatenation):
         """Index of the record at a position of the endless stream."""
         epoch, within = divmod(position, self.epoch_size)
         return int(self._epoch(epoch)[within])
+
+    def candidates(self, position: int) -> Iterator[int]:
+        """Index of the record at a position, then of records of its source to take its place if it is left out.
+
+        Only documents may be left out (`records.Dropped`, `keeps`), and only they have others.
+        """
+        index = self.draw(position)
+        yield index
+        number = self.source_number(index)
+        if self.one_image_shares[number] is not None:
+            rng = Random(f"{self.seed}/instead/{position}")
+            for _ in range(ATTEMPTS):
+                yield self._start(number) + rng.randrange(len(self.parts[number]))
+
+    def keeps(self, position: int, index: int, images: int) -> bool:
+        """Whether a document with so many images is trained on at this position."""
+        share = self.one_image_shares[self.source_number(index)]
+        return share is None or images != 1 or Random(f"{self.seed}/keeps/{position}/{index}").random() < share
 
     def _draw_epoch(self, epoch: int) -> Tensor:
         drawn, start = [], 0

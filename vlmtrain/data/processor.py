@@ -255,6 +255,8 @@ class Processor:
         with _naming(conversation):
             for number, medium in enumerate(conversation.media):
                 own = [item for item in items if item.medium == number]
+                if not own:  # cut off
+                    continue
                 found = {encoder: each.find(medium, own, geometry, encoder) for encoder, each in files.items()}
                 means = {i: mean for i, (mean, _) in enumerate(geometry.mean_std) if found.get(i) is None}
                 shown = show_medium(medium, own, means)
@@ -288,6 +290,8 @@ class Processor:
         with _naming(conversation):
             for number, medium in enumerate(conversation.media):
                 items = [item for item in plan.items if item.medium == number]
+                if not items:  # cut off
+                    continue
                 yield from decode_frames(medium, items) if is_video(medium) else [medium.load()]
 
     def chunks(self, items: int) -> int:

@@ -75,6 +75,20 @@ class Grading:
 UNGRADED = Grading()
 
 
+class Window(NamedTuple):
+    """Which part of a document is shown if it exceeds `max_length` with ``template=interleaved``.
+
+    start: of the part, as a fraction in [0, 1) of all possible starts. images: maximum number of images, before another
+    of which the part ends; None for any number.
+    """
+
+    start: float = 0.0
+    images: int | None = None
+
+
+FROM_START = Window()
+
+
 @dataclass(frozen=True)
 class Turn:
     """One utterance. `role` is ``system``, ``user`` or ``assistant``; `weight` is the loss weight of its tokens."""
@@ -93,7 +107,7 @@ class Conversation:
     a mark ``<image>``; with videos, ``<video>`` is the same mark, and is replaced by it. unused: keys of the record
     that were not read. repaired: whether turns were dropped or joined. others: the turns of further dialogues about the
     same media, which do not see each other. regions: boxes and points in images, in the order of their marks ``<box>``
-    and ``<point>``; not with several dialogues.
+    and ``<point>``; not with several dialogues. window: of a document.
     """
 
     id: str
@@ -103,6 +117,7 @@ class Conversation:
     repaired: bool
     others: tuple[tuple[Turn, ...], ...]
     regions: tuple[Region, ...]
+    window: Window
 
     def __init__(
         self,
@@ -115,6 +130,7 @@ class Conversation:
         *,
         images: Sequence[ImageSource] | None = None,
         regions: Sequence[Region] = (),
+        window: Window = FROM_START,
     ):
         media = tuple(media if images is None else images)
         if any(map(is_video, media)):
@@ -123,7 +139,7 @@ class Conversation:
                 for told in (turns, *others)
             )
         values = {"id": id, "turns": turns, "media": media, "unused": unused, "repaired": repaired}
-        values |= {"others": tuple(others), "regions": tuple(regions)}
+        values |= {"others": tuple(others), "regions": tuple(regions), "window": window}
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -160,6 +176,10 @@ def region_marks(turn: Turn) -> list[str]:
 
 class BadSample(ValueError):
     """A record that cannot be trained on; the message names the record and the reason."""
+
+
+class Dropped(BadSample):
+    """A document that the rules of sampling leave out, which is no mistake in the data."""
 
 
 def check_conversation(conversation: Conversation) -> None:

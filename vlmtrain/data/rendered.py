@@ -124,6 +124,35 @@ class Rendered:
         positions = None if self.positions is None else self.positions[:, :end]
         return Rendered(self.input_ids[:end], targets, weights, self.index[:end], answers, self.media, positions)
 
+    def between(self, first: int, last: int, images: int | None = None) -> Rendered:
+        """Positions `first` to ``last - 1``, up to the first image that is not completely among them.
+
+        Images that start before `first` are left out. images: maximum number of images, or None. The range of an answer
+        that ends before `first` is empty.
+        """
+        by_medium = self.media.by_medium
+        places = [(self.index == number).nonzero()[:, 0].tolist() for number in range(len(self.media.placements))]
+        bounds = [(places[own[0][0]][0], places[own[-1][0]][-1]) for own in by_medium]  # first and last slot
+        begin = sum(start < first for start, _ in bounds)
+        if begin:
+            first = max(first, bounds[begin - 1][1] + 1)
+        stop = sum(end < last for _, end in bounds)
+        if images is not None:
+            stop = min(stop, begin + images)
+        if stop < len(bounds):
+            last = min(last, max(first, bounds[stop][0]))
+        # of the placements
+        begin, stop = (sum(map(len, by_medium[:number])) for number in (begin, stop))
+        part = slice(first, last)
+        targets, weights = self.targets[part].clone(), self.weights[part].clone()
+        targets[-1:], weights[-1:] = IGNORE, 0.0
+        index = torch.where(self.index[part] >= 0, self.index[part] - begin, -1)
+        answers = [(start - first, min(end, last) - first) for start, end in self.answers if start < last]
+        answers = [(max(start, 0), max(end, 0)) for start, end in answers]
+        media = self.media.between(begin, max(begin, stop))
+        positions = None if self.positions is None else self.positions[:, part]
+        return Rendered(self.input_ids[part], targets, weights, index, tuple(answers), media, positions)
+
     def weighed(self, per: str, scale: float = 1.0) -> Rendered:
         """The sample with other loss weights.
 

@@ -26,9 +26,9 @@ from ..time_limit import time_limit
 from ..visual import NO_MEDIA, MediaPlan
 from .grading import check_grading
 from .positions import POSITIONS
-from .records import IMAGE_MARK, BadSample, Conversation, Turn, check_content, check_conversation
+from .records import IMAGE_MARK, BadSample, Conversation, Dropped, Turn, check_content, check_conversation
 from .rendered import IGNORE, Rendered
-from .templates import PICTURES_FIRST, chat_template
+from .templates import CHUNK_END, INTERLEAVED, PICTURES_FIRST, chat_template
 
 RENDERING = 2  # to be increased when conversations are rendered to other numbers of tokens
 PROBE_SECONDS = 20
@@ -61,7 +61,8 @@ class Renderer:
     """Renders conversations for one tokenizer and template.
 
     template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
-    (the tokenizer's own chat template, or else `fallback`), or a name in `templates.TEMPLATES`. If a chat template
+    (the tokenizer's own chat template, or else `fallback`), ``interleaved`` (only the text of the turns, with
+    `templates.CHUNK_END` after that which follows an image), or a name in `templates.TEMPLATES`. If a chat template
     writes ``<image>`` before the first turn, all images stand there (Molmo2). positions: the rows of positions that the
     language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens that the media plan
     puts into the template's text, and that are ordinary text in a turn. allowed: pattern of special tokens that the
@@ -85,7 +86,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
-        self._chat = None if template == "plain" else chat_template(template, tokenizer, fallback)
+        self._chat = None if template in ("plain", INTERLEAVED) else chat_template(template, tokenizer, fallback)
+        self._is_document = template == INTERLEAVED
+        self._chunk_end = CHUNK_END if CHUNK_END in tokenizer.get_vocab() else ""
         names = (template, fallback) if template == "chat" and not tokenizer.chat_template else (template,)
         self.pictures_first = not PICTURES_FIRST.isdisjoint(names)
         self.places_pictures = False  # whether the template writes the mark at which they stand
@@ -94,6 +97,8 @@ class Renderer:
         marks = filter(re.compile(r"<\S+>|\[\S+\]").fullmatch, tokenizer.get_added_vocab())
         in_template = {mark for mark in marks if mark in (self._chat or "")}
         controls = set(controls) - {""}
+        if self._is_document:
+            in_template |= {CHUNK_END, IMAGE_MARK}
         specials = added.union(tokenizer.all_special_tokens, in_template, controls)
         specials = sorted((each for each in specials if not re.fullmatch(allowed, each)), key=len, reverse=True)
         self._hidden = {
@@ -151,8 +156,13 @@ class Renderer:
         A conversation longer than `max_length` loses complete turns from its end; images are never cut. With ``plain``
         the question counts as well although it is not rendered, so that the length of a record does not depend on the
         template. Raises BadSample, naming the conversation, if no target remains or if marks and images do not match.
+
+        With ``interleaved``, the first `max_length` tokens remain, or those of the conversation's `Window`, with the
+        images that are completely among them. Raises Dropped if no target or no image remains.
         """
         conversation = self._checked(conversation)
+        if self._is_document:
+            return self._document(conversation, media)
         turns = conversation.turns
         unseen = self._unseen(conversation)
         while True:
@@ -172,6 +182,19 @@ class Renderer:
             raise BadSample(f"{conversation.id}: nothing to learn: no assistant text")
         return rendered
 
+    def _document(self, conversation: Conversation, media: MediaPlan) -> Rendered:
+        rendered = self._render(conversation, media)
+        if len(rendered) > self.max_length:
+            start, images = conversation.window
+            first = int(start * (len(rendered) - self.max_length + 1))
+            rendered = rendered.between(first, first + self.max_length, images)
+        if not (rendered.weights > 0).any() or (conversation.media and not rendered.media.placements):
+            raise Dropped(
+                f"{conversation.id}: max_length={self.max_length} leaves no image with a text after it, of "
+                f"{len(conversation.media)} images"
+            )
+        return rendered
+
     def _checked(self, conversation: Conversation) -> Conversation:
         """The conversation without an empty system turn that the template does not support. Raises BadSample."""
         check_conversation(conversation)
@@ -182,7 +205,7 @@ class Renderer:
 
     def _unrendered(self, conversation: Conversation) -> str:
         """Text that is not rendered but counts towards `max_length`: the question, with ``plain``."""
-        return "" if self._chat else conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
+        return "" if self._chat or self._is_document else conversation.turns[0].text.replace(IMAGE_MARK, "").strip()
 
     def _unseen(self, conversation: Conversation) -> int:
         words = self._unrendered(conversation)
@@ -202,7 +225,8 @@ class Renderer:
                 found.append(None)
                 continue
             texts += rendered
-            fixed = sum(placement.slots + placement.newlines for placement in plan.placements) + (self._chat is None)
+            slots = sum(placement.slots + placement.newlines for placement in plan.placements)
+            fixed = slots + (self.template == "plain")
             found.append((fixed, len(texts), len(texts) + len(unseen)))
             texts += unseen
         counts = list(map(len, self.tokenizer(texts, add_special_tokens=False).input_ids)) if texts else []
@@ -242,7 +266,7 @@ class Renderer:
                 f"{conversation.id}: evaluation reads one dialogue per record, got {len(conversation.dialogues)}"
             )
         check_grading(conversation.id, conversation.turns)
-        if self._chat is not None:
+        if self.template != "plain":
             return conversation
         turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
         shown = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
@@ -272,7 +296,7 @@ class Renderer:
         tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the placement to which it belongs, or -1
         for part in self._layout(conversation, media):
             tokens += self._shown(part) if isinstance(part, _Slots) else self._encode(part)
-        if self._chat is None:
+        if self.template == "plain":
             # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
             tokens += [(token, 0, -1) for token in self.stop_ids[:1]]
 
@@ -292,6 +316,8 @@ class Renderer:
         return [*row, (self.newline, -1, -1)] * slots.newlines if slots.newlines else row
 
     def _spans(self, conversation: Conversation) -> list[_Span]:
+        if self._is_document:
+            return self._document_spans(conversation)
         if self._chat is None:
             return self._plain_spans(conversation)
         if self.pictures_first:
@@ -412,15 +438,33 @@ class Renderer:
                 f"{conversation.id}: template={self.template} puts images first: later turns cannot have images"
             )
 
+    @property
+    def _starts_with_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("").input_ids[:1] == [bos]
+
     def _plain_spans(self, conversation: Conversation) -> list[_Span]:
         if [turn.role for turn in conversation.turns] != ["user", "assistant"]:
             roles = ", ".join(turn.role for turn in conversation.turns)
             raise BadSample(f"{conversation.id}: template=plain requires one user and one assistant turn, got {roles}")
         user, assistant = conversation.turns
-        starts_with_bos = self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
-        spans = [_Span(self.tokenizer.bos_token)] if starts_with_bos else []
+        spans = [_Span(self.tokenizer.bos_token)] if self._starts_with_bos else []
         spans += [span for span in _with_images(user.text) if span.is_image]
         return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0)]
+
+    def _document_spans(self, conversation: Conversation) -> list[_Span]:
+        spans, number = [_Span(self.tokenizer.bos_token)] if self._starts_with_bos else [], -1
+        for before, turn in zip((None, *conversation.turns), conversation.turns):
+            words = turn.text.strip()
+            if turn.role == "user":
+                spans += _with_images(words)
+                continue
+            number += 1
+            spans.append(_Span(words, is_words=True, answer=number))
+            if self._chunk_end and before.text:  # a text without images is no chunk
+                spans.append(_Span(self._chunk_end, answer=number))
+        # OpenFlamingo's code does not train the end of a document, because nothing is trained after the end of a chunk
+        return [*spans, _Span(self.tokenizer.eos_token or "", answer=None if self._chunk_end else number)]
 
     def _layout(self, conversation: Conversation, media: MediaPlan) -> list[_Run | _Slots]:
         """The texts to tokenize, and the slots of images between them."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,14 @@ from torch.utils.data import Subset
 
 from ..errors import first_line
 from ..settings.data import (
+    CommSource,
     DataSource,
+    DocumentSource,
     HFSource,
     LlavaJSONSource,
+    MMC4Source,
     MotionSource,
+    ObelicsSource,
     ProbesSource,
     RecordSource,
     ShapesSource,
@@ -25,11 +30,12 @@ from ..settings.data import (
 )
 from . import motion, probes, shapes
 from .encoded import Encoded
+from .interleaved import Documents, Rules, comm_pieces, mmc4_pieces, obelics_pieces
 from .llava import open_llava
 from .mixture import Concatenation, Mixture
 from .motion import Motion
 from .probes import Probes
-from .records import BadSample, Source, Stream, check_conversation, is_video
+from .records import BadSample, Dropped, Source, Stream, check_conversation, is_video
 from .shapes import Shapes
 from .video import FrameSequence, VideoFolder
 
@@ -47,8 +53,9 @@ def build_source(split: Split, image_size: tuple[int, int], seed: int) -> Mixtur
     if split.clean_list is not None:
         sources = _without_bad(sources, Path(split.clean_list), split.name)
     identities = {name: _identity(source, split.sources[name]) for name, source in sources.items()}
+    shares = [getattr(source, "one_image_share", None) for source in split.sources.values()]
     weighing = [(source.loss_per, source.token_weight) for source in split.sources.values()]
-    return Mixture(sources, _counts(sources, split.sources), seed, identities, split.loss_weights, weighing)
+    return Mixture(sources, _counts(sources, split.sources), seed, identities, split.loss_weights, weighing, shares)
 
 
 def _identity(source: Source, settings: DataSource) -> object:
@@ -89,6 +96,15 @@ def _open_webdataset(source: RecordSource, image_size: tuple[int, int], seed: in
     return WebDataset(source.path, **_reading(source))
 
 
+def _open_documents(source: DocumentSource, image_size: tuple[int, int], seed: int) -> Source:
+    rules = Rules(**{f.name: getattr(source, f.name) for f in fields(Rules)})
+    if isinstance(source, MMC4Source):
+        pieces, joint = partial(mmc4_pieces, source.min_similarity), " "
+    else:
+        pieces, joint = {ObelicsSource: (obelics_pieces, "\n\n"), CommSource: (comm_pieces, " ")}[type(source)]
+    return Documents(source.path, source.images, source.outside_images, seed, rules, pieces, joint)
+
+
 def _open_shapes(source: ShapesSource, image_size: tuple[int, int], seed: int) -> Source:
     return Shapes(source.split, source.size, min(image_size), seed, source.sides)
 
@@ -106,6 +122,9 @@ _OPENERS: dict[type[DataSource], Callable[..., Source]] = {
     LlavaJSONSource: _open_llava,
     HFSource: _open_hf,
     RecordSource: _open_webdataset,
+    MMC4Source: _open_documents,
+    ObelicsSource: _open_documents,
+    CommSource: _open_documents,
     ShapesSource: _open_shapes,
     ProbesSource: _open_probes,
     MotionSource: _open_motion,
@@ -186,6 +205,8 @@ def first_look(source: Source, limit: int = 1) -> FirstLook:
                 videos += is_video(medium)
                 if isinstance(medium, Encoded | FrameSequence) and not (is_video(medium) and videos > VIDEOS_LOOKED_AT):
                     medium.check()
+        except Dropped:
+            continue
         except BadSample as error:
             problems.append(str(error) if name in str(error) else f"{name}: {error}")
             if len(problems) == limit:

@@ -62,7 +62,13 @@ _PALIGEMMA = _FUYU.replace("<0x04>", "\n")
 
 TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA}
 PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
-NAMES = ("plain", "chat", *TEMPLATES)
+
+# The text of documents, all of which is trained on, with images in between; see `Renderer`.
+INTERLEAVED = "interleaved"
+CHUNK_END = "<|endofchunk|>"
+"""Token after the text that follows an image (Flamingo, 2022; OpenFlamingo's name), if the tokenizer has it."""
+
+NAMES = ("plain", "chat", INTERLEAVED, *TEMPLATES)
 
 
 def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str | None) -> str:

@@ -169,6 +169,22 @@ class _Shard:
         return data.removeprefix(b"\xef\xbb\xbf")
 
 
+class JsonShard(_Shard):
+    """The ``.json`` of each record of one tar file, with the name of the record."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, RecordReader(ImageFolder(None)))
+
+    def __getitem__(self, index: int) -> tuple[str, dict]:
+        members = self._members(index)
+        name = record_name(f"{self.path.name} record {index}", _key(members[0].name)[0])
+        self._check(members, name)
+        found = next((member for member in members if member.extension == "json"), None)
+        if found is None:
+            raise BadSample(f"{name}: expected a .json, got {', '.join(printable(m.name) for m in members)}")
+        return name, self._json(found, name)
+
+
 def _key(name: str) -> tuple[str, str]:
     """The record of a member and its extension in lower case; the extension is empty if there is no record."""
     folder, _, file = name.removeprefix("./").rpartition("/")
@@ -245,7 +261,7 @@ def shard_paths(path: str | Path) -> list[Path]:
     if os.path.isfile(text):
         return [Path(text)]
     shards = []
-    for name in _expand_braces(text):
+    for name in expand_braces(text):
         found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
         if not found:
             raise ValueError(f"shard {name} does not exist" + (f" (of {text})" if name != text else ""))
@@ -253,7 +269,7 @@ def shard_paths(path: str | Path) -> list[Path]:
     return [Path(shard) for shard in shards]
 
 
-def _expand_braces(text: str) -> list[str]:
+def expand_braces(text: str) -> list[str]:
     """Expand ``a-{08..10}`` and ``{train,extra}`` like a shell."""
     pieces = re.split(r"\{([^{}]*)\}", text)
     choices = [[piece] if i % 2 == 0 else _expand_brace(piece, text) for i, piece in enumerate(pieces)]

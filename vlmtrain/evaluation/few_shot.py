@@ -17,6 +17,7 @@ from ..data.records import (
     IMAGE_MARK,
     BadSample,
     Conversation,
+    Dropped,
     ImageSource,
     Source,
     Turn,
@@ -67,7 +68,7 @@ class Demonstrations:
                 if isinstance(medium, Encoded | FrameSequence):
                     medium.check()
         except BadSample as error:
-            raise BadSample(f"a demonstration of data.{self.name}: {error}") from None
+            raise type(error)(f"a demonstration of data.{self.name}: {error}") from None
         return first_exchange(conversation)
 
     def before(self, index: int, conversation: Conversation, count: int) -> tuple[Conversation, ...]:
@@ -96,8 +97,8 @@ class Demonstrations:
             seen.add(number)
             try:
                 shot = self[number]
-            except BadSample:
-                if not self.skip_bad:
+            except BadSample as error:
+                if not self.skip_bad and not isinstance(error, Dropped):
                     raise
                 continue
             if not asks_the_same(shot, conversation):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.loader import prefetched
 from ..data.processor import Processor
-from ..data.records import BadSample
+from ..data.records import BadSample, Dropped
 from ..data.sources import Source
 from ..distributed.world import Stopped, StopSignal, World
 from ..model import VLMWrapper
@@ -68,7 +68,7 @@ class Validator:
         self.order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
         self.demonstrations = demonstrations
         self._retrieved: set[int] = set()  # conversations whose demonstrations were chosen by their images
-        self._lengths: dict[tuple[int, int], tuple[int, int] | None] = {}  # None: a broken record
+        self._lengths: dict[tuple[int, int], tuple[int, int] | None] = {}  # None: broken or left out
 
     def check_metrics(self, size: int | None) -> None:
         """Raise ValueError, before any model runs, if a named metric cannot score a question."""
@@ -229,6 +229,8 @@ class Validator:
                 if (shots, index) not in self._lengths:
                     try:
                         self._lengths[shots, index] = held_out.length(index, shots)
+                    except Dropped:
+                        self._lengths[shots, index] = None
                     except BadSample as error:
                         self._check_problems([str(error)])
                         self._lengths[shots, index] = None

@@ -20,7 +20,7 @@ from ..data.probes import CATEGORIES, LEVELS
 from ..data.rendered import LOSS_PER
 from ..data.shapes import SPLITS
 from ..errors import nearest
-from .fields import MAPPING, NAMES, POSITIVE, SWITCH, TEXT, Kind, key, list_of, one_of, optional, read, whole
+from .fields import MAPPING, NAMES, POSITIVE, SWITCH, TEXT, Kind, key, list_of, number, one_of, optional, read, whole
 
 PURPOSES = ("caption", "text", "align", "instruct", "knowledge", "multitask", "validation")
 """Splits that the `data` group may contain, whether or not a recipe uses them."""
@@ -86,6 +86,42 @@ class HFSource(LlavaJSONSource):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DocumentSource(DataSource):
+    """Documents in which images stand between texts, and the rules by which they are sampled."""
+
+    path: str = key(TEXT)
+    images: str | None = key(optional(TEXT), None)  # folder of the images that are not in the records
+    outside_images: bool = key(SWITCH, False)  # whether paths of images may leave their folder
+    max_images: int | None = key(optional(whole(1, 10**4)), None)  # the first images of a document that are kept
+    min_image_bytes: int = key(whole(0, 10**9), 0)  # smaller image files are left out
+    one_image_share: float = key(number(0, 1), 1.0)  # share of the documents with a single image that are kept
+    train_first_text: bool = key(SWITCH, True)  # whether the text before the first image is trained on
+    next_image: float = key(number(0, 1), 0.0)  # share of the documents whose texts belong to the image after them
+    random_window: bool = key(SWITCH, False)  # start documents longer than max_length at a random place
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMC4Source(DocumentSource):
+    """MMC4, sampled by OpenFlamingo's rules."""
+
+    max_images: int | None = key(optional(whole(1, 10**4)), 6)
+    min_image_bytes: int = key(whole(0, 10**9), 11_000)
+    one_image_share: float = key(number(0, 1), 0.5)
+    train_first_text: bool = key(SWITCH, False)
+    min_similarity: float = key(number(-1, 1), 0.24)  # least similarity of an image and its sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObelicsSource(DocumentSource):
+    """OBELICS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommSource(DocumentSource):
+    """CoMM, converted to JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShapesSource(DataSource):
     """Generated images of colored shapes."""
 
@@ -117,6 +153,9 @@ FORMATS: dict[str, type[DataSource]] = {
     "llava_json": LlavaJSONSource,
     "hf": HFSource,
     "webdataset": RecordSource,
+    "mmc4": MMC4Source,
+    "obelics": ObelicsSource,
+    "comm": CommSource,
     "shapes": ShapesSource,
     "probes": ProbesSource,
     "motion": MotionSource,
@@ -256,7 +295,7 @@ def _entries(split: str, value: object) -> dict[str, tuple[str, Mapping]]:
 
 def _source(key: str, entry: Mapping, shared: Mapping) -> DataSource:
     cls = FORMATS[entry["format"]]
-    if "path" in entry and not issubclass(cls, RecordSource):
+    if "path" in entry and not issubclass(cls, RecordSource | DocumentSource):
         raise ValueError(f"{key}.path={entry['path']}: format={entry['format']} takes no path; set size and split")
     inherited = {name: value for name, value in shared.items() if name in _options(cls)}
     source = read(cls, {**inherited, **entry}, f"{key}.")
