@@ -168,10 +168,9 @@ def mmc4_pieces(min_similarity: float, record: Mapping, name: str, image: OpenIm
         places = [_matched(infos[number], number, len(sentences), name) for number in usable]
     else:
         similarity = _matrix(record["similarity_matrix"], (len(infos), len(sentences)), name)[usable]
-        # an image without a sentence is assigned to none, -1
-        places = [
-            (place, row[place] if place >= 0 else -np.inf) for place, row in zip(assigned(similarity), similarity)
-        ]
+        found = assigned(similarity)
+        usable = [number for number, place in zip(usable, found) if place >= 0]
+        places = [(place, row[place]) for place, row in zip(found, similarity) if place >= 0]
     before: list[list[Piece]] = [[] for _ in sentences]
     for number, (place, value) in zip(usable, places, strict=True):
         if value >= min_similarity:
@@ -184,8 +183,8 @@ def _matched(info: Mapping, number: int, sentences: int, name: str) -> tuple[int
     place, value = info.get("matched_text_index"), info.get("matched_sim")
     if type(place) is not int or not 0 <= place < sentences or not is_finite_number(value):
         raise BadSample(
-            f"{name}: without 'similarity_matrix', 'image_info[{number}]' needs a 'matched_text_index' below {sentences} "
-            f"and a 'matched_sim', got {shown(place)} and {shown(value)}"
+            f"{name}: without 'similarity_matrix', 'image_info[{number}]' needs a 'matched_text_index' below "
+            f"{sentences} and a 'matched_sim', got {shown(place)} and {shown(value)}"
         )
     return place, value
 

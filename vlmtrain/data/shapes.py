@@ -61,7 +61,7 @@ CAPTION_OBJECTS = (1, 1, 2, 3, 4)
 """The same for images with captions. Images of one shape force a contrastive model to use shapes: with more
 objects, colors and places alone distinguish most captions."""
 
-SPLITS = ("caption", "text", "instruct", "validation", "grounding", "boxes")
+SPLITS = ("caption", "text", "instruct", "validation", "grounding", "boxes", "documents")
 DESCRIBE = "Describe the picture."
 
 VOCABULARY: tuple[str, ...] = (
@@ -180,7 +180,8 @@ class Shapes:
 
     split: ``caption`` (image and caption), ``text`` (a described scene and questions about it, no image),
     ``instruct`` (image and questions), ``validation`` (the same, with `HELD_OUT` pairs), ``grounding``
-    (image, and the positions of objects as Qwen-VL's boxes) or ``boxes`` (the same, as ``boxes.format`` says).
+    (image, and the positions of objects as Qwen-VL's boxes), ``boxes`` (the same, as ``boxes.format`` says) or
+    ``documents`` (one to three images, each followed by its caption).
     size: number of conversations. image_size, sides: of the images in pixels, see `pixels_of`.
 
     Raises ValueError for an unknown split.
@@ -199,6 +200,8 @@ class Shapes:
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size}")
+        if self.split == "documents":
+            return self._document(index)
         key = f"{self.seed}/{self.split}/{index}"
         rng = random.Random(key)
         pixels, side = pixels_of(key, self.image_size, self.sides)
@@ -224,6 +227,16 @@ class Shapes:
             turns += [Turn("user", text), Turn("assistant", answer)]
         images = () if self.split == "text" else (Picture(items=items, pixels=pixels, side=side),)
         return Conversation(f"{self.split}-{index}", tuple(turns), images, regions=regions)
+
+    def _document(self, index: int) -> Conversation:
+        key = f"{self.seed}/documents/{index}"
+        rng, turns, images = random.Random(key), [], []
+        for number in range(rng.randint(1, 3)):
+            pixels, side = pixels_of(f"{key}/{number}", self.image_size, self.sides)
+            items, _ = _scene(rng, rng.choice(CAPTION_OBJECTS), held_out=False)
+            turns += [Turn("user", IMAGE_MARK), Turn("assistant", describe(items))]
+            images.append(Picture(items=items, pixels=pixels, side=side))
+        return Conversation(f"documents-{index}", tuple(turns), images)
 
 
 def describe(items: Sequence[Item]) -> str:

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from ..data import motion
 from ..data.hf_dataset import COLUMNS
+from ..data.interleaved import Rules
 from ..data.probes import CATEGORIES, LEVELS
 from ..data.rendered import LOSS_PER
 from ..data.shapes import SPLITS
@@ -147,7 +148,7 @@ class MotionSource(DataSource):
 
 
 OWN_KEYS = ("format", "weight", "samples", "loss_weight", "loss_per", "token_weight", "path", "size", "streaming")
-OWN_KEYS += ("shuffle_buffer",)
+OWN_KEYS += ("shuffle_buffer", *(f.name for f in fields(Rules)), "min_similarity", "one_image_share")
 """Keys that only a source has, not the group."""
 FORMATS: dict[str, type[DataSource]] = {
     "llava_json": LlavaJSONSource,
