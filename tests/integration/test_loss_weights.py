@@ -13,6 +13,7 @@ from ..conftest import metrics, train
 
 BATCH = 8
 OWN = ("the second source is weighed in its own way", 0.5)
+SUM = "stages.instruct.sum_source_losses=true"
 AUTO = ["stages.instruct.gradient_checkpointing=auto", "stages.instruct.micro_batch_size=auto"]
 
 
@@ -66,7 +67,8 @@ def by_hand(overrides: list[str], per: str, weights: tuple[float, float] | None)
     means = {name: sums[name] / totals[name] for name in sums}
     if weights in (None, OWN):
         return sum(sums.values()) / sum(totals.values()), means
-    return sum(weight / sum(weights) * means[name] for name, weight in zip("ab", weights)), means
+    total = 1.0 if stage.sum_source_losses else sum(weights)
+    return sum(weight / total * means[name] for name, weight in zip("ab", weights)), means
 
 
 @pytest.mark.parametrize(
@@ -75,14 +77,16 @@ def by_hand(overrides: list[str], per: str, weights: tuple[float, float] | None)
         ("sample", None, 1, ["stages.instruct.micro_batch_size=3", "stages.instruct.batch_size=6"]),
         ("token", OWN, 1, ["stages.instruct.micro_batch_size=2"]),
         ("sqrt", (3.0, 1.0), 1, ["stages.instruct.micro_batch_size=2"]),
+        ("token", (1.0, 0.2), 1, ["stages.instruct.micro_batch_size=2", SUM]),
         ("token", (1.0, 4.0), 2, [*AUTO, "engine=zero3", "engine.parameter_persistence_threshold=0"]),
     ],
 )
 def test_losses_are_weighed_by_samples_and_sources(llava_files, tmp_path, monkeypatch, per, weights, ranks, more):
     overrides = line(llava_files, tmp_path / "run", sources_of(llava_files, weights), f"stages.instruct.loss_per={per}")
+    overrides += [SUM] if SUM in more else []
     monkeypatch.setattr(f"{__name__}.BATCH", 6 if "stages.instruct.batch_size=6" in more else BATCH)
     loss, by_source = by_hand(overrides, per, weights)
-    train(*overrides, *more, ranks=ranks)
+    train(*overrides, *(each for each in more if each != SUM), ranks=ranks)
     first, second = metrics(tmp_path / "run", "instruct")
     assert first["loss"] == pytest.approx(loss, rel=1e-5)
     assert first["loss_by_source"] == pytest.approx(by_source, rel=1e-5)
@@ -92,6 +96,7 @@ def test_losses_are_weighed_by_samples_and_sources(llava_files, tmp_path, monkey
 def test_a_source_without_targets_in_a_step_does_not_count():
     assert _shares((3.0, 1.0), (20.0, 0.0)) == [1 / 20, 0.0]
     assert _shares((3.0, 1.0), (20.0, 5.0)) == pytest.approx([0.75 / 20, 0.25 / 5])
+    assert _shares((3.0, 1.0), (20.0, 5.0), summed=True) == pytest.approx([3 / 20, 1 / 5])
 
 
 def test_a_loss_that_compares_samples_has_no_weights(tmp_path):
@@ -101,6 +106,12 @@ def test_a_loss_that_compares_samples_has_no_weights(tmp_path):
     sources = "{a: {size: 9, split: caption, loss_weight: 1}, b: {size: 9, split: caption, loss_weight: 2}}"
     done = train(*words, f"data.align={sources}", check=False)
     assert done.returncode == 2 and "the sources of data.align cannot have a loss_weight, loss_per" in done.stderr
+
+
+def test_a_sum_of_sources_needs_their_weights(llava_files, tmp_path):
+    done = train(*line(llava_files, tmp_path / "run", sources_of(llava_files, None), SUM), check=False)
+    assert done.returncode == 2
+    assert "sum_source_losses=true, but the sources of data.instruct have no loss_weight" in done.stderr
 
 
 @pytest.mark.parametrize(

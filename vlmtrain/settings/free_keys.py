@@ -52,7 +52,7 @@ _ADDED_IN_STAGE = {
     **{f"video.{key}": None for key in ("fit", "pixels", "pixels_total", "frame_tokens", "positions_per_second")},
     **{"video.fps": 1, "video.frames": 32, "video.sampling": "interval", "video.last": False, "video.pool": "none"},
     **{"video.stride": 1, "video.newline": "none", "video.timestamps": "none", "video.token_budget": None},
-    **{"video.time_format": None, "encoder_batch_size": None},
+    **{"video.time_format": None, "encoder_batch_size": None, "sum_source_losses": False},
 }
 
 

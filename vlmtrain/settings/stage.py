@@ -221,6 +221,7 @@ class Stage:
     # samples that a rank processes at once; null: all; auto: as many as the memory allows
     micro_batch_size: int | str | None = key(optional(or_auto(whole(1))))
     loss_per: str = key(one_of(*LOSS_PER))  # unit with equal weight in the loss; sqrt lies between token and sample
+    sum_source_losses: bool = key(SWITCH)  # with loss weights: the weighted sum of the sources' losses
     optimizer: OptimizerOptions = key(section(OptimizerOptions))
     schedule: ScheduleOptions = key(section(ScheduleOptions))
     ema: float | None = key(optional(_DECAY))  # decay of the average of the weights; null: no average

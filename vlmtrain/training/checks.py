@@ -66,6 +66,11 @@ def check_run(run: Run, world_size: int) -> None:
 
 def _check_layout(stage: Stage, split: Split | None, world_size: int) -> None:
     accumulation = 1 if stage.layout == "packed" else split_batch(stage, world_size)[0]
+    if stage.sum_source_losses and split is not None and len(split.sources) > 1 and split.loss_weights is None:
+        raise ValueError(
+            f"{stage.prefix}.sum_source_losses=true, but the sources of data.{stage.data} have no loss_weight: give "
+            "each one, or use false"
+        )
     if not OBJECTIVES[stage.objective].compares_samples:
         return
     comparing = f"objective={stage.objective} compares the samples of a step with each other"

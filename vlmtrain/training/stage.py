@@ -193,7 +193,7 @@ class _Stage:
         progress = Progress(self.name, total, first) if self.world.is_main else None
         self.bad_steps = BadSteps(self.name, self.settings.bad_steps, bad_steps, record.get("bad_steps"))
         skips_bad, shared = self.settings.on_bad_sample == "skip", (self.world, self.watch, self.skips, self.bad_steps)
-        options = list(self.source.sources), self.source.loss_weights, self._step_flops()
+        options = list(self.source.sources), self.source.loss_weights, self.stage.sum_source_losses, self._step_flops()
         peak = self.settings.device_tflops or peak_tflops(self.world.device, engine.dtype)
         options = (engine, self.objective, *shared, *options, peak)
         runner = StepRunner(self.name, self.settings.seed, skips_bad, *options)

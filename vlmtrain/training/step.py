@@ -34,12 +34,13 @@ class StepDone(NamedTuple):
     drawn: list[int]
 
 
-def _shares(loss_weights: Sequence[float], totals: Sequence[float]) -> list[float]:
+def _shares(loss_weights: Sequence[float], totals: Sequence[float], summed: bool = False) -> list[float]:
     """Factors on the weights of targets by source, with which the loss is the weighted mean of the sources' losses.
 
     totals: of the weights of the targets in a step, by source. A source without targets in the step does not count.
+    summed: the loss is the weighted sum instead.
     """
-    present = sum(weight for weight, total in zip(loss_weights, totals) if total)
+    present = 1.0 if summed else sum(weight for weight, total in zip(loss_weights, totals) if total)
     return [weight / present / total if total else 0.0 for weight, total in zip(loss_weights, totals)]
 
 
@@ -69,8 +70,8 @@ class StepRunner:
     """Runs the optimizer steps of a stage. Every rank runs the same steps.
 
     sources: names of the data sources. loss_weights: weights of the sources' mean losses; None if the loss is the mean
-    over the targets of all sources. flops: counts those of a step, on the main rank. peak_tflops: of one device, if it
-    is known.
+    over the targets of all sources. sums_sources: whether the loss is the weighted sum of these mean losses rather than
+    their weighted mean. flops: counts those of a step, on the main rank. peak_tflops: of one device, if it is known.
     """
 
     stage: str
@@ -84,6 +85,7 @@ class StepRunner:
     bad_steps: BadSteps
     sources: Sequence[str]
     loss_weights: Sequence[float] | None
+    sums_sources: bool
     flops: StepFlops | None
     peak_tflops: float | None
 
@@ -106,7 +108,7 @@ class StepRunner:
         if totals.bad:
             self._handle_bad([found for rank in self.world.gather(data.bad) for found in rank], step)
         rates = self.engine.set_rates(step)
-        shares = self.loss_weights and _shares(self.loss_weights, totals.source_weights)
+        shares = self.loss_weights and _shares(self.loss_weights, totals.source_weights, self.sums_sources)
         loss, by_source, norm = self._update(step, data, 1.0 if shares else max(totals.weight, 1e-9), shares)
         seconds = time.perf_counter() - started
         on_gpu = self.world.device.type == "cuda"
