@@ -99,6 +99,29 @@ class IndexedJson:
         return {"starts": bounds[:, 0], "ends": bounds[:, 1]}
 
 
+class JsonObject:
+    """The strings of a JSON object by name; only their offsets and lengths in bytes (`spans`) are held in memory.
+
+    Raises ValueError if the file cannot be read or is no such object.
+    """
+
+    def __init__(self, file: str | Path):
+        self.file = Path(file)
+        try:
+            self.stamp = stamp_of(self.file)
+            index = cached_index(self.file, "object", self._index)
+        except OSError as error:
+            raise ValueError(f"data file {self.file} cannot be read: {error}") from None
+        names = index["names"].tobytes().decode("utf-8").split("\0")
+        self.spans = {name: (start, end - start) for name, (start, end) in zip(names, index["bounds"].tolist())}
+
+    def _index(self) -> Index:
+        with open(self.file, "rb") as file:
+            found = list(_ObjectScanner(self.file, file).members())
+        names = "\0".join(name for name, *_ in found).encode()
+        return {"names": np.frombuffer(names, np.uint8), "bounds": np.array([bounds for _, *bounds in found], np.int64)}
+
+
 def parse_json(data: bytes, where: str) -> object:
     """Parse UTF-8 bytes as JSON; numbers too long for Python become infinite. Raises BadSample, naming `where`."""
     try:
@@ -154,16 +177,20 @@ class _ArrayScanner:
                     raise self._broken("a comma without a record after it")
                 yield self._element()
                 self.count += 1
-                behind = self._next()
-                if behind == "]":
+                if self._end_of_element("]"):
                     break
-                if behind != ",":
-                    got = repr(behind) if behind else "the end of the file"
-                    raise self._broken(f"expected ',' or ']' after the previous record, got {got}")
-                self.position += 1
         self.position += 1
         if self._next() != "":
             raise self._broken("unexpected content after the end of the list")
+
+    def _end_of_element(self, closing: str) -> bool:
+        """Whether the list or object ends after an element; else, the comma is skipped."""
+        behind = self._next()
+        if behind not in (closing, ","):
+            got = repr(behind) if behind else "the end of the file"
+            raise self._broken(f"expected ',' or '{closing}' after the previous record, got {got}")
+        self.position += behind == ","
+        return behind == closing
 
     def _element(self) -> tuple[int, int]:
         while True:
@@ -209,3 +236,31 @@ class _ArrayScanner:
             f"data file {self.path} must contain a list of records, got {kinds.get(opening, repr(opening))} "
             f"at byte {self.base + self.position}{hint}"
         )
+
+
+class _ObjectScanner(_ArrayScanner):
+    """Finds the members of a JSON object whose values are strings, in the same way."""
+
+    def members(self) -> Iterator[tuple[str, int, int]]:
+        """Name, and start and end of the value in bytes. Raises ValueError if the object is broken."""
+        if self._next() != "{":
+            raise ValueError(f"data file {self.path} must contain an object of strings by name")
+        self.position += 1
+        while self._next() != "}":
+            name = self._string()
+            if self._next() != ":":
+                raise self._broken("expected ':' after a name")
+            self.position += 1
+            self._next()
+            start = self.base + self.position
+            self._string()
+            yield name, start, self.base + self.position
+            self.count += 1
+            if self._end_of_element("}"):
+                return
+
+    def _string(self) -> str:
+        if self._next() != '"':
+            raise self._broken(f"expected a string, got {self._next()!r}")
+        start, end = self._element()
+        return json.loads(self.text[start - self.base : end - self.base].encode("latin-1"))

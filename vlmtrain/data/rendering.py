@@ -63,7 +63,8 @@ class Renderer:
     template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
     (the tokenizer's own chat template, or else `fallback`), ``interleaved`` (only the text of the turns, with
     `templates.CHUNK_END` after that which follows an image), or a name in `templates.TEMPLATES`. If a chat template
-    writes ``<image>`` before the first turn, all images stand there (Molmo2). positions: the rows of positions that the
+    writes ``<image>`` before the first turn, all images stand there (Molmo2), and if it writes one before each turn of
+    the user, those of the turn (Otter). positions: the rows of positions that the
     language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens that the media plan
     puts into the template's text, and that are ordinary text in a turn. allowed: pattern of special tokens that the
     text of a turn may contain, such as those around boxes. slot: token at the positions of images; None for the filler.
@@ -92,6 +93,7 @@ class Renderer:
         names = (template, fallback) if template == "chat" and not tokenizer.chat_template else (template,)
         self.pictures_first = not PICTURES_FIRST.isdisjoint(names)
         self.places_pictures = False  # whether the template writes the mark at which they stand
+        self._places_each_turns = False  # whether it writes one for each turn of the user
         # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not in `all_special_tokens`.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks = filter(re.compile(r"<\S+>|\[\S+\]").fullmatch, tokenizer.get_added_vocab())
@@ -121,7 +123,9 @@ class Renderer:
         """Determine how the chat template renders turns. Raises BadSample, a ValueError, if it cannot be trained on."""
         once = (Turn("user", "question"), Turn("assistant", "answer"))
         self._spans(Conversation(f"template={self.template}", once))
-        self.places_pictures = IMAGE_MARK in self._between(once)[0]
+        with suppress(ValueError):
+            self._places_each_turns = all(IMAGE_MARK in text for text in self._between(once * 2)[::2][:2])
+        self.places_pictures = IMAGE_MARK in self._between(once)[0] and not self._places_each_turns
         self.pictures_first |= self.places_pictures
         try:
             self._between((Turn("system", "words"), *once))
@@ -329,6 +333,12 @@ class Renderer:
         spans, rest = [], texts[0]
         for index, (turn, after) in enumerate(zip(conversation.turns, texts[1:])):
             words = turn.text.strip()
+            if turn.role == "user" and self._places_each_turns:
+                before, _, rest = rest.partition(IMAGE_MARK)
+                images = [_Span("", is_image=True)] * turn.text.count(IMAGE_MARK)
+                spans += [_Span(before), *images, _Span(rest), _Span(without_marks(words), is_words=True)]
+                rest = after
+                continue
             if turn.role != "assistant":
                 spans.append(_Span(rest))
                 if self.pictures_first:
@@ -451,6 +461,13 @@ class Renderer:
         spans = [_Span(self.tokenizer.bos_token)] if self._starts_with_bos else []
         spans += [span for span in _with_images(user.text) if span.is_image]
         return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0)]
+
+    @property
+    def document_template(self) -> str:
+        """A chat template that writes conversations as ``interleaved`` does, if each turn of the user is a chunk."""
+        start = self.tokenizer.bos_token if self._starts_with_bos else ""
+        end = "{% if turn.role == 'assistant' %}" + self._chunk_end + "{% endif %}"
+        return f"{start}{{% for turn in messages %}}{{{{ turn.content }}}}{end}{{% endfor %}}"
 
     def _document_spans(self, conversation: Conversation) -> list[_Span]:
         spans, number = [_Span(self.tokenizer.bos_token)] if self._starts_with_bos else [], -1

@@ -20,6 +20,7 @@ from ..settings.data import (
     DocumentSource,
     HFSource,
     LlavaJSONSource,
+    MimicITSource,
     MMC4Source,
     MotionSource,
     ObelicsSource,
@@ -32,6 +33,7 @@ from . import motion, probes, shapes
 from .encoded import Encoded
 from .interleaved import Documents, Rules, comm_pieces, mmc4_pieces, obelics_pieces
 from .llava import open_llava
+from .mimic_it import MimicIT
 from .mixture import Concatenation, Mixture
 from .motion import Motion
 from .probes import Probes
@@ -105,6 +107,10 @@ def _open_documents(source: DocumentSource, image_size: tuple[int, int], seed: i
     return Documents(source.path, source.images, source.outside_images, seed, rules, pieces, joint)
 
 
+def _open_mimic_it(source: MimicITSource, image_size: tuple[int, int], seed: int) -> Source:
+    return MimicIT(source.path, source.images, source.related, source.examples)
+
+
 def _open_shapes(source: ShapesSource, image_size: tuple[int, int], seed: int) -> Source:
     return Shapes(source.split, source.size, min(image_size), seed, source.sides)
 
@@ -125,6 +131,7 @@ _OPENERS: dict[type[DataSource], Callable[..., Source]] = {
     MMC4Source: _open_documents,
     ObelicsSource: _open_documents,
     CommSource: _open_documents,
+    MimicITSource: _open_mimic_it,
     ShapesSource: _open_shapes,
     ProbesSource: _open_probes,
     MotionSource: _open_motion,

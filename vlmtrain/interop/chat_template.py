@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, VIDEO_MARK, BadSample, Conversation, Turn
 from ..data.rendering import Renderer
-from ..data.templates import chat_template
+from ..data.templates import INTERLEAVED, chat_template
 from ..visual import MediaPlan, Placement
 
 _TYPED = """\
@@ -245,6 +245,8 @@ def _chosen(
 
 
 def _inner_template(renderer: Renderer, fallback: str | None) -> str:
+    if renderer.template == INTERLEAVED:
+        return renderer.document_template
     if renderer.template != "plain":
         return chat_template(renderer.template, renderer.tokenizer, fallback)
     adds = renderer.tokenizer("").input_ids[:1] == [renderer.tokenizer.bos_token_id]
@@ -256,7 +258,7 @@ def _written_out(renderer: Renderer) -> list[str]:
 
     For templates that render an answer differently when further turns follow (reasoning templates), unlike training.
     """
-    if renderer.template == "plain":
+    if renderer.template in ("plain", INTERLEAVED):
         return []
     talk = (Turn("user", "a"), Turn("assistant", "b")) * 3
     start, ask, end, *more, _ = renderer.template_texts(talk)

@@ -123,6 +123,16 @@ class CommSource(DocumentSource):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MimicITSource(DataSource):
+    """MIMIC-IT."""
+
+    path: str = key(TEXT)
+    images: str | None = key(optional(TEXT), None)  # JSON or Parquet file of the images, or a folder of files
+    related: str | None = key(optional(TEXT), None)  # JSON file of the related instructions; null: rel_ins_ids
+    examples: int | None = key(optional(whole(0, 10**4)), None)  # related instructions before one; null: all
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShapesSource(DataSource):
     """Generated images of colored shapes."""
 
@@ -149,6 +159,7 @@ class MotionSource(DataSource):
 
 OWN_KEYS = ("format", "weight", "samples", "loss_weight", "loss_per", "token_weight", "path", "size", "streaming")
 OWN_KEYS += ("shuffle_buffer", *(f.name for f in fields(Rules)), "min_similarity", "one_image_share")
+OWN_KEYS += ("related", "examples")
 """Keys that only a source has, not the group."""
 FORMATS: dict[str, type[DataSource]] = {
     "llava_json": LlavaJSONSource,
@@ -157,6 +168,7 @@ FORMATS: dict[str, type[DataSource]] = {
     "mmc4": MMC4Source,
     "obelics": ObelicsSource,
     "comm": CommSource,
+    "mimic_it": MimicITSource,
     "shapes": ShapesSource,
     "probes": ProbesSource,
     "motion": MotionSource,
@@ -296,7 +308,7 @@ def _entries(split: str, value: object) -> dict[str, tuple[str, Mapping]]:
 
 def _source(key: str, entry: Mapping, shared: Mapping) -> DataSource:
     cls = FORMATS[entry["format"]]
-    if "path" in entry and not issubclass(cls, RecordSource | DocumentSource):
+    if "path" in entry and "path" not in {f.name for f in fields(cls)}:
         raise ValueError(f"{key}.path={entry['path']}: format={entry['format']} takes no path; set size and split")
     inherited = {name: value for name, value in shared.items() if name in _options(cls)}
     source = read(cls, {**inherited, **entry}, f"{key}.")
