@@ -60,7 +60,17 @@ _FUYU = (
 PALIGEMMA = "paligemma"
 _PALIGEMMA = _FUYU.replace("<0x04>", "\n")
 
+# The images of each question come before the word that marks it (Otter, published code, with the spaces of the paper).
+OTTER = (
+    "{{ bos_token }}"
+    "{% for turn in messages %}"
+    "{% if turn.role == 'user' %}{{ '<image>User: ' + turn.content + ' GPT:<answer>' }}"
+    "{% elif turn.role == 'assistant' %}{{ ' ' + turn.content + '<|endofchunk|>' }}{% endif %}"
+    "{% endfor %}"
+)
+
 TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA}
+TEMPLATES["otter"] = OTTER
 PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
 
 # The text of documents, all of which is trained on, with images in between; see `Renderer`.
