@@ -73,6 +73,9 @@ PLACES = (
     (r"/shared/runs/llava", "shared"),
     (r"data\.instruct=DATASET", "data.instruct=dataset.parquet"),
     (r"data\.align=SHARDS", "data.align=shards.tar"),
+    (r"=DOCUMENTS", "=documents.jsonl"),
+    (r"LACR_I2I_instructions\.json", "instructions.json"),
+    (r"LA\.json", "pictures"),
     (r"HEAD=node0 NODES=2", "HEAD=127.0.0.1 NODES=1"),
     (r"--nproc_per_node [8N]", "--nproc_per_node 2"),
 )
@@ -88,7 +91,7 @@ def in_small(line: str, number: int = 0) -> str:
         return line
     if "recipe=" in line and "recipe=quickstart" not in line and "mini=true" not in line:
         line += " mini=true"
-    if "data.images=" in line:
+    if "data.images=" in line and " data=" not in line:
         line += " data=llava_json"
     if "vlmtrain check" in line:
         return line
@@ -189,6 +192,11 @@ def home(tmp_path_factory, llava_files, tokenizer) -> Path:
     talks = [[asked, {"role": "assistant", "content": "red"}] for _ in records]
     blank = Image.new("RGB", (8, 8))
     Dataset.from_dict({"turns": talks, "photo": [blank] * len(talks)}).to_parquet(folder / "dataset.parquet")
+    page = {"images": ["red.png", None], "texts": [None, "red"]}  # OBELICS and MMC4
+    page |= {"image_info": [{"image_name": "red.png"}], "text_list": ["red"], "similarity_matrix": [[0.5]]}
+    (folder / "documents.jsonl").write_text(json.dumps(page))
+    told = {"instruction": "What?", "answer": "red", "image_ids": ["red"], "rel_ins_ids": []}
+    (folder / "instructions.json").write_text(json.dumps({"data": {"one": told}}))
     with tarfile.open(folder / "shards.tar", "w") as tar:
         for number in range(8):
             for name, data in (("png", llava_files["images"] / "red.png"), ("txt", b"a red circle")):

@@ -59,6 +59,7 @@ TRAINED = {
     "cambrian": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
     "flamingo": {"pretrain": {"connector", "fusion", "llm"}},
+    "otter": {"instruct": {"connector", "fusion", "llm"}},
     "molmo2": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "instruct", "long_context")},
     "llava_video": {"video": {"vision", "connector", "llm"}},
     "fuyu": {"align": {"connector"}, "pretrain": {"connector", "llm"}, "instruct": {"connector", "llm"}},
@@ -77,6 +78,7 @@ TRAINED = {
 SLOW = {
     "brave",
     "flamingo",
+    "otter",
     "llava_video",
     "molmo2",
     "eagle",

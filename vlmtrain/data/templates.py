@@ -69,8 +69,10 @@ OTTER = (
     "{% endfor %}"
 )
 
-TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA}
-TEMPLATES["otter"] = OTTER
+TEMPLATES = {
+    **{"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, "otter": OTTER},
+    **{BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA},
+}
 PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
 
 # The text of documents, all of which is trained on, with images in between; see `Renderer`.
