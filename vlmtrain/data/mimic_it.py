@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -56,8 +56,8 @@ class MimicIT:
         self.ids = list(self.instructions if self.related is None else self.related)
         if not self.ids:
             raise ValueError(f"{path if related is None else related} is empty: no instructions")
-        self.image, files = _open_images(images)
-        given = [Path(file) for file in (path, related, *files) if file is not None]
+        self.images = _open_images(images)
+        given = [Path(file) for file in (path, related, *self.images.files) if file is not None]
         self.identity = tuple((str(file.resolve()), stamp_of(file)) for file in given)
 
     def __len__(self) -> int:
@@ -75,7 +75,11 @@ class MimicIT:
         for each in (*before, id):
             own = self._value(each, "image_ids", list, name)
             new = [] if own == last else own
-            media += [self.image(number, name) for number in new]
+            if not all(isinstance(image, str) for image in own):
+                raise BadSample(
+                    f"{name}: 'image_ids' of the instruction {shown(each)} must be strings, got {shown(own)}"
+                )
+            media += [self.images.read(image, name) for image in new]
             question = self._value(each, "instruction", str, name).replace(IMAGE_MARK, "").strip()
             turns.append(Turn("user", IMAGE_MARK * len(new) + question))
             turns.append(Turn("assistant", self._value(each, "answer", str, name)))
@@ -101,39 +105,53 @@ def _object(value: object, file: str | Path, what: str) -> Mapping:
     return value
 
 
-def _open_images(place: str | Path | None) -> tuple[Callable[[object, str], EncodedImage], list[Path]]:
-    """A function that returns the image with an id for a record, and the files that it reads. Raises ValueError."""
-    if place is not None and Path(place).is_dir():
-        folder = ImageFolder(place)
-        return lambda id, name: _in_folder(folder, id, name), []
-    if place is None:
-        return lambda id, name: ImageFolder().read(id, f"'{id}'", name), []
-    if Path(place).suffix.lower() == ".json":
-        table = JsonObject(place)
-        return lambda id, name: _InJson(table.file, *table.spans[_known(id, table.spans, name)], id), [Path(place)]
-    from .hf_dataset import Rows
+class _Folder:
+    """Images in a folder, in files that are named by their ids; None if no image is read."""
 
-    rows = Rows(str(place))
-    ids = next((key for key in ("__index_level_0__", "index", "image_id", "id") if key in rows.features), None)
-    if ids is None or "base64" not in rows.features:
-        raise ValueError(f"data.images={place}: expected the columns 'id' and 'base64', got {', '.join(rows.features)}")
-    numbers = {id: number for number, id in enumerate(rows.rows.select_columns([ids])[:][ids].to_pylist())}
+    def __init__(self, folder: str | Path | None):
+        self.folder, self.files = ImageFolder(folder), ()
 
-    def read(id: object, name: str) -> EncodedImage:
-        row = numbers[_known(id, numbers, name)]
-        return ImageFolder().read(f"data:;base64,{rows[row][1]['base64'].translate(_URL_SAFE)}", f"'{id}'", name)
-
-    return read, [Path(place)]
+    def read(self, id: str, name: str) -> EncodedImage:
+        images = [self.folder.read(f"{id}{extension}", f"'{id}'", name) for extension in _EXTENSIONS]
+        return next((image for image in images if image.path.is_file()), images[0])
 
 
-def _known(id: object, ids: Mapping, name: str) -> str:
-    if not isinstance(id, str) or id not in ids:
+class _Json:
+    """Images in a JSON file, in base64 by their ids."""
+
+    def __init__(self, file: str | Path):
+        self.table, self.files = JsonObject(file), (Path(file),)
+
+    def read(self, id: str, name: str) -> EncodedImage:
+        return _InJson(self.table.file, *self.table.spans[_known(id, self.table.spans, name)], id)
+
+
+class _Parquet:
+    """Images in a Parquet file, in base64 in the column ``base64``."""
+
+    def __init__(self, file: str | Path):
+        from .hf_dataset import Rows
+
+        self.rows, self.files, self.folder = Rows(str(file)), (Path(file),), ImageFolder()
+        names = self.rows.features
+        column = next((key for key in ("__index_level_0__", "index", "image_id", "id") if key in names), None)
+        if column is None or "base64" not in names:
+            raise ValueError(f"data.images={file}: expected the columns 'id' and 'base64', got {', '.join(names)}")
+        ids = self.rows.rows.select_columns([column])[:][column].to_pylist()
+        self.numbers = {id: number for number, id in enumerate(ids)}
+
+    def read(self, id: str, name: str) -> EncodedImage:
+        _, row = self.rows[self.numbers[_known(id, self.numbers, name)]]
+        return self.folder.read(f"data:;base64,{row['base64'].translate(_URL_SAFE)}", f"'{id}'", name)
+
+
+def _open_images(place: str | Path | None) -> _Folder | _Json | _Parquet:
+    if place is None or Path(place).is_dir():
+        return _Folder(place)
+    return _Json(place) if Path(place).suffix.lower() == ".json" else _Parquet(place)
+
+
+def _known(id: str, ids: Mapping, name: str) -> str:
+    if id not in ids:
         raise BadSample(f"{name}: data.images has no image {shown(id)}")
     return id
-
-
-def _in_folder(folder: ImageFolder, id: object, name: str) -> EncodedImage:
-    if not isinstance(id, str):
-        raise BadSample(f"{name}: the id of an image must be a string, got {shown(id)}")
-    images = [folder.read(f"{id}{extension}", f"'{id}'", name) for extension in _EXTENSIONS]
-    return next((image for image in images if image.path.is_file()), images[0])

@@ -108,7 +108,7 @@ def _open_documents(source: DocumentSource, image_size: tuple[int, int], seed: i
 
 
 def _open_mimic_it(source: MimicITSource, image_size: tuple[int, int], seed: int) -> Source:
-    return MimicIT(source.path, source.images, source.related, source.examples)
+    return MimicIT(source.path, source.images, source.related_ids, source.max_examples)
 
 
 def _open_shapes(source: ShapesSource, image_size: tuple[int, int], seed: int) -> Source:

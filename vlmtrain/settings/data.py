@@ -128,8 +128,8 @@ class MimicITSource(DataSource):
 
     path: str = key(TEXT)
     images: str | None = key(optional(TEXT), None)  # JSON or Parquet file of the images, or a folder of files
-    related: str | None = key(optional(TEXT), None)  # JSON file of the related instructions; null: rel_ins_ids
-    examples: int | None = key(optional(whole(0, 10**4)), None)  # related instructions before one; null: all
+    related_ids: str | None = key(optional(TEXT), None)  # JSON file of the related instructions; null: rel_ins_ids
+    max_examples: int | None = key(optional(whole(0, 10**4)), None)  # related instructions before one; null: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class MotionSource(DataSource):
 
 OWN_KEYS = ("format", "weight", "samples", "loss_weight", "loss_per", "token_weight", "path", "size", "streaming")
 OWN_KEYS += ("shuffle_buffer", *(f.name for f in fields(Rules)), "min_similarity", "one_image_share")
-OWN_KEYS += ("related", "examples")
+OWN_KEYS += ("related_ids", "max_examples")
 """Keys that only a source has, not the group."""
 FORMATS: dict[str, type[DataSource]] = {
     "llava_json": LlavaJSONSource,

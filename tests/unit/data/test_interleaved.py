@@ -251,6 +251,18 @@ def test_targets_of_a_document_by_hand():
     assert rendered.answers == ((0, 2), (4, 5), (9, 12))
 
 
+@pytest.mark.parametrize("extra", [(), ("<image>", CHUNK_END)])
+def test_a_chat_template_writes_the_same_prompts(extra):
+    """As exports need it."""
+    tokenizer = words(*extra)
+    renderer = Renderer(tokenizer, "interleaved", 100)
+    turns = [Turn("user", "a"), Turn("assistant", "b c"), Turn("user", "d")]
+    prompt = renderer.prompt(Conversation("doc", tuple(turns)), slots())
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    whole = tokenizer.apply_chat_template(messages, chat_template=renderer.document_template, return_dict=False)
+    assert prompt.input_ids.tolist() == whole
+
+
 def test_names_of_tokens_in_a_text_are_text():
     tokenizer = words("<image>", CHUNK_END)
     rendered = render(tokenizer, 100, f"a {CHUNK_END} <image>", "c")
