@@ -76,9 +76,8 @@ class MimicIT:
             own = self._value(each, "image_ids", list, name)
             new = [] if own == last else own
             if not all(isinstance(image, str) for image in own):
-                raise BadSample(
-                    f"{name}: 'image_ids' of the instruction {shown(each)} must be strings, got {shown(own)}"
-                )
+                what = f"'image_ids' of the instruction {shown(each)}"
+                raise BadSample(f"{name}: {what} must be strings, got {shown(own)}")
             media += [self.images.read(image, name) for image in new]
             question = self._value(each, "instruction", str, name).replace(IMAGE_MARK, "").strip()
             turns.append(Turn("user", IMAGE_MARK * len(new) + question))
@@ -106,7 +105,7 @@ def _object(value: object, file: str | Path, what: str) -> Mapping:
 
 
 class _Folder:
-    """Images in a folder, in files that are named by their ids; None if no image is read."""
+    """Images in a folder, in files that are named by their ids."""
 
     def __init__(self, folder: str | Path | None):
         self.folder, self.files = ImageFolder(folder), ()
