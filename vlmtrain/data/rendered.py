@@ -127,8 +127,8 @@ class Rendered:
     def between(self, first: int, last: int, images: int | None = None) -> Rendered:
         """Positions `first` to ``last - 1``, up to the first image that is not completely among them.
 
-        Images that start before `first` are left out. images: maximum number of images, or None. The range of an answer
-        that ends before `first` is empty.
+        Images that start before `first`, and those after the last answer, are left out. images: maximum number of
+        images, or None. The range of an answer that ends before `first` is empty.
         """
         by_medium = self.media.by_medium
         places = [(self.index == number).nonzero()[:, 0].tolist() for number in range(len(self.media.placements))]
@@ -140,7 +140,9 @@ class Rendered:
         if images is not None:
             stop = min(stop, begin + images)
         if stop < len(bounds):
-            last = min(last, max(first, bounds[stop][0]))
+            last = min(last, bounds[stop][0])
+        last = max((min(end, last) for start, end in self.answers if start < last), default=first)
+        stop = min(stop, sum(end < last for _, end in bounds))
         # of the placements
         begin, stop = (sum(map(len, by_medium[:number])) for number in (begin, stop))
         part = slice(first, last)

@@ -273,7 +273,7 @@ def test_names_of_tokens_in_a_text_are_text():
 def test_a_cut_mark_drops_its_image():
     tokenizer = words()
     whole = render(tokenizer, 100, "a b", "c", "d e")  # a b 00 c 11 22 d e end
-    kept = {4: (4, 1), 5: (5, 1), 6: (5, 1), 7: (7, 2), 8: (7, 2), 9: (9, 3), 10: (10, 3), 12: (12, 3)}
+    kept = {5: (5, 1), 6: (5, 1), 7: (5, 1), 9: (5, 1), 10: (10, 3), 11: (11, 3), 12: (12, 3)}
     for max_length, (length, images) in kept.items():
         cut = render(tokenizer, max_length, "a b", "c", "d e")
         assert (len(cut), len(cut.media.placements)) == (length, images)
@@ -281,11 +281,25 @@ def test_a_cut_mark_drops_its_image():
         assert (cut.input_ids == whole.input_ids[:length]).all()
         assert (cut.targets[:-1] == whole.targets[: length - 1]).all() and cut.weights[-1] == 0
         assert all(end <= length for _, end in cut.answers)
-    for max_length in (2, 3):  # only text, and an image without a slot
+    for max_length in (2, 3, 4):  # only text, an image without a slot, and an image without text after it
         with pytest.raises(Dropped, match=f"doc: max_length={max_length} leaves no image"):
             render(tokenizer, max_length, "a b", "c", "d e")
     with pytest.raises(Dropped):  # one mark, and it is last
         render(tokenizer, 4, "a b", "c", first=0.0)
+
+
+def test_a_cut_leaves_no_token_around_an_image_without_the_image():
+    tokenizer = words()
+    plan = slots(2, 2)
+    plan = plan._replace(placements=tuple(placement._replace(before=" j") for placement in plan.placements))
+    turns = [Turn("user", "<image>"), Turn("assistant", "a b"), Turn("user", "<image>"), Turn("assistant", "c d")]
+    conversation = Conversation("doc", tuple(turns), [object()] * 2)
+    found = {
+        max_length: spoken(tokenizer, Renderer(tokenizer, "interleaved", max_length).render(conversation, plan))
+        for max_length in (5, 6, 7, 8, 9)
+    }
+    assert set(found.values()) == {"j 0 0 [a] [b]", "j 0 0 [a] [b] j 1 1 [c]"}
+    assert [len(text.split()) for text in found.values()] == [5, 5, 5, 5, 9]
 
 
 def test_a_window_starts_anywhere_and_shows_whole_images():
@@ -301,14 +315,14 @@ def test_a_window_starts_anywhere_and_shows_whole_images():
             range(len(cut.media.items))
         )
     end = tokenizer.eos_token
-    assert found[0] == "a [b] 0 0 [c]" and found[1] == "b 0 0 [c] 1 1" and found[2] == "0 0 [c] 1 1"
+    assert found[0] == "a [b] 0 0 [c]" and found[1] == "b 0 0 [c]" and found[2] == "0 0 [c]"
     with pytest.raises(Dropped):  # c 1 1 2 2
         render(tokenizer, 5, "a b", "c", "d e", window=Window(4 / 8))
     assert found[6] == f"0 0 [d] [e] [{end}]"
     assert [item.medium for item in render(tokenizer, 6, "a b", "c", "d e", window=Window(6 / 7)).media.items] == [2]
     assert len(whole) == 12
     two = render(tokenizer, 11, "a b", "c", "d e", window=Window(0.0, 2))
-    assert spoken(tokenizer, two) == "a [b] 0 0 [c] 1 1"
+    assert spoken(tokenizer, two) == "a [b] 0 0 [c]"
 
 
 def test_texts_may_belong_to_the_next_image():
