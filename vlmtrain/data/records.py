@@ -76,10 +76,10 @@ UNGRADED = Grading()
 
 
 class Window(NamedTuple):
-    """Which part of a document is shown if it exceeds `max_length` with ``template=interleaved``.
+    """Which part of a document ``template=interleaved`` shows.
 
-    start: of the part, as a fraction in [0, 1) of all possible starts. images: maximum number of images, before another
-    of which the part ends; None for any number.
+    start: of the part if the document exceeds `max_length`, as a fraction in [0, 1) of all possible starts. images:
+    maximum number of images, before another of which the part ends; None for any number.
     """
 
     start: float = 0.0

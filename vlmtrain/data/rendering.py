@@ -188,9 +188,10 @@ class Renderer:
 
     def _document(self, conversation: Conversation, media: MediaPlan) -> Rendered:
         rendered = self._render(conversation, media)
-        if len(rendered) > self.max_length:
-            start, images = conversation.window
-            first = int(start * (len(rendered) - self.max_length + 1))
+        start, images = conversation.window
+        excess = max(0, len(rendered) - self.max_length)
+        if excess or _has_more(conversation):
+            first = int(start * (excess + 1))
             rendered = rendered.between(first, first + self.max_length, images)
         if not (rendered.weights > 0).any() or (conversation.media and not rendered.media.placements):
             raise Dropped(
@@ -254,7 +255,7 @@ class Renderer:
         """
         conversation = self._checked(conversation)
         runs = [part for part in self._layout(conversation, media) if not isinstance(part, _Slots)]
-        is_cut = any(answer == _DROPPED for run in runs for _, answer in run)
+        is_cut = _has_more(conversation) or any(answer == _DROPPED for run in runs for _, answer in run)
         if is_cut or not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
             raise _Unusual
         texts = ["".join(piece for piece, _ in run) for run in runs]
@@ -546,6 +547,12 @@ _AFTER_CUT, _DROPPED = "\n", -2
 space; the tokens of the prefix are dropped."""
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which no template treats specially
+
+
+def _has_more(conversation: Conversation) -> bool:
+    """Whether a document has more images than its window shows."""
+    most = conversation.window.images
+    return most is not None and len(conversation.media) > most
 
 
 def _is_silent(turn: Turn) -> bool:

@@ -321,6 +321,8 @@ def test_a_window_starts_anywhere_and_shows_whole_images():
     assert found[6] == f"0 0 [d] [e] [{end}]"
     assert [item.medium for item in render(tokenizer, 6, "a b", "c", "d e", window=Window(6 / 7)).media.items] == [2]
     assert len(whole) == 12
+    two = render(tokenizer, 20, "a b", "c", "d e", window=Window(0.9, 2))  # which needs no window for its length
+    assert spoken(tokenizer, two) == "a [b] 0 0 [c]"
     two = render(tokenizer, 11, "a b", "c", "d e", window=Window(0.0, 2))
     assert spoken(tokenizer, two) == "a [b] 0 0 [c]"
 
@@ -371,6 +373,12 @@ def test_documents_that_are_left_out_give_their_place_to_others(folder):
     assert 0 not in numbers and 8 <= numbers.count(1) <= 24  # a third of those that are kept
     assert found == steps(source, 0.5, ranks=2) == steps(source, 0.5, stored=True)
     assert all(int(id.split("page-")[1][:-1]) % 3 == 2 for step in steps(source, 0.0) for id in step)
+
+
+def test_lengths_known_before_rendering_are_those_of_windows(folder):
+    source = documents(folder, *pages(48), random_window=True, max_images=2)
+    assert {len(source[number].media) for number in range(48) if number % 3} == {1, 3}
+    assert steps(source, 1.0) == steps(source, 1.0, stored=True)
 
 
 def test_data_of_which_everything_is_left_out_is_reported(folder):
