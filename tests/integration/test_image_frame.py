@@ -78,8 +78,8 @@ def test_a_run_from_a_model_keeps_its_frame(framed, tmp_path):
 
     assert not overruled_controls(compose(line))
     (warning,) = overruled_controls(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
-    assert image_controls(compose(line)) == (tuple(WORDS), "")
-    assert image_controls(compose([*line, "llm.image_frame=['','']"])) == (("", ""), "")
+    assert image_controls(compose(line)) == (tuple(WORDS), "", False)
+    assert image_controls(compose([*line, "llm.image_frame=['','']"])) == (("", ""), "", False)
     assert "replaces the tokens of init_from" in warning and "to keep ['[start]', '[end]']" in warning
 
 
@@ -187,8 +187,8 @@ def test_a_run_from_a_model_keeps_its_newlines(lined, tmp_path):
     processor.save_pretrained(tmp_path)
     assert Processor.from_pretrained(tmp_path).geometry == processor.geometry
     line = ["recipe=llava_1_5", "mini=true", f"init_from={tmp_path}"]
-    assert image_controls(compose(line)) == (("", ""), "|NEWLINE|")
-    assert image_controls(compose([*line, "llm.image_newline=''"])) == (("", ""), "")
+    assert image_controls(compose(line)) == (("", ""), "|NEWLINE|", False)
+    assert image_controls(compose([*line, "llm.image_newline=''"])) == (("", ""), "", False)
     (warning,) = overruled_controls(compose([*line, "llm.image_newline=red"]))
     assert "replaces the tokens of init_from" in warning and "to keep |NEWLINE|" in warning
 

@@ -125,7 +125,8 @@ class PerceiverResampler(Resampler):
 class IdeficsResampler(Resampler):
     """`PerceiverResampler` with ReLU, and if `qk_norm` LayerNorm of the queries and keys of each head (IDEFICS, 2023).
 
-    Source: published code. ``features.prefix`` (CLS) is read as well, before the patches. Feed-forward parts are 4 * in_dim wide.
+    Source: published code. ``features.prefix`` (CLS) is read as well, before the patches. Feed-forward parts are
+    4 * in_dim wide.
     """
 
     PUBLISHED = (
@@ -145,6 +146,7 @@ class IdeficsResampler(Resampler):
             unpublished=r"^proj\.",
         ),
     )
+
     def __init__(
         self,
         in_dim: int,
