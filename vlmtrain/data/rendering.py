@@ -440,9 +440,11 @@ class Renderer:
                 for number, placement in next(shown):
                     before = "" if span.follows else placement.before
                     parts += self._runs([*chunk, _Span(before)])
-                    chunk = []
                     parts.append(_Slots(number, placement.slots, placement.newlines))
-                    parts += self._runs([_Span(placement.after)])
+                    chunk = [_Span(placement.after)]
+                    if not self.shared:  # the text after an image starts anew
+                        parts += self._runs(chunk)
+                        chunk = []
             else:
                 chunk.append(span)
         return parts + self._runs(chunk)

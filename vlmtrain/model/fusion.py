@@ -157,7 +157,7 @@ class GatedCrossAttention(Fusion):
         for option, value in (("every", every), ("heads", heads), ("head_dim", head_dim)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"fusion.{option}={value}: expected a whole number of at least 1")
-        self.media_width, self.attend, self.style = media_width, attend, style
+        self.media_width, self.attend, self.style, self.every = media_width, attend, style, every
         built = STYLES[style]
         usual = built.shape or (llm["heads"], width // llm["heads"])
         heads, head_dim = heads or usual[0], head_dim or usual[1]
