@@ -31,7 +31,8 @@ def idefics_tokenizer(*words: str) -> PreTrainedTokenizerBase:
     tokenizer = byte_tokenizer("first")
     added = [AddedToken(word, special=True, normalized=False) for word in (FAKE, IMAGE, *words)]
     tokenizer.add_tokens(added, special_tokens=True)
-    tokenizer.pad_token, tokenizer.padding_side = "<pad>", "left"
+    tokenizer.pad_token = "<pad>"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 
 

@@ -219,12 +219,11 @@ def _asked(exported: Exported, processor: Processor, talks: Sequence[tuple[Turn,
         [noise((height + seed, 2 * width), seed) for seed in range(sum(turn.text.count(IMAGE_MARK) for turn in turns))]
         for turns in talks
     ]
+    texts = [_pieces(processor, *each) for each in zip(talks, images)]
     prompts = [processor.prompt(Conversation("probe", turns, tuple(shown))) for turns, shown in zip(talks, images)]
     batch = processor.collate(prompts)
     try:
-        inputs = exported.processor(text=[_pieces(processor, *each) for each in zip(talks, images)])
-    except DoesNotFit:
-        raise
+        inputs = exported.processor(text=texts)
     except Exception as error:  # processors of transformers raise anything for settings that do not fit
         raise DoesNotFit(f"IDEFICS's processor cannot prepare questions about images: {first_line(error)}") from None
     for ids, real, prompt in zip(inputs["input_ids"], inputs["attention_mask"].bool(), prompts):
