@@ -59,6 +59,10 @@ TRAINED = {
     "cambrian": {"align": {"connector"}, "instruct": {"connector", "llm"}},
     "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
     "flamingo": {"pretrain": {"connector", "fusion", "llm"}},
+    "idefics": {
+        "pretrain": {"connector", "fusion", "llm"},
+        "instruct": {"vision", "connector", "fusion", "llm"},
+    },
     "molmo2": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "instruct", "long_context")},
     "llava_video": {"video": {"vision", "connector", "llm"}},
     "fuyu": {"align": {"connector"}, "pretrain": {"connector", "llm"}, "instruct": {"connector", "llm"}},
@@ -72,6 +76,7 @@ TRAINED = {
 SLOW = {
     "brave",
     "flamingo",
+    "idefics",
     "llava_video",
     "molmo2",
     "eagle",

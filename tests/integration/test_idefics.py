@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, IdeficsForVisionText2Text
 
-from tests.conftest import gpt, human, metrics, train
 from tests.integration.idefics_models import FAKE, IMAGE, SIDE, build_idefics
 from tests.integration.imported_pairs import Pair, draw_noise
 from tests.integration.model_parity import IDEFICS, IDEFICS_CASES, IDEFICS_SOURCES, check, export_all, import_all
@@ -167,7 +166,9 @@ def test_what_cannot_be_imported_is_refused(options, fit, message, tmp_path):
 
 def test_other_prompts_pixels_and_tokenizers_are_refused(tmp_path):
     build_idefics(tmp_path / "hf")
-    with pytest.raises(DoesNotFit, match="template=plain: IDEFICS's processor writes <s> before each text"):
+    with pytest.raises(
+        DoesNotFit, match="template=plain: IDEFICS's processor writes conversations that start with <s>"
+    ):
         import_model(tmp_path / "hf", tmp_path / "model", template="plain")
     settings = tmp_path / "hf" / "processor_config.json"
     told = settings.read_text()

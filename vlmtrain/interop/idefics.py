@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import (
     BatchFeature,
@@ -88,6 +89,7 @@ def as_idefics(model: VLMWrapper, processor: Processor) -> Exported:
     settings = generation_settings(processor, Speech(tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_MARK), ""))
     settings.suppress_tokens.append(tokenizer.convert_tokens_to_ids(FAKE))
     exported.generation_config = settings
+    tokenizer.bos_token = tokenizer.bos_token or ""  # which the processor writes in any case
     tokenizer.chat_template = None  # the processor takes lists of texts and images
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for generation
     remarks = (
@@ -219,7 +221,8 @@ def _asked(exported: Exported, processor: Processor, talks: Sequence[tuple[Turn,
         [noise((height + seed, 2 * width), seed) for seed in range(sum(turn.text.count(IMAGE_MARK) for turn in turns))]
         for turns in talks
     ]
-    texts = [_pieces(processor, *each) for each in zip(talks, images)]
+    start = exported.processor.tokenizer.bos_token
+    texts = [_pieces(processor, start, *each) for each in zip(talks, images)]
     prompts = [processor.prompt(Conversation("probe", turns, tuple(shown))) for turns, shown in zip(talks, images)]
     batch = processor.collate(prompts)
     try:
@@ -244,12 +247,16 @@ def _told(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
 
 
-def _pieces(processor: Processor, turns: Sequence[Turn], images: Sequence[ImageInMemory]) -> list:
-    """A prompt as IDEFICS's processor takes it: texts and images in turn."""
-    renderer, start = processor.renderer, processor.tokenizer.bos_token
-    texts = [""] if renderer.template == "plain" else renderer.template_texts((*turns, Turn("assistant", "answer")))
-    if start is None or not texts[0].startswith(start):
-        raise DoesNotFit(f"template={renderer.template}: IDEFICS's processor writes {start} before each text")
+def _pieces(
+    processor: Processor, start: str | None, turns: Sequence[Turn], images: Sequence[ImageInMemory]
+) -> list[str | Image]:
+    """A prompt as IDEFICS's processor takes it: texts and images in turn, without the `start` that it writes."""
+    renderer = processor.renderer
+    texts = [] if renderer.template == "plain" else renderer.template_texts((*turns, Turn("assistant", "answer")))
+    if start is None or not texts or not texts[0].startswith(start):
+        raise DoesNotFit(
+            f"template={renderer.template}: IDEFICS's processor writes conversations that start with {start}"
+        )
     said = "".join(text + turn.text for text, turn in zip(texts, turns)) + texts[len(turns)].rstrip(" ")
     first, *rest = said.removeprefix(start).split(IMAGE_MARK)
     pieces = [first]
