@@ -11,14 +11,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, IdeficsForVisionText2Text
 
+from tests.conftest import train
 from tests.integration.idefics_models import FAKE, IMAGE, SIDE, build_idefics
 from tests.integration.imported_pairs import Pair, draw_noise
-from tests.integration.model_parity import IDEFICS, IDEFICS_CASES, IDEFICS_SOURCES, check, export_all, import_all
+from tests.integration.model_parity import IDEFICS, IDEFICS_CASES, check, export_all
 from vlmtrain.batch import Batch
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
+from vlmtrain.files import read_json
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import DoesNotFit, relative_difference
+from vlmtrain.interop.idefics import as_idefics
 from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.attention import attend_in_segments
@@ -145,9 +148,19 @@ def test_models_agree_without_vlmtrain(tmp_path):
         assert (found["parity"].model_class, found["parity"].module) == (IDEFICS_CASES[name].becomes, "transformers")
 
 
-def test_imports_agree_without_vlmtrain(tmp_path):
-    for found in import_all(IDEFICS_SOURCES, tmp_path).values():
-        check(found["parity"], 1e-5)
+def test_a_run_starts_from_a_published_model_and_exports(tmp_path):
+    build_idefics(tmp_path / "hf", resampler=False)
+    line = ["recipe=idefics", "mini=true", "stage=instruct", f"init_from={tmp_path / 'hf'}", "data.validation=null"]
+    steps = ["max_steps=1", "batch_size=2", "max_length=1500", "train.connector=null"]  # it has no weights
+    train(*line, *(f"stages.instruct.{each}" for each in steps), "workers=0", "run_dir=run", cwd=tmp_path)
+    model = tmp_path / "run" / "instruct" / "model"
+    processor, parts = Processor.from_pretrained(model), read_json(model.parent / "summary.json")["parts"]
+    assert processor.geometry.frame == (FAKE, FAKE) and processor.geometry.frame_shared
+    assert {name for name, part in parts.items() if part["sha256_before"] != part["sha256_after"]} == {
+        *("vision", "fusion", "llm")
+    }
+    done = export(model, tmp_path / "out", "idefics")
+    assert done.model_class == IDEFICS and done.largest_relative_difference <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -184,3 +197,37 @@ def test_other_prompts_pixels_and_tokenizers_are_refused(tmp_path):
         (tmp_path / "hf" / file).write_text(words.replace(FAKE, "<fake>"))
     with pytest.raises(ValueError, match=f"the tokenizer has no {FAKE}, which stands in prompts with images"):
         import_model(tmp_path / "hf", tmp_path / "model")
+
+
+def named(connector: str) -> nn.Module:
+    module = nn.Module()
+    module.config = {"name": connector}
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, p: setattr(m.fusion, "attend", "all"), "fusion.attend=all: IDEFICS requires last"),
+        (lambda m, p: setattr(m.fusion, "every", 3), "fusion.every=3: IDEFICS requires a divisor of the 4 blocks"),
+        (lambda m, p: setattr(m.vision, "layer", 1), "vision.layer=1: IDEFICS requires 2"),
+        (
+            lambda m, p: setattr(m.llm.config, "num_key_value_heads", 2),
+            "the number of heads of keys=2: IDEFICS requires 4",
+        ),
+        (
+            lambda m, p: setattr(m, "connector", named("mlp")),
+            "connector=mlp: IDEFICS has idefics_resampler, or identity",
+        ),
+        (lambda m, p: object.__setattr__(p.geometry, "fit", "pad"), "image_fit=pad: IDEFICS requires squash"),
+        (
+            lambda m, p: object.__setattr__(p.geometry, "frame", ("", "")),
+            r"llm.image_frame=\['', ''\]: IDEFICS requires",
+        ),
+    ],
+)
+def test_other_models_are_not_exported_as_idefics(change, message, pair):
+    model, processor = VLMWrapper.from_pretrained(pair.home / "model"), Processor.from_pretrained(pair.home / "model")
+    change(model, processor)
+    with pytest.raises(DoesNotFit, match=message):
+        as_idefics(model, processor)

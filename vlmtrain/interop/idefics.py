@@ -120,6 +120,7 @@ def _check(model: VLMWrapper, processor: Processor) -> None:
         ("hidden_act", config.hidden_act, "silu"),
         ("vision.layer", layer, last),
         ("vision.levels", model.vision.levels, []),
+        ("vision.final_norm", getattr(model.vision, "final_norm", False), False),
         ("image_fit", geometry.fit, "squash"),
         ("llm.image_frame", list(geometry.frame), [FAKE, FAKE]),
         ("llm.image_frame_shared", geometry.frame_shared, True),

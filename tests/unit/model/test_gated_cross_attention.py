@@ -549,9 +549,10 @@ def test_options_out_of_bounds_are_refused(options, said):
         build_fusion("gated_cross_attention", width=32, media_width=16, llm=llm, **options)
 
 
-def test_without_the_image_token_the_model_is_refused():
-    with pytest.raises(ValueError, match="fusion=gated_cross_attention: '<image>' is not a token of the tokenizer"):
-        build_model("tiny", PERCEIVER, "tiny", fusion={"gated_cross_attention": {"every": 2}})
+def test_the_image_token_is_added():
+    model, processor = build_model("tiny", PERCEIVER, "tiny", fusion={"gated_cross_attention": {"every": 2}})
+    assert model.llm.get_input_embeddings().num_embeddings == len(processor.tokenizer)
+    assert processor.renderer.slot == processor.tokenizer.get_vocab()[IMAGE] != processor.renderer.filler
 
 
 def test_exports_and_videos_are_refused(built):
