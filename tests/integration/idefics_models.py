@@ -26,9 +26,9 @@ RESAMPLER = {"resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads"
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-def idefics_tokenizer(*words: str) -> PreTrainedTokenizerBase:
-    """Characters and IDEFICS's control tokens, which are the last, and `words` after them."""
-    tokenizer = byte_tokenizer("first")
+def idefics_tokenizer(spaces: str, *words: str) -> PreTrainedTokenizerBase:
+    """Characters and IDEFICS's control tokens, which are the last, and `words` after them. spaces: where one is added."""
+    tokenizer = byte_tokenizer(spaces)
     added = [AddedToken(word, special=True, normalized=False) for word in (FAKE, IMAGE, *words)]
     tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.pad_token = "<pad>"
@@ -36,13 +36,15 @@ def idefics_tokenizer(*words: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_idefics(folder: Path, resampler: bool = True, dialogue: bool = True, spare: int = 0, **options) -> nn.Module:
+def build_idefics(
+    folder: Path, resampler: bool = True, dialogue: bool = True, spare: int = 0, spaces: str = "first", **options
+) -> nn.Module:
     """Write a random IDEFICS in Hugging Face's format, and return it.
 
-    resampler: whether it has one. dialogue: whether it is one for dialogue. spare: rows that no token has. options: of
-    the configuration.
+    resampler: whether it has one. dialogue: whether it is one for dialogue. spare: rows that no token has. spaces:
+    before which texts the tokenizer adds one. options: of the configuration.
     """
-    tokenizer = idefics_tokenizer(*([END] if dialogue else []))
+    tokenizer = idefics_tokenizer(spaces, *([END] if dialogue else []))
     base = tokenizer.convert_tokens_to_ids(FAKE)
     norms = options.get("qk_layer_norms", True)
     config = IdeficsConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,14 @@ def test_other_models_are_not_exported_as_idefics(change, message, pair):
     change(model, processor)
     with pytest.raises(DoesNotFit, match=message):
         as_idefics(model, processor)
+
+
+def test_a_folder_in_the_layout_of_the_hub(tmp_path):
+    build_idefics(tmp_path / "hf", spaces="always")
+    config, images = (read_json(tmp_path / "hf" / name) for name in ("config.json", "processor_config.json"))
+    del config["rope_parameters"], config["vision_config"]["model_type"]
+    look = {key: images["image_processor"][key] for key in ("image_mean", "image_std", "image_processor_type")}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({**look, "image_size": SIDE}))
+    (tmp_path / "hf" / "processor_config.json").unlink()
+    assert import_model(tmp_path / "hf", tmp_path / "model").largest_relative_difference <= 1e-5
