@@ -27,7 +27,7 @@ TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num
 
 
 def idefics_tokenizer(spaces: str, *words: str) -> PreTrainedTokenizerBase:
-    """Characters and IDEFICS's control tokens, which are the last, and `words` after them. spaces: where one is added."""
+    """Characters, then the control tokens of IDEFICS and `words`. spaces: before which texts one is added."""
     tokenizer = byte_tokenizer(spaces)
     added = [AddedToken(word, special=True, normalized=False) for word in (FAKE, IMAGE, *words)]
     tokenizer.add_tokens(added, special_tokens=True)
