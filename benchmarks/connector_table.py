@@ -26,6 +26,7 @@ GRID, IN_DIM, OUT_DIM = (24, 24), 1024, 4096
 PAPERS = {
     "linear": "LLaVA, 2023",
     "mlp": "LLaVA-1.5, 2023",
+    "identity": "IDEFICS, 2023",
     "avgpool": "KempnerForge, 2025",
     "attentional_pool": "Molmo2, 2025",
     "qwen_vl_resampler": "Qwen-VL, 2023",
@@ -35,6 +36,7 @@ PAPERS = {
     "hunyuan_merger": "HunyuanOCR, 2025",
     "qformer": "BLIP-2, InstructBLIP, 2023",
     "perceiver_resampler": "Flamingo, 2022",
+    "idefics_resampler": "IDEFICS, 2023",
     "c_abstractor": "Honeybee, 2024",
     "d_abstractor": "Honeybee, 2024",
     "ldp": "MobileVLM, 2023",

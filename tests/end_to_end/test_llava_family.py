@@ -60,6 +60,10 @@ TRAINED = {
     "brave": {"pretrain": {"connector"}, "instruct": {"connector"}},
     "flamingo": {"pretrain": {"connector", "fusion", "llm"}},
     "otter": {"instruct": {"connector", "fusion", "llm"}},
+    "idefics": {
+        "pretrain": {"connector", "fusion", "llm"},
+        "instruct": {"vision", "connector", "fusion", "llm"},
+    },
     "molmo2": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "instruct", "long_context")},
     "llava_video": {"video": {"vision", "connector", "llm"}},
     "fuyu": {"align": {"connector"}, "pretrain": {"connector", "llm"}, "instruct": {"connector", "llm"}},
@@ -79,6 +83,7 @@ SLOW = {
     "brave",
     "flamingo",
     "otter",
+    "idefics",
     "llava_video",
     "molmo2",
     "eagle",

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from tests.conftest import run
 from tests.integration.fuyu_models import IMAGE as FUYU_IMAGE
 from tests.integration.fuyu_models import build_fuyu
+from tests.integration.idefics_models import build_idefics
 from tests.integration.molmo2_models import build_molmo2
 from tests.integration.native_models import CLASSES as NATIVE
 from tests.integration.native_models import build_native
@@ -37,6 +38,7 @@ from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.data.shapes import VOCABULARY
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import relative_difference
+from vlmtrain.interop.idefics import FAKE
 from vlmtrain.interop.importing import MODEL_CLASSES, import_model
 from vlmtrain.interop.molmo2 import pixel_patches, tile_grids
 from vlmtrain.interop.native_parity import pixel_rows
@@ -50,7 +52,7 @@ NEW = 12
 SCRIPT = Path(__file__).with_name("transformers_only.py")
 PICTURES = {"wide.png": (64, 32), "tall.png": (32, 64), "square.png": (32, 32), "large.png": (130, 90)}
 WITH_VIDEO = [MODEL_CLASSES[name] for name in ("llava_onevision", *NATIVE)]
-MOLMO2, FUYU, PALIGEMMA = (MODEL_CLASSES[kind] for kind in ("molmo2", "fuyu", "paligemma"))
+MOLMO2, FUYU, PALIGEMMA, IDEFICS = (MODEL_CLASSES[kind] for kind in ("molmo2", "fuyu", "paligemma", "idefics"))
 UNSCALED = {"height": 96, "width": 132}  # of Fuyu's images, which transformers scales down with torchvision only
 Talk = tuple[tuple[Turn, ...], tuple[str, ...]]
 
@@ -171,7 +173,8 @@ def run_here(folder: Path, talks: list[Talk], pictures: Path) -> list[dict]:
         batch = processor.collate([processor.prompt(Conversation("asked", turns, shown))])
         greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": processor.renderer.stop_ids}
         known = processor.tokenizer.get_vocab()  # exports never answer with the token of images
-        if tokens := [known[token] for token in ("<|image_pad|>", "<image_pad>", FUYU_IMAGE) if token in known]:
+        never = [IMAGE_MARK, FAKE] if FAKE in known else ["<|image_pad|>", "<image_pad>", FUYU_IMAGE]
+        if tokens := [known[token] for token in never if token in known]:
             greedy["suppress_tokens"] = tokens
         with torch.no_grad():
             logits = model(batch)[0]
@@ -258,7 +261,7 @@ class Case(NamedTuple):
 
     @property
     def talks(self) -> list[Talk]:
-        if self.vision in NATIVE:
+        if self.vision in (*NATIVE, "idefics"):
             return JOINED
         if self.vision == "fuyu":
             return ALONE
@@ -359,12 +362,15 @@ MOLMO2_CASES = {
     "molmo2": MOLMO2_CASE,
     "molmo2, open_clip": MOLMO2_CASE._replace(vision="timm siglip", options={**POOL, "token_bias": False}),
 }
+IDEFICS_CASES = {
+    name: Case("idefics", "llama", connector, {"resampler": connector != "identity"}, becomes=IDEFICS)
+    for name, connector in (("resampler", "idefics_resampler"), ("features", "identity"))
+}
 FUYU_CASES = {"fuyu": Case("fuyu", "persimmon", "linear", becomes=FUYU)}
 PALIGEMMA_CASES = {"paligemma": Case("paligemma", "gemma", "linear", becomes=PALIGEMMA)}
 EXPORTS = {
     **{"llava": LLAVA_CASES, "blip2": BLIP_CASES, "native": NATIVE_CASES, "molmo2": MOLMO2_CASES, "fuyu": FUYU_CASES},
-    "paligemma": PALIGEMMA_CASES,
-    "vlmtrain": OWN_CASES,
+    **{"paligemma": PALIGEMMA_CASES, "idefics": IDEFICS_CASES, "vlmtrain": OWN_CASES},
 }
 """Cases by their target; those of ``vlmtrain`` load only where it is imported."""
 
@@ -388,6 +394,10 @@ def build(case: Case, folder: Path) -> None:
     """Write a model folder."""
     if case.vision in NATIVE:
         build_native(folder.parent / "hf", case.vision)
+        import_model(folder.parent / "hf", folder)
+        return
+    if case.vision == "idefics":
+        build_idefics(folder.parent / "hf", **case.options)
         import_model(folder.parent / "hf", folder)
         return
     if case.vision == "fuyu":
@@ -518,6 +528,13 @@ def paligemma(kind: str, llm: str) -> Source:
     return Source(write, PALIGEMMA, PROMPTS, "paligemma", llm)
 
 
+def idefics(**options) -> Source:
+    def write(folder: Path) -> None:
+        build_idefics(folder / "hf", **options)
+
+    return Source(write, IDEFICS, JOINED, "idefics", "llama")
+
+
 def projector(depth: int) -> Source:
     return Source(partial(build_parts, depth=depth), "llava", CHATTING, "clip", "llama")
 
@@ -547,10 +564,14 @@ NATIVE_SOURCES = {family: native(family) for family in NATIVE}
 MOLMO2_SOURCES = {"molmo2": molmo2()}
 FUYU_SOURCES = {"fuyu": fuyu()}
 PALIGEMMA_SOURCES = {"paligemma": paligemma("paligemma", "gemma"), "paligemma2": paligemma("paligemma2", "gemma2")}
+IDEFICS_SOURCES = {
+    "resampler": idefics(),
+    "features, without norms": idefics(resampler=False, qk_layer_norms=False),
+    "gates of channels, tied": idefics(alpha_type="vector", tie_word_embeddings=True, spare=3),
+}
 IMPORTS = {
     **{"llava": LLAVA_SOURCES, "blip2": BLIP_SOURCES, "native": NATIVE_SOURCES, "molmo2": MOLMO2_SOURCES},
-    "fuyu": FUYU_SOURCES,
-    "paligemma": PALIGEMMA_SOURCES,
+    **{"fuyu": FUYU_SOURCES, "paligemma": PALIGEMMA_SOURCES, "idefics": IDEFICS_SOURCES},
 }
 
 

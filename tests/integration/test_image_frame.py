@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from io import BytesIO
 
 import pytest
@@ -53,6 +54,55 @@ def test_each_image_stands_between_the_tokens(framed):
     assert not {start, end} & set(tokens.targets.tolist())
 
 
+def rendered(said: str, shared: bool = True) -> str:
+    _, processor = shared_frame(shared)
+    tokens = processor.render(conversation(said, "red"))
+    return processor.tokenizer.decode(tokens.input_ids[: tokens.answers[0][0]]).partition("<|user|>")[2]
+
+
+@cache
+def shared_frame(shared: bool):
+    llm = {"tiny": {"new_tokens": ["[fake]"], "image_frame": ["[fake]"] * 2, "image_frame_shared": shared}}
+    return build_model("tiny", "linear", llm, fusion={"gated_cross_attention": {"every": 2}})
+
+
+def test_images_side_by_side_share_the_token_between_them():
+    shown, alone = "[fake]<image>[fake]", "<image>[fake]"
+    for said, expected in (
+        ("<image><image><image>what?", f"{shown}{alone}{alone}what?"),
+        ("<image> <image> what", f"{shown}{alone}what"),
+        ("see <image> and <image>", f"see{shown}and{shown}"),
+        ("<image>\n<image>\nwhat", f"{shown}\n{shown}\nwhat"),
+    ):
+        assert rendered(said).strip("\n").startswith(expected), said
+    assert rendered("<image> <image> what", shared=False).strip("\n").startswith(f"{shown} {shown} what")
+
+
+def test_lengths_and_packing_count_the_shared_tokens():
+    _, processor = shared_frame(True)
+    talks = [conversation(said, "red") for said in ("<image><image>what?", "see <image> <image> red", "what?")]
+    plans = [processor.plan(talk) for talk in talks]
+    expected = [len(processor.render(talk)) for talk in talks]
+    assert processor.renderer.lengths(talks, plans) == expected
+
+
+@pytest.mark.parametrize(
+    ("llm", "inputs", "message"),
+    [
+        ({"image_frame": WORDS}, {}, "needs the same token twice in llm.image_frame"),
+        ({}, {}, "needs the same token twice in llm.image_frame"),
+        (
+            {"image_frame": WORDS[:1] * 2},
+            {"image_fit": "tiles", "image_tiles": [[1, 2]]},
+            "does not go with image_fit=tiles",
+        ),
+    ],
+)
+def test_shared_tokens_that_are_refused(llm, inputs, message):
+    with pytest.raises(ValueError, match=r"llm\.image_frame_shared " + message):
+        build_model("tiny", "mlp", {"tiny": {"new_tokens": WORDS, "image_frame_shared": True, **llm}}, **inputs)
+
+
 def test_the_tokens_are_text_in_a_turn(framed):
     _, processor = framed
     start, end = processor.tokenizer.convert_tokens_to_ids(WORDS)
@@ -78,8 +128,8 @@ def test_a_run_from_a_model_keeps_its_frame(framed, tmp_path):
 
     assert not overruled_controls(compose(line))
     (warning,) = overruled_controls(compose([*line, f"llm.image_frame={WORDS[::-1]}"]))
-    assert image_controls(compose(line)) == (tuple(WORDS), "")
-    assert image_controls(compose([*line, "llm.image_frame=['','']"])) == (("", ""), "")
+    assert image_controls(compose(line)) == (tuple(WORDS), "", False)
+    assert image_controls(compose([*line, "llm.image_frame=['','']"])) == (("", ""), "", False)
     assert "replaces the tokens of init_from" in warning and "to keep ['[start]', '[end]']" in warning
 
 
@@ -187,8 +237,8 @@ def test_a_run_from_a_model_keeps_its_newlines(lined, tmp_path):
     processor.save_pretrained(tmp_path)
     assert Processor.from_pretrained(tmp_path).geometry == processor.geometry
     line = ["recipe=llava_1_5", "mini=true", f"init_from={tmp_path}"]
-    assert image_controls(compose(line)) == (("", ""), "|NEWLINE|")
-    assert image_controls(compose([*line, "llm.image_newline=''"])) == (("", ""), "")
+    assert image_controls(compose(line)) == (("", ""), "|NEWLINE|", False)
+    assert image_controls(compose([*line, "llm.image_newline=''"])) == (("", ""), "", False)
     (warning,) = overruled_controls(compose([*line, "llm.image_newline=red"]))
     assert "replaces the tokens of init_from" in warning and "to keep |NEWLINE|" in warning
 

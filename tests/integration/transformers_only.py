@@ -21,7 +21,7 @@ else:
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, FuyuProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, FuyuProcessor, IdeficsProcessor
 
 transformers.logging.set_verbosity_error()
 NEW = 12
@@ -35,8 +35,25 @@ def prompt(processor, question: list) -> str:
     return speaker.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
 
 
+def pieces(question: list, images: list) -> list:
+    """Texts and images in turn, as IDEFICS's processor takes a conversation."""
+    found, shown = [""], iter(images)
+    for number, turn in enumerate(question):
+        start = "User: " if turn["role"] == "user" else "Assistant: "
+        items = [{"text": ("\n" if number else "") + start}, *turn["content"], {"text": "<end_of_utterance>"}]
+        for item in items:
+            if item.get("type") == "image":
+                found += [next(shown), ""]
+            else:
+                found[-1] += item["text"]
+    found[-1] += "\nAssistant:"
+    return [each for each in found if each]
+
+
 def inputs(processor, questions: list, pictures: list):
     images = [[Image.open(file) for file in files] for files in pictures]
+    if isinstance(processor, IdeficsProcessor):
+        return processor(text=[pieces(*each) for each in zip(questions, images)])
     text = [prompt(processor, question) for question in questions]
     seen = {"images": images} if any(images) else {}
     if isinstance(processor, FuyuProcessor):
@@ -58,7 +75,7 @@ def answer(model, processor, questions: list, pictures: list) -> list[dict]:
             "ids": row[mask].tolist(),
             "logits": one[mask],
             "answer": processor.decode(new, skip_special_tokens=True),
-            "pixels": batch.get("pixel_values"),
+            "pixels": batch["pixel_values"][0] if "image_attention_mask" in batch else batch.get("pixel_values"),
         }
         for row, mask, one, new in rows
     ]

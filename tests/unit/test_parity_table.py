@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from benchmarks.parity_table import PROJECTORS, rows
-from vlmtrain.interop import blip, fuyu, importing, importing_projectors, llava, molmo2, native_families, own, paligemma
+from vlmtrain.interop import (
+    blip,
+    fuyu,
+    idefics,
+    importing,
+    importing_projectors,
+    llava,
+    molmo2,
+    native_families,
+    own,
+    paligemma,
+)
 
 from ..conftest import ROOT
 
@@ -19,7 +30,8 @@ def named(way: str) -> set[str]:
 def test_the_table_has_every_class_that_an_export_becomes():
     classes = {name for module in (llava, blip, molmo2, paligemma, own) for name in vars(module)}
     classes |= {family.model_class for family in native_families.FAMILIES.values()}
-    classes = {name for name in classes if name.endswith("ForConditionalGeneration")} | {fuyu.FuyuForCausalLM.__name__}
+    classes = {name for name in classes if name.endswith("ForConditionalGeneration")}
+    classes |= {fuyu.FuyuForCausalLM.__name__, idefics.IdeficsForVisionText2Text.__name__}
     assert named("out") == {f"`{name}`" for name in classes}
 
 

@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="hf",
         metavar="FORMAT",
-        help="llava, blip2, native (Qwen-VL, HunyuanOCR), molmo2, fuyu, paligemma: the transformers class of these "
-        "models, which loads without vlmtrain; vlmtrain: a class that needs 'import vlmtrain'; hf (default): the first "
-        "of these that fits",
+        help="llava, blip2, native (Qwen-VL, HunyuanOCR), molmo2, fuyu, paligemma, idefics: the transformers class of "
+        "these models, which loads without vlmtrain; vlmtrain: a class that needs 'import vlmtrain'; hf (default): the "
+        "first of these that fits",
     )
     take_modules(parser)
 

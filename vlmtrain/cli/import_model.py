@@ -1,4 +1,4 @@
-"""``vlmtrain import``: convert a published LLaVA, BLIP-2, Qwen-VL, HunyuanOCR, Molmo2, Fuyu or PaliGemma."""
+"""``vlmtrain import``: convert a published model, such as a LLaVA or a Qwen-VL, to a model folder."""
 
 from __future__ import annotations
 

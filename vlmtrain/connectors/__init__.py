@@ -13,11 +13,12 @@ from ..registry import Registry
 from .base import Connector, Features, PackedFeatures, VisionFeatures
 from .honeybee import CAbstractor, DAbstractor
 from .hunyuan import HunyuanMerger
+from .identity import Identity
 from .ldp import LDP, LDPv2
 from .meq_former import MEQFormer
 from .mergers import PixelShuffle, Qwen2VLMerger, Qwen3VLMerger, Qwen25VLMerger
 from .mlp import MLP, Linear
-from .perceiver import PerceiverResampler
+from .perceiver import IdeficsResampler, PerceiverResampler
 from .pooling import AttentionalPool, AvgPool
 from .qformer import QFormer
 from .qwen_vl import QwenVLResampler
@@ -28,6 +29,7 @@ from .vss import VSS
 _CLASSES: dict[str, type[Connector]] = {
     "linear": Linear,
     "mlp": MLP,
+    "identity": Identity,
     "avgpool": AvgPool,
     "attentional_pool": AttentionalPool,
     "qwen_vl_resampler": QwenVLResampler,
@@ -37,6 +39,7 @@ _CLASSES: dict[str, type[Connector]] = {
     "hunyuan_merger": HunyuanMerger,
     "qformer": QFormer,
     "perceiver_resampler": PerceiverResampler,
+    "idefics_resampler": IdeficsResampler,
     "c_abstractor": CAbstractor,
     "d_abstractor": DAbstractor,
     "ldp": LDP,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .base import Features
+
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
@@ -54,11 +56,21 @@ def padded(x: Tensor, grids: Sequence[tuple[int, int]] | None) -> tuple[Tensor, 
     return x, torch.arange(max(lengths), device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
 
 
+def sequences(features: Features) -> tuple[Tensor, Tensor | None]:
+    """Concatenate prefix and patches of each image, ``(B, S, C)``, with the mask of `padded`."""
+    x, real = padded(features.patches, features.grids)
+    if features.prefix is None:
+        return x, real
+    x = torch.cat([features.prefix, x], dim=1)
+    return x, None if real is None else F.pad(real, (features.prefix.shape[1], 0), value=True)
+
+
 class Attention(nn.Module):
     """Multi-head attention with separate projections, ``num_heads`` heads of ``head_dim``.
 
     q ``(B, T, q_dim)``, k and v ``(B, S, kv_dim)`` -> ``(B, T, out_dim)``. `mask` is boolean, True where
-    attention is allowed, broadcastable to ``(B, num_heads, T, S)``.
+    attention is allowed, broadcastable to ``(B, num_heads, T, S)``. qk_norm: whether the queries and keys of each head
+    pass through LayerNorm.
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class Attention(nn.Module):
         out_dim: int,
         bias: bool = True,
         dropout: float = 0.0,
+        qk_norm: bool = False,
     ):
         super().__init__()
         inner = num_heads * head_dim
@@ -78,12 +91,14 @@ class Attention(nn.Module):
         self.k = nn.Linear(kv_dim, inner, bias=bias)
         self.v = nn.Linear(kv_dim, inner, bias=bias)
         self.out = nn.Linear(inner, out_dim, bias=bias)
+        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
             x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (self.q(q), self.k(k), self.v(v))
         )
         dropout = self.dropout if self.training else 0.0
+        q, k = self.q_norm(q), self.k_norm(k)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out(x.transpose(1, 2).flatten(2))
 

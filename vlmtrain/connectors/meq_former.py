@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from .base import Features, QueryConnector
 from .checks import require_fraction, require_positive
-from .qformer import QFormerCore, instruction_mask, sequences
+from .layers import sequences
+from .qformer import QFormerCore, instruction_mask
 
 
 class MEQFormer(QueryConnector):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import some
 from .base import Features, QueryConnector, VisionFeatures
 from .checks import require_divisible, require_fraction, require_positive
-from .layers import Attention, init_linears, padded
+from .layers import Attention, init_linears, sequences
 from .published import Names
 
 EPS = 1e-12  # BERT's
@@ -300,15 +300,6 @@ class QFormer(QueryConnector):
         with torch.no_grad():
             for own, tensor in found:
                 own[: len(tensor)].copy_(tensor)
-
-
-def sequences(features: Features) -> tuple[Tensor, Tensor | None]:
-    """Concatenate prefix and patches of each image, ``(B, S, C)``, with the mask of `padded`."""
-    x, real = padded(features.patches, features.grids)
-    if features.prefix is None:
-        return x, real
-    x = torch.cat([features.prefix, x], dim=1)
-    return x, None if real is None else F.pad(real, (features.prefix.shape[1], 0), value=True)
 
 
 def instruction_mask(connector: QueryConnector, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor | None:

@@ -51,7 +51,8 @@ class Geometry:
     overlapping crops, the configuration of the connector, which says how many tokens it makes of each grid. others: of
     further encoders; tiles show them the same parts of the image, and ``native`` the sizes at which they have the same
     grids. video: how videos are shown; None if they are refused. slot_token: the token at the single text position of
-    an image, for a fusion whose visual tokens are not in the text; None if they are.
+    an image, for a fusion whose visual tokens are not in the text; None if they are. frame_shared: whether images with
+    nothing between them share the token of `frame` there, and spaces next to images are dropped (IDEFICS).
     """
 
     size: Size
@@ -76,6 +77,7 @@ class Geometry:
     tile_margin: int = 0
     slot_token: str | None = None
     newline: str = ""
+    frame_shared: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "others", tuple(View(*view) for view in self.others))
@@ -84,6 +86,12 @@ class Geometry:
         for fit in (self.fit, *(view.fit for view in self.others if view.fit)):
             if fit not in FITS:
                 raise ValueError(f"image_fit={fit}: expected one of {', '.join(FITS)}")
+        if self.frame_shared and (not self.frame[0] or self.frame[0] != self.frame[1]):
+            raise ValueError(f"llm.image_frame_shared needs the same token twice in llm.image_frame, got {self.frame}")
+        if self.frame_shared and self.fit == "tiles":
+            raise ValueError(
+                "llm.image_frame_shared does not go with image_fit=tiles: expected squash, pad, crop or native"
+            )
         if self.fit == "tiles" and not (self.tile_grids and all(min(grid) > 0 for grid in self.tile_grids)):
             raise ValueError(
                 f"image_fit=tiles needs image_tiles, a list of [rows, columns], got {list(self.tile_grids)}"

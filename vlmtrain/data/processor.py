@@ -113,7 +113,9 @@ class Processor:
         controls = geometry.controls if geometry else ()
         self._controls = torch.tensor(tokenizer.convert_tokens_to_ids(list(controls)), dtype=torch.long)
         allowed = {"allowed": boxes.tokens} if boxes else {}
-        more = {"slot": geometry.slot_token, "newline": geometry.newline or None} if geometry else {}
+        more = {}
+        if geometry:
+            more = {"slot": geometry.slot_token, "newline": geometry.newline or None, "shared": geometry.frame_shared}
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, **allowed, **more)
         self.filler = self.renderer.filler
 

@@ -43,6 +43,7 @@ class _Span:
     answer: int | None = None
     is_image: bool = False
     is_start: bool = False  # tokenized separately from the text before it
+    follows: bool = False  # an image that shares the token before it with another image
 
 
 _Run = list[tuple[str, int]]
@@ -68,7 +69,8 @@ class Renderer:
     language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens that the media plan
     puts into the template's text, and that are ordinary text in a turn. allowed: pattern of special tokens that the
     text of a turn may contain, such as those around boxes. slot: token at the positions of images; None for the filler.
-    newline: token after the rows of an image; None if there are none.
+    newline: token after the rows of an image; None if there are none. shared: whether images with nothing between them
+    share the token there, and spaces next to images are dropped.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Renderer:
         allowed: str = r"(?!)",
         slot: str | None = None,
         newline: str | None = None,
+        shared: bool = False,
     ):
+        self.shared = shared
         self.rows = None if positions is None else POSITIONS[positions]
         self.tokenizer = tokenizer
         self.template = template
@@ -489,16 +493,20 @@ class Renderer:
         parts: list[_Run | _Slots] = []
         shown = iter(media.by_medium)
         chunk: list[_Span] = []  # text that is tokenized together
-        for span in self._spans(conversation):
+        spans = self._spans(conversation)
+        for span in _merged(spans) if self.shared else spans:
             if span.is_start:
                 parts += self._runs(chunk)
                 chunk = []
             if span.is_image:
                 for number, placement in next(shown):
-                    parts += self._runs([*chunk, _Span(placement.before)])
-                    chunk = []
+                    before = "" if span.follows else placement.before
+                    parts += self._runs([*chunk, _Span(before)])
                     parts.append(_Slots(number, placement.slots, placement.newlines))
-                    parts += self._runs([_Span(placement.after)])
+                    chunk = [_Span(placement.after)]
+                    if not self.shared:  # the text after an image starts anew
+                        parts += self._runs(chunk)
+                        chunk = []
             else:
                 chunk.append(span)
         return parts + self._runs(chunk)
@@ -566,6 +574,24 @@ def _with_images(words: str) -> list[_Span]:
             spans.append(_Span("", is_image=True))
         spans.append(_Span(piece, is_words=True))
     return spans
+
+
+def _merged(spans: Sequence[_Span]) -> list[_Span]:
+    """The spans without spaces next to images, and images with nothing between them as such that follow each other."""
+    found: list[_Span] = []
+    after = False  # whether there is nothing but an image before
+    for span in spans:
+        if span.is_image:
+            while found and not found[-1].is_image and not found[-1].text.rstrip(" "):
+                found.pop()
+            follows = bool(found) and found[-1].is_image
+            if found and not follows:
+                found[-1] = replace(found[-1], text=found[-1].text.rstrip(" "))
+            found.append(replace(span, follows=follows))
+        else:
+            found.append(replace(span, text=span.text.lstrip(" ")) if after else span)
+        after = span.is_image or (after and not found[-1].text)
+    return found
 
 
 def without_marks(words: str) -> str:

@@ -69,9 +69,21 @@ OTTER = (
     "{% endfor %}"
 )
 
+# The conversations of IDEFICS-instruct (model card), whose images write the tokens around them.
+IDEFICS = "idefics"
+_IDEFICS = (
+    "{{ bos_token }}"
+    "{% for turn in messages %}"
+    "{% if turn.role == 'system' %}{{ turn.content + '\n' }}"
+    "{% else %}{{ ('' if loop.first else '\n') + ('User: ' if turn.role == 'user' else 'Assistant: ') }}"
+    "{{ turn.content + '<end_of_utterance>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\nAssistant:' }}{% endif %}"
+)
+
 TEMPLATES = {
     **{"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, "otter": OTTER},
-    **{BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA},
+    **{BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA, IDEFICS: _IDEFICS},
 }
 PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
 

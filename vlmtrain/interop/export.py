@@ -26,6 +26,7 @@ from ..visual import CAUSAL
 from .blip import as_blip
 from .fitting import DoesNotFit, relative_difference, tolerance
 from .fuyu import as_fuyu, compare_fuyu
+from .idefics import as_idefics, compare_idefics
 from .llava import Exported, as_llava, shows_videos
 from .molmo2 import as_molmo2, compare_molmo2
 from .native import as_native
@@ -33,7 +34,7 @@ from .native_parity import compare_native
 from .paligemma import as_paligemma, compare_paligemma
 from .probes import noise
 
-FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "fuyu", "paligemma", "vlmtrain")
+FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "fuyu", "paligemma", "idefics", "vlmtrain")
 
 
 class Export(NamedTuple):
@@ -50,9 +51,9 @@ def export(source: Path, out: Path, form: str = "hf") -> Export:
 
     form: ``llava`` is the class of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, ``blip2`` that of BLIP-2 or InstructBLIP,
     ``native`` that of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or HunyuanOCR, ``molmo2`` that of Molmo2, ``fuyu`` that of Fuyu,
-    and ``paligemma`` that of PaliGemma, which transformers loads without vlmtrain; ``vlmtrain`` is a class that
-    ``import vlmtrain`` registers; ``hf`` is the first of them that fits. Raises ValueError with the reason if the form
-    does not fit.
+    ``paligemma`` that of PaliGemma, and ``idefics`` that of IDEFICS, which transformers loads without vlmtrain;
+    ``vlmtrain`` is a class that ``import vlmtrain`` registers; ``hf`` is the first of them that fits. Raises ValueError
+    with the reason if the form does not fit.
     """
     if form not in FORMATS:
         raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}")
@@ -81,8 +82,10 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
-            if type(model.fusion) is not Concatenation:
-                raise DoesNotFit(f"fusion={model.fusion.config['name']}: transformers' classes only concatenate")
+            if type(model.fusion) is not Concatenation and kind != "idefics":
+                raise DoesNotFit(
+                    f"fusion={model.fusion.config['name']}: only the class of IDEFICS does not concatenate"
+                )
             if experts := experts_of(model.llm):
                 raise DoesNotFit(f"llm.visual_experts=[{', '.join(experts)}]: transformers' classes have none")
             if kind != "native" and (positions := positions_of(model.llm)) is not None:
@@ -93,7 +96,7 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
             exported = convert(model, processor)
             return exported, compare(exported, model, processor)
         except DoesNotFit as error:
-            if processor.attention != CAUSAL:
+            if processor.attention != CAUSAL or not model.fusion.in_text:
                 raise
             if form != "hf":
                 raise DoesNotFit(f"{error}; --format vlmtrain supports all models") from error
@@ -106,6 +109,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
 
 def _kind(model: VLMWrapper, processor: Processor) -> str:
     """The format (see `FORMATS`) of transformers' own classes that suits the model's parts best."""
+    if not model.fusion.in_text:
+        return "idefics"
     if processor.attention == "images" and processor.geometry.tile_style == "molmo2":
         return "molmo2"
     if processor.attention == "prefix":
@@ -185,5 +190,6 @@ _CLASSES = {
     "molmo2": (as_molmo2, compare_molmo2),
     "fuyu": (as_fuyu, compare_fuyu),
     "paligemma": (as_paligemma, compare_paligemma),
+    "idefics": (as_idefics, compare_idefics),
 }
 """For each format of transformers' own classes, the conversion and the comparison of its result."""

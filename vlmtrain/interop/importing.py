@@ -19,6 +19,7 @@ from ..reporting.card import write_import_card
 from . import (
     importing_blip,
     importing_fuyu,
+    importing_idefics,
     importing_llava,
     importing_molmo2,
     importing_native,
@@ -31,7 +32,7 @@ from .source import Source, processor_of
 
 _MODULES = (
     *(importing_llava, importing_blip, importing_native),
-    *(importing_molmo2, importing_fuyu, importing_paligemma),
+    *(importing_molmo2, importing_fuyu, importing_paligemma, importing_idefics),
 )
 # modules that check, read and compare a family of models, by model_type
 FAMILIES = {kind: family for family in _MODULES for kind in family.MODEL_CLASSES}
@@ -60,7 +61,7 @@ def import_model(
     """Convert `source` to a model folder at `out` that ``init_from`` accepts.
 
     source: a folder or Hub ID of Hugging Face with a LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, BLIP-2, InstructBLIP,
-    Qwen2-VL, Qwen2.5-VL, Qwen3-VL, HunyuanOCR, Molmo2, Fuyu or PaliGemma, or a single projector (an original LLaVA
+    Qwen2-VL, Qwen2.5-VL, Qwen3-VL, HunyuanOCR, Molmo2, Fuyu, PaliGemma or IDEFICS, or a single projector (a LLaVA
     ``mm_projector.bin``, InternVL's ``mlp1``, nanoVLM's ``MP``; torch or safetensors), which requires `llm`, and
     `vision` unless the ``config.json`` next to it names the encoder.
     template: one of vlmtrain's, if the source's cannot be trained on. image_fit: replaces the source's. Raises

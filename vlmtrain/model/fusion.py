@@ -18,7 +18,7 @@ from ..registry import Registry
 from ..visual import Visual
 from .blocks import block_list
 from .experts import routing_of
-from .gated_layer import STYLES, GatedLayer
+from .gated_layer import GATES, STYLES, GatedLayer
 from .llm import hidden_width
 from .media import Media, Reading
 
@@ -130,10 +130,12 @@ class GatedCrossAttention(Fusion):
     position attends to the last image at or before it within its own sample, or to all of them.
 
     style: how the layers are built and placed, ``openflamingo`` (layer norm, feed-forward layers of 4 times the width
-    with GELU, before every n-th block) or ``idefics`` (RMSNorm, SwiGLU of the language model's width, before the first
-    block and every n-th after it). every: n. attend: ``last`` or ``all``. heads, head_dim: None for those of the style:
+    with GELU, before every n-th block), ``idefics`` (RMSNorm, SwiGLU of the language model's width, before the first
+    block and every n-th after it) or ``mllama`` (the same, before every n-th block, with the language model's number of
+    heads of keys and values). every: n. attend: ``last`` or ``all``. heads, head_dim: None for those of the style:
     8 of 64, or those of the language model. on_text: whether the feed-forward layers run where a position sees no
-    image, as published; if not, text without images has the logits of the language model alone.
+    image, as in OpenFlamingo and IDEFICS; if not, text without images has the logits of the language model alone.
+    qk_norm, gates: see `GatedLayer`.
     """
 
     in_text = False
@@ -151,25 +153,31 @@ class GatedCrossAttention(Fusion):
         heads: int | None = None,
         head_dim: int | None = None,
         on_text: bool = True,
+        qk_norm: bool = False,
+        gates: str = "scalar",
     ):
         super().__init__(width)
         blocks = llm["blocks"]
-        choices = {"style": (style, STYLES), "attend": (attend, ("last", "all")), "on_text": (on_text, (True, False))}
+        choices = {"style": (style, STYLES), "attend": (attend, ("last", "all")), "gates": (gates, GATES)}
+        choices |= {"on_text": (on_text, (True, False)), "qk_norm": (qk_norm, (True, False))}
         for option, (value, known) in choices.items():
             if value not in known:
                 raise ValueError(f"fusion.{option}={value}: expected one of {', '.join(map(str, known))}")
         for option, value in (("every", every), ("heads", heads), ("head_dim", head_dim)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"fusion.{option}={value}: expected a whole number of at least 1")
-        self.media_width, self.attend = media_width, attend
+        self.media_width, self.attend, self.style, self.every = media_width, attend, style, every
         built = STYLES[style]
         usual = built.shape or (llm["heads"], width // llm["heads"])
         heads, head_dim = heads or usual[0], head_dim or usual[1]
         self.numbers = [number for number in range(blocks) if (number + built.offset) % every == 0]
         if not self.numbers:
             raise ValueError(f"fusion.every={every}: the language model has only {blocks} blocks")
-        sizes = (width, media_width, heads, head_dim, llm["intermediate_size"], llm["norm_eps"], on_text)
-        self.layers = nn.ModuleList(GatedLayer(built, *sizes) for _ in self.numbers)
+        kv_heads = llm["kv_heads"] if built.grouped else heads
+        if heads % kv_heads:
+            raise ValueError(f"fusion.heads={heads}: expected a multiple of the language model's {kv_heads} of keys")
+        sizes = (width, media_width, heads, kv_heads, head_dim, llm["intermediate_size"], llm["norm_eps"])
+        self.layers = nn.ModuleList(GatedLayer(built, *sizes, on_text, qk_norm, gates) for _ in self.numbers)
 
     @classmethod
     def facts(cls, llm: nn.Module, media_width: int) -> dict[str, Any]:
@@ -178,6 +186,7 @@ class GatedCrossAttention(Fusion):
         own = {
             "blocks": block_list(llm)[1],
             "heads": config.num_attention_heads,
+            "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             "intermediate_size": next(filter(None, inner), 4 * width),
             "norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
         }

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import first_line, nearest
 from .fields import flatten
-from .finishing import finish, lay_over, plain
+from .finishing import complete_fusion_rates, finish, lay_over, plain
 from .locations import CONFIGS
 from .mini import with_mini
 from .other_trainers import suggestion
@@ -68,10 +68,12 @@ def compose_model(choices: Mapping[str, str | Mapping], inputs: Mapping[str, Any
     overrides += [f"{group}={choice}" for group, (choice, _) in named.items()]
     config = _compose("train", overrides)
     settings = OmegaConf.create(finish(config, config.hydra, must_be_complete=False))
-    stage = {"fresh": ["vision", "connector", "llm"], "train": {"connector": 1.0}}  # a stage has to train a part
+    rates = {"connector": 1.0, "fusion": "connector"}  # a stage has to train a part, and a new fusion
+    stage = {"fresh": ["vision", "connector", "llm"], "train": rates}
     given = {group: options for group, (_, options) in named.items() if options}
     given |= {**values, "stages": {MODEL_STAGE: {**stage, **inputs}}}
     lay_over(settings, given, named=(), setter="build_model")
+    complete_fusion_rates(settings)
     return read_run(plain(settings, left_open_by="its choice"))
 
 

@@ -60,7 +60,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
             apart = _swept(hydra, settings.name, settings.connector.name)
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{apart}"
     _complete_encoders(settings)
-    _complete_fusion_rates(settings)
+    complete_fusion_rates(settings)
     return plain(settings, left_open_by="the recipe" if must_be_complete else None)
 
 
@@ -161,7 +161,7 @@ def _complete_encoders(settings: DictConfig) -> None:
             encoders[name] = OmegaConf.merge(defaults, own)
 
 
-def _complete_fusion_rates(settings: DictConfig) -> None:
+def complete_fusion_rates(settings: DictConfig) -> None:
     """Replace ``train.fusion: connector`` by the connector's learning rate, or by null if the fusion has no weights."""
     name = settings.fusion.get("name")
     has_weights = name in FUSIONS and FUSIONS[name].has_weights

@@ -21,6 +21,8 @@ _NO_UPDATE = {
 }
 _NO_UPDATE_IN_STAGE = {"expected", "keep_best", "best_metric", "validate_every", "validation"}
 
+_GATED = {"fusion.qk_norm": False, "fusion.gates": "scalar"}  # options of gated cross-attention only
+
 # These did not exist in earlier versions, which behaved as with these values.
 _ADDED = {
     **{"data.ignore": [], "data.repair": False, "data.columns.system": None, "data.sides": None},
@@ -29,8 +31,10 @@ _ADDED = {
     **{
         "fusion.name": "concatenation",
         "fusion.attention": None,
+        **_GATED,
         "llm.positions": None,
         "llm.image_frame": None,
+        "llm.image_frame_shared": None,
         "llm.image_newline": None,
         "llm.visual_experts": None,
         "device_tflops": None,
@@ -68,8 +72,9 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that an earlier version recorded, with the keys that were added since."""
     found = copy.deepcopy(dict(settings))
     added = _added(found["stages"])
-    if found.get("fusion", {}).get("name", "concatenation") != "concatenation":
-        del added["fusion.attention"]  # an option of concatenation only
+    is_gated = found.get("fusion", {}).get("name", "concatenation") != "concatenation"
+    for key in ["fusion.attention"] if is_gated else _GATED:  # the former is an option of concatenation only
+        del added[key]
     provider = found.get("vision", {}).get("provider")
     if provider in ("several", "patches"):
         del added["vision.scales"]  # of single encoders only

@@ -178,6 +178,7 @@ class LanguageModel:
     attn_implementation: str | None = key(optional(TEXT))  # null: the library's default
     positions: str | None = key(_POSITIONS)  # rows of rotary positions; null: the model's own
     image_frame: tuple[str, str] | None = key(_FRAME)  # tokens before and after each image
+    image_frame_shared: bool | None = key(optional(SWITCH))  # whether images side by side share the one between them
     image_newline: str | None = key(optional(TEXT))  # token after each row of an image's tokens
     visual_experts: tuple[str, ...] | None = key(_EXPERTS)  # modules that exist once more for visual tokens; null: none
     path = config = None  # of those without such a key
@@ -212,6 +213,7 @@ class OwnLLM(LanguageModel):
     attn_implementation: str | None = key(optional(TEXT), None)
     positions: str | None = key(_POSITIONS, None)
     image_frame: tuple[str, str] | None = key(_FRAME, None)
+    image_frame_shared: bool | None = key(optional(SWITCH), None)
     image_newline: str | None = key(optional(TEXT), None)
     visual_experts: tuple[str, ...] | None = key(_EXPERTS, None)
     options: Mapping = field(default_factory=dict)  # those of its `build`

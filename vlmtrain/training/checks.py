@@ -104,7 +104,7 @@ def check_stages(run: Run, folder: RunFolder) -> None:
     connector = connector_skeleton(source) if source else None
     zero_shot: dict[str, str | None] = {}  # why a stage that validates has no demonstrations
     if "fusion" in handed_on:
-        _check_fusion(run, read_object(source / "fusion" / "config.json"))
+        check_fusion(run, read_object(source / "fusion" / "config.json"))
     for stage in run.stages.values():
         if folder.is_finished(stage.name):
             folder.summary(stage.name)  # raises if the file is damaged, before anything is trained
@@ -175,11 +175,19 @@ def _check_rules(processor: Processor, llm: nn.Module) -> None:
         raise ValueError(f"fusion.attention={processor.attention}: {error}") from None
 
 
-def _check_fusion(run: Run, held: Mapping) -> None:
-    """Raise ValueError unless the settings choose the fusion that the model of `init_from` was trained with."""
-    held = {key: value for key, value in held.items() if key not in FACTS}
-    if held != {"name": run.fusion.name, **run.fusion.options}:
-        words = " ".join(f"fusion{'' if key == 'name' else f'.{key}'}={value}" for key, value in held.items())
+def check_fusion(run: Run, held: Mapping) -> None:
+    """Raise ValueError unless the settings choose the fusion that the model of `init_from` was trained with.
+
+    Options that were added since have their defaults.
+    """
+    own = {key: value for key, value in held.items() if key not in FACTS}
+    held = {"name": own["name"], **FUSIONS.options(own["name"]), **own}
+    chosen = {"name": run.fusion.name, **run.fusion.options}
+    if held != chosen:
+        differing = {
+            key: value for key, value in held.items() if key == "name" or key not in chosen or chosen[key] != value
+        }
+        words = " ".join(f"fusion{'' if key == 'name' else f'.{key}'}={value}" for key, value in differing.items())
         raise ValueError(f"fusion={run.fusion.name}, but the model of init_from={run.init_from} needs {words}")
 
 

@@ -164,9 +164,10 @@ def overruled_controls(run: Run) -> list[str]:
     geometry, said = read_json(file).get("geometry") or {}, []
     for key, chosen, held in (
         ("image_frame", run.llm.image_frame and list(run.llm.image_frame), list(geometry.get("frame", ("", "")))),
+        ("image_frame_shared", run.llm.image_frame_shared, geometry.get("frame_shared", False)),
         ("image_newline", run.llm.image_newline, geometry.get("newline", "")),
     ):
         if chosen not in (None, held):
-            kept = f"; leave out llm.{key} to keep {held}" if any(held) else ""
+            kept = f"; leave out llm.{key} to keep {held}" if held not in ("", ["", ""]) else ""
             said.append(f"llm.{key}={chosen} replaces the tokens of init_from={run.init_from}{kept}")
     return said

@@ -149,17 +149,19 @@ def _build_reader(
     return reader
 
 
-def image_controls(run: Run) -> tuple[tuple[str, str], str]:
-    """The tokens around images and after their rows: those of the settings, or else of `init_from`.
+def image_controls(run: Run) -> tuple[tuple[str, str], str, bool]:
+    """The tokens around images and after their rows, and whether images share the former, as `Geometry` says.
 
-    Empty strings where there are none.
+    They are those of the settings, or else of `init_from`. Empty strings where there are none.
     """
-    frame, newline = run.llm.image_frame, run.llm.image_newline
+    frame, newline, shared = run.llm.image_frame, run.llm.image_newline, run.llm.image_frame_shared
     if None in (frame, newline) and run.init_from is not None:
         held = Processor.from_pretrained(run.init_from).geometry
         if held is not None:
-            frame, newline = held.frame if frame is None else frame, held.newline if newline is None else newline
-    return frame or ("", ""), newline or ""
+            if frame is None:
+                frame, shared = held.frame, held.frame_shared if shared is None else shared
+            newline = held.newline if newline is None else newline
+    return frame or ("", ""), newline or "", shared or False
 
 
 def _attention(run: Run, stage: Stage) -> str:
@@ -204,10 +206,11 @@ def build_geometry(
     objective: Objective,
     frame: tuple[str, str] = ("", ""),
     newline: str = "",
+    frame_shared: bool = False,
 ) -> Geometry | None:
     """Build the image geometry of a stage: preprocessing and number of tokens. None without an encoder.
 
-    frame, newline: tokens around images and after each of their rows.
+    frame, newline, frame_shared: see `image_controls`.
     """
     vision: VisionEncoder | None = parts.get("vision")
     if vision is None:
@@ -247,6 +250,7 @@ def build_geometry(
         else None,
         slot_token=None if in_text else IMAGE_MARK,
         newline=newline if shows else "",
+        frame_shared=frame_shared and shows,
     )
     if geometry.newline:
         _check_newline(geometry, parts)

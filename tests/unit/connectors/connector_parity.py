@@ -17,13 +17,14 @@ from reference_merging import (
     avgpool,
     hunyuan_merger,
     idefics3,
+    identity,
     internvl,
     linear,
     mlp,
     qwen2_merger,
     qwen3_merger,
 )
-from reference_querying import instructblip, meq_former, perceiver, qformer, qwen_vl_open_clip, qwen_vl_plain
+from reference_querying import idefics, instructblip, meq_former, perceiver, qformer, qwen_vl_open_clip, qwen_vl_plain
 from reference_spatial import c_abstractor, d_abstractor, ldp, ldpv2, spatial_aggregator, token_packer, vss
 from reference_tools import C, D
 from torch import Tensor
@@ -103,6 +104,8 @@ QWEN25 = ("qwen2_5_vl_merger", "qwen2_5_vl", "Qwen2_5_VLPatchMerger")
 CASES = [
     Case("linear", PLAIN, linear, ((4, 4), (3, 5))),
     Case("mlp", "HF LlavaMultiModalProjector", mlp, ((4, 4), (3, 5))),
+    Case("identity", PLAIN, partial(identity, prefix=0), ((4, 4), (3, 5))),
+    Case("identity", PLAIN, partial(identity, prefix=1), ((4, 4), (3, 5)), prefix=True, label="with CLS"),
     Case("avgpool", "loop over windows", partial(avgpool, window=2), ((4, 4), (27, 27), (5, 3)), label="w2"),
     Case("avgpool", "loop over windows", partial(avgpool, window=3), ((7, 7), (6, 4)), label="w3"),
     Case("attentional_pool", "HF Molmo2Adapter", partial(attentional_pool, window=2), ((4, 4), (3, 5)), label="w2"),
@@ -146,6 +149,14 @@ CASES = [
         label="published width",
     ),
     Case("perceiver_resampler", "HF Evolla compressor", partial(perceiver, out_dim=D), ((4, 4), (3, 5))),
+    *(
+        Case("idefics_resampler", "HF IdeficsPerceiverResampler", build, ((4, 4), (3, 5)), prefix=True, label=label)
+        for label, build in (
+            ("published width", partial(idefics, out_dim=C, qk_norm=True)),
+            ("without norms", partial(idefics, out_dim=C, qk_norm=False)),
+            ("", partial(idefics, out_dim=D, qk_norm=True)),
+        )
+    ),
     Case("c_abstractor", "timm RegStage", partial(c_abstractor, hidden_size=20), ((6, 6), (4, 6))),
     Case("c_abstractor", "timm RegStage", partial(c_abstractor, hidden_size=C), ((6, 6), (4, 6)), label="same width"),
     Case("d_abstractor", "HF DeformableDetrDecoderLayer", partial(d_abstractor, hidden_size=32), ((6, 6), (6, 4))),

@@ -10,6 +10,7 @@ from vlmtrain.connectors import Connector, VisionFeatures, build_connector
 SMALL = {
     "linear": {},
     "mlp": {},
+    "identity": {},
     "avgpool": {},
     "attentional_pool": {"num_heads": 4, "intermediate_size": 32},
     "qwen_vl_resampler": {"grid": 4, "num_heads": 2},
@@ -19,6 +20,7 @@ SMALL = {
     "hunyuan_merger": {},
     "qformer": {"num_queries": 5, "hidden_size": 32, "depth": 3, "num_heads": 4, "intermediate_size": 48},
     "perceiver_resampler": {"num_queries": 5, "depth": 2, "num_heads": 2, "head_dim": 8},
+    "idefics_resampler": {"num_queries": 5, "depth": 2, "num_heads": 2, "head_dim": 8},
     "c_abstractor": {"grid": 3, "hidden_size": 20, "depth": 2},
     "d_abstractor": {"grid": 3, "hidden_size": 32, "depth": 2, "num_heads": 4, "intermediate_size": 40},
     "ldp": {},

@@ -32,6 +32,18 @@ def mlp(grid):
     return connector, lambda f: reference(f.patches.flatten(1, 2))
 
 
+def identity(grid, prefix):
+    reference = rescaled(nn.Linear(C, D))
+    connector = build_connector("identity", C, D, prefix=prefix)
+    connector.proj.load_state_dict(reference.state_dict())
+
+    def passed_on(f):
+        patches = [f.patches[:, row, column] for row in range(grid[0]) for column in range(grid[1])]
+        return torch.stack([reference(x) for x in [*(f.prefix[:, i] for i in range(prefix)), *patches]], dim=1)
+
+    return connector, passed_on
+
+
 def avgpool(grid, window):
     reference = rescaled(nn.Linear(C, D))
     connector = build_connector("avgpool", C, D, window=window)

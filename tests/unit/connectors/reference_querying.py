@@ -6,6 +6,7 @@ Each function builds a connector with the weights of its reference, and the refe
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -192,3 +193,15 @@ def perceiver(grid, out_dim):
         return connector.proj(reference.norm(latents))
 
     return connector, resample
+
+
+def idefics(grid, out_dim, qk_norm):
+    perceiver = {"qk_layer_norms_perceiver": qk_norm}
+    config = hf_config("idefics", "IdeficsConfig", vision_config={"embed_dim": C}, perceiver_config=perceiver)
+    resampler = import_module("transformers.models.idefics.perceiver").IdeficsPerceiverResampler
+    reference = rescaled(resampler(config, C, 2, 3, 8, 5))
+    options = dict(num_queries=5, depth=2, num_heads=3, head_dim=8, qk_norm=qk_norm)
+    connector = published(
+        build_connector("idefics_resampler", C, out_dim, **options), "model.perceiver_resampler.", reference
+    )
+    return connector, lambda f: connector.proj(reference(torch.cat([f.prefix, f.patches.flatten(1, 2)], dim=1)))

@@ -37,6 +37,7 @@ from vlmtrain.connectors import VisionFeatures, build_connector
         ("qformer", {"text_vocab": 0}, r"connector.text_vocab=0"),
         ("perceiver_resampler", {"num_queries": 0}, r"connector.num_queries=0"),
         ("perceiver_resampler", {"head_dim": -1}, r"connector.head_dim=-1"),
+        ("identity", {"prefix": -1}, r"connector.prefix=-1: expected a whole number"),
         ("c_abstractor", {"input_grid": None}, r"c_abstractor .* expected input_grid=\(height, width\)"),
         ("c_abstractor", {"depth": 0}, r"connector.depth=0"),
         ("d_abstractor", {"input_grid": None}, r"d_abstractor .* expected input_grid=\(height, width\)"),
@@ -187,3 +188,9 @@ def test_a_prefix_of_another_batch_is_refused():
     connector = build_connector("qformer", 16, 8, hidden_size=16, depth=2, num_heads=2, intermediate_size=16)
     with pytest.raises(ValueError, match="prefix"):
         connector(VisionFeatures(torch.zeros(2, 3, 3, 16), torch.zeros(1, 1, 16)))
+
+
+def test_identity_passes_on_as_many_tokens_as_it_was_told():
+    connector = small("identity", prefix=2)
+    with pytest.raises(ValueError, match=r"connector.prefix=2: the encoder has 1 tokens before its patches"):
+        connector(features(connector, (6, 6)))

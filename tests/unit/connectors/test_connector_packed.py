@@ -26,6 +26,7 @@ ONE_CALL = {
     "qwen3_vl_merger",
     "qformer",
     "perceiver_resampler",
+    "idefics_resampler",
     "meq_former",
     "pixel_shuffle",
     "token_packer",

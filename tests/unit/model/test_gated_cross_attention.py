@@ -11,16 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.idefics.configuration_idefics import IdeficsConfig
-from transformers.models.idefics.modeling_idefics import IdeficsForVisionText2Text, IdeficsGatedCrossAttentionLayer
+from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.processing_idefics import image_attention_mask_for_packed_input_ids
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
-from tests.media import slots
 from tests.talks import IMAGE, TALKS, asked, close, greedy, image, rows, talk
 from vlmtrain import build_model
-from vlmtrain.batch import Batch
-from vlmtrain.connectors import Connector, VisionFeatures
 from vlmtrain.data import BadSample, Processor
 from vlmtrain.data.images import ImageInMemory
 from vlmtrain.data.video import FrameSequence
@@ -28,20 +27,21 @@ from vlmtrain.interop.fitting import DoesNotFit
 from vlmtrain.interop.own import as_own
 from vlmtrain.model import VLMWrapper
 from vlmtrain.model.attention import attend_in_segments
-from vlmtrain.model.fusion import FUSIONS, build_fusion
+from vlmtrain.model.fusion import build_fusion
 from vlmtrain.model.gated_layer import STYLES, GatedLayer
+from vlmtrain.model.media import Media
 from vlmtrain.model.parts import module_state, state_hash
-from vlmtrain.visual import Seen, Visual
+from vlmtrain.visual import Seen
 
 MEDIA_TOKENS = 4
 PERCEIVER = {"perceiver_resampler": {"num_queries": MEDIA_TOKENS, "depth": 1, "num_heads": 2, "head_dim": 8}}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-def build(opened: float = 1.0, kind: str = "llama", **fusion) -> tuple[VLMWrapper, Processor]:
-    """A small model whose gates are `opened`."""
+def build(opened: float = 1.0, kind: str = "llama", kv: int = 4, **fusion) -> tuple[VLMWrapper, Processor]:
+    """A small model whose gates are `opened`, with `kv` heads of keys."""
     torch.manual_seed(0)
-    shape = {**SMALL, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    shape = {**SMALL, "num_key_value_heads": kv, "tie_word_embeddings": False}
     config = {"config": {"model_type": kind, **shape}, "new_tokens": [IMAGE]}
     options = {"every": 2, **fusion}
     model, processor = build_model("tiny", PERCEIVER, {"tiny": config}, fusion={"gated_cross_attention": options})
@@ -276,9 +276,9 @@ def test_recomputed_activations_have_the_same_gradients(kind):
 # generation
 
 
-@pytest.mark.parametrize("attend", ["last", "all"])
-def test_generation_with_caches_equals_reading_the_complete_text(attend):
-    model, processor = build(attend=attend)
+@pytest.mark.parametrize("options", [{}, {"attend": "all"}, {"style": "mllama", "kv": 2, "qk_norm": True}])
+def test_generation_with_caches_equals_reading_the_complete_text(options):
+    model, processor = build(**options)
     prompts = [processor.prompt(asked(each)) for each in TALKS]
     expected = [greedy(model, processor, prompt, 5) for prompt in prompts]
     assert len(set(map(tuple, expected))) > 1
@@ -354,6 +354,9 @@ def test_the_number_and_places_of_layers_are_the_published_ones():
     with torch.device("meta"):
         fusion = build_fusion("gated_cross_attention", **facts, llm=llm)
         idefics = build_fusion("gated_cross_attention", **facts, llm=llm, style="idefics")
+        mllama = build_fusion("gated_cross_attention", **facts, llm={**llm, "kv_heads": 8}, style="mllama")
+    # Llama 3.2 Vision: entries 3, 8, …, 38 of 40 are such layers
+    assert [number + place for place, number in enumerate(mllama.numbers)] == [*range(3, 40, 5)]
     assert fusion.numbers == [3, 7, 11, 15, 19, 23, 27, 31] and idefics.numbers == [0, 4, 8, 12, 16, 20, 24, 28]
     assert sum(p.numel() for p in fusion.layers[0].parameters()) == 139_476_994
     layer = idefics.layers[0]
@@ -367,6 +370,8 @@ IDEFICS_NAMES = {
     "v": "cross_attn.v_proj",
     "out": "cross_attn.o_proj",
     "gate": "alpha_cross_attn",
+    "q_norm": "cross_attn.q_layer_norm",
+    "k_norm": "cross_attn.k_layer_norm",
     "feed_forward_norm": "post_attention_layernorm",
     "feed_forward.gate": "mlp.gate_proj",
     "feed_forward.up": "mlp.up_proj",
@@ -375,29 +380,26 @@ IDEFICS_NAMES = {
 }
 
 
-def idefics_config(**more) -> IdeficsConfig:
-    vision = {"embed_dim": 16, "image_size": 24, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    perceiver = {"use_resampler": True, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2}
-    return IdeficsConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        cross_layer_interval=2,
-        vision_config={**vision, "intermediate_size": 24},
-        perceiver_config={**perceiver, "resampler_head_dim": 8},
-        use_resampler=True,
-        pad_token_id=0,
-        **more,
-    )
+LLM = {"blocks": 4, "heads": 4, "intermediate_size": 48, "norm_eps": 1e-6}
 
 
-def take_idefics(layer: GatedLayer, source: IdeficsGatedCrossAttentionLayer) -> None:
+def take(layer: GatedLayer, source: nn.Module, names: dict[str, str]) -> None:
+    """Load the weights of another library's layer; names: of its modules and gates, by ours."""
     state = source.state_dict()
-    names = [(name, *name.rpartition(".")[::2]) for name in layer.state_dict()]
-    found = {name: state[IDEFICS_NAMES.get(name) or f"{IDEFICS_NAMES[module]}.{last}"] for name, module, last in names}
-    layer.load_state_dict(found)
+    split = [(name, *name.rpartition(".")[::2]) for name in layer.state_dict()]
+    found = {name: state[names.get(name) or f"{names[module]}.{last}"] for name, module, last in split}
+    layer.load_state_dict({name: found[name].view_as(each) for name, each in layer.state_dict().items()})
+
+
+def attended(layer: GatedLayer, media_width: int) -> tuple:
+    """States, media, what is added to scores, where an image is seen, and the inputs of the layer beside the states."""
+    states, media = torch.randn(2, 5, 32), torch.randn(2, 6, media_width)  # two images of three tokens
+    last = torch.tensor([[-1, 0, 0, 1, 1], [-1, -1, -1, -1, 0]])
+    seen = (torch.arange(2) == last[..., None]).repeat_interleave(3, -1)
+    sees = last[..., None] >= 0
+    bias = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+    read = layer.read(Media(media.unflatten(1, (2, 3)).flatten(0, 1), torch.arange(4).view(2, 2), sees, seen))
+    return states, media, bias, sees, (*read, sees, seen | ~sees)
 
 
 def opened(source: nn.Module) -> nn.Module:
@@ -411,75 +413,47 @@ def opened(source: nn.Module) -> nn.Module:
     return source.eval()
 
 
+@pytest.mark.parametrize(("qk_norm", "gates"), [(False, "scalar"), (True, "vector")])
 @torch.no_grad()
-def test_a_layer_equals_idefics():
+def test_a_layer_equals_idefics(qk_norm, gates):
     torch.manual_seed(0)
-    source = opened(IdeficsGatedCrossAttentionLayer(idefics_config(), layer_idx=0))
-    source.cross_attn.config._attn_implementation = "eager"
-    fusion = build_fusion(
-        "gated_cross_attention",
-        width=32,
-        media_width=16,
-        llm={"blocks": 4, "heads": 4, "intermediate_size": 48, "norm_eps": 1e-6},
-        style="idefics",
-    )
+    alpha = {"alpha_type": "vector" if gates == "vector" else "float", "qk_layer_norms": qk_norm}
+    config = IdeficsConfig(**SMALL, vision_config={"embed_dim": 16}, perceiver_config={}, **alpha)
+    config._attn_implementation = "eager"
+    source = opened(IdeficsGatedCrossAttentionLayer(config, layer_idx=0))
+    options = {"style": "idefics", "qk_norm": qk_norm, "gates": gates}
+    fusion = build_fusion("gated_cross_attention", width=32, media_width=16, llm=LLM, **options)
     layer = fusion.layers[0]
-    take_idefics(layer, source)
-    states, media = torch.randn(2, 5, 32), torch.randn(2, 6, 16)  # two images of three tokens
-    last = torch.tensor([[-1, 0, 0, 1, 1], [-1, -1, -1, -1, 0]])
-    seen = (torch.arange(2) == last[..., None]).repeat_interleave(3, -1)
-    sees = last[..., None] >= 0
-    bias = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+    take(layer, source, IDEFICS_NAMES)
+    states, media, bias, sees, inputs = attended(layer, 16)
     expected = source(states, None, media, bias, sees[..., 0].float())
-    keys, values = (each(media).unflatten(-1, (4, 8)).transpose(1, 2) for each in (layer.k, layer.v))
-    close(layer(states, keys, values, sees, seen | ~sees), expected)
-
-
-class Resampled(Connector):
-    """The resampler of a model of transformers."""
-
-    def __init__(self, resampler: nn.Module):
-        super().__init__(16, 16)
-        self.resampler = resampler
-
-    def num_tokens(self, height: int, width: int) -> int:
-        return 3
-
-    def forward(self, features) -> Tensor:
-        return self.resampler(torch.cat([features.prefix, features.patches.flatten(1, 2)], 1))
+    close(layer(states, *inputs), expected)
+    assert len(layer.gate) == (32 if gates == "vector" else 1)
 
 
 @torch.no_grad()
-def test_a_model_equals_idefics():
+def test_a_layer_equals_mllama():
+    """At positions that see an image; others add nothing here, and the mean of all values there."""
     torch.manual_seed(0)
-    source = opened(IdeficsForVisionText2Text(idefics_config()))
-    inner = source.model
-    config = LlamaConfig(**{name: getattr(source.config, name) for name in (*SMALL, "vocab_size", "rms_norm_eps")})
-    llm = LlamaForCausalLM(config)
-    names = {name: tensor for name, tensor in source.state_dict().items() if "rotary" not in name}
-    llm.load_state_dict({name: names[name] for name in llm.state_dict()})
-    connector = Resampled(inner.perceiver_resampler)
-    facts = FUSIONS["gated_cross_attention"].facts(llm, 16)
-    fusion = build_fusion("gated_cross_attention", **facts, style="idefics", every=2)
-    for layer, one in zip(fusion.layers, inner.gated_cross_attn_layers, strict=True):
-        take_idefics(layer, one)
-    model = VLMWrapper(None, connector, llm, fusion).eval()
-
-    ids = torch.randint(3, 60, (2, 9))
-    index = torch.tensor([[-1, 0, -1, -1, 1, -1, -1, -1, -1], [-1, -1, -1, 2, -1, -1, -1, -1, -1]])
-    pixels = torch.randn(2, 2, 3, 24, 24)  # the second row has only one image
-    last = torch.tensor([[-1, 0, 0, 0, 1, 1, 1, 1, 1], [-1, -1, -1, 0, 0, 0, 0, 0, 0]])
-    mask = (torch.arange(2) == last[..., None]).long()
-    expected = source(input_ids=ids, pixel_values=pixels, image_attention_mask=mask).logits
-
-    states = inner.vision_model(pixels.flatten(0, 1)[:3]).last_hidden_state
-    features = VisionFeatures(states[:, 1:].unflatten(1, (3, 3)), states[:, :1])
-    items, placements = slots(3, 3, 3)
-    placements = tuple(each._replace(slots=1) for each in placements)
-    visual = Visual((pixels.flatten(0, 1)[:3],), items, placements, index, seen=Seen.of(index))
-    batch = Batch(ids, torch.full_like(ids, -100), torch.zeros(ids.shape), torch.tensor([9, 9]), visual)
-    close(model(batch, features), expected)
-    assert expected.std() > 0.1
+    config = MllamaTextConfig(**SMALL, num_key_value_heads=2, rms_norm_eps=1e-6, pad_token_id=0)
+    config._attn_implementation = "eager"
+    source = opened(MllamaCrossAttentionDecoderLayer(config, layer_idx=0))
+    source.cross_attn_attn_gate.fill_(0.7), source.cross_attn_mlp_gate.fill_(0.9)
+    llm = {**LLM, "kv_heads": 2}
+    options = {"style": "mllama", "qk_norm": True, "on_text": False}
+    fusion = build_fusion("gated_cross_attention", width=32, media_width=32, llm=llm, **options)
+    names = {
+        **IDEFICS_NAMES,
+        **{"gate": "cross_attn_attn_gate", "feed_forward_gate": "cross_attn_mlp_gate"},
+        **{"q_norm": "cross_attn.q_norm", "k_norm": "cross_attn.k_norm"},
+    }
+    take(fusion.layers[0], source, names)
+    states, media, bias, expected_sees, inputs = attended(fusion.layers[0], 32)
+    text = expected_sees[:, None].float()
+    expected = source(states, media, bias * text, None, text)
+    found = fusion.layers[0](states, *inputs)
+    close(found[expected_sees[..., 0]], expected[expected_sees[..., 0]])
+    assert found[~expected_sees[..., 0]].equal(states[~expected_sees[..., 0]])
 
 
 # model folders
@@ -503,6 +477,12 @@ def test_saved_and_loaded_is_bit_equal(tmp_path, built):
     "options, said",
     [
         ({"style": "flamingo"}, "fusion.style=flamingo: expected one of openflamingo, idefics"),
+        ({"gates": "matrix"}, "fusion.gates=matrix: expected one of scalar, vector"),
+        ({"qk_norm": "rms"}, "fusion.qk_norm=rms: expected one of True, False"),
+        (
+            {"style": "mllama", "heads": 3, "every": 1},
+            "fusion.heads=3: expected a multiple of the language model's 2 of keys",
+        ),
         ({"attend": "first"}, "fusion.attend=first: expected one of last, all"),
         ({"every": 0}, "fusion.every=0: expected a whole number of at least 1"),
         ({"every": 4}, "fusion.every=4: the language model has only 3 blocks"),
@@ -510,14 +490,15 @@ def test_saved_and_loaded_is_bit_equal(tmp_path, built):
     ],
 )
 def test_options_out_of_bounds_are_refused(options, said):
-    llm = {"blocks": 3, "heads": 4, "intermediate_size": 48, "norm_eps": 1e-6}
+    llm = {**LLM, "blocks": 3, "kv_heads": 2}
     with pytest.raises(ValueError, match=said):
         build_fusion("gated_cross_attention", width=32, media_width=16, llm=llm, **options)
 
 
-def test_without_the_image_token_the_model_is_refused():
-    with pytest.raises(ValueError, match="fusion=gated_cross_attention: '<image>' is not a token of the tokenizer"):
-        build_model("tiny", PERCEIVER, "tiny", fusion={"gated_cross_attention": {"every": 2}})
+def test_the_image_token_is_added():
+    model, processor = build_model("tiny", PERCEIVER, "tiny", fusion={"gated_cross_attention": {"every": 2}})
+    assert model.llm.get_input_embeddings().num_embeddings == len(processor.tokenizer)
+    assert processor.renderer.slot == processor.tokenizer.get_vocab()[IMAGE] != processor.renderer.filler
 
 
 def test_exports_and_videos_are_refused(built):
