@@ -84,7 +84,7 @@ class Batching:
         if known is not None:
             return Planned(position, index, known, None)
         try:
-            read = self.read(index)
+            read = self.read(index, position)
         except BadSample as error:
             bad.append(BadRecord(position, index, str(error)))
             return None
@@ -93,10 +93,11 @@ class Batching:
             self.lengths[index] = length
         return Planned(position, index, length, read)
 
-    def read(self, index: int) -> Read:
-        """Read and tokenize a record. Raises BadSample."""
-        conversation = self.mixture[index]
-        return Read(conversation, self.processor.render(conversation))
+    def read(self, index: int, position: int) -> Read:
+        """Read and tokenize the record at a position of the stream. Raises BadSample."""
+        conversation, cuts = self.mixture[index], self.processor.renderer.template == "prefix"
+        place = self.mixture.place(position) if cuts else None
+        return Read(conversation, self.processor.render(conversation, place=place))
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""

@@ -62,7 +62,9 @@ _PALIGEMMA = _FUYU.replace("<0x04>", "\n")
 
 TEMPLATES = {"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA}
 PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
-NAMES = ("plain", "chat", *TEMPLATES)
+CAPTIONS = ("plain", "prefix")
+"""Templates that render only images and the answer; ``prefix`` trains the answer from a random place on."""
+NAMES = (*CAPTIONS, "chat", *TEMPLATES)
 
 
 def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str | None) -> str:
