@@ -125,10 +125,8 @@ class Rendered:
         """The first `end` positions as a prompt, without targets."""
         targets, weights = torch.full((end,), IGNORE), torch.zeros(end)
         positions = None if self.positions is None else self.positions[:, :end]
-        index = self.index[:end]
-        return Rendered(
-            self.input_ids[:end], targets, weights, index, answers, self.media, positions, None, self.encoded
-        )
+        ids, index, encoded = self.input_ids[:end], self.index[:end], self.encoded
+        return Rendered(ids, targets, weights, index, answers, self.media, positions, encoded=encoded)
 
     def weighed(self, per: str, scale: float = 1.0) -> Rendered:
         """The sample with other loss weights.

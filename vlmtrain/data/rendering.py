@@ -164,7 +164,9 @@ class Renderer:
         """Tokens and targets of a conversation, with the slots of its planned `media`.
 
         place: for ``prefix``, a random number in [0, 1), which decides where the caption is cut; None for no cut. It
-        does not change the number of tokens. A conversation longer than `max_length` loses complete turns from its end; images are never cut. With ``plain``
+        does not change the number of tokens.
+
+        A conversation longer than `max_length` loses complete turns from its end; images are never cut. With ``plain``
         the question counts as well although it is not rendered, so that the length of a record does not depend on the
         template. Raises BadSample, naming the conversation, if no target remains or if marks and images do not match.
         """

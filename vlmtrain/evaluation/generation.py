@@ -70,12 +70,9 @@ class Prefixes:
         fusions that may read later text.
         """
         llm = model.llm
-        if (
-            is_encoder_decoder(llm.config)
-            or llm._is_stateful
-            or not llm._supports_default_dynamic_cache()
-            or llm.generation_config.cache_implementation
-        ):
+        if is_encoder_decoder(llm.config) or llm._is_stateful or llm.generation_config.cache_implementation:
+            return False
+        if not llm._supports_default_dynamic_cache():
             return False
         layers = DynamicCache(config=llm.config.get_text_config(decoder=True)).layers
         kinds = {type(layer) for layer in layers}

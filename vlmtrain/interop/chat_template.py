@@ -278,7 +278,7 @@ def _written_out(renderer: Renderer) -> list[str]:
 
 
 def _add_nothing(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer add no special tokens, except at the end of what an encoder reads, where no template writes it."""
+    """Let a tokenizer add no special tokens; for an encoder, only that at the end, which no template writes."""
     for key in ("add_bos_token", "add_eos_token"):
         if hasattr(tokenizer, key) and getattr(tokenizer, key):
             setattr(tokenizer, key, False)

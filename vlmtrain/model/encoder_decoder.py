@@ -6,6 +6,8 @@ A row of a batch consists of the encoder's positions and, behind them, the decod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -29,6 +31,17 @@ def is_encoder_decoder(config: PreTrainedConfig) -> bool:
 def auto_class(config: PreTrainedConfig) -> str:
     """Name of the class of transformers that builds and loads a language model of this configuration."""
     return "AutoModelForSeq2SeqLM" if is_encoder_decoder(config) else "AutoModelForCausalLM"
+
+
+def own_names(config: Mapping) -> dict:
+    """A configuration with T5's names of the usual keys, besides those that it has.
+
+    Its decoder is as deep as its encoder. transformers translates some names itself, but only after it derives others.
+    """
+    width, heads, depth = (config.get(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    shape = {"d_model": width, "num_heads": heads, "num_layers": depth, "num_decoder_layers": depth}
+    shape |= {"d_ff": config.get("intermediate_size"), "d_kv": width and heads and width // heads}
+    return {**{key: value for key, value in shape.items() if value is not None}, **config}
 
 
 def start_token(llm: nn.Module) -> int | None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..errors import first_line, nearest
 from ..registry import Registry
 from .blocks import first_blocks
-from .encoder_decoder import FAMILIES, auto_class, prepared, is_encoder_decoder
+from .encoder_decoder import FAMILIES, auto_class, is_encoder_decoder, own_names, prepared
 from .loading import load_hf_config, load_hf_model
 from .rotary import restore_multimodal_rotary
 
@@ -100,7 +100,7 @@ def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: to
             if not hasattr(known, key) and not hasattr(usual, key):
                 raise ValueError(f"{given} has no key '{key}'.{nearest(key, vars(known))}")
         if is_encoder_decoder(known):
-            ids["decoder_start_token_id"] = tokenizer.pad_token_id
+            config, ids["decoder_start_token_id"] = own_names(config), tokenizer.pad_token_id
         full = transformers.AutoConfig.for_model(**config, vocab_size=len(tokenizer), **ids)
         _check_generative(full, given)
         llm = _built(full).to(dtype)
