@@ -131,11 +131,11 @@ class VLMWrapper(nn.Module):
         if not isinstance(batch, Batch):
             raise TypeError(f"expected a Batch of vlmtrain.data.Processor, got {type(batch).__name__}")
         fused = self.embed(batch.input_ids, batch.visual, features)
-        if batch.decoder is not None:
-            return decoder_logits(self.llm, fused.embeddings, batch.decoder, keep)
         rules = batch.prefix, batch.branch, batch.bidirectional
         options = attention_arguments(batch.boundaries, *rules, segments=batch.segments)
         follow_rules(self.llm, options)
+        if batch.decoder is not None:
+            return decoder_logits(self.llm, fused.embeddings, batch.decoder, keep)
         if batch.boundaries is not None:
             options["position_ids"] = batch.positions if batch.positions.ndim == 2 else batch.text_positions
         if fused.added:
