@@ -68,8 +68,7 @@ def prepared(llm: nn.Module) -> nn.Module:
         llm._tied_weights_keys = {name: source for name, source in llm._tied_weights_keys.items() if name != head}
         llm.all_tied_weights_keys.pop(head, None)
         if llm.lm_head.weight is llm.shared.weight:
-            # scaled by what the outputs would be scaled by if it were tied
-            llm.lm_head.weight = nn.Parameter(llm.shared.weight.detach() * llm.config.d_model**-0.5)
+            llm.lm_head.weight = nn.Parameter(llm.shared.weight.detach().clone())
     return llm
 
 

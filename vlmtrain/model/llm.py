@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..errors import first_line, nearest
 from ..registry import Registry
 from .blocks import first_blocks
-from .encoder_decoder import FAMILIES, auto_class, is_encoder_decoder, own_names, prepared
+from .encoder_decoder import FAMILIES, auto_class, has_own_head, is_encoder_decoder, own_names, prepared
 from .loading import load_hf_config, load_hf_model
 from .rotary import restore_multimodal_rotary
 
@@ -81,7 +81,10 @@ def build_llm_skeleton(
 def _built(config: PreTrainedConfig, trust_remote_code: bool = False) -> nn.Module:
     """The architecture of a configuration, with new weights."""
     known = getattr(transformers, auto_class(config))
-    return prepared(known.from_config(config, trust_remote_code=trust_remote_code))
+    llm = prepared(known.from_config(config, trust_remote_code=trust_remote_code))
+    if has_own_head(config):  # its logits start as large as those of a tied head, whose inputs are scaled
+        llm.lm_head.weight.data *= config.d_model**-0.5
+    return llm
 
 
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:
