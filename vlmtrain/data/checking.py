@@ -101,7 +101,7 @@ class _Readings(Dataset):
             if self.held_out:
                 conversation = self.processor.renderer.showable(conversation)
             place = None if self.held_out else 0.5  # a typical cut
-            tokens = self.processor.render(conversation, place=place)
+            tokens = self.processor.render(conversation, None, place)
             for image in self.processor.decode(conversation, tokens.media):
                 content.update(image.tobytes())
         except BadSample as error:

@@ -97,7 +97,7 @@ class Batching:
         """Read and tokenize the record at a position of the stream. Raises BadSample."""
         conversation, cuts = self.mixture[index], self.processor.renderer.template == "prefix"
         place = self.mixture.place(position) if cuts else None
-        return Read(conversation, self.processor.render(conversation, place=place))
+        return Read(conversation, self.processor.render(conversation, None, place))
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""

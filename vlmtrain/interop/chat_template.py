@@ -278,18 +278,22 @@ def _written_out(renderer: Renderer) -> list[str]:
 
 
 def _add_nothing(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer add no special tokens; for an encoder, only that at the end, which no template writes."""
+    """Let a tokenizer add no special tokens, which templates write.
+
+    What an encoder reads ends with a token that no template writes, and is padded on the right: T5's positions would
+    count padding between images and text.
+    """
     for key in ("add_bos_token", "add_eos_token"):
         if hasattr(tokenizer, key) and getattr(tokenizer, key):
             setattr(tokenizer, key, False)
         if key in tokenizer.init_kwargs:
             tokenizer.init_kwargs[key] = False
-    end = (tokenizer.eos_token, tokenizer.eos_token_id)
-    tokenizer.backend_tokenizer.post_processor = (
-        processors.Sequence([])
-        if renderer.decoder_start is None
-        else processors.TemplateProcessing(f"$A {end[0]}", f"$A $B {end[0]}", [end])
-    )
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    if renderer.decoder_start is not None:
+        end = tokenizer.eos_token
+        frame = (f"$A {end}", f"$A $B {end}", [(end, tokenizer.eos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(*frame)
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
 
 
 def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:

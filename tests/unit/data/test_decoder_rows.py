@@ -1,4 +1,4 @@
-"""Rows of encoder-decoder models: which tokens the encoder and the decoder read, compared with a tokenizer like T5's."""
+"""Rows of encoder-decoder models: what the encoder and the decoder read, compared with a tokenizer like T5's."""
 
 from __future__ import annotations
 

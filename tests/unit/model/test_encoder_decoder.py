@@ -164,7 +164,7 @@ def test_what_it_cannot_do_is_refused(model):
     for refused, words in (
         (
             lambda: attend_in_segments(model.llm),
-            "layout=packed: T5ForConditionalGeneration is an encoder-decoder model",
+            "layout=packed: T5ForConditional.* is an encoder-decoder model",
         ),
         (lambda: follow_rules(model.llm, ["prefix"]), "is an encoder-decoder model, which cannot follow prefix"),
         (lambda: receive_levels(model.llm, 2), "encoder-decoder model, which does not support levels"),
