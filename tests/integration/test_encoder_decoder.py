@@ -82,19 +82,15 @@ def test_other_formats_are_refused(tmp_path):
 
 
 def line(files: dict[str, Path], run_dir: Path, *more: str) -> list[str]:
-    stages = {"align": ("max_steps=6", "batch_size=4", "template=prefix")}
-    stages["instruct"] = ("max_steps=4", "batch_size=4", "template=bare", "train.vision=1e-4")
+    stages = {
+        "align": ("max_steps=6", "batch_size=4", "template=prefix"),
+        "instruct": ("max_steps=4", "batch_size=4", "template=bare", "train.vision=1e-4"),
+    }
     return [
-        *(
-            "recipe=llava_1_5",
-            "mini=true",
-            "llm.config.model_type=t5",
-            "+llm.config.dropout_rate=0.0",
-            *data_overrides(files),
-            f"run_dir={run_dir}",
-        ),
+        *("recipe=llava_1_5", "mini=true", "llm.config.model_type=t5", "+llm.config.dropout_rate=0.0"),
+        *(*data_overrides(files), f"run_dir={run_dir}", "workers=0"),
         *(f"stages.{stage}.{key}" for stage, keys in stages.items() for key in keys),
-        *("validation.samples=4", "validation.final_samples=6", "validation.max_new_tokens=3", "workers=0", *more),
+        *("validation.samples=4", "validation.final_samples=6", "validation.max_new_tokens=3", *more),
     ]
 
 
@@ -154,7 +150,7 @@ def test_what_does_not_go_with_it_is_refused_before_training(llava_files, tmp_pa
             check_stages(settings, RunFolder(tmp_path / "run"))
 
 
-def test_the_plan_has_the_published_size_and_flops_of_both_parts():
-    """FlanT5-XL has 2.85B parameters; a forward pass takes 2 FLOPs per parameter that a token passes."""
+def test_the_plan_has_the_published_size():
+    """FlanT5-XL has 2.85B parameters."""
     generate = plan_run(compose(["recipe=blip2_flan_t5", "stage=generate", "init_from=null"]), Machine())[-1]
     assert generate.parts["llm"] == {"trainable": 0, "frozen": 2_849_757_184}
