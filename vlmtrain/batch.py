@@ -23,6 +23,18 @@ class Targets(NamedTuple):
     sources: Tensor
 
 
+class Decoder(NamedTuple):
+    """The parts of the rows of a batch that an encoder-decoder model reads.
+
+    starts ``(B,)``: the column at which the decoder's part of a row begins; all columns before it are the encoder's.
+    encoder_width, width: the lengths of the longest parts of the encoder and of the decoder.
+    """
+
+    starts: Tensor
+    encoder_width: int
+    width: int
+
+
 class Batch(NamedTuple):
     """The model's input; B rows padded on the right to T positions.
 
@@ -39,7 +51,8 @@ class Batch(NamedTuple):
     ``(S,)``: their lengths, which stay on the host. A sample may be a message tree: several dialogues behind the same
     images, whose positions continue those of the images in each. prefix ``(B,)`` (of a packed batch ``(S,)``), branch
     ``(B, T)``, which stays on the host, and bidirectional ``(B, T)`` say which positions see each other, see
-    `vlmtrain.model.attention`. ids: of the samples.
+    `vlmtrain.model.attention`. decoder: of an encoder-decoder model, which part of a row its decoder reads. ids: of the
+    samples.
     """
 
     input_ids: Tensor
@@ -54,6 +67,7 @@ class Batch(NamedTuple):
     branch: Tensor | None = None
     bidirectional: Tensor | None = None
     trained: Targets | None = None
+    decoder: Decoder | None = None
     ids: tuple[str, ...] = ()
 
     @property
@@ -69,6 +83,7 @@ class Batch(NamedTuple):
         return moved._replace(
             trained=self.trained and Targets(*(t.to(device, non_blocking=True) for t in self.trained)),
             visual=self.visual and self.visual.to(device, dtype),
+            decoder=self.decoder and self.decoder._replace(starts=self.decoder.starts.to(device, non_blocking=True)),
             segments=self.segments,
             branch=self.branch,
         )

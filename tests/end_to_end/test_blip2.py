@@ -12,8 +12,11 @@ from ..conftest import metrics, train
 SHORT = ["workers=0", "validation.samples=4", "validation.final_samples=4", "validation.max_new_tokens=4"]
 RECIPES = {
     "blip2": {"represent": 25, "generate": 20, "finetune": 20},
+    "blip2_flan_t5": {"represent": 15, "generate": 20, "finetune": 20},
     "instructblip": {"represent": 15, "generate": 20, "instruct": 20},
+    "instructblip_flan_t5": {"represent": 15, "generate": 20, "instruct": 20},
 }
+SLOW = {"instructblip_flan_t5"}
 TRAINED = {
     "represent": {"connector", "objective"},
     "generate": {"connector"},
@@ -22,7 +25,9 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RECIPES]
+)
 def test_every_stage_of_the_miniature_learns(recipe, tmp_path):
     steps = [f"stages.{stage}.max_steps={number}" for stage, number in RECIPES[recipe].items()]
     train(f"recipe={recipe}", "mini=true", *SHORT, *steps, f"run_dir={tmp_path}")

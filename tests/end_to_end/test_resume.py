@@ -106,6 +106,25 @@ def test_losses_after_an_interruption_are_bit_identical(engine, precision, ranks
     assert not (broken / "instruct" / "checkpoints").exists()
 
 
+def test_an_encoder_decoder_model_resumes_with_the_same_prefixes(llava_files, tmp_path):
+    """Captions are cut at other places in every epoch."""
+    records = json.loads(llava_files["align"].read_text())
+    for record in records:
+        record["conversations"][1]["value"] = "a red circle and a blue square in the middle"
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps(records))
+    more = ["engine=zero3", "llm.config.model_type=t5", "stages.instruct.data=align", "stages.instruct.template=prefix"]
+    more += [f"data.align={captions}"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(*line(llava_files, whole, *more), ranks=2)
+    struck("SIGKILL@metrics.jsonl:8", *line(llava_files, broken, *more), ranks=2)
+    assert len(metrics(broken, "instruct")) < STEPS
+    train(*line(llava_files, broken, *more), ranks=2)
+    for key in ("loss", "grad_norm", "target_tokens"):
+        assert [r[key] for r in metrics(broken, "instruct")] == [r[key] for r in metrics(whole, "instruct")]
+    assert len({r["target_tokens"] for r in metrics(whole, "instruct")[::6]}) > 1  # an epoch has 6 steps
+
+
 @pytest.mark.parametrize(
     "engine, precision, before, after",
     [

@@ -29,13 +29,14 @@ from tests.integration.native_models import CLASSES as NATIVE
 from tests.integration.native_models import build_native
 from tests.integration.paligemma_models import build_paligemma
 from tests.integration.published_models import build_blip, build_llava, build_parts
-from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, TOWERS, byte_tokenizer, stir
+from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, TOWERS, byte_tokenizer, flan_t5, stir, t5_tokenizer
 from vlmtrain.data.connector_text import TextReader
 from vlmtrain.data.geometry import Geometry, View
 from vlmtrain.data.images import ImageOnDisk
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import IMAGE_MARK, Conversation, Turn
 from vlmtrain.data.shapes import VOCABULARY
+from vlmtrain.data.templates import CAPTIONS
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import relative_difference
 from vlmtrain.interop.idefics import FAKE
@@ -43,6 +44,7 @@ from vlmtrain.interop.importing import MODEL_CLASSES, import_model
 from vlmtrain.interop.molmo2 import pixel_patches, tile_grids
 from vlmtrain.interop.native_parity import pixel_rows
 from vlmtrain.model import VLMWrapper
+from vlmtrain.model.encoder_decoder import prepared, start_token
 from vlmtrain.model.parts import make_connector
 from vlmtrain.model.tiny_tokenizer import build_tiny_tokenizer
 from vlmtrain.model.vision import PatchVision, VisionEncoder, build_vision
@@ -203,9 +205,13 @@ def measure(found: dict, folder: Path, talks: list[Talk], pictures: Path) -> Par
 
 
 def _same_prompt(batch, ids: list[int]) -> bool:
-    """The same text, and one other ID at all image positions; two if Molmo2's crops have newlines."""
-    found, is_text = torch.tensor(ids), ~batch.visual.mask[0]
-    if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0][is_text]):
+    """The same text, and one other ID at all image positions; two if Molmo2's crops have newlines.
+
+    The prompt of an encoder-decoder model is what its encoder reads.
+    """
+    read = batch.decoder.encoder_width if batch.decoder else None
+    found, is_text = torch.tensor(ids), ~batch.visual.mask[0, :read]
+    if len(found) != len(is_text) or not found[is_text].equal(batch.input_ids[0, :read][is_text]):
         return False
     kinds = 1 + any(isinstance(placement.tiles, Overlap) for placement in batch.visual.placements)
     return len(found[~is_text].unique()) == kinds and not torch.isin(found[is_text], found[~is_text]).any()
@@ -270,7 +276,7 @@ class Case(NamedTuple):
         if self.reads:
             return [ONE, EQUAL]
         talks = [ONE, OTHER, AGAIN] if self.becomes.startswith("Blip2") else [ONE, TWO, LONG]
-        return [talk for talk in talks if self.template != "plain" or len(talk[0]) == 1]
+        return [talk for talk in talks if self.template not in CAPTIONS or len(talk[0]) == 1]
 
 
 NEXT = {"fit": "tiles", "becomes": "LlavaNextForConditionalGeneration"}
@@ -350,7 +356,11 @@ BLIP_CASES = {
     "one layer crosses": blip2({"cross_every": 5}),
     "prompts of a template": blip2(template="bare", llm="qwen2, rows to spare"),
     "captions": blip2(template="plain"),
+    "flan_t5": blip2(llm="flan_t5", tokenizer="t5"),
+    "flan_t5, prompts of a template": blip2(template="bare", llm="flan_t5", tokenizer="t5"),
+    "flan_t5, captions": blip2(template="prefix", llm="flan_t5", tokenizer="t5"),
     "reads": blip2(llm="llama", **READS),
+    "reads, flan_t5": blip2(llm="flan_t5", tokenizer="t5", **READS),
     "reads, its own tower": blip2(vision="instructblip", llm="opt", layer=-1, **READS),
 }
 NATIVE_LLMS = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "hunyuan_vl": "hunyuan"}
@@ -412,7 +422,10 @@ def build(case: Case, folder: Path) -> None:
     vision = build_encoder(case, folder / "encoder")
     tokenizer = build_tokenizer(case)
     ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    llm = stir(AutoModelForCausalLM.from_config(LLMS[case.llm](vocab_size=len(tokenizer), **ids)))
+    if case.llm == "flan_t5":
+        llm = prepared(stir(flan_t5(vocab_size=len(tokenizer))))
+    else:
+        llm = stir(AutoModelForCausalLM.from_config(LLMS[case.llm](vocab_size=len(tokenizer), **ids)))
     reader = TextReader(frameless_tokenizer(), "instruction", 40) if case.reads else None
     words = {"text_vocab": reader.vocabulary.size, "text_positions": 40} if reader else {}
     tiled = case.fit == "tiles"
@@ -432,7 +445,8 @@ def build(case: Case, folder: Path) -> None:
         vision.image_size, *look, tokens, grid, grids, case.most, bool(case.most), others=tuple(views[1:]), **more
     )
     VLMWrapper(vision, connector, llm).save_pretrained(folder)
-    Processor(tokenizer, geometry, case.template, 1000, reader=reader, attention=attention).save_pretrained(folder)
+    how = {"attention": attention, "decoder_start": start_token(llm)}
+    Processor(tokenizer, geometry, case.template, 1000, reader=reader, **how).save_pretrained(folder)
 
 
 def build_encoder(case: Case, folder: Path) -> VisionEncoder:
@@ -449,6 +463,8 @@ def build_encoder(case: Case, folder: Path) -> VisionEncoder:
 
 
 def build_tokenizer(case: Case) -> PreTrainedTokenizerBase:
+    if case.tokenizer == "t5":
+        return t5_tokenizer()
     if "space" in case.tokenizer:
         return byte_tokenizer(case.tokenizer.split()[-1])
     tokenizer, marks = build_tiny_tokenizer(VOCABULARY), ["<|im_start|>", "<|im_end|>"]
@@ -559,6 +575,8 @@ BLIP_SOURCES = {
     "blip2, llama tied": blip("blip-2", llm="llama, tied", cross_attention_frequency=1),
     "instructblip, llama": blip("instructblip", llm="llama"),
     "instructblip, opt": blip("instructblip", cross_attention_frequency=3),
+    "blip2, flan_t5": blip("blip-2", llm="flan_t5"),
+    "instructblip, flan_t5": blip("instructblip", llm="flan_t5"),
 }
 NATIVE_SOURCES = {family: native(family) for family in NATIVE}
 MOLMO2_SOURCES = {"molmo2": molmo2()}

@@ -37,10 +37,19 @@ from transformers import (
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerBase,
-    T5Config,
 )
 
-from tests.integration.tiny_parts import HF_VISION, LLMS, LOOK, SIDE, WIDE, byte_tokenizer, stir
+from tests.integration.tiny_parts import (
+    HF_VISION,
+    LLMS,
+    LOOK,
+    SIDE,
+    WIDE,
+    byte_tokenizer,
+    flan_t5,
+    stir,
+    t5_tokenizer,
+)
 from vlmtrain.data.records import IMAGE_MARK, VIDEO_MARK
 from vlmtrain.interop.fitting import relative_difference
 from vlmtrain.model import VLMWrapper
@@ -130,12 +139,14 @@ def reading_tokenizer() -> PreTrainedTokenizerBase:
 def build_blip(folder: Path, kind: str = "blip-2", llm: str = "opt", end: int | None = None, **options) -> nn.Module:
     """Write a random BLIP-2 or InstructBLIP in Hugging Face's format. end: the end of answers, if not </s>."""
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer("always")
+    flan = llm == "flan_t5"
+    tokenizer = t5_tokenizer() if flan else byte_tokenizer("always")
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
     tokenizer.pad_token = "<pad>"
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if flan else "left"
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": end or 2}
-    text = T5Config() if llm == "t5" else LLMS[llm](vocab_size=len(tokenizer) + 3, **ids)
+    rows = len(tokenizer) + 3
+    text = flan_t5(vocab_size=rows).config if flan else LLMS[llm](vocab_size=rows, **ids)
     reads = kind == "instructblip"
     classes = (
         (InstructBlipConfig, InstructBlipVisionConfig, InstructBlipQFormerConfig, InstructBlipForConditionalGeneration)
@@ -152,8 +163,10 @@ def build_blip(folder: Path, kind: str = "blip-2", llm: str = "opt", end: int | 
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
-    model = stir(classes[3](config))
-    model.save_pretrained(folder)
+    model = classes[3](config)
+    if flan:
+        model.language_model.lm_head.weight = nn.Parameter(torch.randn(rows, 32))
+    stir(model).save_pretrained(folder)
     pictures = BlipImageProcessorPil(**LOOK, size=SQUARE)
     if reads:
         InstructBlipProcessor(pictures, tokenizer, reading_tokenizer(), 3).save_pretrained(folder)

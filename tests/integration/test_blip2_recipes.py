@@ -24,9 +24,11 @@ FREEZE_TABLE = [
     ("blip2", "represent", {"connector": 1e-4, "objective": 1e-4}, 1680),
     ("blip2", "generate", {"connector": 1e-4}, 1920),
     ("blip2", "finetune", {"vision": 1e-5, "connector": 1e-5}, 128),
+    ("blip2_flan_t5", "generate", {"connector": 1e-4}, 1520),
     ("instructblip", "represent", {"connector": 1e-4, "objective": 1e-4}, 1680),
     ("instructblip", "generate", {"connector": 1e-4}, 1920),
     ("instructblip", "instruct", {"connector": 1e-5}, 128),
+    ("instructblip_flan_t5", "instruct", {"connector": 1e-5}, 192),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_an_imported_model_answers_like_its_source(name, imported):
     check(parity, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["blip2, an end of its own", "instructblip, llama"])
+@pytest.mark.parametrize("name", ["blip2, an end of its own", "instructblip, llama", "instructblip, flan_t5"])
 def test_an_imported_model_exports_to_the_same_class(name, imported, tmp_path):
     home, talks = imported[name]["home"], BLIP_SOURCES[name].talks
     again = export(home / "model", tmp_path / "out")
@@ -92,7 +93,14 @@ def test_bad_folders_are_named(tmp_path):
         state["language_model.lm_head.weight"] = table + 1
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
-    refused(r"text_config\.model_type=t5, expected a decoder-only model", llm="t5")
+    def other(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["model_type"] = "umt5"
+        (folder / "config.json").write_text(json.dumps(config))
+
+    refused(
+        r"text_config\.model_type=umt5, expected a decoder-only model \(OPT, Llama\) or one of t5", other, llm="flan_t5"
+    )
     refused(r"qformer_config\.hidden_act=relu, expected gelu", hidden_act="relu")
     refused(r"does not fit Blip2ForConditionalGeneration: .*language_projection\.weight", cut)
     refused(r"model\.safetensors: .*lm_head\.weight differs from the embeddings", untie, llm="llama, tied")

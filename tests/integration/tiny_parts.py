@@ -28,6 +28,8 @@ from transformers import (
     Qwen3Config,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 SIDE, PATCH = 32, 8
@@ -111,6 +113,23 @@ def stir(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn(parameter.shape))
     return module.eval()
+
+
+def flan_t5(**options) -> T5ForConditionalGeneration:
+    """A small FlanT5, with a head of its own, which transformers would tie to the embeddings."""
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    config = T5Config(**shape, decoder_start_token_id=0, eos_token_id=2, tie_word_embeddings=False, **options)
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight))
+    return model
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """Like T5's: a space before each text, and </s> behind it."""
+    tokenizer = byte_tokenizer("always")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A $B </s>", [("</s>", 2)])
+    tokenizer.bos_token, tokenizer.pad_token = None, "<pad>"
+    return tokenizer
 
 
 def byte_tokenizer(scheme: str) -> PreTrainedTokenizerFast:

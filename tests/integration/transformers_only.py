@@ -64,16 +64,20 @@ def inputs(processor, questions: list, pictures: list):
 @torch.no_grad()
 def answer(model, processor, questions: list, pictures: list) -> list[dict]:
     batch = inputs(processor, questions, pictures)
-    positions = {}
-    if "mm_token_type_ids" not in batch:  # models that do not make rows of positions themselves
-        positions["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # counted as in generation
-    logits = model(**batch, **positions).logits
-    ids = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :]
+    more, prompts = {}, batch["input_ids"].shape[1]
+    decodes = not getattr(model.config, "use_decoder_only_language_model", True)
+    if decodes:  # logits after the decoder's start token, which generation returns as well
+        start = model.config.text_config.decoder_start_token_id
+        more["decoder_input_ids"], prompts = torch.full((len(batch["input_ids"]), 1), start), 1
+    elif "mm_token_type_ids" not in batch:  # models that do not make rows of positions themselves
+        more["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # counted as in generation
+    logits = model(**batch, **more).logits
+    ids = model.generate(**batch, max_new_tokens=NEW)[:, prompts:]
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), logits, ids)
     return [
         {
             "ids": row[mask].tolist(),
-            "logits": one[mask],
+            "logits": one if decodes else one[mask],
             "answer": processor.decode(new, skip_special_tokens=True),
             "pixels": batch["pixel_values"][0] if "image_attention_mask" in batch else batch.get("pixel_values"),
         }

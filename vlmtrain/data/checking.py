@@ -103,7 +103,8 @@ class _Readings(Dataset):
             conversation = self.processor.written(self.mixture[index])
             if self.held_out:
                 conversation = self.processor.renderer.showable(conversation)
-            tokens = self.processor.render(conversation)
+            place = None if self.held_out else 0.5  # a typical cut
+            tokens = self.processor.render(conversation, None, place)
             for image in self.processor.decode(conversation, tokens.media):
                 content.update(image.tobytes())
         except Dropped:
@@ -127,7 +128,7 @@ class _Readings(Dataset):
             sum(len(item.times) for item in plan.items),
             slots[True],
             int((tokens.weights > 0).sum()),
-            len(tokens.answers),
+            sum(end > start for start, end in tokens.answers),
             content.digest(),
             conversation.unused,
             conversation.repaired,

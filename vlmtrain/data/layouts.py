@@ -87,7 +87,7 @@ class Batching:
             known, read = None if self.lengths is None else self.lengths[index], None
             if known is None:
                 try:
-                    read = self.read(index)
+                    read = self.read(index, position)
                 except Dropped as error:
                     problem = str(error)
                     continue
@@ -102,10 +102,11 @@ class Batching:
         bad.append(BadRecord(position, index, problem))
         return None
 
-    def read(self, index: int) -> Read:
-        """Read and tokenize a record. Raises BadSample."""
-        conversation = self.mixture[index]
-        return Read(conversation, self.processor.render(conversation))
+    def read(self, index: int, position: int) -> Read:
+        """Read and tokenize the record at a position of the stream. Raises BadSample."""
+        conversation, cuts = self.mixture[index], self.processor.renderer.template == "prefix"
+        place = self.mixture.place(position) if cuts else None
+        return Read(conversation, self.processor.render(conversation, None, place))
 
     def steps(self, first: int, cursor: dict | None, worker: int, workers: int) -> Iterator[PlannedStep]:
         """Yield steps ``first + worker``, ``first + worker + workers``, ... indefinitely."""

@@ -112,7 +112,7 @@ class StepStream(IterableDataset):
 
         Raises BadSample, and ValueError if its stored length was wrong.
         """
-        conversation, tokens = planned.read or self.batching.read(planned.index)
+        conversation, tokens = planned.read or self.batching.read(planned.index, planned.position)
         if tokens.length != planned.length:
             self.batching.lengths.clear(planned.index)
             raise ValueError(

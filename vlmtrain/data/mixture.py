@@ -160,6 +160,10 @@ class Mixture(Concatenation):
         joined = torch.cat(orders) if orders else torch.empty(0, dtype=torch.long)
         return joined[first - first // size * size :][: last - first]
 
+    def place(self, position: int) -> float:
+        """A random number in [0, 1) for the sample at a position of the stream."""
+        return float(torch.rand((), generator=self._generator("place", position)))
+
     def _generator(self, *purpose: object) -> torch.Generator:
         digest = hashlib.sha256("/".join(map(str, (self.seed, *purpose))).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

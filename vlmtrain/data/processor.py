@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..batch import Batch, Targets
+from ..batch import Batch, Decoder, Targets
 from ..connectors.checks import GridError
 from ..errors import first_line
 from ..files import read_object
@@ -84,7 +84,7 @@ class Processor:
     reader: for a connector that reads text. in_pairs: whether a sample must be one image and one text. positions: see
     `Renderer`. encoder_batch_size: `VisionEncoder.batch_size` of the encoder. share_images: whether a sample may have
     several dialogues. boxes: how boxes and points are written; None if samples with them are bad. attention: one
-    of `vlmtrain.visual.ATTENTION`.
+    of `vlmtrain.visual.ATTENTION`. decoder_start: see `Renderer`.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Processor:
         share_images: bool = False,
         boxes: Writing | None = None,
         attention: str = CAUSAL,
+        decoder_start: int | None = None,
     ):
         self.tokenizer, self.positions, self.boxes, self.attention = tokenizer, positions, boxes, attention
         self.share_images = share_images
@@ -113,9 +114,9 @@ class Processor:
         controls = geometry.controls if geometry else ()
         self._controls = torch.tensor(tokenizer.convert_tokens_to_ids(list(controls)), dtype=torch.long)
         allowed = {"allowed": boxes.tokens} if boxes else {}
-        more = {}
+        more = {"decoder_start": decoder_start}
         if geometry:
-            more = {"slot": geometry.slot_token, "newline": geometry.newline or None, "shared": geometry.frame_shared}
+            more |= {"slot": geometry.slot_token, "newline": geometry.newline or None, "shared": geometry.frame_shared}
         self.renderer = Renderer(tokenizer, template, max_length, fallback, positions, controls, **allowed, **more)
         self.filler = self.renderer.filler
 
@@ -168,17 +169,17 @@ class Processor:
                 views[number] = self.geometry.map(images[number].size(), len(conversation.media))
         return write_regions(conversation, self.boxes, views.__getitem__)
 
-    def render(self, conversation: Conversation, plan: MediaPlan | None = None) -> Rendered:
+    def render(self, conversation: Conversation, plan: MediaPlan | None = None, place: float | None = None) -> Rendered:
         """Render only the tokens, without decoding images. Raises BadSample, naming the conversation.
 
-        plan: of the media of a single dialogue; None for the one that fits it.
+        plan: of the media of a single dialogue; None for the one that fits it. place: see `Renderer.render`.
         """
         if self.in_pairs and len(conversation.media) != 1:
             raise BadSample(f"{conversation.id}: {len(conversation.media)} images, expected one per text")
         if conversation.others:
             return self._tree(conversation)
         written = self.written(conversation)
-        return self.renderer.render(written, self.fitted(written) if plan is None else plan)
+        return self.renderer.render(written, self.fitted(written) if plan is None else plan, place)
 
     def fitted(self, conversation: Conversation) -> MediaPlan:
         """The plan of a conversation, with fewer or smaller frames if its videos leave no room for its text."""
@@ -309,6 +310,9 @@ class Processor:
         positions = self.renderer.rows and self.renderer.rows(text, ())
         filler = torch.tensor([self.filler]), torch.tensor([IGNORE]), torch.zeros(1)
         empty = Rendered(*filler, text, (), positions=positions)
+        if self.renderer.decoder_start is not None:  # one position for the encoder and one for the decoder
+            twice = (torch.cat([each] * 2) for each in (*filler, text))
+            empty = Rendered(*twice, (), encoded=1)
         tokens = [sample.tokens for sample in samples]
         tokens += [empty] * (max(rows, 1) - len(samples))
         pad = partial(pad_sequence, batch_first=True)
@@ -322,6 +326,7 @@ class Processor:
             lengths=torch.tensor([len(t) for t in tokens]),
             positions=None if positions is None else pad([t.positions.T for t in tokens]).permute(2, 0, 1),
             **self._rules(tokens, partial(pad, padding_value=-1)),
+            **self._decoder(tokens),
         )
 
     def pack(self, samples: list[Sample], calls: int = 1, chunks: int = 1) -> Batch:
@@ -368,6 +373,14 @@ class Processor:
             are_visual = ((each.index >= 0) | torch.isin(each.input_ids, self._controls) for each in tokens)
             return {"bidirectional": joined([each.long() - 1 for each in are_visual])}
         return {}
+
+    def _decoder(self, tokens: Sequence[Rendered]) -> dict[str, Decoder]:
+        """The field of a padded batch that says which part of each row the decoder reads, if there is one."""
+        if self.renderer.decoder_start is None:
+            return {}
+        starts = [each.encoded for each in tokens]
+        longest = max(len(each) - start for each, start in zip(tokens, starts))
+        return {"decoder": Decoder(torch.tensor(starts), max(starts), longest)}
 
     def _batch(self, samples: list[Sample], calls: tuple[int, int], index: Tensor, **tensors: Tensor | None) -> Batch:
         visual = None if self.geometry is None else self._visual(samples, *calls, index)
@@ -426,6 +439,7 @@ class Processor:
             "positions": self.positions,
             **({"boxes": asdict(self.boxes)} if self.boxes else {}),
             **({"attention": self.attention} if self.attention != CAUSAL else {}),
+            **({"decoder_start": self.renderer.decoder_start} if self.renderer.decoder_start is not None else {}),
         }
 
     @property

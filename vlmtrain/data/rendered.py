@@ -48,6 +48,8 @@ class Rendered:
     positions:   rotary positions ``(R, T)``, for a language model that reads rows of them.
     branch:      of a tree, 0 for its first positions, which all dialogues share, and i for those of dialogue i, which
                  follow one after the other; None for a single dialogue.
+    encoded:     for an encoder-decoder model, the number of first positions, which the encoder reads; the next one is
+                 the decoder's start token. An answer that the encoder reads has the range (0, 0) in `answers`.
     """
 
     input_ids: Tensor
@@ -58,6 +60,7 @@ class Rendered:
     media: MediaPlan = NO_MEDIA
     positions: Tensor | None = None
     branch: Tensor | None = None
+    encoded: int | None = None
 
     @classmethod
     def tree(cls, dialogues: Sequence[Rendered]) -> Rendered:
@@ -122,7 +125,8 @@ class Rendered:
         """The first `end` positions as a prompt, without targets."""
         targets, weights = torch.full((end,), IGNORE), torch.zeros(end)
         positions = None if self.positions is None else self.positions[:, :end]
-        return Rendered(self.input_ids[:end], targets, weights, self.index[:end], answers, self.media, positions)
+        ids, index, encoded = self.input_ids[:end], self.index[:end], self.encoded
+        return Rendered(ids, targets, weights, index, answers, self.media, positions, encoded=encoded)
 
     def between(self, first: int, last: int, images: int | None = None) -> Rendered:
         """Positions `first` to ``last - 1``, up to the first image that is not completely among them.

@@ -28,7 +28,7 @@ from .grading import check_grading
 from .positions import POSITIONS
 from .records import IMAGE_MARK, BadSample, Conversation, Dropped, Turn, check_content, check_conversation
 from .rendered import IGNORE, Rendered
-from .templates import CHUNK_END, INTERLEAVED, PICTURES_FIRST, chat_template
+from .templates import CAPTIONS, CHUNK_END, INTERLEAVED, PICTURES_FIRST, chat_template
 
 RENDERING = 2  # to be increased when conversations are rendered to other numbers of tokens
 PROBE_SECONDS = 20
@@ -44,6 +44,7 @@ class _Span:
     is_image: bool = False
     is_start: bool = False  # tokenized separately from the text before it
     follows: bool = False  # an image that shares the token before it with another image
+    is_decoder: bool = False  # first of those of the decoder
 
 
 _Run = list[tuple[str, int]]
@@ -61,16 +62,19 @@ class _Slots(NamedTuple):
 class Renderer:
     """Renders conversations for one tokenizer and template.
 
-    template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``chat``
-    (the tokenizer's own chat template, or else `fallback`), ``interleaved`` (only the text of the turns, with
-    `templates.CHUNK_END` after that which follows an image), or a name in `templates.TEMPLATES`. If a chat template
-    writes ``<image>`` before the first turn, all images stand there (Molmo2), and if it writes one before each turn of
-    the user, those of the turn (Otter). positions: the rows of positions that the
-    language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens that the media plan
-    puts into the template's text, and that are ordinary text in a turn. allowed: pattern of special tokens that the
-    text of a turn may contain, such as those around boxes. slot: token at the positions of images; None for the filler.
-    newline: token after the rows of an image; None if there are none. shared: whether images with nothing between them
-    share the token there, and spaces next to images are dropped.
+    template: ``plain`` (only the caption, as in LLaVA's pretraining: images, caption, newline), ``prefix`` (the same,
+    but the beginning of the caption up to a random token, at most its middle, is part of the prompt, as in BLIP-2's
+    training of FlanT5), ``chat`` (the tokenizer's own chat template, or else `fallback`), ``interleaved`` (only the
+    text of the turns, with `templates.CHUNK_END` after that which follows an image), or a name in
+    `templates.TEMPLATES`. If a chat template writes ``<image>`` before the first turn, all images stand there (Molmo2),
+    and if it writes one before each turn of the user, those of the turn (Otter). positions: the rows of positions that
+    the language model reads, a name in `positions.POSITIONS`; None if it reads none. controls: tokens that the media
+    plan puts into the template's text, and that are ordinary text in a turn. allowed: pattern of special tokens that
+    the text of a turn may contain, such as those around boxes. slot: token at the positions of images; None for the
+    filler. newline: token after the rows of an image; None if there are none. shared: whether images with nothing
+    between them share the token there, and spaces next to images are dropped. decoder_start: id of the token with which
+    the decoder of an encoder-decoder model begins: the encoder then reads the text before the last answer, followed by
+    the end-of-text token, and the decoder the last answer and this token again; None for a decoder-only model.
     """
 
     def __init__(
@@ -85,15 +89,18 @@ class Renderer:
         slot: str | None = None,
         newline: str | None = None,
         shared: bool = False,
+        decoder_start: int | None = None,
     ):
         self.shared = shared
         self.rows = None if positions is None else POSITIONS[positions]
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
-        self._chat = None if template in ("plain", INTERLEAVED) else chat_template(template, tokenizer, fallback)
-        self._is_document = template == INTERLEAVED
+        self.shows_captions, self._is_document = template in CAPTIONS, template == INTERLEAVED
+        self._chat = None if self.shows_captions or self._is_document else chat_template(template, tokenizer, fallback)
         self._chunk_end = CHUNK_END if CHUNK_END in tokenizer.get_vocab() else ""
+        if self._is_document and decoder_start is not None:
+            raise ValueError(f"template={template} trains on all text: it needs a decoder-only language model")
         names = (template, fallback) if template == "chat" and not tokenizer.chat_template else (template,)
         self.pictures_first = not PICTURES_FIRST.isdisjoint(names)
         self.places_pictures = False  # whether the template writes the mark at which they stand
@@ -119,6 +126,12 @@ class Renderer:
         self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
         self._looks_ahead = False  # whether the text before an answer depends on what follows it
         self._no_system: str | None = "it contains only images and answers"
+        self.decoder_start = decoder_start
+        if decoder_start is not None and tokenizer("").input_ids not in ([], [tokenizer.eos_token_id]):
+            raise ValueError(
+                "an encoder-decoder language model needs a tokenizer that adds at most an end-of-text token, got "
+                f"{tokenizer.convert_ids_to_tokens(tokenizer('').input_ids)}"
+            )
         if self._chat:
             with time_limit(PROBE_SECONDS, f"template={template}: the chat template does not end"):
                 self._probe()
@@ -149,7 +162,9 @@ class Renderer:
     @property
     def stop_ids(self) -> list[int]:
         """Token ids that end an answer."""
-        if self.template == "plain":
+        if self.shows_captions and self.decoder_start is not None:
+            stop = []
+        elif self.shows_captions:
             stop = self.tokenizer("\n", add_special_tokens=False).input_ids[-1:]
         else:
             exchange = Turn("user", "question"), Turn("assistant", "answer")
@@ -158,8 +173,11 @@ class Renderer:
         eos = self.tokenizer.eos_token_id
         return stop if eos is None or eos in stop else [*stop, eos]
 
-    def render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
+    def render(self, conversation: Conversation, media: MediaPlan, place: float | None = None) -> Rendered:
         """Tokens and targets of a conversation, with the slots of its planned `media`.
+
+        place: for ``prefix``, a random number in [0, 1), which decides where the caption is cut; None for no cut. It
+        does not change the number of tokens.
 
         A conversation longer than `max_length` loses complete turns from its end; images are never cut. With ``plain``
         the question counts as well although it is not rendered, so that the length of a record does not depend on the
@@ -174,7 +192,7 @@ class Renderer:
         turns = conversation.turns
         unseen = self._unseen(conversation)
         while True:
-            rendered = self._render(replace(conversation, turns=turns), media)
+            rendered = self._render(replace(conversation, turns=turns), media, place)
             if len(rendered) + unseen <= self.max_length:
                 break
             turns = turns[:-1]
@@ -234,8 +252,8 @@ class Renderer:
                 found.append(None)
                 continue
             texts += rendered
-            slots = sum(placement.slots + placement.newlines for placement in plan.placements)
-            fixed = slots + (self.template == "plain")
+            fixed = sum(placement.slots + placement.newlines for placement in plan.placements)
+            fixed += self.shows_captions + 2 * (self.decoder_start is not None)
             found.append((fixed, len(texts), len(texts) + len(unseen)))
             texts += unseen
         counts = list(map(len, self.tokenizer(texts, add_special_tokens=False).input_ids)) if texts else []
@@ -258,7 +276,7 @@ class Renderer:
         Raises _Unusual if the number of tokens depends on more than the texts, and BadSample.
         """
         conversation = self._checked(conversation)
-        runs = [part for part in self._layout(conversation, media) if not isinstance(part, _Slots)]
+        runs = [part for part in self._layout(conversation, media) if isinstance(part, list)]
         is_cut = _has_more(conversation) or any(answer == _DROPPED for run in runs for _, answer in run)
         if is_cut or not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
             raise _Unusual
@@ -299,13 +317,30 @@ class Renderer:
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Text of a generated answer, without its end and without special tokens that turns may not contain."""
         text = self.tokenizer.decode([number for number in torch.as_tensor(ids).tolist() if number not in self._hidden])
-        return (text.split("\n")[0] if self.template == "plain" else text).strip()
+        return (text.split("\n")[0] if self.shows_captions else text).strip()
 
-    def _render(self, conversation: Conversation, media: MediaPlan) -> Rendered:
+    def _render(self, conversation: Conversation, media: MediaPlan, place: float | None = None) -> Rendered:
         tokens: list[tuple[int, int, int]] = []  # id, the assistant turn and the placement to which it belongs, or -1
+        encoded = None
         for part in self._layout(conversation, media):
-            tokens += self._shown(part) if isinstance(part, _Slots) else self._encode(part)
-        if self.template == "plain":
+            if isinstance(part, _Slots):
+                tokens += self._shown(part)
+            elif part is _DECODER:
+                encoded = len(tokens) + 1
+                tokens += [(self.tokenizer.eos_token_id, -1, -1), (self.decoder_start, -1, -1)]
+            else:
+                tokens += self._encode(part)
+        if self.template == "prefix" and place is not None:
+            begin = next((number for number, (_, answer, _) in enumerate(tokens) if answer == 0), len(tokens))
+            middle = (len(tokens) - begin) // 2
+            cut = begin + 1 + int(place * middle) if middle else begin
+            prefix = [(token, -1, -1) for token, _, _ in tokens[begin:cut]]
+            if encoded is None:
+                tokens[begin:cut] = prefix
+            else:  # before the end of the encoder's text
+                tokens[encoded - 1 : cut] = prefix + tokens[encoded - 1 : begin]
+                encoded += len(prefix)
+        if self.shows_captions:
             # Appended as a token, because a full stop and a newline may merge, and generation stops at this token.
             tokens += [(token, 0, -1) for token in self.stop_ids[:1]]
 
@@ -314,10 +349,9 @@ class Renderer:
         of_turns = torch.tensor([turn.weight for turn in conversation.turns if turn.role == "assistant"])
         weights = torch.where(trains, of_turns[answer.roll(-1)], 0.0)
         targets = torch.where(weights > 0, input_ids.roll(-1), IGNORE)
-        turns = range(int(answer.max()) + 1)
-        ranges = tuple((int((answer == turn).nonzero()[0]), int((answer == turn).nonzero()[-1]) + 1) for turn in turns)
+        ranges = tuple(map(_range, (answer == turn for turn in range(int(answer.max()) + 1))))
         positions = None if self.rows is None else self.rows(index, media.placements)
-        return Rendered(input_ids, targets, weights, index, ranges, media, positions)
+        return Rendered(input_ids, targets, weights, index, ranges, media, positions, encoded=encoded)
 
     def _shown(self, slots: _Slots) -> list[tuple[int, int, int]]:
         """The slots of a placement and its newlines as tokens, see `_encode`."""
@@ -488,13 +522,18 @@ class Renderer:
         # OpenFlamingo's code does not train the end of a document, because nothing is trained after the end of a chunk
         return [*spans, _Span(self.tokenizer.eos_token or "", answer=None if self._chunk_end else number)]
 
-    def _layout(self, conversation: Conversation, media: MediaPlan) -> list[_Run | _Slots]:
-        """The texts to tokenize, and the slots of images between them."""
-        parts: list[_Run | _Slots] = []
+    def _layout(self, conversation: Conversation, media: MediaPlan) -> list[_Run | _Slots | object]:
+        """The texts to tokenize, the slots of images between them, and `_DECODER` where the decoder begins."""
+        parts: list[_Run | _Slots | object] = []
         shown = iter(media.by_medium)
         chunk: list[_Span] = []  # text that is tokenized together
         spans = self._spans(conversation)
+        if self.decoder_start is not None:
+            spans = _for_decoder(spans)
         for span in _merged(spans) if self.shared else spans:
+            if span.is_decoder:
+                parts += [*self._runs(chunk), _DECODER]
+                chunk = []
             if span.is_start:
                 parts += self._runs(chunk)
                 chunk = []
@@ -555,6 +594,25 @@ _AFTER_CUT, _DROPPED = "\n", -2
 space; the tokens of the prefix are dropped."""
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which no template treats specially
+
+
+_DECODER = object()
+"""Place at which the encoder's text ends and the decoder's begins."""
+
+
+def _for_decoder(spans: list[_Span]) -> list[_Span]:
+    """The spans for an encoder-decoder model: only the last answer is the decoder's, without text behind it."""
+    last = max(span.answer for span in spans if span.answer is not None)
+    first = next(number for number, span in enumerate(spans) if span.answer == last)
+    encoded = (replace(span, answer=None) for span in spans[:first])
+    begin = replace(spans[first], text=spans[first].text.lstrip(" "), is_decoder=True)
+    return [*encoded, begin, *(span for span in spans[first + 1 :] if span.answer == last)]
+
+
+def _range(belongs: Tensor) -> tuple[int, int]:
+    """The first and the last position that belong to an answer; (0, 0) if none does."""
+    found = belongs.nonzero()
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
 
 
 def _has_more(conversation: Conversation) -> bool:

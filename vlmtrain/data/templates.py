@@ -86,13 +86,15 @@ TEMPLATES = {
     **{BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA, IDEFICS: _IDEFICS},
 }
 PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
+CAPTIONS = ("plain", "prefix")
+"""Templates that render only images and the answer; ``prefix`` trains the answer from a random place on."""
 
 # The text of documents, all of which is trained on, with images in between; see `Renderer`.
 INTERLEAVED = "interleaved"
 CHUNK_END = "<|endofchunk|>"
 """Token after the text that follows an image (Flamingo, 2022; OpenFlamingo's name), if the tokenizer has it."""
 
-NAMES = ("plain", "chat", INTERLEAVED, *TEMPLATES)
+NAMES = (*CAPTIONS, "chat", INTERLEAVED, *TEMPLATES)
 
 
 def chat_template(name: str, tokenizer: PreTrainedTokenizerBase, fallback: str | None) -> str:

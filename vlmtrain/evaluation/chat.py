@@ -74,8 +74,8 @@ class Chat:
         streamer = on_text and Pieces(renderer, on_text)
         ids = generate(self.model, self.processor, batch, max_new_tokens=max_new_tokens, streamer=streamer)
         answer = renderer.decode(ids[0])
-        # a caption model (template plain) supports a single exchange
-        self.turns = () if renderer.template == "plain" else (*asked, Turn("assistant", answer))
+        # a caption model (template plain or prefix) supports a single exchange
+        self.turns = () if renderer.shows_captions else (*asked, Turn("assistant", answer))
         return answer
 
 

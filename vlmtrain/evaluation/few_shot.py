@@ -165,8 +165,10 @@ def why_zero_shot(processor: Processor) -> str | None:
     renderer, exchange = processor.renderer, (Turn("user", "question"), Turn("assistant", "answer"))
     if processor.in_pairs:
         return "a sample is one image and one text"
-    if renderer.template == "plain":
-        return "template=plain renders one exchange"
+    if renderer.decoder_start is not None:
+        return "an encoder-decoder language model answers one question per sample"
+    if renderer.shows_captions:
+        return f"template={renderer.template} renders one exchange"
     if renderer.pictures_first:
         return f"template={renderer.template} puts images first"
     try:

@@ -16,6 +16,7 @@ from ..connectors import Features
 from ..data.processor import Processor
 from ..data.rendered import IGNORE
 from ..model import VLMWrapper
+from ..model.encoder_decoder import is_encoder_decoder
 from ..model.fusion import Concatenation
 from ..model.rotary import rows_of_positions
 
@@ -65,11 +66,13 @@ class Prefixes:
     def serve(model: VLMWrapper) -> bool:
         """Whether a prompt's state is the beginning of its conversation's state.
 
-        That excludes language models with a recurrent state or a cache of their own, and fusions that may read later
-        text.
+        That excludes encoder-decoder models, language models with a recurrent state or a cache of their own, and
+        fusions that may read later text.
         """
         llm = model.llm
-        if llm._is_stateful or not llm._supports_default_dynamic_cache() or llm.generation_config.cache_implementation:
+        if is_encoder_decoder(llm.config) or llm._is_stateful or llm.generation_config.cache_implementation:
+            return False
+        if not llm._supports_default_dynamic_cache():
             return False
         layers = DynamicCache(config=llm.config.get_text_config(decoder=True)).layers
         kinds = {type(layer) for layer in layers}

@@ -43,7 +43,7 @@ def build_page(chat: Chat, max_new_tokens: int):
         one = Chat(chat.model, chat.processor)
         one.turns = conversation.get("turns", ())[: 2 * sum(turn["role"] == "assistant" for turn in history)]
         shown = sum(turn.text.count(IMAGE_MARK) for turn in one.turns if turn.role == "user")
-        if chat.processor.renderer.template == "plain":  # supports a single exchange, about the latest image or video
+        if chat.processor.renderer.shows_captions:  # supports a single exchange, about the latest image or video
             shown = 0 if message["files"] else 1
         one.media = conversation.get("media", ())[:shown]
         pieces, left = SimpleQueue(), Event()

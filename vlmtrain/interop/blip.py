@@ -26,6 +26,7 @@ from ..data.connector_text import TextReader
 from ..data.geometry import Geometry
 from ..data.processor import Processor
 from ..model import VLMWrapper
+from ..model.encoder_decoder import is_encoder_decoder
 from .blip_towers import as_blip_tower
 from .chat_template import Speech, spoken_words, typed_speech
 from .fitting import DoesNotFit, filled
@@ -142,6 +143,8 @@ def _language_state(llm: nn.Module, speech: Speech, processor: Processor) -> tup
     # the classes read the end-of-answer token from this configuration and not from their own files
     config.eos_token_id = processor.renderer.stop_ids
     config.bos_token_id, config.pad_token_id = speech.tokenizer.bos_token_id, speech.tokenizer.pad_token_id
+    if is_encoder_decoder(config):
+        config.bos_token_id = speech.tokenizer.eos_token_id  # the text after images where there is no prompt
     grown = {tensor.data_ptr() for table in tables if table is not None for tensor in table.parameters()}
     state = {
         f"language_model.{name}": _with_rows(tensor, lacking) if tensor.data_ptr() in grown else tensor

@@ -133,7 +133,7 @@ def typed_speech(
     if video is not None:
         marks[VIDEO_MARK] = _Shown(video, *frame) if framed_video else _Shown(video)
     tokenizer = _with_media_tokens(renderer.tokenizer, *(shown.token for shown in marks.values()))
-    _add_nothing(tokenizer)
+    _add_nothing(renderer, tokenizer)
     own = tokenizer.chat_template
     if renderer.template == "chat" and isinstance(own, str) and token != IMAGE_MARK and token in own:
         if not framed_video:
@@ -174,7 +174,7 @@ def spoken_words(processor: Processor) -> Speech:
     if not renderer.pictures_first:
         raise ValueError(f"template={renderer.template} does not put images before the text: use template=blip")
     tokenizer = _with_media_tokens(renderer.tokenizer, IMAGE_MARK)
-    _add_nothing(tokenizer)
+    _add_nothing(renderer, tokenizer)
     words = _inner_template(renderer, processor.fallback).replace("{{ bos_token }}", "")
     if tokenizer.bos_token is not None:
         start = (tokenizer.bos_token, tokenizer.bos_token_id)
@@ -247,7 +247,7 @@ def _chosen(
 def _inner_template(renderer: Renderer, fallback: str | None) -> str:
     if renderer.template == INTERLEAVED:
         return renderer.document_template
-    if renderer.template != "plain":
+    if not renderer.shows_captions:
         return chat_template(renderer.template, renderer.tokenizer, fallback)
     adds = renderer.tokenizer("").input_ids[:1] == [renderer.tokenizer.bos_token_id]
     return ("{{ bos_token }}" if adds else "") + _marked(_PLAIN)
@@ -258,7 +258,7 @@ def _written_out(renderer: Renderer) -> list[str]:
 
     For templates that render an answer differently when further turns follow (reasoning templates), unlike training.
     """
-    if renderer.template in ("plain", INTERLEAVED):
+    if renderer.shows_captions or renderer.template == INTERLEAVED:
         return []
     talk = (Turn("user", "a"), Turn("assistant", "b")) * 3
     start, ask, end, *more, _ = renderer.template_texts(talk)
@@ -279,18 +279,28 @@ def _written_out(renderer: Renderer) -> list[str]:
     return [re.sub("|".join(texts), lambda found: json.dumps(texts[found[0]], ensure_ascii=False), template)]
 
 
-def _add_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+def _add_nothing(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer add no special tokens, which templates write.
+
+    What an encoder reads ends with a token that no template writes, and is padded on the right: T5's positions would
+    count padding between images and text.
+    """
     for key in ("add_bos_token", "add_eos_token"):
         if hasattr(tokenizer, key) and getattr(tokenizer, key):
             setattr(tokenizer, key, False)
         if key in tokenizer.init_kwargs:
             tokenizer.init_kwargs[key] = False
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    if renderer.decoder_start is not None:
+        end = tokenizer.eos_token
+        frame = (f"$A {end}", f"$A $B {end}", [(end, tokenizer.eos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(*frame)
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
 
 
 def _conversations(renderer: Renderer) -> list[tuple[Turn, ...]]:
     asked = Turn("user", f"{IMAGE_MARK}\nWhat is 2 + 2? It's \u00e9t\u00e9.")
-    if renderer.template == "plain":
+    if renderer.shows_captions:
         return [(asked,)]
     again = (Turn("assistant", "It is four."), Turn("user", f"And\n{IMAGE_MARK}\n{IMAGE_MARK}\nhere:\n1. a"))
     talks = [(asked,), (Turn("user", "Hello"),), (asked, *again), (asked, again[0], Turn("user", "Why?"))]
@@ -323,7 +333,7 @@ def _difference(
             wanted = renderer.prompt(asked, MediaPlan((), tuple(places)))
         except BadSample:  # the template may not support a system turn, or only one exchange
             continue
-        expected = wanted.input_ids.masked_fill(wanted.index >= 0, token_id).tolist()
+        expected = wanted.input_ids.masked_fill(wanted.index >= 0, token_id).tolist()[: wanted.encoded]
         for message_of in messages or (_string_message, _typed_message):
             text = speech.tokenizer.apply_chat_template(
                 [_showing(message_of(turn), mark) for turn in turns],

@@ -16,6 +16,7 @@ from ..data.records import IMAGE_MARK, Conversation, ImageSource, Turn, VideoSou
 from ..data.video import FrameSequence
 from ..files import check_new_folder, new_folder
 from ..model import VLMWrapper
+from ..model.encoder_decoder import is_encoder_decoder
 from ..model.experts import experts_of
 from ..model.fusion import Concatenation
 from ..model.rotary import positions_of
@@ -79,6 +80,8 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
     kind = form if form != "hf" else _kind(model, processor)
     if processor.attention != CAUSAL and kind not in ("molmo2", "paligemma"):
         raise DoesNotFit(f"fusion.attention={processor.attention}: exported models are causal")
+    if form == "vlmtrain" and is_encoder_decoder(model.llm.config):
+        raise DoesNotFit(f"{type(model.llm).__name__}: use --format blip2, whose classes have an encoder-decoder model")
     remarks: tuple[str, ...] = ()
     if form != "vlmtrain":
         try:
@@ -92,11 +95,14 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
                 raise DoesNotFit(f"llm.positions={positions}: the classes of LLaVA and BLIP-2 have ordinary positions")
             if kind != "fuyu" and processor.geometry.newline:
                 raise DoesNotFit(f"llm.image_newline={processor.geometry.newline}: only Fuyu's class has such a token")
+            if kind != "blip2" and is_encoder_decoder(model.llm.config):
+                raise DoesNotFit(f"{type(model.llm).__name__}: only BLIP-2's classes have an encoder-decoder model")
             convert, compare = _CLASSES[kind]
             exported = convert(model, processor)
             return exported, compare(exported, model, processor)
         except DoesNotFit as error:
-            if processor.attention != CAUSAL or not model.fusion.in_text:
+            in_text = model.fusion.in_text and not is_encoder_decoder(model.llm.config)
+            if processor.attention != CAUSAL or not in_text:
                 raise
             if form != "hf":
                 raise DoesNotFit(f"{error}; --format vlmtrain supports all models") from error
@@ -151,7 +157,7 @@ def compare_logits(exported: Exported, model: VLMWrapper, processor: Processor) 
 
 
 def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
-    """Logits ``(B, T, V)`` of a Hugging Face model for one of our batches with images."""
+    """Logits ``(B, T, V)``, or of the decoder, of a Hugging Face model for one of our batches with images."""
     visual, pixels, config = batch.visual, batch.visual.pixels[0], exported.model.config
     cuts = [placement.tiles for placement in visual.placements if placement.tiles]
     options: dict = {"pixel_values": pixels}
@@ -180,6 +186,9 @@ def _hf_logits(exported: Exported, batch: Batch) -> torch.Tensor:
             options["pixel_values_videos"] = torch.stack(videos)
             moving = torch.tensor([*(place.frames is not None for place in visual.placements), False])
             ids = ids.masked_fill(moving[visual.index], config.video_token_id)  # the last one is for text, index -1
+    if batch.decoder is not None:  # of a single prompt
+        ids, decoded = ids.split([batch.decoder.encoder_width, batch.decoder.width], 1)
+        options["decoder_input_ids"] = decoded
     return exported.model(input_ids=ids, use_cache=False, **options).logits
 
 

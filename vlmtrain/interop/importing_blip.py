@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..connectors.qformer import EPS
 from ..data.connector_text import TextReader
 from ..data.processor import Processor
 from ..data.templates import BLIP
 from ..model import VLMWrapper
+from ..model.encoder_decoder import FAMILIES, is_encoder_decoder, prepared
 from ..model.llm import load_tokenizer
 from ..model.parts import make_connector
 from ..model.vision import HFVision
@@ -32,13 +33,17 @@ def check(folder: Path, config, fit: str | None) -> None:
     """Raise ValueError with the key if the model cannot be represented by a `VLMWrapper`."""
     text, qformer = config.text_config, config.qformer_config
     for key, got, expected in (
-        ("text_config.model_type", text.model_type, None if text.is_encoder_decoder else text.model_type),
+        ("text_config.model_type", text.model_type, text.model_type if _is_known(text) else None),
         ("qformer_config.hidden_act", qformer.hidden_act, "gelu"),
         ("qformer_config.layer_norm_eps", qformer.layer_norm_eps, EPS),
     ):
         if got != expected:
-            wanted = expected or "a decoder-only model (OPT, Llama); this one reads images in an encoder"
+            wanted = expected or f"a decoder-only model (OPT, Llama) or one of {', '.join(FAMILIES)}"
             raise ValueError(f"{folder / 'config.json'}: {key}={got}, expected {wanted}")
+
+
+def _is_known(text: PreTrainedConfig) -> bool:
+    return is_encoder_decoder(text) or not text.is_encoder_decoder
 
 
 def read(source: Source) -> tuple[VLMWrapper, Processor]:
@@ -60,7 +65,7 @@ def _parts(source: PreTrainedModel, look: dict) -> VLMWrapper:
     """The parts of a BLIP-2 or InstructBLIP model, which share its tensors. look: image_mean and image_std."""
     tower = source.vision_model
     vision = HFVision(tower, {"image_size": tower.config.image_size, **look}, layer=-1)
-    llm = source.language_model
+    llm = prepared(source.language_model)
     connector = make_connector("qformer", vision, llm, _options(source.config))
     connector.load_published({name: tensor for name, tensor in source.state_dict().items() if _is_connector(name)})
     return VLMWrapper(vision, connector, llm).eval()

@@ -202,6 +202,7 @@ def generation_settings(processor: Processor, speech: Speech) -> GenerationConfi
         eos_token_id=processor.renderer.stop_ids,
         bos_token_id=speech.tokenizer.bos_token_id,
         pad_token_id=speech.tokenizer.pad_token_id,
+        decoder_start_token_id=processor.renderer.decoder_start,
         suppress_tokens=speech.media_ids,
     )
 

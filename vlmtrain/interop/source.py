@@ -20,6 +20,7 @@ from ..data.geometry import Geometry
 from ..data.processor import Processor
 from ..data.rendering import Renderer
 from ..files import read_json
+from ..model.encoder_decoder import start_token
 from ..model.llm import max_positions
 from ..visual import CAUSAL
 
@@ -72,7 +73,8 @@ def processor_of(
     """The processor of an imported model. template: None for the source's own, which is in the folder `where`."""
     length = max_positions(llm) or DEFAULT_LENGTH
     template = template or template_of(where, tokenizer)
-    return Processor(tokenizer, geometry, template, length, reader=reader, positions=positions, attention=attention)
+    options = {"positions": positions, "attention": attention, "decoder_start": start_token(llm)}
+    return Processor(tokenizer, geometry, template, length, reader=reader, **options)
 
 
 def end_answers(tokenizer: PreTrainedTokenizerBase, *settings: GenerationConfig | PreTrainedConfig) -> None:

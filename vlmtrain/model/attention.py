@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import some
+from .encoder_decoder import is_encoder_decoder
 from .varlen import has_kernel, varlen_attention
 
 NAME = "vlmtrain_segments"
@@ -28,6 +29,8 @@ def segments_obstacle(llm: nn.Module) -> str | None:
     None if they would not. Convolutions and recurrences continue from one sample into the next, and some attention
     cannot be replaced.
     """
+    if is_encoder_decoder(llm.config):
+        return f"{type(llm).__name__} is an encoder-decoder model"
     config = llm.config.get_text_config()
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - APART)
     if kinds or getattr(llm, "_is_stateful", False):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from .blocks import block_list, first_blocks
+from .encoder_decoder import is_encoder_decoder
 
 
 def receive_levels(llm: nn.Module, count: int) -> None:
@@ -21,6 +22,11 @@ def receive_levels(llm: nn.Module, count: int) -> None:
     """
     if not count:
         return
+    if is_encoder_decoder(llm.config):
+        raise ValueError(
+            f"{type(llm).__name__} is an encoder-decoder model, which does not support levels that are added to its "
+            "blocks: use another connector or connector.levels=0"
+        )
     path, number = block_list(llm)
     blocks = llm.get_submodule(path)
     if number < count:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..registry import Registry
 from ..visual import Visual
 from .blocks import block_list
+from .encoder_decoder import is_encoder_decoder
 from .experts import routing_of
 from .gated_layer import GATES, STYLES, GatedLayer
 from .llm import hidden_width
@@ -181,6 +182,11 @@ class GatedCrossAttention(Fusion):
 
     @classmethod
     def facts(cls, llm: nn.Module, media_width: int) -> dict[str, Any]:
+        if is_encoder_decoder(llm.config):
+            raise ValueError(
+                f"fusion=gated_cross_attention needs a decoder-only language model, got {type(llm).__name__}: use "
+                "fusion=concatenation"
+            )
         config, width = llm.config.get_text_config(), hidden_width(llm)
         inner = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
         own = {

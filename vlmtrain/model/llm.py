@@ -1,4 +1,4 @@
-"""Language models: any Hugging Face causal LM, with its tokenizer."""
+"""Language models of Hugging Face, decoder-only or encoder-decoder, with their tokenizers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import first_line, nearest
 from ..registry import Registry
 from .attention import plain_attention
 from .blocks import first_blocks
+from .encoder_decoder import FAMILIES, auto_class, has_own_head, is_encoder_decoder, own_names, prepared
 from .experts import load_experts, restore_experts, save_experts
 from .loading import load_hf_config, load_hf_model
 from .rotary import restore_multimodal_rotary
@@ -58,10 +59,11 @@ def build_llm(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a causal language model from a Hub ID or a folder."""
-    _check_causal(load_hf_config(path, "llm.path", trust_remote_code), f"llm.path={path}")
+    """Load a language model from a Hub ID or a folder."""
+    config = load_hf_config(path, "llm.path", trust_remote_code)
+    _check_generative(config, f"llm.path={path}")
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    llm = load_hf_model("AutoModelForCausalLM", path, dtype=dtype, **options)
+    llm = prepared(load_hf_model(auto_class(config), path, dtype=dtype, **options))
     load_experts(llm, Path(path))
     check_embeddings(llm, f"llm.path={path}")
     return llm
@@ -75,14 +77,23 @@ def build_llm_skeleton(
         known = load_hf_config(path, "llm.path", trust_remote_code)
     else:
         known = transformers.AutoConfig.for_model(**config)
-    _check_causal(known, f"llm.path={path}")
-    llm = transformers.AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code).to(dtype)
+    _check_generative(known, f"llm.path={path}")
+    llm = _built(known, trust_remote_code).to(dtype)
     restore_experts(llm)
     return llm
 
 
+def _built(config: PreTrainedConfig, trust_remote_code: bool = False) -> nn.Module:
+    """The architecture of a configuration, with new weights."""
+    known = getattr(transformers, auto_class(config))
+    llm = prepared(known.from_config(config, trust_remote_code=trust_remote_code))
+    if has_own_head(config):  # its logits start as large as those of a tied head, whose inputs are scaled
+        llm.lm_head.weight.data *= config.d_model**-0.5
+    return llm
+
+
 def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Build a causal language model with random weights.
+    """Build a language model with random weights.
 
     config: a Hugging Face configuration with its ``model_type``; the vocabulary size and special token ids are taken
     from the tokenizer. Raises ValueError for a key that the model's configuration does not have, and for values with
@@ -96,9 +107,11 @@ def build_random_llm(config: dict, tokenizer: PreTrainedTokenizerBase, dtype: to
         for key in config:
             if not hasattr(known, key) and not hasattr(usual, key):
                 raise ValueError(f"{given} has no key '{key}'.{nearest(key, vars(known))}")
+        if is_encoder_decoder(known):
+            config, ids["decoder_start_token_id"] = own_names(config), tokenizer.pad_token_id
         full = transformers.AutoConfig.for_model(**config, vocab_size=len(tokenizer), **ids)
-        _check_causal(full, given)
-        llm = transformers.AutoModelForCausalLM.from_config(full).to(dtype)
+        _check_generative(full, given)
+        llm = _built(full).to(dtype)
     except Exception as error:  # transformers raises anything for values of a wrong type or size
         message = first_line(error)
         raise ValueError(message if given in message else f"{given} cannot be built: {message}") from None
@@ -122,11 +135,12 @@ def check_embeddings(llm: nn.Module, given: str) -> None:
     llm.eval()
     large = sum(p.numel() for p in llm.parameters()) > LARGE
     ids = torch.arange(8)[None] % llm.get_input_embeddings().num_embeddings
+    options = {"decoder_input_ids": ids} if is_encoder_decoder(llm.config) else {}
     try:
         with first_blocks(llm) if large else nullcontext(), plain_attention(llm):
-            from_ids = llm(input_ids=ids, use_cache=False).logits.float()
+            from_ids = llm(input_ids=ids, use_cache=False, **options).logits.float()
             embeddings = llm.get_input_embeddings()(ids)
-            found = llm(inputs_embeds=embeddings, use_cache=False).logits.float()
+            found = llm(inputs_embeds=embeddings, use_cache=False, **options).logits.float()
     except Exception as error:  # the code of a model can raise anything
         raise ValueError(f"{given} cannot run: {first_line(error)}") from None
     finally:
@@ -139,8 +153,8 @@ def check_embeddings(llm: nn.Module, given: str) -> None:
         )
 
 
-def _check_causal(config, given: str) -> None:
-    """Raise ValueError unless the configuration is of a causal model; `given` is the setting and its value.
+def _check_generative(config: PreTrainedConfig, given: str) -> None:
+    """Raise ValueError unless the model is causal or in `encoder_decoder.FAMILIES`; `given` is the setting.
 
     Rejected are models like BERT, whose class in transformers is causal only with ``is_decoder``, and models without
     a causal class.
@@ -151,13 +165,17 @@ def _check_causal(config, given: str) -> None:
     )
 
     kind = config.model_type
+    if is_encoder_decoder(config):
+        if getattr(config, "decoder_start_token_id", None) is None:
+            raise ValueError(f"{given}: its config.json has no decoder_start_token_id, with which the decoder begins")
+        return
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     sees_both_sides = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
     if not own_code and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or sees_both_sides):
         raise ValueError(
             f"{given} is not a causal language model ({kind}{', which is bidirectional' if sees_both_sides else ''}): "
-            "expected a causal model such as llama, qwen2 or opt"
+            f"expected a causal model such as llama, qwen2 or opt, or an encoder-decoder model ({', '.join(FAMILIES)})"
         )
 
 
@@ -219,9 +237,9 @@ def save_llm(llm: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
 
 def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
     """Load a model that was written by `save_llm`."""
-    load_hf_config(str(folder), "llm", trust_remote_code)
+    config = load_hf_config(str(folder), "llm", trust_remote_code)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    llm = load_hf_model("AutoModelForCausalLM", str(folder), is_ours=True, **options)
+    llm = prepared(load_hf_model(auto_class(config), str(folder), is_ours=True, **options))
     restore_multimodal_rotary(llm)
     load_experts(llm, folder)
     return llm
@@ -230,7 +248,7 @@ def load_llm(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
 def saved_llm_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     """Build the architecture of a model that was written by `save_llm`, with new weights."""
     config = load_hf_config(str(folder), "llm", trust_remote_code)
-    llm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    llm = _built(config, trust_remote_code)
     restore_multimodal_rotary(llm)
     restore_experts(llm)
     return llm

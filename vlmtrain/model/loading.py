@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import first_line, some
 from ..files import check_regular
+from .encoder_decoder import has_own_head
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -124,7 +125,8 @@ def _check_tied(model: nn.Module, path: str) -> None:
     # BLIP-2's classes contain a complete model, whose configuration is the relevant one.
     inner = getattr(model, "language_model", None)
     owner = inner if inner is not None and inner.get_output_embeddings() is not None else model
-    if not getattr(owner.config, "tie_word_embeddings", False) or owner.get_output_embeddings() is None:
+    ties = getattr(owner.config, "tie_word_embeddings", False) and not has_own_head(owner.config)
+    if not ties or owner.get_output_embeddings() is None:
         return
     table, head = owner.get_input_embeddings().weight, owner.get_output_embeddings().weight
     where = path if head.shape == table.shape and not torch.equal(head, table) else None

@@ -16,6 +16,7 @@ from ..connectors.base import are_several
 from ..visual import Visual
 from .attention import attention_arguments, follow_rules
 from .deep_levels import at_prefill, receive_levels
+from .encoder_decoder import decoder_logits, generate_answers
 from .folder import read_manifest, write_manifest
 from .fusion import Concatenation, Fused, Fusion, VisualTokens
 from .llm import hidden_width
@@ -27,7 +28,7 @@ from .vision import VisionEncoder
 
 
 class VLMWrapper(nn.Module):
-    """A vision encoder, a connector and a causal language model, joined by a fusion.
+    """A vision encoder, a connector and a language model, decoder-only or encoder-decoder, joined by a fusion.
 
     Any part may be None if a training stage does not need it; without a fusion, visual tokens are concatenated with the
     text. ``model(batch)`` returns logits and ``model.generate(batch)`` continues prompts, for a `Batch` of
@@ -120,6 +121,8 @@ class VLMWrapper(nn.Module):
     ) -> Tensor:
         """Logits of the next token, ``(B, T, V)``; with `keep`, only of some positions, ``(K, V)``.
 
+        Of an encoder-decoder model, only the decoder's positions have logits: ``(B, Td, V)``.
+
         Rows are padded on the right: under causal attention no real position sees padding, so no mask is needed. A
         packed row requires a language model prepared by `attend_in_segments`. features: see `embed`. keep: positions
         ``(K,)`` in the flattened batch, as in `Targets`. cache: an empty one, which receives the keys and values of all
@@ -131,6 +134,8 @@ class VLMWrapper(nn.Module):
         rules = batch.prefix, batch.branch, batch.bidirectional
         options = attention_arguments(batch.boundaries, *rules, segments=batch.segments)
         follow_rules(self.llm, options)
+        if batch.decoder is not None:
+            return decoder_logits(self.llm, fused.embeddings, batch.decoder, keep)
         if batch.boundaries is not None:
             options["position_ids"] = batch.positions if batch.positions.ndim == 2 else batch.text_positions
         options |= fused.visual_options(self.llm)
@@ -156,6 +161,8 @@ class VLMWrapper(nn.Module):
         ``eos_token_id``, ``streamer``, ...). Returns the new token ids ``(B, new)``.
         """
         fused = self.embed(batch.input_ids, batch.visual, features)
+        if batch.decoder is not None:
+            return generate_answers(self.llm, fused.embeddings, batch.decoder, **options)
         width, lengths = batch.input_ids.shape[1], batch.lengths
         columns = torch.arange(width, device=lengths.device)[None]
         # generation requires padding on the left: roll each row's end to the right edge

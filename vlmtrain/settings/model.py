@@ -197,7 +197,7 @@ class TinyLLM(LanguageModel):
 
 @dataclass(frozen=True)
 class HFLLM(LanguageModel):
-    """A causal language model from Hugging Face Transformers."""
+    """A language model from Hugging Face Transformers."""
 
     provider: str = key(one_of("hf"))
     path: str = key(TEXT)  # Hub ID or folder

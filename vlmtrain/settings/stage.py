@@ -13,6 +13,7 @@ from ..data.frame_sampling import CHOOSES_LAST, SAMPLINGS
 from ..data.images import FITS, FRAME_FITS
 from ..data.layouts import LAYOUTS
 from ..data.rendered import LOSS_PER
+from ..data.templates import CAPTIONS
 from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
 from ..frames import NEWLINES, POOLS
 from .fields import (
@@ -289,10 +290,10 @@ class Stage:
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
         if self.share_images and self.layout != "packed":
             raise ValueError(f"{self.prefix}.share_images=true: expected false, or true with layout=packed")
-        if self.share_images and self.template == "plain":
+        if self.share_images and self.template in CAPTIONS:
             raise ValueError(
-                f"{self.prefix}.share_images=true needs a template with questions: with template=plain, the last token "
-                "of an image predicts the first of its caption, so captions cannot share it"
+                f"{self.prefix}.share_images=true needs a template with questions: with template={self.template}, the "
+                "last token of an image predicts the first of its caption, so captions cannot share it"
             )
 
     def _check_parts(self) -> None:

@@ -21,6 +21,7 @@ from ..data.processor import Processor
 from ..data.records import IMAGE_MARK, BadSample, VideoFacts
 from ..data.video_plan import TIME_FORMAT, VideoPlan
 from ..frames import Joining
+from ..model.encoder_decoder import start_token
 from ..model.experts import experts_of
 from ..model.llm import load_tokenizer, max_positions
 from ..model.rotary import positions_of
@@ -93,6 +94,7 @@ def build_processor(
         share_images=stage.share_images,
         boxes=_box_writing(run),
         attention=_attention(run, stage),
+        decoder_start=start_token(parts["llm"]) if "llm" in parts else None,
     )
 
 

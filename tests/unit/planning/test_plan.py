@@ -184,7 +184,7 @@ def test_frozen_weights_keep_fewer_activations():
         with torch.device("meta"):
             layer = torch.nn.Linear(32, 32).requires_grad_(trained)
         meter = Meter()
-        with meter.part("layer", layer, None):
+        with meter.part("layer", layer):
             layer(torch.empty(10, 32, device="meta", requires_grad=True) * 2)
         kept[trained] = meter.costs["layer"].kept
     assert kept == {True: 10 * 32 * 4, False: 0}

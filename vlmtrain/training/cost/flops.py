@@ -20,6 +20,7 @@ from torch import nn
 
 from ...data.geometry import Geometry
 from ...data.loader import Work
+from ...model.encoder_decoder import is_encoder_decoder
 from ...settings import Stage
 from ..trainable import Group
 from .measuring import PartCost
@@ -31,6 +32,7 @@ TFLOPS = {
 }
 """Dense peaks of NVIDIA's data sheets by precision, the first name that is part of the device's. fp32 runs as TF32."""
 _TOKENS, _TARGETS = 64, (32, 64)  # of the samples that are measured
+_DECODED = (16, 32)  # targets of an encoder-decoder model, whose encoder must have tokens as well
 _SIDES = (2, 4, 8)  # of the square images that are measured, in windows
 
 
@@ -43,9 +45,10 @@ class StepFlops:
     def __init__(self, parts: Mapping[str, nn.Module], groups: list[Group], stage: Stage, geometry: Geometry | None):
         self._text = np.zeros(3)
         if "llm" in parts:
-            few, many = (measure_text(parts, groups, _TOKENS, targets) for targets in _TARGETS)
-            of_a_target = (many.all_flops - few.all_flops) / (_TARGETS[1] - _TARGETS[0])
-            of_tokens = few.all_flops - few.attention_flops - of_a_target * _TARGETS[0]
+            targets = _DECODED if is_encoder_decoder(parts["llm"].config) else _TARGETS
+            few, many = (measure_text(parts, groups, _TOKENS, count) for count in targets)
+            of_a_target = (many.all_flops - few.all_flops) / (targets[1] - targets[0])
+            of_tokens = few.all_flops - few.attention_flops - of_a_target * targets[0]
             self._text = np.array([of_tokens / _TOKENS, few.attention_flops / _TOKENS**2, of_a_target])
         if geometry is None:
             sizes = []

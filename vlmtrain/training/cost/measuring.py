@@ -7,7 +7,7 @@ gradients, and only its inputs and its output are kept for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -112,8 +112,8 @@ class Meter:
         self._before = 0.0
 
     @contextmanager
-    def part(self, name: str, module: nn.Module, blocks: str | None) -> Iterator[None]:
-        """Count the operations of `module` as `name`; `blocks` is the path of its list of transformer blocks."""
+    def part(self, name: str, module: nn.Module, *blocks: str) -> Iterator[None]:
+        """Count the operations of `module` as `name`; `blocks` are the paths of its lists of transformer blocks."""
         cost = self.costs.setdefault(name, PartCost())
         self._attention = 0.0
         known = {p.untyped_storage()._cdata for p in module.parameters()}
@@ -159,7 +159,7 @@ class Meter:
     def _count(self, flops: float) -> None:
         self._attention += flops
 
-    def _watch(self, module: nn.Module, blocks: str | None, cost: PartCost) -> list:
+    def _watch(self, module: nn.Module, blocks: Sequence[str], cost: PartCost) -> list:
         """Hooks that note the current block, the FLOPs that it takes, and the size of its input."""
 
         def enter(number: int, module: nn.Module, arguments: tuple, options: Mapping) -> None:
@@ -173,7 +173,7 @@ class Meter:
             self._block = None
 
         hooks = []
-        for number, block in enumerate(module.get_submodule(blocks).children() if blocks else ()):
+        for number, block in enumerate(block for path in blocks for block in module.get_submodule(path).children()):
             hooks.append(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True))
             hooks.append(block.register_forward_hook(leave))
         return hooks

@@ -17,8 +17,10 @@ from ...connectors.base import are_several
 from ...data.geometry import Geometry
 from ...data.records import BadSample, VideoFacts
 from ...model.blocks import block_list, first_blocks
+from ...model.encoder_decoder import BLOCKS, is_encoder_decoder
 from ...model.experts import routing_of
 from ...model.llm import hidden_width
+from ...model.logits import logits_at
 from ...model.media import Media
 from ...objectives.token_losses import token_losses
 from ...settings import STAGE_PARTS, Stage
@@ -139,7 +141,7 @@ def measure_views(
         if connector.reads_text:
             ids = torch.zeros(items, stage.connector_text.max_length, device="meta", dtype=torch.long)
             text |= {"text_ids": ids, "text_mask": None}
-        with meter.part("connector", connector, None):
+        with meter.part("connector", connector):
             if "llm" in parts:
                 visual = connector(features, **text)
                 made = (visual[0], *visual[1]) if isinstance(visual, tuple) else (visual,)
@@ -150,7 +152,7 @@ def measure_views(
     if hasattr(parts.get("objective"), "text"):
         text = parts["objective"].text
         words = torch.zeros(1, parts["objective"].context_length, device="meta", dtype=torch.long)
-        with meter.part("objective", text, None):
+        with meter.part("objective", text):
             meter.backward("objective", (text(words),))
     return meter.costs
 
@@ -158,27 +160,40 @@ def measure_views(
 def measure_text(parts: Mapping[str, nn.Module], groups: list[Group], tokens: int, targets: int) -> PartCost:
     """The cost of the language model for a sample, run on the meta device.
 
-    Only a few of its blocks run if all are alike: the others cost the same.
+    Only a few of its blocks run if all are alike: the others cost the same. Of an encoder-decoder model, all run; the
+    decoder reads a start token and the targets, the encoder all other tokens.
     """
-    llm, (_, count) = parts["llm"], block_list(parts["llm"])
+    llm, (path, count) = parts["llm"], block_list(parts["llm"])
+    decodes = is_encoder_decoder(llm.config)
+    paths = BLOCKS if decodes else (path,)
     use_counted_attention(llm)
     gradient = "connector" in parts and not all(is_frozen(part, groups) for part in ("vision", "connector", "fusion"))
 
     def run() -> PartCost:
         meter = Meter()
         dtype = next(llm.parameters()).dtype
-        row = torch.empty(1, tokens, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
+        split = {"inputs_embeds": tokens}
+        if decodes:
+            split = {"inputs_embeds": max(1, tokens - targets - 1), "decoder_inputs_embeds": targets + 1}
+        rows = {
+            name: torch.empty(1, length, hidden_width(llm), device="meta", dtype=dtype, requires_grad=gradient)
+            for name, length in split.items()
+        }
         kept = torch.arange(targets, device="meta")
         routed = {}
         if routing_of(llm) is not None:  # a position costs the same for each of the two experts
             routed = {"visual_mask": torch.arange(tokens, device="cpu")[None] < tokens // 2}
         trains = gradient or not is_frozen("llm", groups)
-        with meter.part("llm", llm, block_list(llm)[0]), torch.set_grad_enabled(trains):
-            logits = llm(inputs_embeds=row, use_cache=False, logits_to_keep=kept, **routed).logits
-            meter.backward("llm", (token_losses(logits.flatten(0, 1), kept),))
+        with meter.part("llm", llm, *paths), torch.set_grad_enabled(trains):
+            if decodes:
+                with logits_at(llm, kept, torch.Size((1, targets + 1))):
+                    logits = llm(**rows, use_cache=False).logits
+            else:
+                logits = llm(**rows, use_cache=False, logits_to_keep=kept, **routed).logits
+            meter.backward("llm", (token_losses(logits.flatten(0, -2), kept),))
         return meter.costs["llm"]
 
-    if count < WORTHWHILE or not _are_alike(llm):
+    if decodes or count < WORTHWHILE or not _are_alike(llm):
         return run()
     with first_blocks(llm, 2):
         two = run()
