@@ -293,7 +293,7 @@ class Renderer:
                 f"{conversation.id}: evaluation reads one dialogue per record, got {len(conversation.dialogues)}"
             )
         check_grading(conversation.id, conversation.turns)
-        if self.template != "plain":
+        if not self.shows_captions:
             return conversation
         turns = tuple(turn for turn in conversation.turns if turn.role != "system")[:2]
         shown = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")

@@ -253,7 +253,7 @@ def _pieces(
 ) -> list[str | Image]:
     """A prompt as IDEFICS's processor takes it: texts and images in turn, without the `start` that it writes."""
     renderer = processor.renderer
-    texts = [] if renderer.template == "plain" else renderer.template_texts((*turns, Turn("assistant", "answer")))
+    texts = [] if renderer.shows_captions else renderer.template_texts((*turns, Turn("assistant", "answer")))
     if start is None or not texts or not texts[0].startswith(start):
         raise DoesNotFit(
             f"template={renderer.template}: IDEFICS's processor writes conversations that start with {start}"
