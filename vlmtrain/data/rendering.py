@@ -13,7 +13,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,31 +21,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import first_line
 from ..time_limit import time_limit
 from ..visual import NO_MEDIA, MediaPlan
+from .chat_texts import ChatTexts, is_silent
 from .grading import check_grading
 from .positions import POSITIONS
 from .records import IMAGE_MARK, BadSample, Conversation, Dropped, Turn, check_content, check_conversation
 from .rendered import IGNORE, Rendered
+from .spans import IMAGE, Span, for_decoder, merged, with_images, without_marks
 from .templates import CAPTIONS, CHUNK_END, INTERLEAVED, PICTURES_FIRST, chat_template
 
 RENDERING = 2  # to be increased when conversations are rendered to other numbers of tokens
 PROBE_SECONDS = 20
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A section of the rendered text. `answer` is the index of the assistant turn that it trains, if any."""
-
-    text: str
-    is_words: bool = False
-    answer: int | None = None
-    is_image: bool = False
-    is_start: bool = False  # tokenized separately from the text before it
-    follows: bool = False  # an image that shares the token before it with another image
-    is_decoder: bool = False  # first of those of the decoder
-
 
 _Run = list[tuple[str, int]]
 """Texts that are tokenized as one string, each with the assistant turn that it trains, or -1."""
@@ -97,7 +84,7 @@ class Renderer:
         self.template = template
         self.max_length = max_length
         self.shows_captions, self._is_document = template in CAPTIONS, template == INTERLEAVED
-        self._chat = None if self.shows_captions or self._is_document else chat_template(template, tokenizer, fallback)
+        jinja = None if self.shows_captions or self._is_document else chat_template(template, tokenizer, fallback)
         self._chunk_end = CHUNK_END if CHUNK_END in tokenizer.get_vocab() else ""
         if self._is_document and decoder_start is not None:
             raise ValueError(f"template={template} trains on all text: it needs a decoder-only language model")
@@ -108,7 +95,7 @@ class Renderer:
         # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not in `all_special_tokens`.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks = filter(re.compile(r"<\S+>|\[\S+\]").fullmatch, tokenizer.get_added_vocab())
-        in_template = {mark for mark in marks if mark in (self._chat or "")}
+        in_template = {mark for mark in marks if mark in (jinja or "")}
         controls = set(controls) - {""}
         if self._is_document:
             in_template |= {CHUNK_END, IMAGE_MARK}
@@ -123,41 +110,32 @@ class Renderer:
         self.filler = tokenizer.pad_token_id or 0
         self.slot = self.filler if slot is None else tokenizer.convert_tokens_to_ids(slot)
         self.newline = None if newline is None else tokenizer.convert_tokens_to_ids(newline)
-        self._literals: dict[tuple, list[str]] = {}  # results of `_between`, by roles
-        self._looks_ahead = False  # whether the text before an answer depends on what follows it
-        self._no_system: str | None = "it contains only images and answers"
         self.decoder_start = decoder_start
         if decoder_start is not None and tokenizer("").input_ids not in ([], [tokenizer.eos_token_id]):
             raise ValueError(
                 "an encoder-decoder language model needs a tokenizer that adds at most an end-of-text token, got "
                 f"{tokenizer.convert_ids_to_tokens(tokenizer('').input_ids)}"
             )
-        if self._chat:
+        self._chat: ChatTexts | None = None
+        if jinja is not None:
             with time_limit(PROBE_SECONDS, f"template={template}: the chat template does not end"):
+                self._chat = ChatTexts(tokenizer, jinja)
                 self._probe()
+                self._chat.probe()
 
     def _probe(self) -> None:
-        """Determine how the chat template renders turns. Raises BadSample, a ValueError, if it cannot be trained on."""
+        """Determine where the chat template puts images. Raises BadSample, a ValueError, if it cannot be trained on."""
         once = (Turn("user", "question"), Turn("assistant", "answer"))
         self._spans(Conversation(f"template={self.template}", once))
         with suppress(ValueError):
-            self._places_each_turns = all(IMAGE_MARK in text for text in self._between(once * 2)[::2][:2])
-        self.places_pictures = IMAGE_MARK in self._between(once)[0] and not self._places_each_turns
+            self._places_each_turns = all(IMAGE_MARK in text for text in self._chat.between(once * 2)[::2][:2])
+        self.places_pictures = IMAGE_MARK in self._chat.between(once)[0] and not self._places_each_turns
         self.pictures_first |= self.places_pictures
-        try:
-            self._between((Turn("system", "words"), *once))
-            self._no_system = None
-        except ValueError as error:
-            self._no_system = str(error)
-        with suppress(ValueError):  # a template may support only one exchange
-            self._looks_ahead = self._between(once)[:2] != self._between(once * 2)[:2]
 
     @property
     def sample_texts(self) -> list[str]:
         """The template's text around a question and its answer."""
-        return (
-            [] if self._chat is None else self.template_texts((Turn("user", "question"), Turn("assistant", "answer")))
-        )
+        return [] if self._chat is None else self._chat.around((Turn("user", "question"), Turn("assistant", "answer")))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -227,7 +205,7 @@ class Renderer:
         check_conversation(conversation)
         conversation = self._with_system_taken(conversation)
         if self._chat is not None:
-            self._check_words(conversation)
+            self._chat.check_words(conversation)
         return conversation
 
     def _unrendered(self, conversation: Conversation) -> str:
@@ -358,7 +336,7 @@ class Renderer:
         row = [(self.slot, -1, slots.number)] * (slots.count // (slots.newlines or 1))
         return [*row, (self.newline, -1, -1)] * slots.newlines if slots.newlines else row
 
-    def _spans(self, conversation: Conversation) -> list[_Span]:
+    def _spans(self, conversation: Conversation) -> list[Span]:
         if self._is_document:
             return self._document_spans(conversation)
         if self._chat is None:
@@ -366,7 +344,7 @@ class Renderer:
         if self.pictures_first:
             self._check_marks(conversation)
         try:
-            texts = self.template_texts(conversation.turns)
+            texts = self._chat.around(conversation.turns)
         except ValueError as error:
             raise BadSample(f"{conversation.id}: {error}") from None
         spans, rest = [], texts[0]
@@ -374,24 +352,24 @@ class Renderer:
             words = turn.text.strip()
             if turn.role == "user" and self._places_each_turns:
                 before, _, rest = rest.partition(IMAGE_MARK)
-                images = [_Span("", is_image=True)] * turn.text.count(IMAGE_MARK)
-                spans += [_Span(before), *images, _Span(rest), _Span(without_marks(words), is_words=True)]
+                images = [IMAGE] * turn.text.count(IMAGE_MARK)
+                spans += [Span(before), *images, Span(rest), Span(without_marks(words), is_words=True)]
                 rest = after
                 continue
             if turn.role != "assistant":
-                spans.append(_Span(rest))
+                spans.append(Span(rest))
                 if self.pictures_first:
                     is_start = index == 0 and not self.places_pictures
-                    spans.append(_Span(without_marks(words), is_words=True, is_start=is_start))
+                    spans.append(Span(without_marks(words), is_words=True, is_start=is_start))
                 else:
-                    spans += _with_images(words) if turn.role == "user" else [_Span(words, is_words=True)]
+                    spans += with_images(words) if turn.role == "user" else [Span(words, is_words=True)]
                 rest = after
                 continue
             # A space before the answer belongs to the answer, whether or not it merges with the first word, so that
             # prompts end in the same way ("ASSISTANT:") for every answer.
             before = rest.rstrip(" ")
             space = rest[len(before) :]
-            spans.append(_Span(before))
+            spans.append(Span(before))
             number = sum(t.role == "assistant" for t in conversation.turns[:index])
             end = re.match(rf"\s*(?:{self._special.pattern})", after)
             if end is None:
@@ -400,84 +378,31 @@ class Renderer:
                     "not start with an end-of-turn token of this tokenizer: choose another template, or add it with "
                     "llm.new_tokens"
                 )
-            spans += [_Span(space + words, is_words=True, answer=number), _Span(end.group(), answer=number)]
+            spans += [Span(space + words, is_words=True, answer=number), Span(end.group(), answer=number)]
             rest = after[end.end() :]
-        spans.append(_Span(rest))
+        spans.append(Span(rest))
         if not self.pictures_first:
             return spans
-        images = [_Span("", is_image=True)] * len(conversation.media)
+        images = [IMAGE] * len(conversation.media)
         place = next((i for i, span in enumerate(spans) if not span.is_words and IMAGE_MARK in span.text), None)
         if place is None:
             return [*images, *spans]
         before, _, after = spans[place].text.partition(IMAGE_MARK)
-        return [*spans[:place], _Span(before), *images, _Span(after), *spans[place + 1 :]]
+        return [*spans[:place], Span(before), *images, Span(after), *spans[place + 1 :]]
 
     def template_texts(self, turns: Sequence[Turn]) -> list[str]:
-        """The template's text before each turn and after the last one; before answers, as in a generation prompt.
-
-        Raises ValueError unless the template renders every turn once and in order.
-        """
-        texts = self._between(turns)
-        return self._as_asked(turns, texts) if self._looks_ahead else texts
-
-    def _between(self, turns: Sequence[Turn]) -> list[str]:
-        """The template's text before each turn and after the last one. Raises ValueError if it omits a turn."""
-        shape = tuple((turn.role, _is_silent(turn)) for turn in turns)
-        if shape not in self._literals:
-            # a system turn without text has no placeholder, because a template may omit it
-            contents = ["" if is_silent else f"{_OPEN}{i}{_CLOSE}" for i, (_, is_silent) in enumerate(shape)]
-            pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._applied(turns, contents))
-            seen = [int(index) for index in pieces[1::2]]
-            if seen != [i for i, content in enumerate(contents) if content]:
-                raise ValueError(
-                    f"the chat template does not render every turn once and in order (turns rendered: {seen}, of "
-                    f"{len(turns)}); choose another with the stage's template"
-                )
-            self._literals[shape] = [""] * (len(turns) - len(seen)) + pieces[::2]
-        return self._literals[shape]
-
-    def _as_asked(self, turns: Sequence[Turn], texts: list[str]) -> list[str]:
-        """`texts` with the text before each answer as if it were the last turn, as in a generation prompt."""
-        texts, start = list(texts), 0
-        for end, turn in enumerate(turns, 1):
-            if turn.role == "assistant":
-                texts[start:end] = self._between(turns[:end])[start:end]
-                start = end
-        return texts
-
-    def _applied(self, turns: Sequence[Turn], contents: Sequence[str]) -> str:
-        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents)]
-        try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self._chat, tokenize=False)
-        except Exception as error:  # templates are programs and can raise any exception
-            raise ValueError(f"the chat template rejects the conversation: {first_line(error)}") from None
-
-    def _check_words(self, conversation: Conversation) -> None:
-        """Raise BadSample if the template changes the text of turns, as reasoning templates cut at </think>."""
-        words = [turn.text.strip() for turn in conversation.turns]
-        for _ in range(2):
-            try:
-                texts, whole = self._between(conversation.turns), self._applied(conversation.turns, words)
-            except ValueError as error:
-                raise BadSample(f"{conversation.id}: {error}") from None
-            if whole == texts[0] + "".join(said + after for said, after in zip(words, texts[1:])):
-                return
-            self._literals.clear()  # a template may contain the date, which may have changed
-        raise BadSample(
-            f"{conversation.id}: the chat template would change the text, as reasoning templates do with a "
-            "<think> block; choose another with the stage's template"
-        )
+        """The chat template's text before each turn and after the last one, see `ChatTexts.around`."""
+        return self._chat.around(turns)
 
     def _with_system_taken(self, conversation: Conversation) -> Conversation:
         """The conversation, without an empty system turn if the template supports no system turn."""
         turns = conversation.turns
-        if self._no_system is None or not turns or turns[0].role != "system":
+        reason = self._chat.no_system if self._chat else "it contains only images and answers"
+        if reason is None or not turns or turns[0].role != "system":
             return conversation
-        if _is_silent(turns[0]):
+        if is_silent(turns[0]):
             return replace(conversation, turns=turns[1:])
-        raise BadSample(
-            f"{conversation.id}: template={self.template} does not support a system turn: {self._no_system}"
-        )
+        raise BadSample(f"{conversation.id}: template={self.template} does not support a system turn: {reason}")
 
     def _check_marks(self, conversation: Conversation) -> None:
         """Raise BadSample for an image after an answer, because the answer would already see it in training."""
@@ -492,14 +417,14 @@ class Renderer:
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer("").input_ids[:1] == [bos]
 
-    def _plain_spans(self, conversation: Conversation) -> list[_Span]:
+    def _plain_spans(self, conversation: Conversation) -> list[Span]:
         if [turn.role for turn in conversation.turns] != ["user", "assistant"]:
             roles = ", ".join(turn.role for turn in conversation.turns)
             raise BadSample(f"{conversation.id}: template=plain requires one user and one assistant turn, got {roles}")
         user, assistant = conversation.turns
-        spans = [_Span(self.tokenizer.bos_token)] if self._starts_with_bos else []
-        spans += [span for span in _with_images(user.text) if span.is_image]
-        return [*spans, _Span(assistant.text.strip(), is_words=True, answer=0)]
+        spans = [Span(self.tokenizer.bos_token)] if self._starts_with_bos else []
+        spans += [span for span in with_images(user.text) if span.is_image]
+        return [*spans, Span(assistant.text.strip(), is_words=True, answer=0)]
 
     @property
     def document_template(self) -> str:
@@ -508,29 +433,29 @@ class Renderer:
         end = "{% if turn.role == 'assistant' %}" + self._chunk_end + "{% endif %}"
         return f"{start}{{% for turn in messages %}}{{{{ turn.content }}}}{end}{{% endfor %}}"
 
-    def _document_spans(self, conversation: Conversation) -> list[_Span]:
-        spans, number = [_Span(self.tokenizer.bos_token)] if self._starts_with_bos else [], -1
+    def _document_spans(self, conversation: Conversation) -> list[Span]:
+        spans, number = [Span(self.tokenizer.bos_token)] if self._starts_with_bos else [], -1
         for before, turn in zip((None, *conversation.turns), conversation.turns):
             words = turn.text.strip()
             if turn.role == "user":
-                spans += _with_images(words)
+                spans += with_images(words)
                 continue
             number += 1
-            spans.append(_Span(words, is_words=True, answer=number))
+            spans.append(Span(words, is_words=True, answer=number))
             if self._chunk_end and before.text:  # a text without images is no chunk
-                spans.append(_Span(self._chunk_end, answer=number))
+                spans.append(Span(self._chunk_end, answer=number))
         # OpenFlamingo's code does not train the end of a document, because nothing is trained after the end of a chunk
-        return [*spans, _Span(self.tokenizer.eos_token or "", answer=None if self._chunk_end else number)]
+        return [*spans, Span(self.tokenizer.eos_token or "", answer=None if self._chunk_end else number)]
 
     def _layout(self, conversation: Conversation, media: MediaPlan) -> list[_Run | _Slots | object]:
         """The texts to tokenize, the slots of images between them, and `_DECODER` where the decoder begins."""
         parts: list[_Run | _Slots | object] = []
         shown = iter(media.by_medium)
-        chunk: list[_Span] = []  # text that is tokenized together
+        chunk: list[Span] = []  # text that is tokenized together
         spans = self._spans(conversation)
         if self.decoder_start is not None:
-            spans = _for_decoder(spans)
-        for span in _merged(spans) if self.shared else spans:
+            spans = for_decoder(spans)
+        for span in merged(spans) if self.shared else spans:
             if span.is_decoder:
                 parts += [*self._runs(chunk), _DECODER]
                 chunk = []
@@ -540,9 +465,9 @@ class Renderer:
             if span.is_image:
                 for number, placement in next(shown):
                     before = "" if span.follows else placement.before
-                    parts += self._runs([*chunk, _Span(before)])
+                    parts += self._runs([*chunk, Span(before)])
                     parts.append(_Slots(number, placement.slots, placement.newlines))
-                    chunk = [_Span(placement.after)]
+                    chunk = [Span(placement.after)]
                     if not self.shared:  # the text after an image starts anew
                         parts += self._runs(chunk)
                         chunk = []
@@ -550,7 +475,7 @@ class Renderer:
                 chunk.append(span)
         return parts + self._runs(chunk)
 
-    def _runs(self, spans: list[_Span]) -> list[_Run]:
+    def _runs(self, spans: list[Span]) -> list[_Run]:
         """Consecutive text spans as texts to tokenize.
 
         The spans are tokenized as one string, as in the language model's own training. Special-token strings in the
@@ -593,20 +518,8 @@ _AFTER_CUT, _DROPPED = "\n", -2
 """Prefix of a text that continues after a cut, so that the tokenizer does not treat it as a beginning and add a
 space; the tokens of the prefix are dropped."""
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which no template treats specially
-
-
 _DECODER = object()
 """Place at which the encoder's text ends and the decoder's begins."""
-
-
-def _for_decoder(spans: list[_Span]) -> list[_Span]:
-    """The spans for an encoder-decoder model: only the last answer is the decoder's, without text behind it."""
-    last = max(span.answer for span in spans if span.answer is not None)
-    first = next(number for number, span in enumerate(spans) if span.answer == last)
-    encoded = (replace(span, answer=None) for span in spans[:first])
-    begin = replace(spans[first], text=spans[first].text.lstrip(" "), is_decoder=True)
-    return [*encoded, begin, *(span for span in spans[first + 1 :] if span.answer == last)]
 
 
 def _range(belongs: Tensor) -> tuple[int, int]:
@@ -619,39 +532,3 @@ def _has_more(conversation: Conversation) -> bool:
     """Whether a document has more images than its window shows."""
     most = conversation.window.images
     return most is not None and len(conversation.media) > most
-
-
-def _is_silent(turn: Turn) -> bool:
-    return turn.role == "system" and not turn.text.strip()
-
-
-def _with_images(words: str) -> list[_Span]:
-    spans = []
-    for i, piece in enumerate(words.split(IMAGE_MARK)):
-        if i:
-            spans.append(_Span("", is_image=True))
-        spans.append(_Span(piece, is_words=True))
-    return spans
-
-
-def _merged(spans: Sequence[_Span]) -> list[_Span]:
-    """The spans without spaces next to images, and images with nothing between them as such that follow each other."""
-    found: list[_Span] = []
-    after = False  # whether there is nothing but an image before
-    for span in spans:
-        if span.is_image:
-            while found and not found[-1].is_image and not found[-1].text.rstrip(" "):
-                found.pop()
-            follows = bool(found) and found[-1].is_image
-            if found and not follows:
-                found[-1] = replace(found[-1], text=found[-1].text.rstrip(" "))
-            found.append(replace(span, follows=follows))
-        else:
-            found.append(replace(span, text=span.text.lstrip(" ")) if after else span)
-        after = span.is_image or (after and not found[-1].text)
-    return found
-
-
-def without_marks(words: str) -> str:
-    """Text without image marks and the white space around them."""
-    return re.sub(rf"\s*{re.escape(IMAGE_MARK)}\s*", " ", words).strip()

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 
+from vlmtrain.data.chat_texts import ChatTexts
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import Conversation, Turn
 from vlmtrain.data.templates import CHATML
@@ -70,7 +71,8 @@ def test_blips_processors_insert_images_and_the_first_token_themselves(kind):
 
 def test_a_template_that_renders_differently_is_refused():
     processor = speaking("tiny", "vicuna_v1")  # whose template now numbers the turns
-    processor.renderer._chat = processor.renderer._chat.replace("'USER: '", "'USER ' ~ loop.index ~ ' '")
-    processor.renderer._literals.clear()
+    chat = processor.renderer._chat
+    numbered = chat.template.replace("'USER: '", "'USER ' ~ loop.index ~ ' '")
+    processor.renderer._chat = ChatTexts(chat.tokenizer, numbered)
     with pytest.raises(ValueError, match="would give other tokens than in training"):
         typed_speech(processor)
