@@ -206,7 +206,7 @@ class Shapes:
         rng = random.Random(key)
         pixels, side = pixels_of(key, self.image_size, self.sides)
         objects = rng.choice(CAPTION_OBJECTS if self.split == "caption" else OBJECTS)
-        items, counted = _scene(rng, objects, held_out=self.split == "validation")
+        items, counted = random_scene(rng, objects, held_out=self.split == "validation")
         regions = []
         if self.split == "caption":
             exchanges, opening = [(DESCRIBE, describe(items))], IMAGE_MARK
@@ -244,7 +244,7 @@ def describe(items: Sequence[Item]) -> str:
     return f"{', '.join(f'{item.place} {item.color} {item.shape}' for item in items)}."
 
 
-def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
+def random_scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
     """Items in raster order, and the color or shape whose occurrences may be counted.
 
     One to three items share it, with equal probability, so that counts are balanced. Otherwise all items differ.

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..connectors import Connector
 from ..connectors.checks import GridError
+from ..data.actions import Binning
 from ..data.boxes import Writing
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
@@ -95,6 +96,7 @@ def build_processor(
         boxes=_box_writing(run),
         attention=_attention(run, stage),
         decoder_start=start_token(parts["llm"]) if "llm" in parts else None,
+        actions=_binning(run),
     )
 
 
@@ -186,6 +188,13 @@ def _box_writing(run: Run) -> Writing | None:
     if run.boxes.writing is None and run.init_from is not None:
         return Processor.from_pretrained(run.init_from).boxes
     return run.boxes.writing
+
+
+def _binning(run: Run) -> Binning | None:
+    """How actions are written: as the settings say, or else as in `init_from`; None if neither says it."""
+    if run.actions.binning is None and run.init_from is not None:
+        return Processor.from_pretrained(run.init_from).actions
+    return run.actions.binning
 
 
 def _check_controls(run: Run, stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:
