@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from . import shapes
 from .actions import ACTION_MARK
 from .records import IMAGE_MARK, Conversation, Turn
-from .shapes import HELD_OUT, INK, OBJECTS, Canvas, Picture, random_scene
+from .shapes import CAPTION_OBJECTS, HELD_OUT, INK, Canvas, Picture, random_scene
 
 SPLITS = ("instruct", "validation")
 EDGE = 0.1
@@ -59,7 +59,7 @@ class Reach:
             raise IndexError(f"sample {index} of {self.size}")
         rng = random.Random(f"{self.seed}/reach/{self.split}/{index}")
         held_out = self.split == "validation"
-        items, _ = random_scene(rng, rng.choice(OBJECTS), held_out)
+        items, _ = random_scene(rng, rng.choice(CAPTION_OBJECTS), held_out)
         target = rng.choice([item for item in items if ((item.color, item.shape) in HELD_OUT) == held_out])
         gripper = (rng.uniform(EDGE, 1 - EDGE), rng.uniform(EDGE, 1 - EDGE))
         pixels = (self.image_size, self.image_size)

@@ -293,6 +293,10 @@ PLAIN = ("loss", "perplexity", "cider", "bleu4", "action_l1")
 """Values that are not fractions of the questions."""
 
 
+LOWER_IS_BETTER = ("loss", "perplexity", "action_l1", "unparsed_actions")
+"""Values of which the lowest is the best; of all others, it is the highest."""
+
+
 def base_name(name: str) -> str:
     """A name without what says whether images are blanked, and how many demonstrations there are."""
     return re.sub(r"_\d+_shots$", "", name.removeprefix("blind_"))
