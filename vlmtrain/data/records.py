@@ -111,7 +111,6 @@ class Conversation:
     that were not read. repaired: whether turns were dropped or joined. others: the turns of further dialogues about the
     same media, which do not see each other. regions: boxes and points in images, in the order of their marks ``<box>``
     and ``<point>``. actions: vectors, in the order of the marks ``<action>`` in the answers. With several dialogues,
-    and ``<point>``. actions: vectors, in the order of the marks ``<action>`` in the answers. With several dialogues,
     there are no regions and actions. window: of a document.
     """
 

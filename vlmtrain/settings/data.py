@@ -159,7 +159,7 @@ class MotionSource(DataSource):
 
 @dataclass(frozen=True, kw_only=True)
 class ReachSource(DataSource):
-    """Generated images of a gripper above shapes, with actions."""
+    """Generated images of shapes under a gripper, with actions."""
 
     size: int = key(_COUNT)  # number of conversations
     split: str = key(one_of(*reach.SPLITS))  # for training or for validation
