@@ -233,7 +233,7 @@ class Shapes:
         rng, turns, images = random.Random(key), [], []
         for number in range(rng.randint(1, 3)):
             pixels, side = pixels_of(f"{key}/{number}", self.image_size, self.sides)
-            items, _ = _scene(rng, rng.choice(CAPTION_OBJECTS), held_out=False)
+            items, _ = random_scene(rng, rng.choice(CAPTION_OBJECTS), held_out=False)
             turns += [Turn("user", IMAGE_MARK), Turn("assistant", describe(items))]
             images.append(Picture(items=items, pixels=pixels, side=side))
         return Conversation(f"documents-{index}", tuple(turns), images)
