@@ -16,6 +16,10 @@ ACTION_MARK = "<action>"
 _TOKEN = re.compile(r"<action_(\d{1,9})>")
 
 
+def _token(number: int) -> str:
+    return f"<action_{number}>"
+
+
 @dataclass(frozen=True)
 class Binning:
     """Uniform bins from `low` to `high`, which are a number for all dimensions or one for each."""
@@ -32,7 +36,7 @@ class Binning:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The tokens of all bins, which are the same for all dimensions."""
-        return tuple(f"<action_{number}>" for number in range(self.bins))
+        return tuple(map(_token, range(self.bins)))
 
     @property
     def dimensions(self) -> int | None:
@@ -46,8 +50,8 @@ class Binning:
                 f"an action has {len(vector)} numbers, expected the {self.dimensions} of actions.low and actions.high"
             )
         low, high = np.array(self.low), np.array(self.high)
-        shares = (np.clip(vector, low, high) - low) / (high - low)
-        return "".join(self.tokens[min(int(share * self.bins), self.bins - 1)] for share in shares)
+        places = (np.clip(vector, low, high) - low) / (high - low) * self.bins
+        return "".join(_token(min(int(place), self.bins - 1)) for place in places)
 
     def decode(self, text: str) -> np.ndarray:
         """The vectors of all actions in a text, one after another, ``(N,)``."""

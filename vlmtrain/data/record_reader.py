@@ -81,9 +81,10 @@ class RecordReader:
             images = read_images(self.images, values.get("image"), found.get("image"), name)
         given = {**values, "video": list(videos)} if videos else values
         videos = read_videos(self.videos, given, found.get("video"), name)
-        actions = read_actions(values["actions"], found["actions"], name) if "actions" in values else ()
-        if found.get("answer") == found.get("actions"):
-            values["answer"] = ACTION_MARK * len(actions)
+        if "actions" in found:
+            actions = read_actions(values["actions"], found["actions"], name)
+            if found.get("answer") == found["actions"]:
+                values["answer"] = ACTION_MARK * len(actions)
         text = [role for role in ("question", "answer") if isinstance(values.get(role), str | list) and values[role]]
         if form == ("caption",) and text:
             left = found[text[0]]
@@ -106,7 +107,7 @@ class RecordReader:
             said = reader.read(messages, marks, self.images_first)
         if "system" in values:
             said = [system_said(values["system"], said, name), *said]
-        if "actions" in values:
+        if "actions" in found:
             said = with_actions(said, actions, found["actions"], name)
         said, unmarked = with_media(with_regions(said, record, name), images, videos, name)
         kept = alternating(said) if self.repair else said

@@ -95,7 +95,7 @@ def build_processor(
         share_images=stage.share_images,
         attention=_attention(run, stage),
         decoder_start=start_token(parts["llm"]) if "llm" in parts else None,
-        **_writings(run),
+        **writings(run),
     )
 
 
@@ -182,7 +182,7 @@ def _attention(run: Run, stage: Stage) -> str:
     return attention or CAUSAL
 
 
-def _writings(run: Run) -> dict[str, Writing | Binning | None]:
+def writings(run: Run) -> dict[str, Writing | Binning | None]:
     """How regions and actions are written: as the settings say, or else as in `init_from`; None if neither says it."""
     chosen = {"boxes": run.boxes.writing, "actions": run.actions.binning}
     if None not in chosen.values() or run.init_from is None:

@@ -21,6 +21,7 @@ from vlmtrain.model.llm import add_tokens
 from vlmtrain.model.tiny_tokenizer import END, build_tiny_tokenizer
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_tokenizer
+from vlmtrain.training.processing import writings
 
 BINNING = Binning(16, (-1.0, 0.0, -3.0), (1.0, 5.0, -1.0))
 FOUR = Binning(4, 0.0, 4.0)  # with centers 0.5, 1.5, 2.5 and 3.5
@@ -124,6 +125,11 @@ def test_model_folders_keep_the_bins(processor, tmp_path):
         again.actions == BINNING
         and again(sample).tokens.input_ids.tolist() == processor(sample).tokens.input_ids.tolist()
     )
+    settings = {"recipe=quickstart": BINNING, "actions.bins=4": Binning(4, -1.0, 1.0)}
+    line = [f"init_from={tmp_path}"]
+    for override, expected in settings.items():
+        line.append(override)
+        assert writings(compose(line))["actions"] == expected
     Processor(processor.tokenizer, None, "chat", 200).save_pretrained(tmp_path / "without")
     assert "actions" not in json.loads((tmp_path / "without" / "processor" / "processor.json").read_text())
 
