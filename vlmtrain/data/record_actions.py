@@ -9,7 +9,7 @@ from itertools import islice
 from ..errors import is_finite_number, shown
 from .actions import ACTION_MARK, Action, Binning
 from .record_media import Said
-from .records import BadSample, Conversation, Turn
+from .records import BadSample, Conversation, Turn, action_marks
 
 
 def read_actions(value: object, key: str, name: str) -> tuple[Action, ...]:
@@ -23,26 +23,26 @@ def read_actions(value: object, key: str, name: str) -> tuple[Action, ...]:
 
 def with_actions(said: Sequence[Said], actions: Sequence[Action], key: str, name: str) -> list[Said]:
     """Turns with the actions of their marks. Raises BadSample unless there is one for each mark."""
-    marks = sum(map(_marks, (each.turn for each in said)))
+    marks = sum(map(action_marks, (each.turn for each in said)))
     if marks != len(actions):
         raise BadSample(
             f"{name}: {marks} {ACTION_MARK} marks in the answers, but {len(actions)} '{key}'; data.ignore=[{key}] "
             "trains on the text as it is"
         )
     waiting = iter(actions)
-    return [each._replace(actions=tuple(islice(waiting, _marks(each.turn)))) for each in said]
+    return [each._replace(actions=tuple(islice(waiting, action_marks(each.turn)))) for each in said]
 
 
 def write_actions(conversation: Conversation, binning: Binning) -> Conversation:
     """The conversation with the tokens of its actions in place of their marks. Raises BadSample, naming it."""
-    marks, waiting = sum(map(_marks, conversation.turns)), iter(conversation.actions)
+    marks, waiting = sum(map(action_marks, conversation.turns)), iter(conversation.actions)
     if marks != len(conversation.actions):
         raise BadSample(
             f"{conversation.id}: {marks} {ACTION_MARK} marks in the answers, but {len(conversation.actions)} actions"
         )
 
     def written(turn: Turn) -> Turn:
-        if not _marks(turn):
+        if not action_marks(turn):
             return turn
         first, *rest = turn.text.split(ACTION_MARK)
         text = first + "".join(binning.encode(next(waiting)) + words for words in rest)
@@ -52,7 +52,3 @@ def write_actions(conversation: Conversation, binning: Binning) -> Conversation:
         return replace(conversation, turns=tuple(map(written, conversation.turns)), actions=())
     except ValueError as error:
         raise BadSample(f"{conversation.id}: {error}") from None
-
-
-def _marks(turn: Turn) -> int:
-    return turn.text.count(ACTION_MARK) if turn.role == "assistant" else 0

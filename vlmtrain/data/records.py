@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from .actions import Action, Binning
+from .actions import ACTION_MARK, Action, Binning
 from .regions import REGION_MARK, Place, Region
 
 IMAGE_MARK = "<image>"
@@ -178,6 +178,11 @@ def _with_one_mark(turn: Turn) -> Turn:
 def region_marks(turn: Turn) -> list[str]:
     """The marks of boxes and points in a turn; the system's turn has none."""
     return [] if turn.role == "system" else REGION_MARK.findall(turn.text)
+
+
+def action_marks(turn: Turn) -> int:
+    """The number of marks of actions in a turn; only the assistant's have any."""
+    return turn.text.count(ACTION_MARK) if turn.role == "assistant" else 0
 
 
 class BadSample(ValueError):
