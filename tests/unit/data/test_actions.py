@@ -8,9 +8,12 @@ import math
 import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlmtrain.data.actions import Binning
+from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.hf_dataset import HFDataset
+from vlmtrain.data.images import ImageInMemory
 from vlmtrain.data.processor import Processor
 from vlmtrain.data.reach import Reach
 from vlmtrain.data.record_reader import read_record
@@ -22,6 +25,8 @@ from vlmtrain.model.tiny_tokenizer import END, build_tiny_tokenizer
 from vlmtrain.settings import compose
 from vlmtrain.training.assembly import build_tokenizer
 from vlmtrain.training.processing import writings
+
+from . import chat_formats
 
 BINNING = Binning(16, (-1.0, 0.0, -3.0), (1.0, 5.0, -1.0))
 FOUR = Binning(4, 0.0, 4.0)  # with centers 0.5, 1.5, 2.5 and 3.5
@@ -63,6 +68,25 @@ def test_only_the_action_and_the_end_are_trained(processor):
     assert tokens == ["<action_15>", "<action_0>", "<action_8>", END]
     (written,) = (turn for turn in processor.written(talk("<action> done", (1, 0, -2))).turns if turn.role != "user")
     assert written.text == "<action_15><action_0><action_8> done" and written.grading.actions == BINNING
+
+
+def test_the_prompt_of_openvla_is_the_published_one():
+    """The image comes first; only the action and the end are trained."""
+    tokenizer = chat_formats.llama_bpe()
+    add_tokens(tokenizer, FOUR.tokens)
+    settings = compose(["recipe=openvla"])
+    geometry = Geometry((8, 8), "squash", (0.5,) * 3, (0.5,) * 3, tokens=4)
+    processor = Processor(tokenizer, geometry, "chat", 200, settings.llm.chat_template, actions=FOUR)
+    turns = Turn("user", "<image>\nopen the drawer"), Turn("assistant", "<action>")
+    image = ImageInMemory(Image.new("RGB", (8, 8)), "an image")
+    tokens = processor.render(Conversation("x", turns, (image,), actions=((0.5, 3.9),)))
+    start = tokens.answers[0][0]
+    assert tokens.input_ids[0] == tokenizer.bos_token_id and (tokens.index[1:5] >= 0).all()
+    prompt = tokenizer.decode(tokens.input_ids[5:start])
+    assert prompt.strip() == "In: What action should the robot take to open the drawer?\nOut:"
+    assert tokenizer.convert_ids_to_tokens(tokens.targets[tokens.targets != IGNORE].tolist()) == [
+        "<action_0>", "<action_3>", "</s>"
+    ]  # fmt: skip
 
 
 def test_what_does_not_fit_is_a_bad_sample(processor):
