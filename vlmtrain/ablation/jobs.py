@@ -6,15 +6,18 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator
 
+from ..data.processor import Processor
 from ..data.records import BadSample
 from ..data.sources import Source, build_source
 from ..errors import nearest
-from ..evaluation.scores import METRICS, Answer, base_name
+from ..evaluation.scores import LOWER_IS_BETTER, METRICS, Answer, base_name
 from ..files import make_folder, read_json, replace_text
-from ..settings import Run, compose
-from ..settings.data import Split
+from ..objectives import OBJECTIVES
+from ..settings import Run, Stage, compose
 from ..settings.free_keys import changes_no_result
+from ..training.assembly import build_skeleton, build_tokenizer
 from ..training.checks import check_run
+from ..training.processing import build_processor
 from .budget import Undecided, decide
 from .definition import Ablation, Choice
 from .runner import Runner
@@ -56,38 +59,43 @@ def _check_choice(ablation: Ablation, choice: Choice) -> None:
     if not run.validates(last):
         key = f"{last.prefix}.validation" if last.validation is None else f"data.{last.validation}"
         raise ValueError(f"{key}=null: expected validation data; an ablation compares answers after stage {last.name}")
-    _check_metric(ablation.metric, run, run.data.split(last.validation))
+    _check_metric(ablation.metric, run, last)
     _check_sweep(ablation, choice, run)
 
 
-def _check_metric(metric: str, run: Run, split: Split) -> None:
-    """Raise ValueError for a metric that no answer of the jobs would have."""
+def _check_metric(metric: str, run: Run, last: Stage) -> None:
+    """Raise ValueError for a metric that no answer of the jobs would have, or whose lowest value is the best."""
     named = run.validation.metrics
     computed = METRICS if named is None else ["exact_match", *named]
     suffixes = ["", *(f"_{shots}_shots" for shots in run.validation.shots[1:])]
     known = {f"{name}{suffix}": key for suffix in suffixes for key in computed for name in METRICS[key].each([])}
+    known = {name: key for name, key in known.items() if base_name(name) not in LOWER_IS_BETTER}
     if metric not in known:
         names = ", ".join(known)
         raise ValueError(
-            f"metric={metric}: expected a metric of single answers, one of {names}.{nearest(metric, known)}"
+            f"metric={metric}: expected a metric of single answers, one of {names}, of which the highest "
+            f"is the best.{nearest(metric, known)}"
         )
     if base_name(metric) == "exact_match":
         return  # applies to every question
     judge = METRICS[known[metric]]
+    split, tokenizer = run.data.split(last.validation), build_tokenizer(run)
+    skeleton = build_skeleton(run, last, tokenizer)
+    processor = build_processor(run, last, skeleton, OBJECTIVES[last.objective], tokenizer)
     source = build_source(split, (224, 224), run.seed)
     size = min(len(source), run.validation.final_samples or len(source))
-    if not any(map(judge.recognised if named is None else judge.fits, _questions(source, size))):
+    if not any(map(judge.recognised if named is None else judge.fits, _questions(source, size, processor))):
         said = f"it requires {judge.needs}, which none of the {size} conversations of data.{split.name} has"
-        if any(map(judge.fits, _questions(source, size))):
+        if any(map(judge.fits, _questions(source, size, processor))):
             said += f"; validation.metrics=[{known[metric]}] uses the reference answers"
         raise ValueError(f"metric={metric}: {said}")
 
 
-def _questions(source: Source, size: int) -> Iterator[Answer]:
+def _questions(source: Source, size: int, processor: Processor) -> Iterator[Answer]:
     """The unanswered questions of the first `size` conversations; the jobs report broken records."""
     for index in range(size):
         with contextlib.suppress(BadSample):
-            for turn in source[index].turns:
+            for turn in processor.written(source[index]).turns:
                 if turn.role == "assistant":
                     yield Answer(index, 0, "", turn.text, "", turn.grading)
 

@@ -271,6 +271,7 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
         role: [chosen[role]] if role in chosen else [c for c in names if c in present]
         for role, names in COLUMNS.items()
     }
+    known["answer"] = known["answer"] or known["actions"]
     for role in ("question", "answer"):
         known[role] = known[role][:1]
     named = [form for form in FORMS if any(role in chosen for role in form)]
@@ -286,7 +287,7 @@ def choose_columns(given: Mapping[str, str | None], present: list[str], path: st
                 f"cannot determine which column of {path} contains the {role}s; set columns.{role} to one of "
                 f"{', '.join(known[role])}"
             )
-    return {role: known[role][0] for role in (*forms[0], *MEDIA, "system", "id", *GRADING) if known[role]}
+    return {role: known[role][0] for role in (*forms[0], *MEDIA, "actions", "system", "id", *GRADING) if known[role]}
 
 
 def load_split(path: str, split: str, name: str | None, streaming: bool = False) -> Dataset | IterableDataset:

@@ -31,11 +31,13 @@ from ..files import read_object
 from ..model.folder import check_files
 from ..model.vision.base import packed, stacked
 from ..visual import CAUSAL, NO_MEDIA, Cached, MediaPlan, Seen, Texts, Visual, joined, normalized
+from .actions import Binning
 from .boxes import Writing, write_regions
 from .cached_features import FeatureFiles, ItemFeatures
 from .connector_text import TextReader, pad_texts
 from .geometry import Geometry
 from .media import decode_frames, show_medium
+from .record_actions import write_actions
 from .records import BadSample, Conversation, is_video
 from .rendered import IGNORE, Rendered, SampleLength
 from .rendering import RENDERING, Renderer
@@ -83,8 +85,9 @@ class Processor:
     template, fallback: see `Renderer`; max_length: maximum sequence length in tokens, including images.
     reader: for a connector that reads text. in_pairs: whether a sample must be one image and one text. positions: see
     `Renderer`. encoder_batch_size: `VisionEncoder.batch_size` of the encoder. share_images: whether a sample may have
-    several dialogues. boxes: how boxes and points are written; None if samples with them are bad. attention: one
-    of `vlmtrain.visual.ATTENTION`. decoder_start: see `Renderer`.
+    several dialogues. boxes: how boxes and points are written; None if samples with them are bad. actions: how
+    actions are written; None if samples with them are bad. attention: one of `vlmtrain.visual.ATTENTION`.
+    decoder_start: see `Renderer`.
     """
 
     def __init__(
@@ -102,9 +105,10 @@ class Processor:
         boxes: Writing | None = None,
         attention: str = CAUSAL,
         decoder_start: int | None = None,
+        actions: Binning | None = None,
     ):
         self.tokenizer, self.positions, self.boxes, self.attention = tokenizer, positions, boxes, attention
-        self.share_images = share_images
+        self.share_images, self.actions = share_images, actions
         self.geometry = geometry
         self.fallback = fallback
         self.reader, self.in_pairs = reader, in_pairs
@@ -153,7 +157,11 @@ class Processor:
                 raise BadSample(str(error)) from None
 
     def written(self, conversation: Conversation) -> Conversation:
-        """The conversation with its boxes and points as text. Raises BadSample, naming it."""
+        """The conversation with its boxes, points and actions as text. Raises BadSample, naming it."""
+        if conversation.actions:
+            if self.actions is None:
+                raise BadSample(f"{conversation.id}: the sample has actions, but actions.bins is not set")
+            conversation = write_actions(conversation, self.actions)
         if not conversation.regions:
             return conversation
         if self.boxes is None:
@@ -438,6 +446,7 @@ class Processor:
             "reader": self.reader and {"reads": self.reader.reads, "max_length": self.reader.max_length},
             "positions": self.positions,
             **({"boxes": asdict(self.boxes)} if self.boxes else {}),
+            **({"actions": asdict(self.actions)} if self.actions else {}),
             **({"attention": self.attention} if self.attention != CAUSAL else {}),
             **({"decoder_start": self.renderer.decoder_start} if self.renderer.decoder_start is not None else {}),
         }
@@ -471,14 +480,15 @@ class Processor:
         tokenizer = _saved_tokenizer(folder)
         try:
             saved, reader = settings.pop("geometry"), settings.pop("reader", None)
-            boxes = settings.pop("boxes", None)
+            boxes, actions = (settings.pop(name, None) for name in ("boxes", "actions"))
             if type(settings.get("max_length")) is not int:
                 raise ValueError(f"max_length={settings.get('max_length')}: expected an integer")
             geometry = saved and Geometry(**{key: as_tuple(value) for key, value in saved.items()})
             if reader:
                 own = folder / OWN_TOKENIZER
                 reader = TextReader(_saved_tokenizer(own) if own.exists() else tokenizer, **reader)
-            return cls(tokenizer, geometry, **settings, reader=reader, boxes=boxes and Writing(**boxes))
+            written = {"boxes": boxes and Writing(**boxes), "actions": actions and Binning.of(actions)}
+            return cls(tokenizer, geometry, **settings, reader=reader, **written)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a saved processor: {first_line(error)}") from None
 

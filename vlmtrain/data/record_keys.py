@@ -17,6 +17,7 @@ KEYS = {
     "video": ("video", "videos"),
     "video_start": ("video_start",),
     "video_end": ("video_end",),
+    "actions": ("actions",),
     "system": ("system",),
     "id": ("id",),
 }

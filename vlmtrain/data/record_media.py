@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import shown
+from .actions import Action
 from .images import ImageFolder, is_image_value
 from .records import IMAGE_MARK, VIDEO_MARK, BadSample, ImageSource, Turn, VideoSource, is_video
 from .regions import Region
@@ -25,11 +26,15 @@ Mark = Medium | int | str
 
 
 class Said(NamedTuple):
-    """A turn, the media of its marks, and its regions with the positions of their images among the record's images."""
+    """A turn, the media of its marks, its regions and its actions.
+
+    The images of regions are positions among the record's images.
+    """
 
     turn: Turn
     marks: tuple[Mark, ...] = ()
     regions: tuple[Region, ...] = ()
+    actions: tuple[Action, ...] = ()
 
 
 def user_said(text: str) -> Said:

@@ -4,7 +4,7 @@ A record has its text in one of four forms:
 
     turns      conversations | messages | texts         a list of turns, or such a list as a JSON string
     dialogues  dialogues                                lists of turns, each about all images of the record
-    exchange   question | query | prompt                and  answer | label | answers | completion | response
+    exchange   question | query | prompt                and  answer | label | answers | completion | response | actions
     caption    caption | text | captions
 
 A turn is ``{"from", "value"}`` (LLaVA), ``{"role", "content"}`` with a string or typed items (OpenAI, ms-swift, TRL),
@@ -19,8 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import printable, shown
+from .actions import ACTION_MARK
 from .grading import GRADING, graded
 from .images import ImageFolder
+from .record_actions import read_actions, with_actions
 from .record_keys import FORMS, KEYS, refuse_if_needed
 from .record_media import MEDIA, read_images, read_videos, with_media
 from .record_regions import located, region_keys, with_regions
@@ -79,6 +81,10 @@ class RecordReader:
             images = read_images(self.images, values.get("image"), found.get("image"), name)
         given = {**values, "video": list(videos)} if videos else values
         videos = read_videos(self.videos, given, found.get("video"), name)
+        if "actions" in found:
+            actions = read_actions(values["actions"], found["actions"], name)
+            if found.get("answer") == found["actions"]:
+                values["answer"] = ACTION_MARK * len(actions)
         text = [role for role in ("question", "answer") if isinstance(values.get(role), str | list) and values[role]]
         if form == ("caption",) and text:
             left = found[text[0]]
@@ -86,7 +92,7 @@ class RecordReader:
                 f"{name}: with '{found['caption']}' and '{left}' it is neither a caption nor a question and its "
                 f"answer; rename the keys, or ignore one with data.ignore=[{left}]"
             )
-        used = {found[role] for role in (*form, *MEDIA, "system", "id", *GRADING) if role in found}
+        used = {found[role] for role in (*form, *MEDIA, "actions", "system", "id", *GRADING) if role in found}
         used.update(region_keys(record))
         unused = [key for key in record if key not in used]
         for key in unused:
@@ -101,13 +107,16 @@ class RecordReader:
             said = reader.read(messages, marks, self.images_first)
         if "system" in values:
             said = [system_said(values["system"], said, name), *said]
+        if "actions" in found:
+            said = with_actions(said, actions, found["actions"], name)
         said, unmarked = with_media(with_regions(said, record, name), images, videos, name)
         kept = alternating(said) if self.repair else said
         turns = graded(tuple(each.turn for each in kept), {role: values[role] for role in GRADING if role in values})
         media = tuple(medium for each in kept for medium in each.marks) + unmarked
         shown_images = images or [medium for medium in media if not is_video(medium)]
         regions = located((region for each in kept for region in each.regions), shown_images, media, name)
-        return Conversation(name, turns, media, tuple(dict.fromkeys(unused)), kept != said, regions=regions)
+        own = {"regions": regions, "actions": tuple(action for each in kept for action in each.actions)}
+        return Conversation(name, turns, media, tuple(dict.fromkeys(unused)), kept != said, **own)
 
     def _several(self, record: Mapping, found: Mapping[str, str], name: str, where: str, *given) -> Conversation:
         """Read each of the dialogues of a record as if its turns were the record's.
@@ -120,11 +129,9 @@ class RecordReader:
             raise BadSample(
                 f"{name}: '{key}' replaces '{others[0]}', but the record has both; ignore one of them with data.ignore"
             )
-        if regions := region_keys(record):
-            ignored = ",".join(regions)
-            raise BadSample(
-                f"{name}: '{key}' does not support '{regions[0]}'; data.ignore=[{ignored}] trains without it"
-            )
+        if own := [*region_keys(record), *(found[role] for role in ("actions",) if role in found)]:
+            ignored = ",".join(own)
+            raise BadSample(f"{name}: '{key}' does not support '{own[0]}'; data.ignore=[{ignored}] trains without it")
         reader = replace(self, keys={**{role: own for role, own in found.items() if own != key}, "messages": key})
         told = filled_list(parsed(record[key], key, name), key, name)
         first, *rest = (
@@ -140,11 +147,15 @@ class RecordReader:
         return Conversation(name, first.turns, first.media, tuple(unused), repaired, others)
 
     def _roles(self, record: Mapping) -> dict[str, str]:
-        """The record's key of each role that it has."""
+        """The record's key of each role that it has. Actions are also the answer to a question without another one."""
         if self.keys is not None:
-            return {role: key for role, key in self.keys.items() if key in record}
-        usual = {role: next((key for key in keys if key in record), None) for role, keys in KEYS.items()}
-        return {role: key for role, key in usual.items() if key} | {key: key for key in GRADING if key in record}
+            found = {role: key for role, key in self.keys.items() if key in record}
+        else:
+            usual = {role: next((key for key in keys if key in record), None) for role, keys in KEYS.items()}
+            found = {role: key for role, key in usual.items() if key} | {key: key for key in GRADING if key in record}
+        if {"question", "actions"} <= found.keys():
+            found.setdefault("answer", found["actions"])
+        return found
 
     def _expected(self) -> str:
         """The keys of a record's text, for messages."""

@@ -216,7 +216,8 @@ def alternating(said: Sequence[Said]) -> list[Said]:
         last = out[-1].turn if len(out) > start else None
         if last and (last.role, last.weight) == (each.turn.role, each.turn.weight):
             text = f"{last.text}\n{each.turn.text}"
-            out[-1] = Said(replace(each.turn, text=text), out[-1].marks + each.marks, out[-1].regions + each.regions)
+            lists = (mine + further for mine, further in zip(out[-1][1:], each[1:]))
+            out[-1] = Said(replace(each.turn, text=text), *lists)
         elif last or each.turn.role == "user":
             out.append(each)
     while len(out) > start and out[-1].turn.role == "user":

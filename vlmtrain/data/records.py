@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from .actions import ACTION_MARK, Action, Binning
 from .regions import REGION_MARK, Place, Region
 
 IMAGE_MARK = "<image>"
@@ -61,7 +62,8 @@ class Grading:
 
     category: kind of question, which is reported separately. answers: of several annotators (VQA has ten). captions:
     reference captions that are equivalent to the text. choices: options of a multiple-choice question, one of which is
-    the text. problem: why evaluation cannot use the annotations. places: of the boxes and points in the text.
+    the text. problem: why evaluation cannot use the annotations. places: of the boxes and points in the text. actions:
+    how the actions in the text are written; None if it has none.
     """
 
     category: str | None = None
@@ -70,6 +72,7 @@ class Grading:
     choices: tuple[str, ...] = ()
     problem: str | None = None
     places: tuple[Place, ...] = ()
+    actions: Binning | None = None
 
 
 UNGRADED = Grading()
@@ -107,7 +110,8 @@ class Conversation:
     a mark ``<image>``; with videos, ``<video>`` is the same mark, and is replaced by it. unused: keys of the record
     that were not read. repaired: whether turns were dropped or joined. others: the turns of further dialogues about the
     same media, which do not see each other. regions: boxes and points in images, in the order of their marks ``<box>``
-    and ``<point>``; not with several dialogues. window: of a document.
+    and ``<point>``. actions: vectors, in the order of the marks ``<action>`` in the answers. With several dialogues,
+    there are no regions and actions. window: of a document.
     """
 
     id: str
@@ -118,6 +122,7 @@ class Conversation:
     others: tuple[tuple[Turn, ...], ...]
     regions: tuple[Region, ...]
     window: Window
+    actions: tuple[Action, ...]
 
     def __init__(
         self,
@@ -131,6 +136,7 @@ class Conversation:
         images: Sequence[ImageSource] | None = None,
         regions: Sequence[Region] = (),
         window: Window = FROM_START,
+        actions: Sequence[Action] = (),
     ):
         media = tuple(media if images is None else images)
         if any(map(is_video, media)):
@@ -139,7 +145,7 @@ class Conversation:
                 for told in (turns, *others)
             )
         values = {"id": id, "turns": turns, "media": media, "unused": unused, "repaired": repaired}
-        values |= {"others": tuple(others), "regions": tuple(regions), "window": window}
+        values |= {"others": tuple(others), "regions": tuple(regions), "window": window, "actions": tuple(actions)}
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -172,6 +178,11 @@ def _with_one_mark(turn: Turn) -> Turn:
 def region_marks(turn: Turn) -> list[str]:
     """The marks of boxes and points in a turn; the system's turn has none."""
     return [] if turn.role == "system" else REGION_MARK.findall(turn.text)
+
+
+def action_marks(turn: Turn) -> int:
+    """The number of marks of actions in a turn; only the assistant's have any."""
+    return turn.text.count(ACTION_MARK) if turn.role == "assistant" else 0
 
 
 class BadSample(ValueError):

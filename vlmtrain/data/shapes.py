@@ -206,7 +206,7 @@ class Shapes:
         rng = random.Random(key)
         pixels, side = pixels_of(key, self.image_size, self.sides)
         objects = rng.choice(CAPTION_OBJECTS if self.split == "caption" else OBJECTS)
-        items, counted = _scene(rng, objects, held_out=self.split == "validation")
+        items, counted = random_scene(rng, objects, held_out=self.split == "validation")
         regions = []
         if self.split == "caption":
             exchanges, opening = [(DESCRIBE, describe(items))], IMAGE_MARK
@@ -233,7 +233,7 @@ class Shapes:
         rng, turns, images = random.Random(key), [], []
         for number in range(rng.randint(1, 3)):
             pixels, side = pixels_of(f"{key}/{number}", self.image_size, self.sides)
-            items, _ = _scene(rng, rng.choice(CAPTION_OBJECTS), held_out=False)
+            items, _ = random_scene(rng, rng.choice(CAPTION_OBJECTS), held_out=False)
             turns += [Turn("user", IMAGE_MARK), Turn("assistant", describe(items))]
             images.append(Picture(items=items, pixels=pixels, side=side))
         return Conversation(f"documents-{index}", tuple(turns), images)
@@ -244,7 +244,7 @@ def describe(items: Sequence[Item]) -> str:
     return f"{', '.join(f'{item.place} {item.color} {item.shape}' for item in items)}."
 
 
-def _scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
+def random_scene(rng: random.Random, objects: int, held_out: bool) -> tuple[tuple[Item, ...], str]:
     """Items in raster order, and the color or shape whose occurrences may be counted.
 
     One to three items share it, with equal probability, so that counts are balanced. Otherwise all items differ.

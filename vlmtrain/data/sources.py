@@ -25,11 +25,12 @@ from ..settings.data import (
     MotionSource,
     ObelicsSource,
     ProbesSource,
+    ReachSource,
     RecordSource,
     ShapesSource,
     Split,
 )
-from . import motion, probes, shapes
+from . import motion, probes, reach, shapes
 from .encoded import Encoded
 from .interleaved import Documents, Rules, comm_pieces, mmc4_pieces, obelics_pieces
 from .llava import open_llava
@@ -37,6 +38,7 @@ from .mimic_it import MimicIT
 from .mixture import Concatenation, Mixture
 from .motion import Motion
 from .probes import Probes
+from .reach import Reach
 from .records import BadSample, Dropped, Source, Stream, check_conversation, is_video
 from .shapes import Shapes
 from .video import FrameSequence, VideoFolder
@@ -124,6 +126,10 @@ def _open_motion(source: MotionSource, image_size: tuple[int, int], seed: int) -
     return Motion(source.split, source.size, min(image_size), seed)
 
 
+def _open_reach(source: ReachSource, image_size: tuple[int, int], seed: int) -> Source:
+    return Reach(source.split, source.size, min(image_size), seed)
+
+
 _OPENERS: dict[type[DataSource], Callable[..., Source]] = {
     LlavaJSONSource: _open_llava,
     HFSource: _open_hf,
@@ -135,6 +141,7 @@ _OPENERS: dict[type[DataSource], Callable[..., Source]] = {
     ShapesSource: _open_shapes,
     ProbesSource: _open_probes,
     MotionSource: _open_motion,
+    ReachSource: _open_reach,
 }
 
 
@@ -148,7 +155,7 @@ def _reading(source: RecordSource) -> dict:
 
 def vocabulary(format: str) -> tuple[str, ...]:
     """The vocabulary of a format of generated data; that of the shapes for all other data."""
-    own = {"probes": probes.VOCABULARY, "motion": motion.VOCABULARY}
+    own = {"probes": probes.VOCABULARY, "motion": motion.VOCABULARY, "reach": reach.VOCABULARY}
     return own.get(format, shapes.VOCABULARY)
 
 

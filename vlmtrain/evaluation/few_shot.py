@@ -22,6 +22,7 @@ from ..data.records import (
     Source,
     Turn,
     VideoSource,
+    action_marks,
     check_conversation,
     region_marks,
 )
@@ -106,12 +107,13 @@ class Demonstrations:
 
 
 def first_exchange(conversation: Conversation) -> Conversation:
-    """The first question and answer of a conversation, with the media and regions in them."""
+    """The first question and answer of a conversation, with the media, regions and actions in them."""
     asked, answered = [turn for turn in conversation.turns if turn.role != "system"][:2]
     regions = conversation.regions[: sum(len(region_marks(turn)) for turn in (asked, answered))]
     media = conversation.media[: asked.text.count(IMAGE_MARK)]
     turns = Turn("user", asked.text), Turn("assistant", answered.text)
-    return Conversation(conversation.id, turns, media, regions=regions)
+    actions = conversation.actions[: action_marks(answered)]
+    return Conversation(conversation.id, turns, media, regions=regions, actions=actions)
 
 
 def preceded(conversation: Conversation, shots: Sequence[Conversation]) -> Conversation:
@@ -120,12 +122,13 @@ def preceded(conversation: Conversation, shots: Sequence[Conversation]) -> Conve
         return conversation
     first = sum(turn.role == "system" for turn in conversation.turns[:1])
     turns = [replace(turn, weight=0.0) for shot in shots for turn in shot.turns]
-    media, regions = [], []
+    media, regions, actions = [], [], []
     for each in (*shots, conversation):
         regions += [region._replace(medium=len(media) + region.medium) for region in each.regions]
         media += each.media
+        actions += each.actions
     turns = (*conversation.turns[:first], *turns, *conversation.turns[first:])
-    return replace(conversation, turns=turns, media=tuple(media), regions=tuple(regions))
+    return replace(conversation, turns=turns, media=tuple(media), regions=tuple(regions), actions=tuple(actions))
 
 
 def asks_the_same(shot: Conversation, conversation: Conversation) -> bool:

@@ -164,6 +164,28 @@ def _point_accuracy(answers: Sequence[Answer]) -> dict[str, list[float]]:
     return {"point_accuracy": list(map(float, hits)), "unparsed_points": unread}
 
 
+def _has_action(answer: Answer) -> bool:
+    return answer.grading.actions is not None
+
+
+def _actions(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """The share of correct tokens, and the mean absolute difference of decoded numbers, in the units of the data.
+
+    A missing token is wrong, and is decoded as the end that is farther from the reference. An additional one is wrong.
+    """
+    scores = {"action_accuracy": [], "action_l1": [], "unparsed_actions": []}
+    for answer in answers:
+        binning = answer.grading.actions
+        true, found = (binning.numbers(text) for text in (answer.reference, answer.prediction))
+        hits = sum(one == other for one, other in zip(true, found))
+        scores["action_accuracy"].append(hits / max(len(true), len(found)))
+        farther = [0 if 2 * number >= binning.bins - 1 else binning.bins - 1 for number in true[len(found) :]]
+        decoded = binning.centers([*found[: len(true)], *farther])
+        scores["action_l1"].append(float(abs(decoded - binning.centers(true)).mean()))
+        scores["unparsed_actions"].append(float(len(true) != len(found)))
+    return scores
+
+
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("a reference", lambda a: True, lambda a: True, each=_exact_match),
     "vqa_accuracy": Metric(
@@ -176,6 +198,7 @@ METRICS: dict[str, Metric] = {
     "iou": Metric("one box in its answer", _has_box, _has_box, each=_iou),
     "box_accuracy": Metric("one box in its answer", _has_box, _has_box, each=_box_accuracy),
     "point_accuracy": Metric("one point in its answer", _has_point, _has_point, each=_point_accuracy),
+    "actions": Metric("an action in its answer", _has_action, _has_action, each=_actions),
 }
 
 
@@ -266,8 +289,12 @@ def check_metrics(names: Any) -> None:
 FEWER = "fewer_than_"
 """Start of the names of the numbers of conversations with fewer demonstrations than their score says."""
 
-PLAIN = ("loss", "perplexity", "cider", "bleu4")
+PLAIN = ("loss", "perplexity", "cider", "bleu4", "action_l1")
 """Values that are not fractions of the questions."""
+
+
+LOWER_IS_BETTER = ("loss", "perplexity", "action_l1", "unparsed_actions")
+"""Values of which the lowest is the best; of all others, it is the highest."""
 
 
 def base_name(name: str) -> str:

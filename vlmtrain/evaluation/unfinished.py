@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.actions import Binning
 from ..data.records import Grading
 from ..data.regions import Place
 from ..files import replace_text
@@ -63,5 +64,6 @@ def _read(line: str) -> dict[tuple[int, int], list[Told]]:
 def _answer(values: dict) -> Answer:
     grading = {key: tuple(value) if isinstance(value, list) else value for key, value in values["grading"].items()}
     grading["places"] = tuple(map(Place.of, grading["places"]))
+    grading["actions"] = grading["actions"] and Binning.of(grading["actions"])
     likelihoods = tuple(Likelihood(*each) for each in values["likelihoods"])
     return Answer(**{**values, "grading": Grading(**grading), "likelihoods": likelihoods})

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -192,8 +193,10 @@ def load_tokenizer(path: str, key: str = "llm.path", trust_remote_code: bool = F
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
     """Add each of `words` as a token unless it already is one."""
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens([word for word in words if word not in known])
+    known, normalizer = tokenizer.get_vocab(), tokenizer.backend_tokenizer.normalizer
+    # a normalizer that changes a word, such as Llama 2's, which puts a space before it, would hide it within a text
+    kept = {word: normalizer is None or normalizer.normalize_str(word) == word for word in words if word not in known}
+    tokenizer.add_tokens([AddedToken(word, normalized=same) for word, same in kept.items()])
 
 
 def give_tokens(llm: nn.Module, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import ClassVar
 
-from ..data import motion
+from ..data import motion, reach
 from ..data.hf_dataset import COLUMNS
 from ..data.interleaved import Rules
 from ..data.probes import CATEGORIES, LEVELS
@@ -157,6 +157,14 @@ class MotionSource(DataSource):
     split: str = key(one_of(*motion.SPLITS))  # what they are about
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReachSource(DataSource):
+    """Generated images of shapes under a gripper, with actions."""
+
+    size: int = key(_COUNT)  # number of conversations
+    split: str = key(one_of(*reach.SPLITS))  # for training or for validation
+
+
 OWN_KEYS = ("format", "weight", "samples", "loss_weight", "loss_per", "token_weight", "path", "size", "streaming")
 OWN_KEYS += ("shuffle_buffer", *(f.name for f in fields(Rules)), "min_similarity", "one_image_share")
 OWN_KEYS += ("related_ids", "max_examples")
@@ -172,6 +180,7 @@ FORMATS: dict[str, type[DataSource]] = {
     "shapes": ShapesSource,
     "probes": ProbesSource,
     "motion": MotionSource,
+    "reach": ReachSource,
 }
 
 

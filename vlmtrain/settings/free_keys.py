@@ -46,6 +46,7 @@ _ADDED = {
         "boxes.format": None,
         "boxes.frame": None,
     },
+    **{"actions.bins": None, "actions.low": None, "actions.high": None, "data.columns.actions": None},
     **{"validation.shots": [0], "validation.shots_from": None, "validation.shots_by": "random"},
 }
 _ADDED_IN_STAGE = {

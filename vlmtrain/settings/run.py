@@ -8,7 +8,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from ..connectors import CONNECTORS
+from ..data.actions import Binning
 from ..data.boxes import BOX_FORMATS, FRAMES, Writing
 from ..data.records import IMAGE_MARK
 from ..data.templates import check_fallback
@@ -87,6 +90,39 @@ class Boxes:
     @property
     def writing(self) -> Writing | None:
         return None if self.format is None else Writing(self.format, self.frame)
+
+
+_ENDS = Kind(
+    "a number, a list of one number per dimension, or null",
+    lambda value: value is None or number().fits(value) or (bool(value) and list_of(number(), "").fits(value)),
+    lambda value, key: tuple(map(float, value)) if isinstance(value, Sequence) else value,
+)
+
+
+@dataclass(frozen=True)
+class Actions:
+    """How actions of records are written."""
+
+    bins: int | None = key(optional(whole(2, 10**5)))  # bins per dimension; null: records with actions are bad
+    low: float | tuple[float, ...] | None = key(_ENDS)  # where the bins begin: of all dimensions, or each; null: -1
+    high: float | tuple[float, ...] | None = key(_ENDS)  # where they end; null: 1
+
+    def __post_init__(self) -> None:
+        if self.bins is None and (self.low, self.high) != (None, None):
+            raise ValueError(f"actions.low={self.low} and actions.high={self.high} have no effect without actions.bins")
+        low, high = np.atleast_1d(self._ends[0]), np.atleast_1d(self._ends[1])
+        if 1 not in (len(low), len(high)) and len(low) != len(high):
+            raise ValueError(f"actions.low has {len(low)} dimensions, but actions.high has {len(high)}")
+        if not np.all(low < high):
+            raise ValueError(f"actions.low={self._ends[0]}: expected less than actions.high={self._ends[1]}")
+
+    @property
+    def _ends(self) -> tuple:
+        return -1.0 if self.low is None else self.low, 1.0 if self.high is None else self.high
+
+    @property
+    def binning(self) -> Binning | None:
+        return None if self.bins is None else Binning(self.bins, *self._ends)
 
 
 @dataclass(frozen=True)
@@ -209,6 +245,7 @@ class Run:
     wandb_project: str = key(TEXT)
     wandb_model: bool = key(SWITCH)  # upload the model folder of each stage
     boxes: Boxes = key(section(Boxes))
+    actions: Actions = key(section(Actions))
     features: Features = key(section(Features))
     validation: Validation = key(section(Validation))
     vision: Vision = key(VISION)
@@ -287,10 +324,10 @@ class Run:
 
     @property
     def new_tokens(self) -> tuple[str, ...]:
-        """The tokens that the tokenizer must have: `llm.new_tokens`, and the one that stands for an image."""
+        """The tokens that the tokenizer must have: `llm.new_tokens`, the one that stands for an image, and actions'."""
         fusion = FUSIONS[self.fusion.name]
         own = () if fusion.in_text or IMAGE_MARK in self.llm.new_tokens else (IMAGE_MARK,)
-        return (*self.llm.new_tokens, *own)
+        return (*self.llm.new_tokens, *own, *(self.actions.binning.tokens if self.actions.binning else ()))
 
     @property
     def newline(self) -> bool | None:

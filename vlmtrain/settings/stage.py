@@ -235,7 +235,7 @@ class Stage:
     keep_best: bool = key(SWITCH)  # keep the model with the best validation
     validate_every: int | None = key(optional(whole(1)))  # steps between validations
     early_stopping: int | None = key(optional(whole(1)))  # validations in a row that are not the best, to end the stage
-    best_metric: str = key(TEXT)  # by which the best validation is chosen: the lowest loss, or the highest other score
+    best_metric: str = key(TEXT)  # by which the best validation is chosen: the lowest loss, or the best other score
     expected: Expected = key(section(Expected))
 
     @property

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..connectors import Connector
 from ..connectors.checks import GridError
+from ..data.actions import Binning
 from ..data.boxes import Writing
 from ..data.connector_text import TextReader, text_vocabulary
 from ..data.geometry import Geometry, View
@@ -92,9 +93,9 @@ def build_processor(
         positions=positions,
         encoder_batch_size=stage.encoder_batch_size,
         share_images=stage.share_images,
-        boxes=_box_writing(run),
         attention=_attention(run, stage),
         decoder_start=start_token(parts["llm"]) if "llm" in parts else None,
+        **writings(run),
     )
 
 
@@ -181,11 +182,13 @@ def _attention(run: Run, stage: Stage) -> str:
     return attention or CAUSAL
 
 
-def _box_writing(run: Run) -> Writing | None:
-    """How regions are written: as the settings say, or else as in `init_from`; None if neither says it."""
-    if run.boxes.writing is None and run.init_from is not None:
-        return Processor.from_pretrained(run.init_from).boxes
-    return run.boxes.writing
+def writings(run: Run) -> dict[str, Writing | Binning | None]:
+    """How regions and actions are written: as the settings say, or else as in `init_from`; None if neither says it."""
+    chosen = {"boxes": run.boxes.writing, "actions": run.actions.binning}
+    if None not in chosen.values() or run.init_from is None:
+        return chosen
+    held = Processor.from_pretrained(run.init_from)
+    return {name: writing or getattr(held, name) for name, writing in chosen.items()}
 
 
 def _check_controls(run: Run, stage: Stage, geometry: Geometry, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.sources import build_source
 from ..distributed.world import Stopped
 from ..evaluation.few_shot import Demonstrations
-from ..evaluation.scores import base_name
+from ..evaluation.scores import LOWER_IS_BETTER, base_name
 from ..evaluation.validation import Validator
 from ..settings import Run, Stage, Validation
 from ..settings.run import RICES
@@ -129,7 +129,7 @@ class StageValidation:
     def _is_better(self, value: float, best: float | None) -> bool:
         if not math.isfinite(value):
             return False
-        return best is None or (value < best if base_name(self.stage.best_metric) == "loss" else value > best)
+        return best is None or (value < best if base_name(self.stage.best_metric) in LOWER_IS_BETTER else value > best)
 
 
 def build_demonstrations(run: Run, image_size: Size) -> Demonstrations | None:

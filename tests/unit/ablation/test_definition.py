@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vlmtrain.ablation import read_line, run_ablation
+from vlmtrain.ablation.jobs import _check_choice
 
 from .jobs import QUICKSTART
 
@@ -105,6 +106,10 @@ def test_invalid_settings_are_named(line, said):
         ),
         (["metric=exact_mach"], "^metric=exact_mach: expected a metric .* exact_match, .*Did you mean 'exact_match'"),
         (["metric=bleu4"], "^metric=bleu4: expected a metric of single answers, one of exact_match, .*cider"),
+        (
+            ["metric=action_l1"],
+            "^metric=action_l1: expected a metric .* action_accuracy, of which the highest is the best",
+        ),
         (["metric=yes_no_f1"], "^metric=yes_no_f1: expected a metric of single answers"),
         (["metric=exact_match_4_shots"], "^metric=exact_match_4_shots: expected a metric of single answers"),
         (
@@ -134,6 +139,18 @@ def test_impossible_comparisons_are_refused_before_anything_runs(line, said, tmp
     with pytest.raises(ValueError, match=said):
         run_ablation(ablation, show_progress=False)
     assert not (tmp_path / "ablation").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["metric=iou", "data.validation.split=boxes", "boxes.format=llava"],
+        ["metric=action_accuracy", "data=reach", "actions.bins=8"],
+    ],
+)
+def test_metrics_may_need_what_is_known_when_a_record_is_written(line, tmp_path):
+    ablation = read_line([*QUICKSTART, *line, f"run_dir={tmp_path / 'ablation'}"])
+    _check_choice(ablation, ablation.choices[0])
 
 
 def test_mappings_may_be_values_of_an_axis():

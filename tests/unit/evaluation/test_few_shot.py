@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmtrain.data.actions import Binning
 from vlmtrain.data.boxes import Writing
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.images import ImageInMemory, ImageOnDisk
@@ -17,7 +18,7 @@ from vlmtrain.data.processor import Processor
 from vlmtrain.data.records import BadSample, Conversation, Grading, Turn
 from vlmtrain.data.regions import Region
 from vlmtrain.data.sources import build_source
-from vlmtrain.evaluation.few_shot import Demonstrations, why_zero_shot
+from vlmtrain.evaluation.few_shot import Demonstrations, first_exchange, preceded, why_zero_shot
 from vlmtrain.evaluation.held_out import HeldOut
 from vlmtrain.settings import compose, compose_evaluation, read_run
 from vlmtrain.settings.data import read_data
@@ -193,6 +194,17 @@ def test_boxes_of_demonstrations_and_of_the_question_refer_to_their_own_images(t
     said = processor.renderer.decode(shown.batch.input_ids[0])
     first = replace(shot, turns=shot.turns[:2], regions=shot.regions[:1])
     assert said.count(processor.written(first).turns[1].text) == 1
+
+
+def test_demonstrations_bring_their_actions(tokenizer):
+    binning = Binning(8, 0.0, 8.0)
+    processor = Processor(tokenizer, None, "chat", 400, actions=binning)
+    shot = replace(talk("shot", "Up?", "<action>", "Down?", "<action>"), actions=((1.0, 2.0), (3.0,)))
+    own = replace(talk("q", "Left?", "<action>"), actions=((5.0, 6.0),))
+    (answer,) = held([own], processor, Demonstrations([shot], "align", [0, 1]), 1).questions[0].values()
+    assert answer.reference == "<action_5><action_6>" and answer.grading.actions == binning
+    said = processor.written(preceded(own, [first_exchange(shot)])).turns
+    assert [turn.text for turn in said[1::2]] == ["<action_1><action_2>", "<action_5><action_6>"]
 
 
 def test_a_prompt_that_is_too_long_has_as_many_demonstrations_as_fit(tokenizer):
