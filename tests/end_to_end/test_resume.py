@@ -106,6 +106,29 @@ def test_losses_after_an_interruption_are_bit_identical(engine, precision, ranks
     assert not (broken / "instruct" / "checkpoints").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, stage", [("flamingo", "pretrain"), ("mot", "joint"), ("fuyu", "align")])
+def test_other_fusions_resume_with_bit_identical_losses(recipe, stage, tmp_path):
+    """Gated layers on documents and captions, experts for visual tokens, and raw patches."""
+    command = [
+        f"recipe={recipe}",
+        "mini=true",
+        f"stage={stage}",
+        f"stages.{stage}.max_steps=12",
+        "data.validation=null",
+    ]
+    command += [f"stages.{stage}.batch_size=8", f"stages.{stage}.micro_batch_size=4", f"stages.{stage}.save_every=5"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(*command, f"run_dir={whole}")
+    struck("SIGKILL@metrics.jsonl:8", *command, f"run_dir={broken}", ranks=1)
+    assert len(metrics(broken, stage)) < 12
+    train(*command, f"run_dir={broken}")
+    for key in ("loss", "grad_norm", "target_tokens"):
+        assert [r[key] for r in metrics(broken, stage)] == [r[key] for r in metrics(whole, stage)]
+    parts = [json.loads((run / stage / "summary.json").read_text())["parts"] for run in (whole, broken)]
+    assert all(parts[0][part]["sha256_after"] == parts[1][part]["sha256_after"] for part in parts[0])
+
+
 def test_an_encoder_decoder_model_resumes_with_the_same_prefixes(llava_files, tmp_path):
     """Captions are cut at other places in every epoch."""
     records = json.loads(llava_files["align"].read_text())

@@ -17,6 +17,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -39,6 +40,8 @@ Reader = Callable[[Mapping, str, OpenImage], list[Piece]]
 """Returns the pieces of a record, given the record and its name. Raises BadSample."""
 
 _IDS = ("id", "data_id", "url")
+FIRST = 32
+"""Number of documents whose image files are looked for when a source is opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,38 +86,67 @@ class Documents:
         self.records = Concatenation(self.files)
         self.folder = ImageFolder(images, outside)
         self.seed, self.rules, self.read, self.joint = seed, rules, read, joint
+        self._check_folder()
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def _check_folder(self) -> None:
+        """Raise ValueError if the first documents name image files of which none exists."""
+        exist: list[bool] = []
+
+        def look(value: object, label: str, *, name: str) -> None:
+            exist.append(_size(self._named(value, label, name)) is not None)
+
+        for index in range(min(len(self), FIRST)):
+            with suppress(BadSample, Dropped):
+                self._pieces(index, look)
+        if exist and not any(exist):
+            raise ValueError(
+                f"data.images={self.folder.root}: none of the {len(exist)} images that the first {FIRST} documents "
+                "name exists there"
+            )
 
     @property
     def identity(self) -> tuple:
         return tuple(file.identity for file in self.files), self.folder.root, self.seed
 
     def __getitem__(self, index: int) -> Conversation:
+        where, name, pieces = self._pieces(index, self._image)
+        return as_conversation(name, pieces, self.rules, self.joint, random.Random(f"{self.seed}/{where}"))
+
+    def _pieces(self, index: int, image: Callable) -> tuple[str, str, list[Piece]]:
+        """Where record `index` is, its name, and its pieces, whose images `image` opens."""
         where, record = self.records[index]
         if not isinstance(record, Mapping):
             raise BadSample(f"{where}: expected an object, got {shown(record)}")
         name = record_name(where, next((record[key] for key in _IDS if record.get(key) is not None), None))
-        pieces = self.read(record, name, partial(self._image, name=name))
-        return as_conversation(name, pieces, self.rules, self.joint, random.Random(f"{self.seed}/{where}"))
+        return where, name, self.read(record, name, partial(image, name=name))
 
     def _image(self, value: object, label: str, *, name: str) -> EncodedImage | None:
-        """An image of record `name`; None if its file is missing, or if it is too small.
+        """An image of record `name`; None if its file is missing, or if it is too small."""
+        image = self._named(value, label, name)
+        size = _size(image)  # many images of crawled pages can no longer be downloaded
+        return image if size is not None and size >= self.rules.min_image_bytes else None
+
+    def _named(self, value: object, label: str, name: str) -> EncodedImage:
+        """An image, whose file may be missing.
 
         A URL stands for the file whose name is the SHA-256 of the URL, in hexadecimal digits.
         """
         if isinstance(value, str) and re.match(r"https?://", value):
             value = hashlib.sha256(value.encode()).hexdigest()
-        image = self.folder.read(value, label, name)
-        if isinstance(image, ImageInMemory):
-            size = len(image.data)
-        else:
-            try:
-                size = os.stat(image.path).st_size
-            except OSError:  # many images of crawled pages can no longer be downloaded
-                return None
-        return image if size >= self.rules.min_image_bytes else None
+        return self.folder.read(value, label, name)
+
+
+def _size(image: EncodedImage) -> int | None:
+    """Size of an image in bytes; None if its file is missing."""
+    if isinstance(image, ImageInMemory):
+        return len(image.data)
+    try:
+        return os.stat(image.path).st_size
+    except OSError:
+        return None
 
 
 def as_conversation(name: str, pieces: Sequence[Piece], rules: Rules, joint: str, rng: random.Random) -> Conversation:

@@ -169,6 +169,8 @@ class GatedCrossAttention(Fusion):
                 raise ValueError(f"fusion.{option}={value}: expected a whole number of at least 1")
         self.media_width, self.attend, self.style, self.every = media_width, attend, style, every
         built = STYLES[style]
+        if llm["heads"] is None and (built.grouped or built.shape is None):
+            raise ValueError(f"fusion.style={style} has the heads of the language model, but this one has no attention")
         usual = built.shape or (llm["heads"], width // llm["heads"])
         heads, head_dim = heads or usual[0], head_dim or usual[1]
         self.numbers = [number for number in range(blocks) if (number + built.offset) % every == 0]
@@ -188,11 +190,12 @@ class GatedCrossAttention(Fusion):
                 "fusion=concatenation"
             )
         config, width = llm.config.get_text_config(), hidden_width(llm)
+        heads = getattr(config, "num_attention_heads", None)  # none in Mamba
         inner = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
         own = {
             "blocks": block_list(llm)[1],
-            "heads": config.num_attention_heads,
-            "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            "heads": heads,
+            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
             "intermediate_size": next(filter(None, inner), 4 * width),
             "norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
         }

@@ -10,11 +10,11 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import first_line, nearest
-from ..model.fusion import FUSIONS
+from ..model.fusion import CONCATENATION, FUSIONS
 from ..model.vision import ENCODERS
 from .data import PURPOSES
 from .fields import flatten
@@ -60,7 +60,7 @@ def finish(config: DictConfig, hydra: DictConfig | None = None, must_be_complete
             apart = _swept(hydra, settings.name, settings.connector.name)
             settings.run_dir = f"runs/{settings.name}-{settings.connector.name}{suffix}{apart}"
     _complete_encoders(settings)
-    complete_fusion_rates(settings)
+    complete_fusion_rates(settings, named)
     return plain(settings, left_open_by="the recipe" if must_be_complete else None)
 
 
@@ -161,14 +161,29 @@ def _complete_encoders(settings: DictConfig) -> None:
             encoders[name] = OmegaConf.merge(defaults, own)
 
 
-def complete_fusion_rates(settings: DictConfig) -> None:
-    """Replace ``train.fusion: connector`` by the connector's learning rate, or by null if the fusion has no weights."""
+def complete_fusion_rates(settings: DictConfig, named: Iterable[str] = ()) -> None:
+    """Replace ``train.fusion: connector`` by the connector's learning rate, or by null where no fusion has weights.
+
+    With concatenation, what a recipe says about the training of a fusion is dropped. named: keys that the command sets.
+    """
     name = settings.fusion.get("name")
     has_weights = name in FUSIONS and FUSIONS[name].has_weights
-    for stage in settings.get("stages", {}).values():
+    for key, stage in settings.get("stages", {}).items():
         train = stage.get("train") if isinstance(stage, DictConfig) else None
-        if isinstance(train, DictConfig) and train.get("fusion") == "connector":
-            train.fusion = train.get("connector") if has_weights else None
+        if not isinstance(train, DictConfig):
+            continue
+        if train.get("fusion") == "connector":
+            joins = {"connector", "llm"} <= set(stage.get("parts") or ())
+            train.fusion = train.get("connector") if has_weights and joins else None
+        if name == CONCATENATION:
+            if not any(_is_within(f"stages.{key}.train.fusion", each) for each in named):
+                train.fusion = None
+            if isinstance(stage.get("groups"), ListConfig) and f"stages.{key}.groups" not in named:
+                stage.groups = [group for group in stage.groups if not _is_of_fusion(group)]
+
+
+def _is_of_fusion(group: Any) -> bool:
+    return isinstance(group, DictConfig) and str(group.get("match")).partition(".")[0] == "fusion"
 
 
 def _swept(hydra: DictConfig, recipe: str, connector: str) -> str:

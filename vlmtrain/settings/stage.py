@@ -13,7 +13,7 @@ from ..data.frame_sampling import CHOOSES_LAST, SAMPLINGS
 from ..data.images import FITS, FRAME_FITS
 from ..data.layouts import LAYOUTS
 from ..data.rendered import LOSS_PER
-from ..data.templates import CAPTIONS
+from ..data.templates import CAPTIONS, INTERLEAVED
 from ..data.tile_styles import LLAVA_NEXT, TILE_STYLES
 from ..frames import NEWLINES, POOLS
 from .fields import (
@@ -290,6 +290,10 @@ class Stage:
             raise ValueError(f"{self.prefix}.pack_by={self.pack_by}: expected null, or source with layout=packed")
         if self.share_images and self.layout != "packed":
             raise ValueError(f"{self.prefix}.share_images=true: expected false, or true with layout=packed")
+        if self.share_images and self.template == INTERLEAVED:
+            raise ValueError(
+                f"{self.prefix}.share_images=true: documents with template={INTERLEAVED} cannot share images"
+            )
         if self.share_images and self.template in CAPTIONS:
             raise ValueError(
                 f"{self.prefix}.share_images=true needs a template with questions: with template={self.template}, the "
@@ -339,7 +343,7 @@ class Stage:
         for entry, part in used.items():
             if part not in self.parts:
                 has = ", ".join(self.parts)
-                hint = "; fusion=concatenation has no weights" if part == "fusion" else ""
+                hint = ": a fusion with weights, in a stage with a connector and a language model" * (part == "fusion")
                 raise ValueError(f"{self.prefix}.{entry} needs the part {part}, but the stage has only {has}{hint}")
 
     def _check_training(self) -> None:

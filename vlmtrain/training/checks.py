@@ -14,6 +14,7 @@ from ..data.mixture import Mixture
 from ..data.processor import Processor
 from ..data.records import BadSample
 from ..data.sources import LOOKED_AT, build_source, first_look
+from ..data.templates import INTERLEAVED
 from ..evaluation.few_shot import why_zero_shot
 from ..evaluation.lmms_eval import check_tasks
 from ..evaluation.scores import check_metrics
@@ -28,7 +29,7 @@ from ..model.parts import connector_skeleton
 from ..objectives import OBJECTIVES
 from ..runs.folder import RunFolder
 from ..settings import LLM, Run, Stage, Vision
-from ..settings.data import Split
+from ..settings.data import DocumentSource, Split
 from ..settings.run import RICES
 from .assembly import build_skeleton, build_tokenizer, check_origins
 from .batching import split_batch
@@ -62,6 +63,18 @@ def check_run(run: Run, world_size: int) -> None:
                 "as one sample; use share_images=false"
             )
         _check_layout(stage, run.data.splits.get(stage.data), world_size)
+        if "llm" in stage.parts and stage.template != INTERLEAVED:
+            for split in filter(None, (run.data.splits.get(name) for name in (stage.data, stage.validation))):
+                _check_no_documents(stage, split)
+
+
+def _check_no_documents(stage: Stage, split: Split) -> None:
+    for name, source in split.sources.items():
+        if isinstance(source, DocumentSource):
+            raise ValueError(
+                f"{stage.prefix}.template={stage.template} reads conversations, but the source {name} of "
+                f"data.{split.name} has documents ({source.format}): use {stage.prefix}.template={INTERLEAVED}"
+            )
 
 
 def _check_layout(stage: Stage, split: Split | None, world_size: int) -> None:

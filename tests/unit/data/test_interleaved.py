@@ -134,6 +134,13 @@ def test_the_datasets_own_assignment_and_missing_images(folder):
     assert told(found) == ["a", "0.png", "b", "1.png", "c"]
 
 
+def test_a_folder_with_none_of_the_images_is_refused(tmp_path):
+    file = tmp_path / "documents.jsonl"
+    file.write_text(json.dumps(page(CROSSED)))
+    with pytest.raises(ValueError, match=rf"data\.images={tmp_path}: none of the 3 images that the first 32 documents"):
+        Documents(file, tmp_path, False, 0, Rules(), MMC4, " ")
+
+
 def test_images_in_records_of_tar_shards(folder, tmp_path):
     data = base64.b64encode((folder / "2.png").read_bytes()).decode()
     record = {"text_list": ["a", "b"], "image_info": [{"image_base64": data}], "similarity_matrix": [[0.1, 0.9]]}

@@ -109,6 +109,19 @@ def test_a_fusion_with_weights_trains_like_the_connector_unless_a_stage_says_oth
     assert rates in (found, ...) and tokens in (settings.new_tokens, ...)
 
 
+@pytest.mark.parametrize("recipe", ["flamingo", "idefics", "otter", "blip2", "llava_1_5"])
+def test_the_fusion_of_a_recipe_is_swapped_with_one_word(recipe):
+    for fusion in ("concatenation", "gated_cross_attention"):
+        settings = compose([f"recipe={recipe}", f"fusion={fusion}"])
+        joins = [stage for stage in settings.stages.values() if {"connector", "llm"} <= set(stage.parts)]
+        assert joins and all(stage.trains("fusion") == (fusion != "concatenation") for stage in joins)
+
+
+def test_a_learning_rate_for_a_fusion_without_weights_is_refused():
+    with pytest.raises(ValueError, match=r"train\.fusion needs the part fusion, .*: a fusion with weights"):
+        compose(["recipe=flamingo", "fusion=concatenation", "stages.pretrain.train.fusion=1e-4"])
+
+
 def test_quickstart_is_the_default():
     assert compose([]).name == "quickstart"
 

@@ -46,6 +46,8 @@ class HFVision(VisionEncoder):
         final_norm: bool = False,
     ):
         super().__init__()
+        if final_norm and layer != -1:
+            raise ValueError(f"vision.final_norm=true with vision.layer={layer}: the norm follows the last layer, -1")
         self.encoder = encoder
         self.geometry = geometry
         self.final_norm = final_norm
@@ -84,8 +86,6 @@ class HFVision(VisionEncoder):
         know_blip_towers()
         trust = {"trust_remote_code": trust_remote_code}
         config = load_hf_config(path, "vision.path", **trust)
-        if final_norm and layer != -1:
-            raise ValueError(f"vision.final_norm=true with vision.layer={layer}: the norm follows the last layer, -1")
         if config.model_type in NATIVE:
             if final_norm:
                 raise ValueError(f"vision.final_norm=true: {NATIVE[config.model_type].__name__} does not support it")
