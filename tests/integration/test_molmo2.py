@@ -156,7 +156,7 @@ def test_what_was_imported_is_told(pair):
     assert pair.done.image_fit == "tiles" and pair.done.template == "chat"
     assert pair.done.largest_relative_difference <= 1e-5
     assert "| source's class | Molmo2ForConditionalGeneration |" in (pair.home / "model" / "README.md").read_text()
-    assert pair.model.vision.levels == [2, 4] and pair.processor.renderer.places_pictures
+    assert pair.model.vision.levels == [2, 4] and pair.processor.renderer.places_images
 
 
 def test_a_template_with_images_in_the_text(files, tmp_path):

@@ -29,7 +29,7 @@ from .positions import POSITIONS
 from .records import IMAGE_MARK, BadSample, Conversation, Dropped, Turn, check_content, check_conversation
 from .rendered import IGNORE, Rendered
 from .spans import IMAGE, Span, for_decoder, merged, with_images, without_marks
-from .templates import CAPTIONS, CHUNK_END, INTERLEAVED, PICTURES_FIRST, chat_template
+from .templates import CAPTIONS, CHUNK_END, IMAGES_FIRST, INTERLEAVED, chat_template
 
 RENDERING = 2  # to be increased when conversations are rendered to other numbers of tokens
 PROBE_SECONDS = 20
@@ -89,8 +89,8 @@ class Renderer:
         if self._is_document and decoder_start is not None:
             raise ValueError(f"template={template} trains on all text: it needs a decoder-only language model")
         names = (template, fallback) if template == "chat" and not tokenizer.chat_template else (template,)
-        self.pictures_first = not PICTURES_FIRST.isdisjoint(names)
-        self.places_pictures = False  # whether the template writes the mark at which they stand
+        self.images_first = not IMAGES_FIRST.isdisjoint(names)
+        self.places_images = False  # whether the template writes the mark at which they stand
         self._places_each_turns = False  # whether it writes one for each turn of the user
         # Many control tokens (Llama-3's headers, Phi-3's <|end|>) are not in `all_special_tokens`.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -129,8 +129,8 @@ class Renderer:
         self._spans(Conversation(f"template={self.template}", once))
         with suppress(ValueError):
             self._places_each_turns = all(IMAGE_MARK in text for text in self._chat.between(once * 2)[::2][:2])
-        self.places_pictures = IMAGE_MARK in self._chat.between(once)[0] and not self._places_each_turns
-        self.pictures_first |= self.places_pictures
+        self.places_images = IMAGE_MARK in self._chat.between(once)[0] and not self._places_each_turns
+        self.images_first |= self.places_images
 
     @property
     def sample_texts(self) -> list[str]:
@@ -341,7 +341,7 @@ class Renderer:
             return self._document_spans(conversation)
         if self._chat is None:
             return self._plain_spans(conversation)
-        if self.pictures_first:
+        if self.images_first:
             self._check_marks(conversation)
         try:
             texts = self._chat.around(conversation.turns)
@@ -358,8 +358,8 @@ class Renderer:
                 continue
             if turn.role != "assistant":
                 spans.append(Span(rest))
-                if self.pictures_first:
-                    is_start = index == 0 and not self.places_pictures
+                if self.images_first:
+                    is_start = index == 0 and not self.places_images
                     spans.append(Span(without_marks(words), is_words=True, is_start=is_start))
                 else:
                     spans += with_images(words) if turn.role == "user" else [Span(words, is_words=True)]
@@ -381,7 +381,7 @@ class Renderer:
             spans += [Span(space + words, is_words=True, answer=number), Span(end.group(), answer=number)]
             rest = after[end.end() :]
         spans.append(Span(rest))
-        if not self.pictures_first:
+        if not self.images_first:
             return spans
         images = [IMAGE] * len(conversation.media)
         place = next((i for i, span in enumerate(spans) if not span.is_words and IMAGE_MARK in span.text), None)

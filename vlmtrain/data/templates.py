@@ -85,7 +85,7 @@ TEMPLATES = {
     **{"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, "otter": OTTER},
     **{BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA, IDEFICS: _IDEFICS},
 }
-PICTURES_FIRST = {BLIP, FUYU, PALIGEMMA}
+IMAGES_FIRST = {BLIP, FUYU, PALIGEMMA}
 CAPTIONS = ("plain", "prefix")
 """Templates that render only images and the answer; ``prefix`` trains the answer from a random place on."""
 

@@ -172,7 +172,7 @@ def why_zero_shot(processor: Processor) -> str | None:
         return "an encoder-decoder language model answers one question per sample"
     if renderer.shows_captions:
         return f"template={renderer.template} renders one exchange"
-    if renderer.pictures_first:
+    if renderer.images_first:
         return f"template={renderer.template} puts images first"
     try:
         renderer.template_texts(exchange * 2)

@@ -96,7 +96,7 @@ def _check(connector: nn.Module, geometry: Geometry) -> None:
 def _speech(processor: Processor) -> tuple[Speech, int]:
     """Tokenizer and template of the export, and the number of image tokens that its processor puts before the text."""
     renderer = processor.renderer
-    if renderer.pictures_first:
+    if renderer.images_first:
         return spoken_words(processor), processor.geometry.tokens
     if processor.reader:
         raise DoesNotFit(

@@ -144,13 +144,13 @@ def typed_speech(
             return speech
     inner = [_inner_template(renderer, processor.fallback), *_written_out(renderer)]
     before, start, spacings, changes = "", "", ("", _SPACING), ""
-    if renderer.pictures_first:
+    if renderer.images_first:
         collected = (_PICTURES.replace("IMAGE", mark) for mark in marks)
         before = _with_kinds("{%- set shown = namespace(marks='') -%}" + "".join(collected), video is not None)
         spacings = (_MARKS_OUT,)
-    if renderer.places_pictures:
+    if renderer.places_images:
         changes = f"{{% set framed = framed | replace('{IMAGE_MARK}', shown.marks) %}}"
-    elif renderer.pictures_first:
+    elif renderer.images_first:
         start = "{{- shown.marks -}}"
         inner += [each.replace("{{ bos_token }}", "{{ bos_token + ' ' }}") for each in inner]
     if heading:
@@ -171,7 +171,7 @@ def spoken_words(processor: Processor) -> Speech:
     Raises ValueError for any template other than ``blip``.
     """
     renderer = processor.renderer
-    if not renderer.pictures_first:
+    if not renderer.images_first:
         raise ValueError(f"template={renderer.template} does not put images before the text: use template=blip")
     tokenizer = _with_media_tokens(renderer.tokenizer, IMAGE_MARK)
     _add_nothing(renderer, tokenizer)
