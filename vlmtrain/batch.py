@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
     A packed batch has one row of several samples: positions ``(1, T)`` or ``(R, 1, T)``, starting at 0 in each sample;
     boundaries ``(S + 1,)`` int32, the start of each of the S samples and the end of the row, None otherwise; segments
-    ``(S,)``: their lengths, which stay on the host. A sample may be a message tree: several dialogues behind the same
+    ``(S,)``: their lengths, which stay on the host. A sample may be a message tree: several dialogues after the same
     images, whose positions continue those of the images in each. prefix ``(B,)`` (of a packed batch ``(S,)``), branch
     ``(B, T)``, which stays on the host, and bidirectional ``(B, T)`` say which positions see each other, see
     `vlmtrain.model.attention`. decoder: of an encoder-decoder model, which part of a row its decoder reads. ids: of the

@@ -1,6 +1,6 @@
 """Encoder-decoder language models (T5, FlanT5): images and questions enter the encoder, answers the decoder.
 
-A row of a batch consists of the encoder's positions and, behind them, the decoder's, which begin with its start token
+A row of a batch consists of the encoder's positions and, after them, the decoder's, which begin with its start token
 (see `vlmtrain.batch.Decoder`). The decoder sees all real positions of the encoder, and its own in causal order.
 """
 
