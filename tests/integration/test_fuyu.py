@@ -246,8 +246,8 @@ def test_what_cannot_be_imported_is_refused(options, fit, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"newline": ""}, r"llm\.image_newline=None: Fuyu requires \|NEWLINE\|"),
-        ({"frame": (IMAGE, ANSWER)}, "llm.image_frame=.*: Fuyu requires"),
+        ({"newline": ""}, r"Fuyu requires llm\.image_newline=\|NEWLINE\|, got None"),
+        ({"frame": (IMAGE, ANSWER)}, "Fuyu requires llm.image_frame=.*, got "),
         ({"image_pixels": (1, 1000)}, r"image_pixels=\[1, 1000\]: .* MAX from 1728"),
         ({"image_pixels": (100, 1728)}, "expected MIN up to 36"),
     ],

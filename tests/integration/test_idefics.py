@@ -209,21 +209,21 @@ def named(connector: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, p: setattr(m.fusion, "attend", "all"), "fusion.attend=all: IDEFICS requires last"),
+        (lambda m, p: setattr(m.fusion, "attend", "all"), "IDEFICS requires fusion.attend=last, got all"),
         (lambda m, p: setattr(m.fusion, "every", 3), "fusion.every=3: IDEFICS requires a divisor of the 4 blocks"),
-        (lambda m, p: setattr(m.vision, "layer", 1), "vision.layer=1: IDEFICS requires 2"),
+        (lambda m, p: setattr(m.vision, "layer", 1), "IDEFICS requires vision.layer=2, got 1"),
         (
             lambda m, p: setattr(m.llm.config, "num_key_value_heads", 2),
-            "the number of heads of keys=2: IDEFICS requires 4",
+            "IDEFICS requires num_key_value_heads=4, got 2",
         ),
         (
             lambda m, p: setattr(m, "connector", named("mlp")),
             "connector=mlp: IDEFICS has idefics_resampler, or identity",
         ),
-        (lambda m, p: object.__setattr__(p.geometry, "fit", "pad"), "image_fit=pad: IDEFICS requires squash"),
+        (lambda m, p: object.__setattr__(p.geometry, "fit", "pad"), "IDEFICS requires image_fit=squash, got pad"),
         (
             lambda m, p: object.__setattr__(p.geometry, "frame", ("", "")),
-            r"llm.image_frame=\['', ''\]: IDEFICS requires",
+            r"IDEFICS requires llm.image_frame=\[.*\], got \['', ''\]",
         ),
     ],
 )

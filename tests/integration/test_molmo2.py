@@ -260,10 +260,14 @@ def test_models_trained_here_without_the_class_s_tokens_are_exported(tmp_path):
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
-        ({"llm": "qwen2"}, {}, "the language model's type=qwen2: Molmo2ForConditionalGeneration requires qwen3"),
+        (
+            {"llm": "qwen2"},
+            {},
+            "requires the language model's model_type=qwen3, got qwen2",
+        ),
         ({"vision": "clip"}, {}, "requires SigLIP's architecture, got CLIPVisionModel"),
         ({"options": {"head": "linear", "num_heads": 2}}, {}, r"connector\.head=linear: .* requires swiglu"),
-        ({"connector": "mlp", "options": {}}, {}, "connector=mlp: .* requires attentional_pool"),
+        ({"connector": "mlp", "options": {}}, {}, "requires connector=attentional_pool, got mlp"),
         ({}, {"tile_grids": ((1, 1), (2, 2))}, "image_tiles: .* requires all grids of at most N crops"),
         ({}, {"frame": ("<im_start>", "<im_end>")}, r"llm\.image_frame=\['<im_start>', '<im_end>'\]"),
     ],
@@ -283,7 +287,7 @@ def test_causal_models_and_other_frames(tmp_path):
     processor = Processor.from_pretrained(tmp_path / "model")
     processor.attention = "causal"
     processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"fusion\.attention=causal: Molmo2ForConditionalGeneration requires images"):
+    with pytest.raises(ValueError, match=r"Molmo2\w+ requires fusion\.attention=images, got causal"):
         export(tmp_path / "model", tmp_path / "out", "molmo2")
 
 

@@ -140,7 +140,7 @@ def test_a_tower_of_qwen_with_rows_of_positions(folder, tmp_path):
     same = reader.collate([reader.prompt(asked(folder, *numbers)) for numbers in ((0, 3), (1,), ())])
     assert again(same).equal(model(batch))
     done = export(tmp_path / "model", tmp_path / "out")
-    assert "the language model's type=llama: Qwen2_5_VLForConditionalGeneration requires qwen2" in done.remarks[0]
+    assert "requires the language model's model_type=qwen2, got llama" in done.remarks[0]
     check_own_class(tmp_path / "out", folder, model, processor)
 
 

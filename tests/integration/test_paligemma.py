@@ -173,7 +173,11 @@ def test_what_cannot_be_imported_is_refused(options, fit, message, tmp_path):
         (lambda _, processor: setattr(processor, "attention", "causal"), "LLaVA's classes take features before"),
         (
             lambda _, processor: object.__setattr__(processor.geometry, "fit", "pad"),
-            "image_fit=pad: PaliGemma requires",
+            "exported only as PaliGemma: PaliGemma requires image_fit=squash, got pad",
+        ),
+        (
+            lambda _, processor: setattr(processor.renderer, "template", "interleaved"),
+            "PaliGemma requires template=paligemma, got interleaved",
         ),
     ],
 )

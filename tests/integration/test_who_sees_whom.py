@@ -165,7 +165,7 @@ def test_a_model_folder_keeps_it_and_a_run_from_it_too(tmp_path):
                 "llm.config.model_type=lfm2",
                 "+llm.config.layer_types=[conv,full_attention,conv,full_attention]",
             ],
-            r"fusion\.attention=images: Lfm2ForCausalLM has layers .*cannot follow bidirectional",
+            r"Lfm2ForCausalLM has layers .* and does not support fusion\.attention=images",
         ),
     ],
 )

@@ -157,7 +157,8 @@ def _print_sources(result: dict) -> None:
                 *([("  boxes", f"{report['boxes']:,} ({report['boxes_kept'] / report['boxes']:.1%} have an IoU of at "
                                "least 0.5 when their text is read)")] if report["boxes"] else []),
                 *([("  repaired", f"{report['repaired']:,}")] if report["repaired"] else []),
-                *([("  left out", f"{report['dropped']:,} documents")] if report["dropped"] else []),
+                *([("  left out", f"{report['dropped']:,} document{'s' if report['dropped'] > 1 else ''}")]
+                  if report["dropped"] else []),
                 *([("  not read", ", ".join(report["unused"]))] if report["unused"] else []),
             ], indent=2, numbers=False)
         )  # fmt: skip

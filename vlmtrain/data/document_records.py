@@ -12,6 +12,7 @@ from .indexed_json import LINES, IndexedJson
 from .webdataset import JsonShard, expand_braces
 
 _JSON = (".json", *LINES)
+_PICKLED = {".pkl", ".pickle"}
 _KNOWN = (*_JSON, ".tar", ".parquet", ".arrow")
 
 
@@ -53,6 +54,8 @@ def open_records(path: str | Path) -> Sequence[Records]:
     else:
         found = [file for name in expand_braces(text) for file in sorted(glob.glob(name, recursive=True)) or [name]]
     kinds = {_kind(file) for file in found}
+    if kinds & _PICKLED:
+        raise ValueError(f"{text}: pickled files are not read: convert them to JSON (docs/data.md)")
     if found and kinds <= set(_JSON):
         return [JsonRecords(Path(file)) for file in found]
     if kinds == {".tar"}:

@@ -244,7 +244,7 @@ class _ObjectScanner(_ArrayScanner):
     def members(self) -> Iterator[tuple[str, int, int]]:
         """Name, and start and end of the value in bytes. Raises ValueError if the object is broken."""
         if self._next() != "{":
-            raise ValueError(f"data file {self.path} must contain an object of strings by name")
+            raise ValueError(f"data file {self.path} must be a JSON object that maps image IDs to base64 strings")
         self.position += 1
         while self._next() != "}":
             name = self._string()

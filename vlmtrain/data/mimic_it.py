@@ -51,8 +51,10 @@ class MimicIT:
 
     def __init__(self, path: str | Path, images: str | Path | None, related: str | Path | None, examples: int | None):
         self.name, self.examples = Path(path).name, examples
-        self.instructions = _object(read_object(Path(path)).get("data"), path, "'data'")
-        self.related = None if related is None else _object(read_object(Path(related)), related, "the file")
+        self.instructions = _object(read_object(Path(path)).get("data"), path, "'data'", "instructions")
+        self.related = (
+            None if related is None else _object(read_object(Path(related)), related, "the file", "related IDs")
+        )
         self.ids = list(self.instructions if self.related is None else self.related)
         if not self.ids:
             raise ValueError(f"{path if related is None else related} is empty: no instructions")
@@ -98,9 +100,9 @@ class MimicIT:
         return value
 
 
-def _object(value: object, file: str | Path, what: str) -> Mapping:
+def _object(value: object, file: str | Path, what: str, values: str) -> Mapping:
     if not isinstance(value, Mapping):
-        raise ValueError(f"data file {file}: {what} must be an object by instruction id, got {shown(value)}")
+        raise ValueError(f"data file {file}: {what} must map instruction IDs to {values}, got {shown(value)}")
     return value
 
 

@@ -36,6 +36,7 @@ from .paligemma import as_paligemma, compare_paligemma
 from .probes import noise
 
 FORMATS = ("hf", "llava", "blip2", "native", "molmo2", "fuyu", "paligemma", "idefics", "vlmtrain")
+_ONLY = {"images": "Molmo2", "prefix": "PaliGemma"}  # models with an attention among the tokens of the prompt
 
 
 class Export(NamedTuple):
@@ -102,7 +103,10 @@ def _chosen(model: VLMWrapper, processor: Processor, form: str) -> tuple[Exporte
             return exported, compare(exported, model, processor)
         except DoesNotFit as error:
             in_text = model.fusion.in_text and not is_encoder_decoder(model.llm.config)
-            if processor.attention != CAUSAL or not in_text:
+            if processor.attention != CAUSAL:
+                only = f"fusion.attention={processor.attention} can be exported only as {_ONLY[processor.attention]}"
+                raise DoesNotFit(f"{only}: {error}") from error
+            if not in_text:
                 raise
             if form != "hf":
                 raise DoesNotFit(f"{error}; --format vlmtrain supports all models") from error

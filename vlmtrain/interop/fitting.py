@@ -15,6 +15,13 @@ class DoesNotFit(ValueError):
     """A class of another library cannot represent the model; the message gives the reason."""
 
 
+def require(name: str, *facts: tuple[str, object, object]) -> None:
+    """Raise DoesNotFit for a class or family `name` at the first of the facts (what, got, expected) that differ."""
+    for what, got, expected in facts:
+        if got != expected:
+            raise DoesNotFit(f"{name} requires {what}={expected}, got {got}")
+
+
 def filled(model_class: type[PreTrainedModel], config, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """Build a model with the weights `state`. Raises DoesNotFit listing the tensors that do not fit."""
     with torch.device("meta"):

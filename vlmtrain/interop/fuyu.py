@@ -19,7 +19,7 @@ from ..model import VLMWrapper
 from ..model.vision import PatchVision
 from ..visual import Pixels
 from .chat_template import Speech
-from .fitting import DoesNotFit, filled, relative_difference, tolerance
+from .fitting import DoesNotFit, filled, relative_difference, require, tolerance
 from .llava import Exported, generation_settings, language_state
 from .probes import noise
 
@@ -66,17 +66,16 @@ def _check(model: VLMWrapper, processor: Processor) -> None:
         raise DoesNotFit(f"vision={model.vision.provider}: Fuyu reads the pixels of patches (vision=patches)")
     least, most = geometry.image_pixels or (0, 0)
     patch, largest = math.prod(geometry.patch_size), math.prod(geometry.size)
-    for what, got, expected in (
+    require(
+        "Fuyu",
         ("connector", model.connector.config["name"], "linear"),
         ("image_fit", geometry.fit, "native"),
         ("llm.image_newline", geometry.newline or None, NEWLINE),
         ("llm.image_frame", list(geometry.frame), ["", ""]),
         ("template", processor.renderer.template, FUYU),
-        ("the tokenizer's bos_token", processor.tokenizer.bos_token, START),
-        ("the height of vision.patch_size", geometry.patch_size[0], geometry.patch_size[1]),
-    ):
-        if got != expected:
-            raise DoesNotFit(f"{what}={got}: Fuyu requires {expected}")
+        ("bos_token", processor.tokenizer.bos_token, START),
+        ("vision.patch_size", list(geometry.patch_size), [geometry.patch_size[1]] * 2),
+    )
     if least > patch or most < largest:
         raise DoesNotFit(
             f"image_pixels=[{least}, {most}]: Fuyu limits only the sides of images; expected MIN up to {patch}, the "

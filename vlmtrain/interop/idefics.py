@@ -31,7 +31,7 @@ from ..model import VLMWrapper
 from ..model.fusion import GatedCrossAttention
 from ..model.vision.base import block_index
 from .chat_template import Speech
-from .fitting import DoesNotFit, filled, relative_difference, tolerance
+from .fitting import DoesNotFit, filled, relative_difference, require, tolerance
 from .llava import Exported, generation_settings
 from .probes import noise
 from .towers import as_hf_tower, renamed
@@ -107,16 +107,21 @@ def _as_gate(gate: Tensor) -> Tensor:
 def _check(model: VLMWrapper, processor: Processor) -> None:
     fusion, llm, geometry, config = model.fusion, model.llm, processor.geometry, model.llm.config
     if not isinstance(fusion, GatedCrossAttention):
-        raise DoesNotFit(f"fusion={fusion.config['name']}: IDEFICS requires gated_cross_attention")
+        raise DoesNotFit(f"IDEFICS requires fusion=gated_cross_attention, got {fusion.config['name']}")
     if type(llm) is not LlamaForCausalLM:
         raise DoesNotFit(f"{type(llm).__name__}: the language model of IDEFICS is Llama")
+    if fusion.style != "idefics":
+        raise DoesNotFit(
+            f"fusion.style={fusion.style}: gated cross-attention can be exported only as IDEFICS, which needs "
+            "fusion.style=idefics"
+        )
     last, layer = model.vision.num_blocks, block_index(model.vision.layer, model.vision.num_blocks) + 1
-    for what, got, expected in (
-        ("fusion.style", fusion.style, "idefics"),
+    require(
+        "IDEFICS",
         ("fusion.attend", fusion.attend, "last"),
         ("fusion.on_text", fusion.layers[0].on_text, True),
-        ("the number of heads of the fusion", fusion.layers[0].heads, config.num_attention_heads),
-        ("the number of heads of keys", config.num_key_value_heads, config.num_attention_heads),
+        ("fusion.heads", fusion.layers[0].heads, config.num_attention_heads),
+        ("num_key_value_heads", config.num_key_value_heads, config.num_attention_heads),
         ("hidden_act", config.hidden_act, "silu"),
         ("vision.layer", layer, last),
         ("vision.levels", model.vision.levels, []),
@@ -124,9 +129,7 @@ def _check(model: VLMWrapper, processor: Processor) -> None:
         ("image_fit", geometry.fit, "squash"),
         ("llm.image_frame", list(geometry.frame), [FAKE, FAKE]),
         ("llm.image_frame_shared", geometry.frame_shared, True),
-    ):
-        if got != expected:
-            raise DoesNotFit(f"{what}={got}: IDEFICS requires {expected}")
+    )
     if config.num_hidden_layers % fusion.every:
         raise DoesNotFit(
             f"fusion.every={fusion.every}: IDEFICS requires a divisor of the {config.num_hidden_layers} blocks of the "

@@ -38,7 +38,7 @@ from ..frames import Joining
 from ..model import VLMWrapper
 from ..model.vision.base import block_index
 from .chat_template import Speech, typed_speech
-from .fitting import DoesNotFit, filled, relative_difference, tolerance
+from .fitting import DoesNotFit, filled, relative_difference, require, tolerance
 from .llava import Exported, generation_settings, language_state
 from .native_parity import QUESTION, check_answer
 from .probes import noise
@@ -125,16 +125,15 @@ def suppressed(model: VLMWrapper) -> list[int]:
 
 def _check(model: VLMWrapper, processor: Processor, connector: nn.Module) -> None:
     geometry, llm = processor.geometry, model.llm.config
-    for what, got, expected in (
+    require(
+        NAME,
         ("fusion.attention", processor.attention, "images"),
         ("image_fit", geometry.fit, "tiles"),
         ("image_tile_style", geometry.tile_style, "molmo2"),
         ("image_tiles_alone", geometry.tiles_alone, False),
         ("connector", connector.config["name"], "attentional_pool"),
-        ("the language model's type", llm.model_type, "qwen3"),
-    ):
-        if got != expected:
-            raise DoesNotFit(f"{what}={got}: {NAME} requires {expected}")
+        ("the language model's model_type", llm.model_type, "qwen3"),
+    )
     if not isinstance(connector.head, SwiGLU):
         raise DoesNotFit(f"connector.head=linear: {NAME} requires swiglu")
     if any(geometry.frame):

@@ -17,7 +17,7 @@ from ..model.vision import VisionEncoder
 from ..model.vision.base import block_index
 from ..model.vision.checkpoint import facts
 from .chat_template import Speech, typed_speech
-from .fitting import DoesNotFit, filled
+from .fitting import DoesNotFit, filled, require
 from .llava import Exported, generation_settings, language_state
 from .native_families import FAMILIES, Family
 
@@ -62,15 +62,14 @@ def as_native(model: VLMWrapper, processor: Processor) -> Exported:
 def _check(model: VLMWrapper, geometry: Geometry, family: Family) -> None:
     name, vision, connector = family.model_class, model.vision, model.connector
     factor = vision.config.spatial_merge_size
-    for what, got, expected in (
+    require(
+        name,
         ("connector", connector.config["name"], family.connector),
         ("connector.factor", connector.config.get("factor", factor), factor),
-        ("the language model's type", model.llm.config.model_type, family.llm),
+        ("the language model's model_type", model.llm.config.model_type, family.llm),
         ("llm.positions", positions_of(model.llm), family.positions),
         ("image_fit", geometry.fit, "native"),
-    ):
-        if got != expected:
-            raise DoesNotFit(f"{what}={got}: {name} requires {expected}")
+    )
     if block_index(vision.layer, vision.num_blocks) != vision.num_blocks - 1:
         raise DoesNotFit(f"vision.layer={vision.layer}: {name} reads the last layer, -1")
     if not all(geometry.frame):

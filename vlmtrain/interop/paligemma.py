@@ -19,7 +19,7 @@ from ..data.templates import PALIGEMMA
 from ..errors import first_line
 from ..model import VLMWrapper
 from .chat_template import Speech
-from .fitting import DoesNotFit, filled, relative_difference, tolerance
+from .fitting import DoesNotFit, filled, relative_difference, require, tolerance
 from .llava import ROUNDING, Exported, generation_settings, language_state
 from .probes import noise
 from .towers import as_hf_tower
@@ -75,16 +75,16 @@ def as_paligemma(model: VLMWrapper, processor: Processor) -> Exported:
 
 
 def _check(model: VLMWrapper, processor: Processor) -> None:
-    for what, got, expected in (
+    require(
+        "PaliGemma",
         ("connector", model.connector.config["name"], "linear"),
         ("fusion.attention", processor.attention, "prefix"),
         ("template", processor.renderer.template, PALIGEMMA),
         ("image_fit", processor.geometry.fit, "squash"),
         ("llm.image_frame", list(processor.geometry.frame), ["", ""]),
-        ("the family of the language model", model.llm.config.model_type.rstrip("2"), "gemma"),
-    ):
-        if got != expected:
-            raise DoesNotFit(f"{what}={got}: PaliGemma requires {expected}")
+    )
+    if model.llm.config.model_type not in ("gemma", "gemma2"):
+        raise DoesNotFit(f"{type(model.llm).__name__}: the language model of PaliGemma is Gemma or Gemma 2")
     if not getattr(model.vision, "final_norm", False):
         raise DoesNotFit("vision.final_norm=false: PaliGemma's features are those after the encoder's final norm")
 

@@ -20,7 +20,13 @@ from .varlen import has_kernel, varlen_attention
 
 NAME = "vlmtrain_segments"
 APART = {"full_attention", "sliding_attention", "attention"}  # types of layers that keep segments separate
-RULES = ("prefix", "branch", "bidirectional")  # arguments that need a dense mask
+# arguments that need a dense mask, and the settings that lead to them
+_SETTINGS = {
+    "prefix": "fusion.attention=prefix",
+    "branch": "share_images=true",
+    "bidirectional": "fusion.attention=images",
+}
+RULES = tuple(_SETTINGS)
 
 
 def segments_obstacle(llm: nn.Module) -> str | None:
@@ -88,18 +94,18 @@ def follow_rules(llm: nn.Module, arguments: Iterable[str]) -> None:
 
     `boundaries` needs `attend_in_segments` before training. Raises ValueError for a model that cannot follow one.
     """
-    rules = sorted(set(arguments) & set(RULES))
+    rules = ", ".join(_SETTINGS[name] for name in sorted(set(arguments) & set(RULES)))
     used = llm.config.get_text_config()._attn_implementation
     if not rules or used == NAME:
         return
     if used.startswith("flash_attention"):
         raise ValueError(
-            f"{type(llm).__name__} with {used} attention cannot follow {', '.join(rules)}: flash attention takes no "
-            "mask; use llm.attn_implementation=sdpa"
+            f"{type(llm).__name__} with {used} attention does not support {rules}: flash attention takes no mask; use "
+            "llm.attn_implementation=sdpa"
         )
     obstacle = segments_obstacle(llm)
     if obstacle is not None:
-        raise ValueError(f"{obstacle}, which cannot follow {', '.join(rules)}")
+        raise ValueError(f"{obstacle} and does not support {rules}")
     attend_in_segments(llm)
 
 

@@ -34,7 +34,8 @@ from .fields import (
 
 _POSITIONS = optional(one_of("mrope", "interleaved_mrope", "xdrope"))
 _FRAME = optional(list_of(TEXT, "a list of two tokens", sizes=(2,)))
-_EXPERTS = optional(list_of(one_of(*EXPERTS), f"a list of some of {', '.join(EXPERTS)}", sizes=(1, 2, 3)))
+_SOME = list_of(one_of(*EXPERTS), f"a list of one or more of {', '.join(EXPERTS)}, each once", sizes=(1, 2, 3))
+_EXPERTS = optional(_SOME._replace(fits=lambda value: _SOME.fits(value) and len(set(value)) == len(value)))
 _LAYERS = list_of(whole(), "a list of layers")
 _SCALES = Kind(SCALES, are_scales, lambda value, key: tuple(value))
 _CHANNELS = list_of(number(), "three numbers, one for each of R, G and B", sizes=(3,))

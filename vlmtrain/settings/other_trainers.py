@@ -1,4 +1,7 @@
-"""Names of settings in other trainers (Hugging Face Trainer, TRL, LLaVA, Lightning), and what replaces them here."""
+"""Names of settings in other trainers (Hugging Face Trainer, TRL, LLaVA, Lightning), and what replaces them here.
+
+Also keys that exist only in some sources or with some choices, and where.
+"""
 
 from __future__ import annotations
 
@@ -83,6 +86,16 @@ _NOTES = {
     ("neftune_noise_alpha",): "NEFTune is not supported.",
     ("sequence_parallel", "sequence_parallel_size", "tensor_parallel_size"): "Model parallelism is not supported.",
     ("push_to_hub",): "vlmtrain push uploads a model folder.",
+    ("final_norm",): "Only vision=hf has it.",
+    **{
+        (name,): f"Only sources of documents have it: data.SPLIT={{path: ..., {name}: ...}}."
+        for name in ("max_images", "min_image_bytes", "one_image_share", "train_first_text", "min_similarity")
+        + ("next_image", "random_window")
+    },
+    **{
+        (name,): f"Only sources of data=mimic_it have it: data.SPLIT={{path: ..., {name}: ...}}."
+        for name in ("related_ids", "max_examples")
+    },
 }
 
 

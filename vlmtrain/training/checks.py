@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..data.mixture import Mixture
-from ..data.processor import Processor
 from ..data.records import BadSample
 from ..data.sources import LOOKED_AT, build_source, first_look
 from ..data.templates import INTERLEAVED
@@ -146,7 +145,7 @@ def check_stages(run: Run, folder: RunFolder) -> None:
                     attend_in_segments(parts["llm"], "layout=packed" if stage.layout == "packed" else "padding=false")
             processor = build_processor(run, stage, parts, OBJECTIVES[stage.objective], tokenizer)
             if "llm" in parts:
-                _check_rules(processor, parts["llm"])
+                follow_rules(parts["llm"], processor.rules)
             size, shots_from = image_size_of(parts), run.validation.shots_from
             data = _check_source(run, run.data.split(stage.data), size)
             held_out = [stage.validation, shots_from] if run.validates(stage) else []
@@ -178,14 +177,6 @@ def _check_retrieval(run: Run, stage: Stage, parts: Mapping[str, nn.Module], gro
             f"validation.shots_by={RICES} needs a frozen vision encoder, which stage {stage.name} {what}: use random, "
             f"or set {stage.prefix}.validation=null"
         )
-
-
-def _check_rules(processor: Processor, llm: nn.Module) -> None:
-    """Raise ValueError unless a language model can follow what the processor says of who sees whom."""
-    try:
-        follow_rules(llm, processor.rules)
-    except ValueError as error:
-        raise ValueError(f"fusion.attention={processor.attention}: {error}") from None
 
 
 def check_fusion(run: Run, held: Mapping) -> None:

@@ -32,6 +32,8 @@ from ..settings import Run, Stage
 from ..settings.stage import VideoOptions
 from ..visual import ATTENTION, CAUSAL
 
+_NOT_IN_TEXT = "needs fusion=concatenation: with other fusions, visual tokens are not part of the text"
+
 
 @contextmanager
 def naming_size(run: Run, stage: Stage) -> Iterator[None]:
@@ -228,7 +230,7 @@ def build_geometry(
         counts = (connector.num_tokens, connector.output_grid, connector.framed_grid)
         tokens, grid, framed_grid = (count(*vision.grid) for count in counts)
     if not in_text and experts_of(parts["llm"]):
-        raise ValueError("llm.visual_experts needs fusion=concatenation: other visual tokens are not in the text")
+        raise ValueError(f"llm.visual_experts {_NOT_IN_TEXT}")
     first, *others = _views(vision, stage)
     fit, multiple = first.fit or stage.image_fit, math.lcm(vision.multiple, connector.multiple if shows else 1)
     geometry = Geometry(
@@ -268,7 +270,7 @@ def _check_newline(geometry: Geometry, parts: Mapping[str, nn.Module]) -> None:
     """Raise ValueError unless the tokens of every image stand in the text as one grid."""
     key, positions = f"llm.image_newline={geometry.newline}", positions_of(parts["llm"]) if "llm" in parts else None
     if geometry.slot_token:
-        raise ValueError(f"{key} needs fusion=concatenation: other visual tokens are not in the text")
+        raise ValueError(f"{key} {_NOT_IN_TEXT}")
     if geometry.fit == "tiles":
         raise ValueError(f"{key} does not go with image_fit=tiles: expected squash, pad, crop or native")
     if geometry.grid is None:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from PIL import Image
 
 from vlmtrain.data.assignment import assigned
+from vlmtrain.data.document_records import open_records
 from vlmtrain.data.geometry import Geometry
 from vlmtrain.data.interleaved import Documents, Rules, as_conversation, comm_pieces, mmc4_pieces, obelics_pieces
 from vlmtrain.data.layouts import PaddedBatching
@@ -206,6 +207,12 @@ def test_broken_documents_name_the_record_and_the_field(folder, read, change, me
     with pytest.raises(BadSample, match=rf"jsonl record 1 \(id second\): .*{message}") as caught:
         source[1]
     assert not isinstance(caught.value, Dropped)
+
+
+def test_pickled_files_are_not_read(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.pkl: pickled files are not read: convert them to JSON"):
+        open_records(tmp_path / "a.pkl")
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_broken_instructions_are_named(folder, tmp_path, change, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[]", "must contain an object of strings by name"),
+        ("[]", "must be a JSON object that maps image IDs to base64 strings"),
         ('{"a": 5}', "record 0, byte 6: expected a string, got '5'"),
         ('{"a": "b"', "expected ',' or '}' after the previous record, got the end of the file"),
         ('{"a" "b"}', "expected ':' after a name"),

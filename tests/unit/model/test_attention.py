@@ -402,14 +402,16 @@ def test_a_model_is_prepared_for_rules_or_refused():
     follow_rules(model, attention_arguments(torch.tensor([0, 4], dtype=torch.int32)))
     assert model.config._attn_implementation == "sdpa"  # without rules, nothing changes
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"flash_attention_2 .*branch: .*takes no mask"):
+    with pytest.raises(ValueError, match=r"flash_attention_2 .*share_images=true: .*takes no mask"):
         follow_rules(model, ["branch"])
     model.config._attn_implementation = "sdpa"
     for _ in range(2):
         follow_rules(model, ["prefix", "branch", "bidirectional"])
         assert model.config._attn_implementation == "vlmtrain_segments"
     mamba = AutoModelForCausalLM.from_config(deepcopy(MIXED["mamba"]))
-    with pytest.raises(ValueError, match=r"GraniteMoeHybridForCausalLM has layers .*cannot follow prefix"):
+    with pytest.raises(
+        ValueError, match=r"GraniteMoeHybridForCausalLM has layers .*not support fusion\.attention=prefix"
+    ):
         follow_rules(mamba, ["prefix"])
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))

@@ -166,7 +166,10 @@ def test_what_it_cannot_do_is_refused(model):
             lambda: attend_in_segments(model.llm),
             "layout=packed: T5ForConditional.* is an encoder-decoder model",
         ),
-        (lambda: follow_rules(model.llm, ["prefix"]), "is an encoder-decoder model, which cannot follow prefix"),
+        (
+            lambda: follow_rules(model.llm, ["prefix"]),
+            "encoder-decoder model and does not support fusion.attention=prefix",
+        ),
         (lambda: receive_levels(model.llm, 2), "encoder-decoder model, which does not support levels"),
         (lambda: FUSIONS["gated_cross_attention"].facts(model.llm, 16), "needs a decoder-only language model"),
         (lambda: use_multimodal_rotary(model.llm, "mrope"), "llm.positions=mrope: .* has no rotary positions"),

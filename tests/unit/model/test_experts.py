@@ -297,5 +297,9 @@ def test_visual_tokens_outside_the_text_are_refused():
     gated = compose(["recipe=flamingo", "mini=true", "llm.visual_experts=[mlp]"])
     with pytest.raises(ValueError, match=r"llm\.visual_experts needs fusion=concatenation"):
         plan_run(gated, Machine())
-    with pytest.raises(ValueError, match=r"llm\.visual_experts=.*expected a list of some of attention, mlp, norms"):
-        build_model("tiny", "linear", {"tiny": {"visual_experts": ["ffn"]}})
+
+
+@pytest.mark.parametrize("given", [["ffn"], ["mlp", "mlp"], []])
+def test_only_names_of_modules_are_accepted_each_once(given):
+    with pytest.raises(ValueError, match=r"visual_experts=.*one or more of attention, mlp, norms, each once"):
+        build_model("tiny", "linear", {"tiny": {"visual_experts": given}})

@@ -146,6 +146,9 @@ def test_a_key_that_nothing_reads_is_refused_by_every_command(overrides, said, c
         ("+batch_size=4", "Did you mean 'stages.align.batch_size'?"),
         ("batch_size=4", "Did you mean 'stages.align.batch_size'?"),
         ("+fp16=true", "fp16 is not offered; use precision=bf16."),
+        ("data.max_images=3", "Only sources of documents have it: data.SPLIT={path: ..., max_images: ...}."),
+        ("data.related_ids=x", "Only sources of data=mimic_it have it: data.SPLIT={path: ..., related_ids: ...}."),
+        ("vision.final_norm=true", "Only vision=hf has it."),
     ],
 )
 def test_names_of_other_trainers_are_explained(override, said, capsys):
