@@ -240,7 +240,7 @@ def show_targets(tokens: Rendered, processor: Processor, color: bool) -> str:
         ids = [token for token, *_ in run]
         if image >= 0:
             kind = "video" if tokens.media.is_video(image) else "image"
-            out.append(f"[{kind}: {len(ids)} tokens]")
+            out.append(f"[{kind}: {len(ids)} token{'s' * (len(ids) != 1)}]")
         else:
             text = processor.tokenizer.decode(ids)
             out.append(f"{start}{text}{end}" if is_trained else text)

@@ -178,7 +178,9 @@ class GatedCrossAttention(Fusion):
             raise ValueError(f"fusion.every={every}: the language model has only {blocks} blocks")
         kv_heads = llm["kv_heads"] if built.grouped else heads
         if heads % kv_heads:
-            raise ValueError(f"fusion.heads={heads}: expected a multiple of the language model's {kv_heads} of keys")
+            raise ValueError(
+                f"fusion.heads={heads}: expected a multiple of the language model's {kv_heads} key/value heads"
+            )
         sizes = (width, media_width, heads, kv_heads, head_dim, llm["intermediate_size"], llm["norm_eps"])
         self.layers = nn.ModuleList(GatedLayer(built, *sizes, on_text, qk_norm, gates) for _ in self.numbers)
 

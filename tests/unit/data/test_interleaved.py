@@ -138,7 +138,7 @@ def test_the_datasets_own_assignment_and_missing_images(folder):
 def test_a_folder_with_none_of_the_images_is_refused(tmp_path):
     file = tmp_path / "documents.jsonl"
     file.write_text(json.dumps(page(CROSSED)))
-    with pytest.raises(ValueError, match=rf"data\.images={tmp_path}/: none of the 3 images that the first 32 documents"):
+    with pytest.raises(ValueError, match=rf"data\.images={tmp_path}/: none of the 3 images that the first 32"):
         Documents(file, tmp_path, False, 0, Rules(), MMC4, " ")
 
 

@@ -481,7 +481,7 @@ def test_saved_and_loaded_is_bit_equal(tmp_path, built):
         ({"qk_norm": "rms"}, "fusion.qk_norm=rms: expected one of True, False"),
         (
             {"style": "mllama", "heads": 3, "every": 1},
-            "fusion.heads=3: expected a multiple of the language model's 2 of keys",
+            "fusion.heads=3: expected a multiple of the language model's 2 key/value heads",
         ),
         ({"attend": "first"}, "fusion.attend=first: expected one of last, all"),
         ({"every": 0}, "fusion.every=0: expected a whole number of at least 1"),
