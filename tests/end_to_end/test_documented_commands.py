@@ -133,7 +133,7 @@ def test_every_command_parses(page, line, tmp_path, monkeypatch, own_modules):
     words = shlex.split(in_small(line))
     if words[0].removeprefix(".venv/bin/") == "vlmtrain":
         options = _parse(words[1:])
-        own = re.compile(r"gpus=|gpu_|utilisation=|connectors=|seeds=|jobs=|axis\.|run_dir=")
+        own = re.compile(r"gpus=|gpu_|utilisation=|connectors=|seeds=|jobs=|axis\.|budget=|run_dir=")
         overrides = [word for word in getattr(options, "overrides", []) if not own.match(word)]
         if overrides and words[1] != "evaluate":
             compose(overrides)
