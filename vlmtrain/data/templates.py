@@ -82,8 +82,8 @@ _IDEFICS = (
 )
 
 TEMPLATES = {
-    **{"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, "otter": OTTER},
-    **{BLIP: BARE, FUYU: _FUYU, PALIGEMMA: _PALIGEMMA, IDEFICS: _IDEFICS},
+    **{"vicuna_v1": VICUNA_V1, "chatml": CHATML, "bare": BARE, BLIP: BARE},
+    **{FUYU: _FUYU, PALIGEMMA: _PALIGEMMA, IDEFICS: _IDEFICS, "otter": OTTER},
 }
 IMAGES_FIRST = {BLIP, FUYU, PALIGEMMA}
 CAPTIONS = ("plain", "prefix")
