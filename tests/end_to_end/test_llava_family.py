@@ -69,7 +69,7 @@ TRAINED = {
     "llava_video": {"video": {"vision", "connector", "llm"}},
     "fuyu": {"align": {"connector"}, "pretrain": {"connector", "llm"}, "instruct": {"connector", "llm"}},
     "paligemma": {stage: {"vision", "connector", "llm"} for stage in ("pretrain", "high_resolution", "transfer")},
-    "vl_mamba": {"align": {"connector"}, "instruct": {"connector", "llm"}},
+    "vl_mamba": {"align": {"connector", "llm"}, "instruct": {"connector", "llm"}},
     "mot": {"joint": {"connector", "llm"}},
     "cogvlm": {
         **{stage: {"connector", "llm"} for stage in ("pretrain", "grounding", "high_resolution")},
