@@ -134,7 +134,10 @@ def test_what_does_not_go_with_it_is_refused_before_training(llava_files, tmp_pa
     for more, words in (
         (["stages.instruct.layout=packed"], "layout=packed: T5ForConditionalGeneration is an encoder-decoder model"),
         (["stages.instruct.padding=false"], "padding=false: T5ForConditionalGeneration is an encoder-decoder model"),
-        (["fusion.attention=prefix"], "fusion.attention=prefix: T5ForConditionalGeneration is an encoder-decoder"),
+        (
+            ["fusion.attention=prefix"],
+            "T5ForConditionalGeneration is an encoder-decoder model and does not support fusion.attention=prefix",
+        ),
         (["llm.positions=mrope"], "llm.positions=mrope: T5ForConditionalGeneration has no rotary positions"),
         (
             ["fusion=gated_cross_attention", 'llm.new_tokens=["<image>"]', "connector=perceiver_resampler"],

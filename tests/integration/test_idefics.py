@@ -143,12 +143,14 @@ def test_an_import_trains_and_exports_to_its_own_class(pair, files, tmp_path):
         assert relative_difference(ours[: int(mask.sum())], row[mask]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_models_agree_without_vlmtrain(tmp_path):
     for name, found in export_all(IDEFICS_CASES, tmp_path).items():
         check(found["parity"], 1e-5)
         assert (found["parity"].model_class, found["parity"].module) == (IDEFICS_CASES[name].becomes, "transformers")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_published_model_and_exports(tmp_path):
     build_idefics(tmp_path / "hf", resampler=False)
     line = ["recipe=idefics", "mini=true", "stage=instruct", f"init_from={tmp_path / 'hf'}", "data.validation=null"]

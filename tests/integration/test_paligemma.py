@@ -143,6 +143,7 @@ def test_an_import_trains_and_exports_to_its_own_class(pair, files, tmp_path):
     assert relative_difference(model.eval()(alone)[0], expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_exports_load_without_vlmtrain(tmp_path):
     for name, found in export_all(PALIGEMMA_CASES, tmp_path).items():
         check(found["parity"], 1e-5)
