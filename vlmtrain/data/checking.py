@@ -53,7 +53,7 @@ class SourceReport:
 
     frames: number of frames that the videos show. length, image_tokens_each, video_tokens_each: shortest, median and
     longest; histograms: (from, to, samples); duplicates: samples with the same text and media as an earlier one;
-    bad_records: indices of the records with problems. dropped: documents that the rules of sampling leave out. unused:
+    bad_records: indices of the records with problems. dropped: documents that the sampling rules leave out. unused:
     keys and columns that were not read, with the number of samples that have them; repaired: samples whose turns were
     dropped or joined. boxes_kept: boxes that still have an IoU of at least 0.5 when their text is read, which is the
     highest accuracy that a model can reach.

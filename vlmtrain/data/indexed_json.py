@@ -102,7 +102,7 @@ class IndexedJson:
 class JsonObject:
     """The strings of a JSON object by name; only their offsets and lengths in bytes (`spans`) are held in memory.
 
-    Raises ValueError if the file cannot be read or is no such object.
+    Raises ValueError if the file cannot be read or does not contain such an object.
     """
 
     def __init__(self, file: str | Path):

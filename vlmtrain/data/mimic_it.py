@@ -90,7 +90,7 @@ class MimicIT:
     def _value(self, id: object, key: str, kind: type, name: str) -> list | str:
         entry = self.instructions.get(id) if isinstance(id, str) else None
         if not isinstance(entry, Mapping):
-            raise BadSample(f"{name}: there is no instruction {shown(id)}")
+            raise BadSample(f"{name}: the data has no instruction {shown(id)}")
         value = entry.get(key)
         if value is None and kind is list:
             return []

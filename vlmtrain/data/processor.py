@@ -495,7 +495,7 @@ class Processor:
 
 def _described(geometry: Geometry) -> dict:
     """The fields of a geometry; those that model folders of earlier versions lack, only if they are used."""
-    added = ("others", "video", "tile_margin", "slot_token", "newline")
+    added = ("others", "video", "tile_margin", "slot_token", "newline", "frame_shared")
     return {key: value for key, value in asdict(geometry).items() if key not in added or value}
 
 

@@ -190,7 +190,7 @@ class BadSample(ValueError):
 
 
 class Dropped(BadSample):
-    """A document that the rules of sampling leave out, which is no mistake in the data."""
+    """A document that the sampling rules leave out, which is not an error in the data."""
 
 
 def check_conversation(conversation: Conversation) -> None:

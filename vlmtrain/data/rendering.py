@@ -442,7 +442,7 @@ class Renderer:
                 continue
             number += 1
             spans.append(Span(words, is_words=True, answer=number))
-            if self._chunk_end and before.text:  # a text without images is no chunk
+            if self._chunk_end and before.text:  # a text without images is not a chunk
                 spans.append(Span(self._chunk_end, answer=number))
         # OpenFlamingo's code does not train the end of a document, because nothing is trained after the end of a chunk
         return [*spans, Span(self.tokenizer.eos_token or "", answer=None if self._chunk_end else number)]

@@ -76,7 +76,7 @@ def test_related_instructions_of_a_file_and_their_number(folder):
     "change, message",
     [
         ({"answer": 3}, "'answer' of the instruction 'x' must be a string, got 3"),
-        ({"rel_ins_ids": ["w"]}, "there is no instruction 'w'"),
+        ({"rel_ins_ids": ["w"]}, "the data has no instruction 'w'"),
         ({"rel_ins_ids": "y"}, "'rel_ins_ids' of the instruction 'x' must be a list, got 'y'"),
         ({"image_ids": [5]}, r"'image_ids' of the instruction 'x' must be strings, got \[5\]"),
         ({"image_ids": ["i9"]}, "data.images has no image 'i9'"),
