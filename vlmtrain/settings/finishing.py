@@ -178,7 +178,8 @@ def complete_fusion_rates(settings: DictConfig, named: Iterable[str] = ()) -> No
         if name == CONCATENATION:
             if not any(_is_within(f"stages.{key}.train.fusion", each) for each in named):
                 train.fusion = None
-            if isinstance(stage.get("groups"), ListConfig) and f"stages.{key}.groups" not in named:
+            is_named = any(_is_within(f"stages.{key}.groups", each) for each in named)
+            if isinstance(stage.get("groups"), ListConfig) and not is_named:
                 stage.groups = [group for group in stage.groups if not _is_of_fusion(group)]
 
 
