@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 from transformers import ProcessorMixin
 
+from vlmtrain.batch import Batch
 from vlmtrain.data import Processor
+from vlmtrain.data.processor import Sample
+from vlmtrain.interop.fitting import relative_difference
 from vlmtrain.interop.importing import Import
 from vlmtrain.model import VLMWrapper
+from vlmtrain.model.attention import attend_in_segments
 
 
 class Pair(NamedTuple):
@@ -25,6 +30,24 @@ class Pair(NamedTuple):
     processor: Processor
     theirs: nn.Module
     prepare: ProcessorMixin
+
+    def trained(self, batch: Batch, folder: Path) -> VLMWrapper:
+        """The model after a training step on all tokens of a batch, and its folder with the processor."""
+        model = VLMWrapper.from_pretrained(self.home / "model")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        nn.functional.cross_entropy(model(batch)[:, :-1].transpose(1, 2), batch.input_ids[:, 1:]).backward()
+        optimizer.step()
+        model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        return model
+
+    def check_packed(self, samples: list[Sample]) -> None:
+        """Samples in one row have the logits that they have in rows of their own."""
+        padded = self.processor.collate(samples)
+        expected = [row[: int(length)] for row, length in zip(self.model(padded), padded.lengths)]
+        model = VLMWrapper.from_pretrained(self.home / "model").eval()
+        attend_in_segments(model.llm)
+        assert relative_difference(model(self.processor.pack(samples))[0], torch.cat(expected)) <= 1e-5
 
 
 def draw_noise(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> np.random.Generator:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, FuyuForCausalLM, FuyuImageProcessorPil
 
 from tests.conftest import gpt, human, metrics, train
@@ -22,11 +22,11 @@ from vlmtrain.batch import Batch
 from vlmtrain.cli import main
 from vlmtrain.data import Conversation, Processor, Turn
 from vlmtrain.data.images import ImageOnDisk
+from vlmtrain.data.processor import Sample
 from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import DoesNotFit, relative_difference
 from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
-from vlmtrain.model.attention import attend_in_segments
 
 SIZES = {  # width, height
     "wide": (31, 17),
@@ -56,12 +56,13 @@ def pair(tmp_path_factory) -> Pair:
     return Pair(home, done, model, processor, theirs, AutoProcessor.from_pretrained(home / "hf"))
 
 
-def batch_of(pair: Pair, files: Path, *names: str, packed: bool = False) -> Batch:
-    samples = []
-    for name in names:
-        said = Turn("user", "<image>\nWhat is this?")
-        samples.append(pair.processor.prompt(Conversation(name, (said,), (ImageOnDisk(files / f"{name}.png"),))))
-    return pair.processor.pack(samples) if packed else pair.processor.collate(samples)
+def samples_of(pair: Pair, files: Path, *names: str) -> list[Sample]:
+    said = Turn("user", "<image>\nWhat is this?")
+    return [pair.processor.prompt(Conversation(name, (said,), (ImageOnDisk(files / f"{name}.png"),))) for name in names]
+
+
+def batch_of(pair: Pair, files: Path, *names: str) -> Batch:
+    return pair.processor.collate(samples_of(pair, files, *names))
 
 
 def canvas(files: Path, name: str) -> Tensor:
@@ -106,12 +107,7 @@ def test_prompts_pixels_logits_and_gradients(pair, files):
 
 
 def test_packed_rows_equal_padded_ones(pair, files):
-    padded = batch_of(pair, files, "wide", "tall", "large")
-    expected = [row[: int(length)] for row, length in zip(pair.model(padded), padded.lengths)]
-    model = VLMWrapper.from_pretrained(pair.home / "model").eval()
-    attend_in_segments(model.llm)
-    found = model(batch_of(pair, files, "wide", "tall", "large", packed=True))[0]
-    assert relative_difference(found, torch.cat(expected)) <= 1e-5
+    pair.check_packed(samples_of(pair, files, "wide", "tall", "large"))
 
 
 @torch.no_grad()
@@ -147,12 +143,7 @@ def test_what_was_imported_is_told(pair):
 
 
 def test_an_import_trains_and_exports_to_its_own_class(pair, files, tmp_path):
-    model, batch = VLMWrapper.from_pretrained(pair.home / "model"), batch_of(pair, files, "wide", "large")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    nn.functional.cross_entropy(model(batch)[:, :-1].transpose(1, 2), batch.input_ids[:, 1:]).backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path / "trained")
-    pair.processor.save_pretrained(tmp_path / "trained")
+    model = pair.trained(batch_of(pair, files, "wide", "large"), tmp_path / "trained")
     done = export(tmp_path / "trained", tmp_path / "out")
     assert done.model_class == "FuyuForCausalLM" and done.largest_relative_difference <= 1e-5
     before, after = (load_file(folder / "model.safetensors") for folder in (pair.home / "hf", tmp_path / "out"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from tests.integration.imported_pairs import Pair, draw_noise
@@ -21,7 +21,6 @@ from vlmtrain.interop.export import export
 from vlmtrain.interop.fitting import DoesNotFit, relative_difference
 from vlmtrain.interop.importing import import_model
 from vlmtrain.model import VLMWrapper
-from vlmtrain.model.attention import attend_in_segments
 
 ASKED = {  # the images, the question and its answer
     "wide": (("wide",), "what is it?", "a red cat"),
@@ -91,12 +90,7 @@ def test_prompts_pixels_labels_logits_and_gradients(pair, files):
 
 
 def test_packed_rows_equal_padded_ones(pair, files):
-    padded = batch_of(pair, files)
-    expected = [row[: int(length)] for row, length in zip(pair.model(padded), padded.lengths)]
-    model = VLMWrapper.from_pretrained(pair.home / "model").eval()
-    attend_in_segments(model.llm)
-    found = model(pair.processor.pack([pair.processor(conversation(files, name)) for name in ASKED]))[0]
-    assert relative_difference(found, torch.cat(expected)) <= 1e-5
+    pair.check_packed([pair.processor(conversation(files, name)) for name in ASKED])
 
 
 @torch.no_grad()
@@ -121,12 +115,7 @@ def test_what_was_imported_is_told(pair):
 
 
 def test_an_import_trains_and_exports_to_its_own_class(pair, files, tmp_path):
-    model, batch = VLMWrapper.from_pretrained(pair.home / "model"), batch_of(pair, files)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    nn.functional.cross_entropy(model(batch)[:, :-1].transpose(1, 2), batch.input_ids[:, 1:]).backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path / "trained")
-    pair.processor.save_pretrained(tmp_path / "trained")
+    model = pair.trained(batch_of(pair, files), tmp_path / "trained")
     done = export(tmp_path / "trained", tmp_path / "out")
     assert done.model_class == "PaliGemmaForConditionalGeneration" and done.largest_relative_difference <= 1e-5
     before, after = (load_file(folder / "model.safetensors") for folder in (pair.home / "hf", tmp_path / "out"))
