@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from . import shapes
-from .probes import ProbePicture, exchanges_to_turns
+from .probes import ProbeImage, exchanges_to_turns
 from .records import VIDEO_MARK, Conversation, VideoFacts
 from .shapes import COLORS, COUNTS, HELD_OUT, SHAPES, Item
 
@@ -91,7 +91,7 @@ class Clip:
         for number in numbers:
             shown = (actor.at(number * (BEATS - 1) / (self.count - 1)) for actor in self.actors)
             items = tuple(item for item in shown if item is not None)
-            yield ProbePicture(items=items, pixels=(self.side, self.side), side=self.side).load()
+            yield ProbeImage(items=items, pixels=(self.side, self.side), side=self.side).load()
 
 
 class Scene(NamedTuple):

@@ -38,7 +38,7 @@ from .shapes import (
     SPLITS,
     Canvas,
     Item,
-    Picture,
+    SceneImage,
     draw_item,
     pixels_of,
 )
@@ -116,7 +116,7 @@ class Writing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbePicture(Picture):
+class ProbeImage(SceneImage):
     """An image with optional text; small items have thinner outlines."""
 
     writing: Writing | None = None
@@ -196,7 +196,7 @@ class Probes:
             exchanges, opening = scene.questions, scene.caption if self.split == "text" else IMAGE_MARK
         turns = exchanges_to_turns(opening, exchanges, category)
         pixels, side = pixels_of(key, self.image_size, self.sides)
-        image = ProbePicture(items=scene.items, pixels=pixels, side=side, writing=scene.writing)
+        image = ProbeImage(items=scene.items, pixels=pixels, side=side, writing=scene.writing)
         return Conversation(f"{self.split}-{index}", turns, () if self.split == "text" else (image,))
 
 

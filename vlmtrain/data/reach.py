@@ -15,7 +15,7 @@ from dataclasses import replace
 from . import shapes
 from .actions import ACTION_MARK
 from .records import IMAGE_MARK, Conversation, Turn
-from .shapes import CAPTION_OBJECTS, HELD_OUT, Picture, random_scene
+from .shapes import CAPTION_OBJECTS, HELD_OUT, SceneImage, random_scene
 
 SPLITS = ("instruct", "validation")
 SHIFT = 0.15
@@ -47,7 +47,7 @@ class Reach:
         x, y = (rng.uniform(-SHIFT, SHIFT) for _ in range(2))
         items = tuple(replace(item, x=item.x - x, y=item.y - y) for item in scene)
         target = rng.choice([item for item in items if ((item.color, item.shape) in HELD_OUT) == held_out])
-        image = Picture(items=items, pixels=(self.image_size, self.image_size), side=self.image_size)
+        image = SceneImage(items=items, pixels=(self.image_size, self.image_size), side=self.image_size)
         question = f"{IMAGE_MARK}\ntouch the {target.color} {target.shape}"
         turns = (Turn("user", question), Turn("assistant", ACTION_MARK))
         action = (target.x - 0.5, target.y - 0.5)

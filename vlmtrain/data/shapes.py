@@ -76,7 +76,7 @@ VOCABULARY: tuple[str, ...] = (
 class Item:
     """One shape: its place in the grid, its center as fractions of the image's width and height, and its radius.
 
-    The radius is a fraction of the side of the scene, see `Picture`.
+    The radius is a fraction of the side of the scene, see `SceneImage`.
     """
 
     color: str
@@ -107,7 +107,7 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class SceneImage:
     """A scene that is drawn on loading, antialiased, RGB.
 
     pixels: size ``(H, W)`` of the image in pixels. side: of the scene in pixels, to which the sizes of its items refer.
@@ -225,7 +225,7 @@ class Shapes:
         for question, answer in exchanges:
             text = question if turns else f"{opening}\n{question}"
             turns += [Turn("user", text), Turn("assistant", answer)]
-        images = () if self.split == "text" else (Picture(items=items, pixels=pixels, side=side),)
+        images = () if self.split == "text" else (SceneImage(items=items, pixels=pixels, side=side),)
         return Conversation(f"{self.split}-{index}", tuple(turns), images, regions=regions)
 
     def _document(self, index: int) -> Conversation:
@@ -235,7 +235,7 @@ class Shapes:
             pixels, side = pixels_of(f"{key}/{number}", self.image_size, self.sides)
             items, _ = random_scene(rng, rng.choice(CAPTION_OBJECTS), held_out=False)
             turns += [Turn("user", IMAGE_MARK), Turn("assistant", describe(items))]
-            images.append(Picture(items=items, pixels=pixels, side=side))
+            images.append(SceneImage(items=items, pixels=pixels, side=side))
         return Conversation(f"documents-{index}", tuple(turns), images)
 
 

@@ -16,7 +16,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "what", 
 GRAY = (0.5, 0.5, 0.5)
 
 
-class Picture:
+class StubImage:
     def __init__(self, height: int = 8, width: int = 8):
         self.shape = height, width
 
@@ -36,7 +36,7 @@ def bert(tmp_path_factory):
 
 def talk(*texts: str, pictures: int) -> Conversation:
     turns = [Turn("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
-    return Conversation("talk", tuple(turns), (Picture(),) * pictures)
+    return Conversation("talk", tuple(turns), (StubImage(),) * pictures)
 
 
 TALK = talk(

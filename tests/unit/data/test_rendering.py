@@ -26,7 +26,7 @@ from .chat_formats import CHATS, TOKENIZERS, renderer, tokenizers
 PICTURE_TOKENS = 5
 
 
-class Picture:
+class StubImage:
     def load(self) -> Image.Image:
         raise AssertionError("rendering needs no pixels")
 
@@ -35,7 +35,7 @@ def talk(*texts: str, system: str | None = None, id: str = "sample-7") -> Conver
     turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
     turns = ([] if system is None else [Turn("system", system)]) + turns
     marks = sum(turn.text.count("<image>") for turn in turns if turn.role == "user")
-    return Conversation(id, tuple(turns), tuple(Picture() for _ in range(marks)))
+    return Conversation(id, tuple(turns), tuple(StubImage() for _ in range(marks)))
 
 
 def render(subject: Renderer, conversation: Conversation) -> Rendered:
@@ -528,7 +528,7 @@ def test_a_template_that_reads_the_system_turn_sees_whether_it_is_empty(tokenize
 
 
 def conversation_of(*turns: tuple[str, str], pictures: int = 0) -> Conversation:
-    return Conversation("sample-7", tuple(Turn(*turn) for turn in turns), tuple(Picture() for _ in range(pictures)))
+    return Conversation("sample-7", tuple(Turn(*turn) for turn in turns), tuple(StubImage() for _ in range(pictures)))
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from vlmtrain.data.shapes import BACKGROUND, Picture, Shapes
+from vlmtrain.data.shapes import BACKGROUND, SceneImage, Shapes
 from vlmtrain.settings import compose
 
 
@@ -23,7 +23,7 @@ def test_boxes_are_where_the_things_are_drawn(sides):
             found = [int(number) for number in re.fullmatch(pattern, answer.text).groups()]
             (item,) = (item for item in picture.items if (item.color, item.shape) == (color, shape))
             pixels = tuple(20 * side for side in picture.pixels)
-            left, top, right, bottom = extent(Picture(items=(item,), pixels=pixels, side=20 * picture.side))
+            left, top, right, bottom = extent(SceneImage(items=(item,), pixels=pixels, side=20 * picture.side))
             drawn = np.divide((left, top, right, bottom), (pixels[1], pixels[0]) * 2) * 1000
             assert np.abs(found - drawn).max() <= 3
             assert min(found) >= 0 and max(found) < 1000
@@ -31,7 +31,7 @@ def test_boxes_are_where_the_things_are_drawn(sides):
     assert seen == {"circle", "square", "triangle", "cross", "ring"}
 
 
-def extent(picture: Picture) -> tuple[int, int, int, int]:
+def extent(picture: SceneImage) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of what is drawn, in pixels."""
     drawn = np.asarray(picture.load())
     rows, columns = (np.nonzero(np.any(drawn != BACKGROUND, axis=2).any(axis=axis))[0] for axis in (1, 0))
